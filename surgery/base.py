@@ -1,0 +1,139 @@
+"""The base of a program: the captured model as it was, which nothing ever changes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.capture import Captured, LoadedModel, LoadOptions, trace
+from surgery.plugins import Plugins
+from surgery.roles import find_roles
+from surgery.sites import SiteIndex, SiteKey
+from surgery.weight_ops import find_calls
+
+
+@dataclass
+class Base:
+    """A captured model.
+
+    loaded: module and inputs. captured: its eval graph. ref, options: how to find it again ("" for a module
+    given from Python). in_memory: False where the weights are fake. consumed: merged in place.
+    """
+
+    loaded: LoadedModel
+    captured: Captured
+    plugins: Plugins
+    ref: str = ""
+    options: LoadOptions = field(default_factory=LoadOptions)
+    consumed: bool = False
+    _train: Captured | None = None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer, by every name it has."""
+        found: dict[str, Tensor] = dict(self.loaded.module.named_parameters(remove_duplicate=False))
+        gm = self.captured.graph_module
+        found.update(self.loaded.module.named_buffers(remove_duplicate=False))
+        for name, tensor in [
+            *gm.named_parameters(remove_duplicate=False),
+            *gm.named_buffers(remove_duplicate=False),
+        ]:
+            found.setdefault(name, tensor)
+        for node in gm.graph.nodes:  # lifted constants that are plain attributes
+            if node.op == "get_attr" and node.target not in found:
+                value = attrgetter(node.target)(gm)
+                if isinstance(value, Tensor):
+                    found[node.target] = value
+        return found
+
+    @cached_property
+    def non_persistent(self) -> frozenset[str]:
+        """Buffers that a state dict leaves out, and lifted constants."""
+        kept = set(self.loaded.module.state_dict(keep_vars=True))
+        return frozenset(name for name in self.tensors if name not in kept)
+
+    @cached_property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Parameter name -> all names of that tensor, itself included."""
+        groups: dict[int, list[str]] = defaultdict(list)
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                groups[id(tensor)].append(name)
+        return {name: tuple(group) for group in groups.values() for name in group}
+
+    @cached_property
+    def sites(self) -> SiteIndex:
+        """Sites of the base graph, with roles."""
+        graph = self.captured.graph
+        names = self.names
+        calls = find_calls(list(graph.nodes), self.plugins.weight_ops, lambda node: node.target in names)
+        found = find_roles(graph, calls)
+        bare = SiteIndex(graph, names, self.plugins.weight_ops)
+        roles: dict[SiteKey, str] = {}
+        parts: dict[SiteKey, Mapping[str, tuple[int, ...]]] = {}
+        for site in bare:
+            roles[site.key] = next((found.role[c.node] for c in site.calls if c.node in found.role), "")
+            parts[site.key] = next((found.parts[c.node] for c in site.calls if c.node in found.parts), {})
+        return SiteIndex(graph, names, self.plugins.weight_ops, roles, parts)
+
+    @property
+    def roles(self) -> dict[SiteKey, str]:
+        return {site.key: site.role for site in self.sites}
+
+    @property
+    def parts(self) -> dict[SiteKey, Mapping[str, tuple[int, ...]]]:
+        return {site.key: site.parts for site in self.sites}
+
+    @property
+    def in_memory(self) -> bool:
+        return not any(
+            t.is_meta or isinstance(t, torch._subclasses.FakeTensor) for t in self.tensors.values()
+        )
+
+    def train_capture(self) -> Captured:
+        """The graph in train mode, made once. Raises CaptureError where it cannot be made."""
+        if self._train is None:
+            self._train = trace(self.loaded, training=True)
+        return self._train
+
+    @cached_property
+    def file_hashes(self) -> dict[str, str]:
+        """sha256 of every file that gave the weights and the configuration, by file name."""
+        return {path.name: sha256(path) for path in self.loaded.files}
+
+    @cached_property
+    def graph_hash(self) -> str:
+        """A hash of the graph that does not depend on node names, symbols or weights."""
+        return hash_graph(self.captured.graph)
+
+    def site_table(self) -> list[list[Any]]:
+        """What a saved directory keeps, to say which sites differ when the hash does."""
+        return [[s.key.owner, s.kind, list(s.shape), str(s.dtype), len(s.calls)] for s in self.sites]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_graph(graph: fx.Graph) -> str:
+    """sha256 over ops, arguments and wiring, in order."""
+    position: dict[fx.Node, int] = {}
+    digest = hashlib.sha256()
+    for node in graph.nodes:
+        if node.op == "get_attr" and not node.users:
+            continue
+        position[node] = len(position)
+        wired = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{position[n]}")
+        target = node.name if node.op == "placeholder" else str(node.target)
+        digest.update(f"{node.op}|{target}|{wired}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,23 @@
+"""The built-in loaders as hook implementations; each imports its library only when a reference asks for it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from surgery.capture.types import LoadedModel, LoadOptions
+from surgery.hookspecs import hookimpl
+
+_LOADERS = {
+    "hf:": "surgery.capture.hf",
+    "timm:": "surgery.capture.timm",
+    "py:": "surgery.capture.py",
+}
+
+
+@hookimpl
+def surgery_load_model(ref: str, options: LoadOptions) -> LoadedModel | None:
+    """hf:DIR_OR_ID, timm:NAME, py:package.module:callable, FILE.pt2."""
+    for prefix, module in _LOADERS.items():
+        if ref.startswith(prefix):
+            return import_module(module).load(ref, options)
+    return import_module("surgery.capture.pt2").load(ref, options)

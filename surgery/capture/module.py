@@ -1,0 +1,114 @@
+"""`from_module`: a user's own module with example inputs becomes a LoadedModel."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from surgery.capture.shapes import argument_names, list_axes
+from surgery.capture.types import LoadedModel, tensor_leaves
+from surgery.errors import CaptureError, nearest
+
+ExampleInputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+def from_module(
+    module: nn.Module,
+    example_inputs: ExampleInputs,
+    dynamic: Any = None,
+    *,
+    copy_module: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """A LoadedModel of a deep copy of `module`, in eval mode.
+
+    example_inputs: a tensor, a tuple (positional) or a mapping (by name).
+    dynamic: None makes axis 0 of every tensor the dimension `batch` where all agree and it is at least 2,
+        else all is static; `{}` makes all static; `{input: {axis: "name"}}` names dimensions, one name being
+        one size; `torch.export.Dim`s in place of names give bounds.
+    copy_module: False takes the module itself (the caller gives it away).
+
+    Raises CaptureError where inputs and `dynamic` do not fit the module, or it cannot be copied.
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        args, kwargs = (example_inputs,), {}
+    elif isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        args, kwargs = tuple(example_inputs), {}
+    else:
+        raise CaptureError(
+            f"example inputs are a {type(example_inputs).__name__}: give a tensor, a tuple or a dict"
+        )
+    if copy_module:
+        try:
+            module = copy.deepcopy(module)
+        except Exception as error:
+            raise CaptureError(f"{type(module).__name__} cannot be deep-copied: {error}") from error
+    module.eval()
+    names = argument_names(module, args, kwargs)
+    values = [*args, *kwargs.values()]
+    shapes = (
+        _batch(values, names) if dynamic is None else _named(dynamic, dict(zip(names, values, strict=True)))
+    )
+    loaded = LoadedModel(
+        module,
+        args,
+        kwargs,
+        shapes,
+        unsourced=_names(module),
+        metadata=dict(metadata or {"loader": "module"}),
+    )
+    list_axes(loaded)
+    return loaded
+
+
+def _names(module: nn.Module) -> frozenset[str]:
+    """Parameters and persistent buffers, by every name they have."""
+    state = module.state_dict(keep_vars=True)
+    return frozenset(name for name, value in state.items() if isinstance(value, torch.Tensor))
+
+
+def _batch(values: list[Any], names: list[str]) -> dict[str, Any] | None:
+    tensors = [tensor for value in values for tensor in tensor_leaves(value)]
+    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors}
+    if len(sizes) != 1 or any(size is None or size < 2 for size in sizes):
+        return None
+    batch = Dim("batch")
+    return {
+        name: pytree.tree_map(lambda leaf: {0: batch} if isinstance(leaf, torch.Tensor) else None, value)
+        for name, value in zip(names, values, strict=True)
+    }
+
+
+def _named(dynamic: Any, inputs: Mapping[str, Any]) -> Any:
+    """`dynamic` with names made into Dims, one Dim for each name."""
+    dims: dict[str, Any] = {}
+    if isinstance(dynamic, Mapping):
+        for name in dynamic:
+            if name not in inputs:
+                raise CaptureError(
+                    f"dynamic names an input '{name}', which is not given{nearest(name, inputs)}"
+                )
+
+    def convert(spec: Any) -> Any:
+        if isinstance(spec, str):
+            if not spec.isidentifier():
+                raise CaptureError(
+                    f"'{spec}' is no name for a dimension: use letters, digits and underscores"
+                )
+            return dims.setdefault(spec, Dim(spec))
+        if isinstance(spec, Mapping):
+            return {key: convert(item) for key, item in spec.items()}
+        if isinstance(spec, (tuple, list)):
+            return type(spec)(convert(item) for item in spec)
+        return spec
+
+    converted = convert(dynamic)
+    return converted if converted else None

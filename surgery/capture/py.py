@@ -1,0 +1,90 @@
+"""`py:package.module:callable`: a factory of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from torch import nn
+
+from surgery.capture.module import from_module
+from surgery.capture.types import LoadedModel, LoadOptions
+from surgery.errors import LoadError, SurgeryError, nearest
+
+PREFIX = "py:"
+
+
+def load(ref: str, options: LoadOptions) -> LoadedModel | None:
+    """Call the factory; None for any other reference.
+
+    The factory gets `--model-kwarg` as keywords and returns (module, example_inputs), (module, example_inputs,
+    dynamic) as `from_module` takes them, or a LoadedModel. The current directory is importable, as with
+    `python -m`.
+
+    Raises LoadError where the factory cannot be found, fails, or returns something else.
+    """
+    if not ref.startswith(PREFIX):
+        return None
+    module_name, colon, attribute = ref.removeprefix(PREFIX).partition(":")
+    if not colon or not module_name or not attribute:
+        raise LoadError(f"{ref}: write py:package.module:callable")
+    factory = _find(ref, module_name, attribute)
+    if not callable(factory):
+        raise LoadError(f"{ref}: {attribute} is a {type(factory).__name__}, not a callable")
+    try:
+        made = factory(**options.model_kwargs)
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{ref}: the factory raised {type(error).__name__}: {_first(error)}") from error
+    if isinstance(made, LoadedModel):
+        return made
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
+        raise LoadError(
+            f"{ref}: the factory returned {_describe(made)}; return (module, example_inputs), "
+            "(module, example_inputs, dynamic) or a LoadedModel"
+        )
+    return from_module(
+        *made, copy_module=False, metadata={"loader": "py", "source": ref.removeprefix(PREFIX)}
+    )
+
+
+def _find(ref: str, module_name: str, attribute: str) -> Any:
+    here = os.getcwd()
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        importlib.invalidate_caches()
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise LoadError(f"{ref}: there is no module '{error.name}' in {here} or on sys.path") from error
+        raise LoadError(
+            f"{ref}: {module_name} needs the module '{error.name}', which is not installed"
+        ) from error
+    except Exception as error:
+        raise LoadError(
+            f"{ref}: importing {module_name} raised {type(error).__name__}: {_first(error)}"
+        ) from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [name for name in vars(found) if not name.startswith("_")]
+            raise LoadError(f"{ref}: {module_name} has no '{part}'{nearest(part, names)}")
+        found = getattr(found, part)
+    return found
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of ({', '.join(type(item).__name__ for item in value)})"
+    return f"a {type(value).__name__}"
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

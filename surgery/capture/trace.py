@@ -1,0 +1,182 @@
+"""Capture: an nn.Module becomes a flat fx graph over ATen ops that keeps the module's own names."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from surgery.capture import check as checking
+from surgery.capture.explain import explain
+from surgery.capture.flatten import flatten_regions, share_tied
+from surgery.capture.shapes import argument_names, list_axes, other_sizes
+from surgery.capture.types import Captured, LoadedModel
+from surgery.errors import CaptureError
+
+
+def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) -> Captured:
+    """Capture a module as a flat graph of ATen ops.
+
+    The graph's parameters and buffers are the module's own objects under their own names. It takes the
+    module's inputs and returns what the module returns, with plain dicts for mapping types such as
+    transformers' ModelOutput. The module is left as found: training flags, requires_grad, forward.
+
+    training: capture what the module does in train mode (dropout drops, drop-path too).
+    check: after a capture in eval mode, compare with eager on the example inputs and, where there are dynamic
+        dimensions, on fresh inputs at other sizes of all of them. Skipped where weights are not in memory.
+
+    Raises CaptureError, in one sentence, where the module cannot be captured, or a dimension that was to be
+    dynamic became static, or the capture disagrees with eager.
+    """
+    module = loaded.module
+    axes = list_axes(loaded)
+    with _as_found(module):
+        module.train(training)
+        if training and loaded.train_ready is not None:
+            loaded.train_ready(module)
+        names = argument_names(module, loaded.args, loaded.kwargs)
+        gm = _export(loaded, training)
+        flatten_regions(gm)
+        share_tied(gm, module)
+        gm.meta["surgery_inputs"] = tuple(names)
+        captured = Captured(gm, loaded.args, dict(loaded.kwargs), loaded.dynamic_shapes, training)
+        checking.refuse_static(captured, axes)
+        if check and not training and checking.in_memory(module):
+            with plain_outputs(module):
+                checking.compare(module, captured)
+                if axes:
+                    checking.compare(module, captured, other_sizes(captured))
+    return captured
+
+
+def _export(loaded: LoadedModel, training: bool) -> fx.GraphModule:
+    module = loaded.module
+    what = f"{type(module).__name__}{' in train mode' if training else ''}"
+    shapes = _by_name(loaded)
+    try:
+        with (
+            torch.enable_grad(),
+            _quiet(),
+            loaded.patches(),
+            plain_outputs(module, loaded.args, loaded.kwargs),
+        ):
+            program = torch.export.export(
+                module, tuple(loaded.args), dict(loaded.kwargs), dynamic_shapes=shapes, strict=False
+            )
+            gm = program.module(check_guards=False)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"cannot capture {what}: {explain(error)}") from error
+    if not isinstance(gm, fx.GraphModule):
+        raise CaptureError(f"cannot capture {what}: torch.export returned no graph")
+    return gm
+
+
+def _by_name(loaded: LoadedModel) -> Any:
+    """The dynamic shapes with an entry for every input, as torch.export wants them."""
+    spec = loaded.dynamic_shapes
+    if not isinstance(spec, Mapping):
+        names = argument_names(loaded.module, loaded.args, loaded.kwargs)
+        return None if spec is None else dict(zip(names, spec, strict=True))
+    names = argument_names(loaded.module, loaded.args, loaded.kwargs)
+    return {name: spec.get(name) for name in names}
+
+
+@contextlib.contextmanager
+def plain_outputs(
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Let the module return plain dicts while the block runs, through its own `forward`.
+
+    The override is an instance attribute: a wrapping module would prefix every name. With `kwargs`, forward
+    shows only the inputs that are given, because torch.export bundles what a `**kwargs` would take.
+    """
+    original = module.forward
+    shadowed = module.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return to_plain(original(*args, **kwargs))
+
+    signature = inspect.signature(original)
+    if kwargs is not None:
+        shown = argument_names(module, args, kwargs)
+        starred = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+        if not (starred and args):
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            signature = inspect.Signature([inspect.Parameter(name, kind) for name in shown])
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if shadowed is None:
+            del module.forward
+        else:
+            module.forward = shadowed  # type: ignore[method-assign]
+
+
+def to_plain(value: Any) -> Any:
+    """`value` with every mapping a dict, at any depth; entries that are None are left out of mapping types
+    other than dict, as ModelOutput does itself."""
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(to_plain(item) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def _as_found(module: nn.Module) -> Iterator[None]:
+    """Restore training and requires_grad flags, and plain tensor attributes that tracing left behind."""
+    training = [(child, child.training) for child in module.modules()]
+    grads = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    attributes = [(child, dict(child.__dict__)) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, flag in training:
+            child.training = flag
+        for parameter, needs in grads:
+            if parameter.requires_grad != needs:
+                parameter.requires_grad_(needs)
+        for child, found in attributes:
+            for key, value in list(child.__dict__.items()):
+                if not isinstance(value, torch.Tensor) or value is found.get(key):
+                    continue
+                # A fake tensor cached by the trace would break the next eager call.
+                if key in found:
+                    child.__dict__[key] = found[key]
+                else:
+                    del child.__dict__[key]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Failures are told as CaptureError; what torch logs on the way is noise."""
+    loggers: list[logging.Logger] = [
+        logging.getLogger(name)
+        for name in (
+            "torch.export",
+            "torch._export",
+            "torch.fx.experimental.symbolic_shapes",
+            "torch._dynamo",
+        )
+    ]
+    levels: list[Callable[[], None]] = []
+    for logger in loggers:
+        levels.append(lambda logger=logger, level=logger.level: logger.setLevel(level))
+        logger.setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for restore in levels:
+                restore()

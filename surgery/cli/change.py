@@ -1,0 +1,160 @@
+"""Commands that make a changed program: apply, merge, undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from rich.text import Text
+
+from surgery.cli.options import choose_adapters, model_options, overwrite_option, with_adapters
+from surgery.cli.pass_groups import PassCommand
+from surgery.cli.render import console, count, trainable_line
+from surgery.cli.see import wanted_recipe
+from surgery.errors import SurgeryError
+from surgery.hf_format import write_hf
+from surgery.plugins import Plugins
+from surgery.program import Program
+from surgery.recipe import write_recipe
+
+output = click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
+)
+standalone_option = click.option("--standalone", is_flag=True, help="Write the base's weights too.")
+
+
+@click.command(cls=PassCommand)
+@click.argument("model", required=False)
+@output
+@click.option("--recipe", type=click.Path(path_type=Path), help="Read the passes from a recipe file.")
+@click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the passes as a recipe file.")
+@click.option(
+    "--freeze-base/--no-freeze-base", default=None, help="Freeze the base first (default: where needed)."
+)
+@click.option("--no-verify", is_flag=True, help="Do not compare outputs before and after each pass.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For tensors that start at random.")
+@standalone_option
+@overwrite_option
+@model_options
+@click.pass_context
+def apply(
+    ctx: click.Context,
+    model: str | None,
+    output: Path,
+    recipe: Path | None,
+    save_recipe: Path | None,
+    freeze_base: bool | None,
+    no_verify: bool,
+    seed: int,
+    standalone: bool,
+    overwrite: bool,
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """Apply passes and save the result. Options after --pass NAME belong to that pass."""
+    import torch
+
+    wanted = wanted_recipe(ctx, model, recipe, freeze_base, plugins)
+    _refuse_taken(output, overwrite)
+    torch.manual_seed(seed)
+    program = loader(wanted.model, wanted)
+    result = program.apply(*wanted.passes, freeze_base=wanted.freeze_base, verify=not no_verify)
+    result.save(output, standalone=standalone, overwrite=overwrite)
+    if save_recipe is not None:
+        write_recipe(save_recipe, wanted)
+    out = console()
+    for report in result.reports[-(len(wanted.passes) + 1) :]:
+        entry, planned = report.entry, report.plan
+        line = Text(f"{entry.id}: ", style="bold")
+        if entry.kind == "rewrite":
+            line.append(f"{len(entry.sites)} sites, {count(planned.parameters)} parameters; outputs ")
+            line.append(
+                f"unchanged, {report.observed}" if report.observed else f"not verified: {report.unverified}"
+            )
+        else:
+            stops = sum(not t for t in entry.trains.values())
+            line.append(
+                f"{stops} parameters stop training" + (" (added by the pipeline)" if entry.auto else "")
+            )
+        out.print(line)
+        for row in planned.refused:
+            out.print(Text(f"  refused {row.site.path}: {row.refusal}", style="yellow"))
+    out.print(f"{trainable_line(result)}; wrote {output}")
+
+
+def _refuse_taken(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise SurgeryError(f"{path} exists; choose another -o, or pass --overwrite")
+
+
+@click.command()
+@click.argument("directory")
+@output
+@click.option(
+    "--format", "format_", type=click.Choice(["surgery", "hf"]), default="surgery", show_default=True
+)
+@standalone_option
+@overwrite_option
+@with_adapters
+@model_options
+def merge(
+    directory: str,
+    output: Path,
+    format_: str,
+    standalone: bool,
+    overwrite: bool,
+    only: tuple[str, ...],
+    without: tuple[str, ...],
+    weights: tuple[str, ...],
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """Fold adapters into the base weights: original names, original nodes."""
+    _refuse_taken(output, overwrite)
+    program = choose_adapters(loader(directory), only, without, weights)
+    already = program.journal.merged and not (only or without or weights)
+    merged = program if already and format_ == "hf" else program.merge()
+    entry = next(e for e in reversed(merged.journal.entries) if e.kind == "merge")
+    if format_ == "hf":
+        write_hf(merged, output, overwrite=overwrite)
+    else:
+        merged.save(output, standalone=standalone, overwrite=overwrite)
+    out = console()
+    out.print(
+        f"folded {', '.join(entry.options['folded'])} into {len(merged.folded())} weights; outputs "
+        f"{entry.numerics.get('observed', 'as merged before')} of before; {len(merged.graph.nodes)} nodes"
+    )
+    for name, why in entry.options.get("kept", {}).items():
+        out.print(Text(f"  kept {name}: {why}", style="yellow"))
+    out.print(f"wrote {output}" + (" (a transformers directory)" if format_ == "hf" else ""))
+
+
+@click.command()
+@click.argument("directory")
+@click.option("--pass", "name", metavar="PASS", help="The pass to undo, by name, id or --as name.")
+@click.option("--all", "everything", is_flag=True, help="Undo everything: the base, bit for bit.")
+@output
+@overwrite_option
+@model_options
+def undo(
+    directory: str,
+    name: str | None,
+    everything: bool,
+    output: Path,
+    overwrite: bool,
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """Remove one pass and its tensors; what else was trained is kept."""
+    if (name is None) == (not everything):
+        raise click.UsageError("say which pass with --pass NAME, or --all")
+    _refuse_taken(output, overwrite)
+    program = loader(directory)
+    undone = program.undo_all() if everything else program.undo(str(name))
+    undone.save(output, overwrite=overwrite)
+    left = ", ".join(e.id for e in undone.journal) or "nothing: it is the base, bit for bit"
+    console().print(f"left in the journal: {left}; wrote {output}")
+
+
+COMMANDS = [apply, merge, undo]

@@ -1,0 +1,103 @@
+"""Options that several commands share, and how a model is loaded from them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+import yaml
+
+from surgery.errors import SurgeryError
+from surgery.loading import load
+from surgery.plugins import Plugins
+from surgery.program import Program
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--task, --model-kwarg, --trust, --base, --example; the command gets a `loader(ref)` in their place."""
+
+    @click.option("--task", help="The head to load, by transformers' task name (text-classification, …).")
+    @click.option(
+        "--model-kwarg",
+        "model_kwarg",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="For the model's constructor.",
+    )
+    @click.option(
+        "--example", multiple=True, metavar="DIM=SIZE", help="Size of the example inputs, such as seq=32."
+    )
+    @click.option("--trust", is_flag=True, help="Read a file that can run code when it is read (.pt2).")
+    @click.option("--base", metavar="MODEL", help="Where the base of a saved directory lies now.")
+    @click.pass_obj
+    @functools.wraps(function)
+    def wrapped(
+        plugins: Plugins,
+        /,
+        *args: Any,
+        task: str | None,
+        model_kwarg: tuple[str, ...],
+        example: tuple[str, ...],
+        trust: bool,
+        base: str | None,
+        **kwargs: Any,
+    ) -> Any:
+        def loader(ref: str, recipe: Any = None) -> Program:
+            given = dict(_pair(text, "--model-kwarg") for text in model_kwarg)
+            sizes = dict(_pair(text, "--example") for text in example)
+            for name, size in sizes.items():
+                if not isinstance(size, int) or size < 1:
+                    raise SurgeryError(f"--example {name}={size}: a size is a positive whole number")
+            chosen = task or (recipe.task if recipe else None)
+            merged = {**(recipe.model_kwargs if recipe else {}), **given}
+            return load(
+                ref, task=chosen, model_kwargs=merged, trust=trust, base=base, example=sizes, plugins=plugins
+            )
+
+        return function(*args, plugins=plugins, loader=loader, **kwargs)
+
+    return wrapped
+
+
+def _pair(text: str, option: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise SurgeryError(f"{option} {text!r}: write NAME=VALUE")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name, value
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
+adapter_options = [
+    click.option("--only", multiple=True, metavar="ADAPTER", help="Leave out every adapter but these."),
+    click.option("--without", multiple=True, metavar="ADAPTER", help="Leave an adapter out."),
+    click.option(
+        "--weight", "weights", multiple=True, metavar="ADAPTER=W", help="Scale an adapter: 1 as trained."
+    ),
+]
+
+
+def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(adapter_options):
+        function = option(function)
+    return function
+
+
+def choose_adapters(
+    program: Program, only: tuple[str, ...], without: tuple[str, ...], weights: tuple[str, ...]
+) -> Program:
+    """The program with adapters switched as the options say."""
+    if only:
+        program = program.only(*only)
+    if without:
+        program = program.without(*without)
+    chosen = dict(_pair(text, "--weight") for text in weights)
+    for name, weight in chosen.items():
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+            raise SurgeryError(f"--weight {name}={weight}: a weight is a number")
+    return program.weighted(chosen) if chosen else program

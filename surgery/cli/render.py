@@ -1,0 +1,54 @@
+"""How things look in a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from surgery.program import Program
+from surgery.sites import Site
+
+
+def console() -> Console:
+    """A console that never cuts a path short when its output is a pipe."""
+    piped = not sys.stdout.isatty()
+    width = 200 if piped else max(shutil.get_terminal_size().columns, 80)
+    return Console(width=width, highlight=False, soft_wrap=False)
+
+
+def count(number: int) -> str:
+    """12_345 as 12.3k."""
+    for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{suffix}"
+    return str(number)
+
+
+def trainable_line(program: Program) -> str:
+    total, trainable = program.count_parameters()
+    share = 100 * trainable / total if total else 0.0
+    return f"{total:,} parameters, {trainable:,} trainable ({share:.2f}%)"
+
+
+def site_row(program: Program, site: Site) -> dict[str, Any]:
+    """One site for machines."""
+    return {
+        "path": site.path,
+        "role": site.role,
+        "kind": site.kind,
+        "op": site.op,
+        "weight": site.weight,
+        "bias": site.bias,
+        "shape": list(site.shape),
+        "layout": site.layout,
+        "dtype": str(site.dtype).removeprefix("torch."),
+        "parameters": site.parameters,
+        "trainable": bool(site.weight) and program.trains(str(site.weight)),
+        "tied": list(site.tied),
+        "calls": len(site.calls),
+        "parts": {name: len(rows) for name, rows in site.parts.items()},
+        "computed_from": list(site.computed_from),
+    }

@@ -1,0 +1,288 @@
+"""Commands that look and change nothing: inspect, passes, plan, diff."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from surgery.cli.options import json_option, model_options
+from surgery.cli.pass_groups import PassCommand, parse_groups
+from surgery.cli.render import console, count, site_row, trainable_line
+from surgery.difference import diff as diff_programs
+from surgery.pass_base import RewritePass
+from surgery.pipeline import PassPlan, describe_options
+from surgery.plugins import Plugins
+from surgery.program import Program
+from surgery.recipe import Recipe, read_recipe
+
+
+@click.command()
+@click.argument("model")
+@json_option
+@model_options
+def inspect(model: str, as_json: bool, plugins: Plugins, loader: Callable[..., Program]) -> None:
+    """Print the model as a tree of sites: role, op, weight, trainable or not, ties."""
+    program = loader(model)
+    sites = program.sites.sites
+    if as_json:
+        total, trainable = program.count_parameters()
+        rows = [site_row(program, site) for site in sites]
+        _print_json({"model": model, "parameters": total, "trainable": trainable, "sites": rows})
+        return
+    tree = Tree(Text(model, style="bold"))
+    branches: dict[str, Tree] = {"": tree}
+    for site in sites:
+        owner, _, leaf = site.path.rpartition(".")
+        parent = _branch(branches, owner)
+        parent.add(_site_text(program, site, leaf))
+    out = console()
+    out.print(tree)
+    out.print(trainable_line(program))
+    for entry in program.journal:
+        out.print(
+            f"  applied: {entry.id} on {len(entry.sites) or len(entry.trains)} {'sites' if entry.sites else 'parameters'}"
+        )
+
+
+def _branch(branches: dict[str, Tree], path: str) -> Tree:
+    if path not in branches:
+        owner, _, leaf = path.rpartition(".")
+        branches[path] = _branch(branches, owner).add(Text(leaf, style="cyan"))
+    return branches[path]
+
+
+def _site_text(program: Program, site: Any, leaf: str) -> Text:
+    row = site_row(program, site)
+    text = Text(leaf, style="bold")
+    text.append(f"  {row['role'] or '-'}", style="green")
+    text.append(f"  {row['op']}", style="dim")
+    text.append(f"  {'×'.join(map(str, row['shape']))} {row['dtype']}  {count(row['parameters'])}")
+    text.append("  trains" if row["trainable"] else "  frozen", style="" if row["trainable"] else "blue")
+    if row["calls"] > 1:
+        text.append(f"  called {row['calls']} times", style="yellow")
+    if row["tied"]:
+        text.append(f"  tied to {', '.join(row['tied'])}", style="yellow")
+    if row["computed_from"]:
+        text.append(f"  computed from {', '.join(row['computed_from'])}", style="yellow")
+    return text
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+@click.pass_obj
+def passes(plugins: Plugins, name: str | None, as_json: bool) -> None:
+    """List passes with the distribution each comes from, or one pass's options."""
+    if name is None:
+        listed = [
+            {
+                "name": info.name,
+                "distribution": info.distribution,
+                "version": info.version,
+                "about": _about(info.cls),
+            }
+            for info in sorted(plugins.passes.values(), key=lambda i: i.name)
+        ]
+        if as_json:
+            _print_json(listed)
+            return
+        table = Table("pass", "from", "what it does", box=None, header_style="bold")
+        for row in listed:
+            table.add_row(row["name"], f"{row['distribution']} {row['version']}", row["about"])
+        console().print(table)
+        return
+    info = plugins.find_pass(name)
+    options = describe_options(info.cls)
+    if as_json:
+        _print_json(
+            {"name": name, "distribution": info.distribution, "options": options, "doc": info.cls.__doc__}
+        )
+        return
+    out = console()
+    out.print(Text(f"{name}", style="bold"), f"from {info.distribution} {info.version}")
+    out.print(Text(_dedent(info.cls.__doc__ or "")))
+    if issubclass(info.cls, RewritePass):
+        out.print(
+            f"works on: {', '.join(info.cls.on)}   numerics: {info.cls.numerics}   merges: {'yes' if info.cls.mergeable else 'no'}"
+        )
+    table = Table("option", "type", "default", "", box=None, header_style="bold")
+    for row in options:
+        default = (
+            "required" if row["required"] else "-" if row["default"] in (None, "") else str(row["default"])
+        )
+        table.add_row(row["option"], row["type"], default, row["description"])
+    out.print(table)
+
+
+def _about(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
+
+
+def _dedent(doc: str) -> str:
+    import inspect as python_inspect
+
+    return python_inspect.cleandoc(doc)
+
+
+@click.command(cls=PassCommand)
+@click.argument("model", required=False)
+@click.option("--recipe", type=click.Path(path_type=Path), help="Read the passes from a recipe file.")
+@click.option(
+    "--freeze-base/--no-freeze-base", default=None, help="Freeze the base first (default: where needed)."
+)
+@json_option
+@model_options
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    model: str | None,
+    recipe: Path | None,
+    freeze_base: bool | None,
+    as_json: bool,
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """Show what `apply` would do: every site, every refusal, ties, parameters added. Changes nothing."""
+    wanted = wanted_recipe(ctx, model, recipe, freeze_base, plugins)
+    program = loader(wanted.model, wanted)
+    report = program.plan(*wanted.passes, freeze_base=wanted.freeze_base)
+    if as_json:
+        _print_json([_plan_json(p) for p in report.passes])
+        return
+    out = console()
+    for planned in report.passes:
+        out.print(_plan_title(planned))
+        if planned.sites:
+            table = Table(
+                "site", "role", "weight", "adds", "note", box=None, header_style="bold", padding=(0, 1)
+            )
+            for row in planned.sites:
+                note = (
+                    Text(f"refused: {row.refusal}", style="red")
+                    if row.refusal
+                    else Text(_note(row), style="yellow")
+                )
+                shape = "×".join(map(str, row.site.shape))
+                table.add_row(
+                    row.site.path,
+                    row.site.role,
+                    shape,
+                    count(row.parameters) if not row.refusal else "",
+                    note,
+                )
+            out.print(table)
+        for note in planned.notes:
+            out.print(Text(f"  note: {note}", style="yellow"))
+    out.print(trainable_line(program) + f"; the plan adds {count(sum(p.parameters for p in report.passes))}")
+
+
+def wanted_recipe(
+    ctx: click.Context, model: str | None, recipe: Path | None, freeze_base: bool | None, plugins: Plugins
+) -> Recipe:
+    """Model and passes from the command line and the recipe together; the command line wins."""
+    given = parse_groups(ctx)
+    read = read_recipe(recipe, plugins) if recipe is not None else Recipe(())
+    reference = model or read.model
+    if reference is None:
+        raise click.UsageError("no MODEL was given, and no recipe names one")
+    passes_ = (*read.passes, *given)
+    if not passes_:
+        raise click.UsageError("no pass was given: add --pass NAME or --recipe FILE; see `surgery passes`")
+    chosen = freeze_base if freeze_base is not None else read.freeze_base
+    return Recipe(passes_, reference, read.task, read.model_kwargs, chosen)
+
+
+def _plan_title(planned: PassPlan) -> Text:
+    text = Text(planned.pass_.entry_id, style="bold")
+    if planned.auto:
+        text.append("  (added by the pipeline; --no-freeze-base leaves it out)", style="dim")
+    if planned.sites:
+        text.append(f"  {len(planned.accepted)} sites, {count(planned.parameters)} parameters added")
+        if planned.refused:
+            text.append(f", {len(planned.refused)} refused", style="red")
+    else:
+        stops = sum(not trains for trains in planned.trains.values())
+        text.append(f"  {stops} parameters stop training, {len(planned.trains) - stops} train")
+    return text
+
+
+def _note(row: Any) -> str:
+    notes = []
+    if row.site.tied:
+        notes.append(f"tied to {', '.join(row.site.tied)}")
+    if len(row.site.calls) > 1:
+        notes.append(f"called {len(row.site.calls)} times, one adapter")
+    if row.site.decided.get("rows"):
+        notes.append(f"parts {', '.join(row.site.decided['rows'])}")
+    return "; ".join(notes)
+
+
+def _plan_json(planned: PassPlan) -> dict[str, Any]:
+    return {
+        "pass": planned.pass_.name,
+        "id": planned.pass_.entry_id,
+        "options": planned.pass_.options(),
+        "auto": planned.auto,
+        "parameters_added": planned.parameters,
+        "sites": [
+            {
+                "path": row.site.path,
+                "role": row.site.role,
+                "kind": row.site.kind,
+                "shape": list(row.site.shape),
+                "tied": list(row.site.tied),
+                "refusal": row.refusal,
+                "tensors": {name: list(spec.shape) for name, spec in row.specs.items()},
+                "parameters_added": row.parameters,
+            }
+            for row in planned.sites
+        ],
+        "trains": planned.trains,
+        "notes": list(planned.notes),
+    }
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@json_option
+@model_options
+def diff(a: str, b: str, as_json: bool, plugins: Plugins, loader: Callable[..., Program]) -> None:
+    """Show what changed from A to B, node by node."""
+    found = diff_programs(loader(a), loader(b))
+    if as_json:
+        _print_json(
+            {"nodes": [vars(n) for n in found.nodes], "weights": list(found.weights), "total": found.total}
+        )
+        return
+    out = console()
+    table = Table("", "node", "op", "module", "shape", "by", box=None, header_style="bold", padding=(0, 1))
+    style = {"+": "green", "-": "red", "~": "yellow"}
+    for n in found.nodes:
+        rewired = f"{n.node}  ({n.was} → {n.now})" if n.change == "~" else n.node
+        table.add_row(n.change, rewired, n.op, n.module, n.shape, n.by, style=style[n.change])
+    if found.nodes:
+        out.print(table)
+    tally = {c: sum(n.change == c for n in found.nodes) for c in "+-~"}
+    out.print(
+        f"{found.total[0]} → {found.total[1]} nodes: {tally['+']} added, {tally['-']} removed, {tally['~']} rewired; "
+        f"{len(found.weights)} weights differ"
+    )
+    for name in found.weights[:20]:
+        out.print(f"  weight {name}")
+    if len(found.weights) > 20:
+        out.print(f"  … and {len(found.weights) - 20} more (--json lists all)")
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1, default=str))
+
+
+COMMANDS = [inspect, passes, plan, diff]

@@ -1,0 +1,129 @@
+"""Commands that ship and prove: export, verify."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from rich.text import Text
+
+from surgery.cli.options import choose_adapters, json_option, model_options, with_adapters
+from surgery.cli.render import console
+from surgery.errors import SurgeryError
+from surgery.plugins import Plugins
+from surgery.program import Program
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="ONNX file to write.")
+@click.option("--opset", type=click.IntRange(18), help="ONNX opset (default: the exporter's).")
+@click.option(
+    "--external-data/--no-external-data", default=None, help="Weights beside the file (default: over 1.5 GB)."
+)
+@click.option("--seed", type=int, default=0, help="For the fresh inputs of the parity check.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
+@json_option
+@with_adapters
+@model_options
+def export(
+    model: str,
+    output: Path,
+    opset: int | None,
+    external_data: bool | None,
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
+    only: tuple[str, ...],
+    without: tuple[str, ...],
+    weights: tuple[str, ...],
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """Write ONNX, checked in onnxruntime at a new shape; fails where the outputs do not agree."""
+    if output.exists() and not overwrite:
+        raise SurgeryError(f"{output} exists; choose another -o, or pass --overwrite")
+    program = choose_adapters(loader(model), only, without, weights)
+    report = program.export(output, opset=opset, external_data=external_data, seed=seed)
+    parity = report.parity
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "path": str(output),
+                    "bytes": report.size,
+                    "opset": report.opset,
+                    "nodes": report.nodes,
+                    "inputs": {k: list(v) for k, v in report.inputs.items()},
+                    "outputs": {k: list(v) for k, v in report.outputs.items()},
+                    "parity": parity.error if parity else None,
+                    "parity_optimised": parity.optimised_error if parity else None,
+                }
+            )
+        )
+        return
+    out = console()
+    ends = ", ".join(f"{name}[{', '.join(map(str, shape))}]" for name, shape in report.inputs.items())
+    out.print(Text(f"{ends} → {', '.join(report.outputs)}"))
+    if parity:
+        out.print(
+            f"parity in onnxruntime: within {parity.error:.1e} of the outputs' scale as written, "
+            f"{parity.optimised_error:.1e} optimised"
+        )
+    out.print(f"wrote {output}: {report.size / 1e6:.1f} MB, {report.nodes} nodes, opset {report.opset}")
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--tolerance", type=click.FloatRange(0), help="Largest difference over the output's scale.")
+@click.option("--seed", type=int, default=0, help="For the fresh inputs.")
+@json_option
+@model_options
+@click.pass_context
+def verify(
+    ctx: click.Context,
+    a: str,
+    b: str,
+    tolerance: float | None,
+    seed: int,
+    as_json: bool,
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """Compare two of: model reference, saved directory, ONNX file. Exit code 1 where they differ."""
+    from surgery.verify import open_side
+    from surgery.verify import verify as compare
+
+    result = compare(open_side(a, loader), open_side(b, loader), tolerance=tolerance, seed=seed)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "agree": result.agree,
+                    "tolerance": result.tolerance,
+                    "outputs": [vars(o) for o in result.outputs],
+                    "divergence": vars(result.divergence) if result.divergence else None,
+                }
+            )
+        )
+    else:
+        out = console()
+        for o in result.outputs:
+            how = "equal bit for bit" if o.equal else f"within {o.difference:.1e} of its scale"
+            out.print(f"{o.name} {'×'.join(map(str, o.shape))}: {how}")
+        out.print(
+            Text("agree", style="green") if result.agree else Text("differ", style="red"),
+            f"(tolerance {result.tolerance:.0e})",
+        )
+        if result.divergence:
+            d = result.divergence
+            where = f" in {d.module_path}" if d.module_path else ""
+            out.print(f"first diverging node: {d.node} ({d.op}){where}, by {d.relative:.1e} of its scale")
+    if not result.agree:
+        ctx.exit(1)
+
+
+COMMANDS = [export, verify]

@@ -1,0 +1,247 @@
+"""Where values come from: for every node the nearest weight ops and products behind it, in one forward sweep.
+
+Roles, attention and the like are questions of this kind ("which weight ops feed the query?"), and asking them
+by walking back from each place would be quadratic. Here each node gets its *origins*, a small dict of the
+nearest nodes that made its value, read through views, rotary, norms, scaling and activations. An origin is
+
+- a weight op (linear, convolution, embedding, experts; not a norm, not a depthwise convolution),
+- a product of two activations (matmul, einsum, scaled_dot_product_attention),
+- a junction: a sum of values with different origins, such as a residual add, which hides what is behind it, or
+- an input or a parameter taken as a value.
+
+What rests on constants and shapes alone (position tables, rotary angles, latent queries) gives way to what
+rests on the inputs where both meet in one op; where it was added to attention scores, `aside` remembers it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.weight_ops import CONV, EXPERTS, LINEAR, NORM, Call
+
+# What happened to a value on the way from an origin (any path): a pointwise nonlinearity, a softmax.
+NONLINEAR, SOFTMAX = 1, 2
+
+Origins = dict[fx.Node, int]
+
+_CONSTANT, _INPUT, _ACTIVATION = 0, 1, 2  # what a value rests on; the highest at an op decides its origins
+_MOST_ORIGINS = 8
+
+
+class Rule(Enum):
+    """How an op passes origins on."""
+
+    UNION = auto()  # from all tensor arguments: the default
+    SUM = auto()  # as UNION, but a junction where the arguments differ
+    FIRST = auto()  # from the first argument; the others say where, or how
+    NONLINEAR = auto()
+    SOFTMAX = auto()
+    PRODUCT = auto()
+    NOTHING = auto()  # a value made of shapes, or a mask
+
+
+_NAMES = {
+    Rule.SUM: "add add_ sub sub_ rsub subtract addcmul",
+    Rule.FIRST: """index index_select gather take_along_dim embedding type_as expand_as view_as reshape_as
+        getitem topk sort repeat_interleave roll masked_select narrow view reshape permute transpose slice
+        select unsqueeze squeeze expand contiguous clone split split_with_sizes chunk unbind flatten unflatten
+        t numpy_T to _to_copy detach alias dropout dropout_""",
+    Rule.NONLINEAR: """gelu gelu_ relu relu_ relu6 silu silu_ sigmoid sigmoid_ tanh tanh_ hardswish hardswish_
+        hardsigmoid hardsigmoid_ hardtanh hardtanh_ leaky_relu leaky_relu_ elu elu_ selu celu mish mish_
+        softplus erf glu prelu rrelu logsigmoid log_sigmoid exp expm1 threshold square sin hardshrink""",
+    Rule.SOFTMAX: "softmax _softmax _safe_softmax",
+    Rule.PRODUCT: """matmul mm bmm baddbmm einsum scaled_dot_product_attention flex_attention
+        _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention lstm gru""",
+    Rule.NOTHING: """arange zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones
+        new_full new_empty scalar_tensor eye linspace rand randn rand_like randn_like eq ne lt le gt ge
+        logical_and logical_or logical_not logical_xor isnan isinf isfinite any all""",
+}
+_RULE_BY_NAME = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+
+
+def op_name(target: Any) -> str:
+    """The op's name without namespace and overload: `add` for aten.add_.Tensor is `add_`."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._opname
+    return getattr(target, "__name__", str(target))
+
+
+@lru_cache(maxsize=4096)
+def rule_of(target: Any) -> Rule:
+    return Rule.FIRST if target is operator.getitem else _RULE_BY_NAME.get(op_name(target), Rule.UNION)
+
+
+@dataclass
+class Dataflow:
+    """The origins of every node of a graph. Made by `trace_origins`.
+
+    calls: the weight ops by node. origins: by node; absent for what is no tensor. junctions: the origins that
+    meet in a junction. aside: constant weight ops and junctions mixed into a node since its origins. uses:
+    what takes an origin in: weight ops, products and junctions. softmax: the softmax of an origin. order:
+    position in the graph. constant: nodes that rest on no input.
+    """
+
+    calls: Mapping[fx.Node, Call]
+    origins: dict[fx.Node, Origins] = field(default_factory=dict)
+    junctions: dict[fx.Node, Origins] = field(default_factory=dict)
+    aside: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
+    uses: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    softmax: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    products: list[fx.Node] = field(default_factory=list)
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    constant: set[fx.Node] = field(default_factory=set)
+
+    def of(self, value: Any) -> Origins:
+        return self.origins.get(value, {}) if isinstance(value, fx.Node) else {}
+
+    def expanded(self, origins: Origins, limit: int = 32) -> Origins:
+        """Origins with junctions opened, to `limit` nodes."""
+        found: Origins = {}
+        stack = list(origins.items())
+        while stack and len(found) < limit:
+            node, flags = stack.pop()
+            if node in found:
+                continue
+            found[node] = flags
+            stack.extend((inner, flags | more) for inner, more in self.junctions.get(node, {}).items())
+        return {node: flags for node, flags in found.items() if node not in self.junctions}
+
+    def projections(self, value: Any) -> Origins:
+        """The matrix-like weight ops (linear, conv, experts) among a value's origins.
+
+        A junction is opened only if nothing but such ops meets in it (W x + B A x); otherwise it is the
+        residual stream, and what wrote to that is not what this value was projected by.
+        """
+        found: Origins = {}
+        for node, flags in self.of(value).items():
+            if self.is_projection(node):
+                found[node] = flags
+            elif node in self.junctions:
+                inner = self.expanded({node: flags})
+                if inner and all(self.is_projection(n) for n in inner):
+                    found.update(inner)
+        return found
+
+    def is_projection(self, node: fx.Node) -> bool:
+        call = self.calls.get(node)
+        return call is not None and call.kind in (LINEAR, CONV, EXPERTS)
+
+
+def is_depthwise(call: Call) -> bool:
+    """A convolution that keeps channels apart: it moves positions, not features."""
+    if call.kind != CONV or call.weight is None:
+        return False
+    groups = call.node.args[6] if len(call.node.args) > 6 else call.node.kwargs.get("groups", 1)
+    value = call.weight.meta.get("val")
+    return isinstance(groups, int) and groups > 1 and value is not None and value.shape[1] == 1
+
+
+def trace_origins(nodes: Iterable[fx.Node], calls: Sequence[Call]) -> Dataflow:
+    """One sweep over the nodes in graph order; linear in their number."""
+    flow = Dataflow({call.node: call for call in calls})
+    rests_on: dict[fx.Node, int] = {}
+    for position, node in enumerate(nodes):
+        flow.order[node] = position
+        if node.op == "call_function":
+            call = flow.calls.get(node)
+            if call is not None and call.kind != NORM and not is_depthwise(call):
+                rests_on[node] = _ACTIVATION if rests_on.get(call.x) else _CONSTANT
+                flow.origins[node] = {node: 0}
+                _note_uses(flow, node, (call.x,))
+            else:
+                _pass_on(flow, rests_on, node, call)
+        elif node.op in ("placeholder", "get_attr"):
+            value = node.meta.get("val")
+            if not isinstance(value, torch.Tensor):
+                continue
+            flow.origins[node] = {node: 0}
+            stream = value.dtype.is_floating_point and value.dim() >= 3
+            rests_on[node] = _CONSTANT if node.op == "get_attr" else _ACTIVATION if stream else _INPUT
+    flow.constant = {node for node, level in rests_on.items() if level == _CONSTANT}
+    return flow
+
+
+def _note_uses(flow: Dataflow, user: fx.Node, operands: Iterable[fx.Node]) -> None:
+    for operand in operands:
+        for origin in flow.origins.get(operand, ()):
+            flow.uses.setdefault(origin, []).append(user)
+
+
+def _pass_on(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node, call: Call | None) -> None:
+    rule = rule_of(node.target)
+    if call is not None:
+        inputs, rule = [call.x], Rule.FIRST
+    elif rule is Rule.FIRST:
+        first = node.args[0] if node.args else None
+        inputs = [first] if isinstance(first, fx.Node) else list(node._input_nodes)
+    else:
+        inputs = list(node._input_nodes)
+    inputs = [n for n in inputs if n in rests_on]
+    if not inputs or rule is Rule.NOTHING:
+        if isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
+            flow.origins[node] = {}
+            rests_on[node] = _CONSTANT
+        return
+    level = max([rests_on[n] for n in inputs])
+    rests_on[node] = level
+    if rule is Rule.PRODUCT:
+        flow.origins[node] = {node: 0}
+        flow.products.append(node)
+        _note_uses(flow, node, inputs)
+        return
+    leading = [n for n in inputs if rests_on[n] == level]
+    aside = _aside(flow, inputs, rests_on, level)
+    if aside:
+        flow.aside[node] = aside
+    known = flow.origins
+    origins = known[leading[0]]
+    if len(leading) > 1:
+        origins = _combine(flow, node, [known[n] for n in leading], rule)
+    if rule is Rule.NONLINEAR:
+        origins = {n: flags | NONLINEAR for n, flags in origins.items()}
+    elif rule is Rule.SOFTMAX:
+        for origin in flow.expanded(origins):
+            flow.softmax.setdefault(origin, node)
+        origins = {n: flags | SOFTMAX for n, flags in origins.items()}
+    known[node] = origins
+
+
+def _combine(flow: Dataflow, node: fx.Node, parts: list[Origins], rule: Rule) -> Origins:
+    """The union; or the node itself as a junction, where a sum has terms of different origins."""
+    parts = [part for part in parts if part]
+    if not parts:
+        return {}
+    union = dict(parts[0])
+    for part in parts[1:]:
+        for origin, flags in part.items():
+            union[origin] = union.get(origin, 0) | flags
+    # A term within the others' origins is no new stream: rotary, x·cdf(x), (x - mean)/std.
+    differ = rule is Rule.SUM and all(len(part) < len(union) for part in parts)
+    if not differ and len(union) <= _MOST_ORIGINS:
+        return union
+    flow.junctions[node] = union
+    for origin in union:
+        flow.uses.setdefault(origin, []).append(node)
+    return {node: 0}
+
+
+def _aside(
+    flow: Dataflow, inputs: list[fx.Node], rests_on: dict[fx.Node, int], level: int
+) -> frozenset[fx.Node]:
+    found: frozenset[fx.Node] = frozenset()
+    for n in inputs:
+        known = flow.aside.get(n)
+        if known is not None:
+            found |= known
+        if level and rests_on[n] == _CONSTANT:
+            found |= {o for o in flow.origins[n] if o in flow.calls or o in flow.junctions}
+    return found

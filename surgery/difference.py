@@ -1,0 +1,90 @@
+"""`surgery diff A B`: what was added, removed and rewired, node by node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.program import Program
+from surgery.sites import META
+from surgery.weight_ops import module_path
+
+
+@dataclass(frozen=True)
+class NodeChange:
+    """change: "+" (only in B), "-" (only in A) or "~" (in both, with other inputs)."""
+
+    change: str
+    node: str
+    op: str
+    module: str
+    shape: str
+    by: str
+    was: str = ""
+    now: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Nodes that differ in graph order, and tensors whose bits differ, by name."""
+
+    nodes: tuple[NodeChange, ...]
+    weights: tuple[str, ...]
+    total: tuple[int, int]
+
+
+def diff(a: Program, b: Program) -> Difference:
+    """Compare two programs; nodes are paired by (module path, op, ordinal)."""
+    left, right = dict(_keyed(a.graph)), dict(_keyed(b.graph))
+    left_key = {node: key for key, node in left.items()}
+    right_key = {node: key for key, node in right.items()}
+    changes: list[NodeChange] = []
+    for key, node in right.items():
+        if key not in left:
+            changes.append(_change("+", node))
+        else:
+            was = [left_key.get(n) for n in left[key].all_input_nodes]
+            now = [right_key.get(n) for n in node.all_input_nodes]
+            if was != now:
+                old, new = left[key].all_input_nodes, node.all_input_nodes
+                changes.append(
+                    _change("~", node, ", ".join(n.name for n in old), ", ".join(n.name for n in new))
+                )
+    changes += [_change("-", node) for key, node in left.items() if key not in right]
+    return Difference(tuple(changes), tuple(_weights(a, b)), (len(a.graph.nodes), len(b.graph.nodes)))
+
+
+def _keyed(graph: fx.Graph) -> Iterator[tuple[Any, fx.Node]]:
+    seen: Counter[Any] = Counter()
+    for node in graph.nodes:
+        if node.op == "get_attr" and not node.users:
+            continue
+        mark = node.meta.get(META, {})
+        name = node.target if node.op in ("get_attr", "placeholder") else module_path(node)
+        key = (node.op, name, str(node.target), mark.get("entry", ""))
+        seen[key] += 1
+        yield (*key, seen[key]), node
+
+
+def _change(kind: str, node: fx.Node, was: str = "", now: str = "") -> NodeChange:
+    value = node.meta.get("val")
+    shape = "×".join(str(s) for s in value.shape) if isinstance(value, torch.Tensor) else ""
+    op = str(node.target).removesuffix(".default") if node.op == "call_function" else node.op
+    mark = node.meta.get(META, {})
+    where = str(node.target) if node.op == "get_attr" else module_path(node)
+    return NodeChange(kind, node.name, op, where, shape, mark.get("entry", ""), was, now)
+
+
+def _weights(a: Program, b: Program) -> Iterator[str]:
+    if not (a.base.in_memory and b.base.in_memory):
+        return
+    left, right = a.state(), b.state()
+    for name, tensor in left.items():
+        other = right.get(name)
+        if other is not None and (tensor.shape != other.shape or not torch.equal(tensor, other)):
+            yield name

@@ -1,0 +1,77 @@
+"""A program to ONNX: what its journal says becomes provenance, and parity is checked at a new shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery import capture
+from surgery.errors import ExportError
+from surgery.export.onnx_file import ExportReport, export_onnx
+from surgery.export.source import ExportSource, InputSet
+from surgery.replay import live_entries
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+
+def source_of(program: Program) -> ExportSource:
+    """The program's eval graph with its inputs."""
+    args, kwargs = program.example_inputs
+    return ExportSource(program.graph_module, args, kwargs, program.base.captured.dynamic_shapes)
+
+
+def provenance_of(program: Program) -> dict[str, dict[str, Any]]:
+    """Tensor name -> pass, name and site: adapters (which nothing may fold), and weights that a merge changed."""
+    found: dict[str, dict[str, Any]] = {}
+    live = {entry.id for entry in live_entries(program.journal)}
+    folded = {n for e in program.journal if e.kind == "merge" for n in e.options.get("folded", ())}
+    for entry in program.journal:
+        for record in entry.sites:
+            place = {"pass": entry.pass_name, "name": entry.label or "default", "site": record.path}
+            if entry.id in live:
+                found.update(dict.fromkeys(record.tensors.values(), place))
+            elif entry.id in folded and record.key.owner in program.base.tensors:
+                found[record.key.owner] = {**place, "pinned": False}
+    return found
+
+
+def parity_inputs(program: Program, seed: int = 0) -> list[InputSet]:
+    """Two fresh sets of inputs: at the example's shape, and at another shape of every dynamic dimension."""
+    captured = program.base.captured
+    sets = [capture.fresh_inputs(captured, None, seed)]
+    other = capture.other_sizes(captured)
+    if other:
+        sets.append(capture.fresh_inputs(captured, other, seed + 1))
+    return sets
+
+
+def export_program(
+    program: Program,
+    path: Any,
+    *,
+    opset: int | None = None,
+    external_data: bool | None = None,
+    seed: int = 0,
+    lowerings: Mapping[Any, Any] | None = None,
+) -> ExportReport:
+    """Export to ONNX, checked in onnxruntime against the program on fresh inputs at another shape.
+
+    Raises ExportError where parity fails (nothing is then left at `path`), MissingExtraError.
+    """
+    if not program.base.in_memory:
+        raise ExportError("the weights are not in memory, so there is nothing to export")
+    if program.base.consumed and program.journal.merged:
+        raise ExportError("the base was merged in place; load the saved directory again")
+    return export_onnx(
+        source_of(program),
+        Path(path),
+        opset=opset,
+        provenance=provenance_of(program),
+        journal_json=json.dumps(program.journal.to_json()),
+        lowerings={**program.base.plugins.lowerings, **(lowerings or {})},
+        external_data=external_data,
+        parity=parity_inputs(program, seed),
+    )

@@ -1,0 +1,73 @@
+"""Writing aside and renaming: a path holds either the whole of what was written or what it held before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from surgery.errors import SurgeryError
+
+
+@contextmanager
+def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh directory beside `path` that takes its place when the block ends without an error.
+
+    Raises SurgeryError where `path` holds something already (unless overwrite), or where it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
+        raise SurgeryError(f"{path} exists; choose another -o, or pass --overwrite")
+    stage = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        stage.mkdir()
+        yield stage
+        _replace(stage, path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SurgeryError(f"{path} could not be written: {reason}; nothing was left there") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(stage: Path, path: Path) -> None:
+    for file in stage.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    if not path.exists():
+        stage.rename(path)
+        return
+    old = path.parent / f".{path.name}.old-{os.getpid()}"
+    path.rename(old)
+    stage.rename(path)
+    shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed process left behind."""
+    for left in path.parent.glob(f".{path.name}.partial-*"):
+        pid = left.name.rpartition("-")[2]
+        alive = pid.isdigit() and Path(f"/proc/{pid}").exists()
+        if not alive:
+            with suppress(OSError):
+                shutil.rmtree(left)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it. Raises SurgeryError where it cannot be written."""
+    stage = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage.write_text(text)
+        stage.replace(path)
+    except OSError as error:
+        raise SurgeryError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        stage.unlink(missing_ok=True)

@@ -1,0 +1,174 @@
+"""Which rows of a fused projection's weight make q, which k and which v.
+
+An index tensor (row numbers, at the example's sizes) is sent through the ops that only move data, from the
+projection's output on. Where it meets any other op, that op leads to one of the attention's operands, and the
+numbers seen there are that part's rows: interleaved layouts (bloom, gpt_neox, falcon's groups) come out as
+they are, with no rule for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.attention import Attention
+from surgery.dataflow import Dataflow, Rule, is_depthwise, op_name, rule_of
+from surgery.weight_ops import CONV, NORM
+
+Rows = dict[str, tuple[int, ...]]
+
+# Ops that keep the elements and their order: the output's shape says it all.
+_RESHAPES = {
+    *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as"),
+    *("reshape_as", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as", "dropout"),
+    *("dropout_", "lift_fresh_copy"),
+}
+# Ops that move or repeat elements: run on the index tensor.
+_MOVES = {
+    *("permute", "transpose", "t", "numpy_T", "movedim", "swapaxes", "select", "slice", "split", "chunk"),
+    *("split_with_sizes", "tensor_split", "unbind", "narrow", "index", "index_select", "getitem", "flip"),
+    *("expand", "expand_as", "unfold", "mT", "unsafe_split", "unsafe_chunk", "repeat_interleave"),
+}
+
+
+def find_parts(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> Rows | None:
+    """Part name to rows of the weight, or None where parts overlap, leave rows out or cannot be told.
+
+    op: the fused projection. attentions: those that it feeds.
+    """
+    shape = _sizes(op.meta.get("val"))
+    if not shape:
+        return None
+    axis = 1 if flow.calls[op].kind == CONV else len(shape) - 1
+    rows = shape[axis]
+    index = torch.arange(rows).reshape([-1 if a == axis else 1 for a in range(len(shape))]).expand(shape)
+    ways = _ways(flow, op, attentions)
+    seen: dict[str, torch.Tensor] = {}
+    try:
+        for source, user, numbers in _ends(op, index):
+            letters = _leads_to(attentions, ways, source, user)
+            if len(letters) > 1:
+                return None
+            for letter in letters:
+                seen.setdefault(letter, torch.zeros(rows, dtype=torch.bool))[_distinct(numbers)] = True
+    except _Unknown:
+        return None
+    if len(seen) < 2 or not bool((torch.stack(list(seen.values())).sum(0) == 1).all()):
+        return None
+    return {letter: tuple(seen[letter].nonzero().flatten().tolist()) for letter in "qkv" if letter in seen}
+
+
+class _Unknown(Exception):
+    """A size or an index that the graph alone does not tell."""
+
+
+def _ways(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> dict[str, set[fx.Node]]:
+    """For each operand the nodes between it and the projection."""
+    start = flow.order[op]
+    ways: dict[str, set[fx.Node]] = {}
+    for attention in attentions:
+        for letter, operand in attention.operands.items():
+            way, stack = ways.setdefault(letter, set()), [operand]
+            while stack:
+                node = stack.pop()
+                # Nodes before the projection cannot lead from it: rotary tables are not walked for each layer.
+                if node in way or flow.order[node] <= start or rule_of(node.target) is Rule.PRODUCT:
+                    continue
+                call = flow.calls.get(node)
+                if call is not None and call.kind != NORM and not is_depthwise(call):
+                    continue
+                way.add(node)
+                stack.extend([call.x] if call is not None else node._input_nodes)
+    return ways
+
+
+def _leads_to(
+    attentions: Sequence[Attention], ways: dict[str, set[fx.Node]], source: fx.Node, user: fx.Node
+) -> set[str]:
+    direct = {
+        letter
+        for attention in attentions
+        if user in attention.core
+        for letter, operand in attention.operands.items()
+        if operand is source
+    }
+    return direct or {letter for letter, way in ways.items() if user in way}
+
+
+def _ends(op: fx.Node, index: torch.Tensor) -> Iterator[tuple[fx.Node, fx.Node, torch.Tensor]]:
+    """(node, user, row numbers) wherever data moved from the projection enters an op that does more than move."""
+    stack: list[tuple[fx.Node, Any]] = [(op, index)]
+    while stack:
+        node, numbers = stack.pop()
+        for user in node.users:
+            name = op_name(user.target) if user.op == "call_function" else ""
+            if not user.args or user.args[0] is not node or name not in _RESHAPES | _MOVES:
+                if isinstance(numbers, torch.Tensor) and isinstance(user.meta.get("val"), torch.Tensor):
+                    yield node, user, numbers
+                continue
+            stack.append((user, _moved(user, name, numbers)))
+
+
+def _moved(node: fx.Node, name: str, numbers: Any) -> Any:
+    if name in _RESHAPES:
+        shape = _sizes(node.meta.get("val"))
+        if shape is None:
+            raise _Unknown
+        return numbers if tuple(numbers.shape) == shape else numbers.reshape(shape)
+    first, *others = node.args
+    rest = [_concrete(a) for a in others]
+    kwargs = {key: _concrete(a) for key, a in node.kwargs.items()}
+    target: Any = node.target
+    try:
+        return target(numbers, *rest, **kwargs)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise _Unknown from error
+
+
+def _concrete(value: Any) -> Any:
+    """An argument with nodes replaced by what they are at the example's sizes."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_concrete(item) for item in value)
+    if not isinstance(value, fx.Node):
+        return value
+    known = value.meta.get("val")
+    if isinstance(known, (torch.SymInt, int)):
+        return _hint(known)
+    if value.op == "get_attr":
+        module = value.graph.owning_module
+        for name in str(value.target).split("."):
+            module = getattr(module, name, None)
+        if isinstance(module, torch.Tensor) and type(module) in (torch.Tensor, torch.nn.Parameter):
+            return module
+    if isinstance(known, torch.Tensor) and value.target is torch.ops.aten.expand_as.default:
+        return known
+    raise _Unknown
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A tensor's sizes, dynamic ones as in the example; None where one is unknown."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return tuple(_hint(size) for size in value.shape)
+    except _Unknown:
+        return None
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    if not size.node.has_hint():
+        raise _Unknown
+    return int(size.node.hint)
+
+
+def _distinct(numbers: torch.Tensor) -> torch.Tensor:
+    """The numbers without the repeats that expanded axes (stride 0) make."""
+    for axis, stride in enumerate(numbers.stride()):
+        if stride == 0 and numbers.shape[axis] > 1:
+            numbers = numbers.narrow(axis, 0, 1)
+    return numbers.reshape(-1)

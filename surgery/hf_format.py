@@ -1,0 +1,90 @@
+"""Writing a program as a transformers directory that `AutoModel.from_pretrained` loads."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.base import Base
+from surgery.errors import ExportError
+from surgery.files import staged_directory
+from surgery.replay import live_entries
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+# Everything but weights that a tokenizer, processor or generation needs, by the names transformers gives.
+_COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
+)  # fmt: skip
+
+
+def write_hf(program: Program, path: Any, *, overwrite: bool = False) -> None:
+    """Write a merged program's weights, config and tokenizer. Raises ExportError where adapters remain."""
+    left = live_entries(program.journal)
+    if left:
+        raise ExportError(
+            f"{left[0].id!r} is not folded into the weights, and a transformers directory cannot hold it; "
+            f"merge first, or export to ONNX"
+        )
+    with staged_directory(Path(path), overwrite) as folder:
+        _write(program.base, program.state(), folder)
+
+
+def write_base(base: Base, folder: Path) -> None:
+    """The base alone, for --standalone."""
+    folder.mkdir()
+    _write(base, base.tensors, folder)
+
+
+def _write(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
+    module: Any = base.loaded.module
+    if not hasattr(module, "save_pretrained") or not hasattr(module, "config"):
+        raise ExportError(
+            f"--format hf needs a transformers model, and the base is {base.ref or type(module).__name__}"
+        )
+    config = copy.deepcopy(module.config)
+    if hasattr(config, "quantization_config"):  # the weights are plain tensors by now
+        del config.quantization_config
+    tied = {name: group for name, group in base.names.items() if len(group) > 1}
+    if any(state[name] is not state[group[0]] for name, group in tied.items()):
+        config.tie_word_embeddings = False
+    with torch.device("meta"):
+        fresh = type(module)(config)
+    names = set(module.state_dict())
+    fresh.load_state_dict({n: t.detach() for n, t in state.items() if n in names}, assign=True, strict=True)
+    if getattr(config, "tie_word_embeddings", False):
+        fresh.tie_weights()
+    _unfake(fresh)
+    if getattr(module, "generation_config", None) is not None:
+        fresh.generation_config = copy.deepcopy(module.generation_config)
+    fresh.save_pretrained(folder)
+    _companions(base, folder)
+
+
+def _unfake(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise ExportError(f"the program has no value for {name}; was the model class changed?")
+
+
+def _companions(base: Base, folder: Path) -> None:
+    source = base.loaded.files[0].parent if base.loaded.files else None
+    if source is None:
+        return
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if not (folder / file.name).exists():
+                shutil.copy(file, folder / file.name)
+    gguf = base.options.model_kwargs.get("gguf_file")
+    if gguf and not list(folder.glob("tokenizer*")):
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)

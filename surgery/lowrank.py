@@ -1,0 +1,169 @@
+"""Low-rank branches on every kind of weight: shapes, graph, and what the merged weight becomes.
+
+For a weight seen as a matrix W (out × in), the branch is y + s·B(A x) with A (r × in), B (out × r), and the
+merge W + s·B A. Convolutions apply A with the base's kernel, stride and groups and B pointwise; an embedding
+looks A up; stacked experts gather A and B with the base's own expert numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from surgery.rewriter import Rewriter
+from surgery.sites import Site
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, arguments
+
+aten = torch.ops.aten
+
+
+def factor_shapes(site: Site, rank: int, rows: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and B. rows: output features that the branch covers (all by default)."""
+    out = site.out_features if rows is None else rows
+    if site.kind == CONV:
+        groups, kernel = site.groups, site.shape[2:]
+        return (rank * groups, site.shape[1], *kernel), (out, rank, *(1 for _ in kernel))
+    if site.kind == EXPERTS:
+        return (site.size("e"), rank, site.in_features), (site.size("e"), out, rank)
+    return (rank, site.in_features), (out, rank)
+
+
+def branch(site: Site, g: Rewriter, a: fx.Node, b: fx.Node) -> fx.Node:
+    """B(A x), of the shape of the site's output (or of the rows that B has)."""
+    return _up(site, g, _down(site, g, a), b)
+
+
+def add_branch(site: Site, g: Rewriter, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
+    """out + scale · B(A x); one fused addmm where the site is a linear."""
+    hidden = _down(site, g, a)
+    if site.kind in (CONV, EXPERTS, EMBEDDING):
+        return g.call(aten.add.Tensor, g.out, _up(site, g, hidden, b), alpha=scale)
+    transposed = g.call(aten.t.default, b)
+    if g.out.meta["val"].dim() == 2:
+        return g.call(aten.addmm.default, g.out, hidden, transposed, alpha=scale)
+    # -1 keeps batch and sequence symbolic without asking for their product
+    flat_out = g.call(aten.reshape.default, g.out, [-1, site.out_features])
+    flat_hidden = g.call(aten.reshape.default, hidden, [-1, _last(b)])
+    summed = g.call(aten.addmm.default, flat_out, flat_hidden, transposed, alpha=scale)
+    return g.call(aten.view_as.default, summed, g.out)
+
+
+def add_rows(
+    site: Site, g: Rewriter, branches: Sequence[tuple[fx.Node, Sequence[int]]], scale: float
+) -> fx.Node:
+    """out + scale · (branch outputs placed at their output features, zero elsewhere)."""
+    value = g.out
+    total = site.out_features
+    for update, rows in branches:
+        first, last = rows[0], rows[-1]
+        if list(rows) == list(range(first, last + 1)):
+            placed = g.call(aten.constant_pad_nd.default, update, [first, total - last - 1])
+        else:
+            # an extra zero column that every uncovered feature reads
+            padded = g.call(aten.constant_pad_nd.default, update, [0, 1])
+            placed = g.call(aten.index_select.default, padded, -1, g[f"rows_{first}"])
+        value = g.call(aten.add.Tensor, value, placed, alpha=scale)
+    return value
+
+
+def gather_index(rows: Sequence[int], total: int) -> Tensor:
+    """For interleaved rows: column of the padded branch output that each output feature reads; int64 (total,)."""
+    index = torch.full((total,), len(rows), dtype=torch.int64)
+    index[torch.tensor(list(rows))] = torch.arange(len(rows))
+    return index
+
+
+def _last(node: fx.Node) -> int:
+    return int(node.meta["val"].shape[-1])
+
+
+def _down(site: Site, g: Rewriter, a: fx.Node) -> fx.Node:
+    assert g.call_ is not None
+    call = g.call_
+    if site.kind == EMBEDDING:
+        args = arguments(call.node)
+        table = g.call(aten.t.default, a)
+        padding = args.get("padding_idx", -1)
+        return g.call(aten.embedding.default, table, g.x, padding)
+    if site.kind == CONV:
+        args = arguments(call.node)
+        names = ("stride", "padding", "dilation", "groups")
+        return g.call(call.node.target, g.x, a, None, *(args[name] for name in names))
+    if site.kind == EXPERTS:
+        gathered = g.call(aten.index_select.default, a, 0, call.gather) if call.gather is not None else a
+        if call.x_axis == "column":
+            return g.call(aten.matmul.default, gathered, g.x)
+        return g.call(aten.matmul.default, g.x, g.call(aten.transpose.int, gathered, 1, 2))
+    return g.call(aten.linear.default, g.x, a)
+
+
+def _up(site: Site, g: Rewriter, hidden: fx.Node, b: fx.Node) -> fx.Node:
+    assert g.call_ is not None
+    call = g.call_
+    if site.kind == CONV:
+        spatial = len(site.shape) - 2
+        op = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[spatial - 1]
+        return g.call(op, hidden, b, None, [1] * spatial, [0] * spatial, [1] * spatial, site.groups)
+    if site.kind == EXPERTS:
+        gathered = g.call(aten.index_select.default, b, 0, call.gather) if call.gather is not None else b
+        if call.x_axis == "column":
+            return g.call(aten.matmul.default, gathered, hidden)
+        return g.call(aten.matmul.default, hidden, g.call(aten.transpose.int, gathered, 1, 2))
+    return g.call(aten.linear.default, hidden, b)
+
+
+@dataclass(frozen=True)
+class AddLowRank:
+    """Merge: W ← W + scale · B A, in place, in the weight's own layout. rows: output features covered."""
+
+    site: Site
+    a: Tensor
+    b: Tensor
+    scale: float
+    rows: tuple[int, ...] | None = None
+
+    def apply_(self, weight: Tensor) -> None:
+        site, a, b = self.site, self.a.detach().to(weight.dtype), self.b.detach().to(weight.dtype)
+        if site.kind == CONV:
+            groups = site.groups
+            matrix = weight.view(groups, weight.shape[0] // groups, -1)
+            left = b.reshape(groups, b.shape[0] // groups, -1)
+            matrix.baddbmm_(left, a.reshape(groups, a.shape[0] // groups, -1), alpha=self.scale)
+            return
+        if site.kind == EXPERTS:
+            matrix = weight if site.layout == "eoi" else weight.transpose(1, 2)
+            matrix.baddbmm_(b, a, alpha=self.scale)
+            return
+        # rows = outputs; an embedding (v, d) and Conv1D (i, o) hold the transpose
+        matrix = weight if site.layout == "oi" else weight.t()
+        if self.rows is None:
+            if site.layout == "oi":
+                weight.addmm_(b, a, alpha=self.scale)
+            else:
+                weight.addmm_(a.t(), b.t(), alpha=self.scale)
+            return
+        index = torch.tensor(self.rows)
+        matrix.index_add_(0, index, b @ a, alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class ScaleAxis:
+    """Merge: the weight (or bias) is multiplied by a vector along its output or input axis, in place."""
+
+    site: Site
+    vector: Tensor
+    axis: str = "o"
+    bias: bool = False
+
+    def apply_(self, tensor: Tensor) -> None:
+        vector = self.vector.detach().to(tensor.dtype)
+        if self.bias:
+            tensor.mul_(vector)
+            return
+        position = self.site.layout.index(self.axis)
+        shape = [1] * tensor.dim()
+        shape[position] = -1
+        tensor.mul_(vector.view(shape))

@@ -1,0 +1,108 @@
+"""`program.module()`: a plain trainable nn.Module over a program's graphs, with true train and eval modes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]
+
+
+class ProgramModule(nn.Module):
+    """Parameters and buffers by their original names; forward runs the eval or the train graph.
+
+    `train()` switches to the graph that was captured in train mode (made at the first call), and raises
+    CaptureError where the model cannot be captured in it. Both graphs read the same tensors.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], non_persistent: frozenset[str], graph_of: GraphOf, name: str
+    ) -> None:
+        super().__init__()
+        self.training = False
+        for path, tensor in tensors.items():
+            _register(self, path, tensor, path not in non_persistent)
+        self.__dict__["_graph_of"] = graph_of
+        self.__dict__["_compiled"] = {}
+        self.__dict__["_title"] = name
+
+    def graph_module(self, training: bool | None = None) -> fx.GraphModule:
+        """The compiled graph of a mode (the current one by default); it shares this module's tensors."""
+        training = self.training if training is None else training
+        compiled: dict[bool, fx.GraphModule] = self.__dict__["_compiled"]
+        if training not in compiled:
+            graph, source = self.__dict__["_graph_of"](training)
+            for node in graph.nodes:  # submodules of higher-order ops
+                if node.op == "get_attr" and not _has(self, node.target):
+                    _attach(self, node.target, _get(source, node.target))
+            module = fx.GraphModule(self, graph, class_name=self.__dict__["_title"])
+            module.__dict__.update(
+                _parameters=self._parameters, _buffers=self._buffers, _modules=self._modules
+            )
+            for spec in ("_in_spec", "_out_spec"):
+                if hasattr(source, spec):
+                    module.__dict__[spec] = getattr(source, spec)
+            compiled[training] = module
+        return compiled[training]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graph_module()(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> ProgramModule:
+        self.graph_module(mode)
+        super().train(mode)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
+        fresh = ProgramModule({}, frozenset(), self.__dict__["_graph_of"], self.__dict__["_title"])
+        memo[id(self)] = fresh
+        shared = ("_graph_of", "_compiled", "_title")
+        for key, value in self.__dict__.items():
+            if key not in shared:
+                fresh.__dict__[key] = copy.deepcopy(value, memo)
+        return fresh
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a program's module is not pickled: save the program, or this module's state_dict()")
+
+
+def _get(root: Any, path: str) -> Any:
+    for part in path.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def _has(root: Any, path: str) -> bool:
+    for part in path.split("."):
+        if not hasattr(root, part):
+            return False
+        root = getattr(root, part)
+    return True
+
+
+def _container(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        child = root._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            child.training = root.training
+            root.add_module(part, child)
+        root = child
+    return root, leaf
+
+
+def _register(root: nn.Module, path: str, tensor: Tensor, persistent: bool) -> None:
+    owner, leaf = _container(root, path)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def _attach(root: nn.Module, path: str, value: Any) -> None:
+    owner, leaf = _container(root, path)
+    setattr(owner, leaf, value)

@@ -1,0 +1,295 @@
+"""Planning and applying passes: targets to sites, refusals, tensors, rewrites, proof, journal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import metadata
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, device, fx, nn
+
+from surgery import replay, target
+from surgery.base import Base
+from surgery.errors import PassError
+from surgery.journal import Entry, SiteRecord
+from surgery.numerics import Observed, observe
+from surgery.pass_base import Pass, RewritePass, SelectPass, TensorSpec
+from surgery.passes.freeze import Freeze
+from surgery.rewriter import MetaCache, copy_graph
+from surgery.sites import Site, SiteIndex
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One targeted site: refused with a reason, or the tensors that would be added there."""
+
+    site: Site
+    refusal: str | None = None
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        return sum(spec.numel() for spec in self.specs.values() if spec.trainable)
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """What one pass would do. parameters: those a selection covers; trains: what they would become."""
+
+    pass_: Pass
+    sites: tuple[SitePlan, ...] = ()
+    trains: dict[str, bool] = field(default_factory=dict)
+    auto: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> list[SitePlan]:
+        return [s for s in self.sites if s.refusal is None]
+
+    @property
+    def refused(self) -> list[SitePlan]:
+        return [s for s in self.sites if s.refusal is not None]
+
+    @property
+    def parameters(self) -> int:
+        return sum(s.parameters for s in self.accepted)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a pipeline would do, pass by pass."""
+
+    passes: tuple[PassPlan, ...]
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did. observed: None where the outputs were not compared, with `unverified` saying why."""
+
+    entry: Entry
+    plan: PassPlan
+    observed: Observed | None
+    unverified: str = ""
+    seconds: float = 0.0
+
+
+@cache
+def core_version() -> str:
+    try:
+        return metadata.version("torch-surgery")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def plan(program: Program, passes: Sequence[Pass], freeze_base: bool | None = None) -> PlanReport:
+    """What `apply` would do. Raises TargetError where a target misses, PassError for a bad request."""
+    return PlanReport(
+        tuple(_plan_pass(program, p, auto) for p, auto in _complete(program, passes, freeze_base))
+    )
+
+
+def _complete(program: Program, passes: Sequence[Pass], freeze_base: bool | None) -> list[tuple[Pass, bool]]:
+    """The passes with the freezing of the base put first where it is wanted."""
+    selects = any(isinstance(p, SelectPass) for p in passes) or any(
+        e.kind == "select" for e in program.journal
+    )
+    adapts = any(isinstance(p, RewritePass) for p in passes)
+    listed = [(p, False) for p in passes]
+    if freeze_base is True or (freeze_base is None and adapts and not selects):
+        return [(_freeze_base(program.base), True), *listed]
+    return listed
+
+
+def _freeze_base(base: Base) -> Freeze:
+    """Freeze everything, except what the checkpoint did not hold: a new head has to train."""
+    fresh = [
+        name
+        for name, tensor in base.tensors.items()
+        if base.loaded.files and name in base.loaded.unsourced and isinstance(tensor, nn.Parameter)
+    ]
+    terms = ",".join(f"!path:{name}" for name in fresh)
+    return Freeze(target=f"all,{terms}" if terms else "all")
+
+
+def _plan_pass(program: Program, pass_: Pass, auto: bool) -> PassPlan:
+    if isinstance(pass_, SelectPass):
+        return _plan_selection(program, pass_, auto)
+    if not isinstance(pass_, RewritePass):
+        raise PassError(f"pass {pass_.name!r} is neither a rewrite nor a selection, and cannot be applied")
+    if any(e.id == pass_.entry_id for e in program.journal):
+        raise PassError(f"{pass_.entry_id!r} is applied already; give this one a name with --as")
+    if any(e.kind == "merge" for e in program.journal):
+        raise PassError(
+            f"{pass_.name}: the program is merged; undo the merge, or save it with --format hf first"
+        )
+    asked = pass_.target or pass_.default_target
+    if asked is None:
+        raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'attn.*'")
+    sites = target.select_sites(program.sites.sites, asked)
+    plans = tuple(_plan_site(pass_, site) for site in sites)
+    return PassPlan(pass_, plans, notes=tuple(target.readings_differ(program.sites.sites, asked)))
+
+
+def _plan_site(pass_: RewritePass, site: Site) -> SitePlan:
+    refusal = None
+    if site.kind not in pass_.on:
+        refusal = f"{pass_.name} works on {', '.join(pass_.on)}, and this is a {site.kind} weight"
+    elif site.selected_parts and not pass_.partial:
+        refusal = f"it is a fused projection and {pass_.name} cannot act on a part of it; target {site.role}"
+    else:
+        refusal = pass_.check(site)
+    if refusal is not None:
+        return SitePlan(site, refusal)
+    decided = site.deciding(pass_.decide(site))
+    return SitePlan(decided, None, pass_.tensors(decided))
+
+
+def _plan_selection(program: Program, pass_: SelectPass, auto: bool) -> PassPlan:
+    roles = {
+        name: site.role
+        for site in program.base.sites
+        for name in (site.weight, site.bias)
+        if name is not None
+    }
+    names = tuple(program.parameter_names())
+    asked = pass_.target or pass_.default_target
+    if asked is None:
+        raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'embed.*'")
+    chosen = target.select_parameters(names, roles, asked, lambda n: program.base.names.get(n, (n,)))
+    return PassPlan(pass_, trains=pass_.select(chosen), auto=auto)
+
+
+def apply(program: Program, passes: Sequence[Pass], freeze_base: bool | None, verify: bool) -> Program:
+    """See Program.apply."""
+    from surgery.program import Program
+
+    if not passes and not freeze_base:
+        raise PassError("no pass was given; see `surgery passes`")
+    checking = verify and program.base.in_memory
+    reference = program.run() if checking else None
+    for pass_, auto in _complete(program, passes, freeze_base):
+        begun = perf_counter()
+        planned = _plan_pass(program, pass_, auto)
+        entry = _entry(program, planned)
+        if isinstance(pass_, RewritePass):
+            graph, tensors = _rewrite(program, pass_, planned, entry)
+            adapted = Program(
+                program.base, program.journal.add(entry), tensors, program._own(), graph, program.reports
+            )
+            observed = observe(reference, adapted.run()) if checking else None
+        else:
+            adapted = Program(
+                program.base, program.journal.add(entry), program.tensors, program.changed, program.graph
+            )
+            adapted.reports = program.reports
+            observed = Observed(True, 0.0)
+        if observed is not None and not observed.within(pass_.numerics):
+            raise PassError(
+                f"{entry.id} declares {pass_.numerics}, but the outputs moved by {observed.difference:.1e} of "
+                f"their scale on the example inputs; nothing was changed"
+            )
+        if observed is not None and not observed.equal and checking:
+            reference = adapted.run()
+        why = (
+            "" if observed else ("verification was turned off" if not verify else "weights are not in memory")
+        )
+        entry = replace(
+            entry, numerics={"declared": str(pass_.numerics), "observed": str(observed) if observed else why}
+        )
+        adapted.journal = program.journal.add(entry)
+        report = PassReport(entry, planned, observed, why, perf_counter() - begun)
+        adapted.reports = (*program.reports, report) if program.journal.entries else (report,)
+        program.base.plugins.hook.surgery_after_pass(program=adapted, result=report)
+        program = adapted
+    return program
+
+
+def _entry(program: Program, planned: PassPlan) -> Entry:
+    pass_ = planned.pass_
+    info = program.base.plugins.find_pass(pass_.name)
+    if isinstance(pass_, SelectPass):
+        count = sum(e.pass_name == pass_.name and not e.label for e in program.journal)
+        ident = pass_.entry_id if pass_.label or not count else f"{pass_.entry_id}:{count + 1}"
+        records: tuple[SiteRecord, ...] = ()
+        kind = "select"
+    else:
+        ident, kind = pass_.entry_id, "rewrite"
+        if not planned.accepted:
+            first = planned.refused[0]
+            more = f" (and {len(planned.refused) - 1} more)" if len(planned.refused) > 1 else ""
+            raise PassError(f"{pass_.name} at {first.site.path}: refused, {first.refusal}{more}")
+        records = tuple(
+            SiteRecord(s.site.key, s.site.path, s.site.decided, _tensor_names(program, pass_, s))
+            for s in planned.accepted
+        )
+    return Entry(
+        id=ident,
+        pass_name=pass_.name,
+        kind=kind,
+        distribution=info.distribution,
+        distribution_version=info.version,
+        version=pass_.version,
+        options=pass_.options(),
+        sites=records,
+        trains=planned.trains,
+        auto=planned.auto,
+    )
+
+
+def _tensor_names(program: Program, pass_: Pass, planned: SitePlan) -> dict[str, str]:
+    site = planned.site
+    owner, _, leaf = site.key.owner.rpartition(".")
+    stem = pass_.attribute if leaf == "weight" else f"{leaf}_{pass_.attribute}"
+    if site.key.ordinal:
+        stem += f"_use{site.key.ordinal + 1}"
+    prefix = f"{owner}.{stem}" if owner else stem
+    names = {name: f"{prefix}.{name}" for name in planned.specs}
+    for full in names.values():
+        if full in program.base.tensors or full in program.tensors:
+            raise PassError(f"{pass_.entry_id} at {site.path}: the name {full} is taken; choose another --as")
+    return names
+
+
+def _rewrite(
+    program: Program, pass_: RewritePass, planned: PassPlan, entry: Entry
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    tensors = dict(program.tensors)
+    for site_plan, record in zip(planned.accepted, entry.sites, strict=True):
+        site = site_plan.site
+        place = _device(program, site)
+        for name, spec in site_plan.specs.items():
+            tensors[record.tensors[name]] = spec.make(site.dtype, place)
+    graph = copy_graph(program.graph)
+    index = SiteIndex(graph, program.base.names, program.base.plugins.weight_ops)
+    sites = [replace(index.by_key[r.key], decided=r.decided) for r in entry.sites]
+    replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, tensors)
+    graph.lint()
+    return graph, tensors
+
+
+def _device(program: Program, site: Site) -> device:
+    return program.base.tensors[site.weight].device if site.weight else device("cpu")
+
+
+def describe_options(pass_: type[Pass]) -> list[dict[str, Any]]:
+    """A pass's options from its schema: name, type, default, description."""
+    rows = []
+    for name, info in pass_.model_fields.items():
+        annotation = info.annotation
+        shown = getattr(annotation, "__name__", None) if not hasattr(annotation, "__args__") else None
+        rows.append(
+            {
+                "option": "--" + (info.alias or name).replace("_", "-"),
+                "type": shown or str(annotation).replace("typing.", "").replace(" | None", ""),
+                "default": None if info.is_required() else info.default,
+                "required": info.is_required(),
+                "description": info.description or "",
+            }
+        )
+    return rows

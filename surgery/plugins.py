@@ -1,0 +1,157 @@
+"""Plugin managers: built-ins and entry points through the same hooks, with no global state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+import pluggy
+
+from surgery import hookspecs
+from surgery.errors import PassError, PluginError, nearest
+from surgery.pass_base import Pass
+from surgery.weight_ops import BUILTIN_WEIGHT_OPS, WeightOp
+
+GROUP = "surgery"
+CORE = "torch-surgery"
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """A registered pass and the distribution that it comes from."""
+
+    cls: type[Pass]
+    distribution: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        return self.cls.name
+
+
+@dataclass
+class Plugins:
+    """A plugin manager with its registries. broken: entry point -> why it could not be loaded."""
+
+    manager: pluggy.PluginManager
+    distributions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def hook(self) -> Any:
+        return self.manager.hook
+
+    @cached_property
+    def passes(self) -> dict[str, PassInfo]:
+        """Passes by name. Raises PluginError where two distributions register one name."""
+        found: dict[str, PassInfo] = {}
+        for impl in self.manager.hook.surgery_passes.get_hookimpls():
+            distribution, version = self.distributions.get(impl.plugin_name, (impl.plugin_name, ""))
+            for cls in _call(impl, distribution):
+                if not (isinstance(cls, type) and issubclass(cls, Pass) and cls.name):
+                    raise PluginError(
+                        f"plugin {distribution!r} registers {cls!r}, which is no pass with a name"
+                    )
+                other = found.get(cls.name)
+                if other is not None:
+                    raise PluginError(
+                        f"two passes are named {cls.name!r}: one from {other.distribution!r}, one from "
+                        f"{distribution!r}; uninstall one of them"
+                    )
+                found[cls.name] = PassInfo(cls, distribution, version)
+        return found
+
+    @cached_property
+    def weight_ops(self) -> dict[Any, WeightOp]:
+        ops: dict[Any, WeightOp] = {}
+        for table in reversed(self.manager.hook.surgery_weight_ops()):
+            ops.update(table)
+        return ops
+
+    @cached_property
+    def lowerings(self) -> dict[Any, Any]:
+        merged: dict[Any, Any] = {}
+        for table in self.manager.hook.surgery_onnx_lowerings():
+            merged.update(table)
+        return merged
+
+    def find_pass(self, name: str, distribution: str = "") -> PassInfo:
+        """The pass of that name; PassError with the nearest names, or with the distribution to install."""
+        if name in self.passes:
+            return self.passes[name]
+        for entry_point, why in self.broken.items():
+            if distribution and distribution == entry_point.partition(" ")[0]:
+                raise PluginError(
+                    f"pass {name!r} comes from the plugin {entry_point}, which does not load: {why}"
+                )
+        if distribution and distribution != CORE:
+            raise PassError(
+                f"pass {name!r} comes from the plugin {distribution!r}; pip install {distribution}"
+            )
+        hint = nearest(name, self.passes) or f"; there are {', '.join(sorted(self.passes))}"
+        raise PassError(f"there is no pass {name!r}{hint}")
+
+
+def _call(impl: Any, distribution: str) -> list[Any]:
+    try:
+        return list(impl.function())
+    except Exception as error:
+        raise PluginError(f"plugin {distribution!r} fails in surgery_passes: {error}") from error
+
+
+class _Builtins:
+    @hookspecs.hookimpl
+    def surgery_weight_ops(self) -> dict[Any, Any]:
+        return BUILTIN_WEIGHT_OPS
+
+
+def make_plugin_manager(entry_points: bool = True, plugins: tuple[Any, ...] = ()) -> Plugins:
+    """A manager with the built-ins, the installed entry points of group `surgery` and the given plugins.
+
+    Entry points load one at a time: a broken one is remembered in `broken`, and the rest work.
+    """
+    from surgery import passes
+    from surgery.capture import loaders
+
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    found = Plugins(manager)
+    for plugin, name in (
+        (_Builtins(), "surgery.builtins"),
+        (passes, "surgery.passes"),
+        (loaders, "surgery.loaders"),
+    ):
+        manager.register(plugin, name=name)
+        found.distributions[name] = (CORE, _version(CORE))
+    if entry_points:
+        _load_entry_points(found)
+    for plugin in plugins:
+        name = manager.register(plugin) or repr(plugin)
+        found.distributions[name] = (getattr(plugin, "__name__", type(plugin).__name__), "")
+    manager.check_pending()
+    return found
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _load_entry_points(found: Plugins) -> None:
+    for point in sorted(metadata.entry_points(group=GROUP), key=lambda p: p.name):
+        distribution = point.dist.name if point.dist else point.name
+        title = f"{distribution} ({point.value})"
+        plugin = None
+        try:
+            plugin = point.load()
+            name = found.manager.register(plugin, name=f"{distribution}:{point.name}")
+            found.manager.check_pending()
+            found.distributions[name or point.name] = (distribution, _version(distribution))
+        except Exception as error:
+            if plugin is not None and found.manager.is_registered(plugin):
+                found.manager.unregister(plugin)
+            found.broken[title] = f"{type(error).__name__}: {error}".splitlines()[0]

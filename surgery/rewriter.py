@@ -1,0 +1,143 @@
+"""The one thing that changes a graph. It fills `val`, `nn_module_stack` and provenance of every new node."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from surgery.errors import PassError
+from surgery.sites import META, Site, tail
+from surgery.weight_ops import Call
+
+aten = torch.ops.aten
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with its own nodes; metadata dictionaries are copied one level deep."""
+    fresh = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = fresh.graph_copy(graph, mapping)
+    source = next(node for node in reversed(graph.nodes) if node.op == "output")
+    output = fresh.output(result)
+    output.meta = copy.copy(source.meta)
+    fresh._codegen = copy.copy(graph._codegen)
+    return fresh
+
+
+class MetaCache:
+    """Fake results by (op, shapes, dtypes, constants): a pass inserts the same few ops hundreds of times."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.mode = next(
+            (n.meta["val"].fake_mode for n in graph.nodes if isinstance(n.meta.get("val"), FakeTensor)), None
+        ) or FakeTensorMode(allow_non_fake_inputs=True)
+        self._results: dict[Any, Any] = {}
+
+    def tensor(self, like: torch.Tensor) -> FakeTensor:
+        key = ("tensor", tuple(like.shape), like.dtype, like.device)
+        if key not in self._results:
+            with self.mode:
+                self._results[key] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return self._results[key]
+
+    def call(self, op: Any, args: Any, kwargs: Any) -> Any:
+        values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        key = (op, _freeze(values))
+        if key not in self._results:
+            with self.mode, torch.no_grad():
+                self._results[key] = op(*values[0], **values[1])
+        return self._results[key]
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ("t", tuple(_freeze(s) for s in value.shape), value.dtype)
+    if isinstance(value, torch.SymInt):
+        return ("s", value.node.expr)
+    if isinstance(value, (tuple, list)):
+        return tuple(_freeze(item) for item in value)
+    if isinstance(value, Mapping):
+        return tuple((key, _freeze(item)) for key, item in value.items())
+    return (type(value).__name__, value)
+
+
+class Rewriter:
+    """Inserts nodes for one pass at one call of a site.
+
+    `x` is the activation that enters the op, `out` the value that its users see now (earlier adapters
+    included). `g["A"]` is the graph value of the pass's tensor A at this site; `g.call` inserts an op.
+    `weight` scales what an adapter adds (1 as trained, 0 as absent).
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        cache: MetaCache,
+        entry_id: str,
+        names: Mapping[str, str],
+        tensors: Mapping[str, torch.Tensor],
+        weight: float = 1.0,
+    ) -> None:
+        self.graph = graph
+        self.weight = weight
+        self._cache = cache
+        self._entry_id = entry_id
+        self._names = names  # tensor of the pass -> its name in the program
+        self._tensors = tensors
+        self._attributes: dict[str, fx.Node] = {}
+        self._first = next(iter(graph.nodes))
+        self.site: Site | None = None
+        self.call_: Call | None = None
+
+    def rewrite(self, site: Site, build: Any) -> None:
+        """Call build(site, self) at every call of the site and put what it returns in the output's place."""
+        self.site, self._attributes = site, {}
+        for call in site.calls:
+            self.call_ = call
+            self.x, self.out = call.x, tail(call.node)
+            self._anchor = self.out.next
+            self._new: dict[fx.Node, None] = {}
+            value = build(site, self)
+            if value is None or value is self.out:
+                continue
+            if not isinstance(value, fx.Node):
+                raise PassError(
+                    f"{self._entry_id} at {site.path}: rewrite must return a graph value, got {value!r}"
+                )
+            # Before the swap: `wraps` names the inner value, so that a later pass finds the outermost.
+            value.meta[META]["wraps"] = self.out.name
+            self.out.replace_all_uses_with(value, delete_user_cb=lambda node: node not in self._new)
+
+    def __getitem__(self, name: str) -> fx.Node:
+        if name not in self._attributes:
+            if name not in self._names:
+                raise PassError(f"{self._entry_id}: the pass declares no tensor {name!r}")
+            full = self._names[name]
+            with self.graph.inserting_before(self._first):
+                node = self.graph.create_node("get_attr", full, name=full.replace(".", "_"))
+            node.meta = {"val": self._cache.tensor(self._tensors[full]), META: self._provenance()}
+            self._attributes[name] = node
+        return self._attributes[name]
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert `op(*args, **kwargs)`; arguments may be graph values."""
+        with self.graph.inserting_before(self._anchor):
+            node = self.graph.create_node("call_function", op, args, kwargs)
+        assert self.call_ is not None
+        node.meta = {
+            "val": self._cache.call(op, args, kwargs),
+            "nn_module_stack": dict(self.call_.node.meta.get("nn_module_stack", {})),
+            "stack_trace": self.call_.node.meta.get("stack_trace", ""),
+            META: self._provenance(),
+        }
+        self._new[node] = None
+        return node
+
+    def _provenance(self) -> dict[str, Any]:
+        assert self.site is not None
+        return {"entry": self._entry_id, "site": self.site.path, "aux": True}

@@ -1,0 +1,274 @@
+"""Roles: what each weight op does in the model, told from the dataflow and never from names.
+
+    attn.q attn.k attn.v attn.out    projections of an attention, self or cross; fused: attn.qkv, attn.kv, attn.qk
+    attn.q.a attn.q.b                first and second factor of a low-rank projection, likewise attn.kv.a, ...
+    attn.bias                        makes what is added to the scores: relative position tables, their gates
+    attn.mix attn.gate               mixes the scores' heads (talking heads); gates the attention's result
+    mlp.up mlp.gate mlp.down         up and down around a nonlinearity; the gate is the factor that has it;
+    mlp.gate_up mlp.router           gate and up fused; chooses experts. Stacked experts have the same roles
+    embed.token embed.position embed.type embed.patch
+    head head.dense                  feeds an output of the model; feeds the head only
+    norm conv linear embed           anything else, by kind
+
+Convolutions have the roles of attention, patch embeddings and (1×1) heads, and are otherwise `conv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.attention import Attention, find_attentions
+from surgery.dataflow import NONLINEAR, Dataflow, Origins, op_name, trace_origins
+from surgery.fused import Rows, find_parts
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
+
+_FEW_TYPES = 16  # an embedding of at most this many rows, indexed by an input, is of types (segments)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """role: of every weight op. attentions: in graph order. parts: of fused projections, part name ("q", "k",
+    "v") to the output features (rows of the weight) that make it."""
+
+    role: dict[fx.Node, str]
+    attentions: list[Attention]
+    parts: dict[fx.Node, Rows] = field(default_factory=dict)
+
+
+def find_roles(graph: fx.Graph, calls: Sequence[Call]) -> Roles:
+    """The role of every call's node; linear in the size of the graph."""
+    flow = trace_origins(graph.nodes, calls)
+    attentions = find_attentions(flow)
+    role: dict[fx.Node, str] = {}
+    parts = _attention_roles(flow, attentions, role)
+    _router_roles(flow, role)
+    _head_roles(flow, graph, role)
+    _mlp_roles(flow, role)
+    _embedding_roles(flow, role)
+    for call in calls:
+        role.setdefault(call.node, "embed" if call.kind == EMBEDDING else _plain(call.kind))
+    return Roles(role, attentions, parts)
+
+
+def _plain(kind: str) -> str:
+    return LINEAR if kind == EXPERTS else kind
+
+
+def _attention_roles(
+    flow: Dataflow, attentions: Sequence[Attention], role: dict[fx.Node, str]
+) -> dict[fx.Node, Rows]:
+    letters: dict[fx.Node, set[str]] = {}
+    serves: dict[fx.Node, list[Attention]] = {}
+    for attention in attentions:
+        for node, made in attention.letters().items():
+            letters.setdefault(node, set()).update(made)
+            serves.setdefault(node, []).append(attention)
+    fused = [node for node, made in letters.items() if len(made) > 1]
+    factors = _low_rank(flow, letters, serves)
+    for node, made in letters.items():
+        base = "attn." + "".join(letter for letter in "qkv" if letter in made)
+        role[node] = base + factors.get(node, "")
+    weights = {flow.calls[n].weight.target: r for n, r in role.items() if flow.calls[n].weight is not None}  # type: ignore[union-attr]
+    for attention in attentions:
+        for node in attention.out:
+            role.setdefault(node, "attn.out")
+        for node in attention.mix:
+            role.setdefault(node, "attn.mix")
+        for node in attention.gate:
+            role.setdefault(node, "attn.gate")
+        for node in attention.bias:
+            # deberta projects relative positions with the weights of q and k: one weight has one role.
+            weight = flow.calls[node].weight
+            role.setdefault(node, weights.get(weight.target, "attn.bias") if weight else "attn.bias")
+    found = {node: find_parts(flow, node, serves[node]) for node in fused if node in serves}
+    return {node: rows for node, rows in found.items() if rows is not None}
+
+
+def _low_rank(
+    flow: Dataflow, letters: dict[fx.Node, set[str]], serves: dict[fx.Node, list[Attention]]
+) -> dict[fx.Node, str]:
+    """Second factors whose input is made by a first one, for this attention alone (DeepSeek's q_a, q_b, ...).
+
+    First factors are added to `letters`.
+    """
+    factors: dict[fx.Node, str] = {}
+    for second in list(letters):
+        firsts = flow.of(flow.calls[second].x)
+        users = {n for attention in serves[second] for n in (*attention.letters(), *attention.core)}
+        if not firsts or not all(flow.is_projection(n) and flow.calls[n].kind == LINEAR for n in firsts):
+            continue
+        if not all(user in users for first in firsts for user in flow.uses[first]):
+            continue
+        factors[second] = ".b"
+        for first in firsts:
+            factors[first] = ".a"
+            letters.setdefault(first, set()).update(letters[second])
+    return factors
+
+
+def _router_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
+    """What the numbers of the experts to use come from."""
+    for call in flow.calls.values():
+        if call.gather is not None:
+            for node in flow.expanded(flow.of(call.gather)):
+                if node in flow.calls and flow.calls[node].kind == LINEAR:
+                    role.setdefault(node, "mlp.router")
+
+
+def _head_roles(flow: Dataflow, graph: fx.Graph, role: dict[fx.Node, str]) -> None:
+    output = graph.output_node()
+    heads = []
+    for value in output.all_input_nodes:
+        for node in flow.of(value):
+            call = flow.calls.get(node)
+            if call is not None and node not in role and (call.kind == LINEAR or _is_pointwise(call)):
+                role[node] = "head"
+                heads.append(node)
+    for head in heads:
+        chain = list(_dense_chain(flow, head, role))
+        # A plain MLP is all head by this rule; it has none that is worth telling apart.
+        if chain and not any(n.op == "placeholder" for n in flow.of(flow.calls[chain[-1]].x)):
+            role.update(dict.fromkeys(chain, "head.dense"))
+
+
+def _dense_chain(flow: Dataflow, head: fx.Node, role: dict[fx.Node, str]) -> Iterable[fx.Node]:
+    node = head
+    while True:
+        origins = flow.of(flow.calls[node].x)
+        if len(origins) != 1:
+            return
+        node = next(iter(origins))
+        call = flow.calls.get(node)
+        if call is None or call.kind != LINEAR or node in role:
+            return
+        yield node
+
+
+def _mlp_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
+    for down, call in flow.calls.items():
+        if call.kind not in (LINEAR, EXPERTS) or down in role:
+            continue
+        origins = flow.projections(call.x)
+        if not origins or len(origins) != len(flow.expanded(flow.of(call.x))):
+            continue
+        if any(flow.calls[n].kind == CONV or not _may_be(role, n, "mlp.") for n in origins):
+            continue
+        gates = [n for n, flags in origins.items() if flags & NONLINEAR]
+        ups = [n for n in origins if n not in gates]
+        if not gates:
+            continue
+        role[down] = "mlp.down"
+        alone = "mlp.gate_up" if _out_size(gates[0]) == 2 * _in_size(call) else "mlp.up"
+        _set(role, gates, "mlp.gate" if ups else alone)
+        _set(role, ups, "mlp.up")
+
+
+def _may_be(role: dict[fx.Node, str], node: fx.Node, prefix: str) -> bool:
+    return role.get(node, prefix).startswith(prefix)
+
+
+def _set(role: dict[fx.Node, str], nodes: Iterable[fx.Node], name: str) -> None:
+    for node in nodes:
+        role.setdefault(node, name)
+
+
+def _out_size(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return value.shape[-1] if isinstance(value, torch.Tensor) else None
+
+
+def _in_size(call: Call) -> Any:
+    value = call.x.meta.get("val")
+    return value.shape[-1] if isinstance(value, torch.Tensor) else 0
+
+
+def _embedding_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
+    """Embeddings that are summed belong together: the one with most rows that the input indexes is of tokens."""
+    groups: dict[fx.Node, list[Call]] = {}
+    for call in flow.calls.values():
+        if call.kind == EMBEDDING and call.node not in role:
+            groups.setdefault(_sum_of(flow, call.node), []).append(call)
+        elif call.kind in (CONV, LINEAR) and call.node not in role and _is_patch(flow, call):
+            role[call.node] = "embed.patch"
+    for group in groups.values():
+        given = [call for call in group if _indexed_by_input(flow, call)]
+        token = max(given, key=_rows, default=None)
+        for call in group:
+            if token is not None and (call is token or call.weight is token.weight):
+                role[call.node] = "embed.token"
+            elif _rows(call) <= _FEW_TYPES and (call in given or _is_uniform(call.x)):
+                role[call.node] = "embed.type"
+            else:
+                role[call.node] = "embed.position"
+
+
+def _sum_of(flow: Dataflow, node: fx.Node) -> fx.Node:
+    """The largest sum of embeddings and constants that this embedding is a term of."""
+    while True:
+        sums = [n for n in flow.uses.get(node, ()) if n in flow.junctions]
+        inner = flow.expanded({sums[0]: 0}) if sums else {}
+        if not inner or not all(n in flow.calls and flow.calls[n].kind == EMBEDDING for n in inner):
+            return node
+        node = sums[0]
+
+
+def _indexed_by_input(flow: Dataflow, call: Call) -> bool:
+    """Whether the indices are an input as given; numbers counted along the sequence are positions."""
+    node = call.x
+    for _ in range(32):
+        if node.op == "placeholder":
+            return True
+        if node.op != "call_function" or op_name(node.target) in ("cumsum", "arange") or not node.args:
+            return False
+        below = node.args[0]
+        if not isinstance(below, fx.Node):
+            return False
+        node = below
+    return False
+
+
+def _is_uniform(node: fx.Node) -> bool:
+    """Whether indices are one number everywhere: types that were not given."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        if op_name(node.target) in ("zeros_like", "full_like", "ones_like"):
+            return True
+        node = node.args[0]
+    if node.op == "get_attr":
+        owner: Any = node.graph.owning_module
+        for name in str(node.target).split("."):
+            owner = getattr(owner, name, None)
+        held = isinstance(owner, torch.Tensor) and owner.device.type != "meta"
+        return held and type(owner) is torch.Tensor and bool((owner == owner.flatten()[0]).all())
+    return node.op == "call_function" and op_name(node.target) in ("zeros", "full", "ones")
+
+
+def _rows(call: Call) -> int:
+    value = call.weight.meta.get("val") if call.weight is not None else None
+    return int(value.shape[0]) if isinstance(value, torch.Tensor) else 0
+
+
+def _is_patch(flow: Dataflow, call: Call) -> bool:
+    """A convolution of the input whose windows do not overlap."""
+    if call.kind != CONV or not all(n.op == "placeholder" for n in flow.of(call.x)):
+        return False
+    kernel, stride = _kernel(call), arguments(call.node).get("stride")
+    strides = [stride] if isinstance(stride, int) else list(stride or ())
+    strides = strides * len(kernel) if len(strides) == 1 else strides
+    return bool(kernel) and max(kernel) > 1 and kernel == strides
+
+
+def _is_pointwise(call: Call) -> bool:
+    return call.kind == CONV and set(_kernel(call)) == {1}
+
+
+def _kernel(call: Call) -> list[int]:
+    value = call.weight.meta.get("val") if call.weight is not None else None
+    return list(value.shape[2:]) if isinstance(value, torch.Tensor) else []
+
+
+__all__ = ["Attention", "Origins", "Roles", "find_roles"]

@@ -1,0 +1,287 @@
+"""Saved directories: the journal, what the base cannot give back, and a fingerprint of the base.
+
+    surgery.json           schema, base reference and fingerprint, journal, sha256 of the files below
+    inserted.safetensors   every tensor that a pass inserted, frozen ones too
+    changed.safetensors    base tensors that training changed
+    base.safetensors       base tensors that came from no content-hashed file (a new head, a random model)
+    base/                  with --standalone: the base as a transformers directory
+
+A directory is written aside and renamed. Nothing in it is executed: tensors are safetensors, and a base that
+is code (`py:`) or can run code (`.pt2`) loads only when the user names or trusts it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from surgery.base import Base, sha256
+from surgery.capture import LoadOptions, trace
+from surgery.errors import JournalError, LoadError, SurgeryError
+from surgery.files import staged_directory
+from surgery.journal import Journal
+from surgery.pipeline import core_version
+from surgery.plugins import Plugins
+from surgery.replay import pass_of
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+SCHEMA = 1
+MANIFEST = "surgery.json"
+INSERTED, CHANGED, BASE = "inserted.safetensors", "changed.safetensors", "base.safetensors"
+
+
+def is_saved(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def save(program: Program, path: Any, *, standalone: bool = False, overwrite: bool = False) -> None:
+    """Write a program. Raises SurgeryError where the path is taken, the disk is full, or it has no base."""
+    base = program.base
+    if base.consumed:
+        raise JournalError("this base was merged in place: write it with --format hf or to ONNX instead")
+    if not base.in_memory:
+        raise SurgeryError("the weights are not in memory, so there is nothing to save")
+    ref, tensors = base.ref, _unsourced(base)
+    with staged_directory(Path(path), overwrite) as folder:
+        if standalone:
+            ref, tensors = _standalone(base, folder, tensors)
+        files = {
+            INSERTED: program.tensors,
+            CHANGED: _differing(program),
+            BASE: tensors,
+        }
+        hashes = {}
+        for name, content in files.items():
+            if content:
+                save_file(_contiguous(content), folder / name)
+                hashes[name] = sha256(folder / name)
+        manifest = {
+            "schema": SCHEMA,
+            "written_by": {"torch-surgery": core_version(), "torch": torch.__version__},
+            "base": {
+                "ref": ref,
+                "task": base.options.task if ref == base.ref else None,
+                "model_kwargs": dict(base.options.model_kwargs) if ref == base.ref else {},
+                "example": dict(base.options.example),
+                "metadata": {
+                    k: v for k, v in base.loaded.metadata.items() if isinstance(v, (str, int, float, bool))
+                },
+                "files": base.file_hashes if ref == base.ref else _hash_tree(folder / "base"),
+                "graph": base.graph_hash,
+                "sites": base.site_table(),
+            },
+            "journal": program.journal.to_json(),
+            "files": hashes,
+        }
+        manifest["checksum"] = _checksum(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses shared storage: every name gets bytes of its own (ties are found again on loading)."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def _unsourced(base: Base) -> dict[str, Tensor]:
+    kept: dict[str, Tensor] = {}
+    buffers = dict(base.loaded.module.named_buffers(remove_duplicate=False))
+    for name, tensor in base.tensors.items():
+        random_buffer = not base.loaded.files and name in buffers
+        if (name in base.loaded.unsourced or random_buffer) and base.names.get(name, (name,))[0] not in kept:
+            kept[name] = tensor
+    return kept
+
+
+def _differing(program: Program) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in program.changed.items()
+        if not _same(tensor, program.base.tensors[name])
+    }
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return (
+        torch.equal(
+            a.detach().cpu().view(-1).view(torch.uint8),
+            b.detach().cpu().contiguous().view(-1).view(torch.uint8),
+        )
+        if a.numel() and a.is_contiguous()
+        else torch.equal(a.cpu(), b.cpu())
+    )
+
+
+def _standalone(base: Base, folder: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    scheme = base.ref.partition(":")[0]
+    if scheme == "hf":
+        from surgery.hf_format import write_base
+
+        write_base(base, folder / "base")
+        return "hf:./base", tensors
+    if scheme == "timm":
+        return base.ref, tensors  # made by name, and every weight is stored already
+    raise SurgeryError(f"--standalone cannot hold the code of {base.ref or 'a module given from Python'}")
+
+
+def _hash_tree(folder: Path) -> dict[str, str]:
+    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json")}
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """surgery.json, checked against its own checksum, and the files against theirs. Raises JournalError."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        schema = manifest["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise JournalError(f"{path / MANIFEST} cannot be read ({error}); restore it or apply again") from None
+    if schema != SCHEMA:
+        raise JournalError(
+            f"{path} has schema {schema}, and this version reads {SCHEMA}; upgrade torch-surgery"
+        )
+    if manifest.get("checksum") != _checksum(manifest):
+        raise JournalError(
+            f"{path / MANIFEST} was edited or damaged after it was saved; restore it or apply again"
+        )
+    for name, expected in manifest["files"].items():
+        if not (path / name).is_file():
+            raise JournalError(f"{path / name} is missing; restore it or apply again")
+        if Path(name).name != name or sha256(path / name) != expected:
+            raise JournalError(f"{path / name} was changed after it was saved; restore it or apply again")
+    return manifest
+
+
+def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Program:
+    """Re-capture the base and replay the journal. base: where the base lies now, or a captured Program."""
+    from surgery.program import Program
+
+    manifest = read_manifest(path)
+    journal = Journal.from_json(manifest["journal"])
+    for entry in journal:  # an absent plugin is named before a model is loaded
+        if entry.kind == "rewrite":
+            pass_of(entry, plugins)
+    stored = {name: _read(path / name) for name in manifest["files"]}
+    root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}))
+    _check_base(path, manifest["base"], root)
+    changed = {name: _as_in(root.tensors[name], value) for name, value in stored.get(CHANGED, {}).items()}
+    trainable = _trainable(journal, plugins, root)
+    inserted = {
+        name: nn.Parameter(value) if name in trainable else value
+        for name, value in stored.get(INSERTED, {}).items()
+    }
+    missing = {n for e in journal for n in e.tensor_names} - set(inserted)
+    if missing:
+        raise JournalError(f"{path} lacks the tensor {sorted(missing)[0]}; restore it or apply again")
+    program = Program(root, journal, inserted, changed)
+    _ = program.graph
+    return program
+
+
+def _as_in(original: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value) if isinstance(original, nn.Parameter) else value
+
+
+def _trainable(journal: Journal, plugins: Plugins, base: Base) -> set[str]:
+    names = set()
+    for entry in journal:
+        if entry.kind != "rewrite":
+            continue
+        pass_ = pass_of(entry, plugins)
+        for record in entry.sites:
+            site = base.sites.by_key.get(record.key)
+            if site is None:
+                raise JournalError(f"{entry.id} cannot be replayed: the base has no site {record.path}")
+            specs = pass_.tensors(site.deciding(record.decided))  # type: ignore[attr-defined]
+            names |= {record.tensors[name] for name, spec in specs.items() if spec.trainable}
+    return names
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LoadError(f"{path} is no readable safetensors file ({error}); restore it") from None
+
+
+def _base(
+    path: Path,
+    saved: Mapping[str, Any],
+    base: Any,
+    trust: bool,
+    plugins: Plugins,
+    stored: Mapping[str, Tensor],
+) -> Base:
+    from surgery.loading import load_model
+    from surgery.program import Program
+
+    if isinstance(base, Program):
+        loaded, ref, options = base.base.loaded, base.base.ref, base.base.options
+    else:
+        ref = saved["ref"]
+        if not ref and base is None:
+            raise LoadError(
+                f"{path} was saved from a module given in Python; load it with "
+                f"surgery.load({str(path)!r}, base=surgery.capture(module, inputs))"
+            )
+        if ref.startswith("py:") and base != ref:
+            raise LoadError(f"{path} stands on code, {ref}; to run that code, name it again: --base {ref}")
+        if base is not None:
+            ref = str(base)
+        if ref == "hf:./base":
+            ref = f"hf:{path / 'base'}"
+        options = LoadOptions(saved["task"], saved["model_kwargs"], trust, saved["example"])
+        loaded = load_model(ref, options, plugins)
+    _fill(loaded.module, stored, path)
+    return Base(loaded, trace(loaded), plugins, ref, options)
+
+
+def _fill(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
+    there = dict(module.named_parameters(remove_duplicate=False))
+    there.update(module.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, value in stored.items():
+            tensor = there.get(name)
+            if tensor is None or tensor.shape != value.shape:
+                has = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise JournalError(
+                    f"{path} stores {name} {tuple(value.shape)}, and the base has {has}; is it another?"
+                )
+            tensor.copy_(value)
+
+
+def _check_base(path: Path, saved: Mapping[str, Any], base: Base) -> None:
+    if saved["files"] and base.loaded.files:
+        for name, expected in saved["files"].items():
+            if name in base.file_hashes and base.file_hashes[name] != expected:
+                raise JournalError(
+                    f"the base of {path} has changed: {name} is not the file that it was saved with; restore it, "
+                    f"or name the right one with --base"
+                )
+    if base.graph_hash == saved["graph"]:
+        return
+    now = {json.dumps(row) for row in base.site_table()}
+    then = {json.dumps(row) for row in saved["sites"]}
+    differing = sorted({json.loads(row)[0] for row in now ^ then})
+    what = (
+        f"these sites differ: {', '.join(differing[:5])}"
+        if differing
+        else "its sites are the same, its ops are not"
+    )
+    raise JournalError(f"the base of {path} is traced to another graph than when it was saved; {what}")

@@ -1,0 +1,206 @@
+"""Sites: the places where a program uses a weight, found in its graph and keyed on the weight's own name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery import weight_ops
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, WeightOp
+
+META = "surgery"  # node.meta key: {"entry", "site", "aux", "wraps"}
+
+
+@dataclass(frozen=True)
+class SiteKey:
+    """What the journal writes down for a site: never a node name.
+
+    owner: the parameter's name, or the module path where the weight is computed. ordinal counts uses of one
+    owner that differ in kind or layout; calls of one module share their site.
+    """
+
+    owner: str
+    kind: str
+    ordinal: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"owner": self.owner, "kind": self.kind, "ordinal": self.ordinal}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> SiteKey:
+        return SiteKey(data["owner"], data["kind"], int(data["ordinal"]))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight and every call of it.
+
+    path: module path of the weight ("….query"), or the parameter's name where that is not called "weight".
+    weight, bias: parameter names, None where absent or computed. shape, dtype: of the weight as stored.
+    layout: its axes, such as "oi". tied: other names of the same tensor. parts: for a fused projection, part
+    name -> output features. selected_parts: those that a target asked for; empty means all.
+    """
+
+    key: SiteKey
+    path: str
+    kind: str
+    calls: tuple[Call, ...]
+    weight: str | None
+    bias: str | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str
+    role: str = ""
+    tied: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    selected_parts: tuple[str, ...] = ()
+    decided: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        return str(self.calls[0].node.target)
+
+    @property
+    def groups(self) -> int:
+        return int(weight_ops.arguments(self.calls[0].node).get("groups", 1)) if self.kind == CONV else 1
+
+    def size(self, axis: str) -> int:
+        """Length of a stored axis by its letter (o, i, e, v, d); for conv, i is per group."""
+        return self.shape[self.layout.index(axis)]
+
+    @property
+    def out_features(self) -> int:
+        return self.size("d" if self.kind == EMBEDDING else "o")
+
+    @property
+    def in_features(self) -> int:
+        return self.size("v" if self.kind == EMBEDDING else "i")
+
+    @property
+    def computed_from(self) -> tuple[str, ...]:
+        return self.calls[0].computed_from
+
+    @property
+    def parameters(self) -> int:
+        return _numel(self.shape)
+
+    def deciding(self, decided: Mapping[str, Any]) -> Site:
+        return replace(self, decided=dict(decided))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def is_aux(node: fx.Node) -> bool:
+    """True for nodes that an adapter inserted: later passes do not match them."""
+    return bool(node.meta.get(META, {}).get("aux"))
+
+
+def tail(node: fx.Node) -> fx.Node:
+    """The value that stands for a site's output now: the last adapter wrapped round it, or the op itself."""
+    current = node
+    while True:
+        outer = next((u for u in current.users if u.meta.get(META, {}).get("wraps") == current.name), None)
+        if outer is None:
+            return current
+        current = outer
+
+
+class SiteIndex:
+    """All sites of a graph. names: parameter name -> all names of that tensor, itself included."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        names: Mapping[str, tuple[str, ...]],
+        ops: Mapping[Any, WeightOp],
+        roles: Mapping[SiteKey, str] | None = None,
+        parts: Mapping[SiteKey, Mapping[str, tuple[int, ...]]] | None = None,
+    ) -> None:
+        nodes = [node for node in graph.nodes if node.target in ops and not is_aux(node)]
+        calls = weight_ops.find_calls(nodes, ops, lambda node: node.target in names)
+        grouped: dict[str, list[list[Call]]] = defaultdict(list)
+        for call in calls:
+            variants = grouped[_owner(call, names)]
+            for variant in variants:
+                if (variant[0].kind, variant[0].layout) == (call.kind, call.layout):
+                    variant.append(call)
+                    break
+            else:
+                variants.append([call])
+        self.sites: list[Site] = []
+        self.by_key: dict[SiteKey, Site] = {}
+        for owner, variants in grouped.items():
+            for ordinal, variant in enumerate(variants):
+                key = SiteKey(owner, variant[0].kind, ordinal)
+                site = _site(
+                    key, tuple(variant), names, (roles or {}).get(key, ""), (parts or {}).get(key, {})
+                )
+                self.sites.append(site)
+                self.by_key[key] = site
+        order = {call.node: index for index, call in enumerate(calls)}
+        self.sites.sort(key=lambda site: order[site.calls[0].node])
+
+    def __iter__(self):
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+
+def _owner(call: Call, names: Mapping[str, tuple[str, ...]]) -> str:
+    """The weight's name under the module that uses it, where it has several."""
+    if call.weight is None:
+        return call.module_path
+    aliases = names[str(call.weight.target)]
+    if len(aliases) == 1:
+        return aliases[0]
+    prefix = call.module_path + "."
+    return next((name for name in aliases if name.startswith(prefix)), str(call.weight.target))
+
+
+def _site(
+    key: SiteKey,
+    calls: tuple[Call, ...],
+    names: Mapping[str, tuple[str, ...]],
+    role: str,
+    parts: Mapping[str, tuple[int, ...]],
+) -> Site:
+    call = calls[0]
+    if call.weight is None:
+        value = weight_ops.arguments(call.node)[call.op.weights[0]].meta["val"]
+        return Site(
+            key, key.owner, call.kind, calls, None, None, tuple(value.shape), value.dtype, call.layout, role
+        )
+    value = call.weight.meta["val"]
+    name = key.owner
+    bias = None
+    if call.bias is not None:
+        aliases = names.get(str(call.bias.target), (str(call.bias.target),))
+        bias = next((n for n in aliases if n.startswith(call.module_path + ".")), aliases[0])
+    return Site(
+        key=key,
+        path=name.removesuffix(".weight"),
+        kind=call.kind,
+        calls=calls,
+        weight=name,
+        bias=bias,
+        shape=tuple(value.shape),
+        dtype=value.dtype,
+        layout=call.layout,
+        role=role,
+        tied=tuple(n for n in names[str(call.weight.target)] if n != name),
+        parts=parts,
+    )
+
+
+MATRIX_KINDS = (LINEAR, CONV, EMBEDDING, EXPERTS)

@@ -1,0 +1,206 @@
+"""Targets: from `"attn.*,!head"` to the sites or parameters it names, never missing silently."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from surgery.errors import TargetError, nearest
+from surgery.sites import Site
+from surgery.weight_ops import LINEAR
+
+ROLE_ROOTS = ("attn", "mlp", "embed", "norm", "conv", "head", "linear")
+ALL = ("all", "**")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One comma-separated part of a target."""
+
+    text: str
+    exclude: bool
+    reading: str  # role, path, re, op, all, all-linear
+    pattern: re.Pattern[str]
+
+    def matches_path(self, *names: str) -> bool:
+        return any(self.pattern.fullmatch(name) for name in names if name)
+
+    def matches_role(self, role: str) -> bool:
+        return bool(role) and self.pattern.fullmatch(role) is not None
+
+
+def parse(target: str) -> list[Term]:
+    """Split a target into terms. Raises TargetError for an empty or malformed one."""
+    terms = []
+    for raw in target.split(","):
+        text = raw.strip()
+        exclude = text.startswith("!")
+        body = text[1:].strip() if exclude else text
+        if not body:
+            raise TargetError(f"target {target!r} has an empty part; write names separated by single commas")
+        reading, colon, rest = body.partition(":")
+        if colon and reading not in ("role", "path", "re", "op"):
+            raise TargetError(f"target {body!r}: {reading!r} is no reading; use role:, path:, re: or op:")
+        if not colon:
+            rest = body
+            if body in ALL:
+                reading = "all"
+            elif body == "all-linear":
+                reading = "all-linear"
+            else:
+                reading = "role" if re.split(r"[.*]", body)[0] in ROLE_ROOTS else "path"
+        terms.append(Term(body, exclude, reading, _compile(reading, rest, body)))
+    if all(term.exclude for term in terms):
+        terms.insert(0, Term("all", False, "all", re.compile(".*")))
+    return terms
+
+
+def _compile(reading: str, pattern: str, shown: str) -> re.Pattern[str]:
+    if reading in ("all", "all-linear"):
+        return re.compile(".*")
+    if reading == "re":
+        try:
+            return re.compile(rf".*(?:{pattern}).*")
+        except re.error as error:
+            raise TargetError(f"target {shown!r} is no regular expression: {error}") from None
+    body = "".join(
+        ".*" if piece == "**" else "[^.]*" if piece == "*" else "[^.]" if piece == "?" else re.escape(piece)
+        for piece in re.split(r"(\*\*|\*|\?)", pattern)
+    )
+    if reading == "op":
+        return re.compile(rf".*(?:{body}).*")
+    left = "" if reading == "role" else r"(?:.*\.)?"
+    return re.compile(rf"{left}{body}(?:\..*)?")
+
+
+def _site_matches(term: Term, site: Site) -> bool:
+    if term.reading == "all":
+        return True
+    if term.reading == "all-linear":
+        return site.kind == LINEAR and not site.role.startswith("head")
+    if term.reading == "role":
+        return term.matches_role(site.role)
+    if term.reading == "op":
+        return term.matches_path(site.op)
+    modules = {call.module_path for call in site.calls}
+    return term.matches_path(site.path, site.weight or "", *modules)
+
+
+def _part_matches(term: Term, site: Site) -> tuple[str, ...]:
+    """Parts of a fused projection that a role term names: `attn.q` on `attn.qkv`."""
+    if term.reading != "role" or not site.parts:
+        return ()
+    family = site.role.rpartition(".")[0]
+    return tuple(part for part in site.parts if term.matches_role(f"{family}.{part}"))
+
+
+def select_sites(sites: Sequence[Site], target: str) -> list[Site]:
+    """The sites that a target names, in graph order; parts of fused projections are marked on them.
+
+    Raises TargetError where any term matches nothing, with the nearest candidates.
+    """
+    chosen: dict[str, Site] = {}
+    for term in parse(target):
+        hit = False
+        for site in sites:
+            ident = f"{site.key}"
+            whole, parts = _site_matches(term, site), _part_matches(term, site)
+            if not whole and not parts:
+                continue
+            hit = True
+            if term.exclude:
+                _exclude(chosen, ident, whole, parts)
+            elif whole:
+                chosen[ident] = replace(site, selected_parts=())
+            else:
+                before = chosen.get(ident)
+                if before is None or before.selected_parts:
+                    kept = before.selected_parts if before else ()
+                    chosen[ident] = replace(site, selected_parts=tuple(dict.fromkeys(kept + parts)))
+        if not hit:
+            raise TargetError(_miss(term, sites))
+    if not chosen:
+        raise TargetError(f"target {target!r} excludes everything it selects")
+    return [chosen[f"{site.key}"] for site in sites if f"{site.key}" in chosen]
+
+
+def _exclude(chosen: dict[str, Site], ident: str, whole: bool, parts: tuple[str, ...]) -> None:
+    site = chosen.get(ident)
+    if site is None:
+        return
+    left = tuple(p for p in (site.selected_parts or tuple(site.parts)) if p not in parts)
+    if whole or not left:
+        del chosen[ident]
+    else:
+        chosen[ident] = replace(site, selected_parts=left)
+
+
+def _miss(term: Term, sites: Sequence[Site]) -> str:
+    roles = list(dict.fromkeys(site.role for site in sites if site.role))
+    if term.reading == "role":
+        there = nearest(term.text, roles) or f"; the model has the roles {', '.join(roles) or 'none'}"
+        as_path = replace(term, reading="path", pattern=_compile("path", term.text, term.text))
+        also = [site.path for site in sites if _site_matches(as_path, site)]
+        if also:
+            there += f" (as a path it would match {len(also)} sites: write path:{term.text})"
+        return f"target {term.text!r} is a role and matches no site{there}"
+    tails = [".".join(site.path.split(".")[-n:]) for site in sites for n in (1, 2, 3)]
+    there = nearest(term.text.removeprefix("path:"), [*tails, *roles]) or _sample(tails)
+    return f"target {term.text!r} matches no site{there}"
+
+
+def _sample(names: Iterable[str]) -> str:
+    some = list(dict.fromkeys(names))[:6]
+    return f"; there are {', '.join(some)}, …" if some else "; the model has no sites"
+
+
+def select_parameters(
+    parameters: Sequence[str], roles: dict[str, str], target: str, aliases: Callable[[str], tuple[str, ...]]
+) -> tuple[str, ...]:
+    """Parameter names that a target names. roles: parameter -> role of its site (weight and bias alike)."""
+    chosen: dict[str, None] = {}
+    for term in parse(target):
+        if term.reading == "op":
+            raise TargetError(f"target {term.text!r}: parameters have no op; use a path or a role")
+        hit = []
+        for name in parameters:
+            names = aliases(name)
+            if (
+                term.reading == "all"
+                or (term.reading == "role" and any(term.matches_role(roles.get(n, "")) for n in names))
+                or (term.reading in ("path", "re") and term.matches_path(*names))
+                or (
+                    term.reading == "all-linear" and roles.get(name, "").startswith(("attn", "mlp", "linear"))
+                )
+            ):
+                hit.append(name)
+        if not hit:
+            tails = [".".join(name.split(".")[-n:]) for name in parameters for n in (1, 2, 3)]
+            known = [*dict.fromkeys(roles.values())] if term.reading == "role" else tails
+            raise TargetError(
+                f"target {term.text!r} matches no parameter{nearest(term.text, known) or _sample(known)}"
+            )
+        for name in hit:
+            if term.exclude:
+                chosen.pop(name, None)
+            else:
+                chosen[name] = None
+    return tuple(name for name in parameters if name in chosen)
+
+
+def readings_differ(sites: Sequence[Site], target: str) -> list[str]:
+    """A sentence for every role term that would select other sites if it were read as a path."""
+    notes = []
+    for term in parse(target):
+        if term.reading != "role" or term.text.startswith("role:"):
+            continue
+        as_path = replace(term, reading="path", pattern=_compile("path", term.text, term.text))
+        by_role = {site.path for site in sites if _site_matches(term, site) or _part_matches(term, site)}
+        by_path = {site.path for site in sites if _site_matches(as_path, site)}
+        if by_path and by_path != by_role:
+            notes.append(
+                f"{term.text!r} is read as a role ({len(by_role)} sites); as a path it would select "
+                f"{len(by_path)} (path:{term.text})"
+            )
+    return notes

@@ -1,0 +1,124 @@
+"""`surgery verify A B`: whether two models agree, and where they first part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import SurgeryError
+from surgery.export.compare import Divergence, first_divergence
+from surgery.export.program import parity_inputs, source_of
+from surgery.export.runtime import OnnxModel
+from surgery.numerics import relative_difference
+from surgery.program import MERGE_TOLERANCE, Program
+
+Side = Program | OnnxModel
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """One output: largest absolute difference over the output's scale, and whether it is the same bits."""
+
+    name: str
+    shape: tuple[int, ...]
+    difference: float
+    equal: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """agree: every output is within tolerance on every input set. divergence: the first node that differs."""
+
+    outputs: tuple[OutputDifference, ...]
+    tolerance: float
+    divergence: Divergence | None = None
+
+    @property
+    def difference(self) -> float:
+        return max((o.difference for o in self.outputs), default=0.0)
+
+    @property
+    def agree(self) -> bool:
+        return bool(self.outputs) and self.difference <= self.tolerance
+
+
+def verify(a: Side, b: Side, *, tolerance: float | None = None, seed: int = 0) -> Verification:
+    """Run both on fresh inputs, at the example's shape and at another, and compare outputs by name.
+
+    tolerance: largest |a−b| over the largest |a|; None takes what the coarser dtype's rounding explains
+    (2e-4 in fp32). Raises SurgeryError where inputs or outputs do not correspond.
+    """
+    program = next((side for side in (a, b) if isinstance(side, Program)), None)
+    sets = parity_inputs(program, seed) if program is not None else [_onnx_inputs(a, seed)]
+    found: list[OutputDifference] = []
+    dtypes: set[torch.dtype] = set()
+    worst_set, worst = sets[0], -1.0
+    for args, kwargs in sets:
+        left, right = _run(a, program, args, kwargs), _run(b, program, args, kwargs)
+        common = [name for name in left if name in right]
+        if not common:
+            raise SurgeryError(f"no output in common: {', '.join(left)} against {', '.join(right)}")
+        for name in common:
+            if left[name].shape != right[name].shape:
+                raise SurgeryError(
+                    f"output {name} has shape {tuple(left[name].shape)} in one and {tuple(right[name].shape)} in "
+                    f"the other; they are no versions of one model"
+                )
+            gap = relative_difference(left[name], right[name])
+            dtypes.add(left[name].dtype)
+            found.append(
+                OutputDifference(name, tuple(left[name].shape), gap, torch.equal(left[name], right[name]))
+            )
+            if gap > worst:
+                worst, worst_set = gap, (args, kwargs)
+    allowed = tolerance if tolerance is not None else max(MERGE_TOLERANCE.get(d, 0.0) for d in dtypes)
+    result = Verification(tuple(found), allowed)
+    if result.agree:
+        return result
+    where = first_divergence(_comparable(a), _comparable(b), worst_set, tol=allowed)
+    return Verification(tuple(found), allowed, where)
+
+
+def _comparable(side: Side) -> Any:
+    return side.graph_module if isinstance(side, Program) else side
+
+
+def _run(side: Side, program: Program | None, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    if isinstance(side, Program):
+        try:
+            return source_of(side).run(args, kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise SurgeryError(f"the second model does not take the first one's inputs: {reason}") from None
+    named = source_of(program).named_inputs(args, kwargs) if program is not None else dict(kwargs)
+    return side.run(named)
+
+
+def _onnx_inputs(model: Side, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs for two files without a program: masks of ones, small non-negative integers, normal floats."""
+    assert isinstance(model, OnnxModel)
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor] = {}
+    for name, (kind, shape) in model.signature.items():
+        sizes = [size if isinstance(size, int) else 2 if size == "batch" else 7 for size in shape]
+        if "float" in kind or "double" in kind:
+            made[name] = torch.randn(sizes, generator=generator)
+        elif "bool" in kind or "mask" in name:
+            made[name] = torch.ones(sizes, dtype=torch.bool if "bool" in kind else torch.int64)
+        else:
+            made[name] = torch.randint(0, 10, sizes, generator=generator)
+    return (), made
+
+
+def open_side(ref: str, load: Any) -> Side:
+    """An ONNX file, or whatever `load(ref)` makes of a reference or directory."""
+    if ref.endswith(".onnx"):
+        if not Path(ref).is_file():
+            raise SurgeryError(f"{ref} does not exist")
+        return OnnxModel(Path(ref), optimised=False)
+    return load(ref)

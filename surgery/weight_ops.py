@@ -1,0 +1,259 @@
+"""What counts as an op with a weight, and how to read one: the normalised view that matching works on.
+
+Nothing here changes a graph. A `WeightOp` says which arguments of an ATen op (or of a third party's op) are
+the activation, the weight and the bias; `read_call` turns a node into a `Call` whose weight has been followed
+back through transposes, casts and gathers to the parameter that holds it, so that `linear`, `addmm`,
+`t + matmul` and `index + bmm` look the same to a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+LINEAR, CONV, EMBEDDING, EXPERTS, NORM = "linear", "conv", "embedding", "experts", "norm"
+
+
+@dataclass(frozen=True)
+class WeightOp:
+    """How to read one op. Argument names are those of the op's schema.
+
+    kind: linear, conv, embedding, experts or norm.
+    x: the activation argument; weights: the argument(s) that hold the weight, the main one first.
+    layout: axes of the weight as the op takes it: "oi" (out, in), "io", "vd" (vocabulary, dim), ….
+    dequantize: for an op whose weights are packed: (tensors by argument name) -> float weight in `layout`.
+    """
+
+    kind: str
+    x: str
+    weights: tuple[str, ...] = ("weight",)
+    bias: str | None = "bias"
+    layout: str = "oi"
+    dequantize: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a weight in the graph.
+
+    node: the op. x: the node that gives its activation. weight: the get_attr node of the parameter, or None
+    where the weight is computed. layout: axes of the *parameter* as stored, such as "oi" for nn.Linear, "io"
+    for Conv1D, "eoi" for stacked experts. gather: for experts, the node of expert numbers, one per row.
+    x_axis: experts: the axis of x in the product ("column" for W @ x, "row" for x @ W).
+    """
+
+    node: fx.Node
+    op: WeightOp
+    kind: str
+    x: fx.Node
+    weight: fx.Node | None
+    layout: str
+    bias: fx.Node | None = None
+    gather: fx.Node | None = None
+    x_axis: str = "row"
+    computed_from: tuple[str, ...] = ()
+
+    @property
+    def module_path(self) -> str:
+        return module_path(self.node)
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module whose forward made this node; empty for the root."""
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack.values()))[0] if stack else ""
+
+
+_MATMUL = WeightOp(LINEAR, "self", ("other",), None, "io")
+
+BUILTIN_WEIGHT_OPS: dict[Any, WeightOp] = {
+    aten.linear.default: WeightOp(LINEAR, "input"),
+    aten.addmm.default: WeightOp(LINEAR, "mat1", ("mat2",), "self", "io"),
+    aten.mm.default: WeightOp(LINEAR, "self", ("mat2",), None, "io"),
+    aten.matmul.default: _MATMUL,
+    aten.bmm.default: WeightOp(EXPERTS, "self", ("mat2",), None, "eio"),
+    aten.conv1d.default: WeightOp(CONV, "input"),
+    aten.conv1d.padding: WeightOp(CONV, "input"),
+    aten.conv2d.default: WeightOp(CONV, "input"),
+    aten.conv2d.padding: WeightOp(CONV, "input"),
+    aten.conv3d.default: WeightOp(CONV, "input"),
+    aten.conv3d.padding: WeightOp(CONV, "input"),
+    aten.conv_transpose1d.default: WeightOp(CONV, "input", layout="io"),
+    aten.conv_transpose2d.input: WeightOp(CONV, "input", layout="io"),
+    aten.embedding.default: WeightOp(EMBEDDING, "indices", bias=None, layout="vd"),
+    aten.layer_norm.default: WeightOp(NORM, "input", layout="o"),
+    aten.rms_norm.default: WeightOp(NORM, "input", bias=None, layout="o"),
+    aten.group_norm.default: WeightOp(NORM, "input", layout="o"),
+    aten.batch_norm.default: WeightOp(NORM, "input", layout="o"),
+    aten.instance_norm.default: WeightOp(NORM, "input", layout="o"),
+}
+
+# Ops that pass a weight on as it is, or with its axes moved.
+_SAME = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.to.other,
+    aten.lift_fresh_copy.default,
+}
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by schema name, at full arity (defaults filled in)."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return dict(node.kwargs)
+    found: dict[str, Any] = {}
+    for index, argument in enumerate(schema.arguments):
+        if index < len(node.args):
+            found[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            found[argument.name] = node.kwargs[argument.name]
+        else:
+            found[argument.name] = argument.default_value if argument.has_default_value() else None
+    return found
+
+
+def rank_of(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, torch.Tensor) else -1
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where an operand comes from: parameter node, stored axis of each operand axis, gather indices."""
+
+    node: fx.Node
+    axes: tuple[int, ...]
+    gather: fx.Node | None
+
+
+def _trace_weight(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> _Source | None:
+    """Follow an operand back to the parameter it is a view of; None where it is computed."""
+    node, gather = operand, None
+    axes = list(range(max(rank_of(operand), 0)))
+    while not (node.op == "get_attr" and is_weight(node)):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        args, target = arguments(node), node.target
+        below, rank = node.args[0], rank_of(node)
+        if target in _SAME:
+            pass
+        elif target in (aten.t.default, aten.numpy_T.default):
+            if rank == 2:
+                axes = [1 - a for a in axes]
+        elif target is aten.transpose.int:
+            i, j = args["dim0"] % rank, args["dim1"] % rank
+            axes = [j if a == i else i if a == j else a for a in axes]
+        elif target is aten.permute.default:
+            order = [d % rank for d in args["dims"]]
+            axes = [order[a] for a in axes]
+        elif target is aten.index.Tensor and len(args["indices"]) == 1 and gather is None:
+            index = args["indices"][0]
+            if not isinstance(index, fx.Node) or rank_of(index) != 1:
+                return None
+            gather = index
+        elif target is aten.index_select.default and args["dim"] == 0 and gather is None:
+            gather = args["index"]
+        else:
+            return None
+        node = below
+    return _Source(node, tuple(axes), gather)
+
+
+def _computed_from(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> tuple[str, ...]:
+    """Parameters from which an operand is computed without any activation, or empty."""
+    found: dict[str, None] = {}
+    stack, seen = [operand], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder" or len(seen) > 64:
+            return ()
+        if node.op == "get_attr" and is_weight(node):
+            found[str(node.target)] = None
+        stack.extend(node.all_input_nodes)
+    return tuple(found)
+
+
+def read_call(
+    node: fx.Node, ops: Mapping[Any, WeightOp], is_weight: Callable[[fx.Node], bool]
+) -> Call | None:
+    """The node as a use of a weight, or None where it is none (a product of two activations, say)."""
+    op = ops.get(node.target)
+    if op is None:
+        return None
+    args = arguments(node)
+    x, operand = args.get(op.x), args.get(op.weights[0])
+    if not isinstance(x, fx.Node) or not isinstance(operand, fx.Node):
+        return None
+    source = _trace_weight(operand, is_weight)
+    column = False
+    if source is None and op.kind in (LINEAR, EXPERTS) and op.layout.endswith("io"):
+        # W @ x: the weight is the left operand
+        swapped = _trace_weight(x, is_weight)
+        if swapped is not None and swapped.node is not operand and op.bias is None:
+            source, x, column = swapped, operand, True
+    if source is None:
+        made_of = _computed_from(operand, is_weight)
+        if not made_of or op.kind == EXPERTS or _is_product(node):
+            return None
+        return Call(node, op, op.kind, x, None, op.layout, computed_from=made_of)
+    return _resolve(node, op, x, source, column, args)
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target in (aten.matmul.default, aten.mm.default, aten.bmm.default)
+
+
+def _resolve(
+    node: fx.Node, op: WeightOp, x: fx.Node, source: _Source, column: bool, args: Mapping[str, Any]
+) -> Call | None:
+    bias = args.get(op.bias) if op.bias else None
+    bias = bias if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+    kind, letters = op.kind, op.layout
+    rank = rank_of(source.node)
+    if op.dequantize is not None:
+        return Call(node, op, kind, x, source.node, letters, bias, source.gather)
+    if kind in (LINEAR, EXPERTS) and _is_product(node):
+        if (rank == 3 and source.gather is not None) or rank == 3:
+            kind, letters = EXPERTS, "eoi" if column else "eio"
+        elif rank == 2 and source.gather is None and not column:
+            kind, letters = LINEAR, "io"
+        else:
+            return None
+        if len(letters) != len(source.axes):
+            return None
+    if kind in (LINEAR, EXPERTS):
+        stored = [""] * rank
+        for axis, letter in zip(source.axes, letters, strict=False):
+            stored[axis] = letter
+        layout = "".join(stored)
+        if len(layout) != rank:
+            return None
+    else:
+        if source.axes != tuple(range(len(source.axes))):
+            return Call(node, op, kind, x, None, letters, computed_from=(str(source.node.target),))
+        layout = letters
+    return Call(node, op, kind, x, source.node, layout, bias, source.gather, "column" if column else "row")
+
+
+def find_calls(
+    nodes: Sequence[fx.Node], ops: Mapping[Any, WeightOp], is_weight: Callable[[fx.Node], bool]
+) -> list[Call]:
+    """Every use of a weight, in graph order."""
+    calls = (read_call(node, ops, is_weight) for node in nodes if node.op == "call_function")
+    return [call for call in calls if call is not None]
