@@ -51,7 +51,7 @@ class Rule(Enum):
 _NAMES = {
     Rule.SUM: "add add_ sub sub_ rsub subtract addcmul",
     Rule.FIRST: """index index_select gather take_along_dim embedding type_as expand_as view_as reshape_as
-        getitem topk sort repeat_interleave roll masked_select narrow view reshape permute transpose slice
+        getitem topk sort repeat repeat_interleave roll masked_select narrow view reshape permute transpose slice
         select unsqueeze squeeze expand contiguous clone split split_with_sizes chunk unbind flatten unflatten
         t numpy_T to _to_copy detach alias dropout dropout_""",
     Rule.NONLINEAR: """gelu gelu_ relu relu_ relu6 silu silu_ sigmoid sigmoid_ tanh tanh_ hardswish hardswish_
@@ -63,7 +63,8 @@ _NAMES = {
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention lstm gru""",
     Rule.NOTHING: """arange zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones
         new_full new_empty scalar_tensor eye linspace rand randn rand_like randn_like eq ne lt le gt ge
-        logical_and logical_or logical_not logical_xor isnan isinf isfinite any all""",
+        logical_and logical_or logical_not logical_xor isnan isinf isfinite any all sym_size sym_stride
+        sym_numel sym_storage_offset numel item _local_scalar_dense is_nonzero""",
 }
 _RULE_BY_NAME = {name: rule for rule, names in _NAMES.items() for name in names.split()}
 
@@ -86,8 +87,9 @@ class Dataflow:
 
     calls: the weight ops by node. origins: by node; absent for what is no tensor. junctions: the origins that
     meet in a junction. aside: constant weight ops and junctions mixed into a node since its origins. uses:
-    what takes an origin in: weight ops, products and junctions. softmax: the softmax of an origin. order:
-    position in the graph. constant: nodes that rest on no input.
+    what takes an origin in: weight ops, products and junctions. writers: ops that write into a tensor in
+    place, by that tensor's node. softmax: the softmax of an origin. order: position in the graph. constant:
+    nodes that rest on no input.
     """
 
     calls: Mapping[fx.Node, Call]
@@ -95,6 +97,7 @@ class Dataflow:
     junctions: dict[fx.Node, Origins] = field(default_factory=dict)
     aside: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     uses: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    writers: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     softmax: dict[fx.Node, fx.Node] = field(default_factory=dict)
     products: list[fx.Node] = field(default_factory=list)
     order: dict[fx.Node, int] = field(default_factory=dict)
@@ -118,17 +121,17 @@ class Dataflow:
     def projections(self, value: Any) -> Origins:
         """The matrix-like weight ops (linear, conv, experts) among a value's origins.
 
-        A junction is opened only if nothing but such ops meets in it (W x + B A x); otherwise it is the
-        residual stream, and what wrote to that is not what this value was projected by.
+        A sum is opened only if all its terms are linear ops (W x + B A x); any other junction is the residual
+        stream, and what wrote to that is not what this value was projected by.
         """
         found: Origins = {}
         for node, flags in self.of(value).items():
             if self.is_projection(node):
                 found[node] = flags
-            elif node in self.junctions:
-                inner = self.expanded({node: flags})
-                if inner and all(self.is_projection(n) for n in inner):
-                    found.update(inner)
+            else:
+                terms = self.junctions.get(node, {})
+                if terms and all(n in self.calls and self.calls[n].kind == LINEAR for n in terms):
+                    found.update({n: flags | more for n, more in terms.items()})
         return found
 
     def is_projection(self, node: fx.Node) -> bool:
@@ -213,6 +216,20 @@ def _pass_on(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node, call: 
             flow.softmax.setdefault(origin, node)
         origins = {n: flags | SOFTMAX for n, flags in origins.items()}
     known[node] = origins
+    if not node.users and op_name(node.target).endswith("_"):
+        _write_back(flow, rests_on, node)
+
+
+def _write_back(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node) -> None:
+    """An op in place whose result nobody takes (`k[..., :n] = x`): whoever reads the tensor later reads this."""
+    target, steps = node.args[0], 0
+    while isinstance(target, fx.Node) and target in rests_on and steps < 8:
+        flow.writers.setdefault(target, []).append(node)
+        flow.origins[target] = {**flow.origins[target], **flow.origins[node]}
+        rests_on[target] = max(rests_on[target], rests_on[node])
+        if target.op != "call_function" or rule_of(target.target) is not Rule.FIRST or not target.args:
+            return
+        target, steps = target.args[0], steps + 1
 
 
 def _combine(flow: Dataflow, node: fx.Node, parts: list[Origins], rule: Rule) -> Origins:

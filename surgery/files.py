@@ -37,8 +37,11 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _replace(stage: Path, path: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
     for file in stage.rglob("*"):
         if file.is_file():
+            file.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
     if not path.exists():

@@ -26,6 +26,8 @@ _RESHAPES = {
     *("reshape_as", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as", "dropout"),
     *("dropout_", "lift_fresh_copy"),
 }
+# Ops on each element: they change values, but not which row a value came from.
+_POINTWISE = {"clamp", "clamp_", "mul", "mul_", "div", "div_", "add", "add_", "neg", "batch_norm"}
 # Ops that move or repeat elements: run on the index tensor.
 _MOVES = {
     *("permute", "transpose", "t", "numpy_T", "movedim", "swapaxes", "select", "slice", "split", "chunk"),
@@ -82,6 +84,7 @@ def _ways(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> dict[
                     continue
                 way.add(node)
                 stack.extend([call.x] if call is not None else node._input_nodes)
+                stack.extend(flow.writers.get(node, ()))
     return ways
 
 
@@ -105,15 +108,24 @@ def _ends(op: fx.Node, index: torch.Tensor) -> Iterator[tuple[fx.Node, fx.Node, 
         node, numbers = stack.pop()
         for user in node.users:
             name = op_name(user.target) if user.op == "call_function" else ""
-            if not user.args or user.args[0] is not node or name not in _RESHAPES | _MOVES:
+            if not user.args or user.args[0] is not node or not _passes(user, name):
                 if isinstance(numbers, torch.Tensor) and isinstance(user.meta.get("val"), torch.Tensor):
                     yield node, user, numbers
                 continue
             stack.append((user, _moved(user, name, numbers)))
 
 
+def _passes(user: fx.Node, name: str) -> bool:
+    if name in _POINTWISE:
+        # With a parameter or a number, before the parts are split: clipping, a bias of its own, LeViT's norm.
+        others = [n for n in user._input_nodes if n is not user.args[0]]
+        first, value = _sizes(user.args[0].meta.get("val")), _sizes(user.meta.get("val"))  # type: ignore[union-attr]
+        return first == value and all(n.op == "get_attr" for n in others)
+    return name in _RESHAPES or name in _MOVES
+
+
 def _moved(node: fx.Node, name: str, numbers: Any) -> Any:
-    if name in _RESHAPES:
+    if name in _RESHAPES or name in _POINTWISE:
         shape = _sizes(node.meta.get("val"))
         if shape is None:
             raise _Unknown
@@ -137,6 +149,8 @@ def _concrete(value: Any) -> Any:
     known = value.meta.get("val")
     if isinstance(known, (torch.SymInt, int)):
         return _hint(known)
+    while op_name(value.target) in ("lift_fresh_copy", "detach", "detach_", "to") and value.args:
+        value = value.args[0]
     if value.op == "get_attr":
         module = value.graph.owning_module
         for name in str(value.target).split("."):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,22 @@ def _write(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
     _unfake(fresh)
     if getattr(module, "generation_config", None) is not None:
         fresh.generation_config = copy.deepcopy(module.generation_config)
-    fresh.save_pretrained(folder)
+    with _no_progress_bars():
+        fresh.save_pretrained(folder)
     _companions(base, folder)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _unfake(module: nn.Module) -> None:

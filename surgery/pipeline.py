@@ -172,6 +172,8 @@ def apply(program: Program, passes: Sequence[Pass], freeze_base: bool | None, ve
     if not passes and not freeze_base:
         raise PassError("no pass was given; see `surgery passes`")
     checking = verify and program.base.in_memory
+    tensors, changed = program.shells()
+    program = Program(program.base, program.journal, tensors, changed, program.graph, program.reports)
     reference = program.run() if checking else None
     for pass_, auto in _complete(program, passes, freeze_base):
         begun = perf_counter()
@@ -180,7 +182,7 @@ def apply(program: Program, passes: Sequence[Pass], freeze_base: bool | None, ve
         if isinstance(pass_, RewritePass):
             graph, tensors = _rewrite(program, pass_, planned, entry)
             adapted = Program(
-                program.base, program.journal.add(entry), tensors, program._own(), graph, program.reports
+                program.base, program.journal.add(entry), tensors, program.changed, graph, program.reports
             )
             observed = observe(reference, adapted.run()) if checking else None
         else:

@@ -37,18 +37,19 @@ class Program:
         base: Base,
         journal: Journal | None = None,
         tensors: Mapping[str, Tensor] | None = None,
-        changed: Mapping[str, Tensor] | None = None,
+        changed: dict[str, Tensor] | None = None,
         graph: fx.Graph | None = None,
         reports: tuple[PassReport, ...] = (),
     ) -> None:
         self.base = base
         self.journal = journal or Journal()
         self.tensors: dict[str, Tensor] = dict(tensors or {})
-        self.changed: dict[str, Tensor] = dict(changed or {})
+        self.changed: dict[str, Tensor] = changed if isinstance(changed, dict) else {}
         self.reports = reports
         self._graph = graph
         self._train_graph: fx.Graph | None = None
         self._module: ProgramModule | None = None
+        self._runner: tuple[int, fx.GraphModule] | None = None
 
     # -- seeing
 
@@ -129,7 +130,7 @@ class Program:
         )
         if in_place:
             return self._merge_in_place(entry, folded)
-        merged = Program(self.base, self.journal.add(entry), self.tensors, self._own())
+        merged = Program(self.base, self.journal.add(entry), self.tensors, dict(self.changed))
         if not verify or not self.base.in_memory:
             return merged
         seen = observe(self.run(), merged.run())
@@ -178,7 +179,7 @@ class Program:
                     raise PassError(
                         f"{entry.id}: {entry.pass_name} can be left out (0) or in (1), not scaled"
                     )
-        return Program(self.base, journal, self.tensors, self._own())
+        return Program(self.base, journal, self.tensors, self.changed)
 
     def only(self, *names: str) -> Program:
         """The program with just these adapters in."""
@@ -208,7 +209,7 @@ class Program:
             left = [e for e in left if not e.auto]
         names = {n for e in left for n in e.tensor_names}
         kept = {n: t for n, t in self.tensors.items() if n in names}
-        return Program(self.base, Journal(tuple(left)), kept, self._own())
+        return Program(self.base, Journal(tuple(left)), kept, dict(self.changed))
 
     def undo_all(self) -> Program:
         """The base, bit for bit."""
@@ -221,12 +222,19 @@ class Program:
     # -- running
 
     def module(self) -> ProgramModule:
-        """A trainable nn.Module in eval mode; call `.train()` for the graph of train mode."""
+        """A trainable nn.Module in eval mode; call `.train()` for the graph of train mode.
+
+        Base parameters that train are copied first, so that neither the caller's model nor any other program
+        on this base sees the training; `without` and its like, which are the same program, do.
+        """
         if self._module is None:
             self._own()
-            title = type(self.base.loaded.module).__name__
-            self._module = ProgramModule(self.state(), self.base.non_persistent, self._graph_of, title)
+            self._module = self._make_module()
         return self._module
+
+    def _make_module(self) -> ProgramModule:
+        title = type(self.base.loaded.module).__name__
+        return ProgramModule(self.state(), self.base.non_persistent, self._graph_of, title)
 
     def state(self) -> dict[str, Tensor]:
         """Every parameter and buffer as this program has it, by every name; tied ones are one object."""
@@ -272,7 +280,7 @@ class Program:
             return nn.Parameter(tensor.detach(), requires_grad=False)
         return tensor
 
-    def _own(self) -> dict[str, Tensor]:
+    def _own(self) -> None:
         """Give this program its own copy of every base tensor that training can change."""
         if self.base.in_memory:
             for name in self.parameter_names():
@@ -281,7 +289,20 @@ class Program:
             for name, tensor in self.base.tensors.items():
                 if not isinstance(tensor, nn.Parameter) and name not in self.changed:
                     self.changed[name] = tensor.clone()
-        return self.changed
+
+    def shells(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Inserted and changed tensors in new Parameters over the same storage.
+
+        A program derived by `apply` gets these, so that what it freezes still trains here.
+        """
+
+        def shell(tensor: Tensor) -> Tensor:
+            return nn.Parameter(tensor.detach()) if isinstance(tensor, nn.Parameter) else tensor
+
+        return (
+            {name: shell(tensor) for name, tensor in self.tensors.items()},
+            {name: shell(tensor) for name, tensor in self.changed.items()},
+        )
 
     def _graph_of(self, training: bool) -> tuple[fx.Graph, fx.GraphModule]:
         if not training:
@@ -293,8 +314,12 @@ class Program:
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The compiled eval graph with this program's tensors."""
-        return self.module().graph_module(training=False)
+        """The compiled eval graph with this program's tensors, for running rather than training."""
+        if self._module is not None:
+            return self._module.graph_module(training=False)
+        if self._runner is None or self._runner[0] != len(self.changed):
+            self._runner = (len(self.changed), self._make_module().graph_module(training=False))
+        return self._runner[1]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Outputs in eval mode without gradients; of the example inputs where none are given."""

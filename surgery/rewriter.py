@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from surgery.errors import PassError
-from surgery.sites import META, Site, tail
-from surgery.weight_ops import Call
+from surgery.sites import META, Site, head, tail
+from surgery.weight_ops import Call, operand
 
 aten = torch.ops.aten
 
@@ -99,7 +99,8 @@ class Rewriter:
         self.site, self._attributes = site, {}
         for call in site.calls:
             self.call_ = call
-            self.x, self.out = call.x, tail(call.node)
+            # Read now, not from the call: a site before this one may have been rewritten since it was indexed.
+            self.x, self.out = head(operand(call)), tail(call.node)
             self._anchor = self.out.next
             self._new: dict[fx.Node, None] = {}
             value = build(site, self)
@@ -112,6 +113,25 @@ class Rewriter:
             # Before the swap: `wraps` names the inner value, so that a later pass finds the outermost.
             value.meta[META]["wraps"] = self.out.name
             self.out.replace_all_uses_with(value, delete_user_cb=lambda node: node not in self._new)
+
+    def replace_input(self, build: Callable[[fx.Node], fx.Node]) -> None:
+        """Let all that stands at this site, op and earlier adapters, read build(x) in the place of x.
+
+        build inserts with `call`; from what it returns, first arguments must lead back to x. Later adapters
+        still read x itself, so that folding in journal order is right.
+        """
+        assert self.call_ is not None
+        name = self.call_.node.name
+        readers = [n for n in self.x.users if n is self.call_.node or n.meta.get(META, {}).get("call") == name]
+        anchor, self._anchor = self._anchor, min(readers)
+        known = set(self._new)
+        value = build(self.x)
+        self._anchor = anchor
+        for node in self._new:
+            if node not in known:
+                node.meta[META]["input"] = True
+        for reader in readers:
+            reader.replace_input_with(self.x, value)
 
     def __getitem__(self, name: str) -> fx.Node:
         if name not in self._attributes:
@@ -133,7 +153,7 @@ class Rewriter:
             "val": self._cache.call(op, args, kwargs),
             "nn_module_stack": dict(self.call_.node.meta.get("nn_module_stack", {})),
             "stack_trace": self.call_.node.meta.get("stack_trace", ""),
-            META: self._provenance(),
+            META: {**self._provenance(), "call": self.call_.node.name},
         }
         self._new[node] = None
         return node

@@ -124,9 +124,9 @@ def _head_roles(flow: Dataflow, graph: fx.Graph, role: dict[fx.Node, str]) -> No
     output = graph.output_node()
     heads = []
     for value in output.all_input_nodes:
-        for node in flow.of(value):
-            call = flow.calls.get(node)
-            if call is not None and node not in role and (call.kind == LINEAR or _is_pointwise(call)):
+        for node in flow.projections(value):
+            call = flow.calls[node]
+            if node not in role and (call.kind == LINEAR or _is_pointwise(call)):
                 role[node] = "head"
                 heads.append(node)
     for head in heads:
@@ -163,7 +163,7 @@ def _mlp_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
         if not gates:
             continue
         role[down] = "mlp.down"
-        alone = "mlp.gate_up" if _out_size(gates[0]) == 2 * _in_size(call) else "mlp.up"
+        alone = "mlp.gate_up" if _size(flow.calls[gates[0]], "o") == 2 * _size(call, "i") else "mlp.up"
         _set(role, gates, "mlp.gate" if ups else alone)
         _set(role, ups, "mlp.up")
 
@@ -177,14 +177,13 @@ def _set(role: dict[fx.Node, str], nodes: Iterable[fx.Node], name: str) -> None:
         role.setdefault(node, name)
 
 
-def _out_size(node: fx.Node) -> Any:
-    value = node.meta.get("val")
-    return value.shape[-1] if isinstance(value, torch.Tensor) else None
-
-
-def _in_size(call: Call) -> Any:
-    value = call.x.meta.get("val")
-    return value.shape[-1] if isinstance(value, torch.Tensor) else 0
+def _size(call: Call, letter: str) -> int:
+    """Input ("i") or output ("o") features of a linear or experts op; 0 where they are not known."""
+    value = call.weight.meta.get("val") if call.weight is not None else None
+    if isinstance(value, torch.Tensor) and letter in call.layout:
+        return int(value.shape[call.layout.index(letter)])
+    value = (call.x if letter == "i" else call.node).meta.get("val")
+    return int(value.shape[-1]) if isinstance(value, torch.Tensor) else 0
 
 
 def _embedding_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:

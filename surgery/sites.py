@@ -13,7 +13,7 @@ from torch import fx
 from surgery import weight_ops
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, WeightOp
 
-META = "surgery"  # node.meta key: {"entry", "site", "aux", "wraps"}
+META = "surgery"  # node.meta key: {"entry", "site", "aux", "call", "wraps", "input"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,13 @@ class Site:
     def groups(self) -> int:
         return int(weight_ops.arguments(self.calls[0].node).get("groups", 1)) if self.kind == CONV else 1
 
+    @property
+    def bias_is_computed(self) -> bool:
+        """Whether the op adds a bias that is no parameter, or not the same one at every call."""
+        given = [weight_ops.arguments(c.node).get(c.op.bias) if c.op.bias else None for c in self.calls]
+        named = {str(c.bias.target) if c.bias is not None else None for c in self.calls}
+        return len(named) > 1 or (named == {None} and any(bias is not None for bias in given))
+
     def size(self, axis: str) -> int:
         """Length of a stored axis by its letter (o, i, e, v, d); for conv, i is per group."""
         return self.shape[self.layout.index(axis)]
@@ -113,6 +120,13 @@ def tail(node: fx.Node) -> fx.Node:
         if outer is None:
             return current
         current = outer
+
+
+def head(node: fx.Node) -> fx.Node:
+    """The value that enters a site, before adapters that change what its op reads."""
+    while node.meta.get(META, {}).get("input"):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 class SiteIndex:

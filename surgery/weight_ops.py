@@ -125,6 +125,12 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return found
 
 
+def operand(call: Call) -> fx.Node:
+    """The node that the call's op reads as its activation now."""
+    args = arguments(call.node)
+    return args[call.op.weights[0] if call.x_axis == "column" else call.op.x]
+
+
 def rank_of(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else -1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -90,7 +90,7 @@ def _inline(
     for user in list(node.users):
         if user.target is not operator.getitem:
             raise CaptureError(f"node '{user.name}' uses the result of a region as a whole")
-        user.replace_all_uses_with(outputs[int(user.args[1])])  # type: ignore[call-overload]
+        user.replace_all_uses_with(outputs[cast(int, user.args[1])])
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
     if not body_ref.users:

@@ -264,7 +264,7 @@ def _files(name: str, keywords: Mapping[str, Any]) -> tuple[Path, ...]:
         if found:
             break
     extra = [folder / "config.json", *folder.glob("model.safetensors.index.json")]
-    return tuple([*found, *(path for path in extra if path.exists())])
+    return (*found, *(path for path in extra if path.exists()))
 
 
 def _folder(name: str) -> Path | None:

@@ -41,7 +41,7 @@ def hf_inputs(model: nn.Module, sizes: Mapping[str, int] | None = None, seed: in
 
 class _Builder:
     def __init__(self, model: nn.Module, sizes: dict[str, int], given: Mapping[str, int], seed: int) -> None:
-        self.model = model
+        self.model: Any = model
         self.config: Any = model.config
         self.sizes = sizes
         self.given = given
@@ -212,9 +212,9 @@ class _Builder:
         self._add("input_values", values, {0: self._dim("batch")})
 
     def _features(self) -> None:
-        config = getattr(self.config, "audio_config", None) or self.config
+        config: Any = getattr(self.config, "audio_config", None) or self.config
         rows = self._size("batch")
-        bins = int(getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80))
+        bins = int(getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80) or 80)
         positions = getattr(config, "max_source_positions", None)
         shape: tuple[int, ...]
         if config.model_type in ("whisper", "moonshine_streaming") and positions:
@@ -222,7 +222,7 @@ class _Builder:
         elif config.model_type == "clap_audio_model":
             shape = (rows, 1, int(config.spec_size) * 4, bins)
         else:
-            bins = int(getattr(config, "feature_projection_input_dim", bins))
+            bins = int(getattr(config, "feature_projection_input_dim", bins) or bins)
             shape = (rows, self.sizes["frames"], bins)
         values = torch.randn(shape, generator=self.generator).to(self.dtype)
         if "input_ids" in self.accepted:
@@ -250,7 +250,7 @@ def _vocabulary(model: nn.Module, config: Any) -> int:
     if isinstance(size, int):
         return size
     try:
-        return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+        return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
         raise LoadError(f"{type(model).__name__} has no vocab_size in its configuration") from None
 

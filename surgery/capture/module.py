@@ -36,12 +36,14 @@ def from_module(
 
     Raises CaptureError where inputs and `dynamic` do not fit the module, or it cannot be copied.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, torch.Tensor):
-        args, kwargs = (example_inputs,), {}
+        args = (example_inputs,)
     elif isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
     elif isinstance(example_inputs, (tuple, list)):
-        args, kwargs = tuple(example_inputs), {}
+        args = tuple(example_inputs)
     else:
         raise CaptureError(
             f"example inputs are a {type(example_inputs).__name__}: give a tensor, a tuple or a dict"

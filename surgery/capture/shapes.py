@@ -243,7 +243,9 @@ def _named_leaves(model: LoadedModel | Captured, tensors_only: bool = True) -> I
     for i, (path, leaf) in enumerate(pytree.tree_flatten_with_path((model.args, dict(model.kwargs)))[0]):
         del i
         first, rest = path[1], path[2:]
-        name = names[first.idx] if isinstance(first, pytree.SequenceKey) else str(first.key)
+        name = (
+            names[first.idx] if isinstance(first, pytree.SequenceKey) else str(getattr(first, "key", first))
+        )
         for key in rest:
             name += f".{key.idx if isinstance(key, pytree.SequenceKey) else getattr(key, 'key', key)}"
         if isinstance(leaf, torch.Tensor) or not tensors_only:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
     module = loaded.module
     axes = list_axes(loaded)
     with _as_found(module):
-        module.train(training)
+        _set_mode(module, training)
         if training and loaded.train_ready is not None:
             loaded.train_ready(module)
         names = argument_names(module, loaded.args, loaded.kwargs)
@@ -79,6 +80,18 @@ def _export(loaded: LoadedModel, training: bool) -> fx.GraphModule:
     return gm
 
 
+def _set_mode(module: nn.Module, training: bool) -> None:
+    try:
+        module.train(training)
+    except NotImplementedError:
+        # The program of a .pt2 file keeps the mode that it was saved in.
+        if training:
+            raise CaptureError(
+                f"{type(module).__name__} is an exported program, which has no train mode; "
+                "capture the module that it was made from"
+            ) from None
+
+
 def _by_name(loaded: LoadedModel) -> Any:
     """The dynamic shapes with an entry for every input, as torch.export wants them."""
     spec = loaded.dynamic_shapes
@@ -112,14 +125,14 @@ def plain_outputs(
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
             signature = inspect.Signature([inspect.Parameter(name, kind) for name in shown])
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if shadowed is None:
             del module.forward
         else:
-            module.forward = shadowed  # type: ignore[method-assign]
+            module.forward = shadowed
 
 
 def to_plain(value: Any) -> Any:
@@ -160,23 +173,15 @@ def _as_found(module: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Failures are told as CaptureError; what torch logs on the way is noise."""
-    loggers: list[logging.Logger] = [
-        logging.getLogger(name)
-        for name in (
-            "torch.export",
-            "torch._export",
-            "torch.fx.experimental.symbolic_shapes",
-            "torch._dynamo",
-        )
-    ]
-    levels: list[Callable[[], None]] = []
-    for logger in loggers:
-        levels.append(lambda logger=logger, level=logger.level: logger.setLevel(level))
-        logger.setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
+    names = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes", "torch._dynamo")
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, names)]
+    # torch prints the whole graph on a data-dependent branch.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
+        for logger, _ in levels:
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            for restore in levels:
-                restore()
+            for logger, level in levels:
+                logger.setLevel(level)

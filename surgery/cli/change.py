@@ -122,8 +122,8 @@ def merge(
         merged.save(output, standalone=standalone, overwrite=overwrite)
     out = console()
     out.print(
-        f"folded {', '.join(entry.options['folded'])} into {len(merged.folded())} weights; outputs "
-        f"{entry.numerics.get('observed', 'as merged before')} of before; {len(merged.graph.nodes)} nodes"
+        f"folded {', '.join(entry.options['folded'])} into {len(merged.folded())} weights; outputs as before, "
+        f"{entry.numerics.get('observed', 'as merged before')}; {len(merged.graph.nodes)} nodes"
     )
     for name, why in entry.options.get("kept", {}).items():
         out.print(Text(f"  kept {name}: {why}", style="yellow"))

@@ -18,19 +18,26 @@ Provenance = Mapping[str, Mapping[str, Any]]
 def tie_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Store a tensor that has several names once; returns each dropped name with the one that was kept.
 
-    Tensors are tied where they are the same memory, never where they are merely equal.
+    Tensors are tied where they are the same memory, never where they are merely equal. Tracing often leaves
+    one initializer for both names already, under either of them.
     """
     kept: dict[tuple[Any, ...], str] = {}
     dropped: dict[str, str] = {}
-    for name, value in list(model.graph.initializers.items()):
-        tensor = tensors.get(name)
-        if tensor is None or tensor.numel() == 0:
+    initializers = model.graph.initializers
+    present = [name for name in initializers if name in tensors]
+    for name in [*present, *(name for name in tensors if name not in initializers)]:
+        tensor = tensors[name]
+        if tensor.numel() == 0:
             continue
         same = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+        if name not in initializers:
+            if same in kept:
+                dropped[name] = kept[same]
+            continue
         first = kept.setdefault(same, name)
         if first != name:
-            value.replace_all_uses_with(model.graph.initializers[first])
-            del model.graph.initializers[name]
+            initializers[name].replace_all_uses_with(initializers[first])
+            del initializers[name]
             dropped[name] = first
     return dropped
 

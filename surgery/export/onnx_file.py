@@ -70,7 +70,7 @@ def export_onnx(
     """Export `source` to `path`.
 
     provenance: parameter name to {"pass", "name", "site"}, for the tensors that must stay apart: nothing
-        folds across them. An entry with "pinned": False is recorded only, and its tensor may be stored transposed.
+        folds across them. An entry with "pinned": False is recorded only; its tensor may be stored transposed.
     lowerings: torch op to an onnxscript function, for ops that torch does not know how to write.
     external_data: the weights in `<path>.data`; None does so above 1.5 GB.
     check: run onnx's checker on the file.

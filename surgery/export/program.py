@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery import capture
+from surgery.capture import fresh_inputs, other_sizes
 from surgery.errors import ExportError
 from surgery.export.onnx_file import ExportReport, export_onnx
 from surgery.export.source import ExportSource, InputSet
@@ -41,10 +41,10 @@ def provenance_of(program: Program) -> dict[str, dict[str, Any]]:
 def parity_inputs(program: Program, seed: int = 0) -> list[InputSet]:
     """Two fresh sets of inputs: at the example's shape, and at another shape of every dynamic dimension."""
     captured = program.base.captured
-    sets = [capture.fresh_inputs(captured, None, seed)]
-    other = capture.other_sizes(captured)
+    sets = [fresh_inputs(captured, None, seed)]
+    other = other_sizes(captured)
     if other:
-        sets.append(capture.fresh_inputs(captured, other, seed + 1))
+        sets.append(fresh_inputs(captured, other, seed + 1))
     return sets
 
 

