@@ -187,13 +187,20 @@ def _attention(
     beside: list[fx.Node],
     mix: tuple[fx.Node, ...] = (),
 ) -> Attention | None:
-    made = {letter: tuple(flow.projections(operand)) for letter, operand in operands.items()}
+    made = {letter: _makers(flow, operand) for letter, operand in operands.items()}
     if not any(made.values()):
         return None
     own = {node for nodes in made.values() for node in nodes} | set(mix)
     bias = tuple(n for n in _with_constant_part(flow, beside) if n not in own)
     cross = not _same_stream(flow, made["q"], made["k"])
     return Attention(core, operands, made["q"], made["k"], made["v"], (), cross, bias, mix)
+
+
+def _makers(flow: Dataflow, operand: fx.Node) -> tuple[fx.Node, ...]:
+    found = flow.projections(operand)
+    # What comes through a softmax weights the others (a router of projections).
+    direct = [node for node, flags in found.items() if not flags & SOFTMAX]
+    return tuple(direct or found)
 
 
 def _with_constant_part(flow: Dataflow, origins: list[fx.Node]) -> Iterator[fx.Node]:

@@ -109,10 +109,18 @@ def _ends(op: fx.Node, index: torch.Tensor) -> Iterator[tuple[fx.Node, fx.Node, 
         for user in node.users:
             name = op_name(user.target) if user.op == "call_function" else ""
             if not user.args or user.args[0] is not node or not _passes(user, name):
-                if isinstance(numbers, torch.Tensor) and isinstance(user.meta.get("val"), torch.Tensor):
+                if isinstance(numbers, torch.Tensor) and _reads(user, node):
                     yield node, user, numbers
                 continue
             stack.append((user, _moved(user, name, numbers)))
+
+
+def _reads(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an op takes the node's values, not only its shape or type."""
+    rule = rule_of(user.target)
+    if rule is Rule.NOTHING or (rule is Rule.FIRST and user.args[0] is not node):
+        return False
+    return isinstance(user.meta.get("val"), torch.Tensor)
 
 
 def _passes(user: fx.Node, name: str) -> bool:

@@ -147,23 +147,3 @@ class AddLowRank:
             return
         index = torch.tensor(self.rows)
         matrix.index_add_(0, index, b @ a, alpha=self.scale)
-
-
-@dataclass(frozen=True)
-class ScaleAxis:
-    """Merge: the weight (or bias) is multiplied by a vector along its output or input axis, in place."""
-
-    site: Site
-    vector: Tensor
-    axis: str = "o"
-    bias: bool = False
-
-    def apply_(self, tensor: Tensor) -> None:
-        vector = self.vector.detach().to(tensor.dtype)
-        if self.bias:
-            tensor.mul_(vector)
-            return
-        position = self.site.layout.index(self.axis)
-        shape = [1] * tensor.dim()
-        shape[position] = -1
-        tensor.mul_(vector.view(shape))

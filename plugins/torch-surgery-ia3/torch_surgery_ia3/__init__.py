@@ -1,0 +1,109 @@
+"""IA³: learned vectors that rescale keys, values and the inner activations of the feed-forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgery.api import (
+    CONV,
+    LINEAR,
+    Field,
+    MergeOp,
+    RewritePass,
+    Rewriter,
+    ScaleAxis,
+    Site,
+    TensorSpec,
+    channels,
+    hookimpl,
+    ones_elsewhere,
+    part_index,
+    scale_input,
+    scale_output,
+)
+
+
+class IA3(RewritePass):
+    """IA³: y = W x + b becomes l ⊙ (W x + b), or W (l ⊙ x) + b (Liu et al. 2022, arXiv:2205.05638).
+
+    The paper rescales keys and values (the output of attn.k and attn.v, or those parts of a fused projection)
+    and the inner activation of the feed-forward (the input of mlp.down). The vectors l (one number for each
+    feature; channels, for a convolution) start at one, so insertion is exact. An input vector acts on
+    everything that stands at its site, earlier adapters too; later ones read the input unscaled. A weight w
+    makes the factor 1 + w·(l − 1). Merge: diag(l) W and l ⊙ b for an output, W diag(l) for an input.
+    """
+
+    name: ClassVar[str] = "ia3"
+    on: ClassVar[tuple[str, ...]] = (LINEAR, CONV)
+    default_target: ClassVar[str | None] = "attn.k,attn.v,mlp.down"
+    partial: ClassVar[bool] = True
+    weightable: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+
+    scale: Literal["auto", "input", "output"] = Field(
+        "auto", description="what the vector rescales; auto: the input of mlp.down, else the output"
+    )
+
+    def check(self, site: Site) -> str | None:
+        if site.weight is None:
+            return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+        if site.bias_is_computed and self._axis(site) == "o":
+            return "its bias is computed, so a scaled output could not be merged; use --scale input"
+        if site.selected_parts and self._axis(site) == "i":
+            return f"the parts of a fused projection share one input; target {site.role}, or use --scale output"
+        return None
+
+    def _axis(self, site: Site) -> str:
+        if self.scale == "auto":
+            return "i" if site.role == "mlp.down" else "o"
+        return self.scale[0]
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        rows = {part: list(site.parts[part]) for part in site.selected_parts}
+        return {"axis": self._axis(site), "rows": rows}
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        rows = site.decided["rows"]
+        if not rows:
+            return {"scale": TensorSpec((channels(site, site.decided["axis"]),), nn.init.ones_)}
+        specs = {f"scale_{part}": TensorSpec((len(own),), nn.init.ones_) for part, own in rows.items()}
+        index = part_index(list(rows.values()), channels(site, "o"))
+        specs["rows"] = TensorSpec(tuple(index.shape), trainable=False, dtype=torch.int64, value=index)
+        return specs
+
+    def rewrite(self, site: Site, g: Rewriter):
+        rows = site.decided["rows"]
+        if rows:
+            vector = ones_elsewhere(g, [g[f"scale_{part}"] for part in rows], g["rows"])
+        else:
+            vector = g["scale"]
+        act = scale_input if site.decided["axis"] == "i" else scale_output
+        return act(site, g, vector)
+
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
+        rows = site.decided["rows"]
+        if not rows:
+            axis, factor = site.decided["axis"], _factor(tensors["scale"], weight)
+            ops: dict[str, MergeOp] = {"weight": ScaleAxis(site, factor, axis)}
+            if axis == "o":
+                ops["bias"] = ScaleAxis(site, factor, bias=True)
+            return ops
+        ops = {}
+        for part, own in rows.items():
+            factor = _factor(tensors[f"scale_{part}"], weight)
+            ops[f"weight:{part}"] = ScaleAxis(site, factor, rows=tuple(own))
+            ops[f"bias:{part}"] = ScaleAxis(site, factor, bias=True, rows=tuple(own))
+        return ops
+
+
+def _factor(vector: Tensor, weight: float) -> Tensor:
+    return vector if weight == 1 else vector * weight + (1 - weight)
+
+
+@hookimpl
+def surgery_passes() -> list[type]:
+    return [IA3]

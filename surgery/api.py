@@ -1,0 +1,108 @@
+"""All that a plugin may import.
+
+The promise: a name in `__all__` keeps its meaning and its signature within a minor version of torch-surgery;
+a change is announced in the changelog one minor version ahead, and the old form works, with a
+DeprecationWarning, until then. Modules other than this one (and `surgery.testing`, for a plugin's tests) may
+change at any time. A plugin is a distribution with an entry point in the group `surgery` that names a module
+or an object with functions marked `@hookimpl`; the hooks are listed in `surgery.hookspecs`.
+
+Passes      RewritePass, SelectPass, Pass, Field, TensorSpec, EXACT, rounded, Numerics
+At a site   Site, Rewriter, LINEAR CONV EMBEDDING EXPERTS NORM, WeightOp, Call
+Algebra     low-rank: factor_shapes, branch, add_branch, add_rows, gather_index, AddLowRank
+            scaling: channels, scale_output, scale_input, weighted_factor, ones_elsewhere, part_index, ScaleAxis
+Models      LoadedModel, LoadOptions, from_module
+Programs    Program, load, capture, Entry, Journal, PassReport, make_plugin_manager, Plugins
+Errors      SurgeryError and its kinds, nearest
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from surgery.capture import LoadedModel, LoadOptions, from_module
+from surgery.errors import (
+    CaptureError,
+    ExportError,
+    JournalError,
+    LoadError,
+    MissingExtraError,
+    PassError,
+    PluginError,
+    SurgeryError,
+    TargetError,
+    nearest,
+)
+from surgery.hookspecs import hookimpl
+from surgery.journal import Entry, Journal
+from surgery.loading import capture, load
+from surgery.lowrank import AddLowRank, add_branch, add_rows, branch, factor_shapes, gather_index
+from surgery.pass_base import EXACT, MergeOp, Numerics, Pass, RewritePass, SelectPass, TensorSpec, rounded
+from surgery.pipeline import PassReport
+from surgery.plugins import Plugins, make_plugin_manager
+from surgery.program import Program
+from surgery.rewriter import Rewriter
+from surgery.scaling import (
+    ScaleAxis,
+    channels,
+    ones_elsewhere,
+    part_index,
+    scale_input,
+    scale_output,
+)
+from surgery.sites import Site
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM, Call, WeightOp
+
+__all__ = [
+    "CONV",
+    "EMBEDDING",
+    "EXACT",
+    "EXPERTS",
+    "LINEAR",
+    "NORM",
+    "AddLowRank",
+    "Call",
+    "CaptureError",
+    "Entry",
+    "ExportError",
+    "Field",
+    "Journal",
+    "JournalError",
+    "LoadError",
+    "LoadOptions",
+    "LoadedModel",
+    "MergeOp",
+    "MissingExtraError",
+    "Numerics",
+    "Pass",
+    "PassError",
+    "PassReport",
+    "PluginError",
+    "Plugins",
+    "Program",
+    "RewritePass",
+    "Rewriter",
+    "ScaleAxis",
+    "SelectPass",
+    "Site",
+    "SurgeryError",
+    "TargetError",
+    "TensorSpec",
+    "WeightOp",
+    "add_branch",
+    "add_rows",
+    "branch",
+    "capture",
+    "channels",
+    "factor_shapes",
+    "from_module",
+    "gather_index",
+    "hookimpl",
+    "load",
+    "make_plugin_manager",
+    "nearest",
+    "ones_elsewhere",
+    "part_index",
+    "rounded",
+    "scale_input",
+    "scale_output",
+]
