@@ -103,10 +103,9 @@ def _of_products(flow: Dataflow, node: fx.Node, products: set[fx.Node]) -> Atten
         )
         core = (main, softmax, node) if softmax is not None else (main, node)
         sources = [*scores.others, *flow.aside.get(weights, ())]
-        for other in scores.products:
-            if other is not main:
-                # Scores against relative positions: what made the positions is a bias.
-                sources += [n for operand in product_operands(other) or () for n in flow.of(operand)]
+        if op_name(main.target) == "baddbmm" and isinstance(main.args[0], fx.Node):
+            sources += [*flow.expanded(flow.of(main.args[0])), *flow.aside.get(main.args[0], ())]
+        sources += [other for other in scores.products if other is not main]
         return _attention(flow, core, {"q": q, "k": k, "v": values}, sources, tuple(scores.mix))
     return None
 
@@ -204,14 +203,20 @@ def _makers(flow: Dataflow, operand: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _with_constant_part(flow: Dataflow, origins: list[fx.Node]) -> Iterator[fx.Node]:
-    """Weight ops among the origins, and those behind them as long as these rest on positions alone."""
-    stack, seen = list(origins), set()
+    """Weight ops among the origins, and those behind them as long as these rest on positions alone.
+
+    Of a product of queries and positions the positions count.
+    """
+    stack, seen = list(origins), set[fx.Node]()
     while stack and len(seen) < 64:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
         stack.extend(flow.junctions.get(node, ()))
+        for operand in product_operands(node) or () if node.op == "call_function" else ():
+            if operand in flow.constant:
+                stack.extend(flow.of(operand))
         call = flow.calls.get(node)
         if call is not None:
             yield node

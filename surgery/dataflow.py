@@ -121,8 +121,8 @@ class Dataflow:
     def projections(self, value: Any) -> Origins:
         """The matrix-like weight ops (linear, conv, experts) among a value's origins.
 
-        A sum is opened only if all its terms are linear ops (W x + B A x); any other junction is the residual
-        stream, and what wrote to that is not what this value was projected by.
+        A sum is opened only if all its terms are linear ops side by side (W x + B A x); any other junction is
+        the residual stream, and what wrote to that is not what this value was projected by.
         """
         found: Origins = {}
         for node, flags in self.of(value).items():
@@ -130,9 +130,20 @@ class Dataflow:
                 found[node] = flags
             else:
                 terms = self.junctions.get(node, {})
-                if terms and all(n in self.calls and self.calls[n].kind == LINEAR for n in terms):
+                if terms and self._side_by_side(terms):
                     found.update({n: flags | more for n, more in terms.items()})
         return found
+
+    def _side_by_side(self, terms: Origins) -> bool:
+        """Whether terms are linear ops of which none feeds another (as in x = W x; x + MLP(x))."""
+        if not all(n in self.calls and self.calls[n].kind == LINEAR for n in terms):
+            return False
+        behind = [n for term in terms for n in self.of(self.calls[term].x)]
+        for _ in range(4):
+            if any(n in terms for n in behind):
+                return False
+            behind = [o for n in behind if n in self.calls for o in self.of(self.calls[n].x)]
+        return True
 
     def is_projection(self, node: fx.Node) -> bool:
         call = self.calls.get(node)
@@ -208,6 +219,10 @@ def _pass_on(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node, call: 
     known = flow.origins
     origins = known[leading[0]]
     if len(leading) > 1:
+        # Whole numbers beside floats say where values go (index_add, index_put): they are not the values.
+        leading = [n for n in leading if _is_float(n)] or leading
+        origins = known[leading[0]]
+    if len(leading) > 1:
         origins = _combine(flow, node, [known[n] for n in leading], rule)
     if rule is Rule.NONLINEAR:
         origins = {n: flags | NONLINEAR for n, flags in origins.items()}
@@ -218,6 +233,11 @@ def _pass_on(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node, call: 
     known[node] = origins
     if not node.users and op_name(node.target).endswith("_"):
         _write_back(flow, rests_on, node)
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
 
 
 def _write_back(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node) -> None:

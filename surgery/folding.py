@@ -37,7 +37,7 @@ def foldable(base: Base, journal: Journal) -> tuple[list[str], dict[str, str]]:
         elif owners & blocked:
             why = f"it stands on an adapter of {sorted(owners & blocked)[0]} that cannot be folded"
         else:
-            why = _shared(base, entry)
+            why = _unfoldable(base, entry)
         if why:
             kept[entry.id] = why
             blocked |= owners
@@ -46,7 +46,11 @@ def foldable(base: Base, journal: Journal) -> tuple[list[str], dict[str, str]]:
     return folded, kept
 
 
-def _shared(base: Base, entry: Entry) -> str | None:
+def _unfoldable(base: Base, entry: Entry) -> str | None:
+    for record in entry.sites:
+        site = base.sites.by_key.get(record.key)
+        if site is not None and site.packed:
+            return f"the weight of {record.path} is packed for {site.op}, and folding would have to unpack it"
     uses: dict[str, int] = {}
     for site in base.sites:
         if site.weight:

@@ -138,8 +138,7 @@ def _moved(node: fx.Node, name: str, numbers: Any) -> Any:
         if shape is None:
             raise _Unknown
         return numbers if tuple(numbers.shape) == shape else numbers.reshape(shape)
-    first, *others = node.args
-    rest = [_concrete(a) for a in others]
+    rest = [_concrete(a) for a in node.args[1:]]
     kwargs = {key: _concrete(a) for key, a in node.kwargs.items()}
     target: Any = node.target
     try:

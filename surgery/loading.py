@@ -56,10 +56,8 @@ def load_model(ref: str, options: LoadOptions, plugins: Plugins) -> LoadedModel:
     loaded = plugins.hook.surgery_load_model(ref=ref, options=options)
     if loaded is None:
         hint = nearest(ref.partition(":")[0] + ":", SCHEMES) if ":" in ref else ""
-        raise LoadError(
-            f"{ref!r} is no model reference{hint or ''}; use hf:DIR, timm:NAME, py:package.module:callable, "
-            f"FILE.pt2 or a directory that surgery saved"
-        )
+        known = "hf:DIR, timm:NAME, py:package.module:callable, FILE.pt2 or a directory that surgery saved"
+        raise LoadError(f"{ref!r} is no model reference{hint or '; use ' + known}")
     return loaded
 
 

@@ -266,7 +266,7 @@ def _rewrite(
         site = site_plan.site
         place = _device(program, site)
         for name, spec in site_plan.specs.items():
-            tensors[record.tensors[name]] = spec.make(site.dtype, place)
+            tensors[record.tensors[name]] = spec.make(site.float_dtype, place)
     graph = copy_graph(program.graph)
     index = SiteIndex(graph, program.base.names, program.base.plugins.weight_ops)
     sites = [replace(index.by_key[r.key], decided=r.decided) for r in entry.sites]

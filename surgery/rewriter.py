@@ -122,7 +122,9 @@ class Rewriter:
         """
         assert self.call_ is not None
         name = self.call_.node.name
-        readers = [n for n in self.x.users if n is self.call_.node or n.meta.get(META, {}).get("call") == name]
+        readers = [
+            n for n in self.x.users if n is self.call_.node or n.meta.get(META, {}).get("call") == name
+        ]
         anchor, self._anchor = self._anchor, min(readers)
         known = set(self._new)
         value = build(self.x)
@@ -154,9 +156,16 @@ class Rewriter:
             "nn_module_stack": dict(self.call_.node.meta.get("nn_module_stack", {})),
             "stack_trace": self.call_.node.meta.get("stack_trace", ""),
             META: {**self._provenance(), "call": self.call_.node.name},
+            "custom": self._custom(),
         }
         self._new[node] = None
         return node
+
+    def _custom(self) -> dict[str, Any]:
+        """What torch.export carries through a re-export, and so into ONNX."""
+        assert self.site is not None
+        name, _, label = self._entry_id.partition(":")
+        return {"surgery": {"pass": name, "name": label or "default", "site": self.site.path}}
 
     def _provenance(self) -> dict[str, Any]:
         assert self.site is not None

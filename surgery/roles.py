@@ -99,6 +99,9 @@ def _low_rank(
     factors: dict[fx.Node, str] = {}
     for second in list(letters):
         firsts = flow.of(flow.calls[second].x)
+        if _size(flow.calls[second], "i") >= _size(flow.calls[second], "o"):
+            # As wide before as after (MobileBERT's bottleneck): a change of stream, not a rank.
+            continue
         users = {n for attention in serves[second] for n in (*attention.letters(), *attention.core)}
         if not firsts or not all(flow.is_projection(n) and flow.calls[n].kind == LINEAR for n in firsts):
             continue

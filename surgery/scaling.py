@@ -21,7 +21,9 @@ aten = torch.ops.aten
 
 def channels(site: Site, axis: str) -> int:
     """How many features enter (axis "i") or leave ("o") the site, over all groups of a convolution."""
-    return site.size(axis) * (site.groups if _per_group(site, axis) else 1)
+    if site.kind == CONV:
+        return site.size(axis) * (site.groups if _per_group(site, axis) else 1)
+    return site.out_features if axis == "o" else site.in_features
 
 
 def scale_output(site: Site, g: Rewriter, vector: fx.Node) -> fx.Node:

@@ -81,11 +81,25 @@ class Site:
         return self.shape[self.layout.index(axis)]
 
     @property
+    def packed(self) -> bool:
+        """Whether the op unpacks its weight: shape and dtype of the weight then say little about its algebra."""
+        return self.calls[0].op.dequantize is not None
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of what a pass adds here: the weight's own, or the op's result where that is packed."""
+        return self.calls[0].node.meta["val"].dtype if self.packed else self.dtype
+
+    @property
     def out_features(self) -> int:
+        if self.packed and self.kind == LINEAR:
+            return int(self.calls[0].node.meta["val"].shape[-1])
         return self.size("d" if self.kind == EMBEDDING else "o")
 
     @property
     def in_features(self) -> int:
+        if self.packed and self.kind == LINEAR:
+            return int(self.calls[0].x.meta["val"].shape[-1])
         return self.size("v" if self.kind == EMBEDDING else "i")
 
     @property

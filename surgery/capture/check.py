@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from surgery.capture.shapes import Axis, fresh_inputs
+from surgery.capture.shapes import Axis, fresh_inputs, input_names
 from surgery.capture.types import Captured
 from surgery.errors import CaptureError
 
@@ -30,7 +30,6 @@ def in_memory(module: nn.Module) -> bool:
 
 def refuse_static(captured: Captured, axes: list[Axis]) -> None:
     """Raise CaptureError where an axis that was to be dynamic is a number in the graph."""
-    from surgery.capture.shapes import input_names
 
     names = input_names(captured)
     values = [*captured.args, *captured.kwargs.values()]

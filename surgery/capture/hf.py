@@ -287,36 +287,41 @@ def _with_ties(model: nn.Module, names: set[str]) -> frozenset[str]:
 
 
 def _make_traceable(model: Any) -> None:
-    for config in _configs(model.config):
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
-        # A classification head on a decoder finds the last token by the padding token.
-    if (
-        model.config.get_text_config().pad_token_id is None
-        if hasattr(model.config, "get_text_config")
-        else False
-    ):
-        end = model.config.get_text_config().eos_token_id
-        end = end[0] if isinstance(end, list) else end
-        if type(model).__name__.endswith("ForSequenceClassification"):
-            model.config.get_text_config().pad_token_id = model.config.pad_token_id = (
-                end if end is not None else 0
-            )
+    # T5's stacks hold copies of the configuration.
+    for holder in model.modules():
+        for config in configs(getattr(holder, "config", None)):
+            if getattr(config, "use_cache", False):
+                config.use_cache = False
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        _give_padding_token(model.config)
+    # The default dispatches tokens to experts by their values, which no graph can hold.
     with contextlib.suppress(Exception):
         model.set_experts_implementation("batched_mm")
 
 
-def _configs(config: Any) -> Iterator[Any]:
+def _give_padding_token(config: Any) -> None:
+    """A classification head on a decoder finds each row's last token by the padding token."""
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        end = getattr(text, "eos_token_id", None)
+        end = end[0] if isinstance(end, list) else end
+        text.pad_token_id = config.pad_token_id = 0 if end is None else end
+
+
+def configs(config: Any) -> Iterator[Any]:
+    """A transformers configuration and those nested in it; nothing for what is none."""
+    if not hasattr(config, "model_type"):
+        return
     yield config
     for key in getattr(config, "sub_configs", None) or {}:
         child = getattr(config, key, None)
         if child is not None:
-            yield from _configs(child)
+            yield from configs(child)
 
 
 def _train_ready(model: Any) -> None:
     """Random skipping of whole layers and of time spans is Python control flow: off in a train capture."""
-    for config in _configs(model.config):
+    for config in configs(model.config):
         for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
             if hasattr(config, key):
                 setattr(config, key, 0.0)

@@ -114,12 +114,12 @@ class _Builder:
             if not choices:
                 mask[-1, -2:] = 0  # right padding in the last row: a capture that drops the mask shows
             self._add("attention_mask", mask, dynamic)
-        text = self.config.get_text_config()
+        text = _text_config(self.config)
         if "token_type_ids" in self.accepted and (getattr(text, "type_vocab_size", 0) or 0) > 1:
             self._add("token_type_ids", torch.zeros(shape, dtype=torch.long), dynamic)
 
     def _ids(self, name: str, batch: str, seq: str, limit: int | None, choices: int = 0) -> None:
-        text = self.config.get_text_config(decoder=name.startswith("decoder")) or self.config
+        text = _text_config(self.config, name.startswith("decoder"))
         vocabulary = _vocabulary(self.model, text)
         rows, length = self._size(batch), self._size(seq, limit)
         special = _special_ids(self.config) | _special_ids(text)
@@ -156,8 +156,8 @@ class _Builder:
                 padding = getattr(module, "padding_idx", None)
                 taken = padding + 1 if isinstance(padding, int) and not offset else 0
                 limits.append(weight.shape[0] - max(int(offset), taken))
-        text = self.config.get_text_config()
-        for key in ("max_position_embeddings", "n_positions", "max_target_positions"):
+        text = _text_config(self.config)
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions"):
             value = getattr(text, key, None)
             if isinstance(value, int) and value > 1 and (key != "max_target_positions" or part == "decoder"):
                 limits.append(value)
@@ -214,7 +214,9 @@ class _Builder:
     def _features(self) -> None:
         config: Any = getattr(self.config, "audio_config", None) or self.config
         rows = self._size("batch")
-        bins = int(getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80) or 80)
+        bins = int(
+            getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80) or 80
+        )
         positions = getattr(config, "max_source_positions", None)
         shape: tuple[int, ...]
         if config.model_type in ("whisper", "moonshine_streaming") and positions:
@@ -238,6 +240,14 @@ _ONE_BATCH = ("vilt", "flava", "bridgetower", "git", "blip", "pix2struct", "visi
 
 def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or "Embedding" in type(module).__name__
+
+
+def _text_config(config: Any, decoder: bool = False) -> Any:
+    """The configuration of the text model; CLIP's own `get_text_config` gives the whole."""
+    found = config.get_text_config(decoder=True) if decoder else config.get_text_config()
+    if found is None or not hasattr(found, "vocab_size"):
+        found = getattr(config, "text_config", None) or config
+    return found
 
 
 def _vision_config(config: Any) -> Any:

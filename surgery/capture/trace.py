@@ -8,15 +8,17 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from surgery.capture import check as checking
+from surgery.capture.bounds import without_ends
 from surgery.capture.explain import explain
 from surgery.capture.flatten import flatten_regions, share_tied
-from surgery.capture.shapes import argument_names, list_axes, other_sizes
+from surgery.capture.shapes import Axis, argument_names, list_axes, other_sizes
 from surgery.capture.types import Captured, LoadedModel
 from surgery.errors import CaptureError
 
@@ -27,6 +29,9 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
     The graph's parameters and buffers are the module's own objects under their own names. It takes the
     module's inputs and returns what the module returns, with plain dicts for mapping types such as
     transformers' ModelOutput. The module is left as found: training flags, requires_grad, forward.
+
+    Where torch.export would make one end of a range a case of its own, that end is given up: the bounds of the
+    result's `dynamic_shapes` are what holds.
 
     training: capture what the module does in train mode (dropout drops, drop-path too).
     check: after a capture in eval mode, compare with eager on the example inputs and, where there are dynamic
@@ -42,11 +47,11 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
         if training and loaded.train_ready is not None:
             loaded.train_ready(module)
         names = argument_names(module, loaded.args, loaded.kwargs)
-        gm = _export(loaded, training)
+        gm, shapes = _export(loaded, axes, training)
         flatten_regions(gm)
         share_tied(gm, module)
         gm.meta["surgery_inputs"] = tuple(names)
-        captured = Captured(gm, loaded.args, dict(loaded.kwargs), loaded.dynamic_shapes, training)
+        captured = Captured(gm, loaded.args, dict(loaded.kwargs), shapes, training)
         checking.refuse_static(captured, axes)
         if check and not training and checking.in_memory(module):
             with plain_outputs(module):
@@ -56,28 +61,34 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
     return captured
 
 
-def _export(loaded: LoadedModel, training: bool) -> fx.GraphModule:
+def _export(loaded: LoadedModel, axes: list[Axis], training: bool) -> tuple[fx.GraphModule, Any]:
+    """The exported graph, and the dynamic shapes that it holds for."""
     module = loaded.module
     what = f"{type(module).__name__}{' in train mode' if training else ''}"
     shapes = _by_name(loaded)
-    try:
-        with (
-            torch.enable_grad(),
-            _quiet(),
-            loaded.patches(),
-            plain_outputs(module, loaded.args, loaded.kwargs),
-        ):
-            program = torch.export.export(
-                module, tuple(loaded.args), dict(loaded.kwargs), dynamic_shapes=shapes, strict=False
-            )
-            gm = program.module(check_guards=False)
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(f"cannot capture {what}: {explain(error)}") from error
+    while True:
+        try:
+            with _quiet(), loaded.patches(), plain_outputs(module, loaded.args, loaded.kwargs):
+                program = _run_export(loaded, shapes)
+                gm = program.module(check_guards=False)
+            break
+        except CaptureError:
+            raise
+        except Exception as error:
+            narrower = without_ends(shapes, axes, str(error)) if shapes else None
+            if narrower is None:
+                raise CaptureError(f"cannot capture {what}: {explain(error)}") from error
+            shapes, axes = narrower, list_axes(replace(loaded, dynamic_shapes=narrower))
     if not isinstance(gm, fx.GraphModule):
         raise CaptureError(f"cannot capture {what}: torch.export returned no graph")
-    return gm
+    return gm, shapes
+
+
+def _run_export(loaded: LoadedModel, shapes: Any) -> torch.export.ExportedProgram:
+    with torch.enable_grad():
+        return torch.export.export(
+            loaded.module, tuple(loaded.args), dict(loaded.kwargs), dynamic_shapes=shapes, strict=False
+        )
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:

@@ -49,7 +49,7 @@ class Lora(RewritePass):
     def check(self, site: Site) -> str | None:
         if site.kind == CONV and site.layout == "io":
             return "a transposed convolution has no low-rank branch here; target its neighbours"
-        if not site.dtype.is_floating_point:
+        if not site.float_dtype.is_floating_point:
             return f"its weight is {site.dtype}; LoRA needs a floating-point base or an op that dequantizes"
         if site.weight is None:
             return f"its weight is computed from {', '.join(site.computed_from)}; target those"

@@ -45,7 +45,9 @@ def test_minilm_with_a_new_head(minilm):
     assert {path.name for path in minilm.files} == {"model.safetensors", "config.json"}
     assert minilm.metadata["task"] == "text-classification"
     axes = dynamic_axes(minilm)
-    assert axes == {name: {0: "batch", 1: "seq"} for name in ("input_ids", "attention_mask", "token_type_ids")}
+    assert axes == {
+        name: {0: "batch", 1: "seq"} for name in ("input_ids", "attention_mask", "token_type_ids")
+    }
     captured = trace(minilm)
     _, inputs = fresh_inputs(captured, {"batch": 4, "seq": 33}, seed=5)
     with torch.no_grad():
@@ -191,7 +193,9 @@ def test_py_refusals(ref, message):
 
 
 def test_py_finds_modules_in_the_current_directory(tmp_path, monkeypatch):
-    (tmp_path / "surgery_test_factory.py").write_text("import torch\ndef f():\n return torch.nn.ReLU(), torch.ones(2)\n")
+    (tmp_path / "surgery_test_factory.py").write_text(
+        "import torch\ndef f():\n return torch.nn.ReLU(), torch.ones(2)\n"
+    )
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     assert py.load("py:surgery_test_factory:f", LoadOptions()).args[0].shape == (2,)

@@ -98,7 +98,9 @@ def test_train_ready_is_called_for_the_train_capture_only():
     from dataclasses import replace
 
     seen = []
-    loaded = replace(from_module(modules.Mlp(), torch.randn(3, 4)), train_ready=lambda m: seen.append(m.training))
+    loaded = replace(
+        from_module(modules.Mlp(), torch.randn(3, 4)), train_ready=lambda m: seen.append(m.training)
+    )
     trace(loaded)
     assert seen == []
     trace(loaded, training=True)

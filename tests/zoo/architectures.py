@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (one architecture a line where it fits)
 """Tiny random architectures as data: what to build, and how many attention weights to expect in it.
 
 `expected` counts distinct attention weights by role, worked out from the configuration: `qkv` is a fused
@@ -38,7 +39,15 @@ _BERT: dict[str, Any] = {
 }  # fmt: skip
 _LLAMA = {**_BERT, "num_key_value_heads": 2, **_TOKENS}
 _MOE = {**_LLAMA, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+_GPT = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 99,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 99, "max_position_embeddings": 64,
@@ -226,7 +235,7 @@ ARCHITECTURES: dict[str, Arch] = {
     "vilt": Arch("vilt", _FEAT, {**_BERT, "image_size": 32, "patch_size": 8}, _sep(2)),
     # Texts and images: two towers of two layers
     "clip": Arch("clip", _FEAT, {"text_config": _CLIP_TEXT, "vision_config": _VIT, "projection_dim": 16}, _sep(4)),
-    "siglip": Arch("siglip", _FEAT, {"text_config": _CLIP_TEXT, "vision_config": {**_VIT, "vision_use_head": False}}, _sep(4)),
+    "siglip": Arch("siglip", _FEAT, {"text_config": _CLIP_TEXT, "vision_config": _VIT}, None),
     "blip": Arch("blip", _FEAT, {"text_config": {**_CLIP_TEXT, "encoder_hidden_size": 32}, "vision_config": _VIT,
                                  "projection_dim": 16}, None),
     "chinese_clip": Arch("chinese_clip", _FEAT, {"text_config": _CLIP_TEXT, "vision_config": _VIT, "projection_dim": 16},
@@ -244,8 +253,14 @@ TIMM: dict[str, tuple[dict[str, Any], dict[str, int] | None]] = {
     "eva02_tiny_patch14_224": ({"img_size": 56, "depth": 2}, None),
     "cait_xxs24_224": ({**_SMALL, "depth": 2}, None),
     "xcit_nano_12_p8_224": ({**_SMALL, "depth": 2}, None),
-    "swin_tiny_patch4_window7_224": ({"img_size": 56, "depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16}, _fused(2)),
-    "swinv2_tiny_window8_256": ({"img_size": 64, "depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16}, _fused(2)),
+    "swin_tiny_patch4_window7_224": (
+        {"img_size": 56, "depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16},
+        _fused(2),
+    ),
+    "swinv2_tiny_window8_256": (
+        {"img_size": 64, "depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16},
+        _fused(2),
+    ),
     "pvt_v2_b0": ({"num_classes": 10}, None),
     "maxvit_rmlp_pico_rw_256": ({"img_size": 64}, None),
     "levit_128s": ({}, None),

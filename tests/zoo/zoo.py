@@ -31,6 +31,7 @@ def module(name: str) -> nn.Module:
 
     arch = ARCHITECTURES[name]
     config = transformers.AutoConfig.for_model(arch.model_type, **arch.config)
+    config.architectures = []  # from_config walks it where a type has several classes (DeiT)
     for class_name in hf_loader.auto_classes(arch.task):
         auto = getattr(transformers, class_name)
         if type(config) in auto._model_mapping:
@@ -65,8 +66,9 @@ def baseline(name: str) -> str | None:
     plain = loaded.module
     if not name.startswith("timm:"):
         plain = module(name)
-        plain.config.use_cache = False
-        plain.config.get_text_config().use_cache = False
+        for holder in plain.modules():
+            for config in hf_loader.configs(getattr(holder, "config", None)):
+                config.use_cache = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -54,7 +54,9 @@ class IA3(RewritePass):
         if site.bias_is_computed and self._axis(site) == "o":
             return "its bias is computed, so a scaled output could not be merged; use --scale input"
         if site.selected_parts and self._axis(site) == "i":
-            return f"the parts of a fused projection share one input; target {site.role}, or use --scale output"
+            return (
+                f"the parts of a fused projection share one input; target {site.role}, or use --scale output"
+            )
         return None
 
     def _axis(self, site: Site) -> str:

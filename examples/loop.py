@@ -1,0 +1,83 @@
+"""What both examples need: a training loop with a progress bar, latency measured fairly, and sizes to read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from itertools import cycle
+from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from surgery.export.runtime import OnnxModel
+from torch import Tensor, nn
+
+Batch = TypeVar("Batch")
+
+
+def train(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    loss_of: Callable[[Batch], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    title: str,
+    console: Console,
+) -> float:
+    """AdamW over what requires a gradient, a linear warm-up and decay; gives the seconds it took."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=36),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    module.train()
+    begun, smooth = perf_counter(), 0.0
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=steps, loss=float("nan"))
+        for step, batch in zip(range(steps), batches, strict=False):
+            loss = loss_of(batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            smooth = loss.item() if step == 0 else 0.95 * smooth + 0.05 * loss.item()
+            progress.update(task, advance=1, loss=smooth)
+    module.eval()
+    return perf_counter() - begun
+
+
+def latencies(files: Mapping[str, Path], inputs: Mapping[str, Tensor], repeats: int) -> dict[str, float]:
+    """Median seconds of each file in onnxruntime, run in turns so that all see the same machine."""
+    models = {name: OnnxModel(path) for name, path in files.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for (name, model), _ in zip(cycle(models.items()), range(len(models) * (repeats + 3)), strict=False):
+        begun = perf_counter()
+        model.run(inputs)
+        times[name].append(perf_counter() - begun)
+    return {name: statistics.median(values[3:]) for name, values in times.items()}
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of everything in a folder."""
+    return (
+        sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

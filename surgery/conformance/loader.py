@@ -1,0 +1,38 @@
+"""`python -m surgery.conformance.loader`: the other process of the reload check."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from safetensors.torch import save_file
+
+from surgery.conformance.case import tensors_of
+from surgery.loading import load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory")
+    parser.add_argument("inputs")
+    parser.add_argument("result")
+    parser.add_argument("--base")
+    parser.add_argument("--trust", action="store_true")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--load-threads", type=int, required=True)
+    parser.add_argument("--run-threads", type=int, required=True)
+    asked = parser.parse_args()
+    torch.manual_seed(asked.seed)
+    torch.set_num_threads(asked.load_threads)
+    program = load(asked.directory, base=asked.base, trust=asked.trust)
+    found = {f"state/{name}": tensor for name, tensor in program.state().items()}
+    # The same sum in another order has other last bits: only loading must not depend on threads.
+    torch.set_num_threads(asked.run_threads)
+    args, kwargs = torch.load(asked.inputs, weights_only=True)
+    outputs = tensors_of(program.run(*args, **kwargs))
+    found.update({f"output/{index}": tensor for index, tensor in enumerate(outputs)})
+    save_file({name: t.detach().clone().contiguous() for name, t in found.items()}, asked.result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Checks of merging: tolerance, weights, ties, and what is left in the graph afterwards."""
+
+from __future__ import annotations
+
+from surgery.base import hash_graph
+from surgery.conformance.case import Case, Skip, exactly, fingerprint
+from surgery.errors import PassError
+from surgery.folding import foldable
+from surgery.program import Program
+from surgery.sites import Site
+
+
+def _merged(case: Case, program: Program) -> Program:
+    """The program merged; skips the check where the pass, or this program, has nothing to fold."""
+    entry = program.journal.entries[-1].id
+    if not case.rewrite.mergeable:
+        try:
+            program.merge(verify=False)
+        except PassError:
+            raise Skip("the pass merges nothing (mergeable is False)") from None
+        raise Skip("the pass merges nothing (mergeable is False); others in this program do")
+    _, kept = foldable(program.base, program.journal)
+    if entry in kept:
+        raise Skip(f"not folded here: {kept[entry]}")
+    return program.merge(verify=False)
+
+
+def _gap(case: Case, program: Program) -> float:
+    return case.compare(program, _merged(case, program)).difference
+
+
+def _culprit(case: Case) -> str:
+    """The first site whose merge alone is wrong."""
+    for planned in case.accepted:
+        if _gap(case, case.fresh(case.on_one_site(planned.site))) > case.merge_tolerance:
+            return planned.site.path
+    return ""
+
+
+def merge(case: Case) -> str:
+    """Merged against unmerged with random parameters, alone and with a second application on top."""
+    gap = _gap(case, case.random)
+    if not gap <= case.merge_tolerance:
+        raise case.error(
+            "merge",
+            f"merging moves the outputs by {gap:.1e} of their scale, over {case.merge_tolerance:.1e}",
+            _culprit(case),
+        )
+    stacked = case.fresh(case.pass_.model_copy(update={"label": "stacked"}), case.random)
+    twice = _gap(case, stacked)
+    if not twice <= case.merge_tolerance:
+        raise case.error("merge", f"two on top of each other merge to within {twice:.1e} only")
+    return f"within {gap:.1e} of the scale, stacked {twice:.1e}; allowed {case.merge_tolerance:.1e}"
+
+
+def restored(case: Case) -> str:
+    """After merging: the original names, nodes and wiring, and the base's captured graph as it was."""
+    merged = _merged(case, case.random)
+    _, kept = foldable(case.random.base, case.random.journal)
+    names, original = set(merged.state()), set(case.base_before)
+    if hash_graph(merged.base.captured.graph) != case.base_hash:
+        raise case.error("restored", "merging changed the captured graph of the base")
+    if kept:
+        raise Skip(f"an earlier adapter of the program is not folded: {', '.join(kept)}")
+    if names != original:
+        raise case.error("restored", f"names differ: {sorted(names ^ original)[0]}")
+    for name, tensor in merged.state().items():
+        if fingerprint(tensor)[:2] != case.base_before[name][:2]:
+            raise case.error("restored", f"{name} has another shape or dtype than the base's")
+    count, expected = len(merged.graph.nodes), len(case.program.base.captured.graph.nodes)
+    if count != expected or hash_graph(merged.graph) != case.base_hash:
+        raise case.error("restored", f"the graph is not the original one ({count} nodes, were {expected})")
+    changed = {n for n, t in merged.state().items() if fingerprint(t) != case.base_before[n]}
+    allowed = {n for p in case.accepted for n in (p.site.weight, p.site.bias) if n is not None}
+    allowed |= {r.key.owner for e in case.program.journal for r in e.sites}
+    if changed - allowed and not case.program.changed:
+        raise case.error(
+            "restored", f"merging changed {sorted(changed - allowed)[0]}, which is at no site of it"
+        )
+    return f"{len(names)} names, {count} nodes; {len(changed)} tensors hold the merge"
+
+
+def weights(case: Case) -> str:
+    """Weight 0 is the program without it, 1 as trained, a half in between and merged alike."""
+    name = case.entry.id
+    _ = case.rewrite
+    if not case.compare(case.program, case.random.weighted({name: 0.0})).equal:
+        raise case.error("weights", "left out (weight 0) it is not bit for bit what it was without it")
+    if not case.compare(case.random, case.random.weighted({name: 1.0})).equal:
+        raise case.error("weights", "weight 1 is not bit for bit as trained")
+    if not case.rewrite.weightable:
+        try:
+            case.random.weighted({name: 0.5})
+        except PassError:
+            return "left out is exact; it cannot be scaled, and says so"
+        raise case.error("weights", "it is not weightable, and weight 0.5 was accepted")
+    half = case.random.weighted({name: 0.5})
+    if case.trainable and case.compare(case.random, half).equal:
+        raise case.error("weights", "weight 0.5 is the same as 1: rewrite has to use g.weight")
+    if not case.rewrite.mergeable:
+        return "left out is exact; a half differs; the pass merges nothing"
+    gap = _gap(case, half)
+    if not gap <= case.merge_tolerance:
+        raise case.error("weights", f"at weight 0.5 merged and unmerged differ by {gap:.1e} of their scale")
+    return f"left out is exact; a half merges within {gap:.1e}"
+
+
+def tied(case: Case) -> str:
+    """Tied weights stay one tensor, with their bits, until a merge, which leaves their other uses alone."""
+    _ = case.rewrite
+    sites = [site for site in case.program.sites if site.tied]
+    if not sites:
+        raise Skip("the program has no tied weight")
+    here = case.pass_.model_copy(update={"target": exactly(sites)})
+    plan = case.program.plan(here, freeze_base=False).passes[-1]
+    if not plan.accepted:
+        raise Skip(f"{plan.refused[0].site.path} is tied, and refused: {plan.refused[0].refusal}")
+    adapted = case.fresh(here)
+    for planned in plan.accepted:
+        _still_tied(case, adapted, planned.site)
+        _still_tied(case, adapted.undo(case.entry.id), planned.site)
+    paths = ", ".join(p.site.path for p in plan.accepted)
+    if not case.rewrite.mergeable:
+        return f"{paths}: stays tied; the pass merges nothing"
+    gap = _gap(case, adapted)
+    if not gap <= max(case.merge_tolerance, 1e-5):
+        raise case.error(
+            "tied", f"merging moves the outputs by {gap:.1e} of their scale", plan.accepted[0].site.path
+        )
+    return f"{paths}: stays tied; merges within {gap:.1e}"
+
+
+def _still_tied(case: Case, program: Program, site: Site) -> None:
+    state = program.state()
+    for name in (site.weight, *site.tied):
+        if name is None:
+            continue
+        if state[name] is not state[str(site.weight)]:
+            raise case.error("tied", f"{name} and {site.weight} are no longer one tensor", site.path)
+        if fingerprint(state[name]) != case.before[name]:
+            raise case.error("tied", f"{name} has changed", site.path)

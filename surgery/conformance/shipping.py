@@ -1,0 +1,155 @@
+"""Checks of what leaves the process: saved and loaded, exported again, unflattened, in ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from surgery.conformance.case import Case, Inputs, Skip, fingerprint, tensors_of
+from surgery.loading import load
+from surgery.numerics import observe
+from surgery.pass_base import Pass
+from surgery.plugins import make_plugin_manager
+from surgery.program import Program
+from surgery.replay import live_entries
+
+_TIMEOUT = 600
+
+
+def reload(case: Case) -> str:
+    """Saved by one process, loaded by another with another seed and thread count: the same bits."""
+    path = case.folder / "saved"
+    case.random.save(path, overwrite=True)
+    base = case.program.base
+    if not base.ref:
+        _same_here(case, load(str(path), base=case.program, plugins=base.plugins))  # type: ignore[arg-type]
+        return (
+            "saved and loaded in this process; skipped the other process: a captured module has no reference"
+        )
+    if not _installed(case.pass_):
+        confirmed = base.ref if base.ref.startswith("py:") else None
+        again = load(str(path), base=confirmed, trust=base.options.trust, plugins=base.plugins)
+        _same_here(case, again)
+        return "saved and loaded in this process; skipped the other process: no installed plugin has the pass"
+    return _other_process(case, path)
+
+
+def _installed(pass_: Pass) -> bool:
+    info = make_plugin_manager().passes.get(pass_.name)
+    return info is not None and info.cls is type(pass_)
+
+
+def _same_here(case: Case, program: Program) -> None:
+    for name, tensor in case.random.state().items():
+        other = program.state().get(name)
+        if other is None or fingerprint(tensor) != fingerprint(other):
+            raise case.error("reload", f"{name} is not the same after loading")
+    if not observe(case.random.run(), program.run(*case.inputs[0][0], **case.inputs[0][1])).equal:
+        raise case.error("reload", "outputs are not the same bits after loading")
+
+
+def _other_process(case: Case, path: Path) -> str:
+    threads = torch.get_num_threads()
+    other = 1 if threads > 1 else 2
+    args, kwargs = case.inputs[0]
+    given, result = case.folder / "inputs.pt", case.folder / "outputs.safetensors"
+    torch.save((args, kwargs), given)
+    command = [sys.executable, "-m", "surgery.conformance.loader", str(path), str(given), str(result)]
+    command += ["--seed", str(case.seed + 17), "--load-threads", str(other), "--run-threads", str(threads)]
+    if case.program.base.ref.startswith("py:"):
+        command += ["--base", case.program.base.ref]
+    if case.program.base.options.trust:
+        command += ["--trust"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise case.error("reload", f"another process cannot load it: {last}")
+    found = load_file(result)
+    for name, tensor in case.random.state().items():
+        if f"state/{name}" not in found or fingerprint(found[f"state/{name}"]) != fingerprint(tensor):
+            raise case.error("reload", f"{name} has other bits in another process")
+    for index, tensor in enumerate(tensors_of(case.random.run())):
+        if fingerprint(found[f"output/{index}"]) != fingerprint(tensor):
+            raise case.error("reload", f"output {index} has other bits in another process")
+    return f"another process, seed {case.seed + 17}, {other} threads: same bits"
+
+
+def _exported(case: Case) -> Any:
+    if "exported" not in case.__dict__:
+        captured = case.program.base.captured
+        args, kwargs = case.program.example_inputs
+        case.__dict__["exported"] = torch.export.export(
+            case.random.graph_module, args, kwargs, dynamic_shapes=captured.dynamic_shapes, strict=False
+        )
+    return case.__dict__["exported"]
+
+
+def _sets(case: Case) -> list[Inputs]:
+    return [case.inputs[0]] + ([case.other] if case.other is not None else [])
+
+
+def _agrees(case: Case, check: str, module: Any) -> str:
+    worst = 0.0
+    for args, kwargs in _sets(case):
+        with torch.no_grad():
+            seen = observe(case.random.run(*args, **kwargs), module(*args, **kwargs))
+        worst = max(worst, seen.difference)
+        if not seen.difference <= 1e-5:
+            raise case.error(check, f"outputs differ by {seen.difference:.1e} of their scale")
+    sizes = "at another batch size too" if case.other is not None else "the program has no dynamic dimension"
+    return f"within {worst:.1e}; {sizes}"
+
+
+def reexport(case: Case) -> str:
+    """torch.export takes the edited graph again, and what it makes runs at another batch size."""
+    try:
+        program = _exported(case)
+    except Exception as error:
+        raise case.error(
+            "reexport", f"torch.export refuses it: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return _agrees(case, "reexport", program.module(check_guards=False))
+
+
+def unflatten(case: Case) -> str:
+    """torch.export.unflatten of the exported program gives the same outputs."""
+    try:
+        module = torch.export.unflatten(_exported(case))
+    except Exception as error:
+        raise case.error(
+            "unflatten", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return _agrees(case, "unflatten", module)
+
+
+def onnx(case: Case) -> str:
+    """Parity in onnxruntime, and every inserted tensor in the file under its own name and provenance."""
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise Skip("onnx, onnxscript or onnxruntime is not installed (torch-surgery[onnx])")
+    from surgery.export import provenance_of
+
+    path = case.folder / "model.onnx"
+    report = case.random.export(path)
+    stored = provenance_of(path)
+    for entry in live_entries(case.random.journal):
+        for record in entry.sites:
+            for name, full in record.tensors.items():
+                tensor = stored.get(full)
+                if tensor is None:
+                    raise case.error(
+                        "onnx", f"tensor {name!r} is not in the file under its name", record.path
+                    )
+                if (tensor.pass_name, tensor.site) != (entry.pass_name, record.path):
+                    raise case.error("onnx", f"tensor {name!r} has lost its provenance", record.path)
+                if not tensor.nodes:
+                    raise case.error("onnx", f"tensor {name!r} is read by no node of the pass", record.path)
+    assert report.parity is not None
+    return f"within {report.parity.error:.1e}; {len(case.entry.tensor_names)} tensors by name"

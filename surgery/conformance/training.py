@@ -1,0 +1,160 @@
+"""The check of gradients: what they reach, in both modes, and whether they are right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.conformance.case import Case, Inputs, tensors_of
+from surgery.conformance.graph import live_parameters
+from surgery.errors import CaptureError
+from surgery.numerics import relative_difference
+from surgery.pass_base import RewritePass
+from surgery.program import Program
+
+_STEPS = (1e-2, 3e-3, 1e-3, 3e-4)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def gradients(case: Case) -> str:
+    """Gradients reach exactly what should train, in eval and train mode; those of inserted tensors agree with
+    finite differences; and a pass that is exact leaves the gradients of the base as they were."""
+    notes = []
+    program = case.fresh()
+    module = program.module()
+    got = _grads(module, case.inputs[0])
+    _check_reached(case, program, got, "eval")
+    _check_not_zero(case, got)
+    if isinstance(case.pass_, RewritePass) and case.trainable:
+        notes.append(_check_slope(case, program, module, got))
+        notes.append(_check_base(case))
+    try:
+        module.train()
+    except CaptureError as error:
+        notes.append(f"no train mode: {error}")
+    else:
+        _check_reached(case, program, _grads(module, case.inputs[0]), "train")
+        notes.append("train mode too")
+    return (
+        f"{len(got)} parameters, {len(case.trainable)} of them inserted; {'; '.join(n for n in notes if n)}"
+    )
+
+
+def _loss(outputs: Any) -> Tensor:
+    """A fixed random functional of every floating output, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    terms = []
+    for tensor in tensors_of(outputs):
+        if tensor.is_floating_point() and tensor.requires_grad == tensors_of(outputs)[0].requires_grad:
+            mix = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            terms.append((tensor.double() * mix).mean())
+    return torch.stack(terms).sum()
+
+
+def _grads(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    args, kwargs = inputs
+    loss = _loss(module(*args, **kwargs))
+    if not loss.requires_grad:
+        return {}
+    loss.backward()
+    found = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+def _check_reached(case: Case, program: Program, got: Mapping[str, Tensor], mode: str) -> None:
+    names = program.base.names
+    live = live_parameters(program.graph)
+    base = {
+        name
+        for name in program.parameter_names()
+        if name in program.base.tensors
+        and program.trains(name)
+        and any(n in live for n in names.get(name, (name,)))
+    }
+    older = {n for n in program.tensors if n in live and program.trains(n) and n not in case.trainable}
+    wanted = base | older | {n for n in case.trainable if program.trains(n)}
+    reached = {names.get(name, (name,))[0] for name in got}
+    for name in sorted(wanted - reached):
+        raise case.error(
+            "gradients", f"none reaches {name} in {mode} mode, and it should train", _site(case, name)
+        )
+    for name in sorted(reached - wanted):
+        raise case.error(
+            "gradients", f"one reaches {name} in {mode} mode, and it should not train", _site(case, name)
+        )
+
+
+def _check_not_zero(case: Case, got: Mapping[str, Tensor]) -> None:
+    for name in case.trainable:
+        gradient = got.get(name)
+        if gradient is not None and not gradient.isfinite().all():
+            raise case.error("gradients", f"that of {name} is not finite", _site(case, name))
+        if gradient is not None and not gradient.any():
+            raise case.error(
+                "gradients", f"that of {name} is zero everywhere at random parameters", _site(case, name)
+            )
+
+
+def _site(case: Case, name: str) -> str:
+    if not isinstance(case.pass_, RewritePass):
+        return ""
+    return next((r.path for r in case.entry.sites if name in r.tensors.values()), "")
+
+
+def _check_slope(case: Case, program: Program, module: nn.Module, got: Mapping[str, Tensor]) -> str:
+    """The slope along the gradient (and a random direction) against central differences."""
+    tensors = {name: program.tensors[name] for name in case.trainable}
+    if any(t.dtype in _HALF for t in tensors.values()):
+        return "slopes not compared in half precision"
+    generator = torch.Generator().manual_seed(case.seed + 2)
+    norm = sum(float(g.double().square().sum()) for n, g in got.items() if n in tensors) ** 0.5
+    size = sum(float(t.detach().double().square().sum()) for t in tensors.values()) ** 0.5
+    count = sum(t.numel() for t in tensors.values())
+    along = {
+        name: (got[name].double() / norm + 0.5 * torch.randn(t.shape, generator=generator) / count**0.5)
+        * size
+        for name, t in tensors.items()
+    }
+    expected = sum(float((got[n].double() * d).sum()) for n, d in along.items())
+    best = min((abs(_slope(module, case.inputs[0], tensors, along, s) - expected), s) for s in _STEPS)[0]
+    error = best / abs(expected)
+    if error > 0.05:
+        raise case.error("gradients", f"the slope along them is off by {error:.0%}: something is detached")
+    return f"slope within {error:.1e}"
+
+
+def _slope(
+    module: nn.Module, inputs: Inputs, tensors: Mapping[str, Tensor], along: Mapping[str, Tensor], step: float
+) -> float:
+    kept = {name: t.detach().clone() for name, t in tensors.items()}
+    losses = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            for name, tensor in tensors.items():
+                tensor.copy_(kept[name] + sign * step * along[name])
+            losses.append(float(_loss(module(*inputs[0], **inputs[1]))))
+        for name, tensor in tensors.items():
+            tensor.copy_(kept[name])
+    return (losses[0] - losses[1]) / (2 * step)
+
+
+def _check_base(case: Case) -> str:
+    """At insertion an exact pass is the identity on values, and has to be on the base's gradients too."""
+    if case.pass_.numerics.tolerance:
+        return "the base's gradients are not compared, as the pass rounds"
+    with_pass = _grads(case.apply(case.program, case.pass_, freeze_base=False).module(), case.inputs[0])
+    without = _grads(type(case.program)(case.program.base, case.program.journal, case.program.tensors,
+                                        case.program._own()).module(), case.inputs[0])  # fmt: skip
+    worst = 0.0
+    for name, gradient in without.items():
+        if name not in with_pass:
+            raise case.error("gradients", f"none reaches {name} of the base any more, unfrozen")
+        if gradient.any():
+            worst = max(worst, relative_difference(gradient, with_pass[name]))
+        if worst > (1e-1 if gradient.dtype in _HALF else 1e-3):
+            raise case.error("gradients", f"that of {name} of the base is off by {worst:.1e} of its scale")
+    return f"the base's own, unfrozen, within {worst:.1e}"
