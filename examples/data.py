@@ -138,8 +138,7 @@ def sha256(path: Path) -> str:
 
 def _member(archive: Path | io.BytesIO, name: str) -> bytes:
     """One file of a tar archive, read in memory: nothing is extracted."""
-    opened = tarfile.open(archive) if isinstance(archive, Path) else tarfile.open(fileobj=archive)
-    with opened as tar:
+    with tarfile.open(archive) if isinstance(archive, Path) else tarfile.open(fileobj=archive) as tar:
         stream = tar.extractfile(name)
         if stream is None:
             raise DataError(f"{name} is no file")

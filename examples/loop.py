@@ -1,4 +1,4 @@
-"""What both examples need: a training loop with a progress bar, latency measured fairly, and sizes to read."""
+"""What both examples need: saying what happens, a training loop with a progress bar, and fair latencies."""
 
 from __future__ import annotations
 
@@ -11,11 +11,26 @@ from typing import TypeVar
 
 import torch
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from surgery.export.runtime import OnnxModel
 from torch import Tensor, nn
 
+from surgery.export.runtime import OnnxModel
+
 Batch = TypeVar("Batch")
+INDENT = 9
+
+console = Console(highlight=False)
+
+
+def step(title: str, text: str) -> None:
+    """A line for what happens now."""
+    console.print(f"[bold cyan]{title:<{INDENT}}[/]{text}")
+
+
+def note(text: str) -> None:
+    """A line for what came of it."""
+    console.print(Padding(text, (0, 0, 0, INDENT), style="dim"))
 
 
 def train(
@@ -25,8 +40,6 @@ def train(
     *,
     steps: int,
     lr: float,
-    title: str,
-    console: Console,
 ) -> float:
     """AdamW over what requires a gradient, a linear warm-up and decay; gives the seconds it took."""
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -36,8 +49,8 @@ def train(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
     columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(bar_width=36),
+        TextColumn(" " * (INDENT - 1) + "{task.description}"),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -45,7 +58,7 @@ def train(
     module.train()
     begun, smooth = perf_counter(), 0.0
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=steps, loss=float("nan"))
+        task = progress.add_task("training", total=steps, loss=float("nan"))
         for step, batch in zip(range(steps), batches, strict=False):
             loss = loss_of(batch)
             loss.backward()

@@ -257,7 +257,10 @@ def _combine(flow: Dataflow, node: fx.Node, parts: list[Origins], rule: Rule) ->
     parts = [part for part in parts if part]
     if not parts:
         return {}
-    union = dict(parts[0])
+    first = parts[0]
+    if all(part is first or part == first for part in parts):
+        return first
+    union = dict(first)
     for part in parts[1:]:
         for origin, flags in part.items():
             union[origin] = union.get(origin, 0) | flags

@@ -117,8 +117,8 @@ class Rewriter:
     def replace_input(self, build: Callable[[fx.Node], fx.Node]) -> None:
         """Let all that stands at this site, op and earlier adapters, read build(x) in the place of x.
 
-        build inserts all that it needs with `call`; from what it returns, first arguments must lead back to x. Later adapters
-        still read x itself, so that folding in journal order is right.
+        build inserts all that it needs with `call`; from what it returns, first arguments must lead back to x.
+        Later adapters still read x itself, so that folding in journal order is right.
         """
         assert self.call_ is not None
         name = self.call_.node.name

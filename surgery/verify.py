@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from surgery.errors import SurgeryError
 from surgery.export.compare import Divergence, first_divergence
@@ -16,6 +17,8 @@ from surgery.export.program import parity_inputs, source_of
 from surgery.export.runtime import OnnxModel
 from surgery.numerics import relative_difference
 from surgery.program import MERGE_TOLERANCE, Program
+from surgery.sites import META
+from surgery.weight_ops import module_path
 
 Side = Program | OnnxModel
 
@@ -32,11 +35,15 @@ class OutputDifference:
 
 @dataclass(frozen=True)
 class Verification:
-    """agree: every output is within tolerance on every input set. divergence: the first node that differs."""
+    """agree: every output is within tolerance on every input set. divergence: the first node that differs.
+
+    cause: the adapter that stands before that node in one of the two, where one does.
+    """
 
     outputs: tuple[OutputDifference, ...]
     tolerance: float
     divergence: Divergence | None = None
+    cause: str = ""
 
     @property
     def difference(self) -> float:
@@ -81,7 +88,41 @@ def verify(a: Side, b: Side, *, tolerance: float | None = None, seed: int = 0) -
     if result.agree:
         return result
     where = first_divergence(_comparable(a), _comparable(b), worst_set, tol=allowed)
-    return Verification(tuple(found), allowed, where)
+    if where is None:  # only what has no partner differs, as an adapter on the last op does
+        where = _at_the_end(a, b, next(o for o in found if o.difference > allowed))
+    return Verification(tuple(found), allowed, where, _cause(a, where.node) or _cause(b, where.other))
+
+
+def _at_the_end(a: Side, b: Side, output: OutputDifference) -> Divergence:
+    """The nodes that give a differing output."""
+    ends = [_giver(side, output.name) for side in (a, b)]
+    node = next((end for end in ends if end is not None), None)
+    names = [end.name if end is not None else output.name for end in ends]
+    path, op = (module_path(node), str(node.target)) if node is not None else ("", "output")
+    return Divergence(names[0], names[1], path, op, float("nan"), output.difference)
+
+
+def _giver(side: Side, output: str) -> fx.Node | None:
+    if not isinstance(side, Program):
+        return None
+    source = source_of(side)
+    end = next(node for node in reversed(side.graph.nodes) if node.op == "output")
+    nodes = pytree.tree_leaves(end.args[0])
+    names = list(source.named_outputs(side.run()))
+    tensors = [node for node in nodes if isinstance(node, fx.Node)]
+    return tensors[names.index(output)] if len(names) == len(tensors) and output in names else None
+
+
+def _cause(side: Side, name: str) -> str:
+    """`lora at layer.0.query` where an adapter's value enters the node, or is it."""
+    if not isinstance(side, Program):
+        return ""
+    node = next((n for n in side.graph.nodes if n.name == name), None)
+    for near in [node, *node.all_input_nodes] if node is not None else []:
+        mark = near.meta.get(META, {})
+        if mark.get("entry"):
+            return f"{mark['entry']} at {mark['site']}"
+    return ""
 
 
 def _comparable(side: Side) -> Any:

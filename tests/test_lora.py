@@ -80,7 +80,9 @@ def test_parts_change_only_their_rows(randomise):
 def test_gradients_are_those_of_eager(randomise):
     """Same loss, same gradients for A and B as autograd gives for y + s·B(Ax) written by hand."""
     module, inputs = models.attention()
-    program = randomise(surgery.capture(module, inputs).apply(surgery.Lora(target="attn.out", rank=2, alpha=6)))
+    program = randomise(
+        surgery.capture(module, inputs).apply(surgery.Lora(target="attn.out", rank=2, alpha=6))
+    )
     trained = program.module().train()
     trained(*inputs).square().sum().backward()
     a = program.tensors["out.lora.A"].detach().clone().requires_grad_()

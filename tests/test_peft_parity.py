@@ -55,7 +55,9 @@ def test_minilm():
     inputs = {"input_ids": ids(30000), "attention_mask": torch.ones(3, 11, dtype=torch.int64)}
     inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     program = surgery.load(f"hf:{minilm_path()}").apply(surgery.Lora(target="query,key,value"))
-    expected, factors = peft_logits(AutoModel.from_pretrained(minilm_path()), ["query", "key", "value"], inputs)
+    expected, factors = peft_logits(
+        AutoModel.from_pretrained(minilm_path()), ["query", "key", "value"], inputs
+    )
     put(program, factors)
     check(program, expected, inputs)
 

@@ -102,7 +102,7 @@ def test_a_module_from_python_needs_its_module_again(tmp_path, randomise):
     module, inputs = models.attention()
     program = randomise(surgery.capture(module, inputs).apply(surgery.Lora(target="attn.*", rank=2)))
     program.save(tmp_path / "adapted")
-    with pytest.raises(LoadError, match="base=surgery.capture"):
+    with pytest.raises(LoadError, match=r"base=surgery\.capture"):
         surgery.load(str(tmp_path / "adapted"))
     torch.manual_seed(123)
     again = surgery.load(str(tmp_path / "adapted"), base=surgery.capture(models.Attention(), inputs))
@@ -114,7 +114,9 @@ def test_standalone_needs_no_base(tmp_path, randomise):
 
     torch.manual_seed(0)
     base = tmp_path / "base"
-    GPT2LMHeadModel(GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)).save_pretrained(base)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    ).save_pretrained(base)
     program = randomise(surgery.load(f"hf:{base}").apply(surgery.Lora(target="attn.*", rank=2)))
     program.save(tmp_path / "alone", standalone=True)
     for file in base.iterdir():
@@ -191,7 +193,7 @@ def test_another_architecture_lists_the_sites(adapted, tmp_path):
             return self.extra(super().forward(x))
 
     other = surgery.capture(Wider(), (torch.randn(3, 5, 8),))
-    with pytest.raises(JournalError, match="these sites differ: extra.weight"):
+    with pytest.raises(JournalError, match=r"these sites differ: extra\.weight"):
         surgery.load(str(tmp_path / "adapted"), base=other)
 
 
@@ -233,7 +235,9 @@ def test_a_kill_while_saving_leaves_what_was_there(adapted, tmp_path):
         "saved.sha256 = slow\n"
         "program.save(sys.argv[1], overwrite=True)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "adapted")], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "adapted")], stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -106,6 +106,7 @@ def verify(
                     "tolerance": result.tolerance,
                     "outputs": [vars(o) for o in result.outputs],
                     "divergence": vars(result.divergence) if result.divergence else None,
+                    "cause": result.cause,
                 }
             )
         )
@@ -121,7 +122,8 @@ def verify(
         if result.divergence:
             d = result.divergence
             where = f" in {d.module_path}" if d.module_path else ""
-            out.print(f"first diverging node: {d.node} ({d.op}){where}, by {d.relative:.1e} of its scale")
+            after = f", after {result.cause}" if result.cause else ""
+            out.print(f"first diverging node: {d.node} ({d.op}){where}, by {d.relative:.1e} of its scale{after}")
     if not result.agree:
         ctx.exit(1)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery import capture
+from surgery.capture import fresh_inputs, other_sizes
 from surgery.errors import CaptureError
 from surgery.export.program import parity_inputs
 from surgery.journal import Entry
@@ -78,7 +78,7 @@ class Case:
 
     @cached_property
     def random(self) -> Program:
-        """The pass applied, its trainable tensors moved at random. Not to be trained: see `fresh`."""
+        """The pass applied, its trainable tensors moved at random; see `to_train`."""
         return self.fresh()
 
     def fresh(self, pass_: Pass | None = None, program: Program | None = None, **options: Any) -> Program:
@@ -102,6 +102,18 @@ class Case:
                     fan = tensor.numel() // tensor.shape[0] if tensor.dim() > 1 else 4
                     noise = torch.randn(tensor.shape, generator=generator) * (self.scale / max(fan, 1) ** 0.5)
                     tensor.add_(noise.to(tensor.dtype))
+
+    @staticmethod
+    def to_train(program: Program) -> Program:
+        """The program over storage of its own, so that training it moves nothing else."""
+
+        def copied(tensor: Tensor) -> Tensor:
+            fresh = tensor.detach().clone()
+            return torch.nn.Parameter(fresh) if isinstance(tensor, torch.nn.Parameter) else fresh
+
+        tensors = {name: copied(t) for name, t in program.tensors.items()}
+        changed = {name: copied(t) for name, t in program.changed.items()}
+        return Program(program.base, program.journal, tensors, changed)
 
     # -- what it did
 
@@ -140,10 +152,10 @@ class Case:
         """Inputs at another size of every dynamic dimension; None where all are fixed."""
         captured = self.program.base.captured
         try:
-            sizes = capture.other_sizes(captured)
+            sizes = other_sizes(captured)
         except CaptureError:
             return None
-        return capture.fresh_inputs(captured, sizes, self.seed) if sizes else None
+        return fresh_inputs(captured, sizes, self.seed) if sizes else None
 
     def compare(self, a: Program, b: Program) -> Observed:
         """The worst over all inputs."""

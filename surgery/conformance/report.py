@@ -43,8 +43,7 @@ class ConformanceReport:
         return {o.check: o.detail for o in self.outcomes if o.status == status}
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.pass_name}: {len(self.passed)} checks passed, {len(self.skipped)} skipped, {len(self.failed)} failed"
-        ]
+        counts = ", ".join(f"{len(self._with(s))} {s}" for s in ("passed", "skipped", "failed"))
+        lines = [f"{self.pass_name}: {counts}"]
         lines += [f"  {o.status:<8} {o.check:<10} {o.seconds:5.1f} s  {o.detail}" for o in self.outcomes]
         return "\n".join(lines)

@@ -109,7 +109,9 @@ def _check_roles(name: str, base: surgery.Program) -> None:
         family, _, rest = site.role.partition(".")
         if family == "attn":
             found[rest] += len(site.calls)
-    wrong = [f"{role}: {found[role]}, expected {count}" for role, count in expected.items() if found[role] != count]
+    wrong = [
+        f"{role}: {found[role]}, expected {count}" for role, count in expected.items() if found[role] != count
+    ]
     if wrong:
         raise AssertionError("; ".join(wrong))
 
@@ -157,7 +159,12 @@ def report(outcomes: list[Outcome]) -> float:
     for o in outcomes:
         chain = "ok" if o.failed is None else f"{o.failed}: {o.reason}"
         table.add_row(
-            o.name, o.baseline or "ok", str(o.sites), chain, f"{o.parity:.0e}" if o.parity else "", f"{o.seconds:.0f}"
+            o.name,
+            o.baseline or "ok",
+            str(o.sites),
+            chain,
+            f"{o.parity:.0e}" if o.parity else "",
+            f"{o.seconds:.0f}",
         )
     Console(width=200).print(table)
     denominator = [o for o in outcomes if o.baseline is None]
