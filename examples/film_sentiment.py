@@ -130,7 +130,7 @@ def main(options: argparse.Namespace) -> None:
     reports = {"probe": probe.export(files["probe"])}
 
     lora = surgery.Lora(target="attn.*", rank=options.rank, alpha=2 * options.rank)
-    adapted = probe.apply(lora)
+    adapted = base.apply(surgery.Freeze(target="!head"), lora)
     report = adapted.reports[-1]
     step(
         "LoRA", f"rank {lora.rank} on {len(report.plan.accepted)} attention projections; the head trains too"
@@ -182,9 +182,9 @@ def main(options: argparse.Namespace) -> None:
     console.print()
     console.print(table)
     note(
-        "accuracy is on the held-out sentences; parity is the largest difference between the ONNX file and the"
+        "Accuracy on the held-out sentences, of the merged one by onnxruntime. Parity: the largest difference "
+        "of the ONNX file from the program, relative to the outputs. Times: medians in onnxruntime, in turns."
     )
-    note("program, as a part of the outputs' scale; times are medians in onnxruntime, taken in turns")
     step("Files", f"{out}/")
     for path in (*files.values(), out / "adapted"):
         what = ' surgery.load("…") gives the adapted program again' if path.is_dir() else ""

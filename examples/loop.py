@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from torch import Tensor, nn
 
 from surgery.export.runtime import OnnxModel
@@ -25,12 +26,15 @@ console = Console(highlight=False)
 
 def step(title: str, text: str) -> None:
     """A line for what happens now."""
-    console.print(f"[bold cyan]{title:<{INDENT}}[/]{text}")
+    line = Table.grid(padding=0)
+    line.add_column(width=INDENT, style="bold cyan")
+    line.add_row(title, text)
+    console.print(line)
 
 
 def note(text: str) -> None:
     """A line for what came of it."""
-    console.print(Padding(text, (0, 0, 0, INDENT), style="dim"))
+    console.print(Padding(text, (0, 0, 0, INDENT), expand=False, style="dim"))
 
 
 def train(

@@ -37,4 +37,4 @@ def surgery_commands(cli: Any) -> None:
 
 @hookspec
 def surgery_after_pass(program: Any, result: Any) -> None:
-    """Called after every applied pass with the new program and its journal entry; raise to refuse it."""
+    """Called after every applied pass with the new program and its PassReport; raise a SurgeryError to refuse it."""

@@ -41,8 +41,8 @@ def rounded(tolerance: float, reason: str) -> Numerics:
 class TensorSpec:
     """A tensor that a pass adds at a site.
 
-    shape: its size. init: fills an empty tensor in place. value: the tensor itself, in place of init. trainable: whether it is a
-    parameter that trains. dtype: the site's own where None.
+    shape: its size. init: fills an empty tensor in place. value: the tensor itself, in place of init.
+    trainable: whether it is a parameter that trains. dtype: the site's own where None.
     """
 
     shape: tuple[int, ...]

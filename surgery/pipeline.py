@@ -207,7 +207,9 @@ def apply(program: Program, passes: Sequence[Pass], freeze_base: bool | None, ve
         adapted.journal = program.journal.add(entry)
         report = PassReport(entry, planned, observed, why, perf_counter() - begun)
         adapted.reports = (*program.reports, report) if program.journal.entries else (report,)
-        program.base.plugins.hook.surgery_after_pass(program=adapted, result=report)
+        plugins = program.base.plugins
+        for impl in plugins.implementations("surgery_after_pass"):
+            plugins.call(impl, program=adapted, result=report)
         program = adapted
     return program
 

@@ -10,7 +10,7 @@ from typing import Any
 import pluggy
 
 from surgery import hookspecs
-from surgery.errors import PassError, PluginError, nearest
+from surgery.errors import PassError, PluginError, SurgeryError, nearest
 from surgery.pass_base import Pass
 from surgery.weight_ops import BUILTIN_WEIGHT_OPS, WeightOp
 
@@ -47,9 +47,9 @@ class Plugins:
     def passes(self) -> dict[str, PassInfo]:
         """Passes by name. Raises PluginError where two distributions register one name."""
         found: dict[str, PassInfo] = {}
-        for impl in self.manager.hook.surgery_passes.get_hookimpls():
-            distribution, version = self.distributions.get(impl.plugin_name, (impl.plugin_name, ""))
-            for cls in _call(impl, distribution):
+        for impl in self.implementations("surgery_passes"):
+            distribution, version = self.distribution_of(impl)
+            for cls in list(self.call(impl)):
                 if not (isinstance(cls, type) and issubclass(cls, Pass) and cls.name):
                     raise PluginError(
                         f"plugin {distribution!r} registers {cls!r}, which is no pass with a name"
@@ -65,17 +65,39 @@ class Plugins:
 
     @cached_property
     def weight_ops(self) -> dict[Any, WeightOp]:
-        ops: dict[Any, WeightOp] = {}
-        for table in reversed(self.manager.hook.surgery_weight_ops()):
-            ops.update(table)
-        return ops
+        return self._table("surgery_weight_ops")
 
     @cached_property
     def lowerings(self) -> dict[Any, Any]:
+        return self._table("surgery_onnx_lowerings")
+
+    def _table(self, hook: str) -> dict[Any, Any]:
+        """What all plugins give, a later one's word before an earlier one's."""
         merged: dict[Any, Any] = {}
-        for table in self.manager.hook.surgery_onnx_lowerings():
-            merged.update(table)
+        for impl in self.implementations(hook):
+            merged.update(self.call(impl))
         return merged
+
+    def implementations(self, hook: str) -> list[Any]:
+        """A hook's implementations, built-ins first."""
+        return list(getattr(self.manager.hook, hook).get_hookimpls())
+
+    def distribution_of(self, impl: Any) -> tuple[str, str]:
+        """Name and version of the distribution of a hook implementation."""
+        return self.distributions.get(impl.plugin_name, (impl.plugin_name, ""))
+
+    def call(self, impl: Any, **arguments: Any) -> Any:
+        """What one implementation returns. Raises PluginError with its distribution where it fails."""
+        try:
+            return impl.function(*(arguments[name] for name in impl.argnames))
+        except SurgeryError:
+            raise
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise PluginError(
+                f"plugin {self.distribution_of(impl)[0]!r} fails in {impl.function.__name__}: "
+                f"{type(error).__name__}: {first}; uninstall it, or report it to its author"
+            ) from error
 
     def find_pass(self, name: str, distribution: str = "") -> PassInfo:
         """The pass of that name; PassError with the nearest names, or with the distribution to install."""
@@ -92,13 +114,6 @@ class Plugins:
             )
         hint = nearest(name, self.passes) or f"; there are {', '.join(sorted(self.passes))}"
         raise PassError(f"there is no pass {name!r}{hint}")
-
-
-def _call(impl: Any, distribution: str) -> list[Any]:
-    try:
-        return list(impl.function())
-    except Exception as error:
-        raise PluginError(f"plugin {distribution!r} fails in surgery_passes: {error}") from error
 
 
 class _Builtins:

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from surgery.attention import Attention, find_attentions
-from surgery.dataflow import NONLINEAR, Dataflow, Origins, op_name, trace_origins
+from surgery.dataflow import NONLINEAR, Dataflow, op_name, trace_origins
 from surgery.fused import Rows, find_parts
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
 
@@ -273,4 +273,4 @@ def _kernel(call: Call) -> list[int]:
     return list(value.shape[2:]) if isinstance(value, torch.Tensor) else []
 
 
-__all__ = ["Attention", "Origins", "Roles", "find_roles"]
+__all__ = ["Attention", "Roles", "find_roles"]

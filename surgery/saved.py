@@ -253,7 +253,7 @@ def _base(
 
 
 def _fill(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
-    there = dict(module.named_parameters(remove_duplicate=False))
+    there: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     there.update(module.named_buffers(remove_duplicate=False))
     with torch.no_grad():
         for name, value in stored.items():

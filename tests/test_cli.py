@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from surgery.cli import main
 from tests.conftest import minilm_path
 
 ATTENTION = "py:tests.models:attention"
@@ -157,9 +158,17 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, saved):
+def test_bad_input(case, saved, capsys, monkeypatch):
+    """In this process, since starting forty takes minutes; the tests below start real ones."""
     args, says = BAD[case]
-    assert says in refused(*(str(arg).replace("{saved}", str(saved)) for arg in args))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(arg).replace("{saved}", str(saved)) for arg in args])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert says in lines[0]
     assert not Path("/tmp/never").exists()
 
 

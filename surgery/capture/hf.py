@@ -325,7 +325,7 @@ def _train_ready(model: Any) -> None:
         for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
             if hasattr(config, key):
                 setattr(config, key, 0.0)
-        if hasattr(config, "apply_spec_augment"):
+        if hasattr(config, "apply_spec_augment") or hasattr(config, "mask_time_prob"):
             config.apply_spec_augment = False
     for module in model.modules():
         for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):

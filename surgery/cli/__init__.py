@@ -42,7 +42,11 @@ def _build() -> click.Group:
     plugins = make_plugin_manager()
     for title, why in plugins.broken.items():
         click.echo(f"warning: plugin {title} does not load and is left out: {why}", err=True)
-    plugins.hook.surgery_commands(cli=cli)
+    for impl in plugins.implementations("surgery_commands"):
+        try:
+            plugins.call(impl, cli=cli)
+        except SurgeryError as error:
+            click.echo(f"warning: {error}", err=True)
     cli.context_settings["obj"] = plugins
     return cli
 

@@ -16,7 +16,7 @@ class PassCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         plugins: Plugins = ctx.obj
-        own = {opt: param for param in self.get_params(ctx) for opt in param.opts}
+        own = {opt: param for param in self.get_params(ctx) for opt in (*param.opts, *param.secondary_opts)}
         rest, groups = split_groups(args, own, plugins)
         ctx.meta["passes"] = groups
         return super().parse_args(ctx, rest)

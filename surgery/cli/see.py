@@ -46,9 +46,8 @@ def inspect(model: str, as_json: bool, plugins: Plugins, loader: Callable[..., P
     out.print(tree)
     out.print(trainable_line(program))
     for entry in program.journal:
-        out.print(
-            f"  applied: {entry.id} on {len(entry.sites) or len(entry.trains)} {'sites' if entry.sites else 'parameters'}"
-        )
+        where = f"{len(entry.sites)} sites" if entry.sites else f"{len(entry.trains)} parameters"
+        out.print(f"  applied: {entry.id} on {where}")
 
 
 def _branch(branches: dict[str, Tree], path: str) -> Tree:
@@ -109,9 +108,8 @@ def passes(plugins: Plugins, name: str | None, as_json: bool) -> None:
     out.print(Text(f"{name}", style="bold"), f"from {info.distribution} {info.version}")
     out.print(Text(_dedent(info.cls.__doc__ or "")))
     if issubclass(info.cls, RewritePass):
-        out.print(
-            f"works on: {', '.join(info.cls.on)}   numerics: {info.cls.numerics}   merges: {'yes' if info.cls.mergeable else 'no'}"
-        )
+        merges = "yes" if info.cls.mergeable else "no"
+        out.print(f"works on: {', '.join(info.cls.on)}   numerics: {info.cls.numerics}   merges: {merges}")
     table = Table("option", "type", "default", "", box=None, header_style="bold")
     for row in options:
         default = (
@@ -178,8 +176,8 @@ def plan(
                     note,
                 )
             out.print(table)
-        for note in planned.notes:
-            out.print(Text(f"  note: {note}", style="yellow"))
+        for sentence in planned.notes:
+            out.print(Text(f"  note: {sentence}", style="yellow"))
     out.print(trainable_line(program) + f"; the plan adds {count(sum(p.parameters for p in report.passes))}")
 
 

@@ -123,7 +123,9 @@ def verify(
             d = result.divergence
             where = f" in {d.module_path}" if d.module_path else ""
             after = f", after {result.cause}" if result.cause else ""
-            out.print(f"first diverging node: {d.node} ({d.op}){where}, by {d.relative:.1e} of its scale{after}")
+            out.print(
+                f"first diverging node: {d.node} ({d.op}){where}, by {d.relative:.1e} of its scale{after}"
+            )
     if not result.agree:
         ctx.exit(1)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from surgery.base import hash_graph
 from surgery.capture import fresh_inputs, other_sizes
 from surgery.errors import CaptureError
 from surgery.export.program import parity_inputs
@@ -57,6 +58,7 @@ class Case:
         self.before = {name: fingerprint(t) for name, t in self.program.state().items()}
         self.base_before = {name: fingerprint(t) for name, t in self.program.base.tensors.items()}
         self.base_hash = self.program.base.graph_hash
+        self.graph_hash = hash_graph(self.program.graph)
         self.reference = self.program.run()
 
     def error(self, check: str, message: str, site: str = "") -> ConformanceError:

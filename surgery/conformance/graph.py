@@ -17,7 +17,8 @@ def untouched(case: Case) -> str:
     allowed = {call.node.name: plan.site.path for plan in case.accepted for call in plan.site.calls}
     owners = {call.node.name: site.path for site in case.program.sites for call in site.calls}
     after = {node.name: node for node in case.adapted.graph.nodes}
-    entry, touched = case.entry.id, set()
+    entry = case.entry.id
+    touched: set[str] = set()
     for node in case.program.graph.nodes:
         twin = after.get(node.name)
         if twin is None or twin.op != node.op or twin.target != node.target:

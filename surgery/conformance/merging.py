@@ -60,6 +60,9 @@ def restored(case: Case) -> str:
     names, original = set(merged.state()), set(case.base_before)
     if hash_graph(merged.base.captured.graph) != case.base_hash:
         raise case.error("restored", "merging changed the captured graph of the base")
+    for name, tensor in merged.base.tensors.items():
+        if fingerprint(tensor) != case.base_before[name]:
+            raise case.error("restored", f"merging wrote into {name} of the base itself")
     if kept:
         raise Skip(f"an earlier adapter of the program is not folded: {', '.join(kept)}")
     if names != original:

@@ -80,7 +80,7 @@ def undo(case: Case) -> str:
     if now != case.before:
         differing = sorted(n for n in {*now, *case.before} if now.get(n) != case.before.get(n))
         raise case.error("undo", f"{differing[0]} is not what it was ({len(differing)} tensors differ)")
-    if hash_graph(undone.graph) != hash_graph(case.program.graph):
+    if hash_graph(undone.graph) != case.graph_hash:
         raise case.error("undo", "the graph is not what it was")
     if not observe(case.reference, undone.run()).equal:
         raise case.error("undo", "outputs are not what they were, bit for bit")
@@ -93,7 +93,7 @@ def undo(case: Case) -> str:
 
 def unchanged(case: Case) -> str:
     """The program that was given is as before all that was done here."""
-    program = case.program
+    program, _ = case.program, case.random
     for what, was, tensors in (
         ("program", case.before, program.state()),
         ("base", case.base_before, program.base.tensors),
@@ -101,6 +101,8 @@ def unchanged(case: Case) -> str:
         for name, tensor in tensors.items():
             if fingerprint(tensor) != was[name]:
                 raise case.error("input", f"{name} of the {what} that the pass was applied to has changed")
+    if hash_graph(program.graph) != case.graph_hash:
+        raise case.error("input", "the graph of the program that the pass was applied to has changed")
     if hash_graph(program.base.captured.graph) != case.base_hash:
         raise case.error("input", "the captured graph of the base has changed")
     if not observe(case.reference, program.run()).equal:

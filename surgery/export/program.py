@@ -41,7 +41,7 @@ def provenance_of(program: Program) -> dict[str, dict[str, Any]]:
 def parity_inputs(program: Program, seed: int = 0) -> list[InputSet]:
     """Two fresh sets of inputs: at the example's shape, and at another shape of every dynamic dimension."""
     captured = program.base.captured
-    sets = [fresh_inputs(captured, None, seed)]
+    sets: list[InputSet] = [fresh_inputs(captured, None, seed)]
     other = other_sizes(captured)
     if other:
         sets.append(fresh_inputs(captured, other, seed + 1))
