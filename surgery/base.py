@@ -126,14 +126,38 @@ def sha256(path: Path) -> str:
 
 
 def hash_graph(graph: fx.Graph) -> str:
-    """sha256 over ops, arguments and wiring, in order."""
-    position: dict[fx.Node, int] = {}
-    digest = hashlib.sha256()
+    """sha256 over ops, arguments and wiring.
+
+    Nodes are hashed by what they are computed from, not by their place: some models iterate over sets, and are
+    traced in another order by every process. Only ops with effects are hashed in order.
+    """
+    known: dict[fx.Node, str] = {}
+    effects = ""
     for node in graph.nodes:
         if node.op == "get_attr" and not node.users:
             continue
-        position[node] = len(position)
-        wired = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{position[n]}")
-        target = node.name if node.op == "placeholder" else str(node.target)
-        digest.update(f"{node.op}|{target}|{wired}\n".encode())
-    return digest.hexdigest()
+        wired = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+        line = f"{node.op}|{_target(node)}|{wired}"
+        writes = bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+        if writes:
+            line += effects
+        known[node] = hashlib.sha256(line.encode()).hexdigest()
+        if writes:
+            effects = known[node]
+    return hashlib.sha256("\n".join(sorted(known.values())).encode()).hexdigest()
+
+
+def _target(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return node.name
+    if node.op == "get_attr":
+        root = node.graph.owning_module
+        value = attrgetter(str(node.target))(root) if root is not None else None
+        return (
+            f"{node.target}|{hash_graph(value.graph)}"
+            if isinstance(value, fx.GraphModule)
+            else str(node.target)
+        )
+    if isinstance(node.target, torch._ops.OpOverload) or not callable(node.target):
+        return str(node.target)
+    return f"{node.target.__module__}.{node.target.__qualname__}"

@@ -19,7 +19,7 @@ from surgery.numerics import Observed, observe
 from surgery.pass_base import Pass, RewritePass, SelectPass, TensorSpec
 from surgery.passes.freeze import Freeze
 from surgery.rewriter import MetaCache, copy_graph
-from surgery.sites import Site, SiteIndex
+from surgery.sites import Site, SiteIndex, live_nodes
 
 if TYPE_CHECKING:
     from surgery.program import Program
@@ -132,13 +132,15 @@ def _plan_pass(program: Program, pass_: Pass, auto: bool) -> PassPlan:
     if asked is None:
         raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'attn.*'")
     sites = target.select_sites(program.sites.sites, asked)
-    plans = tuple(_plan_site(pass_, site) for site in sites)
+    live = live_nodes(program.graph)
+    plans = tuple(_plan_site(pass_, site, live) for site in sites)
     return PassPlan(pass_, plans, notes=tuple(target.readings_differ(program.sites.sites, asked)))
 
 
-def _plan_site(pass_: RewritePass, site: Site) -> SitePlan:
-    refusal = None
-    if site.kind not in pass_.on:
+def _plan_site(pass_: RewritePass, site: Site, live: set[fx.Node]) -> SitePlan:
+    if live.isdisjoint(call.node for call in site.calls):
+        refusal: str | None = "no output of the model depends on it"
+    elif site.kind not in pass_.on:
         refusal = f"{pass_.name} works on {', '.join(pass_.on)}, and this is a {site.kind} weight"
     elif site.selected_parts and not pass_.partial:
         refusal = f"it is a fused projection and {pass_.name} cannot act on a part of it; target {site.role}"

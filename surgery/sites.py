@@ -136,6 +136,18 @@ def tail(node: fx.Node) -> fx.Node:
         current = outer
 
 
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that an output of the graph, or a write, depends on."""
+    stack = [n for n in graph.nodes if n.op == "output" or (n.op == "call_function" and n.is_impure())]
+    live: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in live:
+            live.add(node)
+            stack.extend(node.all_input_nodes)
+    return live
+
+
 def head(node: fx.Node) -> fx.Node:
     """The value that enters a site, before adapters that change what its op reads."""
     while node.meta.get(META, {}).get("input"):

@@ -135,7 +135,7 @@ def test_several_by_name(randomise):
     halved = half.merge().state()["out.weight"] - module.out.weight
     assert close(whole * 0.5, halved, 1e-5)
     assert close(both.merge().run(), both.run(), 1e-5)
-    with pytest.raises(PassError, match="applied already.*--as"):
+    with pytest.raises(PassError, match=r"applied already.*--as"):
         both.apply(surgery.Lora(target="attn.*", label="one"))
 
 
@@ -177,3 +177,24 @@ def test_merge_in_place_needs_no_copy(randomise):
     assert close(merged.run(), before)
     with pytest.raises(surgery.SurgeryError, match="merged in place"):
         merged.undo_all()
+
+
+class Leftover(torch.nn.Module):
+    """A layer whose result nobody reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = torch.nn.Linear(4, 4)
+        self.unused = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.unused(x)
+        return self.used(x)
+
+
+def test_a_layer_that_no_output_depends_on_is_refused():
+    program = surgery.capture(Leftover(), (torch.randn(2, 4),), dynamic={"x": {0: "batch"}})
+    (refused,) = program.plan(surgery.Lora(target="all")).passes[-1].refused
+    assert (refused.site.path, refused.refusal) == ("unused", "no output of the model depends on it")
+    with pytest.raises(surgery.errors.PassError, match="lora at unused: refused, no output"):
+        program.apply(surgery.Lora(target="unused"))

@@ -107,7 +107,7 @@ def test_undo_keeps_what_else_was_trained(randomise):
     assert not left.tensors
     assert torch.allclose(left.run(), base.run() + 1.0, atol=1e-6)
     assert torch.equal(program.undo_all().run(), base.run())
-    with pytest.raises(JournalError, match="no pass 'lroa'.*'lora'"):
+    with pytest.raises(JournalError, match=r"no pass 'lroa'.*'lora'"):
         program.undo("lroa")
 
 
@@ -161,7 +161,7 @@ def test_a_pass_that_breaks_its_promise_is_refused():
 def test_misses_and_refusals_say_what_to_do():
     module, inputs = models.convnet()
     base = surgery.capture(module, inputs)
-    with pytest.raises(TargetError, match="'attn.*' is a role and matches no site; the model has the roles"):
+    with pytest.raises(TargetError, match=r"'attn.*' is a role and matches no site; the model has the roles"):
         base.apply(surgery.Lora(target="attn.*"))
     with pytest.raises(PassError, match="lora at 1: refused, lora works on linear, conv"):
         base.apply(surgery.Lora(target="norm"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,8 +51,7 @@ def clean(tmp_path_factory):
     run([sys.executable, "-m", "venv", "--without-pip", folder])
     (site,) = (folder / "lib").glob("python*/site-packages")
     for item in Path(sysconfig.get_path("purelib")).iterdir():
-        ours = "torch_surgery_" in item.name.replace("-", "_").replace("__editable___", "")
-        if not ours and item.name != "__pycache__":
+        if not re.search(r"torch_surgery_[a-z]", item.name) and item.name != "__pycache__":
             (site / item.name).symlink_to(item)
     return folder / "bin" / "python"
 

@@ -76,7 +76,8 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
     dtype = _dtype(keywords.pop("dtype", keywords.pop("torch_dtype", "auto")))
     with _quiet(transformers):
         config, chosen = _config(transformers, ref, name, keywords)
-        model_class = _model_class(transformers, ref, config, options.task)
+        task = options.task or ("text-generation" if "gguf_file" in chosen else None)  # GGUF names no class
+        model_class = _model_class(transformers, ref, config, task)
         try:
             model, info = model_class.from_pretrained(
                 name, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, **chosen
@@ -90,7 +91,7 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
     metadata = {"source": name, "tokenizer": name if Path(name).is_dir() else None}
     return from_model(
         model,
-        options.task,
+        task,
         unsourced=_with_ties(model, unsourced),
         files=_files(name, keywords),
         metadata=metadata,
@@ -146,8 +147,10 @@ def auto_classes(task: str) -> tuple[str, ...]:
 def _transformers() -> Any:
     try:
         import transformers
-    except ImportError:
-        raise MissingExtraError("transformers", "hf") from None
+    except ModuleNotFoundError as error:
+        if error.name == "transformers":
+            raise MissingExtraError("transformers", "hf") from None
+        raise LoadError(f"transformers is installed, but cannot be imported: {error}") from error
     return transformers
 
 
@@ -355,7 +358,11 @@ def _quiet(transformers: Any) -> Iterator[None]:
     logger.set_verbosity(logging.CRITICAL)
     logger.disable_progress_bar()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
             "know where the file comes from"
         )
     try:
-        program = torch.export.load(str(path))
+        with _no_log():
+            program = torch.export.load(str(path))
         module = program.module(check_guards=False)
     except Exception as error:
         raise LoadError(
@@ -54,6 +58,17 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
         files=(path,),
         metadata={"loader": "pt2", "source": str(path)},
     )
+
+
+@contextlib.contextmanager
+def _no_log() -> Iterator[None]:
+    """What torch logs about a damaged archive says less than the exception that follows."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 def _dynamic(program: Any, module: fx.GraphModule, args: Any, kwargs: Any) -> dict[str, Any] | None:

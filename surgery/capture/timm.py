@@ -83,6 +83,8 @@ def from_model(
 def _timm() -> Any:
     try:
         import timm
-    except ImportError:
-        raise MissingExtraError("timm", "timm") from None
+    except ModuleNotFoundError as error:
+        if error.name == "timm":
+            raise MissingExtraError("timm", "timm") from None
+        raise LoadError(f"timm is installed, but cannot be imported: {error}") from error
     return timm

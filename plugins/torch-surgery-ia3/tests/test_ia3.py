@@ -207,7 +207,7 @@ def test_train_and_save(tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     adapted.save(tmp_path / "saved")
     again = surgery.load(str(tmp_path / "saved"), base=program)
