@@ -193,13 +193,13 @@ def main(options: argparse.Namespace) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=None, help="training steps (default: 250, quick: 6)")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (default: 120, quick: 6)")
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--out", type=Path, default=Path("out/film"), help="where files are written")
     parser.add_argument("--quick", action="store_true", help="little data and few steps")
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (6 if options.quick else 250)
+    options.steps = options.steps or (6 if options.quick else 120)
     return options
 
 

@@ -96,7 +96,11 @@ class Pass(BaseModel):
         return f"{self.name}_{self.label}" if self.label else self.name
 
     def options(self) -> dict[str, Any]:
-        """Options that were set away from their defaults, JSON-able."""
+        """Every option, JSON-able: the journal must not depend on what a later version has for a default."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def given_options(self) -> dict[str, Any]:
+        """Options that differ from their defaults, JSON-able: what a person writes in a recipe."""
         return self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
 
     @classmethod

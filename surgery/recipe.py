@@ -72,4 +72,4 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
 
 
 def _listed(passes: Sequence[Pass]) -> list[dict[str, Any]]:
-    return [{"pass": p.name, **p.options()} for p in passes]
+    return [{"pass": p.name, **p.given_options()} for p in passes]

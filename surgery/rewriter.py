@@ -37,6 +37,8 @@ class MetaCache:
             (n.meta["val"].fake_mode for n in graph.nodes if isinstance(n.meta.get("val"), FakeTensor)), None
         ) or FakeTensorMode(allow_non_fake_inputs=True)
         self._results: dict[Any, Any] = {}
+        self._alike: dict[Any, int] = {}
+        self._numbers: dict[int, tuple[int, Any]] = {}
 
     def tensor(self, like: torch.Tensor) -> FakeTensor:
         key = ("tensor", tuple(like.shape), like.dtype, like.device)
@@ -46,12 +48,27 @@ class MetaCache:
         return self._results[key]
 
     def call(self, op: Any, args: Any, kwargs: Any) -> Any:
-        values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-        key = (op, _freeze(values))
+        key = (op, self._key(args), *((name, self._key(value)) for name, value in kwargs.items()))
         if key not in self._results:
+            values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
             with self.mode, torch.no_grad():
                 self._results[key] = op(*values[0], **values[1])
         return self._results[key]
+
+    def _key(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return "n", self._number(value.meta["val"])
+        if isinstance(value, (tuple, list)):
+            return tuple(self._key(item) for item in value)
+        return type(value).__name__, value
+
+    def _number(self, val: Any) -> int:
+        """The same number for results that are alike; each is looked at once (symbols are slow to compare)."""
+        known = self._numbers.get(id(val))
+        if known is None:
+            number = self._alike.setdefault(_freeze(val), len(self._alike))
+            known = self._numbers[id(val)] = (number, val)  # held, so that its id stays its own
+        return known[0]
 
 
 def _freeze(value: Any) -> Any:

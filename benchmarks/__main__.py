@@ -1,0 +1,81 @@
+"""Run the benchmarks, print one table and write out/benchmarks.json."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.models import MissingPeer
+from benchmarks.timing import Row
+
+NAMES = ("match", "step", "merge", "onnx_latency")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="MiniLM only, small sizes, few rounds")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and onnxruntime (1: CPU time is taken)")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks.json"))
+    asked = parser.parse_args(argv)
+    unknown = [name for name in asked.names if name not in NAMES]
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(asked.threads)
+    rows: list[Row] = []
+    missing: list[str] = []
+    for name in asked.names or NAMES:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        try:
+            for row in importlib.import_module(f"benchmarks.{name}").run(asked.quick):
+                rows.append(row)
+        except MissingPeer as error:
+            missing.append(f"{name}: {error}")
+    _print(rows, asked.threads)
+    for line in missing:
+        print(line, file=sys.stderr)
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    found = [{**dataclasses.asdict(row), "met": row.met} for row in rows]
+    asked.out.write_text(json.dumps({"threads": asked.threads, "quick": asked.quick, "rows": found}, indent=1))
+    return 1 if missing else 0
+
+
+def _print(rows: list[Row], threads: int) -> None:
+    clock = "CPU time of one thread" if threads == 1 else f"wall time, {threads} threads"
+    title = f"medians of interleaved rounds, {clock}; ratio = ours / peer, with quartiles"
+    table = Table("what", "ours", "peer", "ratio", "spread", "aim", "met?", "note", title=title)
+    section = ""
+    for row in rows:
+        if section and row.benchmark != section:
+            table.add_section()
+        section = row.benchmark
+        peer = f"{_value(row.peer, row.unit)} {row.peer_name}".strip()
+        ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
+        spread = "" if row.low is None or row.high is None else f"{row.low:.3g}–{row.high:.3g}"
+        aim = "" if row.aim is None else f"≤ {row.aim:g}"
+        met = {None: "", True: "yes", False: "no"}[row.met]
+        table.add_row(row.what, _value(row.ours, row.unit), peer, ratio, spread, aim, met, row.note)
+    Console(width=None if sys.stdout.isatty() else 190).print(table)
+
+
+def _value(value: float | None, unit: str) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    if unit != "s":
+        return f"{value:,.4g} {unit}".strip()
+    return f"{value:.2f} s" if abs(value) >= 1 else f"{value * 1e3:.3g} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

