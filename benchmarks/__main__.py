@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="MiniLM only, small sizes, few rounds")
-    parser.add_argument("--threads", type=int, default=1, help="of torch and onnxruntime (1: CPU time is taken)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch and onnxruntime (1: CPU time is taken)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks.json"))
     asked = parser.parse_args(argv)
     unknown = [name for name in asked.names if name not in NAMES]
@@ -40,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             for row in importlib.import_module(f"benchmarks.{name}").run(asked.quick):
                 rows.append(row)
+                ratio = "" if row.ratio is None else f", ratio {row.ratio:.3g}"
+                print(f"  {row.what}{ratio}", file=sys.stderr, flush=True)
         except MissingPeer as error:
             missing.append(f"{name}: {error}")
     _print(rows, asked.threads)
@@ -47,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         print(line, file=sys.stderr)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     found = [{**dataclasses.asdict(row), "met": row.met} for row in rows]
-    asked.out.write_text(json.dumps({"threads": asked.threads, "quick": asked.quick, "rows": found}, indent=1))
+    asked.out.write_text(
+        json.dumps({"threads": asked.threads, "quick": asked.quick, "rows": found}, indent=1)
+    )
     return 1 if missing else 0
 
 

@@ -20,7 +20,9 @@ class MissingPeer(Exception):
 def require(package: str, why: str) -> None:
     """Raises MissingPeer with the line that installs it."""
     if importlib.util.find_spec(package) is None:
-        raise MissingPeer(f"{why} needs {package!r}; install it with: pip install {package.replace('_', '-')}")
+        raise MissingPeer(
+            f"{why} needs {package!r}; install it with: pip install {package.replace('_', '-')}"
+        )
 
 
 @dataclass(frozen=True)

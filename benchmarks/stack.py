@@ -70,7 +70,8 @@ def fx_stack(layers: int) -> surgery.Program:
                 copied = graph.node_copy(node, mapping.__getitem__)
                 stack = node.meta.get("nn_module_stack", {})
                 copied.meta["nn_module_stack"] = {
-                    f"{key}.{number}": (f"layers.{number}.{path}", kind) for key, (path, kind) in stack.items()
+                    f"{key}.{number}": (f"layers.{number}.{path}", kind)
+                    for key, (path, kind) in stack.items()
                 }
             else:
                 continue
@@ -138,6 +139,11 @@ def onnx_stack(layers: int) -> Any:
             nodes.append(copied)
         value = mapping[end]
     graph = ir.Graph(
-        [first], [value], nodes=nodes, initializers=initializers, opset_imports={"": source.opset_imports[""]}, name="stack"
+        [first],
+        [value],
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports={"": source.opset_imports[""]},
+        name="stack",
     )
     return ir.Model(graph, ir_version=_onnx_block().ir_version)

@@ -28,9 +28,9 @@ SAME_LOSS = 1e-4  # relative, after a few steps of fp32 in two orders of summati
 
 
 def run(quick: bool) -> Iterator[Row]:
-    yield from _compare(minilm(), rounds=3 if quick else 30, batch=2 if quick else BATCH)
+    yield from _compare(minilm(), rounds=3 if quick else 25, batch=2 if quick else BATCH)
     if not quick:
-        yield from _compare(smollm2(), rounds=5, batch=BATCH)
+        yield from _compare(smollm2(), rounds=4, batch=BATCH)
 
 
 def _compare(model: Model, rounds: int, batch: int) -> Iterator[Row]:
@@ -48,7 +48,9 @@ def _compare(model: Model, rounds: int, batch: int) -> Iterator[Row]:
     times = measure(variants, rounds)
     gap = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["PEFT"], strict=True))
     if not gap <= SAME_LOSS:
-        raise RuntimeError(f"{model.name}: the losses of ours and PEFT differ by {gap:.1e}; the times mean nothing")
+        raise RuntimeError(
+            f"{model.name}: the losses of ours and PEFT differ by {gap:.1e}; the times mean nothing"
+        )
     note = f"losses agree to {gap:.0e}"
     yield compare("step", f"{model.name}: LoRA step", times, "ours", "PEFT", AIM, note)
     for name in ("ours", "PEFT"):
@@ -66,7 +68,9 @@ def _added(model: Model, rounds: Any) -> Row:
     return Row("step", what, "PEFT", ours, peer, ratio, low, high, note="step less the frozen base")
 
 
-def _step(model: Model, module: nn.Module, optimizer: Any, inputs: dict[str, Tensor], losses: list[float]) -> Any:
+def _step(
+    model: Model, module: nn.Module, optimizer: Any, inputs: dict[str, Tensor], losses: list[float]
+) -> Any:
     def step(_: None) -> None:
         loss = model.loss(module(**inputs), inputs["input_ids"])
         loss.backward()

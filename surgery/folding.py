@@ -12,7 +12,7 @@ from surgery.errors import JournalError
 from surgery.journal import Entry, Journal
 from surgery.pass_base import RewritePass
 from surgery.replay import find_sites, pass_of
-from surgery.sites import Site, SiteIndex
+from surgery.sites import Site
 
 if TYPE_CHECKING:
     from surgery.base import Base
@@ -73,14 +73,13 @@ def fold(
     weight_of: the base's tensors. Half precision is folded in fp32 and rounded once for all entries. With
     in_place, fp32 and fp64 weights are changed where they lie, without a copy.
     """
-    index = SiteIndex(base.captured.graph, base.names, base.plugins.weight_ops)
     work: dict[str, Tensor] = {}
     originals: dict[str, Tensor] = {}
     with torch.no_grad():
         for entry in entries:
             pass_ = pass_of(entry, base.plugins)
             assert isinstance(pass_, RewritePass)
-            for site, record in zip(find_sites(entry, index), entry.sites, strict=True):
+            for site, record in zip(find_sites(entry, base.sites), entry.sites, strict=True):
                 own = {name: tensors[full] for name, full in record.tensors.items()}
                 for slot, op in pass_.merge(site, own, entry.weight).items():
                     name = _place(site, slot, entry)

@@ -145,5 +145,5 @@ class AddLowRank:
             else:
                 weight.addmm_(a.t(), b.t(), alpha=self.scale)
             return
-        index = torch.tensor(self.rows)
+        index = torch.tensor(self.rows, device=weight.device)
         matrix.index_add_(0, index, b @ a, alpha=self.scale)

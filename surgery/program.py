@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery import pipeline, replay
-from surgery import training as training_graph
 from surgery.base import Base
 from surgery.errors import JournalError, PassError
 from surgery.folding import fold, foldable
@@ -310,8 +309,7 @@ class Program:
             return self.graph, self.base.captured.graph_module
         captured = self.base.train_capture()
         if self._train_graph is None:
-            graph = replay.build_graph(self.base, self.journal, self.tensors, captured)
-            self._train_graph = training_graph.tune(graph)
+            self._train_graph = replay.build_graph(self.base, self.journal, self.tensors, captured)
         return self._train_graph, captured.graph_module
 
     @property

@@ -166,15 +166,17 @@ class Rewriter:
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert `op(*args, **kwargs)`; arguments may be graph values."""
         with self.graph.inserting_before(self._anchor):
-            node = self.graph.create_node("call_function", op, args, kwargs)
+            node = self.graph.create_node("call_function", op, args, kwargs, getattr(op, "__name__", None))
         assert self.call_ is not None
-        node.meta = {
-            "val": self._cache.call(op, args, kwargs),
-            "nn_module_stack": dict(self.call_.node.meta.get("nn_module_stack", {})),
-            "stack_trace": self.call_.node.meta.get("stack_trace", ""),
-            META: {**self._provenance(), "call": self.call_.node.name},
-            "custom": self._custom(),
-        }
+        node.meta.update(
+            {
+                "val": self._cache.call(op, args, kwargs),
+                "nn_module_stack": dict(self.call_.node.meta.get("nn_module_stack", {})),
+                "stack_trace": self.call_.node.meta.get("stack_trace", ""),
+                META: {**self._provenance(), "call": self.call_.node.name},
+                "custom": self._custom(),
+            }
+        )
         self._new[node] = None
         return node
 

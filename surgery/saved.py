@@ -137,7 +137,9 @@ def _standalone(base: Base, folder: Path, tensors: dict[str, Tensor]) -> tuple[s
 
 
 def _hash_tree(folder: Path) -> dict[str, str]:
-    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json")}
+    """What the loader reads of a transformers directory."""
+    names = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json"]
+    return {path.name: sha256(path) for path in sorted(names)}
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
@@ -269,7 +271,12 @@ def _fill(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
 def _check_base(path: Path, saved: Mapping[str, Any], base: Base) -> None:
     if saved["files"] and base.loaded.files:
         for name, expected in saved["files"].items():
-            if name in base.file_hashes and base.file_hashes[name] != expected:
+            if name not in base.file_hashes:
+                raise JournalError(
+                    f"the base of {path} has changed: it has no {name} now; restore it, or name the right one "
+                    f"with --base"
+                )
+            if base.file_hashes[name] != expected:
                 raise JournalError(
                     f"the base of {path} has changed: {name} is not the file that it was saved with; restore it, "
                     f"or name the right one with --base"

@@ -84,7 +84,7 @@ class ScaleAxis:
         factor = self.vector.detach().to(tensor.dtype)
         if self.rows is not None:
             whole = torch.ones(channels(site, self.axis), dtype=factor.dtype, device=factor.device)
-            whole[torch.tensor(self.rows)] = factor
+            whole[torch.tensor(self.rows, device=factor.device)] = factor
             factor = whole
         if self.bias:
             tensor.mul_(factor)

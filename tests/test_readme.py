@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -22,11 +23,8 @@ def test_the_whole_plugin(monkeypatch):
     exec(compile(source, "README.md", "exec"), written)
     (gate,) = written["surgery_passes"]()  # type: ignore[operator]
 
-    class Plugin:
-        surgery_passes = written["surgery_passes"]
-
     module, inputs = models.attention()
-    manager = make_plugin_manager(entry_points=False, plugins=(Plugin(),))
+    manager = make_plugin_manager(entry_points=False, plugins=(SimpleNamespace(**written),))
     program = surgery.capture(module, inputs, dynamic={"x": {0: "batch"}}, plugins=manager)
     report = check_pass(gate(target="attn.*"), program, checks=("numerics", "merge", "weights", "gradients"))
     assert [outcome.status for outcome in report.outcomes] == ["passed"] * 4

@@ -178,6 +178,18 @@ def test_a_changed_base_is_seen(tmp_path):
     write(n_layer=2)
     with pytest.raises(JournalError, match=r"base of .* has changed: model.safetensors"):
         surgery.load(str(tmp_path / "adapted"))
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "model-00001-of-00001.safetensors")
+    index = {
+        "metadata": {},
+        "weight_map": dict.fromkeys(_names(tmp_path), "model-00001-of-00001.safetensors"),
+    }
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(JournalError, match=r"it has no model.safetensors now"):
+        surgery.load(str(tmp_path / "adapted"))
+
+
+def _names(folder):
+    return load_file(folder / "base" / "model-00001-of-00001.safetensors").keys()
 
 
 def test_another_architecture_lists_the_sites(adapted, tmp_path):

@@ -53,11 +53,8 @@ def apply(
     loader: Callable[..., Program],
 ) -> None:
     """Apply passes and save the result. Options after --pass NAME belong to that pass."""
-    import torch
-
     wanted = wanted_recipe(ctx, model, recipe, freeze_base, plugins)
     _refuse_taken(output, overwrite)
-    torch.manual_seed(seed)
     program = loader(wanted.model, wanted)
     result = program.apply(*wanted.passes, freeze_base=wanted.freeze_base, verify=not no_verify)
     result.save(output, standalone=standalone, overwrite=overwrite)

@@ -44,12 +44,16 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         base: str | None,
         **kwargs: Any,
     ) -> Any:
+        import torch
+
         def loader(ref: str, recipe: Any = None) -> Program:
             given = dict(_pair(text, "--model-kwarg") for text in model_kwarg)
             sizes = dict(_pair(text, "--example") for text in example)
             for name, size in sizes.items():
                 if not isinstance(size, int) or size < 1:
                     raise SurgeryError(f"--example {name}={size}: a size is a positive whole number")
+            # What no file gives (a new head, a timm model) is the same in every command.
+            torch.manual_seed(kwargs.get("seed", 0))
             chosen = task or (recipe.task if recipe else None)
             merged = {**(recipe.model_kwargs if recipe else {}), **given}
             return load(

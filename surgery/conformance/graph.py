@@ -8,7 +8,7 @@ from torch import fx
 
 from surgery.conformance.case import Case, Skip, exactly
 from surgery.errors import PassError
-from surgery.sites import META
+from surgery.sites import META, live_nodes
 
 
 def untouched(case: Case) -> str:
@@ -81,7 +81,7 @@ def inserted(case: Case) -> str:
     new = [node for node in case.adapted.graph.nodes if node.name not in known]
     if not new:
         raise Skip("it inserts no node")
-    live = _live(case.adapted.graph)
+    live = live_nodes(case.adapted.graph)
     for node in new:
         site = str(_mark(node).get("site", ""))
         if _mark(node).get("entry") != case.entry.id:
@@ -100,20 +100,9 @@ def inserted(case: Case) -> str:
     return f"{len(new)} nodes, {len(read)} tensors at {len(case.entry.sites)} sites"
 
 
-def _live(graph: fx.Graph) -> set[fx.Node]:
-    stack = [node for node in graph.nodes if node.op == "output"]
-    seen: set[fx.Node] = set()
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
-
-
 def live_parameters(graph: fx.Graph) -> set[str]:
     """Names of tensors on which an output depends."""
-    return {str(node.target) for node in _live(graph) if node.op == "get_attr"}
+    return {str(node.target) for node in live_nodes(graph) if node.op == "get_attr"}
 
 
 def _mark(node: fx.Node) -> dict[str, Any]:
