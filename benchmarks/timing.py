@@ -68,7 +68,6 @@ class Row:
     """One line of the table. ratio: ours over the peer's. low, high: the quartiles of its rounds.
 
     aim: what the ratio is to be at most; None where there is no aim. note: what a reader has to know.
-    checks: what has to hold beside the time, by name, such as equal losses.
     """
 
     benchmark: str

@@ -166,7 +166,11 @@ class Rewriter:
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert `op(*args, **kwargs)`; arguments may be graph values."""
         with self.graph.inserting_before(self._anchor):
-            node = self.graph.create_node("call_function", op, args, kwargs, getattr(op, "__name__", None))
+            node = self.graph.create_node("call_function", op, name=getattr(op, "__name__", None))
+        # Given to create_node, arguments are searched for raw symbols, which takes longer than all the rest.
+        node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         assert self.call_ is not None
         node.meta.update(
             {
