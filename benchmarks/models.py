@@ -25,6 +25,9 @@ def require(package: str, why: str) -> None:
         )
 
 
+_PROGRAMS: dict[str, surgery.Program] = {}
+
+
 @dataclass(frozen=True)
 class Model:
     """name: in the table. path, task, kwargs: as surgery.load and from_pretrained take them. auto: the
@@ -42,7 +45,10 @@ class Model:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def program(self) -> surgery.Program:
-        return surgery.load(f"hf:{self.path}", task=self.task, model_kwargs=self.kwargs)
+        """Loaded once for all benchmarks: a program is never changed, and merge puts back what it folds."""
+        if self.name not in _PROGRAMS:
+            _PROGRAMS[self.name] = surgery.load(f"hf:{self.path}", task=self.task, model_kwargs=self.kwargs)
+        return _PROGRAMS[self.name]
 
     def eager(self) -> nn.Module:
         import transformers

@@ -257,15 +257,17 @@ def _base(
 def _fill(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
     there: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     there.update(module.named_buffers(remove_duplicate=False))
+    kept = set(module.state_dict(keep_vars=True))
     with torch.no_grad():
         for name, value in stored.items():
             tensor = there.get(name)
-            if tensor is None or tensor.shape != value.shape:
+            if tensor is not None and tensor.shape == value.shape:
+                tensor.copy_(value)
+            elif tensor is None or name in kept:  # else the module makes it anew in its first forward
                 has = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
                 raise JournalError(
                     f"{path} stores {name} {tuple(value.shape)}, and the base has {has}; is it another?"
                 )
-            tensor.copy_(value)
 
 
 def _check_base(path: Path, saved: Mapping[str, Any], base: Base) -> None:
