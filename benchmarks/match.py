@@ -27,7 +27,7 @@ from surgery.target import select_sites
 
 AIM, LINEAR_AIM = 0.25, 1.2
 RANK, SCALE = 8, 2.0
-SIZES, PEERS_UP_TO = (1_300, 5_400, 10_800, 100_000), 10_800
+SIZES, MIDDLE = (1_300, 5_400, 10_800, 100_000), 10_800
 aten = torch.ops.aten
 
 
@@ -41,21 +41,24 @@ def run(quick: bool) -> Iterator[Row]:
         lora = surgery.Lora(target="all-linear", rank=RANK)
         adapted = program.apply(lora, freeze_base=False, verify=False)
         variants = {"ours": _ours(program, adapted)}
-        if size <= PEERS_UP_TO:
+        if size <= MIDDLE:
             variants["fx.replace_pattern"] = _replace_pattern(program, 6 * layers)
-            variants["onnxscript"] = _onnxscript(layers)
-        times = measure(variants, rounds=3 if quick or size > PEERS_UP_TO else 7)
+        variants["onnxscript"] = _onnxscript(layers)
+        times = measure(variants, rounds=3 if quick or size > MIDDLE else 7)
         per_node[size] = times.median("ours") / nodes
         note = f"{6 * layers:,} linears"
         for peer in list(variants)[1:]:
-            aim = AIM if size == PEERS_UP_TO else None
+            aim = AIM if size == MIDDLE else None
             yield compare("match", f"{nodes:,} nodes: match, rewrite", times, "ours", peer, aim, note)
-        if size > PEERS_UP_TO:
+        if size > MIDDLE:
+            # it took 3.7 times as long for twice the nodes: minutes at this size
             what = f"{nodes:,} nodes: match, rewrite"
-            yield Row("match", what, ours=times.median("ours"), note=f"{note}; peers left out: minutes each")
-        yield from _beside(program, adapted, nodes, rounds=1 if size > PEERS_UP_TO else 3)
+            yield Row(
+                "match", what, "fx.replace_pattern", times.median("ours"), note="peer left out: quadratic"
+            )
+        yield from _beside(program, adapted, nodes, rounds=1 if size > MIDDLE else 3)
     if not quick:
-        small, large = per_node[PEERS_UP_TO] * 1e6, per_node[SIZES[-1]] * 1e6
+        small, large = per_node[MIDDLE] * 1e6, per_node[SIZES[-1]] * 1e6
         what = "time per node, at 100,000 over 10,800"
         yield Row("match", what, "", large, small, large / small, aim=LINEAR_AIM, unit="µs")
 
