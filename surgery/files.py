@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 
 from surgery.errors import SurgeryError
 
+_OURS = ("surgery.json", "config.json")  # one of these is in every directory that a model is saved in
+
 
 @contextmanager
 def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
@@ -22,6 +24,7 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
         raise SurgeryError(f"{path} exists; choose another -o, or pass --overwrite")
+    refuse_foreign(path)
     stage = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +37,17 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise SurgeryError(f"{path} could not be written: {reason}; nothing was left there") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise SurgeryError where replacing `path` would delete what neither surgery nor transformers wrote."""
+    if path.is_dir() and (not any(path.iterdir()) or any((path / name).is_file() for name in _OURS)):
+        return
+    if path.exists():
+        what = "a directory with other files" if path.is_dir() else "a file"
+        raise SurgeryError(
+            f"{path} is {what}, which is not replaced by a model's directory; choose another -o"
+        )
 
 
 def _replace(stage: Path, path: Path) -> None:

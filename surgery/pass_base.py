@@ -84,7 +84,12 @@ class Pass(BaseModel):
     target: str | None = Field(
         None, description="which sites: roles, paths, names; comma-separated, ! excludes"
     )
-    label: str = Field("", alias="as", description="a name of your own for this application of the pass")
+    label: str = Field(
+        "",
+        alias="as",
+        pattern=r"^[A-Za-z0-9_-]*$",
+        description="a name of your own for this application of the pass: letters, digits, - and _",
+    )
 
     @property
     def entry_id(self) -> str:

@@ -89,9 +89,16 @@ def core_version() -> str:
 
 def plan(program: Program, passes: Sequence[Pass], freeze_base: bool | None = None) -> PlanReport:
     """What `apply` would do. Raises TargetError where a target misses, PassError for a bad request."""
-    return PlanReport(
-        tuple(_plan_pass(program, p, auto) for p, auto in _complete(program, passes, freeze_base))
-    )
+    complete = _complete(program, passes, freeze_base)
+    rewrites = [p for p, _ in complete if isinstance(p, RewritePass)]
+    for index, pass_ in enumerate(rewrites):
+        if any(pass_.entry_id == other.entry_id for other in rewrites[:index]):
+            raise PassError(_taken(pass_))
+    return PlanReport(tuple(_plan_pass(program, p, auto) for p, auto in complete))
+
+
+def _taken(pass_: Pass) -> str:
+    return f"{pass_.entry_id!r} is applied already; give this one a name with --as (label= in Python)"
 
 
 def _complete(program: Program, passes: Sequence[Pass], freeze_base: bool | None) -> list[tuple[Pass, bool]]:
@@ -121,9 +128,12 @@ def _plan_pass(program: Program, pass_: Pass, auto: bool) -> PassPlan:
     if isinstance(pass_, SelectPass):
         return _plan_selection(program, pass_, auto)
     if not isinstance(pass_, RewritePass):
-        raise PassError(f"pass {pass_.name!r} is neither a rewrite nor a selection, and cannot be applied")
+        what = f"the class {pass_.__name__}" if isinstance(pass_, type) else repr(pass_)
+        raise PassError(
+            f"{what} is no pass that can be applied; give an instance, such as Lora(target='attn.*')"
+        )
     if any(e.id == pass_.entry_id for e in program.journal):
-        raise PassError(f"{pass_.entry_id!r} is applied already; give this one a name with --as")
+        raise PassError(_taken(pass_))
     if any(e.kind == "merge" for e in program.journal):
         raise PassError(
             f"{pass_.name}: the program is merged; undo the merge, or save it with --format hf first"
@@ -174,7 +184,7 @@ def apply(program: Program, passes: Sequence[Pass], freeze_base: bool | None, ve
     if not passes and not freeze_base:
         raise PassError("no pass was given; see `surgery passes`")
     checking = verify and program.base.in_memory
-    tensors, changed = program.shells()
+    tensors, changed = program.copies()
     program = Program(program.base, program.journal, tensors, changed, program.graph, program.reports)
     reference = program.run() if checking else None
     for pass_, auto in _complete(program, passes, freeze_base):

@@ -26,7 +26,10 @@ MERGE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10, torch.bfloat16: 5e
 
 
 class Program:
-    """An immutable program; every method that changes something returns a new one that shares storage.
+    """An immutable program; every method that changes something returns a new one.
+
+    All share the base's storage. `without`, `weighted`, `only` and `merge` are views of the same adapters, trained
+    together; `apply` and `undo` give programs that train apart.
 
     tensors: what passes inserted, by name. changed: base tensors of which this program holds its own copy
     (they train, or were trained). reports: what the last `apply` did, pass by pass.
@@ -50,6 +53,12 @@ class Program:
         self._train_graph: fx.Graph | None = None
         self._module: ProgramModule | None = None
         self._runner: tuple[int, fx.GraphModule] | None = None
+
+    def __repr__(self) -> str:
+        total, trainable = self.count_parameters()
+        applied = ", ".join(e.id for e in self.journal) or "nothing applied"
+        name = type(self.base.loaded.module).__name__
+        return f"<Program of {name}: {total:,} parameters, {trainable:,} trainable; {applied}>"
 
     # -- seeing
 
@@ -208,8 +217,9 @@ class Program:
         if not any(e.kind == "rewrite" for e in left):
             left = [e for e in left if not e.auto]
         names = {n for e in left for n in e.tensor_names}
-        kept = {n: t for n, t in self.tensors.items() if n in names}
-        return Program(self.base, Journal(tuple(left)), kept, dict(self.changed))
+        tensors, changed = self.copies()
+        kept = {n: t for n, t in tensors.items() if n in names}
+        return Program(self.base, Journal(tuple(left)), kept, changed)
 
     def undo_all(self) -> Program:
         """The base, bit for bit."""
@@ -290,18 +300,16 @@ class Program:
                 if not isinstance(tensor, nn.Parameter) and name not in self.changed:
                     self.changed[name] = tensor.clone()
 
-    def shells(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Inserted and changed tensors in new Parameters over the same storage.
+    def copies(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Inserted and changed tensors, copied: what a derived program trains, this one does not see."""
 
-        A program derived by `apply` gets these, so that what it freezes still trains here.
-        """
-
-        def shell(tensor: Tensor) -> Tensor:
-            return nn.Parameter(tensor.detach()) if isinstance(tensor, nn.Parameter) else tensor
+        def copied(tensor: Tensor) -> Tensor:
+            fresh = tensor.detach().clone()
+            return nn.Parameter(fresh) if isinstance(tensor, nn.Parameter) else fresh
 
         return (
-            {name: shell(tensor) for name, tensor in self.tensors.items()},
-            {name: shell(tensor) for name, tensor in self.changed.items()},
+            {name: copied(tensor) for name, tensor in self.tensors.items()},
+            {name: copied(tensor) for name, tensor in self.changed.items()},
         )
 
     def _graph_of(self, training: bool) -> tuple[fx.Graph, fx.GraphModule]:

@@ -34,6 +34,8 @@ def read_recipe(path: Path, plugins: Plugins) -> Recipe:
         data = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise SurgeryError(f"recipe {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise SurgeryError(f"recipe {path} is no text file") from None
     except yaml.YAMLError as error:
         raise SurgeryError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

@@ -99,7 +99,7 @@ def test_recipe_is_the_file_form(tmp_path):
         "model": ATTENTION,
         "passes": [{"pass": "lora", "target": "attn.*", "as": "a", "rank": 2}, {"pass": "freeze"}],
     }
-    surgery("apply", "--recipe", recipe, "-o", tmp_path / "two")
+    surgery("apply", ATTENTION, "--recipe", recipe, "-o", tmp_path / "two")
     first, second = (
         json.loads((tmp_path / d / "surgery.json").read_text())["journal"] for d in ("one", "two")
     )
@@ -218,3 +218,34 @@ def test_a_missing_extra_is_named():
         assert done.returncode == 2, done.stderr
         assert f"pip install 'torch-surgery[{extra}]'" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_overwrite_spares_what_is_not_ours(tmp_path, capsys):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("secret")
+    (tmp_path / "note.txt").write_text("hello")
+    request = ["apply", ATTENTION, "--pass", "lora", "--target", "attn.*", "--overwrite", "-o"]
+    for name, what in (("precious", "a directory with other files"), ("note.txt", "a file")):
+        with pytest.raises(SystemExit) as stop:
+            main([*request, str(tmp_path / name)])
+        assert stop.value.code == 2
+        assert f"is {what}, which is not replaced" in capsys.readouterr().err
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "secret"
+    assert (tmp_path / "note.txt").read_text() == "hello"
+
+
+def test_a_recipe_runs_no_code_of_its_own(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {ATTENTION}\npasses:\n- pass: lora\n  target: attn.*\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["apply", "--recipe", str(recipe), "-o", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert "name it again as MODEL" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pass_options_before_the_pass(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", ATTENTION, "--target", "attn.*", "--pass", "lora"])
+    assert stop.value.code == 2
+    assert "--target stands before any --pass" in capsys.readouterr().err

@@ -182,3 +182,31 @@ def test_plan_changes_nothing_and_says_everything():
     program = base.apply(surgery.Lora(target="all", rank=2))
     assert lora.parameters == sum(t.numel() for t in program.tensors.values())
     assert len(base.journal) == 0
+
+
+def test_programs_train_apart_after_apply_and_undo(randomise):
+    module, inputs = models.attention()
+    first = randomise(surgery.capture(module, inputs).apply(surgery.Lora(target="attn.*"), freeze_base=False))
+    first.module()  # from here on the program has its own copy of what trains
+    before = first.run()
+    for derived in (
+        first.apply(surgery.Lora(target="attn.*", label="two")),
+        first.apply(surgery.Lora(target="attn.*", label="two")).undo("two"),
+    ):
+        trained = derived.module()
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.add_(1.0)
+        assert torch.equal(first.run(), before)
+        assert not torch.equal(derived.run(), before)
+
+
+def test_plan_refuses_what_apply_does():
+    module, inputs = models.attention()
+    program = surgery.capture(module, inputs)
+    twice = (surgery.Lora(target="attn.*"), surgery.Lora(target="attn.out"))
+    for method in (program.plan, program.apply):
+        with pytest.raises(PassError, match="'lora' is applied already; give this one a name"):
+            method(*twice)
+        with pytest.raises(PassError, match="the class Lora is no pass"):
+            method(surgery.Lora)

@@ -37,6 +37,8 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
         made = factory(**options.model_kwargs)
     except SurgeryError:
         raise
+    except SystemExit as error:
+        raise LoadError(f"{ref}: the factory called sys.exit({error.code})") from None
     except Exception as error:
         raise LoadError(f"{ref}: the factory raised {type(error).__name__}: {_first(error)}") from error
     if isinstance(made, LoadedModel):

@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except SurgeryError as error:
         _fail(" ".join(str(error).split()), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message().splitlines()[0], 2)
     except (click.Abort, KeyboardInterrupt):

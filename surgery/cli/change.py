@@ -10,9 +10,10 @@ from rich.text import Text
 
 from surgery.cli.options import choose_adapters, model_options, overwrite_option, with_adapters
 from surgery.cli.pass_groups import PassCommand
-from surgery.cli.render import console, count, trainable_line
+from surgery.cli.render import console, count, note_unfrozen, trainable_line
 from surgery.cli.see import wanted_recipe
 from surgery.errors import SurgeryError
+from surgery.files import refuse_foreign
 from surgery.hf_format import write_hf
 from surgery.plugins import Plugins
 from surgery.program import Program
@@ -55,11 +56,18 @@ def apply(
     """Apply passes and save the result. Options after --pass NAME belong to that pass."""
     wanted = wanted_recipe(ctx, model, recipe, freeze_base, plugins)
     _refuse_taken(output, overwrite)
+    if save_recipe is not None and save_recipe.exists() and not overwrite:
+        raise SurgeryError(f"{save_recipe} exists; choose another --save-recipe, or pass --overwrite")
     program = loader(wanted.model, wanted)
     result = program.apply(*wanted.passes, freeze_base=wanted.freeze_base, verify=not no_verify)
-    result.save(output, standalone=standalone, overwrite=overwrite)
     if save_recipe is not None:
         write_recipe(save_recipe, wanted)
+    try:
+        result.save(output, standalone=standalone, overwrite=overwrite)
+    except SurgeryError:
+        if save_recipe is not None:
+            save_recipe.unlink(missing_ok=True)
+        raise
     out = console()
     for report in result.reports[-(len(wanted.passes) + 1) :]:
         entry, planned = report.entry, report.plan
@@ -77,10 +85,13 @@ def apply(
         out.print(line)
         for row in planned.refused:
             out.print(Text(f"  refused {row.site.path}: {row.refusal}", style="yellow"))
+    note_unfrozen(out, wanted.passes, wanted.freeze_base)
     out.print(f"{trainable_line(result)}; wrote {output}")
 
 
 def _refuse_taken(path: Path, overwrite: bool) -> None:
+    if overwrite:
+        refuse_foreign(path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise SurgeryError(f"{path} exists; choose another -o, or pass --overwrite")
 
@@ -150,8 +161,10 @@ def undo(
     program = loader(directory)
     undone = program.undo_all() if everything else program.undo(str(name))
     undone.save(output, overwrite=overwrite)
+    kept = {e.id for e in undone.journal}
+    gone = ", ".join(e.id for e in program.journal if e.id not in kept) or "nothing"
     left = ", ".join(e.id for e in undone.journal) or "nothing: it is the base, bit for bit"
-    console().print(f"left in the journal: {left}; wrote {output}")
+    console().print(f"undone: {gone}; left in the journal: {left}; wrote {output}")
 
 
 COMMANDS = [apply, merge, undo]

@@ -56,6 +56,10 @@ def split_groups(
             key = flag[2:].replace("-", "_")
             options[key] = True if _is_switch(plugins, name, key) and text is None else value_of(flag, text)
         else:
+            if flag.startswith("--") and flag not in own and flag != "--help" and "--pass" in args[position:]:
+                raise PassError(
+                    f"{flag} stands before any --pass; options of a pass come after its --pass NAME"
+                )
             rest.append(token)
             option = own.get(flag)
             takes_value = isinstance(option, click.Option) and not option.is_flag

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
+from surgery.pass_base import Pass, RewritePass, SelectPass
 from surgery.program import Program
 from surgery.sites import Site
 
@@ -31,6 +33,16 @@ def trainable_line(program: Program) -> str:
     total, trainable = program.count_parameters()
     share = 100 * trainable / total if total else 0.0
     return f"{total:,} parameters, {trainable:,} trainable ({share:.2f}%)"
+
+
+def note_unfrozen(out: Console, passes: Sequence[Pass], freeze_base: bool | None) -> None:
+    """Say when the pipeline leaves the base training, because the user selects what trains."""
+    selects = next((p.name for p in passes if isinstance(p, SelectPass)), None)
+    if selects and freeze_base is None and any(isinstance(p, RewritePass) for p in passes):
+        out.print(
+            f"note: --pass {selects} says what trains, so the rest of the base does; --freeze-base freezes it first",
+            style="yellow",
+        )
 
 
 def site_row(program: Program, site: Site) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from rich.tree import Tree
 
 from surgery.cli.options import json_option, model_options
 from surgery.cli.pass_groups import PassCommand, parse_groups
-from surgery.cli.render import console, count, site_row, trainable_line
+from surgery.cli.render import console, count, note_unfrozen, site_row, trainable_line
 from surgery.difference import diff as diff_programs
+from surgery.errors import SurgeryError
 from surgery.pass_base import RewritePass
-from surgery.pipeline import PassPlan, describe_options
+from surgery.pipeline import PassPlan, PlanReport, describe_options
 from surgery.plugins import Plugins
 from surgery.program import Program
 from surgery.recipe import Recipe, read_recipe
@@ -178,7 +179,22 @@ def plan(
             out.print(table)
         for sentence in planned.notes:
             out.print(Text(f"  note: {sentence}", style="yellow"))
-    out.print(trainable_line(program) + f"; the plan adds {count(sum(p.parameters for p in report.passes))}")
+    note_unfrozen(out, wanted.passes, wanted.freeze_base)
+    out.print(
+        trainable_line(program)
+        + f"; the plan adds {count(sum(p.parameters for p in report.passes))}, and then "
+        + f"{_trainable_after(program, report):,} train"
+    )
+
+
+def _trainable_after(program: Program, report: PlanReport) -> int:
+    trains = {name: program.trains(name) for name in program.parameter_names()}
+    added = 0
+    for planned in report.passes:
+        trains.update(planned.trains)
+        added += planned.parameters
+    tensors = {**program.base.tensors, **program.tensors}
+    return added + sum(tensors[name].numel() for name, train in trains.items() if train)
 
 
 def wanted_recipe(
@@ -190,6 +206,10 @@ def wanted_recipe(
     reference = model or read.model
     if reference is None:
         raise click.UsageError("no MODEL was given, and no recipe names one")
+    if model is None and reference.startswith("py:"):
+        raise SurgeryError(
+            f"recipe {recipe} names code, {reference}; to run that code, name it again as MODEL"
+        )
     passes_ = (*read.passes, *given)
     if not passes_:
         raise click.UsageError("no pass was given: add --pass NAME or --recipe FILE; see `surgery passes`")

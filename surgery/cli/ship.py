@@ -45,6 +45,8 @@ def export(
     """Write ONNX, checked in onnxruntime at a new shape; fails where the outputs do not agree."""
     if output.exists() and not overwrite:
         raise SurgeryError(f"{output} exists; choose another -o, or pass --overwrite")
+    if output.is_dir():
+        raise SurgeryError(f"{output} is a directory; name the ONNX file to write")
     program = choose_adapters(loader(model), only, without, weights)
     report = program.export(output, opset=opset, external_data=external_data, seed=seed)
     parity = report.parity
@@ -113,7 +115,8 @@ def verify(
     else:
         out = console()
         for o in result.outputs:
-            how = "equal bit for bit" if o.equal else f"within {o.difference:.1e} of its scale"
+            close = "within" if o.difference <= result.tolerance else "off by"
+            how = "equal bit for bit" if o.equal else f"{close} {o.difference:.1e} of its scale"
             out.print(f"{o.name} {'×'.join(map(str, o.shape))}: {how}")
         out.print(
             Text("agree", style="green") if result.agree else Text("differ", style="red"),
