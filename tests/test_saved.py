@@ -210,13 +210,17 @@ def test_another_architecture_lists_the_sites(adapted, tmp_path):
 
 
 def test_a_taken_path_is_left_alone(adapted, tmp_path):
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "mine.txt").write_text("keep")
-    with pytest.raises(SurgeryError, match="exists; choose another"):
-        adapted.save(tmp_path / "taken")
-    assert (tmp_path / "taken" / "mine.txt").read_text() == "keep"
-    adapted.save(tmp_path / "taken", overwrite=True)
-    assert saved.is_saved(tmp_path / "taken")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    with pytest.raises(SurgeryError, match="exists; choose another -o, or pass --overwrite"):
+        adapted.save(taken)
+    with pytest.raises(SurgeryError, match="a directory with other files, which is not replaced"):
+        adapted.save(taken, overwrite=True)
+    assert [file.name for file in taken.iterdir()] == ["mine.txt"]
+    adapted.save(tmp_path / "again")
+    adapted.undo("lora").save(tmp_path / "again", overwrite=True)
+    assert not (tmp_path / "again" / "inserted.safetensors").exists()
 
 
 def test_a_full_disk_leaves_nothing(adapted, tmp_path, monkeypatch):
