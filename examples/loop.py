@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import cycle
 from pathlib import Path
@@ -10,18 +11,31 @@ from time import perf_counter
 from typing import TypeVar
 
 import torch
+from data import DataError
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
+from surgery import SurgeryError
 from surgery.export.runtime import OnnxModel
 
 Batch = TypeVar("Batch")
 INDENT = 9
 
 console = Console(highlight=False)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run an example without the libraries' progress bars; one line and exit code 2 for what a user can mend."""
+    transformers_logging.disable_progress_bar()
+    try:
+        main()
+    except (SurgeryError, DataError) as error:
+        console.print(f"[bold red]error:[/] {error}")
+        sys.exit(2)
 
 
 def step(title: str, text: str) -> None:

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import math
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,12 @@ from time import perf_counter
 
 import torch
 from data import DataError, Instruction, alpaca_en, batches
-from loop import console, latencies, megabytes, note, size_of, step, train
+from loop import console, latencies, megabytes, note, run, size_of, step, train
 from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 import surgery
 from surgery.hf_format import write_hf
@@ -222,9 +220,4 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    transformers_logging.disable_progress_bar()
-    try:
-        main(parse())
-    except (surgery.SurgeryError, DataError) as error:
-        console.print(f"[bold red]error:[/] {error}")
-        sys.exit(2)
+    run(lambda: main(parse()))

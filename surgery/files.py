@@ -22,9 +22,7 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises SurgeryError where `path` holds something already (unless overwrite), or where it cannot be written.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
-        raise SurgeryError(f"{path} exists; choose another -o, or pass --overwrite")
-    refuse_foreign(path)
+    refuse_taken(path, overwrite)
     stage = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,11 +37,14 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raise SurgeryError where replacing `path` would delete what neither surgery nor transformers wrote."""
-    if path.is_dir() and (not any(path.iterdir()) or any((path / name).is_file() for name in _OURS)):
+def refuse_taken(path: Path, overwrite: bool) -> None:
+    """Raise SurgeryError where `path` holds something, unless overwrite; and then where what it holds was written
+    neither by surgery nor by transformers."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if path.exists():
+    if not overwrite:
+        raise SurgeryError(f"{path} exists; choose another -o, or pass --overwrite")
+    if not any((path / name).is_file() for name in _OURS):
         what = "a directory with other files" if path.is_dir() else "a file"
         raise SurgeryError(
             f"{path} is {what}, which is not replaced by a model's directory; choose another -o"

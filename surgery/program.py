@@ -94,11 +94,16 @@ class Program:
         default = tensor is None or isinstance(tensor, nn.Parameter)
         return self.journal.trains(self.base.names.get(name, (name,)), default)
 
-    def count_parameters(self) -> tuple[int, int]:
-        """(all, trainable) numbers of parameters; a tied one counts once, a folded adapter not at all."""
+    def parameter_sizes(self) -> dict[str, int]:
+        """Numbers of values by parameter name; a tied one counts once, a folded adapter not at all."""
         live = {n for e in replay.live_entries(self.journal) for n in e.tensor_names}
+        tensors = {**self.base.tensors, **self.tensors}
         names = [n for n in self.parameter_names() if n in live or n not in self.tensors]
-        sizes = {n: {**self.base.tensors, **self.tensors}[n].numel() for n in names}
+        return {n: tensors[n].numel() for n in names}
+
+    def count_parameters(self) -> tuple[int, int]:
+        """(all, trainable) numbers of parameters, counted as `parameter_sizes` does."""
+        sizes = self.parameter_sizes()
         return sum(sizes.values()), sum(size for n, size in sizes.items() if self.trains(n))
 
     def plan(self, *passes: Pass, freeze_base: bool | None = None) -> PlanReport:
@@ -143,18 +148,20 @@ class Program:
         if not verify or not self.base.in_memory:
             return merged
         seen = observe(self.run(), merged.run())
-        allowed = rounded(self._merge_tolerance(), "weights are rounded once more")
+        allowed = rounded(self.merge_tolerance, "weights are rounded once more")
         if not seen.within(allowed):
             raise PassError(f"merge: outputs moved by {seen.difference:.1e} of their scale, over {allowed}")
         return merged._observing(entry, seen)
 
     def _observing(self, entry: Entry, seen: Observed) -> Program:
-        numerics = {"declared": f"rounded {self._merge_tolerance():g}", "observed": str(seen)}
+        numerics = {"declared": f"rounded {self.merge_tolerance:g}", "observed": str(seen)}
         entries = tuple(e if e.id != entry.id else _with_numerics(e, numerics) for e in self.journal)
         self.journal = Journal(entries)
         return self
 
-    def _merge_tolerance(self) -> float:
+    @property
+    def merge_tolerance(self) -> float:
+        """How far a merge may move the outputs, over their scale: that of the coarsest dtype of the base."""
         dtypes = {t.dtype for t in self.base.tensors.values() if t.is_floating_point()}
         return max((MERGE_TOLERANCE.get(d, 5e-2) for d in dtypes), default=0.0)
 

@@ -13,7 +13,7 @@ from surgery.cli.pass_groups import PassCommand
 from surgery.cli.render import console, count, note_unfrozen, trainable_line
 from surgery.cli.see import wanted_recipe
 from surgery.errors import SurgeryError
-from surgery.files import refuse_foreign
+from surgery.files import refuse_taken
 from surgery.hf_format import write_hf
 from surgery.plugins import Plugins
 from surgery.program import Program
@@ -55,7 +55,7 @@ def apply(
 ) -> None:
     """Apply passes and save the result. Options after --pass NAME belong to that pass."""
     wanted = wanted_recipe(ctx, model, recipe, freeze_base, plugins)
-    _refuse_taken(output, overwrite)
+    refuse_taken(output, overwrite)
     if save_recipe is not None and save_recipe.exists() and not overwrite:
         raise SurgeryError(f"{save_recipe} exists; choose another --save-recipe, or pass --overwrite")
     program = loader(wanted.model, wanted)
@@ -89,13 +89,6 @@ def apply(
     out.print(f"{trainable_line(result)}; wrote {output}")
 
 
-def _refuse_taken(path: Path, overwrite: bool) -> None:
-    if overwrite:
-        refuse_foreign(path)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise SurgeryError(f"{path} exists; choose another -o, or pass --overwrite")
-
-
 @click.command()
 @click.argument("directory")
 @output
@@ -119,7 +112,7 @@ def merge(
     loader: Callable[..., Program],
 ) -> None:
     """Fold adapters into the base weights: original names, original nodes."""
-    _refuse_taken(output, overwrite)
+    refuse_taken(output, overwrite)
     program = choose_adapters(loader(directory), only, without, weights)
     already = program.journal.merged and not (only or without or weights)
     merged = program if already and format_ == "hf" else program.merge()
@@ -157,7 +150,7 @@ def undo(
     """Remove one pass and its tensors; what else was trained is kept."""
     if (name is None) == (not everything):
         raise click.UsageError("say which pass with --pass NAME, or --all")
-    _refuse_taken(output, overwrite)
+    refuse_taken(output, overwrite)
     program = loader(directory)
     undone = program.undo_all() if everything else program.undo(str(name))
     undone.save(output, overwrite=overwrite)

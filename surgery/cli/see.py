@@ -188,13 +188,11 @@ def plan(
 
 
 def _trainable_after(program: Program, report: PlanReport) -> int:
-    trains = {name: program.trains(name) for name in program.parameter_names()}
-    added = 0
+    trains: dict[str, bool] = {}
     for planned in report.passes:
         trains.update(planned.trains)
-        added += planned.parameters
-    tensors = {**program.base.tensors, **program.tensors}
-    return added + sum(tensors[name].numel() for name, train in trains.items() if train)
+    kept = sum(n for name, n in program.parameter_sizes().items() if trains.get(name, program.trains(name)))
+    return kept + sum(planned.parameters for planned in report.passes)
 
 
 def wanted_recipe(

@@ -21,7 +21,7 @@ from surgery.journal import Entry
 from surgery.numerics import Observed, observe
 from surgery.pass_base import Pass, RewritePass
 from surgery.pipeline import PassPlan, SitePlan
-from surgery.program import MERGE_TOLERANCE, Program
+from surgery.program import Program
 from surgery.sites import Site
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -108,13 +108,7 @@ class Case:
     @staticmethod
     def to_train(program: Program) -> Program:
         """The program over storage of its own, so that training it moves nothing else."""
-
-        def copied(tensor: Tensor) -> Tensor:
-            fresh = tensor.detach().clone()
-            return torch.nn.Parameter(fresh) if isinstance(tensor, torch.nn.Parameter) else fresh
-
-        tensors = {name: copied(t) for name, t in program.tensors.items()}
-        changed = {name: copied(t) for name, t in program.changed.items()}
+        tensors, changed = program.copies()
         return Program(program.base, program.journal, tensors, changed)
 
     # -- what it did
@@ -173,7 +167,7 @@ class Case:
     def merge_tolerance(self) -> float:
         """What the engine allows a merge; in single precision also at most a fiftieth of what there is to merge."""
         dtypes = {t.dtype for t in self.program.base.tensors.values() if t.is_floating_point()}
-        allowed = max((MERGE_TOLERANCE.get(d, 5e-2) for d in dtypes), default=0.0)
+        allowed = self.program.merge_tolerance
         return min(allowed, self.moved / 50) if dtypes <= {torch.float32, torch.float64} else allowed
 
     def on_one_site(self, site: Site) -> Pass:
