@@ -16,9 +16,8 @@ from torch import Tensor, fx, nn
 
 from surgery.capture import Captured, LoadedModel, LoadOptions, trace
 from surgery.plugins import Plugins
-from surgery.roles import find_roles
 from surgery.sites import SiteIndex, SiteKey
-from surgery.weight_ops import find_calls
+from surgery.view import View
 
 
 @dataclass
@@ -71,19 +70,14 @@ class Base:
         return {name: tuple(group) for group in groups.values() for name in group}
 
     @cached_property
+    def view(self) -> View:
+        """The analysis of the captured graph."""
+        return View(self.captured.graph, self.names, self.plugins.weight_ops)
+
+    @property
     def sites(self) -> SiteIndex:
         """Sites of the base graph, with roles."""
-        graph = self.captured.graph
-        names = self.names
-        calls = find_calls(list(graph.nodes), self.plugins.weight_ops, lambda node: node.target in names)
-        found = find_roles(graph, calls)
-        bare = SiteIndex(graph, names, self.plugins.weight_ops)
-        roles: dict[SiteKey, str] = {}
-        parts: dict[SiteKey, Mapping[str, tuple[int, ...]]] = {}
-        for site in bare:
-            roles[site.key] = next((found.role[c.node] for c in site.calls if c.node in found.role), "")
-            parts[site.key] = next((found.parts[c.node] for c in site.calls if c.node in found.parts), {})
-        return SiteIndex(graph, names, self.plugins.weight_ops, roles, parts)
+        return self.view.sites
 
     @property
     def roles(self) -> dict[SiteKey, str]:

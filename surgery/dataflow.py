@@ -163,8 +163,17 @@ def trace_origins(nodes: Iterable[fx.Node], calls: Sequence[Call]) -> Dataflow:
     """One sweep over the nodes in graph order; linear in their number."""
     flow = Dataflow({call.node: call for call in calls})
     rests_on: dict[fx.Node, int] = {}
+    inserted: dict[str, fx.Node] = {}
     for position, node in enumerate(nodes):
         flow.order[node] = position
+        inserted[node.name] = node
+        mark = node.meta.get("surgery", {})
+        if mark.get("aux"):
+            # What an adapter inserted stands for the value that it wraps, or for what it feeds on.
+            below = inserted.get(mark.get("wraps", "")) or (node.args[0] if mark.get("input") else None)
+            if isinstance(below, fx.Node) and below in flow.origins:
+                flow.origins[node], rests_on[node] = flow.origins[below], rests_on[below]
+            continue
         if node.op == "call_function":
             call = flow.calls.get(node)
             if call is not None and call.kind != NORM and not is_depthwise(call):

@@ -12,14 +12,14 @@ from surgery.errors import JournalError
 from surgery.journal import Entry, Journal
 from surgery.pass_base import RewritePass
 from surgery.replay import find_sites, pass_of
-from surgery.sites import Site
+from surgery.sites import Site, SiteIndex
 
 if TYPE_CHECKING:
     from surgery.base import Base
 
 
-def foldable(base: Base, journal: Journal) -> tuple[list[str], dict[str, str]]:
-    """Ids of the adapters that can be folded, and the reason for each that cannot.
+def foldable(base: Base, journal: Journal, sites: SiteIndex) -> tuple[list[str], dict[str, str]]:
+    """Ids of the adapters that can be folded, and the reason for each that cannot. sites: the program's.
 
     Folding stops at the first adapter of a site that cannot be folded: those wrapped round it stay too.
     """
@@ -37,7 +37,7 @@ def foldable(base: Base, journal: Journal) -> tuple[list[str], dict[str, str]]:
         elif owners & blocked:
             why = f"it stands on an adapter of {sorted(owners & blocked)[0]} that cannot be folded"
         else:
-            why = _unfoldable(base, entry)
+            why = _unfoldable(sites, entry, pass_)
         if why:
             kept[entry.id] = why
             blocked |= owners
@@ -46,13 +46,16 @@ def foldable(base: Base, journal: Journal) -> tuple[list[str], dict[str, str]]:
     return folded, kept
 
 
-def _unfoldable(base: Base, entry: Entry) -> str | None:
+def _unfoldable(sites: SiteIndex, entry: Entry, pass_: RewritePass) -> str | None:
     for record in entry.sites:
-        site = base.sites.by_key.get(record.key)
+        site = sites.by_key.get(record.key)
         if site is not None and site.packed:
             return f"the weight of {record.path} is packed for {site.op}, and folding would have to unpack it"
+        why = pass_.keeps(site.deciding(record.decided)) if site is not None else None
+        if why:
+            return f"{record.path}: {why}"
     uses: dict[str, int] = {}
-    for site in base.sites:
+    for site in sites:
         if site.weight:
             uses[site.weight] = uses.get(site.weight, 0) + 1
     for record in entry.sites:
@@ -66,12 +69,13 @@ def fold(
     entries: list[Entry],
     tensors: Mapping[str, Tensor],
     weight_of: Mapping[str, Tensor],
+    sites: SiteIndex,
     in_place: bool = False,
 ) -> dict[str, Tensor]:
     """Base weights with the entries folded in, by parameter name (the site's own name, where it is tied).
 
-    weight_of: the base's tensors. Half precision is folded in fp32 and rounded once for all entries. With
-    in_place, fp32 and fp64 weights are changed where they lie, without a copy.
+    weight_of: tensors by name. sites: the program's. Half precision is folded in fp32 and rounded once for all
+    entries. With in_place, fp32 and fp64 weights are changed where they lie, without a copy.
     """
     work: dict[str, Tensor] = {}
     originals: dict[str, Tensor] = {}
@@ -79,7 +83,7 @@ def fold(
         for entry in entries:
             pass_ = pass_of(entry, base.plugins)
             assert isinstance(pass_, RewritePass)
-            for site, record in zip(find_sites(entry, base.sites), entry.sites, strict=True):
+            for site, record in zip(find_sites(entry, sites), entry.sites, strict=True):
                 own = {name: tensors[full] for name, full in record.tensors.items()}
                 for slot, op in pass_.merge(site, own, entry.weight).items():
                     name = _place(site, slot, entry)
@@ -88,7 +92,16 @@ def fold(
                     if name not in work:
                         originals[name] = weight_of[name].detach()
                         work[name] = _working(originals[name], in_place)
-                    op.apply_(work[name])
+                    from_original = getattr(op, "apply_from", None)
+                    if from_original is None:
+                        op.apply_(work[name])
+                    else:
+                        if in_place and originals[name].data_ptr() == work[name].data_ptr():
+                            raise JournalError(
+                                f"{entry.id} at {site.path} needs the base weight beside the folded one; merge "
+                                f"without in_place"
+                            )
+                        from_original(work[name], originals[name].to(work[name].dtype))
         for name, folded in work.items():
             original = originals[name]
             if folded.dtype != original.dtype:

@@ -24,8 +24,9 @@ class SiteRecord:
 class Entry:
     """One application of one pass.
 
-    kind: "rewrite", "select" or "merge". auto: added by the pipeline, not by the user. trains: for a
-    selection, parameter name -> trains. weight: 1 as trained, 0 left out. numerics: declared and observed.
+    kind: "rewrite", "select" or "merge". auto: added by the pipeline, not by the user. trains: parameter name
+    -> trains. rates, windows, unit, masks: see Selection; masks names the tensors that hold them. limits: new
+    upper bounds of dynamic dimensions. weight: 1 as trained, 0 left out. numerics: declared and observed.
     """
 
     id: str
@@ -37,6 +38,11 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     sites: tuple[SiteRecord, ...] = ()
     trains: Mapping[str, bool] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    windows: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    unit: str = "step"
+    masks: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     auto: bool = False
@@ -47,7 +53,8 @@ class Entry:
 
     @property
     def tensor_names(self) -> list[str]:
-        return list(dict.fromkeys(name for record in self.sites for name in record.tensors.values()))
+        own = (name for record in self.sites for name in record.tensors.values())
+        return list(dict.fromkeys([*own, *self.masks.values()]))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +75,11 @@ class Entry:
                 for r in self.sites
             ],
             "trains": dict(self.trains),
+            "rates": dict(self.rates),
+            "windows": {name: list(window) for name, window in self.windows.items()},
+            "unit": self.unit,
+            "masks": dict(self.masks),
+            "limits": dict(self.limits),
             "numerics": dict(self.numerics),
             "weight": self.weight,
             "auto": self.auto,
@@ -89,6 +101,12 @@ class Entry:
                     for r in data["sites"]
                 ),
                 trains={str(k): bool(v) for k, v in data["trains"].items()},
+                # Absent in schema 1.
+                rates={str(k): float(v) for k, v in data.get("rates", {}).items()},
+                windows={str(k): (int(a), b) for k, (a, b) in data.get("windows", {}).items()},
+                unit=str(data.get("unit", "step")),
+                masks={str(k): str(v) for k, v in data.get("masks", {}).items()},
+                limits={str(k): int(v) for k, v in data.get("limits", {}).items()},
                 numerics=dict(data["numerics"]),
                 weight=float(data["weight"]),
                 auto=bool(data["auto"]),

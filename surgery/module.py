@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from surgery.schedule import Schedule
+
 GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]
 
 
@@ -16,18 +18,65 @@ class ProgramModule(nn.Module):
 
     `train()` switches to the graph that was captured in train mode (made at the first call), and raises
     CaptureError where the model cannot be captured in it. Both graphs read the same tensors.
+
+    masks: parameter name -> which of its values train; the gradient of the others is zero. schedule: when each
+    parameter trains; `advance(step)` moves on in it.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], non_persistent: frozenset[str], graph_of: GraphOf, name: str
+        self,
+        tensors: Mapping[str, Tensor],
+        non_persistent: frozenset[str],
+        graph_of: GraphOf,
+        name: str,
+        masks: Mapping[str, Tensor] | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         super().__init__()
         self.training = False
+        self.__dict__["_masks"] = dict(masks or {})
+        self.__dict__["_schedule"] = schedule or Schedule()
+        self.__dict__["_trains"] = {
+            n: t.requires_grad for n, t in tensors.items() if isinstance(t, nn.Parameter)
+        }
         for path, tensor in tensors.items():
             _register(self, path, tensor, path not in non_persistent)
         self.__dict__["_graph_of"] = graph_of
         self.__dict__["_compiled"] = {}
         self.__dict__["_title"] = name
+        self._hold()
+
+    def _hold(self) -> None:
+        """Mask the gradients of what trains in part."""
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        for name, mask in self.__dict__["_masks"].items():
+            parameter = parameters.get(name)
+            if parameter is not None and self.__dict__["_trains"].get(name, False):
+                trains_now = parameter.requires_grad
+                parameter.requires_grad_(True)  # torch takes hooks only then; they stay
+                parameter.register_hook(lambda grad, mask=mask: grad * mask.to(grad.dtype))
+                parameter.requires_grad_(trains_now)
+
+    def advance(self, step: int) -> list[str]:
+        """Let train what the schedule lets train at a step (an epoch, where it counts in these).
+
+        Returns the names of the parameters that train now. What stops keeps no gradient, so that no optimiser
+        moves it further.
+        """
+        schedule: Schedule = self.__dict__["_schedule"]
+        names: dict[int, tuple[str, ...]] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            names[id(parameter)] = (*names.get(id(parameter), ()), name)
+        training = []
+        for name, parameter in self.named_parameters():
+            trains = self.__dict__["_trains"].get(name, False) and schedule.trains(names[id(parameter)], step)
+            if parameter.requires_grad != trains:
+                parameter.requires_grad_(trains)
+                if not trains:
+                    parameter.grad = None
+            if trains:
+                training.append(name)
+        return training
 
     def graph_module(self, training: bool | None = None) -> fx.GraphModule:
         """The compiled graph of a mode (the current one by default); it shares this module's tensors."""
@@ -59,10 +108,13 @@ class ProgramModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         fresh = ProgramModule({}, frozenset(), self.__dict__["_graph_of"], self.__dict__["_title"])
         memo[id(self)] = fresh
-        shared = ("_graph_of", "_compiled", "_title")
+        shared = ("_graph_of", "_compiled", "_title", "_masks", "_schedule", "_trains")
         for key, value in self.__dict__.items():
             if key not in shared:
                 fresh.__dict__[key] = copy.deepcopy(value, memo)
+        for key in ("_masks", "_schedule", "_trains"):
+            fresh.__dict__[key] = self.__dict__[key]
+        fresh._hold()
         return fresh
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata
@@ -16,10 +16,14 @@ from surgery.base import Base
 from surgery.errors import PassError
 from surgery.journal import Entry, SiteRecord
 from surgery.numerics import Observed, observe
-from surgery.pass_base import Pass, RewritePass, SelectPass, TensorSpec
+from surgery.ordering import in_order
+from surgery.pass_base import GraphPass, Pass, RewritePass, Selection, SelectPass, TensorSpec
 from surgery.passes.freeze import Freeze
+from surgery.probe import InputSet, Probe
 from surgery.rewriter import MetaCache, copy_graph
-from surgery.sites import Site, SiteIndex, live_nodes
+from surgery.selecting import Candidates, select
+from surgery.sites import Site, live_nodes, tail
+from surgery.view import View
 
 if TYPE_CHECKING:
     from surgery.program import Program
@@ -40,13 +44,17 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What one pass would do. parameters: those a selection covers; trains: what they would become."""
+    """What one pass would do. selection: which parameters of the base would train, when and how fast."""
 
     pass_: Pass
     sites: tuple[SitePlan, ...] = ()
-    trains: dict[str, bool] = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
     auto: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> Mapping[str, bool]:
+        return self.selection.trains
 
     @property
     def accepted(self) -> list[SitePlan]:
@@ -87,14 +95,20 @@ def core_version() -> str:
         return ""
 
 
-def plan(program: Program, passes: Sequence[Pass], freeze_base: bool | None = None) -> PlanReport:
+def plan(
+    program: Program,
+    passes: Sequence[Pass],
+    freeze_base: bool | None = None,
+    data: Sequence[InputSet] = (),
+) -> PlanReport:
     """What `apply` would do. Raises TargetError where a target misses, PassError for a bad request."""
     complete = _complete(program, passes, freeze_base)
+    probe = Probe(program, data)
     rewrites = [p for p, _ in complete if isinstance(p, RewritePass)]
     for index, pass_ in enumerate(rewrites):
         if any(pass_.entry_id == other.entry_id for other in rewrites[:index]):
             raise PassError(_taken(pass_))
-    return PlanReport(tuple(_plan_pass(program, p, auto) for p, auto in complete))
+    return PlanReport(tuple(_plan_pass(program, p, auto, probe) for p, auto in complete))
 
 
 def _taken(pass_: Pass) -> str:
@@ -102,11 +116,18 @@ def _taken(pass_: Pass) -> str:
 
 
 def _complete(program: Program, passes: Sequence[Pass], freeze_base: bool | None) -> list[tuple[Pass, bool]]:
-    """The passes with the freezing of the base put first where it is wanted."""
+    """The passes in order, with the freezing of the base put first where it is wanted."""
+    for pass_ in passes:
+        if not isinstance(pass_, Pass):
+            what = f"the class {pass_.__name__}" if isinstance(pass_, type) else repr(pass_)
+            raise PassError(
+                f"{what} is no pass that can be applied; give an instance, such as Lora(target='attn.*')"
+            )
+    passes = in_order(passes, program.journal, program.base.plugins)
     selects = any(isinstance(p, SelectPass) for p in passes) or any(
         e.kind == "select" for e in program.journal
     )
-    adapts = any(isinstance(p, RewritePass) for p in passes)
+    adapts = any(isinstance(p, RewritePass) and p.freezes for p in passes)
     listed = [(p, False) for p in passes]
     if freeze_base is True or (freeze_base is None and adapts and not selects):
         return [(_freeze_base(program.base), True), *listed]
@@ -124,37 +145,38 @@ def _freeze_base(base: Base) -> Freeze:
     return Freeze(target=f"all,{terms}" if terms else "all")
 
 
-def _plan_pass(program: Program, pass_: Pass, auto: bool) -> PassPlan:
+def _plan_pass(program: Program, pass_: Pass, auto: bool, probe: Probe) -> PassPlan:
     if isinstance(pass_, SelectPass):
-        return _plan_selection(program, pass_, auto)
-    if not isinstance(pass_, RewritePass):
-        what = f"the class {pass_.__name__}" if isinstance(pass_, type) else repr(pass_)
-        raise PassError(
-            f"{what} is no pass that can be applied; give an instance, such as Lora(target='attn.*')"
-        )
+        return _plan_selection(program, pass_, auto, probe)
+    assert isinstance(pass_, RewritePass)
     if any(e.id == pass_.entry_id for e in program.journal):
         raise PassError(_taken(pass_))
     if any(e.kind == "merge" for e in program.journal):
         raise PassError(
             f"{pass_.name}: the program is merged; undo the merge, or save it with --format hf first"
         )
-    asked = pass_.target or pass_.default_target
-    if asked is None:
-        raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'attn.*'")
-    sites = target.select_sites(program.sites.sites, asked)
+    sites = pass_.find(program.view)
     live = live_nodes(program.graph)
-    plans = tuple(_plan_site(pass_, site, live) for site in sites)
-    return PassPlan(pass_, plans, notes=tuple(target.readings_differ(program.sites.sites, asked)))
+    plans = tuple(_plan_site(pass_, site, live, probe) for site in sites)
+    trains: dict[str, bool] = {}
+    for planned in plans:
+        if planned.refusal is None:
+            trains.update(pass_.selects(planned.site))
+    asked = pass_.target or pass_.default_target
+    read_apart = asked is not None and not isinstance(pass_, GraphPass)
+    notes = target.readings_differ(program.sites.sites, asked) if read_apart and asked else ()
+    return PassPlan(pass_, plans, Selection(trains), notes=tuple(notes))
 
 
-def _plan_site(pass_: RewritePass, site: Site, live: set[fx.Node]) -> SitePlan:
-    if live.isdisjoint(call.node for call in site.calls):
+def _plan_site(pass_: RewritePass, site: Site, live: set[fx.Node], probe: Probe) -> SitePlan:
+    if live.isdisjoint(tail(call.node) for call in site.calls):
         refusal: str | None = "no output of the model depends on it"
     elif site.kind not in pass_.on:
         refusal = f"{pass_.name} works on {', '.join(pass_.on)}, and this is a {site.kind} weight"
     elif site.selected_parts and not pass_.partial:
         refusal = f"it is a fused projection and {pass_.name} cannot act on a part of it; target {site.role}"
     else:
+        site = replace(site, measured=probe)
         refusal = pass_.check(site)
     if refusal is not None:
         return SitePlan(site, refusal)
@@ -162,22 +184,21 @@ def _plan_site(pass_: RewritePass, site: Site, live: set[fx.Node]) -> SitePlan:
     return SitePlan(decided, None, pass_.tensors(decided))
 
 
-def _plan_selection(program: Program, pass_: SelectPass, auto: bool) -> PassPlan:
-    roles = {
-        name: site.role
-        for site in program.base.sites
-        for name in (site.weight, site.bias)
-        if name is not None
-    }
-    names = tuple(program.parameter_names())
+def _plan_selection(program: Program, pass_: SelectPass, auto: bool, probe: Probe) -> PassPlan:
     asked = pass_.target or pass_.default_target
     if asked is None:
         raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'embed.*'")
-    chosen = target.select_parameters(names, roles, asked, lambda n: program.base.names.get(n, (n,)))
-    return PassPlan(pass_, trains=pass_.select(chosen), auto=auto)
+    chosen = select(program, asked)
+    return PassPlan(pass_, selection=pass_.selection(Candidates(program, chosen, probe)), auto=auto)
 
 
-def apply(program: Program, passes: Sequence[Pass], freeze_base: bool | None, verify: bool) -> Program:
+def apply(
+    program: Program,
+    passes: Sequence[Pass],
+    freeze_base: bool | None,
+    verify: bool,
+    data: Sequence[InputSet] = (),
+) -> Program:
     """See Program.apply."""
     from surgery.program import Program
 
@@ -189,7 +210,7 @@ def apply(program: Program, passes: Sequence[Pass], freeze_base: bool | None, ve
     reference = program.run() if checking else None
     for pass_, auto in _complete(program, passes, freeze_base):
         begun = perf_counter()
-        planned = _plan_pass(program, pass_, auto)
+        planned = _plan_pass(program, pass_, auto, Probe(program, data))
         entry = _entry(program, planned)
         if isinstance(pass_, RewritePass):
             graph, tensors = _rewrite(program, pass_, planned, entry)
@@ -198,14 +219,15 @@ def apply(program: Program, passes: Sequence[Pass], freeze_base: bool | None, ve
             )
             observed = observe(reference, adapted.run()) if checking else None
         else:
+            tensors = {**program.tensors, **{entry.masks[n]: m for n, m in planned.selection.masks.items()}}
             adapted = Program(
-                program.base, program.journal.add(entry), program.tensors, program.changed, program.graph
+                program.base, program.journal.add(entry), tensors, program.changed, program.graph
             )
             adapted.reports = program.reports
             observed = Observed(True, 0.0)
-        if observed is not None and not observed.within(pass_.numerics):
+        if observed is not None and not observed.within(pass_.contract):
             raise PassError(
-                f"{entry.id} declares {pass_.numerics}, but the outputs moved by {observed.difference:.1e} of "
+                f"{entry.id} declares {pass_.contract}, but the outputs moved by {observed.difference:.1e} of "
                 f"their scale on the example inputs; nothing was changed"
             )
         if observed is not None and not observed.equal and checking:
@@ -214,7 +236,7 @@ def apply(program: Program, passes: Sequence[Pass], freeze_base: bool | None, ve
             "" if observed else ("verification was turned off" if not verify else "weights are not in memory")
         )
         entry = replace(
-            entry, numerics={"declared": str(pass_.numerics), "observed": str(observed) if observed else why}
+            entry, numerics={"declared": str(pass_.contract), "observed": str(observed) if observed else why}
         )
         adapted.journal = program.journal.add(entry)
         report = PassReport(entry, planned, observed, why, perf_counter() - begun)
@@ -235,6 +257,7 @@ def _entry(program: Program, planned: PassPlan) -> Entry:
         records: tuple[SiteRecord, ...] = ()
         kind = "select"
     else:
+        assert isinstance(pass_, RewritePass)
         ident, kind = pass_.entry_id, "rewrite"
         if not planned.accepted:
             first = planned.refused[0]
@@ -244,6 +267,8 @@ def _entry(program: Program, planned: PassPlan) -> Entry:
             SiteRecord(s.site.key, s.site.path, s.site.decided, _tensor_names(program, pass_, s))
             for s in planned.accepted
         )
+    chosen = planned.selection
+    masks = {name: _mask_name(program, name, ident) for name in chosen.masks}
     return Entry(
         id=ident,
         pass_name=pass_.name,
@@ -253,12 +278,34 @@ def _entry(program: Program, planned: PassPlan) -> Entry:
         version=pass_.version,
         options=pass_.options(),
         sites=records,
-        trains=planned.trains,
+        trains=dict(chosen.trains),
+        rates=dict(chosen.rates),
+        windows=dict(chosen.windows),
+        unit=chosen.unit,
+        masks=masks,
+        limits=_limits(pass_, planned),
         auto=planned.auto,
     )
 
 
-def _tensor_names(program: Program, pass_: Pass, planned: SitePlan) -> dict[str, str]:
+def _limits(pass_: Pass, planned: PassPlan) -> dict[str, int]:
+    found: dict[str, int] = {}
+    if isinstance(pass_, RewritePass):
+        for accepted in planned.accepted:
+            for name, high in pass_.limits(accepted.site).items():
+                found[name] = min(high, found.get(name, high))
+    return found
+
+
+def _mask_name(program: Program, parameter: str, ident: str) -> str:
+    owner, _, leaf = parameter.rpartition(".")
+    name = f"{owner}.{ident.replace(':', '_')}.{leaf}_mask".lstrip(".")
+    if name in program.base.tensors or name in program.tensors:
+        raise PassError(f"{ident}: the name {name} is taken; choose another --as")
+    return name
+
+
+def _tensor_names(program: Program, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
     site = planned.site
     owner, _, leaf = site.key.owner.rpartition(".")
     stem = pass_.attribute if leaf == "weight" else f"{leaf}_{pass_.attribute}"
@@ -266,6 +313,7 @@ def _tensor_names(program: Program, pass_: Pass, planned: SitePlan) -> dict[str,
         stem += f"_use{site.key.ordinal + 1}"
     prefix = f"{owner}.{stem}" if owner else stem
     names = {name: f"{prefix}.{name}" for name in planned.specs}
+    names.update(pass_.tensor_names(site))
     for full in names.values():
         if full in program.base.tensors or full in program.tensors:
             raise PassError(f"{pass_.entry_id} at {site.path}: the name {full} is taken; choose another --as")
@@ -282,15 +330,17 @@ def _rewrite(
         for name, spec in site_plan.specs.items():
             tensors[record.tensors[name]] = spec.make(site.float_dtype, place)
     graph = copy_graph(program.graph)
-    index = SiteIndex(graph, program.base.names, program.base.plugins.weight_ops)
-    sites = [replace(index.by_key[r.key], decided=r.decided) for r in entry.sites]
-    replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, tensors)
+    plugins = program.base.plugins
+    view = View(graph, program.names, plugins.weight_ops)
+    sites = replay.find_sites(entry, view.sites)
+    replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, tensors, view)
     graph.lint()
     return graph, tensors
 
 
 def _device(program: Program, site: Site) -> device:
-    return program.base.tensors[site.weight].device if site.weight else device("cpu")
+    held = program.base.tensors.get(site.weight or "")
+    return held.device if held is not None else device("cpu")
 
 
 def describe_options(pass_: type[Pass]) -> list[dict[str, Any]]:

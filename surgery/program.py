@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 
 from surgery import pipeline, replay
 from surgery.base import Base
+from surgery.capture import Captured
+from surgery.capture.shapes import limited
 from surgery.errors import JournalError, PassError
 from surgery.folding import fold, foldable
 from surgery.journal import Entry, Journal
@@ -18,7 +20,10 @@ from surgery.module import ProgramModule
 from surgery.numerics import Observed, observe
 from surgery.pass_base import Pass, rounded
 from surgery.pipeline import PassReport, PlanReport
-from surgery.sites import Site, SiteIndex
+from surgery.probe import InputSet
+from surgery.schedule import ParameterGroup, Schedule, parameter_groups
+from surgery.sites import Site, SiteIndex, live_nodes
+from surgery.view import View
 
 # One rounding of W + s·BA against two products: a few ulp per layer, growing with depth; measured on fp32
 # transformers of 6 to 30 layers as 1e-6 to 2e-5 of the output's scale. Half precision rounds each weight once.
@@ -70,15 +75,34 @@ class Program:
         return self._graph
 
     @cached_property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Parameter name -> all names of that tensor, itself included: of the base, and of structural passes."""
+        return replay.weight_names(self.base, self.journal, self.tensors)
+
+    @cached_property
+    def view(self) -> View:
+        """The analysis of the eval graph: sites, attentions, residual branches, blocks, depth."""
+        # While nothing structural was added, roles are the base's.
+        known = None if len(self.names) > len(self.base.names) else (self.base.roles, self.base.parts)
+        return View(self.graph, self.names, self.base.plugins.weight_ops, known=known)
+
+    @property
     def sites(self) -> SiteIndex:
         """Every use of a weight that a pass can target, with its role."""
-        return SiteIndex(
-            self.graph, self.base.names, self.base.plugins.weight_ops, self.base.roles, self.base.parts
-        )
+        return self.view.sites
+
+    @cached_property
+    def captured(self) -> Captured:
+        """The base's eval capture, with the bounds of dynamic dimensions that passes have lowered."""
+        limits: dict[str, int] = {}
+        for entry in replay.live_entries(self.journal):
+            for name, high in entry.limits.items():
+                limits[name] = min(high, limits.get(name, high))
+        return limited(self.base.captured, limits) if limits else self.base.captured
 
     @property
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self.base.captured.args, dict(self.base.captured.kwargs)
+        return self.captured.args, dict(self.captured.kwargs)
 
     def parameter_names(self) -> list[str]:
         """Every parameter once, by its first name, base first."""
@@ -88,39 +112,68 @@ class Program:
                 seen.setdefault(id(tensor), name)
         return list(seen.values())
 
-    def trains(self, name: str) -> bool:
-        """Whether a parameter trains."""
+    def trains(self, name: str, step: int | None = None) -> bool:
+        """Whether a parameter trains, at a step of its schedule or (None) ever."""
+        if step is not None and not self.schedule.trains(self.names.get(name, (name,)), step):
+            return False
         tensor = self.tensors.get(name)
         default = tensor is None or isinstance(tensor, nn.Parameter)
-        return self.journal.trains(self.base.names.get(name, (name,)), default)
+        return self.journal.trains(self.names.get(name, (name,)), default)
+
+    @property
+    def schedule(self) -> Schedule:
+        """When each parameter trains, and how fast: what selections have decided."""
+        return Schedule.of(self.journal)
+
+    def parameter_groups(
+        self, lr: float = 1e-3, *, weight_decay: float = 0.0, step: int | None = None
+    ) -> list[ParameterGroup]:
+        """Groups for any torch optimiser; see surgery.schedule.parameter_groups."""
+        return parameter_groups(self, lr, weight_decay=weight_decay, step=step)
 
     def parameter_sizes(self) -> dict[str, int]:
-        """Numbers of values by parameter name; a tied one counts once, a folded adapter not at all."""
-        live = {n for e in replay.live_entries(self.journal) for n in e.tensor_names}
+        """Numbers of values by parameter name; a tied one counts once, a folded adapter not at all, nor a weight
+        of the base in whose place a pass put another."""
         tensors = {**self.base.tensors, **self.tensors}
-        names = [n for n in self.parameter_names() if n in live or n not in self.tensors]
-        return {n: tensors[n].numel() for n in names}
+        base, now = _read(self.base.captured.graph), _read(self.graph)
+        sizes = {}
+        for name in self.parameter_names():
+            names = self.base.names.get(name, (name,))
+            gone = name not in self.base.tensors or not base.isdisjoint(names)
+            if not (gone and now.isdisjoint(names)):
+                sizes[name] = tensors[name].numel()
+        return sizes
 
     def count_parameters(self) -> tuple[int, int]:
         """(all, trainable) numbers of parameters, counted as `parameter_sizes` does."""
         sizes = self.parameter_sizes()
         return sum(sizes.values()), sum(size for n, size in sizes.items() if self.trains(n))
 
-    def plan(self, *passes: Pass, freeze_base: bool | None = None) -> PlanReport:
+    def plan(
+        self, *passes: Pass, freeze_base: bool | None = None, data: Sequence[InputSet] = ()
+    ) -> PlanReport:
         """What `apply` would do, with every refusal; nothing is changed."""
-        return pipeline.plan(self, passes, freeze_base)
+        return pipeline.plan(self, passes, freeze_base, data)
 
     # -- changing
 
-    def apply(self, *passes: Pass, freeze_base: bool | None = None, verify: bool = True) -> Program:
-        """The program with the passes applied in order.
+    def apply(
+        self,
+        *passes: Pass,
+        freeze_base: bool | None = None,
+        verify: bool = True,
+        data: Sequence[InputSet] = (),
+    ) -> Program:
+        """The program with the passes applied in order (that which they themselves require, else as given).
+
+        data: sets of (args, kwargs) for passes that measure something; the example inputs where there is none.
 
         freeze_base: whether what is there now stops training first; None freezes it where a pass adds
         parameters and neither the passes nor the journal select what trains. verify: run the example inputs
         before and after, and hold each pass to the numerics that it declares.
         Raises TargetError, PassError.
         """
-        return pipeline.apply(self, passes, freeze_base, verify)
+        return pipeline.apply(self, passes, freeze_base, verify, data)
 
     def merge(self, *, in_place: bool = False, verify: bool = True) -> Program:
         """The program with its adapters folded into the base weights: original names, original nodes.
@@ -129,7 +182,7 @@ class Program:
         asked for. in_place folds into the base's own storage (half the memory, but this cannot be undone in
         memory, and every program on this base sees it). Raises PassError where nothing can be folded.
         """
-        folded, kept = foldable(self.base, self.journal)
+        folded, kept = foldable(self.base, self.journal, self.sites)
         done = {name for e in self.journal if e.kind == "merge" for name in e.options.get("folded", ())}
         folded = [name for name in folded if name not in done]
         if not folded:
@@ -175,7 +228,7 @@ class Program:
                 f"merge in place: {sorted(tied)[0]} is tied, and folding would change its other uses"
             )
         values = {**self.base.tensors, **self.changed}
-        fold(self.base, entries, self.tensors, values, in_place=True)
+        fold(self.base, entries, self.tensors, values, self.sites, in_place=True)
         self.base.consumed = True
         left = {n for e in self.journal if e.kind == "rewrite" and e.id not in folded for n in e.tensor_names}
         journal = Journal(tuple(e for e in self.journal if e.id not in folded))
@@ -191,7 +244,7 @@ class Program:
         for entry in journal:
             if entry.kind == "rewrite" and entry.weight not in (0.0, 1.0):
                 pass_ = replay.pass_of(entry, self.base.plugins)
-                if not getattr(pass_, "weightable", False):
+                if not getattr(pass_, "can_weigh", False):
                     raise PassError(
                         f"{entry.id}: {entry.pass_name} can be left out (0) or in (1), not scaled"
                     )
@@ -220,13 +273,23 @@ class Program:
                 raise JournalError(
                     f"{sorted(stands_on)[0]!r} is folded by {entry.id!r}; undo {entry.id!r} first"
                 )
+            added = {n for g in self.journal if g.id in gone for n in g.tensor_names}
+            below = added & {r.key.owner for r in entry.sites}
+            if below and entry.id not in gone:
+                raise JournalError(
+                    f"{entry.id!r} stands on {sorted(below)[0]}, which {name!r} added; undo {entry.id!r} first"
+                )
         left = [e for e in self.journal if e.id not in gone]
         if not any(e.kind == "rewrite" for e in left):
             left = [e for e in left if not e.auto]
         names = {n for e in left for n in e.tensor_names}
         tensors, changed = self.copies()
         kept = {n: t for n, t in tensors.items() if n in names}
-        return Program(self.base, Journal(tuple(left)), kept, changed)
+        undone = Program(self.base, Journal(tuple(left)), kept, changed)
+        for n in list(changed):  # what trained only because the pass said so is the base's again
+            if self.trains(n) and not undone.trains(n):
+                del changed[n]
+        return undone
 
     def undo_all(self) -> Program:
         """The base, bit for bit."""
@@ -247,11 +310,15 @@ class Program:
         if self._module is None:
             self._own()
             self._module = self._make_module()
+            self._module.advance(0)
         return self._module
 
     def _make_module(self) -> ProgramModule:
         title = type(self.base.loaded.module).__name__
-        return ProgramModule(self.state(), self.base.non_persistent, self._graph_of, title)
+        masks = {n: self.tensors[mask] for e in self.journal for n, mask in e.masks.items()}
+        return ProgramModule(
+            self.state(), self.base.non_persistent, self._graph_of, title, masks, self.schedule
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Every parameter and buffer as this program has it, by every name; tied ones are one object."""
@@ -267,7 +334,9 @@ class Program:
             state[name] = shells[id(tensor)]
         live = {n for e in replay.live_entries(self.journal) for n in e.tensor_names}
         for name, tensor in self.tensors.items():
-            if name in live:
+            if name in folded:
+                state[name] = nn.Parameter(folded[name], requires_grad=False)
+            elif name in live:
                 if isinstance(tensor, nn.Parameter):
                     tensor.requires_grad_(self.trains(name))
                 state[name] = tensor
@@ -277,11 +346,10 @@ class Program:
         """Base weights that a merge changes, made anew from the base and the adapters."""
         ids = {name for e in self.journal if e.kind == "merge" for name in e.options.get("folded", ())}
         entries = [e for e in self.journal if e.id in ids]
-        return (
-            fold(self.base, entries, self.tensors, {**self.base.tensors, **self._by_all_names()})
-            if ids
-            else {}
-        )
+        return fold(self.base, entries, self.tensors, self._values(), self.sites) if ids else {}
+
+    def _values(self) -> dict[str, Tensor]:
+        return {**self.base.tensors, **self._by_all_names(), **self.tensors}
 
     def _by_all_names(self) -> dict[str, Tensor]:
         return {n: t for name, t in self.changed.items() for n in self.base.names.get(name, (name,))}
@@ -356,6 +424,11 @@ class Program:
         from surgery.export.program import export_program
 
         return export_program(self, path, **options)
+
+
+def _read(graph: fx.Graph) -> set[str]:
+    """Names of the tensors on which an output of the graph depends."""
+    return {str(node.target) for node in live_nodes(graph) if node.op == "get_attr"}
 
 
 def _with_numerics(entry: Entry, numerics: Mapping[str, Any]) -> Entry:

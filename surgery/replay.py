@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from surgery.base import Base
 from surgery.capture import Captured
 from surgery.errors import JournalError, nearest
 from surgery.journal import Entry, Journal
-from surgery.pass_base import Pass, RewritePass
+from surgery.pass_base import GraphPass, Pass, RewritePass
 from surgery.plugins import Plugins
 from surgery.rewriter import MetaCache, Rewriter, copy_graph
 from surgery.sites import Site, SiteIndex
+from surgery.view import View
 
 
 def pass_of(entry: Entry, plugins: Plugins) -> Pass:
@@ -40,17 +41,44 @@ def rewrite_entry(
     cache: MetaCache,
     sites: Iterable[Site],
     tensors: Mapping[str, Tensor],
+    view: View,
 ) -> None:
-    """Apply one journalled entry to a graph, in place."""
+    """Apply one journalled entry to a graph, in place. view: of the graph as it is."""
+    if isinstance(pass_, GraphPass):
+        _ = view.sites, view.branches, view.attentions  # seen before any of this entry's own edits
     for site, record in zip(sites, entry.sites, strict=True):
-        rewriter = Rewriter(graph, cache, entry.id, record.tensors, tensors, entry.weight)
-        rewriter.rewrite(site, pass_.rewrite)
+        rewriter = Rewriter(graph, cache, entry.id, record.tensors, tensors, entry.weight, view)
+        act = rewriter.rewrite_once if isinstance(pass_, GraphPass) else rewriter.rewrite
+        act(site, pass_.rewrite)
 
 
 def live_entries(journal: Journal) -> list[Entry]:
-    """Entries that stand in the graph: not folded by a merge, and not left out."""
+    """Entries that stand in the graph: not folded by a merge, not left out, nor standing on one that is."""
     folded = {name for e in journal if e.kind == "merge" for name in e.options.get("folded", ())}
-    return [e for e in journal if e.kind == "rewrite" and e.id not in folded and e.weight != 0]
+    live: list[Entry] = []
+    missing: set[str] = set()
+    for entry in journal:
+        if entry.kind != "rewrite":
+            continue
+        if entry.weight == 0 or any(r.key.owner in missing for r in entry.sites):
+            missing.update(entry.tensor_names)
+        elif entry.id not in folded:
+            live.append(entry)
+    return live
+
+
+def weight_names(base: Base, journal: Journal, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Parameter name -> all names of that tensor: the base's, and those that structural passes added."""
+    names = dict(base.names)
+    for entry in live_entries(journal):
+        if is_structural(entry, base.plugins):
+            names.update({n: (n,) for n in entry.tensor_names if isinstance(tensors.get(n), nn.Parameter)})
+    return names
+
+
+def is_structural(entry: Entry, plugins: Plugins) -> bool:
+    pass_ = pass_of(entry, plugins)
+    return isinstance(pass_, RewritePass) and pass_.structural
 
 
 def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], captured: Captured) -> fx.Graph:
@@ -60,10 +88,16 @@ def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], cap
     if not entries:
         return graph
     cache = MetaCache(graph)
-    index = SiteIndex(graph, base.names, base.plugins.weight_ops)
+    names = weight_names(base, journal, tensors)
+    ops = base.plugins.weight_ops
+    index: SiteIndex | None = None
     for entry in entries:
         pass_ = pass_of(entry, base.plugins)
         if not isinstance(pass_, RewritePass):
             raise JournalError(f"{entry.id}: pass {entry.pass_name!r} rewrites nothing in this version of it")
-        rewrite_entry(entry, pass_, graph, cache, find_sites(entry, index), tensors)
+        view = View(graph, names, ops, training=captured.training)
+        index = index or SiteIndex(graph, names, ops)
+        rewrite_entry(entry, pass_, graph, cache, find_sites(entry, index), tensors, view)
+        if pass_.structural:
+            index = None
     return graph

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -12,7 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from surgery.errors import PassError
 from surgery.sites import META, Site, head, tail
-from surgery.weight_ops import Call, operand
+from surgery.weight_ops import Call, arguments, operand, parameter_of
+
+if TYPE_CHECKING:
+    from surgery.view import View
 
 aten = torch.ops.aten
 
@@ -88,7 +92,8 @@ class Rewriter:
 
     `x` is the activation that enters the op, `out` the value that its users see now (earlier adapters
     included). `g["A"]` is the graph value of the pass's tensor A at this site; `g.call` inserts an op.
-    `weight` scales what an adapter adds (1 as trained, 0 as absent).
+    `weight` scales what an adapter adds (1 as trained, 0 as absent). `view` is the analysis of the graph as it
+    was before this pass; `view.training` says whether it was traced in train mode.
     """
 
     def __init__(
@@ -99,17 +104,112 @@ class Rewriter:
         names: Mapping[str, str],
         tensors: Mapping[str, torch.Tensor],
         weight: float = 1.0,
+        view: View | None = None,
     ) -> None:
         self.graph = graph
         self.weight = weight
+        self._view = view
+        self._swapped: dict[fx.Node, fx.Node] = {}
         self._cache = cache
         self._entry_id = entry_id
         self._names = names  # tensor of the pass -> its name in the program
         self._tensors = tensors
         self._attributes: dict[str, fx.Node] = {}
         self._first = next(iter(graph.nodes))
+        self._new: dict[fx.Node, None] = {}
         self.site: Site | None = None
         self.call_: Call | None = None
+
+    @property
+    def view(self) -> View:
+        assert self._view is not None
+        return self._view
+
+    @property
+    def training(self) -> bool:
+        """Whether this is the graph of train mode."""
+        return self._view is not None and self._view.training
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The pass's own tensors at this site, by their names in the pass."""
+        return {name: self._tensors[full] for name, full in self._names.items()}
+
+    def rewrite_once(self, site: Site, build: Any) -> None:
+        """Call build(site, self) once for a place of the whole program; it puts values in place with `wrap`."""
+        self.site, self._attributes, self._new = site, {}, {}
+        self.call_ = site.calls[0]
+        self.x, self.out = head(operand(self.call_)), tail(self.call_.node)
+        self._anchor = self.out.next
+        build(site, self)
+
+    @contextlib.contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Insert what the block calls before a node."""
+        anchor, self._anchor = self._anchor, node
+        try:
+            yield
+        finally:
+            self._anchor = anchor
+
+    def after(self, node: fx.Node) -> contextlib.AbstractContextManager[None]:
+        """Insert what the block calls after a node (and after the inputs, for one of these)."""
+        following = node.next
+        while node.op in ("placeholder", "get_attr") and following.op in ("placeholder", "get_attr"):
+            following = following.next
+        return self.before(following)
+
+    def wrap(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Put build(value) in the place of a node's value, which is that of the last adapter round it.
+
+        build inserts with `call`, after that value. Its users see the new value, what build inserted sees the old.
+        """
+        value = tail(node)
+        known = set(self._new)
+        with self.after(value):
+            fresh = build(value)
+        if fresh is value:
+            return value
+        own = {n for n in self._new if n not in known}
+        self._put(value, fresh, lambda user: user not in own)
+        return fresh
+
+    def _put(self, value: fx.Node, fresh: fx.Node, moves: Callable[[fx.Node], bool]) -> None:
+        assert self.site is not None
+        # Before the swap: `wraps` names the inner value, so that a later pass finds the outermost.
+        fresh.meta[META] = {**fresh.meta[META], "wraps": value.name}
+        if fresh not in value.users:
+            value.meta[META] = {**value.meta.get(META, {}), "wrapped_by": fresh.name}
+        value.replace_all_uses_with(fresh, delete_user_cb=moves)
+
+    def swap_weight(self, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Let the site's calls read build(weight) in the place of their weight, as stored; made once for a site.
+
+        build returns a graph value of the weight's shape: inserted with `call`, or one of `g[...]`. For the
+        sites' index and later passes it stands for the parameter. Returns the value.
+        """
+        assert self.call_ is not None
+        assert self.site is not None
+        call = self.call_
+        if call.weight is None:
+            raise PassError(f"{self._entry_id} at {self.site.path}: its weight is computed, not stored")
+        source = call.weight
+        readers = _weight_readers(call)
+        first = min(readers)
+        current = next(n for n in first.all_input_nodes if n in _standing_for(source))
+        if current not in self._swapped:
+            with self.before(first):
+                value = build(current)
+            value.meta[META] = {
+                **value.meta[META],
+                "weight_of": parameter_of(current) or str(source.target),
+                "wraps": current.name,
+                "call": call.node.name,
+            }
+            self._swapped[current] = value
+        for reader in readers:
+            reader.replace_input_with(current, self._swapped[current])
+        return self._swapped[current]
 
     def rewrite(self, site: Site, build: Any) -> None:
         """Call build(site, self) at every call of the site and put what it returns in the output's place."""
@@ -119,7 +219,7 @@ class Rewriter:
             # Read now, not from the call: a site before this one may have been rewritten since it was indexed.
             self.x, self.out = head(operand(call)), tail(call.node)
             self._anchor = self.out.next
-            self._new: dict[fx.Node, None] = {}
+            self._new = {}
             value = build(site, self)
             if value is None or value is self.out:
                 continue
@@ -127,9 +227,7 @@ class Rewriter:
                 raise PassError(
                     f"{self._entry_id} at {site.path}: rewrite must return a graph value, got {value!r}"
                 )
-            # Before the swap: `wraps` names the inner value, so that a later pass finds the outermost.
-            value.meta[META]["wraps"] = self.out.name
-            self.out.replace_all_uses_with(value, delete_user_cb=lambda node: node not in self._new)
+            self._put(self.out, value, lambda node: node not in self._new)
 
     def replace_input(self, build: Callable[[fx.Node], fx.Node]) -> None:
         """Let all that stands at this site, op and earlier adapters, read build(x) in the place of x.
@@ -148,7 +246,7 @@ class Rewriter:
         self._anchor = anchor
         for node in self._new:
             if node not in known:
-                node.meta[META]["input"] = True
+                node.meta[META] = {**node.meta[META], "input": True}
         for reader in readers:
             reader.replace_input_with(self.x, value)
 
@@ -184,6 +282,24 @@ class Rewriter:
         self._new[node] = None
         return node
 
+    def get(self, name: str) -> fx.Node:
+        """A fresh graph value of a tensor of the base, by its name."""
+        value = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == name).meta["val"]
+        with self.graph.inserting_before(self._first):
+            node = self.graph.create_node("get_attr", name)
+        node.meta = {"val": value, META: self._provenance()}
+        return node
+
+    def copy(self, node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """Insert a copy of a node of the model that reads mapping[n] for n; later passes match it like the model's."""
+        assert self.call_ is not None
+        with self.graph.inserting_before(self._anchor):
+            fresh = self.graph.node_copy(node, lambda n: mapping.get(n, n))
+        mark = {**self._provenance(), "call": self.call_.node.name, "aux": False}
+        fresh.meta = {**node.meta, META: mark, "custom": self._custom()}
+        self._new[fresh] = None
+        return fresh
+
     def _custom(self) -> dict[str, Any]:
         """What torch.export carries through a re-export, and so into ONNX."""
         assert self.site is not None
@@ -193,3 +309,19 @@ class Rewriter:
     def _provenance(self) -> dict[str, Any]:
         assert self.site is not None
         return {"entry": self._entry_id, "site": self.site.path, "aux": True}
+
+
+def _standing_for(source: fx.Node) -> set[fx.Node]:
+    """The parameter's node, and what passes have put in its place."""
+    return {n for n in source.graph.nodes if n is source or parameter_of(n) == source.target}
+
+
+def _weight_readers(call: Call) -> list[fx.Node]:
+    """The nodes on the way from the weight to this call's op that read the weight itself."""
+    assert call.weight is not None
+    standing = _standing_for(call.weight)
+    name = call.op.x if call.x_axis == "column" else call.op.weights[0]
+    node, value = call.node, arguments(call.node)[name]
+    while value not in standing:
+        node, value = value, value.args[0]
+    return [node]

@@ -35,7 +35,8 @@ from surgery.replay import pass_of
 if TYPE_CHECKING:
     from surgery.program import Program
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)  # what is new in 2 has defaults in Entry.from_json
 MANIFEST = "surgery.json"
 INSERTED, CHANGED, BASE = "inserted.safetensors", "changed.safetensors", "base.safetensors"
 
@@ -81,6 +82,7 @@ def save(program: Program, path: Any, *, standalone: bool = False, overwrite: bo
                 "sites": base.site_table(),
             },
             "journal": program.journal.to_json(),
+            "parameters": [n for n, t in program.tensors.items() if isinstance(t, nn.Parameter)],
             "files": hashes,
         }
         manifest["checksum"] = _checksum(manifest)
@@ -154,9 +156,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         schema = manifest["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JournalError(f"{path / MANIFEST} cannot be read ({error}); restore it or apply again") from None
-    if schema != SCHEMA:
+    if schema not in READABLE:
         raise JournalError(
-            f"{path} has schema {schema}, and this version reads {SCHEMA}; upgrade torch-surgery"
+            f"{path} has schema {schema}, and this version reads up to {SCHEMA}; upgrade torch-surgery"
         )
     if manifest.get("checksum") != _checksum(manifest):
         raise JournalError(
@@ -183,7 +185,7 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Progr
     root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}))
     _check_base(path, manifest["base"], root)
     changed = {name: _as_in(root.tensors[name], value) for name, value in stored.get(CHANGED, {}).items()}
-    trainable = _trainable(journal, plugins, root)
+    trainable = manifest.get("parameters") or _trainable(journal, plugins, root)  # schema 1 has no list
     inserted = {
         name: nn.Parameter(value) if name in trainable else value
         for name, value in stored.get(INSERTED, {}).items()

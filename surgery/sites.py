@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from surgery import weight_ops
+from surgery.errors import PassError
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, WeightOp
 
-META = "surgery"  # node.meta key: {"entry", "site", "aux", "call", "wraps", "input"}
+if TYPE_CHECKING:
+    from surgery.probe import Probe
+
+META = (
+    "surgery"  # node.meta key: {"entry", "site", "aux", "call", "wraps", "wrapped_by", "input", "weight_of"}
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,16 @@ class Site:
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     selected_parts: tuple[str, ...] = ()
     decided: Mapping[str, Any] = field(default_factory=dict)
+    measured: Probe | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def probe(self) -> Probe:
+        """The program's tensors, activations and gradients; there while a pass is planned or applied."""
+        if self.measured is None:
+            raise PassError(
+                f"{self.path}: nothing is measured when a journal is replayed; keep it in `decide`"
+            )
+        return self.measured
 
     @property
     def op(self) -> str:
@@ -131,6 +147,10 @@ def tail(node: fx.Node) -> fx.Node:
     current = node
     while True:
         outer = next((u for u in current.users if u.meta.get(META, {}).get("wraps") == current.name), None)
+        if outer is None:
+            # An op put in the place of another need not read it.
+            name = current.meta.get(META, {}).get("wrapped_by")
+            outer = next((n for n in node.graph.nodes if n.name == name), None) if name else None
         if outer is None:
             return current
         current = outer

@@ -131,6 +131,11 @@ def operand(call: Call) -> fx.Node:
     return args[call.op.weights[0] if call.x_axis == "column" else call.op.x]
 
 
+def parameter_of(node: fx.Node) -> str | None:
+    """The parameter for which this value stands at a site, where a pass put it in the parameter's place."""
+    return node.meta.get("surgery", {}).get("weight_of")
+
+
 def rank_of(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else -1
@@ -149,7 +154,12 @@ def _trace_weight(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> _So
     """Follow an operand back to the parameter it is a view of; None where it is computed."""
     node, gather = operand, None
     axes = list(range(max(rank_of(operand), 0)))
-    while not (node.op == "get_attr" and is_weight(node)):
+    while True:
+        stands_for = parameter_of(node)
+        if stands_for is not None:
+            node = next(n for n in node.graph.nodes if n.op == "get_attr" and n.target == stands_for)
+        if node.op == "get_attr" and is_weight(node):
+            break
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             return None
         args, target = arguments(node), node.target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,32 @@ def named_sizes(model: LoadedModel | Captured) -> dict[str, int]:
         size = tensors[axis.input].shape[axis.axis]
         sizes.setdefault(axis.root, (size - axis.offset) // axis.scale)
     return sizes
+
+
+def limited(captured: Captured, limits: Mapping[str, int]) -> Captured:
+    """The capture with lower upper bounds of named dimensions.
+
+    Raises CaptureError where the example inputs are longer than a new bound.
+    """
+    known: dict[str, Any] = {}
+
+    def narrow(spec: Any) -> Any:
+        if isinstance(spec, Mapping):
+            return {key: narrow(value) for key, value in spec.items()}
+        if isinstance(spec, (tuple, list)):
+            return type(spec)(narrow(value) for value in spec)
+        name = str(getattr(spec, "__name__", ""))
+        if name in limits and getattr(spec, "root", None) is None:
+            low, high = int(getattr(spec, "min", 0)), int(min(getattr(spec, "max", _UNBOUNDED), limits[name]))
+            return known.setdefault(name, torch.export.Dim(name, min=low, max=high))
+        return spec
+
+    for name, size in named_sizes(captured).items():
+        if size > limits.get(name, size):
+            raise CaptureError(
+                f"the example has {name}={size}, and a pass leaves {limits[name]}; load with a shorter one"
+            )
+    return replace(captured, dynamic_shapes=narrow(captured.dynamic_shapes))
 
 
 def other_sizes(model: LoadedModel | Captured) -> dict[str, int]:

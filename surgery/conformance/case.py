@@ -146,7 +146,7 @@ class Case:
     @cached_property
     def other(self) -> Inputs | None:
         """Inputs at another size of every dynamic dimension; None where all are fixed."""
-        captured = self.program.base.captured
+        captured = self.random.captured
         try:
             sizes = other_sizes(captured)
         except CaptureError:

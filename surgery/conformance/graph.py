@@ -41,7 +41,7 @@ def untouched(case: Case) -> str:
 
 def _original(case: Case, node: fx.Node, after: dict[str, fx.Node], touched: set[str]) -> fx.Node:
     """What stood here before the pass; notes which ops it wrapped or fed."""
-    while _mark(node).get("entry") == case.entry.id and node.op != "get_attr":
+    while _mark(node).get("entry") == case.entry.id and (node.op != "get_attr" or "wraps" in _mark(node)):
         mark = _mark(node)
         if "wraps" in mark:
             node = after[mark["wraps"]]

@@ -19,7 +19,7 @@ def _merged(case: Case, program: Program) -> Program:
         except PassError:
             raise Skip("the pass merges nothing (mergeable is False)") from None
         raise Skip("the pass merges nothing (mergeable is False); others in this program do")
-    _, kept = foldable(program.base, program.journal)
+    _, kept = foldable(program.base, program.journal, program.sites)
     if entry in kept:
         raise Skip(f"not folded here: {kept[entry]}")
     return program.merge(verify=False)
@@ -56,7 +56,7 @@ def merge(case: Case) -> str:
 def restored(case: Case) -> str:
     """After merging: the original names, nodes and wiring, and the base's captured graph as it was."""
     merged = _merged(case, case.random)
-    _, kept = foldable(case.random.base, case.random.journal)
+    _, kept = foldable(case.random.base, case.random.journal, case.random.sites)
     names, original = set(merged.state()), set(case.base_before)
     if hash_graph(merged.base.captured.graph) != case.base_hash:
         raise case.error("restored", "merging changed the captured graph of the base")
@@ -91,7 +91,7 @@ def weights(case: Case) -> str:
         raise case.error("weights", "left out (weight 0) it is not bit for bit what it was without it")
     if not case.compare(case.random, case.random.weighted({name: 1.0})).equal:
         raise case.error("weights", "weight 1 is not bit for bit as trained")
-    if not case.rewrite.weightable:
+    if not case.rewrite.can_weigh:
         try:
             case.random.weighted({name: 0.5})
         except PassError:

@@ -84,7 +84,7 @@ def _other_process(case: Case, path: Path) -> str:
 
 def _exported(case: Case) -> Any:
     if "exported" not in case.__dict__:
-        captured = case.program.base.captured
+        captured = case.random.captured
         args, kwargs = case.program.example_inputs
         case.__dict__["exported"] = torch.export.export(
             case.random.graph_module, args, kwargs, dynamic_shapes=captured.dynamic_shapes, strict=False

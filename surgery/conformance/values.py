@@ -12,7 +12,7 @@ from surgery.pass_base import RewritePass
 def numerics(case: Case) -> str:
     """Outputs at insertion keep what the pass declares."""
     seen = case.compare(case.program, case.adapted)
-    declared = case.pass_.numerics
+    declared = case.pass_.contract
     if not seen.within(declared):
         raise case.error(
             "numerics",
@@ -25,7 +25,7 @@ def numerics(case: Case) -> str:
 def _culprit(case: Case) -> str:
     for planned in case.accepted:
         alone = case.apply(case.program, case.on_one_site(planned.site))
-        if not case.compare(case.program, alone).within(case.pass_.numerics):
+        if not case.compare(case.program, alone).within(case.pass_.contract):
             return planned.site.path
     return ""
 
@@ -59,10 +59,10 @@ def second(case: Case) -> str:
             raise case.error("second", f"a second {case.pass_.entry_id!r} was accepted")
     both = case.apply(case.random, again)
     seen = case.compare(case.random, both)
-    if not seen.within(case.pass_.numerics):
+    if not seen.within(case.pass_.contract):
         raise case.error(
             "second",
-            f"declares {case.pass_.numerics}, but on top of itself it moves the outputs by {seen.difference:.1e}",
+            f"declares {case.pass_.contract}, but on top of itself it moves the outputs by {seen.difference:.1e}",
         )
     shared = set(case.entry.tensor_names) & set(both.journal.entries[-1].tensor_names)
     if shared:

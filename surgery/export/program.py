@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def source_of(program: Program) -> ExportSource:
     """The program's eval graph with its inputs."""
     args, kwargs = program.example_inputs
-    return ExportSource(program.graph_module, args, kwargs, program.base.captured.dynamic_shapes)
+    return ExportSource(program.graph_module, args, kwargs, program.captured.dynamic_shapes)
 
 
 def provenance_of(program: Program) -> dict[str, dict[str, Any]]:
@@ -40,7 +40,7 @@ def provenance_of(program: Program) -> dict[str, dict[str, Any]]:
 
 def parity_inputs(program: Program, seed: int = 0) -> list[InputSet]:
     """Two fresh sets of inputs: at the example's shape, and at another shape of every dynamic dimension."""
-    captured = program.base.captured
+    captured = program.captured
     sets: list[InputSet] = [fresh_inputs(captured, None, seed)]
     other = other_sizes(captured)
     if other:

@@ -1,0 +1,57 @@
+"""What passes say of each other: what has to be there, what cannot, and which comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import networkx as nx
+
+from surgery.errors import PassError
+from surgery.journal import Journal
+from surgery.pass_base import Pass
+from surgery.plugins import Plugins
+
+
+def in_order(passes: Sequence[Pass], journal: Journal, plugins: Plugins) -> list[Pass]:
+    """The passes so that each precedes those it has to precede, and otherwise as given.
+
+    Raises PassError, in a sentence, for a conflict, a missing requirement, a cycle, or a pass that had to come
+    before one which the journal holds already.
+    """
+    applied = {entry.pass_name: entry.id for entry in journal}
+    kinds = {name: plugins.find_pass(name).cls for name in applied if name != "merge"}
+    for index, pass_ in enumerate(passes):
+        _check_conflicts(pass_, [*kinds.values(), *(type(p) for p in passes[:index])])
+        for name in pass_.before:
+            if name in applied:
+                raise PassError(
+                    f"{pass_.name} has to come before {name}, which is applied already; undo {applied[name]!r}, "
+                    f"or apply both in one pipeline"
+                )
+        there = {*applied, *(p.name for p in passes)}
+        if pass_.requires and not there & set(pass_.requires):
+            raise PassError(
+                f"{pass_.name} needs {' or '.join(pass_.requires)} in the program; put it in the same pipeline"
+            )
+    return _sorted(list(passes))
+
+
+def _check_conflicts(pass_: Pass, others: Sequence[type[Pass]]) -> None:
+    for other in others:
+        why = pass_.conflicts.get(other.name) or other.conflicts.get(pass_.name)
+        if why:
+            raise PassError(f"{pass_.name} and {other.name} cannot stand in one program: {why}")
+
+
+def _sorted(passes: list[Pass]) -> list[Pass]:
+    order: nx.DiGraph = nx.DiGraph()
+    order.add_nodes_from(range(len(passes)))
+    for i, first in enumerate(passes):
+        for j, second in enumerate(passes):
+            if i != j and (second.name in first.before or first.name in second.requires):
+                order.add_edge(i, j)
+    try:
+        return [passes[i] for i in nx.lexicographical_topological_sort(order)]
+    except nx.NetworkXUnfeasible:
+        names = " and ".join(sorted({p.name for p in passes if p.before or p.requires}))
+        raise PassError(f"{names} each have to come before the other; apply one of them") from None

@@ -1,0 +1,119 @@
+"""What a pass may measure when it is applied: tensors, activations and gradients of the program on data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from surgery.errors import PassError
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+    from surgery.sites import Site
+
+InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class Probe:
+    """A program and the inputs to measure it on. Nothing here is asked for when a journal is replayed.
+
+    data: sets of (args, kwargs); the program's example inputs where none are given.
+    """
+
+    def __init__(self, program: Program, data: Sequence[InputSet] = ()) -> None:
+        self.program = program
+        self.data: Sequence[InputSet] = data or [program.example_inputs]
+        self._state: dict[str, Tensor] | None = None
+        self._squared: dict[str, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer of the program as it is now, detached. PassError where it is not in memory."""
+        if not self.program.base.in_memory:
+            raise PassError(f"{name} is not in memory, and this pass has to read it; load the weights first")
+        if self._state is None:
+            self._state = self.program.state()
+        return self._state[name].detach()
+
+    def weight(self, site: Site) -> Tensor:
+        """The weight of a site, as stored."""
+        if site.weight is None:
+            raise PassError(f"{site.path}: its weight is computed from {', '.join(site.computed_from)}")
+        return self.tensor(site.weight)
+
+    def values(self, nodes: Iterable[fx.Node | str]) -> dict[str, list[Tensor]]:
+        """What nodes of the program's eval graph compute on each set of data, by node name; without gradients."""
+        names = {node if isinstance(node, str) else node.name for node in nodes}
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        module = self.program.graph_module
+
+        class Recording(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                if n.name in names:
+                    found[n.name].append(value)
+                return value
+
+        for args, kwargs in self.data:
+            flat = pytree.tree_leaves((tuple(args), dict(kwargs)))
+            with torch.no_grad():
+                Recording(module).run(*flat, enable_io_processing=False)
+        return found
+
+    def inputs(self, site: Site) -> list[Tensor]:
+        """The activation that enters the site's first call, for each set of data."""
+        from surgery.weight_ops import operand
+
+        node = operand(site.calls[0])
+        return self.values([node])[node.name]
+
+    def fisher(self, name: str, samples: int = 4, seed: int = 0) -> Tensor:
+        """Diagonal Fisher information of a base parameter, of its shape, in fp32 (see `fisher_of`)."""
+        if name not in self._squared:
+            self._squared.update(fisher_of(self.program, self.data, samples, seed))
+        return self._squared[name]
+
+
+def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: int) -> dict[str, Tensor]:
+    """E over data and y ~ p(y|x) of (∂ log p(y|x) / ∂θ)², for every parameter of the base, by name.
+
+    p is the softmax over the last axis of the program's first floating output (a unit-variance normal around it
+    where that has one channel), so no labels are needed (Sung et al. 2021, arXiv:2111.09839).
+    """
+    from surgery.program import Program
+
+    free = Program(program.base, program.journal, *program.copies())
+    free.journal = type(program.journal)(tuple(e for e in program.journal if e.kind == "rewrite"))
+    module = free.module()
+    generator = torch.Generator().manual_seed(seed)
+    squared = {
+        name: torch.zeros_like(p, dtype=torch.float32)
+        for name, p in module.named_parameters(remove_duplicate=False)
+    }
+    count = 0
+    for args, kwargs in data:
+        for _ in range(samples):
+            module.zero_grad(set_to_none=True)
+            leaves = pytree.tree_leaves(module(*args, **kwargs))
+            leaves = pytree.tree_leaves(module(*args, **kwargs))
+            output = next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
+            loss = _surprise(output.float(), generator)
+            loss.backward()
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                if parameter.grad is not None:
+                    squared[name] += parameter.grad.float() ** 2
+            count += 1
+    return {name: value / max(count, 1) for name, value in squared.items()}
+
+
+def _surprise(output: Tensor, generator: torch.Generator) -> Tensor:
+    """−log p of a drawn answer, averaged over rows."""
+    if output.shape[-1] == 1:
+        drawn = output.detach() + torch.randn(output.shape, generator=generator)
+        return ((output - drawn) ** 2 / 2).mean()
+    logits = output.reshape(-1, output.shape[-1])
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    return torch.nn.functional.cross_entropy(logits, drawn)

@@ -1,0 +1,105 @@
+"""What passes see of a graph: its sites with their roles, its attentions, residual branches and repeated blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from surgery.dataflow import Dataflow, trace_origins
+from surgery.roles import Attention, Roles, find_roles
+from surgery.sites import Site, SiteIndex, SiteKey, is_aux
+from surgery.weight_ops import Call, WeightOp, find_calls
+
+if TYPE_CHECKING:
+    from surgery.blocks import Block, Branch
+
+
+class View:
+    """An analysis of one graph, made as it is asked for. What adapters inserted is looked through.
+
+    names: parameter name -> all names of that tensor. training: the graph was traced in train mode.
+    known: roles and parts by site, where they were found before adapters were inserted.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        names: Mapping[str, tuple[str, ...]],
+        ops: Mapping[Any, WeightOp],
+        *,
+        training: bool = False,
+        known: tuple[Mapping[SiteKey, str], Mapping[SiteKey, Mapping[str, tuple[int, ...]]]] | None = None,
+    ) -> None:
+        self.graph, self.names, self.ops, self.training = graph, names, ops, training
+        self._known = known
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        nodes = [node for node in self.graph.nodes if not is_aux(node)]
+        return find_calls(nodes, self.ops, lambda node: node.target in self.names)
+
+    @cached_property
+    def flow(self) -> Dataflow:
+        return trace_origins(self.graph.nodes, self.calls)
+
+    @cached_property
+    def roles(self) -> Roles:
+        return find_roles(self.graph, self.calls)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        return self.roles.attentions
+
+    @cached_property
+    def sites(self) -> SiteIndex:
+        """Every use of a weight, with its role."""
+        if self._known is not None:
+            return SiteIndex(self.graph, self.names, self.ops, *self._known)
+        bare = SiteIndex(self.graph, self.names, self.ops)
+        role, parts = self.roles.role, self.roles.parts
+        by_role: dict[SiteKey, str] = {}
+        by_parts: dict[SiteKey, Mapping[str, tuple[int, ...]]] = {}
+        for site in bare:
+            by_role[site.key] = next((role[c.node] for c in site.calls if c.node in role), "")
+            by_parts[site.key] = next((parts[c.node] for c in site.calls if c.node in parts), {})
+        return SiteIndex(self.graph, self.names, self.ops, by_role, by_parts)
+
+    @cached_property
+    def _site_by_node(self) -> dict[fx.Node, Site]:
+        return {call.node: site for site in self.sites for call in site.calls}
+
+    def site_of(self, node: fx.Node) -> Site:
+        """The site whose call this node is. KeyError where it is none."""
+        return self._site_by_node[node]
+
+    @cached_property
+    def branches(self) -> list[Branch]:
+        """Residual branches in graph order."""
+        from surgery.blocks import find_branches
+
+        return find_branches(self.graph, self.calls, self.flow, self.roles)
+
+    @cached_property
+    def blocks(self) -> list[tuple[Block, ...]]:
+        """Rows of repeated blocks in graph order."""
+        from surgery.blocks import find_blocks
+
+        return find_blocks(self.graph, self.calls, self.flow, self.branches)
+
+    @cached_property
+    def depth(self) -> dict[str, int]:
+        """Depth by parameter name: 0 before the first block, then the blocks, then what follows them."""
+        from surgery.blocks import depth_of
+
+        return depth_of(self.graph, self.calls, self.blocks)
+
+    def node(self, name: str) -> fx.Node:
+        """The node of that name. KeyError where there is none."""
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, fx.Node]:
+        return {node.name: node for node in self.graph.nodes}
