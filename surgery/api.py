@@ -6,8 +6,10 @@ DeprecationWarning, until then. Modules other than this one (and `surgery.testin
 change at any time. A plugin is a distribution with an entry point in the group `surgery` that names a module
 or an object with functions marked `@hookimpl`; the hooks are listed in `surgery.hookspecs`.
 
-Passes      RewritePass, SelectPass, Pass, Field, TensorSpec, EXACT, rounded, Numerics
-At a site   Site, Rewriter, LINEAR CONV EMBEDDING EXPERTS NORM, WeightOp, Call
+Passes      RewritePass, GraphPass, SelectPass, Pass, Field, TensorSpec, Selection, Candidates
+            EXACT, rounded, changes, Numerics
+At a site   Site, Rewriter, LINEAR CONV EMBEDDING EXPERTS NORM, WeightOp, Call, Probe
+Programs'   View: sites, attentions, residual branches, blocks, depth
 Algebra     low-rank: factor_shapes, branch, add_branch, add_rows, gather_index, AddLowRank
             scaling: channels, scale_output, scale_input, weighted_factor, ones_elsewhere, part_index, ScaleAxis
 Models      LoadedModel, LoadOptions, from_module
@@ -36,9 +38,22 @@ from surgery.hookspecs import hookimpl
 from surgery.journal import Entry, Journal
 from surgery.loading import capture, load
 from surgery.lowrank import AddLowRank, add_branch, add_rows, branch, factor_shapes, gather_index
-from surgery.pass_base import EXACT, MergeOp, Numerics, Pass, RewritePass, SelectPass, TensorSpec, rounded
+from surgery.pass_base import (
+    EXACT,
+    GraphPass,
+    MergeOp,
+    Numerics,
+    Pass,
+    RewritePass,
+    Selection,
+    SelectPass,
+    TensorSpec,
+    changes,
+    rounded,
+)
 from surgery.pipeline import PassReport
 from surgery.plugins import Plugins, make_plugin_manager
+from surgery.probe import Probe
 from surgery.program import Program
 from surgery.rewriter import Rewriter
 from surgery.scaling import (
@@ -49,7 +64,9 @@ from surgery.scaling import (
     scale_input,
     scale_output,
 )
+from surgery.selecting import Candidates
 from surgery.sites import Site
+from surgery.view import View
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM, Call, WeightOp
 
 __all__ = [
@@ -61,10 +78,12 @@ __all__ = [
     "NORM",
     "AddLowRank",
     "Call",
+    "Candidates",
     "CaptureError",
     "Entry",
     "ExportError",
     "Field",
+    "GraphPass",
     "Journal",
     "JournalError",
     "LoadError",
@@ -78,20 +97,24 @@ __all__ = [
     "PassReport",
     "PluginError",
     "Plugins",
+    "Probe",
     "Program",
     "RewritePass",
     "Rewriter",
     "ScaleAxis",
     "SelectPass",
+    "Selection",
     "Site",
     "SurgeryError",
     "TargetError",
     "TensorSpec",
+    "View",
     "WeightOp",
     "add_branch",
     "add_rows",
     "branch",
     "capture",
+    "changes",
     "channels",
     "factor_shapes",
     "from_module",

