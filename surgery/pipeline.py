@@ -9,7 +9,7 @@ from importlib import metadata
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, device, fx, nn
+from torch import Tensor, device, fx, nn, random
 
 from surgery import replay, target
 from surgery.base import Base
@@ -105,10 +105,20 @@ def plan(
     complete = _complete(program, passes, freeze_base)
     probe = Probe(program, data)
     rewrites = [p for p, _ in complete if isinstance(p, RewritePass)]
-    for index, pass_ in enumerate(rewrites):
-        if any(pass_.entry_id == other.entry_id for other in rewrites[:index]):
-            raise PassError(_taken(pass_))
-    return PlanReport(tuple(_plan_pass(program, p, auto, probe) for p, auto in complete))
+    for index, rewrite in enumerate(rewrites):
+        if any(rewrite.entry_id == other.entry_id for other in rewrites[:index]):
+            raise PassError(_taken(rewrite))
+    plans: list[PassPlan] = []
+    with random.fork_rng(devices=[]):
+        for index, (pass_, auto) in enumerate(complete):
+            planned = _plan_pass(program, pass_, auto, probe)
+            plans.append(planned)
+            follows = complete[index + 1 :]
+            if follows and isinstance(pass_, GraphPass) and planned.accepted:
+                # Those that follow see what it adds.
+                program = apply(program, [pass_], False, False, data)
+                probe = Probe(program, data)
+    return PlanReport(tuple(plans))
 
 
 def _taken(pass_: Pass) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 from rich.text import Text
 
+from surgery.cli.data import data_option, read_data
 from surgery.cli.options import choose_adapters, model_options, overwrite_option, with_adapters
 from surgery.cli.pass_groups import PassCommand
-from surgery.cli.render import console, count, note_unfrozen, trainable_line
+from surgery.cli.render import console, count, note_unfrozen, outcome, trainable_line
 from surgery.cli.see import wanted_recipe
 from surgery.errors import SurgeryError
 from surgery.files import refuse_taken
@@ -33,6 +34,7 @@ standalone_option = click.option("--standalone", is_flag=True, help="Write the b
 @click.option(
     "--freeze-base/--no-freeze-base", default=None, help="Freeze the base first (default: where needed)."
 )
+@data_option
 @click.option("--no-verify", is_flag=True, help="Do not compare outputs before and after each pass.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For tensors that start at random.")
 @standalone_option
@@ -46,6 +48,7 @@ def apply(
     recipe: Path | None,
     save_recipe: Path | None,
     freeze_base: bool | None,
+    data: tuple[Path, ...],
     no_verify: bool,
     seed: int,
     standalone: bool,
@@ -59,7 +62,12 @@ def apply(
     if save_recipe is not None and save_recipe.exists() and not overwrite:
         raise SurgeryError(f"{save_recipe} exists; choose another --save-recipe, or pass --overwrite")
     program = loader(wanted.model, wanted)
-    result = program.apply(*wanted.passes, freeze_base=wanted.freeze_base, verify=not no_verify)
+    result = program.apply(
+        *wanted.passes,
+        freeze_base=wanted.freeze_base,
+        verify=not no_verify,
+        data=read_data(program, data),
+    )
     if save_recipe is not None:
         write_recipe(save_recipe, wanted)
     try:
@@ -74,9 +82,7 @@ def apply(
         line = Text(f"{entry.id}: ", style="bold")
         if entry.kind == "rewrite":
             line.append(f"{len(entry.sites)} sites, {count(planned.parameters)} parameters; outputs ")
-            line.append(
-                f"unchanged, {report.observed}" if report.observed else f"not verified: {report.unverified}"
-            )
+            line.append(outcome(report))
         else:
             stops = sum(not t for t in entry.trains.values())
             line.append(

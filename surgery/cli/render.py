@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from surgery.pass_base import Pass, RewritePass, SelectPass
+from surgery.pipeline import PassReport
 from surgery.program import Program
 from surgery.sites import Site
 
@@ -27,6 +29,20 @@ def count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{suffix}"
     return str(number)
+
+
+def outcome(report: PassReport) -> str:
+    """What a pass did to the outputs, in words."""
+    seen, declared = report.observed, report.plan.pass_.contract
+    if seen is None:
+        return f"not verified: {report.unverified}"
+    if seen.equal:
+        return f"unchanged, {seen}"
+    if not math.isfinite(seen.difference):
+        return f"of another shape: {declared.reason}"
+    if math.isinf(declared.tolerance):
+        return f"changed by {seen.difference:.1e} of their scale: {declared.reason}"
+    return f"unchanged within {seen.difference:.1e}, declared {declared}"
 
 
 def trainable_line(program: Program) -> str:

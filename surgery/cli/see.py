@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from surgery.cli.data import data_option, read_data
 from surgery.cli.options import json_option, model_options
 from surgery.cli.pass_groups import PassCommand, parse_groups
 from surgery.cli.render import console, count, note_unfrozen, site_row, trainable_line
@@ -136,6 +137,7 @@ def _dedent(doc: str) -> str:
 @click.option(
     "--freeze-base/--no-freeze-base", default=None, help="Freeze the base first (default: where needed)."
 )
+@data_option
 @json_option
 @model_options
 @click.pass_context
@@ -144,6 +146,7 @@ def plan(
     model: str | None,
     recipe: Path | None,
     freeze_base: bool | None,
+    data: tuple[Path, ...],
     as_json: bool,
     plugins: Plugins,
     loader: Callable[..., Program],
@@ -151,7 +154,7 @@ def plan(
     """Show what `apply` would do: every site, every refusal, ties, parameters added. Changes nothing."""
     wanted = wanted_recipe(ctx, model, recipe, freeze_base, plugins)
     program = loader(wanted.model, wanted)
-    report = program.plan(*wanted.passes, freeze_base=wanted.freeze_base)
+    report = program.plan(*wanted.passes, freeze_base=wanted.freeze_base, data=read_data(program, data))
     if as_json:
         _print_json([_plan_json(p) for p in report.passes])
         return
