@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def load(
         from surgery.saved import is_saved, load_saved
 
         if is_saved(Path(ref)):
-            return load_saved(Path(ref), base=base, trust=trust, plugins=plugins)
+            return _noting(ref, load_saved(Path(ref), base=base, trust=trust, plugins=plugins))
         raise LoadError(
             f"{ref} is a directory, but not one that surgery saved; for a transformers model write hf:{ref}"
         )
@@ -48,7 +49,13 @@ def load(
         task=task, model_kwargs=dict(model_kwargs or {}), trust=trust, example=dict(example or {})
     )
     loaded = load_model(ref, options, plugins)
-    return Program(Base(loaded, trace(loaded), plugins, ref, options))
+    return _noting(ref, Program(Base(loaded, trace(loaded), plugins, ref, options)))
+
+
+def _noting(ref: str, program: Program) -> Program:
+    for note in program.base.captured.notes:
+        warnings.warn(f"{ref}: {note}", stacklevel=3)
+    return program
 
 
 def load_model(ref: str, options: LoadOptions, plugins: Plugins) -> LoadedModel:

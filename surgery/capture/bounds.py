@@ -1,9 +1,9 @@
-"""Gives up an end of a dimension's range where torch.export would have the model specialise on it."""
+"""Gives up what torch.export will not have of a dynamic dimension: an end of its range, or the whole of it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch.export import Dim
@@ -16,6 +16,40 @@ _EXCLUDED = re.compile(r"(?:\(\((-?\d+)\) \+ )?L\['(\w+)'\]\.size\(\)\[(\d+)\]\)
 # Its own advice: `seq = Dim('seq', min=3, max=64)`.
 _ADVICE = re.compile(r"^\s*(\w+) = Dim\('\w+', min=(\d+)", re.MULTILINE)
 _SMALL = 4
+_FIXED = re.compile(r"You marked (.+?) as dynamic but your code specialized it to be a constant \((\d+)\)")
+_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+
+
+def fixed_dimensions(message: str, axes: list[Axis]) -> dict[str, int]:
+    """The named dimensions that the model's code makes constants of, from torch.export's error, with their sizes."""
+    found: dict[str, int] = {}
+    for name, size in _FIXED.findall(message):
+        place = _SIZE.match(name)
+        axis = next(
+            (
+                a
+                for a in axes
+                if (place and (a.input, a.axis) == (place[1], int(place[2]))) or name == a.name
+            ),
+            None,
+        )
+        if axis is not None:
+            found[axis.root] = (int(size) - axis.offset) // axis.scale
+    return found
+
+
+def without(shapes: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """`shapes` with named dimensions left out, and what is derived from them."""
+
+    def leave_out(spec: Any) -> Any:
+        if isinstance(spec, Mapping):
+            return {key: leave_out(item) for key, item in spec.items()}
+        if isinstance(spec, (tuple, list)):
+            return type(spec)(leave_out(item) for item in spec)
+        root = getattr(spec, "root", None)
+        return None if getattr(spec if root is None else root, "__name__", "") in names else spec
+
+    return {name: leave_out(spec) for name, spec in shapes.items()}
 
 
 def without_ends(shapes: Mapping[str, Any], axes: list[Axis], message: str) -> dict[str, Any] | None:

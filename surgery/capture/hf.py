@@ -54,6 +54,8 @@ ALIASES = {
     "speech-recognition": "automatic-speech-recognition",
     "semantic-segmentation": "image-segmentation",
 }
+# State-space models unroll their scan over these: captured at the example's length, which is noted.
+_LENGTHS = frozenset({"seq", "src_seq", "tgt_seq"})
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 
@@ -131,6 +133,7 @@ def from_model(
         metadata=facts,
         train_ready=_train_ready,
         patches=partial(_patches, model),
+        may_fix=_LENGTHS,
     )
 
 

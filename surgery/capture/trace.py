@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from surgery.capture import check as checking
-from surgery.capture.bounds import without_ends
+from surgery.capture.bounds import fixed_dimensions, without, without_ends
 from surgery.capture.explain import explain
 from surgery.capture.flatten import flatten_regions, share_tied
 from surgery.capture.shapes import Axis, argument_names, list_axes, other_sizes
@@ -47,11 +47,12 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
         if training and loaded.train_ready is not None:
             loaded.train_ready(module)
         names = argument_names(module, loaded.args, loaded.kwargs)
-        gm, shapes = _export(loaded, axes, training)
+        gm, shapes, notes = _export(loaded, axes, training)
         flatten_regions(gm)
         share_tied(gm, module)
         gm.meta["surgery_inputs"] = tuple(names)
-        captured = Captured(gm, loaded.args, dict(loaded.kwargs), shapes, training)
+        captured = Captured(gm, loaded.args, dict(loaded.kwargs), shapes, training, notes)
+        axes = list_axes(captured)
         checking.refuse_static(captured, axes)
         if check and not training and checking.in_memory(module):
             with plain_outputs(module):
@@ -61,11 +62,14 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
     return captured
 
 
-def _export(loaded: LoadedModel, axes: list[Axis], training: bool) -> tuple[fx.GraphModule, Any]:
-    """The exported graph, and the dynamic shapes that it holds for."""
+def _export(
+    loaded: LoadedModel, axes: list[Axis], training: bool
+) -> tuple[fx.GraphModule, Any, tuple[str, ...]]:
+    """The exported graph, the dynamic shapes that it holds for, and notes on dimensions that were fixed."""
     module = loaded.module
     what = f"{type(module).__name__}{' in train mode' if training else ''}"
     shapes = _by_name(loaded)
+    notes: tuple[str, ...] = ()
     while True:
         try:
             with _quiet(), loaded.patches(), plain_outputs(module, loaded.args, loaded.kwargs):
@@ -75,13 +79,25 @@ def _export(loaded: LoadedModel, axes: list[Axis], training: bool) -> tuple[fx.G
         except CaptureError:
             raise
         except Exception as error:
-            narrower = without_ends(shapes, axes, str(error)) if shapes else None
+            fixed = fixed_dimensions(str(error), axes) if shapes else {}
+            if fixed and fixed.keys() <= loaded.may_fix:
+                narrower = without(shapes, fixed)
+                notes += tuple(_note(name, size) for name, size in fixed.items())
+            else:
+                narrower = without_ends(shapes, axes, str(error)) if shapes else None
             if narrower is None:
                 raise CaptureError(f"cannot capture {what}: {explain(error)}") from error
             shapes, axes = narrower, list_axes(replace(loaded, dynamic_shapes=narrower))
     if not isinstance(gm, fx.GraphModule):
         raise CaptureError(f"cannot capture {what}: torch.export returned no graph")
-    return gm, shapes
+    return gm, shapes, notes
+
+
+def _note(name: str, size: int) -> str:
+    return (
+        f"{name} is fixed at {size}, because the model's code fixes it (a scan that is unrolled, say); "
+        f"inputs of another length need a capture of their own: --example {name}=N"
+    )
 
 
 def _run_export(loaded: LoadedModel, shapes: Any) -> torch.export.ExportedProgram:

@@ -43,6 +43,8 @@ class LoadedModel:
     metadata: JSON-able facts for the user and for exporters (task, model type, tokenizer directory).
     train_ready: called on the module before it is captured in train mode (to mend what cannot be traced).
     patches: gives the context in which the module is exported (library fixes that make it traceable).
+    may_fix: dynamic dimensions that may stay at the example's size where the model's code fixes them (a scan
+        that is unrolled over the sequence); the capture says so in its notes. Any other is an error then.
     """
 
     module: nn.Module
@@ -54,6 +56,7 @@ class LoadedModel:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     train_ready: Callable[[nn.Module], None] | None = None
     patches: Callable[[], AbstractContextManager[Any]] = nullcontext
+    may_fix: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Captured:
     graph_module: flat (no submodule calls), get_attr targets are the module's own parameter names, and it
         takes and returns what the eager module does (a dict where that returns a ModelOutput).
     training: the mode that it was traced in.
+    notes: what a user has to know about it, in sentences: a dimension that the model's code fixes.
     """
 
     graph_module: fx.GraphModule
@@ -70,6 +74,7 @@ class Captured:
     kwargs: Mapping[str, Any]
     dynamic_shapes: Any
     training: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

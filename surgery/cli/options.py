@@ -56,9 +56,12 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             torch.manual_seed(kwargs.get("seed", 0))
             chosen = task or (recipe.task if recipe else None)
             merged = {**(recipe.model_kwargs if recipe else {}), **given}
-            return load(
+            program = load(
                 ref, task=chosen, model_kwargs=merged, trust=trust, base=base, example=sizes, plugins=plugins
             )
+            for note in program.base.captured.notes:  # a warning to Python, which is silent here
+                click.echo(f"note: {note}", err=True)
+            return program
 
         return function(*args, plugins=plugins, loader=loader, **kwargs)
 

@@ -36,7 +36,8 @@ def inspect(model: str, as_json: bool, plugins: Plugins, loader: Callable[..., P
     if as_json:
         total, trainable = program.count_parameters()
         rows = [site_row(program, site) for site in sites]
-        _print_json({"model": model, "parameters": total, "trainable": trainable, "sites": rows})
+        facts = {"model": model, "parameters": total, "trainable": trainable}
+        _print_json({**facts, "notes": list(program.captured.notes), "sites": rows})
         return
     tree = Tree(Text(model, style="bold"))
     branches: dict[str, Tree] = {"": tree}
