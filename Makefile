@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all sweep bench lint clean
+.PHONY: demo test test-all sweep bench techniques docs lint clean
 
 $(READY): pyproject.toml constraints.txt tests/requirements-models.txt $(wildcard plugins/*/pyproject.toml)
 	@echo "setting up $(VENV): a few minutes, once"
@@ -36,6 +36,12 @@ sweep: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+techniques: $(READY)
+	$(BIN)/python -m tests.techniques
+
+docs: $(READY)
+	$(BIN)/surgery passes --write docs/passes
 
 lint: $(READY)
 	$(BIN)/ruff check .
