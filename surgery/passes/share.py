@@ -1,0 +1,179 @@
+"""share: layers use one weight between them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, fx
+
+from surgery.errors import PassError
+from surgery.pass_base import Numerics, RewritePass, TensorSpec, changes
+from surgery.rewriter import Rewriter
+from surgery.sites import Site, SiteKey
+from surgery.standing import tensors_now, weight_given_by
+from surgery.view import View
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites of one role and shape at one place of their blocks, the first layer's first."""
+
+    sites: tuple[Site, ...]
+
+    @property
+    def leader(self) -> Site:
+        return self.sites[0]
+
+
+class Share(RewritePass):
+    """Weight sharing: the layers of a group compute with one weight, whose gradient is the sum of theirs.
+
+    Layers are the repeated blocks of the model; weights are shared that have one role, one shape and one place in
+    their blocks, of those that the target names. Groups are all layers of a row, N runs of consecutive layers
+    (`groups`: ALBERT, Lan et al. 2020, arXiv:1909.11942), or every k-th layer (`every`: the cycle of Takase & Kiyono
+    2021, arXiv:2104.06022). The weight is the first layer's own, or the mean as a new tensor; biases follow it.
+
+    It changes what the model computes, unless the weights are equal already: then it is exact in either mode. The
+    other layers' weights are neither read, counted nor exported, and a saved program stores what is shared
+    once; undo restores each. `untie` gives layers copies of their own, at what was trained. Adapters may be added
+    to each layer, and stay: there is no merged form, as what is folded for one layer would change all.
+    """
+
+    name: ClassVar[str] = "share"
+    on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS, NORM)
+    numerics: ClassVar[Numerics] = changes("ties weights of layers")
+    freezes: ClassVar[bool] = False
+    replaces: ClassVar[bool] = True
+
+    mode: Literal["first", "mean"] = Field(
+        "first", description="the shared weight: the first layer's, or the mean"
+    )
+    groups: int | None = Field(
+        None,
+        gt=0,
+        description="split the layers into this many groups of consecutive ones (default: one group)",
+    )
+    every: int | None = Field(
+        None, gt=0, description="in place of groups: every k-th layer shares, in k groups"
+    )
+    biases: Literal["shared", "own"] = Field("shared", description="whether biases are shared too")
+
+    @model_validator(mode="after")
+    def _one_grouping(self) -> Share:
+        if self.groups is not None and self.every is not None:
+            raise PassError("pass 'share': give one of --groups and --every, not both")
+        return self
+
+    # -- who shares with whom
+
+    def _groups(self, site: Site) -> dict[SiteKey, Group]:
+        view = site.probe.program.view
+        return site.probe.once((self, "groups"), lambda: self._find_groups(view))
+
+    def _find_groups(self, view: View) -> dict[SiteKey, Group]:
+        wanted = {site.key for site in self.find(view)}
+        found: dict[SiteKey, Group] = {}
+        for row in view.blocks:
+            alike: dict[Hashable, dict[SiteKey, Site]] = defaultdict(dict)
+            for block in row:
+                place: dict[str, int] = defaultdict(int)
+                for call in block.calls:
+                    site = view.site_of(call.node)
+                    number = place[site.role]
+                    place[site.role] += 1
+                    if site.key in wanted and not any(site.key in sites for sites in alike.values()):
+                        same = (
+                            site.role,
+                            number,
+                            site.kind,
+                            site.shape,
+                            site.layout,
+                            site.dtype,
+                            bool(site.bias),
+                        )
+                        alike[self._number(block.index, len(row)), same][site.key] = site
+            for sites in alike.values():
+                found.update(dict.fromkeys(sites, Group(tuple(sites.values()))))
+        return found
+
+    def _number(self, layer: int, layers: int) -> int:
+        """Which group a layer is in."""
+        if self.every is not None:
+            return layer % self.every
+        return layer * min(self.groups or 1, layers) // layers
+
+    # -- the pass
+
+    def check(self, site: Site) -> str | None:
+        if site.packed or not site.dtype.is_floating_point:
+            return "its weight is packed or no floating-point one; share before quantizing"
+        group = self._groups(site).get(site.key)
+        if group is None:
+            return "it is in none of the model's repeated blocks, so no other layer has its like"
+        if len(group.sites) < 2:
+            return "no other layer of its group has a targeted weight of this role and shape at this place"
+        for other in group.sites:
+            standing = tensors_now(other)
+            if isinstance(standing, str):
+                return standing if other is site else f"{other.path} shares with it, and {standing}"
+        if len({self._now(other) for other in group.sites}) == 1:
+            return f"{self._sharing(group)} its group reads one weight already"
+        return None
+
+    @staticmethod
+    def _sharing(group: Group) -> str:
+        entries = [entry for site in group.sites if (entry := weight_given_by(site))]
+        return f"since {entries[0]!r}" if entries else "in the model itself"
+
+    def _now(self, site: Site) -> tuple[str, str | None]:
+        """Names of the weight and the bias that are shared, at this site."""
+        standing = tensors_now(site)
+        assert not isinstance(standing, str)
+        return standing[0], standing[1] if self.biases == "shared" else None
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        group = self._groups(site)[site.key]
+        leader = group.leader
+        weight, bias = self._now(leader)
+        if self.mode == "mean":
+            prefix = self.tensor_prefix(leader)
+            weight, bias = f"{prefix}.weight", f"{prefix}.bias" if bias is not None else None
+        decided: dict[str, Any] = {"weight": weight, "bias": bias, "layers": len(group.sites)}
+        if site.key == leader.key:
+            decided["leads"] = [list(site.probe.tensor(n).shape) for n in self._now(leader) if n is not None]
+        return decided
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        if self.mode == "first" or "leads" not in site.decided:
+            return {}
+        return {
+            slot: TensorSpec(tuple(shape), self._mean(site, index))
+            for index, (slot, shape) in enumerate(
+                zip(("weight", "bias"), site.decided["leads"], strict=False)
+            )
+        }
+
+    def _mean(self, site: Site, index: int) -> Callable[[Tensor], Any]:
+        def fill(tensor: Tensor) -> None:
+            names = [str(self._now(other)[index]) for other in self._groups(site)[site.key].sites]
+            values = [site.probe.tensor(name) for name in names]
+            alike = all(torch.equal(value, values[0]) for value in values)
+            tensor.copy_(values[0] if alike else torch.stack([v.double() for v in values]).mean(0))
+
+        return fill
+
+    def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
+        leads = "leads" in site.decided
+        if leads and self.mode == "first":
+            return None
+        own = leads and self.mode == "mean"
+        g.swap_weight(lambda weight: g["weight"] if own else g.get(site.decided["weight"]))
+        if site.decided["bias"] is not None:
+            g.swap_bias(lambda bias: g["bias"] if own else g.get(site.decided["bias"]))
+        return None

@@ -1,0 +1,144 @@
+"""sparse-tune: a trained sparse update of a weight, on a support that is fixed when it is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, fx
+
+from surgery.errors import PassError
+from surgery.pass_base import MergeOp, RewritePass, TensorSpec
+from surgery.rewriter import Rewriter
+from surgery.sites import Site
+from surgery.standing import replaced_by, weight_reader
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
+
+aten = torch.ops.aten
+
+
+class SparseTune(RewritePass):
+    """Sparse fine-tuning: W becomes W + S, where S is zero but for k trained values at fixed places.
+
+    `indices` (k, int64, sorted) are places in the flattened weight, `values` (k) start at zero, so insertion is
+    exact. The support of each weight is chosen once: its values of largest magnitude; those of largest diagonal
+    Fisher information on the data (`gradient`: the FISH mask, Sung et al. 2021, arXiv:2111.09839); or at random
+    (SHiRA, Bhardwaj et al. 2024, arXiv:2406.13175). On a fused qkv, parts choose among their own rows.
+
+    Merge: W[indices] += values, which is the very sum that the graph makes, so in single precision merged and
+    unmerged are the same bits. A tied weight is changed in this use alone. Applications add up.
+    """
+
+    name: ClassVar[str] = "sparse-tune"
+    on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
+    partial: ClassVar[bool] = True
+    weightable: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+
+    by: Literal["magnitude", "gradient", "random"] = Field(
+        "magnitude",
+        description="how the support is chosen: magnitude, gradient (Fisher, on the data), random",
+    )
+    density: float | None = Field(
+        None, gt=0, le=1, description="fraction of each weight's values that train (default 0.01)"
+    )
+    count: int | None = Field(
+        None, gt=0, description="in place of a density: how many values of each weight train"
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self) -> SparseTune:
+        if self.density is not None and self.count is not None:
+            raise PassError("pass 'sparse-tune': give one of --density and --count, not both")
+        return self
+
+    def check(self, site: Site) -> str | None:
+        if site.weight is None:
+            return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+        if site.packed or not site.dtype.is_floating_point:
+            return "its weight is packed or no floating-point one; there is no value to add to"
+        gone = next((entry for entry in (replaced_by(c.node) for c in site.calls) if entry), None)
+        if gone:
+            return f"{gone!r} has put another op in its place; undo that first, or leave the site out"
+        if self.count is not None and self.count > (there := self._room(site)):
+            return f"it has {there:,} values, and --count asks for {self.count:,}"
+        if self.by == "gradient" and not self._importance(site).any():
+            return "no gradient of the data reaches it; choose --by magnitude or random, or give data that uses it"
+        return None
+
+    def _rows(self, site: Site) -> list[int]:
+        """Output features to choose among: all where it is empty."""
+        return sorted(row for part in site.selected_parts for row in site.parts[part])
+
+    def _room(self, site: Site) -> int:
+        rows = self._rows(site)
+        return site.parameters // site.out_features * len(rows) if rows else site.parameters
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        density = 0.01 if self.density is None else self.density
+        count = self.count or max(1, round(density * self._room(site)))
+        return {"count": count, **({"parts": list(site.selected_parts)} if site.selected_parts else {})}
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        shape = (site.decided["count"],)
+        support = TensorSpec(shape, self._choose(site), trainable=False, dtype=torch.int64)
+        return {"indices": support, "values": TensorSpec(shape)}
+
+    def _choose(self, site: Site) -> Callable[[Tensor], Any]:
+        def fill(indices: Tensor) -> None:
+            rows = self._rows(site)
+            places = None
+            if rows:
+                number = torch.arange(site.parameters).reshape(site.shape)
+                places = number.index_select(site.layout.index("o"), torch.tensor(rows)).flatten()
+            if self.by == "random":
+                chosen = torch.randperm(self._room(site))[: len(indices)]
+            else:
+                importance = self._importance(site).flatten()
+                offered = importance[places] if places is not None else importance
+                chosen = offered.topk(len(indices), sorted=False).indices
+            indices.copy_((places[chosen] if places is not None else chosen).sort().values)
+
+        return fill
+
+    def _importance(self, site: Site) -> Tensor:
+        assert site.weight is not None
+        name = self._source(site)
+        return site.probe.fisher(name) if self.by == "gradient" else site.probe.tensor(name).abs().float()
+
+    @staticmethod
+    def _source(site: Site) -> str:
+        """The tensor that the site's op reads now, below what sparse updates were made before."""
+        _, value = weight_reader(site.calls[0])
+        while value.op != "get_attr":
+            value = value.all_input_nodes[0]
+        return str(value.target)
+
+    def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
+        def add(weight: fx.Node) -> fx.Node:
+            values = g["values"] if g.weight == 1 else g.call(aten.mul.Tensor, g["values"], g.weight)
+            flat = g.call(aten.reshape.default, weight, [-1])
+            summed = g.call(aten.scatter_add.default, flat, 0, g["indices"], values)
+            return g.call(aten.reshape.default, summed, list(site.shape))
+
+        g.swap_weight(add)
+        return None
+
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
+        return {"weight": AddSparse(tensors["indices"], tensors["values"], weight)}
+
+
+@dataclass(frozen=True)
+class AddSparse:
+    """Merge: add scale · values to a weight at places of its flattened self."""
+
+    indices: Tensor
+    values: Tensor
+    scale: float = 1.0
+
+    def apply_(self, weight: Tensor) -> None:
+        values = self.values.detach() if self.scale == 1 else self.values.detach() * self.scale
+        weight.put_(self.indices, values.to(weight.dtype), accumulate=True)

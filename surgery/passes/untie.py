@@ -1,0 +1,90 @@
+"""untie: a site that reads a tied or shared weight gets a copy of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from surgery.pass_base import MergeOp, RewritePass, TensorSpec
+from surgery.rewriter import Rewriter
+from surgery.sites import Site
+from surgery.standing import read_elsewhere, tensors_now, weight_given_by
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
+
+
+class Untie(RewritePass):
+    """Untie: the site reads W' (and b'), trained copies of the weight (and bias) that it shared with others.
+
+    For weights that the model itself ties, such as the output layer and the embedding, and for those that `share`
+    has tied: the copy starts at what is read now, trained or not, so insertion is exact. The others go on sharing.
+    Merge: the weight at the site becomes the copy. Undo ties again, at what the others hold.
+    """
+
+    name: ClassVar[str] = "untie"
+    on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS, NORM)
+    freezes: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
+
+    def check(self, site: Site) -> str | None:
+        standing = tensors_now(site)
+        if isinstance(standing, str):
+            return standing
+        if site.packed or not site.dtype.is_floating_point:
+            return "its weight is packed or no floating-point one; it cannot train apart"
+        if not self._shared(site):
+            given = weight_given_by(site)
+            since = f" since {given!r}" if given else ""
+            return f"nothing else reads its weight{since}; there is nothing to untie"
+        return None
+
+    def _shared(self, site: Site) -> dict[str, str]:
+        """Of weight and bias, those that something else reads too, with the name of the tensor."""
+        standing = tensors_now(site)
+        assert not isinstance(standing, str)
+        names = site.probe.program.names
+        return {
+            slot: name
+            for slot, name in zip(("weight", "bias"), standing, strict=True)
+            if name is not None and read_elsewhere(site, name, names.get(name, ()))
+        }
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        sizes = {slot: list(site.probe.tensor(name).shape) for slot, name in self._shared(site).items()}
+        return {"shapes": sizes}
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        return {
+            slot: TensorSpec(tuple(shape), self._copy(site, slot))
+            for slot, shape in site.decided["shapes"].items()
+        }
+
+    def _copy(self, site: Site, slot: str) -> Callable[[Tensor], Any]:
+        return lambda tensor: tensor.copy_(site.probe.tensor(self._shared(site)[slot]))
+
+    def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
+        slots = site.decided["shapes"]
+        if "weight" in slots:
+            g.swap_weight(lambda weight: g["weight"])
+        if "bias" in slots:
+            g.swap_bias(lambda bias: g["bias"])
+        return None
+
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
+        return {slot: Become(tensor) for slot, tensor in tensors.items()}  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Become:
+    """Merge: a tensor becomes another one, and keeps what earlier merges have added to it."""
+
+    value: Tensor
+
+    def apply_from(self, weight: Tensor, original: Tensor) -> None:
+        value = self.value.detach().to(weight.dtype)
+        if weight.equal(original):
+            weight.copy_(value)  # the bits of the copy, which value − original + original need not be
+        else:
+            weight.add_(value - original)

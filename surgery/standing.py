@@ -1,0 +1,121 @@
+"""What stands at a site now: passes may have put another weight under its op, adapters round it, an op in its place."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from surgery.sites import META, Site, head, live_nodes, tail
+from surgery.weight_ops import Call, arguments, operand, parameter_of
+
+
+def standing_for(source: fx.Node) -> set[fx.Node]:
+    """A parameter's node, and what passes have put in its place."""
+    return {n for n in source.graph.nodes if n is source or parameter_of(n) == source.target}
+
+
+def weight_reader(call: Call) -> tuple[fx.Node, fx.Node]:
+    """On the way from the weight to the call's op, the node that reads the weight, and what it reads there now."""
+    assert call.weight is not None
+    standing = standing_for(call.weight)
+    name = call.op.x if call.x_axis == "column" else call.op.weights[0]
+    node, value = call.node, arguments(call.node)[name]
+    while value not in standing:
+        node, value = value, value.args[0]
+    return node, value
+
+
+def bias_now(call: Call) -> fx.Node | None:
+    """What the call's op reads as its bias now."""
+    value = arguments(call.node).get(call.op.bias) if call.op.bias else None
+    return value if isinstance(value, fx.Node) else None
+
+
+def replaced_by(node: fx.Node) -> str | None:
+    """The entry that put another op in the place of this one, which is dead since, or None."""
+    fresh = node.meta.get(META, {}).get("gone_for")
+    if fresh is not None:
+        return str(next(n for n in node.graph.nodes if n.name == fresh).meta[META]["entry"])
+    last, current, entry = tail(node), node, None
+    while current is not last:
+        outer = _outer(current)
+        if current not in outer.all_input_nodes:
+            entry = entry or str(outer.meta[META]["entry"])
+        current = outer
+    return entry if entry and node not in live_nodes(node.graph) else None
+
+
+def _outer(node: fx.Node) -> fx.Node:
+    """The next value that was put round this one, or in its place; see `tail`."""
+    found = next((u for u in node.users if u.meta.get(META, {}).get("wraps") == node.name), None)
+    return found or next(n for n in node.graph.nodes if n.name == node.meta[META]["wrapped_by"])
+
+
+def weight_given_by(site: Site) -> str | None:
+    """The entry that put another weight under the site's op, the last one, or None."""
+    _, value = weight_reader(site.calls[0])
+    return str(value.meta[META]["entry"]) if parameter_of(value) else None
+
+
+def adapted_by(call: Call) -> str | None:
+    """An entry that has changed what enters the call's op or what leaves it, or None."""
+    for now, bare in ((tail(call.node), call.node), (operand(call), head(operand(call)))):
+        if now is not bare:
+            return str(now.meta[META]["entry"])
+    return None
+
+
+def tensors_now(site: Site) -> tuple[str, str | None] | str:
+    """Names of the tensors that the site's op reads as weight and bias now (None where it has no such bias).
+
+    In place of these a sentence, where the op was replaced or reads what a pass computes.
+    """
+    if site.weight is None:
+        return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+    found: set[tuple[str, str | None]] = set()
+    for call in site.calls:
+        gone = replaced_by(call.node)
+        if gone:
+            return f"{gone!r} has put another op in its place; undo that first"
+        _, weight = weight_reader(call)
+        bias = bias_now(call) if call.bias is not None else None
+        for value in (weight, bias):
+            entry = _changes(call, value) if value is not None else None
+            if entry:
+                return f"{entry!r} changes its weight; undo that, or apply it after this"
+        found.add((str(weight.target), str(bias.target) if bias is not None else None))
+    if len(found) > 1:
+        return "its calls do not read one weight and one bias"
+    return found.pop()
+
+
+def _changes(call: Call, value: fx.Node) -> str | None:
+    """The entry that computes the value which stands for a parameter, or put it there for an adapter of its own."""
+    if parameter_of(value) is None:
+        return None
+    entry, node, last = str(value.meta[META]["entry"]), call.node, tail(call.node)
+    if value.op != "get_attr":
+        return entry
+    while node is not last:
+        node = _outer(node)
+        if node.meta[META]["entry"] == entry:
+            return entry
+    return None
+
+
+def read_elsewhere(site: Site, name: str, names: tuple[str, ...] = ()) -> bool:
+    """Whether an output needs a tensor (by any of its names) for more than this site's own ops."""
+    own = {call.node: operand(call) for call in site.calls}
+    graph = site.calls[0].node.graph
+    wanted = {name, *names}
+    live = live_nodes(graph)
+    stack = [n for n in live if n.op == "output" or (n.op == "call_function" and n.is_impure())]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "get_attr" and node.target in wanted:
+            return True
+        stack.extend([own[node]] if node in own else node.all_input_nodes)
+    return False
