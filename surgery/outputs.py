@@ -1,0 +1,152 @@
+"""What a graph returns: its values by name, and adding one; and what follows from an output of another width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from surgery.dataflow import op_name
+from surgery.errors import PassError
+
+if TYPE_CHECKING:
+    from surgery.rewriter import MetaCache
+
+ONLY = "output"  # the name of the one tensor of a model that returns no more
+
+# What takes an axis away without counting on its length.
+_REDUCTIONS = frozenset(
+    "argmax argmin max min amax amin sum mean logsumexp norm any all topk prod std var sym_size".split()
+)
+
+
+def named_outputs(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The values that the graph returns by name, as ONNX has them: a dict's keys, `0`, `1` of a tuple."""
+    leaves, spec = _returned(graph)
+    value = pytree.tree_unflatten(leaves, spec)
+    if isinstance(value, fx.Node):
+        return {ONLY: value}
+    paths, _ = pytree.tree_flatten_with_path(value)
+    return {".".join(map(_key, path)): leaf for path, leaf in paths if isinstance(leaf, fx.Node)}
+
+
+def add_output(graph: fx.Graph, name: str, node: fx.Node) -> None:
+    """Let the graph return one value more: a new key of a dict, the last item of a tuple or list.
+
+    A tensor by itself becomes {"output": tensor, name: node}. Raises PassError for any other structure, and
+    where the name is taken.
+    """
+    leaves, spec = _returned(graph)
+    value = _with(pytree.tree_unflatten(list(range(len(leaves))), spec), name, len(leaves))
+    order, fresh = pytree.tree_flatten(value)
+    (returned,) = graph.output_node().args
+    container: Any = type(returned) if isinstance(returned, (tuple, list)) else tuple
+    graph.output_node().args = (container([*leaves, node][i] for i in order),)
+    codegen: Any = graph._codegen
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=fresh)
+
+
+def refuse_output(graph: fx.Graph, name: str) -> str | None:
+    """Why no output of that name can be added, or None."""
+    leaves, spec = _returned(graph)
+    try:
+        _with(pytree.tree_unflatten(list(range(len(leaves))), spec), name, len(leaves))
+    except PassError as error:
+        return str(error)
+    return None
+
+
+def _returned(graph: fx.Graph) -> tuple[list[Any], Any]:
+    (returned,) = graph.output_node().args
+    info = getattr(graph._codegen, "pytree_info", None)
+    if info is not None and info.out_spec is not None:
+        return list(pytree.tree_leaves(returned)), info.out_spec
+    raise PassError("the graph does not say what its outputs are called; capture the model with surgery.capture")
+
+
+def _with(value: Any, name: str, leaf: int) -> Any:
+    if type(value) is dict:
+        if name in value:
+            raise PassError(f"the model returns {name!r} already; choose another name")
+        return {**value, name: leaf}
+    if type(value) in (tuple, list):
+        return type(value)([*value, leaf])
+    if isinstance(value, int):
+        return {ONLY: value, name: leaf}
+    raise PassError(
+        f"the model returns a {type(value).__name__}, to which no output can be added; let it return a dict"
+    )
+
+
+def _key(part: Any) -> str:
+    return str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part))))
+
+
+def follow(graph: fx.Graph, changed: Mapping[fx.Node, Any], cache: MetaCache) -> dict[fx.Node, Any]:
+    """The `val`s behind nodes whose values become of another width, by node: nothing is changed yet.
+
+    changed: node -> its new val, with one axis of another length. Raises PassError naming the op that counts on
+    the old length: one that fails, or whose result is not the old one with just that axis longer or shorter.
+    """
+    found = dict(changed)
+    widths = {_step(node.meta["val"], val) for node, val in changed.items()}
+    for node in graph.nodes:
+        if node.op != "call_function" or node in changed or found.keys().isdisjoint(node.all_input_nodes):
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found.get(n, n.meta.get("val")))
+        try:
+            with cache.mode, torch.no_grad():
+                val = node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception as error:
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            raise PassError(f"{_place(node)} counts on the old number ({why[0][:120]})") from None
+        old = node.meta.get("val")
+        if _alike(old, val):
+            if isinstance(old, torch.Tensor) and op_name(node.target) not in _REDUCTIONS:
+                raise PassError(f"{_place(node)} cuts out the old number")
+            continue
+        if not _follows(old, val, widths):
+            raise PassError(f"{_place(node)} counts on the old number")
+        found[node] = val
+    return found
+
+
+def _place(node: fx.Node) -> str:
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+    return f"op {op_name(node.target)}{f' ({lines[-1]})' if lines else ''}"
+
+
+def _step(old: Any, new: Any) -> tuple[int, int]:
+    return next((int(a), int(b)) for a, b in zip(old.shape, new.shape, strict=True) if not _same(a, b))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return type(a) is type(b) and a.node.expr == b.node.expr
+
+
+def _alike(old: Any, new: Any) -> bool:
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        return old.dim() == new.dim() and all(_same(a, b) for a, b in zip(old.shape, new.shape, strict=True))
+    if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)):
+        return len(old) == len(new) and all(_alike(a, b) for a, b in zip(old, new, strict=True))
+    if isinstance(old, (int, torch.SymInt)) and isinstance(new, (int, torch.SymInt)):
+        return _same(old, new)
+    return old is None and new is None
+
+
+def _follows(old: Any, new: Any, widths: set[tuple[int, int]]) -> bool:
+    """Whether a result differs in nothing but one of the lengths that were changed."""
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.dim() == new.dim():
+        moved = [(a, b) for a, b in zip(old.shape, new.shape, strict=True) if not _same(a, b)]
+        return len(moved) == 1 and moved[0] in widths
+    if isinstance(old, int) and isinstance(new, int):
+        return (old, new) in widths
+    if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)) and len(old) == len(new):
+        # values and indices, as of sort or topk
+        return all(_alike(a, b) or _follows(a, b, widths) for a, b in zip(old, new, strict=True))
+    return False

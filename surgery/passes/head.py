@@ -1,0 +1,330 @@
+"""head: the classifier or regressor is replaced or resized, or another one is put beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, fx, nn
+
+from surgery import pooling
+from surgery.errors import PassError
+from surgery.outputs import follow, refuse_output
+from surgery.pass_base import EXACT, GraphPass, Numerics, TensorSpec, changes
+from surgery.rewriter import MetaCache, Rewriter
+from surgery.sites import META, Site, tail
+from surgery.standing import adapted_by, read_elsewhere, tensors_now
+from surgery.view import View
+from surgery.weight_ops import CONV, LINEAR, Call, arguments
+
+aten = torch.ops.aten
+
+
+class Head(GraphPass):
+    """Heads: `replace` puts a fresh one of `labels` outputs in the old one's place, `resize` keeps classes, `add`
+    gives the program a further, named output (multi-task learning: Caruana 1997).
+
+    A head is the linear layer or the 1×1 convolution that makes an output (role `head`): of a classifier, of a
+    token or pixel classifier, of a language model. Its new weight W' (labels × in) and bias stand where the old
+    ones stood, train while the base is frozen, and are targets of later passes. The old weight is neither run nor
+    counted nor exported, and comes back with `undo`. Where something behind the head counts on the old number of
+    labels (a slice, a view), it is refused with the op's name.
+
+    `resize` copies the rows of W and b of the classes kept, bit for bit: the first ones, or --keep. Their logits are
+    the same numbers up to the order in which a product of another width is summed.
+
+    `add` reads what the existing head reads, or with --pool the tokens before it: `cls` is the first, `mean` and
+    `last` see only what the attention mask lets through (right- or left-padded). A model without a head gives its
+    pooled output or, with --pool, its hidden states. The new output is `logits_NAME`: a new key where the model
+    returns a dict, the last item where it returns a tuple, and a dict of `output` and this where it returns a
+    tensor. What the program returned before is exact.
+
+    There is no merged form: weights of another shape have no place in the base.
+    """
+
+    name: ClassVar[str] = "head"
+    structural: ClassVar[bool] = True
+    beside: ClassVar[bool] = True
+
+    mode: Literal["replace", "resize", "add"] = Field(
+        "replace", description="put a fresh head in the old one's place, keep its classes, or add one beside it"
+    )
+    labels: int | None = Field(None, gt=0, description="number of outputs of the head")
+    keep: str | None = Field(None, description="resize: the old classes to keep, by number: 0,2,5 (default: the first)")
+    head_name: str = Field(
+        "", pattern=r"^[A-Za-z0-9_]*$", description="add: what it is called; its output is logits_NAME"
+    )
+    pool: Literal["cls", "mean", "last", "none"] | None = Field(
+        None,
+        description="add: how tokens become one feature vector (none: each has its own scores; default: as for the "
+        "head that is there)",
+    )
+    init: Literal["normal", "kaiming", "zero"] = Field(
+        "normal", description="what is new starts normal with deviation 0.02, Kaiming-uniform, or at zero"
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Head:
+        add = self.mode == "add"
+        if self.labels is None and not (self.mode == "resize" and self.keep):
+            raise PassError("pass 'head': give --labels, the number of its outputs")
+        if add and not (self.head_name or self.label):
+            raise PassError("pass 'head': --mode add needs --head-name; the output is called logits_NAME")
+        for option, given, mode in (
+            ("--keep", self.keep, "resize"),
+            ("--head-name", self.head_name, "add"),
+            ("--pool", self.pool, "add"),
+        ):
+            if given and self.mode != mode:
+                raise PassError(f"pass 'head': {option} belongs to --mode {mode}, and this is {self.mode}")
+        kept = self._kept()
+        if kept is not None and (len(set(kept)) < len(kept) or len(kept) > (self.labels or len(kept))):
+            raise PassError(f"pass 'head': --keep {self.keep} names a class twice, or more than --labels {self.labels}")
+        return self
+
+    def _kept(self) -> list[int] | None:
+        if self.keep is None:
+            return None
+        try:
+            found = [int(part) for part in self.keep.split(",")]
+        except ValueError:
+            found = [-1]
+        if min(found) < 0:
+            raise PassError(f"pass 'head': --keep {self.keep!r} is no list of classes; write their numbers: 0,2,5")
+        return found
+
+    # -- names and contract
+
+    @property
+    def _title(self) -> str:
+        return "_".join(dict.fromkeys(part for part in (self.head_name, self.label) if part))
+
+    @property
+    def entry_id(self) -> str:
+        label = self.label or self.head_name
+        return f"{self.name}:{label}" if label else self.name
+
+    @property
+    def output(self) -> str:
+        """The name of the output that `add` adds."""
+        return f"logits_{self._title}"
+
+    def tensor_names(self, site: Site) -> dict[str, str]:
+        if self.mode != "add":
+            return {}
+        return {name: f"{self.name}_{self._title}.{name}" for name in ("weight", "bias")}
+
+    @property
+    def contract(self) -> Numerics:
+        done = {"replace": "is replaced", "resize": "has other outputs"}
+        return EXACT if self.mode == "add" else changes(f"the head {done[self.mode]}")
+
+    @property
+    def extends(self) -> bool:
+        return self.mode == "add"
+
+    # -- where
+
+    def candidates(self, view: View) -> list[Site]:
+        if self.mode == "add":
+            found = pooling.find_features(view, self.pool)
+            return [found.site.deciding({"source": found.source})]
+        return pooling.head_sites(view)
+
+    def find(self, view: View) -> list[Site]:
+        if self.target is not None or self.mode == "add":
+            return super().find(view)
+        heads = pooling.head_sites(view, added=False) or pooling.head_sites(view)
+        if not heads:
+            raise PassError("pass 'head': this model has no head (a layer that makes an output); use --mode add")
+        if len(heads) > 1:
+            paths = ", ".join(site.path for site in heads)
+            raise PassError(f"pass 'head': the model has {len(heads)} heads; name one with --target: {paths}")
+        return heads
+
+    def check(self, site: Site) -> str | None:
+        if self.mode == "add":
+            return self._check_add(site)
+        if site.kind not in (LINEAR, CONV) or any(call.x_axis == "column" for call in site.calls):
+            return "only a linear layer or a 1×1 convolution that multiplies from the right is replaced"
+        if site.groups > 1:
+            return f"it is a convolution of {site.groups} groups, whose outputs are not interchangeable"
+        adapter = next((a for a in map(_adapter, site.calls) if a), None)
+        if adapter:
+            return f"{adapter!r} stands on it and would be lost; undo that, or apply head before it"
+        standing = tensors_now(site)
+        if isinstance(standing, str):
+            return standing
+        if self.mode == "resize":
+            if site.packed:
+                return "its weight is packed, so its rows cannot be kept; use --mode replace"
+            beyond = [number for number in self._kept() or () if number >= site.out_features]
+            if beyond:
+                return f"it has no class {beyond[0]}: there are {site.out_features}, counted from 0"
+        return self._check_width(site)
+
+    def _check_add(self, site: Site) -> str | None:
+        graph = site.calls[0].node.graph
+        node = pooling.features_of(graph, site, site.decided["source"])
+        try:
+            node = pooling.unpooled(node) if self.pool not in (None, "none") else node
+        except PassError as error:
+            return str(error)
+        return refuse_output(graph, self.output) or pooling.refuse_pool(node, self.pool)
+
+    def _check_width(self, site: Site) -> str | None:
+        labels = len(self._rows(site))
+        if labels == site.out_features:
+            return None
+        cache = MetaCache(site.calls[0].node.graph)
+        try:
+            for call in site.calls:
+                follow(call.node.graph, {call.node: _widened(site, call, labels, cache)}, cache)
+        except PassError as error:
+            return (
+                f"{error}, {site.out_features}, and would get {labels}; keep --labels {site.out_features}, or use "
+                f"--mode add"
+            )
+        return None
+
+    # -- what
+
+    def _rows(self, site: Site) -> list[int | None]:
+        """For each output, the old class that it is, or None where it is new."""
+        kept = self._kept()
+        if self.mode != "resize":
+            kept = []
+        elif kept is None:
+            kept = list(range(min(site.out_features, self.labels or 0)))
+        return [*kept, *[None] * ((self.labels or len(kept)) - len(kept))]
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        if self.mode == "add":
+            source = site.decided["source"]
+            node = pooling.features_of(site.calls[0].node.graph, site, source)
+            if self.pool not in (None, "none"):
+                node = pooling.unpooled(node)
+            val = node.meta["val"]
+            pixels = val.dim() == 4 and self.pool in (None, "none")
+            width = int(val.shape[1] if val.dim() == 4 else val.shape[-1])
+            return {
+                "source": source,
+                "shape": [self.labels, width, 1, 1] if pixels else [self.labels, width],
+                "dtype": str(val.dtype).removeprefix("torch."),
+                "bias": True,
+            }
+        rows = self._rows(site)
+        decided: dict[str, Any] = {
+            "shape": [len(rows), site.in_features, *(site.shape[2:] if site.kind == CONV else ())],
+            "dtype": str(site.float_dtype).removeprefix("torch."),
+            "bias": site.bias is not None or site.bias_is_computed,
+        }
+        if self.mode == "resize":
+            decided["classes"] = rows
+        return decided
+
+    def selects(self, site: Site) -> dict[str, bool]:
+        """What the old head alone reads stops training: it has no gradient any more."""
+        names = () if self.mode == "add" or site.tied else (site.weight, site.bias)
+        return {name: False for name in names if name is not None and not read_elsewhere(site, name)}
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        shape, dtype = tuple(site.decided["shape"]), getattr(torch, site.decided["dtype"])
+        specs = {"weight": TensorSpec(shape, self._filled(site, "weight"), dtype=dtype)}
+        if site.decided["bias"]:
+            specs["bias"] = TensorSpec(shape[:1], self._filled(site, "bias"), dtype=dtype)
+        return specs
+
+    def _filled(self, site: Site, name: str) -> Callable[[Tensor], Any]:
+        def fill(tensor: Tensor) -> None:
+            if name == "weight":
+                self._start(tensor)
+            else:
+                nn.init.zeros_(tensor)
+            rows = site.decided.get("classes") or ()
+            places = [i for i, row in enumerate(rows) if row is not None]
+            if places:
+                old = self._old(site, name)
+                if old is not None:
+                    tensor[places] = old[[rows[i] for i in places]].to(tensor.dtype)
+
+        return fill
+
+    def _start(self, tensor: Tensor) -> None:
+        if self.init == "normal":
+            nn.init.normal_(tensor, std=0.02)
+        elif self.init == "kaiming":
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(tensor)
+
+    def _old(self, site: Site, name: str) -> Tensor | None:
+        standing = tensors_now(site)
+        assert not isinstance(standing, str)
+        found = standing[0] if name == "weight" else standing[1]
+        if found is None:
+            return None
+        tensor = site.probe.tensor(found)
+        return tensor.t() if name == "weight" and site.layout == "io" else tensor
+
+    # -- graph
+
+    def rewrite(self, site: Site, g: Rewriter) -> None:
+        bias = g["bias"] if site.decided["bias"] else None
+        if self.mode == "add":
+            self._add(site, g, bias)
+            return
+        for call in site.calls:
+            with g.at(call):
+                fresh = _apply(g, call, g["weight"], bias)
+            behind = g.follow({tail(call.node): fresh.meta["val"]}) if _differs(call, fresh) else {}
+            behind.pop(tail(call.node), None)
+            g.supersede(call.node, fresh)
+            g.refresh(behind)
+
+    def _add(self, site: Site, g: Rewriter, bias: fx.Node | None) -> None:
+        node = pooling.features_of(g.graph, site, site.decided["source"])
+        pool = None if self.pool in (None, "none") else self.pool
+        node = pooling.unpooled(node) if pool else node
+        with g.after(node):
+            features = pooling.pooled(g, node, pool) if pool else node
+            if len(site.decided["shape"]) == 4:
+                logits = g.model_op(aten.conv2d.default, features, g["weight"], bias)
+            else:
+                logits = g.model_op(aten.linear.default, features, g["weight"], bias)
+        g.add_output(self.output, logits)
+
+    def keeps(self, site: Site) -> str | None:
+        if self.mode == "add":
+            return "a further head has no place in the base's weights; export to ONNX, or save the program"
+        return "its weight has another shape than the base's; export to ONNX, or save the program"
+
+
+def _apply(g: Rewriter, call: Call, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    """The head's op with other tensors."""
+    x = g.x
+    if call.kind == CONV:
+        rest = [arguments(call.node)[name] for name in ("stride", "padding", "dilation")]
+        return g.model_op(call.node.target, x, weight, bias, *rest)
+    return g.model_op(aten.linear.default, x, weight, bias)
+
+
+def _adapter(call: Call) -> str | None:
+    outer = tail(call.node, whole=True)
+    return adapted_by(call) or (str(outer.meta[META]["entry"]) if outer is not call.node else None)
+
+
+def _differs(call: Call, fresh: fx.Node) -> bool:
+    axis = 1 if call.kind == CONV else -1
+    return bool(fresh.meta["val"].shape[axis] != tail(call.node).meta["val"].shape[axis])
+
+
+def _widened(site: Site, call: Call, labels: int, cache: MetaCache) -> Any:
+    val = call.node.meta["val"]
+    shape = list(val.shape)
+    shape[1 if site.kind == CONV else -1] = labels
+    with cache.mode:
+        return val.new_empty(shape)

@@ -1,0 +1,170 @@
+"""The features that a head reads: those of the head that is there, an output, or tokens pooled under their mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from surgery.errors import PassError
+from surgery.outputs import named_outputs
+from surgery.sites import META, Site, head
+from surgery.weight_ops import operand
+
+if TYPE_CHECKING:
+    from surgery.rewriter import Rewriter
+    from surgery.view import View
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Features:
+    """node: the value to pool (as captured, before adapters). site: the weight site that it is keyed to, the nearest
+    behind it. source: "" for what an existing head reads, else the name of an output."""
+
+    node: fx.Node
+    site: Site
+    source: str
+
+
+def head_sites(view: View, added: bool = True) -> list[Site]:
+    """Sites whose op makes an output of the model, in graph order. added: those too that a pass added."""
+    heads = [site for site in view.sites if site.role == "head"]
+    return [site for site in heads if added or not _added(site.calls[0].node)]
+
+
+def _added(node: fx.Node) -> bool:
+    return "output" in node.meta.get(META, {})
+
+
+def find_features(view: View, pool: str | None) -> Features:
+    """What a further head reads. Raises PassError where that has to be said with a pool."""
+    heads = head_sites(view, added=False)
+    if heads:
+        return Features(head(operand(heads[0].calls[-1])), heads[0], "")
+    own = {name: node for name, node in named_outputs(view.graph).items() if not _added(node)}
+    floats = {name: node for name, node in own.items() if _is_float(node)}
+    flat = next((name for name, node in floats.items() if _rank(node) == 2), None)
+    spread = next((name for name, node in floats.items() if _rank(node) > 2), None)
+    name = (flat or spread) if pool is None else (spread or flat)
+    if name is None:
+        raise PassError("pass 'head': the model returns no features (a floating-point output of two axes or more)")
+    if pool is None and flat is None:
+        raise PassError(
+            f"pass 'head': output {name!r} has {_rank(floats[name])} axes; say with --pool how they become one "
+            f"feature vector (cls, mean or last), or --pool none for a score of each"
+        )
+    return Features(floats[name], _nearest(view, floats[name]), name)
+
+
+def _nearest(view: View, node: fx.Node) -> Site:
+    """The last weight site on the way to a value."""
+    calls = {call.node for call in view.calls}
+    stack, seen = [node], set()
+    while stack:
+        behind = max(stack)
+        stack.remove(behind)
+        if behind in calls:
+            return view.site_of(behind)
+        for below in behind.all_input_nodes:
+            if below not in seen:
+                seen.add(below)
+                stack.append(below)
+    raise PassError("pass 'head': no weight of the model stands behind its features")
+
+
+def features_of(graph: fx.Graph, site: Site, source: str) -> fx.Node:
+    """The same features in any graph of the model (its train graph, say): see Features."""
+    return named_outputs(graph)[source] if source else head(operand(site.calls[-1]))
+
+
+def unpooled(node: fx.Node) -> fx.Node:
+    """The tokens behind features that are pooled already: the last float value of three axes that they rest on and
+    whose middle axis is that of an input. The node itself where it has three."""
+    if _rank(node) != 2:
+        return node
+    lengths = [
+        n.meta["val"].shape[1]
+        for n in node.graph.nodes
+        if n.op == "placeholder" and _rank(n) == 2 and not _is_float(n)
+    ]
+    stack, seen = [node], {node}
+    while stack:
+        behind = max(stack)
+        stack.remove(behind)
+        val = behind.meta.get("val")
+        if _rank(behind) == 3 and _is_float(behind) and behind.op == "call_function":
+            if not lengths or any(_same(val.shape[1], length) for length in lengths):
+                return behind
+        for below in behind.all_input_nodes:
+            if below not in seen and below.op == "call_function":
+                seen.add(below)
+                stack.append(below)
+    raise PassError("pass 'head': there are no tokens behind the model's features; leave out --pool")
+
+
+def mask_of(node: fx.Node) -> fx.Node | None:
+    """The attention mask input of the tokens: two axes of their lengths, whole numbers or bools, called a mask."""
+    val = node.meta["val"]
+    for found in node.graph.nodes:
+        if found.op == "placeholder" and "mask" in found.name and _rank(found) == 2 and not _is_float(found):
+            if all(_same(a, b) for a, b in zip(found.meta["val"].shape, val.shape[:2], strict=True)):
+                return found
+    return None
+
+
+def pooled(g: Rewriter, node: fx.Node, pool: str) -> fx.Node:
+    """One feature vector for each row: of the first token, the mean, or the last that the mask lets through."""
+    if _rank(node) == 4:  # an image
+        return g.model_op(aten.mean.dim, node, [2, 3])
+    if pool == "cls":
+        return g.model_op(aten.select.int, node, 1, 0)
+    mask = mask_of(node)
+    if mask is None:
+        return g.model_op(aten.mean.dim, node, [1]) if pool == "mean" else g.model_op(aten.select.int, node, 1, -1)
+    there = g.model_op(aten.ne.Scalar, mask, 0)
+    if pool == "mean":
+        there = g.model_op(aten.unsqueeze.default, there, -1)
+        # filled, not multiplied: what a padded place holds may not be finite
+        padded = g.model_op(aten.logical_not.default, there)
+        total = g.model_op(aten.sum.dim_IntList, g.model_op(aten.masked_fill.Scalar, node, padded, 0.0), [1])
+        count = g.model_op(aten.sum.dim_IntList, g.model_op(aten.to.dtype, there, node.meta["val"].dtype), [1])
+        return g.model_op(aten.div.Tensor, total, g.model_op(aten.clamp_min.default, count, 1))
+    # the running count of what is let through is largest, for the first time, at the last of it
+    running = g.model_op(aten.cumsum.default, g.model_op(aten.to.dtype, there, torch.int64), 1)
+    last = g.model_op(aten.argmax.default, running, 1)
+    index = g.model_op(aten.reshape.default, last, [-1, 1, 1])
+    spread = g.model_op(aten.expand.default, index, [-1, 1, int(node.meta["val"].shape[-1])])
+    return g.model_op(aten.squeeze.dim, g.model_op(aten.gather.default, node, 1, spread), 1)
+
+
+def refuse_pool(node: fx.Node, pool: str | None) -> str | None:
+    """Why a value cannot be pooled so, or None."""
+    rank = _rank(node)
+    if pool in (None, "none"):
+        return None
+    if rank == 4 and pool != "mean":
+        return f"its features are images, which --pool mean averages; {pool} is for tokens"
+    if rank not in (3, 4):
+        return f"its features have {rank} axes, so there is nothing to pool; leave out --pool"
+    return None
+
+
+def _rank(node: Any) -> int:
+    val = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return val.dim() if isinstance(val, torch.Tensor) else -1
+
+
+def _is_float(node: fx.Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, torch.Tensor) and val.is_floating_point()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return type(a) is type(b) and a.node.expr == b.node.expr
+
