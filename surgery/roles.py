@@ -163,12 +163,17 @@ def _mlp_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
             continue
         gates = [n for n, flags in origins.items() if flags & NONLINEAR]
         ups = [n for n in origins if n not in gates]
-        if not gates:
+        if not gates or any(_feeds_a_product(flow, n) for n in origins):
             continue
         role[down] = "mlp.down"
         alone = "mlp.gate_up" if _size(flow.calls[gates[0]], "o") == 2 * _size(call, "i") else "mlp.up"
         _set(role, gates, "mlp.gate" if ups else alone)
         _set(role, ups, "mlp.up")
+
+
+def _feeds_a_product(flow: Dataflow, node: fx.Node) -> bool:
+    """Whether activations are multiplied as matrices with it, too: the input of a state-space scan is no MLP's."""
+    return any(user in flow.products for user in flow.uses.get(node, ()))
 
 
 def _may_be(role: dict[fx.Node, str], node: fx.Node, prefix: str) -> bool:

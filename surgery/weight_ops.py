@@ -45,7 +45,7 @@ class Call:
     node: the op. x: the node that gives its activation. weight: the get_attr node of the parameter, or None
     where the weight is computed. layout: axes of the *parameter* as stored, such as "oi" for nn.Linear, "io"
     for Conv1D, "eoi" for stacked experts. gather: for experts, the node of expert numbers, one per row.
-    x_axis: experts: the axis of x in the product ("column" for W @ x, "row" for x @ W).
+    x_axis: of a product: the axis of x that it sums over ("column" for W @ x, "row" for x @ W).
     """
 
     node: fx.Node
@@ -136,6 +136,14 @@ def parameter_of(node: fx.Node) -> str | None:
     return node.meta.get("surgery", {}).get("weight_of")
 
 
+def _stored(value: fx.Node) -> fx.Node | None:
+    """The parameter's own node of a value that is one or stands for one."""
+    name = parameter_of(value)
+    if name is not None:
+        return next(n for n in value.graph.nodes if n.op == "get_attr" and n.target == name)
+    return value if value.op == "get_attr" else None
+
+
 def rank_of(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else -1
@@ -175,6 +183,9 @@ def _trace_weight(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> _So
         elif target is aten.permute.default:
             order = [d % rank for d in args["dims"]]
             axes = [order[a] for a in axes]
+        elif target is aten.unsqueeze.default and (whole := _before_squeeze(node)) is not None:
+            node = whole
+            continue
         elif target is aten.index.Tensor and len(args["indices"]) == 1 and gather is None:
             index = args["indices"][0]
             if not isinstance(index, fx.Node) or rank_of(index) != 1:
@@ -186,6 +197,20 @@ def _trace_weight(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> _So
             return None
         node = below
     return _Source(node, tuple(axes), gather)
+
+
+def _before_squeeze(node: fx.Node) -> fx.Node | None:
+    """What an unsqueeze gives back whole, where a squeeze of the same axis made its input (Mamba's depthwise
+    kernel); through casts."""
+    rank, below = rank_of(node), node.args[0]
+    while isinstance(below, fx.Node) and below.target in _SAME:
+        below = below.args[0]
+    if not isinstance(below, fx.Node) or below.target is not aten.squeeze.dim:
+        return None
+    whole = below.args[0]
+    if not isinstance(whole, fx.Node) or rank_of(whole) != rank:
+        return None
+    return whole if (arguments(below)["dim"] - arguments(node)["dim"]) % rank == 0 else None
 
 
 def _computed_from(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> tuple[str, ...]:
@@ -239,7 +264,7 @@ def _resolve(
     node: fx.Node, op: WeightOp, x: fx.Node, source: _Source, column: bool, args: Mapping[str, Any]
 ) -> Call | None:
     bias = args.get(op.bias) if op.bias else None
-    bias = bias if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+    bias = _stored(bias) if isinstance(bias, fx.Node) else None
     kind, letters = op.kind, op.layout
     rank = rank_of(source.node)
     if op.dequantize is not None:
@@ -247,8 +272,8 @@ def _resolve(
     if kind in (LINEAR, EXPERTS) and _is_product(node):
         if (rank == 3 and source.gather is not None) or rank == 3:
             kind, letters = EXPERTS, "eoi" if column else "eio"
-        elif rank == 2 and source.gather is None and not column:
-            kind, letters = LINEAR, "io"
+        elif rank == 2 and source.gather is None and (not column or rank_of(x) > 1):
+            kind, letters = LINEAR, "oi" if column else "io"
         else:
             return None
         if len(letters) != len(source.axes):
