@@ -54,5 +54,6 @@ def program(name: str, layers: int | None = 2) -> surgery.Program:
         kwargs = {"gguf_file": SMOLLM2, "dtype": "float32", **cut}
         return surgery.load(f"hf:{smollm2_folder()}", task="text-generation", model_kwargs=kwargs)
     if name == "resnet18":
-        return surgery.load("timm:resnet18")
+        # As timm makes it, the last norm of every block is zero, and so is all that an adapter would read.
+        return surgery.load("timm:resnet18", model_kwargs={"zero_init_last": False})
     return surgery.load(reference(name))

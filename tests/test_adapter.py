@@ -1,0 +1,147 @@
+"""Bottleneck adapters: where they stand, what they compute, that they learn, and the whole kit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel
+
+import surgery
+from surgery.errors import PassError, TargetError
+from surgery.passes.adapter import Adapter
+from surgery.testing import check_pass
+from tests.conftest import minilm_path
+from tests.models import convnet
+from tests.techniques.models import program
+
+SITES = {"houlsby": 4, "pfeiffer": 2, "parallel": 2}  # of two layers
+
+
+@pytest.fixture(scope="module")
+def two_layers():
+    return surgery.load(f"hf:{minilm_path()}", model_kwargs={"num_hidden_layers": 2})
+
+
+@pytest.mark.parametrize("placement", SITES)
+def test_placed_by_dataflow(two_layers, placement):
+    adapted = two_layers.apply(Adapter(placement=placement, size=8))
+    roles = {"houlsby": {"attn.out", "mlp.down"}}.get(placement, {"mlp.down"})
+    entry = adapted.journal.entries[-1]
+    assert len(entry.sites) == SITES[placement]
+    assert {two_layers.sites.by_key[r.key].role for r in entry.sites} == roles
+    assert entry.numerics["observed"] == "bit for bit"
+    assert adapted.count_parameters()[1] == SITES[placement] * (2 * 8 * 384 + 8 + 384)
+
+
+@pytest.mark.parametrize("placement", SITES)
+def test_computes_what_hooks_on_the_eager_model_do(two_layers, placement, randomise):
+    """Eager BERT with the adapter written as hooks on its dropouts, which close a branch in both."""
+    adapted = randomise(two_layers.apply(Adapter(placement=placement, size=8, activation="gelu", scale=2.0)))
+    model = AutoModel.from_pretrained(minilm_path(), num_hidden_layers=2).eval()
+    read: dict[str, torch.Tensor] = {}
+
+    def bottleneck(path: str, x: torch.Tensor) -> torch.Tensor:
+        down, down_bias, up, up_bias = (
+            adapted.tensors[f"{path}.adapter.{n}"] for n in ("down", "down_bias", "up", "up_bias")
+        )
+        return 2.0 * F.linear(F.gelu(F.linear(x, down, down_bias)), up, up_bias)
+
+    def hook(path: str, entry: str):
+        def act(module, args, output):
+            return output + bottleneck(path, read[entry] if placement == "parallel" else output)
+
+        return act
+
+    for number, layer in enumerate(model.encoder.layer):
+        prefix = f"encoder.layer.{number}"
+        layer.intermediate.register_forward_pre_hook(
+            lambda module, args, key=prefix: read.__setitem__(key, args[0])
+        )
+        layer.output.dropout.register_forward_hook(hook(f"{prefix}.output.dense", prefix))
+        if placement == "houlsby":
+            closing = layer.attention.output.dropout
+            closing.register_forward_hook(hook(f"{prefix}.attention.output.dense", prefix))
+    _, kwargs = adapted.example_inputs
+    with torch.no_grad():
+        expected = model(**kwargs).last_hidden_state
+    got = adapted.run()["last_hidden_state"]
+    # The same products in the same order, but for how biases are added.
+    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    assert float((two_layers.run()["last_hidden_state"] - expected).abs().max()) > 1e-2
+
+
+def test_learns_and_moves_nothing_else(two_layers):
+    program = two_layers.apply(Adapter(size=8))
+    module = program.module().train()
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    _, inputs = program.example_inputs
+    goal = torch.randn(2, 384, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(program.parameter_groups(3e-3))
+    losses = []
+    for _ in range(20):
+        loss = (module(**inputs)["last_hidden_state"].mean(1) - goal).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name]) == (".adapter." not in name), name
+
+
+def test_dropout_only_in_train_mode(two_layers, randomise):
+    program = randomise(two_layers.apply(Adapter(size=8, dropout=0.5)))
+    module = program.module()
+    _, inputs = program.example_inputs
+    once, again = (module(**inputs)["last_hidden_state"] for _ in range(2))
+    assert torch.equal(once, again)
+    drops = [n for n in module.train().graph_module().graph.nodes if "dropout" in str(n.target)]
+    own = [n for n in drops if n.meta.get("surgery", {}).get("entry") == "adapter"]
+    assert len(own) == 4
+    assert not torch.equal(module(**inputs)["last_hidden_state"], module(**inputs)["last_hidden_state"])
+
+
+def test_conformance():
+    kept_whole(check_pass(Adapter(size=6), program("vit")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["pfeiffer", "parallel"])
+@pytest.mark.parametrize("model", ["vit", "wav2vec2"])
+def test_conformance_of_the_others(model, placement):
+    kept_whole(check_pass(Adapter(placement=placement, size=6), program(model)))
+
+
+def kept_whole(report):
+    assert report.ok
+    assert set(report.skipped) <= {"tied", "merge", "restored"}
+
+
+def test_convolutional_blocks():
+    report = check_pass(
+        Adapter(placement="pfeiffer", size=6),
+        program("resnet18"),
+        checks=["numerics", "untouched", "inserted", "effect"],
+    )
+    assert "16 nodes" not in report.passed["inserted"]
+    with pytest.raises(PassError, match=r"adapter at layer2\.0\.conv2: refused, its branch changes the size"):
+        program("resnet18").apply(Adapter(placement="parallel", target="layer2.0.conv2"))
+
+
+def test_refusals():
+    plain = surgery.capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), (torch.randn(3, 8),))
+    with pytest.raises(PassError, match="no residual branch for placement 'houlsby'; use lora"):
+        plain.apply(Adapter())
+    with pytest.raises(PassError, match="no residual branch"):
+        surgery.capture(*convnet()).apply(Adapter(placement="parallel"))
+    with pytest.raises(TargetError, match="matches no site"):
+        program("vit").apply(Adapter(target="layer.9"))
+
+
+def test_a_target_chooses_places():
+    adapted = program("vit").apply(Adapter(size=4, target="layers.1"))
+    assert {r.path.split(".")[2] for r in adapted.journal.entries[-1].sites} == {"1"}
+    only_ff = program("vit").apply(Adapter(size=4, target="mlp.down"))
+    assert len(only_ff.journal.entries[-1].sites) == 2
