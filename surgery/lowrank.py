@@ -31,42 +31,68 @@ def factor_shapes(site: Site, rank: int, rows: int | None = None) -> tuple[tuple
     return (rank, site.in_features), (out, rank)
 
 
-def branch(site: Site, g: Rewriter, a: fx.Node, b: fx.Node) -> fx.Node:
-    """B(A x), of the shape of the site's output (or of the rows that B has)."""
-    return _up(site, g, _down(site, g, a), b)
+def branch(
+    site: Site,
+    g: Rewriter,
+    a: fx.Node,
+    b: fx.Node,
+    bias: fx.Node | None = None,
+    x: fx.Node | None = None,
+) -> fx.Node:
+    """B(A x) (+ bias), of the shape of the site's output (or of the rows that B has). x: g.x by default."""
+    return _up(site, g, _down(site, g, a, x or g.x), b, bias)
 
 
-def add_branch(site: Site, g: Rewriter, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
-    """out + scale · B(A x); one fused addmm where the site is a linear."""
-    hidden = _down(site, g, a)
+def add_branch(
+    site: Site,
+    g: Rewriter,
+    a: fx.Node,
+    b: fx.Node,
+    scale: float,
+    x: fx.Node | None = None,
+    out: fx.Node | None = None,
+) -> fx.Node:
+    """out + scale · B(A x); one fused addmm where the site is a linear. x, out: g.x and g.out by default."""
+    out = out or g.out
+    hidden = _down(site, g, a, x or g.x)
     if site.kind in (CONV, EXPERTS, EMBEDDING):
-        return g.call(aten.add.Tensor, g.out, _up(site, g, hidden, b), alpha=scale)
+        return g.call(aten.add.Tensor, out, _up(site, g, hidden, b), alpha=scale)
     transposed = g.call(aten.t.default, b)
-    if g.out.meta["val"].dim() == 2:
-        return g.call(aten.addmm.default, g.out, hidden, transposed, alpha=scale)
+    if out.meta["val"].dim() == 2:
+        return g.call(aten.addmm.default, out, hidden, transposed, alpha=scale)
     # -1 keeps batch and sequence symbolic without asking for their product
-    flat_out = g.call(aten.reshape.default, g.out, [-1, site.out_features])
+    flat_out = g.call(aten.reshape.default, out, [-1, site.out_features])
     flat_hidden = g.call(aten.reshape.default, hidden, [-1, _last(b)])
     summed = g.call(aten.addmm.default, flat_out, flat_hidden, transposed, alpha=scale)
-    return g.call(aten.view_as.default, summed, g.out)
+    return g.call(aten.view_as.default, summed, out)
 
 
 def add_rows(
-    site: Site, g: Rewriter, branches: Sequence[tuple[fx.Node, Sequence[int]]], scale: float
+    site: Site,
+    g: Rewriter,
+    branches: Sequence[tuple[fx.Node, Sequence[int]]],
+    scale: float,
+    out: fx.Node | None = None,
 ) -> fx.Node:
-    """out + scale · (branch outputs placed at their output features, zero elsewhere)."""
-    value = g.out
-    total = site.out_features
+    """out + scale · (branch outputs placed at their output features, zero elsewhere). out: g.out by default."""
+    value = out or g.out
+    total, spatial = site.out_features, len(site.shape) - 2 if site.kind == CONV else 0
+    inner = [0, 0] * spatial  # the axes behind the features
     for update, rows in branches:
         first, last = rows[0], rows[-1]
-        if list(rows) == list(range(first, last + 1)):
-            placed = g.call(aten.constant_pad_nd.default, update, [first, total - last - 1])
+        if is_run(rows):
+            placed = g.call(aten.constant_pad_nd.default, update, [*inner, first, total - last - 1])
         else:
             # an extra zero column that every uncovered feature reads
-            padded = g.call(aten.constant_pad_nd.default, update, [0, 1])
-            placed = g.call(aten.index_select.default, padded, -1, g[f"rows_{first}"])
+            padded = g.call(aten.constant_pad_nd.default, update, [*inner, 0, 1])
+            placed = g.call(aten.index_select.default, padded, -1 - spatial, g[f"rows_{first}"])
         value = g.call(aten.add.Tensor, value, placed, alpha=scale)
     return value
+
+
+def is_run(rows: Sequence[int]) -> bool:
+    """Whether rows follow each other without a gap."""
+    return list(rows) == list(range(rows[0], rows[-1] + 1))
 
 
 def gather_index(rows: Sequence[int], total: int) -> Tensor:
@@ -80,39 +106,38 @@ def _last(node: fx.Node) -> int:
     return int(node.meta["val"].shape[-1])
 
 
-def _down(site: Site, g: Rewriter, a: fx.Node) -> fx.Node:
+def _down(site: Site, g: Rewriter, a: fx.Node, x: fx.Node) -> fx.Node:
+    if site.kind == EMBEDDING:
+        return product(site, g, x, g.call(aten.t.default, a), "vd")
+    return product(site, g, x, a, "eoi" if site.kind == EXPERTS else "oi")
+
+
+def product(site: Site, g: Rewriter, x: fx.Node, weight: fx.Node, layout: str) -> fx.Node:
+    """What the site's op computes of x with another weight (its axes as in layout) and no bias."""
     assert g.call_ is not None
     call = g.call_
     if site.kind == EMBEDDING:
-        args = arguments(call.node)
-        table = g.call(aten.t.default, a)
-        padding = args.get("padding_idx", -1)
-        return g.call(aten.embedding.default, table, g.x, padding)
+        return g.call(aten.embedding.default, weight, x, arguments(call.node).get("padding_idx", -1))
     if site.kind == CONV:
         args = arguments(call.node)
         names = ("stride", "padding", "dilation", "groups")
-        return g.call(call.node.target, g.x, a, None, *(args[name] for name in names))
+        return g.call(call.node.target, x, weight, None, *(args[name] for name in names))
     if site.kind == EXPERTS:
-        gathered = g.call(aten.index_select.default, a, 0, call.gather) if call.gather is not None else a
-        if call.x_axis == "column":
-            return g.call(aten.matmul.default, gathered, g.x)
-        return g.call(aten.matmul.default, g.x, g.call(aten.transpose.int, gathered, 1, 2))
-    return g.call(aten.linear.default, g.x, a)
+        gathered = g.call(aten.index_select.default, weight, 0, call.gather) if call.gather else weight
+        wanted = "eoi" if call.x_axis == "column" else "eio"
+        turned = gathered if layout == wanted else g.call(aten.transpose.int, gathered, 1, 2)
+        return g.call(aten.matmul.default, *((turned, x) if call.x_axis == "column" else (x, turned)))
+    return g.call(*((aten.linear.default, x, weight) if layout == "oi" else (aten.matmul.default, x, weight)))
 
 
-def _up(site: Site, g: Rewriter, hidden: fx.Node, b: fx.Node) -> fx.Node:
-    assert g.call_ is not None
-    call = g.call_
+def _up(site: Site, g: Rewriter, hidden: fx.Node, b: fx.Node, bias: fx.Node | None = None) -> fx.Node:
     if site.kind == CONV:
         spatial = len(site.shape) - 2
         op = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[spatial - 1]
-        return g.call(op, hidden, b, None, [1] * spatial, [0] * spatial, [1] * spatial, site.groups)
+        return g.call(op, hidden, b, bias, [1] * spatial, [0] * spatial, [1] * spatial, site.groups)
     if site.kind == EXPERTS:
-        gathered = g.call(aten.index_select.default, b, 0, call.gather) if call.gather is not None else b
-        if call.x_axis == "column":
-            return g.call(aten.matmul.default, gathered, hidden)
-        return g.call(aten.matmul.default, hidden, g.call(aten.transpose.int, gathered, 1, 2))
-    return g.call(aten.linear.default, hidden, b)
+        return product(site, g, hidden, b, "eoi")
+    return g.call(aten.linear.default, hidden, b, *((bias,) if bias is not None else ()))
 
 
 @dataclass(frozen=True)
@@ -131,7 +156,12 @@ class AddLowRank:
             groups = site.groups
             matrix = weight.view(groups, weight.shape[0] // groups, -1)
             left = b.reshape(groups, b.shape[0] // groups, -1)
-            matrix.baddbmm_(left, a.reshape(groups, a.shape[0] // groups, -1), alpha=self.scale)
+            right = a.reshape(groups, a.shape[0] // groups, -1)
+            if self.rows is None:
+                matrix.baddbmm_(left, right, alpha=self.scale)
+            else:  # a fused projection, in one group
+                index = torch.tensor(self.rows, device=weight.device)
+                matrix[0].index_add_(0, index, left[0] @ right[0], alpha=self.scale)
             return
         if site.kind == EXPERTS:
             matrix = weight if site.layout == "eoi" else weight.transpose(1, 2)

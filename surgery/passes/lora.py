@@ -1,20 +1,32 @@
-"""LoRA: a trained low-rank update beside a frozen weight."""
+"""LoRA: a trained low-rank update beside a frozen weight, with its variants rsLoRA, DoRA and PiSSA."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
-from surgery import lowrank
-from surgery.pass_base import MergeOp, RewritePass, TensorSpec
+from surgery import dora, lowrank, pissa
+from surgery.errors import PassError
+from surgery.pass_base import EXACT, MergeFrom, MergeOp, Numerics, RewritePass, TensorSpec, rounded
 from surgery.rewriter import Rewriter
+from surgery.scaling import part_index
 from surgery.sites import Site
+from surgery.standing import replaced_by
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
+
+aten = torch.ops.aten
+
+# Measured at insertion on every linear of MiniLM (6 layers) and of SmolLM2 (30 layers) at rank 8:
+PISSA_MOVES = rounded(
+    1e-4,
+    "the residual is rounded to the weight's dtype, and two products are summed in the place of one",
+    {torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 5e-2},
+)
 
 
 def _kaiming(tensor: Tensor) -> None:
@@ -22,12 +34,35 @@ def _kaiming(tensor: Tensor) -> None:
 
 
 class Lora(RewritePass):
-    """LoRA: y = x Wᵀ + b becomes y + (α/r)·(x Aᵀ) Bᵀ (Hu et al. 2021, arXiv:2106.09685).
+    """LoRA: y = W x + b becomes y + s·B(A x), with s = α/r (Hu et al. 2021, arXiv:2106.09685).
 
-    A (r × in) starts Kaiming-uniform and B (out × r) at zero, so insertion is exact. A convolution takes A
-    with its own kernel, stride and groups (r filters per group) and B pointwise; an embedding takes A
-    (r × vocabulary) zero and B (dim × r) normal, as PEFT does; stacked experts take one pair per expert,
-    A (experts × r × in) and B (experts × out × r). On a fused qkv, parts get a pair each. Merge: W + (α/r)·B A.
+    Start. A (r × in) is Kaiming-uniform, or normal with deviation 1/r (`--init gaussian`), and B (out × r) zero, so
+    insertion is exact. A convolution takes A with its own kernel, stride and groups (r filters per group) and B
+    pointwise; an embedding takes A (r × vocabulary) zero and B (dim × r) normal, as PEFT does; stacked experts
+    take one pair per expert, A (experts × r × in) and B (experts × out × r). On a fused qkv, parts get a pair each.
+    Merge: W + s·B A. A weight w scales s.
+
+    `--rslora`. s = α/√r, so that what the update learns does not shrink as the rank grows (Kalajdzievski 2023,
+    arXiv:2312.03732).
+
+    `--dropout p`. Drops what enters the branch, in train mode only; the eval graph has none. Of an embedding's
+    token numbers nothing can be dropped, as in PEFT. The parts of one projection share a mask.
+
+    `--dora`. The weight becomes magnitude times direction, m ⊙ (W + s·B A)/‖W + s·B A‖, with one trained magnitude
+    m (out; experts × out) for each output, which starts at its norm (Liu et al. 2024, arXiv:2402.09353). The graph
+    computes c = m/‖W + s·B A‖ and adds (c − 1) ⊙ W x + c ⊙ s·B A x to the output: insertion is exact, earlier
+    adapters keep what they add, and the bias stays as it is. The norm is a constant to the gradient, as in the
+    paper's section 4.3; with `--full-gradient` it is one to W alone. In train mode with dropout, W reads the same
+    dropped input as the branch, as in PEFT. At weight w the op computes with W + w·(c ⊙ (W + s·B A) − W), which is
+    also the merge.
+
+    `--init pissa`. A and B start as the part of W along its r largest singular values, split evenly between them,
+    and the op reads the frozen residual W − s·B A in the place of W (Meng et al. 2024, arXiv:2404.02948). The
+    residual (as large as W) is stored, so that loading computes no SVD. Insertion is exact but for rounding: 1e-4
+    of the outputs' scale is allowed in fp32 (1e-12 in fp64, 1e-2 in fp16, 5e-2 in bf16). `--svd-iterations n` takes
+    a randomised SVD, which is fast. W itself does not train there, even where the base is not frozen. Merge:
+    residual + s·B A; undo gives W back bit for bit, and other uses of a tied weight go on reading W. It has to come
+    before other passes than plain LoRA that act on the same op.
     """
 
     name: ClassVar[str] = "lora"
@@ -41,10 +76,45 @@ class Lora(RewritePass):
     parts: str | None = Field(
         None, description="of a fused projection, the parts to adapt: q,k,v (default: all, as one)"
     )
+    rslora: bool = Field(False, description="scale by alpha / √rank instead")
+    dora: bool = Field(False, description="train a magnitude for each output beside the direction")
+    full_gradient: bool = Field(False, description="with --dora: let the gradient pass through the norm too")
+    init: Literal["kaiming", "gaussian", "pissa"] = Field(
+        "kaiming", description="how A and B start: A at random and B zero, or W's largest singular values"
+    )
+    svd_iterations: int = Field(
+        0, ge=0, description="with --init pissa: power iterations of a randomised SVD (0: the full one)"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability to drop what enters the branch, in training"
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Lora:
+        if self.full_gradient and not self.dora:
+            raise PassError(
+                "pass 'lora': --full-gradient is about the norm of DoRA; add --dora, or leave it out"
+            )
+        if self.svd_iterations and self.init != "pissa":
+            raise PassError("pass 'lora': --svd-iterations is for --init pissa; add that, or leave it out")
+        if self.dora and self.init == "pissa":
+            raise PassError(
+                "pass 'lora': --dora normalises the weight that --init pissa takes apart; choose one of them"
+            )
+        return self
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def contract(self) -> Numerics:
+        return PISSA_MOVES if self.init == "pissa" else EXACT
+
+    @property
+    def detaches(self) -> str:
+        held = self.dora and not self.full_gradient
+        return "DoRA's norm is a constant to the gradient (section 4.3 of the paper)" if held else ""
 
     def check(self, site: Site) -> str | None:
         if site.kind == CONV and site.layout == "io":
@@ -58,6 +128,32 @@ class Lora(RewritePass):
         unknown = [part for part in self._parts(site) if part not in site.parts]
         if unknown:
             return f"it has no part {unknown[0]!r}; its parts are {', '.join(site.parts)}"
+        if self._parts(site) and site.kind == CONV and site.groups > 1:
+            return "a part of a grouped convolution has no branch of its own; target all of it"
+        return self._check_weight(site) if self.dora or self.init == "pissa" else None
+
+    def _check_weight(self, site: Site) -> str | None:
+        """What DoRA and PiSSA need of the weight itself."""
+        option = "--dora" if self.dora else "--init pissa"
+        if site.packed:
+            return f"its weight is packed for {site.op}, and {option} computes with it; leave {option} out"
+        gone = next((entry for entry in (replaced_by(c.node) for c in site.calls) if entry), None)
+        if gone:
+            return f"{gone} has put another op in its place; leave {option} out, or undo {gone!r}"
+        if self.dora:
+            there = site.probe.program.base.in_memory
+            dead = dora.zero_output(site, site.probe.weight(site), self._rows(site)) if there else None
+            if dead is not None:
+                return f"the weight of its output {dead} is zero, which has no direction; leave --dora out"
+            return None
+        rows: Mapping[str, list[int] | None] = self._rows(site) or {"": None}
+        largest = min(pissa.largest_rank(site, own) for own in rows.values())
+        if self.rank > largest:
+            return f"its weight has no more than {largest} singular values; give --rank {largest} or less"
+        journal = {entry.id: entry for entry in site.probe.program.journal}
+        for name in pissa.entries_at(site):
+            if journal[name].pass_name != self.name or journal[name].options.get("dora"):
+                return f"{name} acts on what its op computes, of which PiSSA takes a part away; apply it after this"
         return None
 
     def _parts(self, site: Site) -> tuple[str, ...]:
@@ -66,46 +162,110 @@ class Lora(RewritePass):
             return tuple(p for p in site.selected_parts if not asked or p in asked) or asked
         return asked
 
+    def _rows(self, site: Site) -> dict[str, list[int]]:
+        return {part: list(site.parts[part]) for part in self._parts(site)}
+
     def decide(self, site: Site) -> dict[str, Any]:
-        return {"rows": {part: list(site.parts[part]) for part in self._parts(site)}}
+        return {"rows": self._rows(site)}
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         rows = site.decided.get("rows") or {}
-        if not rows:
-            a, b = lowrank.factor_shapes(site, self.rank)
-            if site.kind == EMBEDDING:
-                return {"A": TensorSpec(a), "B": TensorSpec(b, nn.init.normal_)}
-            return {"A": TensorSpec(a, _kaiming), "B": TensorSpec(b)}
         specs: dict[str, TensorSpec] = {}
-        for part, features in rows.items():
-            a, b = lowrank.factor_shapes(site, self.rank, len(features))
-            specs[f"A_{part}"], specs[f"B_{part}"] = TensorSpec(a, _kaiming), TensorSpec(b)
-            if features != list(range(features[0], features[-1] + 1)):
-                index = lowrank.gather_index(features, site.out_features)
-                specs[f"rows_{features[0]}"] = TensorSpec(
-                    tuple(index.shape), trainable=False, dtype=torch.int64, value=index
-                )
+        split = pissa.Split(site, self.rank, self.scale, rows or {"": None}, self.svd_iterations)
+        for part, own in (rows or {"": None}).items():
+            end = f"_{part}" if part else ""
+            specs[f"A{end}"], specs[f"B{end}"] = self._pair(site, split, part, own)
+            if self.dora:
+                specs[f"m{end}"] = self._magnitude(site, own)
+            if own is not None and not lowrank.is_run(own):
+                specs[f"rows_{own[0]}"] = _index(lowrank.gather_index(own, site.out_features))
+                if self.dora:
+                    specs[f"index{end}"] = _index(torch.tensor(own))
+        if self.dora and rows:
+            specs["rows"] = _index(part_index(list(rows.values()), site.out_features))
+        if self.init == "pissa":
+            specs["residual"] = TensorSpec(site.shape, lambda t: t.copy_(split.residual), trainable=False)
         return specs
 
+    def _pair(
+        self, site: Site, split: pissa.Split, part: str, rows: list[int] | None
+    ) -> tuple[TensorSpec, TensorSpec]:
+        a, b = lowrank.factor_shapes(site, self.rank, None if rows is None else len(rows))
+        if self.init == "pissa":
+            return (
+                TensorSpec(a, lambda t: t.copy_(split.factors[part][0])),
+                TensorSpec(b, lambda t: t.copy_(split.factors[part][1])),
+            )
+        if site.kind == EMBEDDING:
+            return TensorSpec(a), TensorSpec(b, nn.init.normal_)
+        if self.init == "gaussian":
+            return TensorSpec(a, lambda t: nn.init.normal_(t, std=1 / self.rank)), TensorSpec(b)
+        return TensorSpec(a, _kaiming), TensorSpec(b)
+
+    def _magnitude(self, site: Site, rows: list[int] | None) -> TensorSpec:
+        """m at the start: what the graph computes as the norm while B A is zero, to the bit."""
+
+        def fill(magnitude: Tensor) -> None:
+            weight = site.probe.stored(site)
+            if rows is not None:
+                index = torch.tensor(rows, device=weight.device)
+                weight = dora.part_of(dora.eagerly, site, weight, rows, index)
+            a, b = (
+                weight.new_zeros(shape)
+                for shape in lowrank.factor_shapes(site, self.rank, None if rows is None else len(rows))
+            )
+            magnitude.copy_(dora.norms(dora.eagerly, site, weight, a, b, self.scale))
+
+        return TensorSpec(dora.magnitudes(site, None if rows is None else len(rows)), fill)
+
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node:
-        scale = self.scale * g.weight
         rows = site.decided.get("rows") or {}
+        if self.init == "pissa":
+            pissa.read_residual(g, g["residual"])
+        dropped = None
+        if g.training and self.dropout and site.kind != EMBEDDING:
+            dropped = g.call(aten.dropout.default, g.x, self.dropout, True)
+        if self.dora:
+            parts = [
+                dora.Part(g[f"A{end}"], g[f"B{end}"], g[f"m{end}"], own, index)
+                for end, own, index in self._placed(rows, g)
+            ]
+            return dora.rewrite(site, g, parts, self.scale, dropped, self.full_gradient)
+        scale = self.scale * g.weight
         if not rows:
-            return lowrank.add_branch(site, g, g["A"], g["B"], scale)
+            return lowrank.add_branch(site, g, g["A"], g["B"], scale, dropped)
         updates = [
-            (lowrank.branch(site, g, g[f"A_{part}"], g[f"B_{part}"]), features)
+            (lowrank.branch(site, g, g[f"A_{part}"], g[f"B_{part}"], x=dropped), features)
             for part, features in rows.items()
         ]
         return lowrank.add_rows(site, g, updates, scale)
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
-        scale = self.scale * weight
-        rows = site.decided.get("rows") or {}
+    @staticmethod
+    def _placed(rows: Mapping[str, list[int]], g: Rewriter) -> list[tuple[str, tuple[int, ...] | None, Any]]:
+        """Ending of the tensors' names, output features and, where these have gaps, their index, by part."""
         if not rows:
-            return {"weight": lowrank.AddLowRank(site, tensors["A"], tensors["B"], scale)}
-        return {
-            f"weight:{part}": lowrank.AddLowRank(
-                site, tensors[f"A_{part}"], tensors[f"B_{part}"], scale, tuple(features)
-            )
-            for part, features in rows.items()
-        }
+            return [("", None, None)]
+        return [
+            (f"_{part}", tuple(own), None if lowrank.is_run(own) else g[f"index_{part}"])
+            for part, own in rows.items()
+        ]
+
+    def merge(
+        self, site: Site, tensors: Mapping[str, Tensor], weight: float
+    ) -> Mapping[str, MergeOp | MergeFrom]:
+        ops: dict[str, MergeOp | MergeFrom] = {}
+        if self.init == "pissa":
+            ops["weight:residual"] = pissa.Displace(tensors["residual"], weight)
+        for part, own in (site.decided.get("rows") or {"": None}).items():
+            end, rows = (f"_{part}", tuple(own)) if own is not None else ("", None)
+            a, b = tensors[f"A{end}"], tensors[f"B{end}"]
+            if self.dora:
+                whole = dora.Part(a, b, tensors[f"m{end}"], rows)
+                ops[f"weight:{part}"] = dora.Magnify(site, whole, self.scale, weight)
+            else:
+                ops[f"weight:{part}"] = lowrank.AddLowRank(site, a, b, self.scale * weight, rows)
+        return ops
+
+
+def _index(value: Tensor) -> TensorSpec:
+    return TensorSpec(tuple(value.shape), trainable=False, dtype=torch.int64, value=value)

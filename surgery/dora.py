@@ -1,0 +1,205 @@
+"""DoRA's algebra: a weight as magnitude and direction, m ⊙ (W + s·B A) / ‖W + s·B A‖, with a norm for each output.
+
+With c = m / ‖W + s·B A‖ the output is c ⊙ (W x + s·B A x) + b, written so that c = 1 and B = 0 leave it bit for
+bit: c ⊙ out + (1 − c) ⊙ b + s·(c ⊙ B) A x, where out is what the op computes, with its bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgery import lowrank
+from surgery.rewriter import Rewriter
+from surgery.scaling import ones_elsewhere
+from surgery.sites import Site, head
+from surgery.standing import bias_now
+from surgery.weight_ops import CONV, EXPERTS, operand
+
+aten = torch.ops.aten
+Apply = Callable[..., Any]  # of an op: to tensors, or in a graph to nodes
+
+
+def eagerly(op: Any, *args: Any, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
+
+
+def output_axis(site: Site) -> int:
+    """The axis of the stored weight that counts output features."""
+    return next(site.layout.index(letter) for letter in "od" if letter in site.layout)
+
+
+def magnitudes(site: Site, rows: int | None = None) -> tuple[int, ...]:
+    """Shape of m: one for each output feature (of each expert)."""
+    out = site.out_features if rows is None else rows
+    return (site.size("e"), out) if site.kind == EXPERTS else (out,)
+
+
+def norms(call: Apply, site: Site, weight: Any, a: Any, b: Any, scale: float) -> Any:
+    """‖W + s·B A‖ of each output, of the shape of m. The same ops on tensors and in a graph give the same bits."""
+    if site.kind == CONV:
+        groups, (out, rank) = site.groups, _shape(b)[:2]
+        shapes = ([groups, out // groups, -1], [groups, out // groups, rank], [groups, rank, -1])
+        stacked, left, right = (
+            call(aten.reshape.default, value, shape)
+            for value, shape in zip((weight, b, a), shapes, strict=True)
+        )
+        summed = call(aten.baddbmm.default, stacked, left, right, alpha=scale)
+        return call(aten.reshape.default, call(aten.linalg_vector_norm.default, summed, 2, [2]), [out])
+    last = len(site.layout) - 1
+    outs_first = output_axis(site) < last
+    left, right = b, a
+    if not outs_first:
+        left, right = (call(aten.transpose.int, value, last - 1, last) for value in (a, b))
+    add = aten.baddbmm.default if site.kind == EXPERTS else aten.addmm.default
+    summed = call(add, weight, left, right, alpha=scale)
+    return call(aten.linalg_vector_norm.default, summed, 2, [last if outs_first else last - 1])
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.meta["val"].shape if isinstance(value, fx.Node) else value.shape)
+
+
+def part_of(call: Apply, site: Site, weight: Any, rows: Sequence[int], index: Any) -> Any:
+    """The rows of a fused projection's weight that one part has. index: these as a tensor, where they have gaps."""
+    axis = output_axis(site)
+    if lowrank.is_run(rows):
+        return call(aten.slice.Tensor, weight, axis, rows[0], rows[-1] + 1)
+    return call(aten.index_select.default, weight, axis, index)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pair with its magnitude: values of tensors or nodes. rows: of a fused projection, else None."""
+
+    a: Any
+    b: Any
+    magnitude: Any
+    rows: tuple[int, ...] | None = None
+    index: Any = None
+
+    def ratio(self, call: Apply, site: Site, weight: Any, scale: float) -> Any:
+        """c = m / ‖W + s·B A‖ of these rows."""
+        own = weight if self.rows is None else part_of(call, site, weight, self.rows, self.index)
+        return call(aten.div.Tensor, self.magnitude, norms(call, site, own, self.a, self.b, scale))
+
+
+def rewrite(
+    site: Site, g: Rewriter, parts: Sequence[Part], scale: float, dropped: fx.Node | None, full_gradient: bool
+) -> fx.Node:
+    """The site's output with DoRA on it. dropped: what enters after dropout, where that differs from g.x."""
+    assert g.call_ is not None
+    stored = g.call(aten.detach.default, g.stored)
+    ratios = []
+    for part in parts:
+        held = part
+        if not full_gradient:
+            a, b = (g.call(aten.detach.default, value) for value in (part.a, part.b))
+            held = Part(a, b, part.magnitude, part.rows, part.index)
+        ratios.append(held.ratio(g.call, site, stored, scale))
+    whole = ratios[0] if parts[0].rows is None else ones_elsewhere(g, ratios, g["rows"])
+    out = _scaled_base(site, g, whole, dropped)
+    scale *= g.weight
+    branches = [
+        (part, g.call(aten.mul.Tensor, part.b, _as_factor(g, ratio, part.b)))
+        for part, ratio in zip(parts, ratios, strict=True)
+    ]
+    if parts[0].rows is None:
+        return lowrank.add_branch(site, g, parts[0].a, branches[0][1], scale, dropped, out)
+    updates = [(lowrank.branch(site, g, part.a, b, x=dropped), part.rows or ()) for part, b in branches]
+    return lowrank.add_rows(site, g, updates, scale, out)
+
+
+def _scaled_base(site: Site, g: Rewriter, ratio: fx.Node, dropped: fx.Node | None) -> fx.Node:
+    """out + w·(c − 1) ⊙ W x, with as few passes over the activations as may be."""
+    assert g.call_ is not None
+    bias = bias_now(g.call_)
+    own_input = dropped is None and operand(g.call_) is head(operand(g.call_))
+    alone = own_input and g.out is g.own
+    if alone and bias is None and g.weight == 1:
+        return g.call(aten.mul.Tensor, g.own, _along(site, g, ratio))
+    more = g.call(aten.sub.Scalar, ratio, 1.0)
+    if g.weight != 1:
+        more = g.call(aten.mul.Scalar, more, g.weight)
+    if not own_input:
+        base = lowrank.product(site, g, dropped or g.x, g.stored, site.layout)
+        return _plus(g, g.out, base, _along(site, g, more))
+    if bias is None:
+        return _plus(g, g.out, g.own, _along(site, g, more))
+    taken = _along(site, g, g.call(aten.mul.Tensor, bias, more))
+    if not alone:
+        return _plus(g, g.call(aten.sub.Tensor, g.out, taken), g.own, _along(site, g, more))
+    factor = ratio if g.weight == 1 else g.call(aten.add.Scalar, more, 1.0)
+    return g.call(aten.sub.Tensor, g.call(aten.mul.Tensor, g.own, _along(site, g, factor)), taken)
+
+
+def _plus(g: Rewriter, value: fx.Node, base: fx.Node, factor: fx.Node) -> fx.Node:
+    return g.call(aten.add.Tensor, value, g.call(aten.mul.Tensor, base, factor))
+
+
+def _along(site: Site, g: Rewriter, vector: fx.Node) -> fx.Node:
+    """A number for each output, to be multiplied with the site's output."""
+    assert g.call_ is not None
+    if site.kind == CONV:
+        return g.call(aten.reshape.default, vector, [-1, *(1 for _ in site.shape[2:])])
+    if site.kind == EXPERTS:
+        gather = g.call_.gather
+        own = vector if gather is None else g.call(aten.index_select.default, vector, 0, gather)
+        return g.call(aten.unsqueeze.default, own, -1 if g.call_.x_axis == "column" else -2)
+    return vector
+
+
+def _as_factor(g: Rewriter, ratio: fx.Node, b: fx.Node) -> fx.Node:
+    """c with axes of length one behind it, to be multiplied with B."""
+    shape = _shape(ratio)
+    return g.call(aten.reshape.default, ratio, [*shape, *(1 for _ in range(len(_shape(b)) - len(shape)))])
+
+
+@dataclass(frozen=True)
+class Magnify:
+    """Merge: W ← W + w·(c ⊙ (W₀ + s·B A) − W₀), where W₀ is the weight that the op reads, without adapters.
+
+    c is computed as in the graph, in the dtype of A, so that what did not train folds to the weight's own bits.
+    """
+
+    site: Site
+    part: Part
+    scale: float
+    weight: float
+
+    def apply_from(self, weight: Tensor, original: Tensor) -> None:
+        site, rows = self.site, self.part.rows
+        a, b, magnitude = (t.detach() for t in (self.part.a, self.part.b, self.part.magnitude))
+        part = Part(a, b, magnitude, rows, self._index())
+        ratio = part.ratio(eagerly, site, original.to(part.a.dtype), self.scale).to(weight.dtype)
+        shape = [1] * weight.dim()
+        shape[output_axis(site)] = site.out_features
+        if site.kind == EXPERTS:
+            shape[0] = ratio.shape[0]
+        more = ratio - 1
+        if rows is not None:
+            more = weight.new_zeros(site.out_features)
+            more[list(rows)] = ratio - 1
+        weight.addcmul_(original, more.view(shape), value=self.weight)
+        b = part.b.to(weight.dtype) * ratio.view(
+            *ratio.shape, *(1 for _ in range(part.b.dim() - ratio.dim()))
+        )
+        lowrank.AddLowRank(site, part.a, b, self.scale * self.weight, rows).apply_(weight)
+
+    def _index(self) -> Tensor | None:
+        rows = self.part.rows
+        return None if rows is None else torch.tensor(rows, device=self.part.a.device)
+
+
+def zero_output(site: Site, weight: Tensor, rows: Mapping[str, Sequence[int]]) -> int | None:
+    """The first output feature whose weight is zero, so that it has no direction, or None."""
+    axis = output_axis(site)
+    kept = (0, axis) if site.kind == EXPERTS else (axis,)
+    empty = ~weight.ne(0).any(dim=[d for d in range(weight.dim()) if d not in kept])
+    wanted = range(site.out_features) if not rows else [row for own in rows.values() for row in own]
+    dead = empty.any(0) if site.kind == EXPERTS else empty
+    return next((row for row in wanted if bool(dead[row])), None)
