@@ -133,7 +133,9 @@ class SparseTune(RewritePass):
 
 @dataclass(frozen=True)
 class AddSparse:
-    """Merge: add scale · values to a weight at places of its flattened self."""
+    """Merge: add scale · values to a weight at places of its flattened self, below other adapters as in the graph."""
+
+    inner: ClassVar[bool] = True
 
     indices: Tensor
     values: Tensor
