@@ -80,6 +80,8 @@ class Untie(RewritePass):
 class Become:
     """Merge: a tensor becomes another one, and keeps what earlier merges have added to it."""
 
+    inner: ClassVar[bool] = True
+
     value: Tensor
 
     def apply_from(self, weight: Tensor, original: Tensor) -> None:
