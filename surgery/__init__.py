@@ -9,9 +9,56 @@
 from surgery.errors import SurgeryError
 from surgery.journal import Entry, Journal
 from surgery.loading import capture, load
-from surgery.passes import Freeze, Lora
+from surgery.passes import (
+    Adapter,
+    Bitfit,
+    Classifier,
+    Embedding,
+    Expand,
+    Filter,
+    Freeze,
+    Full,
+    GradualUnfreeze,
+    Head,
+    Layerwise,
+    Lora,
+    LowRank,
+    Prefix,
+    Prompt,
+    Share,
+    SparseTune,
+    Untie,
+    Vocab,
+)
 from surgery.program import Program
 
 __version__ = "0.1.0"
 
-__all__ = ["Entry", "Freeze", "Journal", "Lora", "Program", "SurgeryError", "__version__", "capture", "load"]
+__all__ = [
+    "Adapter",
+    "Bitfit",
+    "Classifier",
+    "Embedding",
+    "Entry",
+    "Expand",
+    "Filter",
+    "Freeze",
+    "Full",
+    "GradualUnfreeze",
+    "Head",
+    "Journal",
+    "Layerwise",
+    "Lora",
+    "LowRank",
+    "Prefix",
+    "Program",
+    "Prompt",
+    "Share",
+    "SparseTune",
+    "SurgeryError",
+    "Untie",
+    "Vocab",
+    "__version__",
+    "capture",
+    "load",
+]

@@ -70,6 +70,12 @@ class Base:
         return {name: tuple(group) for group in groups.values() for name in group}
 
     @cached_property
+    def fresh(self) -> tuple[str, ...]:
+        """Parameters that the checkpoint did not hold, such as a new head; none where there is no checkpoint."""
+        made = self.loaded.unsourced if self.loaded.files else frozenset()
+        return tuple(n for n, group in self.names.items() if n == group[0] and not made.isdisjoint(group))
+
+    @cached_property
     def view(self) -> View:
         """The analysis of the captured graph."""
         return View(self.captured.graph, self.names, self.plugins.weight_ops)

@@ -25,8 +25,9 @@ class Entry:
     """One application of one pass.
 
     kind: "rewrite", "select" or "merge". auto: added by the pipeline, not by the user. trains: parameter name
-    -> trains. rates, windows, unit, masks: see Selection; masks names the tensors that hold them. limits: new
-    upper bounds of dynamic dimensions. weight: 1 as trained, 0 left out. numerics: declared and observed.
+    -> trains. rates, windows, unit, masks: see Selection; masks names the tensors that hold them. before: of
+    what it makes train and had been trained before, the tensors that hold what it was. limits: new upper bounds of
+    dynamic dimensions. weight: 1 as trained, 0 left out. numerics: declared and observed.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Entry:
     windows: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     unit: str = "step"
     masks: Mapping[str, str] = field(default_factory=dict)
+    before: Mapping[str, str] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
     numerics: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
@@ -54,7 +56,7 @@ class Entry:
     @property
     def tensor_names(self) -> list[str]:
         own = (name for record in self.sites for name in record.tensors.values())
-        return list(dict.fromkeys([*own, *self.masks.values()]))
+        return list(dict.fromkeys([*own, *self.masks.values(), *self.before.values()]))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -79,6 +81,7 @@ class Entry:
             "windows": {name: list(window) for name, window in self.windows.items()},
             "unit": self.unit,
             "masks": dict(self.masks),
+            "before": dict(self.before),
             "limits": dict(self.limits),
             "numerics": dict(self.numerics),
             "weight": self.weight,
@@ -103,9 +106,13 @@ class Entry:
                 trains={str(k): bool(v) for k, v in data["trains"].items()},
                 # Absent in schema 1.
                 rates={str(k): float(v) for k, v in data.get("rates", {}).items()},
-                windows={str(k): (int(a), b) for k, (a, b) in data.get("windows", {}).items()},
+                windows={
+                    str(k): (int(a), None if b is None else int(b))
+                    for k, (a, b) in data.get("windows", {}).items()
+                },
                 unit=str(data.get("unit", "step")),
                 masks={str(k): str(v) for k, v in data.get("masks", {}).items()},
+                before={str(k): str(v) for k, v in data.get("before", {}).items()},
                 limits={str(k): int(v) for k, v in data.get("limits", {}).items()},
                 numerics=dict(data["numerics"]),
                 weight=float(data["weight"]),
@@ -160,13 +167,33 @@ class Journal:
                 chosen[entry.id] = float(weight)
         return Journal(tuple(replace(e, weight=chosen[e.id]) if e.id in chosen else e for e in self.entries))
 
-    def trains(self, names: tuple[str, ...], default: bool = True) -> bool:
-        """Whether a parameter, by any of its names, trains after all selections: the last one decides."""
+    def decided(self, names: tuple[str, ...]) -> bool | None:
+        """Whether a parameter, by any of its names, trains: the last entry that says so decides, None where none
+        does. What is left out says nothing."""
         for entry in reversed(self.entries):
+            if entry.weight == 0:
+                continue
             for name in names:
                 if name in entry.trains:
                     return entry.trains[name]
-        return default
+        return None
+
+    def trains(self, names: tuple[str, ...], default: bool = True) -> bool:
+        """Whether a parameter, by any of its names, trains after all selections; `default` where none names it."""
+        decided = self.decided(names)
+        return default if decided is None else decided
+
+    def standing(self, entry: Entry) -> Entry:
+        """The entry with the plainer tensors that a merge put in the place of its own, where one did."""
+        for merge in self.entries:
+            if merge.kind == "merge" and entry.id in merge.options.get("simplified", ()):
+                plain = (r for r in merge.sites if r.decided["entry"] == entry.id)
+                sites = tuple(
+                    replace(own, decided={**own.decided, "simplified": True}, tensors=r.tensors)
+                    for own, r in zip(entry.sites, plain, strict=True)
+                )
+                return replace(entry, sites=sites)
+        return entry
 
     @property
     def merged(self) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.schedule import Schedule
+from surgery.rewriter import without_replaced
+from surgery.schedule import Clock, Schedule
 
 GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]
 
@@ -19,8 +20,9 @@ class ProgramModule(nn.Module):
     `train()` switches to the graph that was captured in train mode (made at the first call), and raises
     CaptureError where the model cannot be captured in it. Both graphs read the same tensors.
 
-    masks: parameter name -> which of its values train; the gradient of the others is zero. schedule: when each
-    parameter trains; `advance(step)` moves on in it.
+    trains: names of the parameters that train, at some step. masks: parameter name -> which of its values do; the
+    gradient of the others is zero. schedule: when each trains; `advance(step)` moves on in it. clock: the step it
+    has come to, shared with the modules over the same parameters.
     """
 
     def __init__(
@@ -29,16 +31,17 @@ class ProgramModule(nn.Module):
         non_persistent: frozenset[str],
         graph_of: GraphOf,
         name: str,
+        trains: Collection[str] = (),
         masks: Mapping[str, Tensor] | None = None,
         schedule: Schedule | None = None,
+        clock: Clock | None = None,
     ) -> None:
         super().__init__()
         self.training = False
+        self.__dict__["_trains"] = frozenset(trains)
         self.__dict__["_masks"] = dict(masks or {})
         self.__dict__["_schedule"] = schedule or Schedule()
-        self.__dict__["_trains"] = {
-            n: t.requires_grad for n, t in tensors.items() if isinstance(t, nn.Parameter)
-        }
+        self.__dict__["_clock"] = clock or Clock()
         for path, tensor in tensors.items():
             _register(self, path, tensor, path not in non_persistent)
         self.__dict__["_graph_of"] = graph_of
@@ -48,14 +51,10 @@ class ProgramModule(nn.Module):
 
     def _hold(self) -> None:
         """Mask the gradients of what trains in part."""
-        parameters = dict(self.named_parameters(remove_duplicate=False))
-        for name, mask in self.__dict__["_masks"].items():
-            parameter = parameters.get(name)
-            if parameter is not None and self.__dict__["_trains"].get(name, False):
-                trains_now = parameter.requires_grad
-                parameter.requires_grad_(True)  # torch takes hooks only then; they stay
-                parameter.register_hook(lambda grad, mask=mask: grad * mask.to(grad.dtype))
-                parameter.requires_grad_(trains_now)
+        masks: dict[str, Tensor] = self.__dict__["_masks"]
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name in masks and name in self.__dict__["_trains"]:
+                _mask_gradient(parameter, masks[name])
 
     def advance(self, step: int) -> list[str]:
         """Let train what the schedule lets train at a step (an epoch, where it counts in these).
@@ -67,13 +66,15 @@ class ProgramModule(nn.Module):
         names: dict[int, tuple[str, ...]] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
             names[id(parameter)] = (*names.get(id(parameter), ()), name)
+        self.__dict__["_clock"].step = step
         training = []
         for name, parameter in self.named_parameters():
-            trains = self.__dict__["_trains"].get(name, False) and schedule.trains(names[id(parameter)], step)
+            own = names[id(parameter)]
+            trains = not self.__dict__["_trains"].isdisjoint(own) and schedule.trains(own, step)
             if parameter.requires_grad != trains:
                 parameter.requires_grad_(trains)
-                if not trains:
-                    parameter.grad = None
+            if not trains:
+                parameter.grad = None
             if trains:
                 training.append(name)
         return training
@@ -87,12 +88,14 @@ class ProgramModule(nn.Module):
             for node in graph.nodes:  # submodules of higher-order ops
                 if node.op == "get_attr" and not _has(self, node.target):
                     _attach(self, node.target, _get(source, node.target))
-            module = fx.GraphModule(self, graph, class_name=self.__dict__["_title"])
+            module = fx.GraphModule(self, without_replaced(graph), class_name=self.__dict__["_title"])
             module.__dict__.update(
                 _parameters=self._parameters, _buffers=self._buffers, _modules=self._modules
             )
             for spec in ("_in_spec", "_out_spec"):
-                if hasattr(source, spec):
+                if hasattr(source, spec) and not hasattr(
+                    module, spec
+                ):  # the graph's own where it adds an output
                     module.__dict__[spec] = getattr(source, spec)
             compiled[training] = module
         return compiled[training]
@@ -108,17 +111,35 @@ class ProgramModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         fresh = ProgramModule({}, frozenset(), self.__dict__["_graph_of"], self.__dict__["_title"])
         memo[id(self)] = fresh
-        shared = ("_graph_of", "_compiled", "_title", "_masks", "_schedule", "_trains")
+        shared = ("_masks", "_schedule", "_trains")
         for key, value in self.__dict__.items():
-            if key not in shared:
+            if key not in (*shared, "_graph_of", "_compiled", "_title"):
                 fresh.__dict__[key] = copy.deepcopy(value, memo)
-        for key in ("_masks", "_schedule", "_trains"):
+        for key in shared:
             fresh.__dict__[key] = self.__dict__[key]
         fresh._hold()
         return fresh
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a program's module is not pickled: save the program, or this module's state_dict()")
+
+
+def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:
+    """Let the gradient of a parameter be zero where its mask is; of several masks the last one counts."""
+    known: Any = getattr(parameter, "_surgery_mask", None)
+    if known is not None:
+        known.remove()
+    held = ~mask
+
+    def hold(grad: Tensor) -> Tensor:
+        nonlocal held
+        held = held.to(grad.device)
+        return grad.masked_fill(held, 0)
+
+    trains = parameter.requires_grad
+    parameter.requires_grad_(True)  # torch takes hooks only then; they stay
+    parameter._surgery_mask = parameter.register_hook(hold)  # type: ignore[attr-defined]
+    parameter.requires_grad_(trains)
 
 
 def _get(root: Any, path: str) -> Any:

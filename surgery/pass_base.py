@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -26,11 +26,16 @@ class Numerics:
     """What inserting a pass may do to the outputs: nothing (tolerance 0), or a stated deviation with a reason.
 
     tolerance: largest absolute difference over the largest absolute output; infinite where the pass changes
-    what the model computes, by design.
+    what the model computes, by design. by_dtype: other tolerances, for programs of these dtypes.
     """
 
     tolerance: float = 0.0
     reason: str = ""
+    by_dtype: tuple[tuple[torch.dtype, float], ...] = ()
+
+    def on(self, dtype: torch.dtype) -> Numerics:
+        """What it says for a program whose coarsest weights have this dtype."""
+        return Numerics(dict(self.by_dtype).get(dtype, self.tolerance), self.reason)
 
     def __str__(self) -> str:
         if math.isinf(self.tolerance):
@@ -41,9 +46,14 @@ class Numerics:
 EXACT = Numerics()
 
 
-def rounded(tolerance: float, reason: str) -> Numerics:
-    """A pass that changes outputs by at most `tolerance` of their scale, and why it must."""
-    return Numerics(tolerance, reason)
+def rounded(
+    tolerance: float, reason: str, by_dtype: Mapping[torch.dtype, float] | None = None
+) -> Numerics:
+    """A pass that changes outputs by at most `tolerance` of their scale, and why it must.
+
+    by_dtype: what it allows in place of that where the program's coarsest weights have another dtype than fp32.
+    """
+    return Numerics(tolerance, reason, tuple((by_dtype or {}).items()))
 
 
 def changes(reason: str) -> Numerics:
@@ -71,7 +81,8 @@ class TensorSpec:
         if self.value is not None:
             made = self.value.to(device)
         else:
-            work = torch.float32 if (self.dtype or dtype).is_floating_point else (self.dtype or dtype)
+            wanted = self.dtype or dtype
+            work = torch.float32 if wanted.is_floating_point and wanted is not torch.float64 else wanted
             made = torch.empty(self.shape, dtype=work, device=device)
             self.init(made)
             made = made.to(self.dtype or dtype)
@@ -84,11 +95,19 @@ class TensorSpec:
 class MergeOp(Protocol):
     """How one pass changes a base tensor for good, in place, on a tensor of at least fp32.
 
-    Where it needs the base's own value too, which earlier merges may have moved on from, it has
-    `apply_from(weight, original)` in place of `apply_`.
+    One that folds what `g.swap_weight` put in the weight's place sets `inner = True`: these come first.
     """
 
     def apply_(self, weight: Tensor) -> None: ...
+
+
+class MergeFrom(Protocol):
+    """The same where the weight as its op reads it is needed too, from which earlier merges may have moved on.
+
+    original: the base's own, with what is `inner` folded in.
+    """
+
+    def apply_from(self, weight: Tensor, original: Tensor) -> None: ...
 
 
 class Pass(BaseModel):
@@ -132,6 +151,14 @@ class Pass(BaseModel):
         """What these options may do to the outputs at insertion."""
         return self.numerics
 
+    @property
+    def extends(self) -> bool:
+        """Whether the program returns more with it: further outputs, or further columns of one.
+
+        The contract then holds for what it returned before; see surgery.numerics.shared.
+        """
+        return False
+
     def options(self) -> dict[str, Any]:
         """Every option, JSON-able: the journal must not depend on what a later version has for a default."""
         return self.model_dump(mode="json", by_alias=True)
@@ -147,6 +174,8 @@ class Pass(BaseModel):
             return cls.model_validate(dict(options))
         except ValidationError as error:
             problem = error.errors()[0]
+            if not problem["loc"]:  # what a validator says of several options together
+                raise PassError(f"pass {cls.name!r}: {problem['msg'].removeprefix('Value error, ')}") from None
             field = ".".join(str(part) for part in problem["loc"]) or cls.name
             flag = "--" + field.replace("_", "-")
             if problem["type"] == "extra_forbidden":
@@ -164,7 +193,9 @@ class RewritePass(Pass):
     partial: it can act on parts of a fused projection. weightable: what it adds can be scaled (`g.weight`).
     mergeable: `merge` gives what the base weights become. freezes: the pipeline freezes the base before it,
     unless the user selects what trains. structural: the tensors it adds are weights of ops like the base's own,
-    which later passes target.
+    which later passes target. replaces: at its sites the op no longer reads the base's own weight, so that nothing
+    can be folded into that there, whichever came first. beside: what it adds stands beside the ops of its sites, so
+    that other adapters there are folded as if it were absent.
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear",)
@@ -174,6 +205,8 @@ class RewritePass(Pass):
     mergeable: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
     structural: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    beside: ClassVar[bool] = False
 
     @property
     def can_weigh(self) -> bool:
@@ -181,8 +214,18 @@ class RewritePass(Pass):
         return self.weightable
 
     @property
+    def adds_weights(self) -> bool:
+        """Whether the tensors that these options add are weights of ops like the base's own (`structural`)."""
+        return self.structural
+
+    @property
     def detaches(self) -> str:
         """Why the gradient is not that of the outputs (something is held constant by design), or empty."""
+        return ""
+
+    @property
+    def redirects(self) -> str:
+        """Why gradients of the base itself are others with it although the outputs are the same, or empty."""
         return ""
 
     def find(self, view: View) -> list[Site]:
@@ -211,6 +254,10 @@ class RewritePass(Pass):
         """Parameters of the base that this pass makes train (or stop), by name."""
         return {}
 
+    def frees(self, site: Site) -> set[str]:
+        """Parameters that nothing reads once this is applied here, by name; the plan says what is saved."""
+        return set()
+
     def limits(self, site: Site) -> dict[str, int]:
         """New upper bounds of dynamic dimensions, by name: a prompt leaves fewer positions."""
         return {}
@@ -218,6 +265,14 @@ class RewritePass(Pass):
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """The tensors this pass adds at a site; shapes depend on options and `site.decided` alone."""
         return {}
+
+    def tensor_prefix(self, site: Site) -> str:
+        """What the engine puts before the name of each tensor that this pass adds at a site."""
+        owner, _, leaf = site.key.owner.rpartition(".")
+        stem = self.attribute if leaf == "weight" else f"{leaf}_{self.attribute}"
+        if site.key.ordinal:
+            stem += f"_use{site.key.ordinal + 1}"
+        return f"{owner}.{stem}" if owner else stem
 
     def tensor_names(self, site: Site) -> dict[str, str]:
         """Names of tensors in the program, for those that the engine's own naming does not suit."""
@@ -227,11 +282,31 @@ class RewritePass(Pass):
         """The value that replaces the output at one call of the site."""
         raise NotImplementedError
 
+    def reaching(self, site: Site, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs by placeholder name, as given or changed so that what was inserted takes part in the outputs.
+
+        For a pass that the example inputs do not reach (new tokens): exports and the kit try these too.
+        """
+        return dict(inputs)
+
+    @property
+    def simplifies(self) -> bool:
+        """Whether what these options add has a plainer form, computed once when the program is merged (`simplify`)."""
+        return False
+
+    def simplify(self, places: Sequence[tuple[Site, Mapping[str, Tensor]]]) -> list[dict[str, Tensor]]:
+        """The tensors of that form at each place, from those as trained, by their names in the pass.
+
+        `rewrite` then finds these in place of the others, and `site.decided["simplified"]` true. One that keeps its
+        name stays the tensor that it is.
+        """
+        raise NotImplementedError
+
     def keeps(self, site: Site) -> str | None:
         """None, or why this site cannot be folded although the pass is mergeable."""
         return None
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, MergeOp | MergeFrom]:
         """What the base's weight (and bias) become: {"weight": op, "bias": op}."""
         raise NotImplementedError
 
@@ -262,7 +337,8 @@ class Selection:
 
     trains: whether it trains. rates: its learning rate over that of the optimiser. windows: from which step on,
     and up to which (exclusive, None: for good), it trains. unit: what a step is, "step" or "epoch". masks: which
-    of its values train (bool, of its shape); the gradient of the others is zero.
+    of its values train (bool, of its shape or with 1 for sizes along which it is the same); the gradient of the
+    others is zero.
     """
 
     trains: Mapping[str, bool] = field(default_factory=dict)
@@ -273,8 +349,13 @@ class Selection:
 
 
 class SelectPass(Pass):
-    """A pass that says which parameters train, when, and how fast. It changes no graph."""
+    """A pass that says which parameters train, when, and how fast. It changes no graph.
 
+    Of one parameter the last selection that names it counts, whatever earlier ones said of it. exclusive: it names
+    every parameter of the base, so that nothing else of that trains.
+    """
+
+    exclusive: ClassVar[bool] = False
     default_target: ClassVar[str | None] = None
 
     def select(self, parameters: tuple[str, ...]) -> dict[str, bool]:

@@ -9,7 +9,7 @@ from importlib import metadata
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, device, fx, nn, random
+from torch import Tensor, device, fx, random
 
 from surgery import replay, target
 from surgery.base import Base
@@ -20,8 +20,10 @@ from surgery.ordering import in_order
 from surgery.pass_base import GraphPass, Pass, RewritePass, Selection, SelectPass, TensorSpec
 from surgery.passes.freeze import Freeze
 from surgery.probe import InputSet, Probe
+from surgery.reverting import trained_before
 from surgery.rewriter import MetaCache, copy_graph
-from surgery.selecting import Candidates, select
+from surgery.schedule import Schedule
+from surgery.selecting import Candidates, checked, select
 from surgery.sites import Site, live_nodes, tail
 from surgery.view import View
 
@@ -66,7 +68,20 @@ class PassPlan:
 
     @property
     def parameters(self) -> int:
-        return sum(s.parameters for s in self.accepted)
+        """How many values it adds that train; a tensor that several sites share counts once."""
+        found: dict[Any, int] = {}
+        for planned in self.accepted:
+            shared = self.pass_.tensor_names(planned.site) if isinstance(self.pass_, RewritePass) else {}
+            for name, spec in planned.specs.items():
+                if spec.trainable:
+                    found[shared.get(name, (planned.site.key, name))] = spec.numel()
+        return sum(found.values())
+
+    @property
+    def freed(self) -> set[str]:
+        """Parameters that nothing would read any more."""
+        pass_ = self.pass_
+        return {n for s in self.accepted for n in pass_.frees(s.site)} if isinstance(pass_, RewritePass) else set()
 
 
 @dataclass(frozen=True)
@@ -146,12 +161,7 @@ def _complete(program: Program, passes: Sequence[Pass], freeze_base: bool | None
 
 def _freeze_base(base: Base) -> Freeze:
     """Freeze everything, except what the checkpoint did not hold: a new head has to train."""
-    fresh = [
-        name
-        for name, tensor in base.tensors.items()
-        if base.loaded.files and name in base.loaded.unsourced and isinstance(tensor, nn.Parameter)
-    ]
-    terms = ",".join(f"!path:{name}" for name in fresh)
+    terms = ",".join(f"!path:{name}" for name in base.fresh)
     return Freeze(target=f"all,{terms}" if terms else "all")
 
 
@@ -175,7 +185,8 @@ def _plan_pass(program: Program, pass_: Pass, auto: bool, probe: Probe) -> PassP
     asked = pass_.target or pass_.default_target
     read_apart = asked is not None and not isinstance(pass_, GraphPass)
     notes = target.readings_differ(program.sites.sites, asked) if read_apart and asked else ()
-    return PassPlan(pass_, plans, Selection(trains), notes=tuple(notes))
+    selection = checked(program, pass_.entry_id, Selection(trains))
+    return PassPlan(pass_, plans, selection, notes=tuple(notes))
 
 
 def _plan_site(pass_: RewritePass, site: Site, live: set[fx.Node], probe: Probe) -> SitePlan:
@@ -199,7 +210,8 @@ def _plan_selection(program: Program, pass_: SelectPass, auto: bool, probe: Prob
     if asked is None:
         raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'embed.*'")
     chosen = select(program, asked)
-    return PassPlan(pass_, selection=pass_.selection(Candidates(program, chosen, probe)), auto=auto)
+    selection = pass_.selection(Candidates(program, chosen, probe))
+    return PassPlan(pass_, selection=checked(program, pass_.entry_id, selection), auto=auto)
 
 
 def apply(
@@ -222,31 +234,36 @@ def apply(
         begun = perf_counter()
         planned = _plan_pass(program, pass_, auto, Probe(program, data))
         entry = _entry(program, planned)
+        Schedule.of([*program.journal, entry])
+        kept = {entry.before[name]: value for name, value in trained_before(program, entry).items()}
         if isinstance(pass_, RewritePass):
             graph, tensors = _rewrite(program, pass_, planned, entry)
+            tensors.update(kept)
             adapted = Program(
                 program.base, program.journal.add(entry), tensors, program.changed, graph, program.reports
             )
-            observed = observe(reference, adapted.run()) if checking else None
+            observed = observe(reference, adapted.run(), pass_.extends) if checking else None
         else:
-            tensors = {**program.tensors, **{entry.masks[n]: m for n, m in planned.selection.masks.items()}}
+            masks = {entry.masks[n]: mask for n, mask in planned.selection.masks.items()}
+            tensors = {**program.tensors, **masks, **kept}
             adapted = Program(
                 program.base, program.journal.add(entry), tensors, program.changed, program.graph
             )
             adapted.reports = program.reports
             observed = Observed(True, 0.0)
-        if observed is not None and not observed.within(pass_.contract):
+        declared = pass_.contract.on(program.precision)
+        if observed is not None and not observed.within(declared):
             raise PassError(
-                f"{entry.id} declares {pass_.contract}, but the outputs moved by {observed.difference:.1e} of "
+                f"{entry.id} declares {declared}, but the outputs moved by {observed.difference:.1e} of "
                 f"their scale on the example inputs; nothing was changed"
             )
-        if observed is not None and not observed.equal and checking:
+        if observed is not None and checking and (pass_.extends or not observed.equal):
             reference = adapted.run()
         why = (
             "" if observed else ("verification was turned off" if not verify else "weights are not in memory")
         )
         entry = replace(
-            entry, numerics={"declared": str(pass_.contract), "observed": str(observed) if observed else why}
+            entry, numerics={"declared": str(declared), "observed": str(observed) if observed else why}
         )
         adapted.journal = program.journal.add(entry)
         report = PassReport(entry, planned, observed, why, perf_counter() - begun)
@@ -269,6 +286,8 @@ def _entry(program: Program, planned: PassPlan) -> Entry:
     else:
         assert isinstance(pass_, RewritePass)
         ident, kind = pass_.entry_id, "rewrite"
+        if not planned.sites:
+            raise PassError(f"{pass_.entry_id}: it has nothing to do at what the target names; target other sites")
         if not planned.accepted:
             first = planned.refused[0]
             more = f" (and {len(planned.refused) - 1} more)" if len(planned.refused) > 1 else ""
@@ -278,8 +297,8 @@ def _entry(program: Program, planned: PassPlan) -> Entry:
             for s in planned.accepted
         )
     chosen = planned.selection
-    masks = {name: _mask_name(program, name, ident) for name in chosen.masks}
-    return Entry(
+    masks = {name: _own_name(program, name, ident, "mask") for name in chosen.masks}
+    entry = Entry(
         id=ident,
         pass_name=pass_.name,
         kind=kind,
@@ -296,6 +315,8 @@ def _entry(program: Program, planned: PassPlan) -> Entry:
         limits=_limits(pass_, planned),
         auto=planned.auto,
     )
+    before = {name: _own_name(program, name, ident, "before") for name in trained_before(program, entry)}
+    return replace(entry, before=before)
 
 
 def _limits(pass_: Pass, planned: PassPlan) -> dict[str, int]:
@@ -307,9 +328,9 @@ def _limits(pass_: Pass, planned: PassPlan) -> dict[str, int]:
     return found
 
 
-def _mask_name(program: Program, parameter: str, ident: str) -> str:
+def _own_name(program: Program, parameter: str, ident: str, what: str) -> str:
     owner, _, leaf = parameter.rpartition(".")
-    name = f"{owner}.{ident.replace(':', '_')}.{leaf}_mask".lstrip(".")
+    name = f"{owner}.{ident.replace(':', '_')}.{leaf}_{what}".lstrip(".")
     if name in program.base.tensors or name in program.tensors:
         raise PassError(f"{ident}: the name {name} is taken; choose another --as")
     return name
@@ -317,11 +338,7 @@ def _mask_name(program: Program, parameter: str, ident: str) -> str:
 
 def _tensor_names(program: Program, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
     site = planned.site
-    owner, _, leaf = site.key.owner.rpartition(".")
-    stem = pass_.attribute if leaf == "weight" else f"{leaf}_{pass_.attribute}"
-    if site.key.ordinal:
-        stem += f"_use{site.key.ordinal + 1}"
-    prefix = f"{owner}.{stem}" if owner else stem
+    prefix = pass_.tensor_prefix(site)
     names = {name: f"{prefix}.{name}" for name in planned.specs}
     names.update(pass_.tensor_names(site))
     for full in names.values():

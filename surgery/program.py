@@ -14,14 +14,15 @@ from surgery.base import Base
 from surgery.capture import Captured
 from surgery.capture.shapes import limited
 from surgery.errors import JournalError, PassError
-from surgery.folding import fold, foldable
+from surgery.folding import fold, foldable, simplifiable, simplify
 from surgery.journal import Entry, Journal
 from surgery.module import ProgramModule
 from surgery.numerics import Observed, observe
 from surgery.pass_base import Pass, rounded
 from surgery.pipeline import PassReport, PlanReport
 from surgery.probe import InputSet
-from surgery.schedule import ParameterGroup, Schedule, parameter_groups
+from surgery.reverting import handed_on, reverted
+from surgery.schedule import Clock, ParameterGroup, Schedule, parameter_groups, trained_values
 from surgery.sites import Site, SiteIndex, live_nodes
 from surgery.view import View
 
@@ -37,7 +38,8 @@ class Program:
     together; `apply` and `undo` give programs that train apart.
 
     tensors: what passes inserted, by name. changed: base tensors of which this program holds its own copy
-    (they train, or were trained). reports: what the last `apply` did, pass by pass.
+    (they train, or were trained). reports: what the last `apply` did, pass by pass. clock: the step that its
+    module has been advanced to, shared by its views.
     """
 
     def __init__(
@@ -48,16 +50,19 @@ class Program:
         changed: dict[str, Tensor] | None = None,
         graph: fx.Graph | None = None,
         reports: tuple[PassReport, ...] = (),
+        clock: Clock | None = None,
     ) -> None:
         self.base = base
         self.journal = journal or Journal()
         self.tensors: dict[str, Tensor] = dict(tensors or {})
         self.changed: dict[str, Tensor] = changed if isinstance(changed, dict) else {}
         self.reports = reports
+        self.clock = clock or Clock()
         self._graph = graph
         self._train_graph: fx.Graph | None = None
         self._module: ProgramModule | None = None
         self._runner: tuple[int, fx.GraphModule] | None = None
+        self._said: tuple[Journal, Schedule, dict[str, str | None]] | None = None
 
     def __repr__(self) -> str:
         total, trainable = self.count_parameters()
@@ -114,16 +119,31 @@ class Program:
 
     def trains(self, name: str, step: int | None = None) -> bool:
         """Whether a parameter trains, at a step of its schedule or (None) ever."""
-        if step is not None and not self.schedule.trains(self.names.get(name, (name,)), step):
+        own = self.tensors.get(name)
+        tensor = self.base.tensors.get(name) if own is None else own
+        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
             return False
-        tensor = self.tensors.get(name)
-        default = tensor is None or isinstance(tensor, nn.Parameter)
-        return self.journal.trains(self.names.get(name, (name,)), default)
+        names = self.names.get(name, (name,))
+        if names[0] in self._put_back or (step is not None and not self.schedule.trains(names, step)):
+            return False
+        return self.journal.trains(names, isinstance(tensor, nn.Parameter))
 
     @property
     def schedule(self) -> Schedule:
-        """When each parameter trains, and how fast: what selections have decided."""
-        return Schedule.of(self.journal)
+        """When each parameter trains, how fast, and which of its values: what selections have decided."""
+        return self._reading()[1]
+
+    @property
+    def _put_back(self) -> dict[str, str | None]:
+        """What only passes that are left out made train, and the tensor that holds what it was before them."""
+        return self._reading()[2]
+
+    def _reading(self) -> tuple[Journal, Schedule, dict[str, str | None]]:
+        if self._said is None or self._said[0] is not self.journal:
+            out = [e for e in self.journal if e.weight == 0]
+            back = reverted(out, self.journal, self.base.names)
+            self._said = (self.journal, Schedule.of(self.journal), back)
+        return self._said
 
     def parameter_groups(
         self, lr: float = 1e-3, *, weight_decay: float = 0.0, step: int | None = None
@@ -145,9 +165,12 @@ class Program:
         return sizes
 
     def count_parameters(self) -> tuple[int, int]:
-        """(all, trainable) numbers of parameters, counted as `parameter_sizes` does."""
-        sizes = self.parameter_sizes()
-        return sum(sizes.values()), sum(size for n, size in sizes.items() if self.trains(n))
+        """(all, trainable) numbers of parameters, counted as `parameter_sizes` does; of one under a mask, what it lets
+        train."""
+        sizes, masks = self.parameter_sizes(), self.schedule.masks
+        held = {n: self.tensors[masks[n]] for n in sizes if n in masks}
+        trained = (trained_values(size, held.get(n)) for n, size in sizes.items() if self.trains(n))
+        return sum(sizes.values()), sum(trained)
 
     def plan(
         self, *passes: Pass, freeze_base: bool | None = None, data: Sequence[InputSet] = ()
@@ -179,25 +202,33 @@ class Program:
         """The program with its adapters folded into the base weights: original names, original nodes.
 
         It is a journal entry: the base weights stay as they are and the folded ones are made when they are
-        asked for. in_place folds into the base's own storage (half the memory, but this cannot be undone in
-        memory, and every program on this base sees it). Raises PassError where nothing can be folded.
+        asked for. What no weight can hold but has a plainer form is put into that, computed now. in_place folds into
+        the base's own storage (half the memory, but this cannot be undone in memory, and every program on this base
+        sees it). Raises PassError where nothing can be folded.
         """
         folded, kept = foldable(self.base, self.journal, self.sites)
         done = {name for e in self.journal if e.kind == "merge" for name in e.options.get("folded", ())}
         folded = [name for name in folded if name not in done]
-        if not folded:
+        plain = [e for e in simplifiable(self.base, self.journal) if e not in folded]
+        kept = {name: why for name, why in kept.items() if name not in plain}
+        if not folded and not plain:
             reasons = "; ".join(f"{name}: {why}" for name, why in kept.items())
             raise PassError(f"merge: nothing can be folded ({reasons or 'the program has no adapter'})")
+        wanted = [e for e in self.journal if e.id in plain]
+        records, made = simplify(self.base, wanted, self.tensors, self.sites)
         entry = Entry(
             id=f"merge{sum(e.kind == 'merge' for e in self.journal) or ''}",
             pass_name="merge",
             kind="merge",
             distribution_version=pipeline.core_version(),
-            options={"folded": folded, "kept": kept},
+            options={"folded": folded, "kept": kept, "simplified": plain},
+            sites=records,
+            trains=dict.fromkeys(made, False),
         )
+        tensors = {**self.tensors, **made}
         if in_place:
-            return self._merge_in_place(entry, folded)
-        merged = Program(self.base, self.journal.add(entry), self.tensors, dict(self.changed))
+            return self._merge_in_place(entry, folded, tensors)
+        merged = Program(self.base, self.journal.add(entry), tensors, dict(self.changed), clock=self.clock)
         if not verify or not self.base.in_memory:
             return merged
         seen = observe(self.run(), merged.run())
@@ -215,10 +246,15 @@ class Program:
     @property
     def merge_tolerance(self) -> float:
         """How far a merge may move the outputs, over their scale: that of the coarsest dtype of the base."""
-        dtypes = {t.dtype for t in self.base.tensors.values() if t.is_floating_point()}
-        return max((MERGE_TOLERANCE.get(d, 5e-2) for d in dtypes), default=0.0)
+        return MERGE_TOLERANCE.get(self.precision, 5e-2)
 
-    def _merge_in_place(self, entry: Entry, folded: list[str]) -> Program:
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest floating-point dtype of the base's weights."""
+        dtypes = {t.dtype for t in self.base.tensors.values() if t.is_floating_point()}
+        return max(dtypes, key=lambda d: MERGE_TOLERANCE.get(d, 5e-2), default=torch.float32)
+
+    def _merge_in_place(self, entry: Entry, folded: list[str], tensors: Mapping[str, Tensor]) -> Program:
         entries = [e for e in self.journal if e.id in folded]
         tied = {
             r.key.owner for e in entries for r in e.sites if len(self.base.names.get(r.key.owner, ())) > 1
@@ -230,9 +266,10 @@ class Program:
         values = {**self.base.tensors, **self.changed}
         fold(self.base, entries, self.tensors, values, self.sites, in_place=True)
         self.base.consumed = True
-        left = {n for e in self.journal if e.kind == "rewrite" and e.id not in folded for n in e.tensor_names}
-        journal = Journal(tuple(e for e in self.journal if e.id not in folded))
-        return Program(self.base, journal, {n: t for n, t in self.tensors.items() if n in left}, self.changed)
+        merged = self.journal.add(entry)
+        journal = Journal(tuple(merged.standing(e) for e in self.journal if e.id not in folded))
+        left = {n for e in journal if e.kind == "rewrite" for n in e.tensor_names}
+        return Program(self.base, journal, {n: t for n, t in tensors.items() if n in left}, self.changed)
 
     def without(self, *names: str) -> Program:
         """The same program with adapters left out (their tensors are kept, and shared)."""
@@ -248,7 +285,7 @@ class Program:
                     raise PassError(
                         f"{entry.id}: {entry.pass_name} can be left out (0) or in (1), not scaled"
                     )
-        return Program(self.base, journal, self.tensors, self.changed)
+        return Program(self.base, journal, self.tensors, self.changed, clock=self.clock)
 
     def only(self, *names: str) -> Program:
         """The program with just these adapters in."""
@@ -268,7 +305,8 @@ class Program:
             )
         gone = {e.id for e in self.journal.find(name)}
         for entry in self.journal:
-            stands_on = gone & set(entry.options.get("folded", ())) if entry.kind == "merge" else set()
+            taken = [*entry.options.get("folded", ()), *entry.options.get("simplified", ())]
+            stands_on = gone & set(taken) if entry.kind == "merge" else set()
             if stands_on and entry.id not in gone:
                 raise JournalError(
                     f"{sorted(stands_on)[0]!r} is folded by {entry.id!r}; undo {entry.id!r} first"
@@ -279,17 +317,19 @@ class Program:
                 raise JournalError(
                     f"{entry.id!r} stands on {sorted(below)[0]}, which {name!r} added; undo {entry.id!r} first"
                 )
-        left = [e for e in self.journal if e.id not in gone]
+        entries = [e for e in self.journal if e.id in gone]
+        left = handed_on(entries, [e for e in self.journal if e.id not in gone])
         if not any(e.kind == "rewrite" for e in left):
             left = [e for e in left if not e.auto]
         names = {n for e in left for n in e.tensor_names}
         tensors, changed = self.copies()
-        kept = {n: t for n, t in tensors.items() if n in names}
-        undone = Program(self.base, Journal(tuple(left)), kept, changed)
-        for n in list(changed):  # what trained only because the pass said so is the base's again
-            if self.trains(n) and not undone.trains(n):
-                del changed[n]
-        return undone
+        journal = Journal(tuple(left))
+        for n, before in reverted(entries, journal, self.base.names).items():
+            if before is None:
+                changed.pop(n, None)
+            else:
+                (tensors if n in tensors else changed)[n] = nn.Parameter(tensors[before])
+        return Program(self.base, journal, {n: t for n, t in tensors.items() if n in names}, changed)
 
     def undo_all(self) -> Program:
         """The base, bit for bit."""
@@ -310,36 +350,41 @@ class Program:
         if self._module is None:
             self._own()
             self._module = self._make_module()
-            self._module.advance(0)
+            self._module.advance(self.clock.step)
         return self._module
 
     def _make_module(self) -> ProgramModule:
         title = type(self.base.loaded.module).__name__
-        masks = {n: self.tensors[mask] for e in self.journal for n, mask in e.masks.items()}
+        state = self.state()
+        schedule = self.schedule
+        own = {id(tensor) for tensor in self._held().values()}
+        trains = [n for n, tensor in state.items() if id(tensor) in own and self.trains(n)]
+        masks = {name: self.tensors[mask] for name, mask in schedule.masks.items()}
         return ProgramModule(
-            self.state(), self.base.non_persistent, self._graph_of, title, masks, self.schedule
+            state, self.base.non_persistent, self._graph_of, title, trains, masks, schedule, self.clock
         )
 
     def state(self) -> dict[str, Tensor]:
         """Every parameter and buffer as this program has it, by every name; tied ones are one object."""
         shells: dict[int, Tensor] = {}
         state: dict[str, Tensor] = {}
-        folded = self.folded()
+        folded, held = self.folded(), self._held()
+        for name, tensor in held.items():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(self.trains(name, self.clock.step))
         for name, tensor in self.base.tensors.items():
             if name in folded:
                 state[name] = nn.Parameter(folded[name], requires_grad=False)
                 continue
             if id(tensor) not in shells:
-                shells[id(tensor)] = self._shell(name, tensor)
+                shells[id(tensor)] = self._shell(name, tensor, held)
             state[name] = shells[id(tensor)]
         live = {n for e in replay.live_entries(self.journal) for n in e.tensor_names}
-        for name, tensor in self.tensors.items():
+        for name in self.tensors:
             if name in folded:
                 state[name] = nn.Parameter(folded[name], requires_grad=False)
             elif name in live:
-                if isinstance(tensor, nn.Parameter):
-                    tensor.requires_grad_(self.trains(name))
-                state[name] = tensor
+                state[name] = held[name]
         return state
 
     def folded(self) -> dict[str, Tensor]:
@@ -349,18 +394,23 @@ class Program:
         return fold(self.base, entries, self.tensors, self._values(), self.sites) if ids else {}
 
     def _values(self) -> dict[str, Tensor]:
-        return {**self.base.tensors, **self._by_all_names(), **self.tensors}
+        held = {n: t for name, t in self._held().items() for n in self.base.names.get(name, (name,))}
+        return {**self.base.tensors, **held}
 
-    def _by_all_names(self) -> dict[str, Tensor]:
-        return {n: t for name, t in self.changed.items() for n in self.base.names.get(name, (name,))}
+    def _held(self) -> dict[str, Tensor]:
+        """Changed and inserted tensors; what only passes that are left out made train is as it was before them."""
+        held = {**self.changed, **self.tensors}
+        for name, before in self._put_back.items():
+            if before is None:
+                held.pop(name, None)
+            else:
+                held[name] = nn.Parameter(self.tensors[before], requires_grad=False)
+        return held
 
-    def _shell(self, name: str, tensor: Tensor) -> Tensor:
+    def _shell(self, name: str, tensor: Tensor, held: Mapping[str, Tensor]) -> Tensor:
         canonical = self.base.names.get(name, (name,))[0]
-        if canonical in self.changed:
-            held = self.changed[canonical]
-            if isinstance(held, nn.Parameter):
-                held.requires_grad_(self.trains(name))
-            return held
+        if canonical in held:
+            return held[canonical]
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(tensor.detach(), requires_grad=False)
         return tensor
@@ -368,7 +418,7 @@ class Program:
     def _own(self) -> None:
         """Give this program its own copy of every base tensor that training can change."""
         if self.base.in_memory:
-            for name in self.parameter_names():
+            for name in self.parameter_sizes():
                 if name in self.base.tensors and name not in self.changed and self.trains(name):
                     self.changed[name] = nn.Parameter(self.base.tensors[name].detach().clone())
             for name, tensor in self.base.tensors.items():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.errors import PassError
-from surgery.journal import Journal
+from surgery.journal import Entry
 
 if TYPE_CHECKING:
     from surgery.program import Program
@@ -17,42 +17,58 @@ if TYPE_CHECKING:
 Window = tuple[int, int | None]
 
 
+@dataclass
+class Clock:
+    """The step that a program's training has come to; programs that train together share it."""
+
+    step: int = 0
+
+
 @dataclass(frozen=True)
 class Schedule:
     """windows: parameter name -> the steps [first, last) in which it trains; absent: always. rates: its learning
-    rate over the optimiser's. unit: what a step is, "step" or "epoch"."""
+    rate over the optimiser's. masks: the tensor that says which of its values train; absent: all. unit: what a
+    step is, "step" or "epoch"."""
 
     windows: Mapping[str, Window] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
+    masks: Mapping[str, str] = field(default_factory=dict)
     unit: str = "step"
 
     @staticmethod
-    def of(journal: Journal) -> Schedule:
-        """What the journal's selections say; of one parameter the last one counts."""
+    def of(entries: Iterable[Entry]) -> Schedule:
+        """What the entries of a journal say; of one parameter the last one that names it counts, for all of this.
+
+        Raises PassError where two that are in force count in different units.
+        """
         windows: dict[str, Window] = {}
         rates: dict[str, float] = {}
-        units: dict[str, str] = {}
-        for entry in journal:
-            for name in entry.trains:
-                windows.pop(name, None)
-                rates.pop(name, None)
+        masks: dict[str, str] = {}
+        counts: dict[str, Entry] = {}  # by parameter: who made its window
+        for entry in entries:
+            if entry.weight == 0:
+                continue
+            for kept in (windows, rates, masks, counts):
+                for name in entry.trains:
+                    kept.pop(name, None)
             windows.update(entry.windows)
             rates.update(entry.rates)
-            if entry.windows:
-                units[entry.unit] = entry.id
+            masks.update(entry.masks)
+            counts.update(dict.fromkeys(entry.windows, entry))
+        units = {entry.unit: entry.id for entry in counts.values()}
         if len(units) > 1:
             raise PassError(
-                f"{' and '.join(map(repr, units.values()))} count in {' and '.join(units)}; use one unit in both"
+                f"{' and '.join(map(repr, units.values()))} count in {' and '.join(units)}; use one --unit in both"
             )
-        return Schedule(windows, rates, next(iter(units), "step"))
+        return Schedule(windows, rates, masks, next(iter(units), "step"))
 
     def trains(self, names: tuple[str, ...], step: int) -> bool:
         """Whether a parameter, by any of its names, may train at a step."""
-        for name in names:
-            first, last = self.windows.get(name, (0, None))
-            if step < first or (last is not None and step >= last):
-                return False
-        return True
+        first, last = self.window(names)
+        return first <= step and (last is None or step < last)
+
+    def window(self, names: tuple[str, ...]) -> Window:
+        return next((self.windows[name] for name in names if name in self.windows), (0, None))
 
     def rate(self, names: tuple[str, ...]) -> float:
         return next((self.rates[name] for name in names if name in self.rates), 1.0)
@@ -62,6 +78,11 @@ class Schedule:
         """The steps at which something starts or stops to train, 0 left out."""
         ends = {end for window in self.windows.values() for end in window if end}
         return tuple(sorted(ends))
+
+
+def trained_values(size: int, mask: Tensor | None) -> int:
+    """How many values of a parameter of that size train under a mask (see Selection.masks)."""
+    return size if mask is None else int(mask.sum()) * (size // mask.numel())
 
 
 class ParameterGroup(TypedDict, total=False):
@@ -77,31 +98,37 @@ class ParameterGroup(TypedDict, total=False):
 def parameter_groups(
     program: Program, lr: float, *, weight_decay: float = 0.0, step: int | None = None
 ) -> list[ParameterGroup]:
-    """The parameters of `program.module()` that train, in groups of one learning rate and one window.
+    """The parameters of `program.module()` that train, in groups of one learning rate, decay and window.
+
+    Give them to one optimiser, and call `module.advance(step)` before each step: what does not train then has no
+    gradient, and optimisers pass over what has none, momentum and all. A learning-rate scheduler scales each
+    group from its own rate.
 
     lr: of a parameter with rate 1. weight_decay: of weight matrices; norms, biases and parameters under a gradient
-    mask get none, since decay would move what the mask holds. step: only what trains at that step; None: all that
-    ever does (call `module.advance(step)`, and what does not train yet has no gradient and is passed over).
+    mask get none. A mask makes gradients zero, and an optimiser that moves a value by its gradient's history
+    alone (SGD, Adam, AdamW and their kin) then leaves it bit for bit; decay moves it without a gradient, so with
+    `module.parameters()` in place of these groups, give the optimiser no decay. step: only what trains at that
+    step; None: all that ever does.
     """
     module = program.module()
-    tensors: dict[str, Any] = dict(module.named_parameters(remove_duplicate=True))
-    masked = {n for entry in program.journal for n in entry.masks}
-    groups: dict[tuple[float, float, Window], ParameterGroup] = {}
     schedule = program.schedule
+    groups: dict[tuple[float, float, Window], ParameterGroup] = {}
+    tensors: dict[str, Any] = dict(module.named_parameters())
+    read = program.parameter_sizes().keys()
     for name, parameter in tensors.items():
-        if not program.trains(name, step):
-            continue
         names = program.names.get(name, (name,))
-        decays = parameter.dim() > 1 and masked.isdisjoint(names)
-        window = next((schedule.windows[n] for n in names if n in schedule.windows), (0, None))
-        key = (schedule.rate(names), weight_decay if decays else 0.0, window)
+        if not program.trains(name, step) or read.isdisjoint(names):
+            continue
+        decays = parameter.dim() > 1 and schedule.masks.keys().isdisjoint(names)
+        key = (schedule.rate(names), weight_decay if decays else 0.0, schedule.window(names))
         group = groups.setdefault(
-            key, {"params": [], "lr": lr * key[0], "weight_decay": key[1], "names": [], "window": window}
+            key, {"params": [], "lr": lr * key[0], "weight_decay": key[1], "names": [], "window": key[2]}
         )
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
+        when = "" if step is None else f" at {schedule.unit} {step}"
         raise PassError(
-            "nothing trains in this program; select something (full, layerwise, …) or add an adapter"
+            f"nothing trains in this program{when}; select something (full, layerwise, …) or add an adapter"
         )
     return list(groups.values())

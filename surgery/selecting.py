@@ -2,50 +2,127 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from surgery import target
+from surgery.errors import PassError, nearest
+from surgery.layers import layers_of
+from surgery.pass_base import Selection
 from surgery.probe import Probe
 from surgery.sites import Site
 
 if TYPE_CHECKING:
+    from surgery.journal import Entry
     from surgery.program import Program
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """program: as it is before the selection. targeted: parameter names that the target selected."""
+    """program: as it is before the selection. targeted: parameter names that the target selected.
+
+    Parameters go by the first of their names, also in what is asked for here.
+    """
 
     program: Program
     targeted: tuple[str, ...]
     probe: Probe
 
     @cached_property
-    def roles(self) -> dict[str, str]:
-        """Role of the site that a parameter belongs to, its bias included; absent for what is at no site."""
-        return roles_of(self.program)
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Roles of the sites that a parameter belongs to, as weight or bias; absent for what is at no site."""
+        found: dict[str, dict[str, None]] = {}
+        for site in self.program.sites:
+            for name in (site.weight, site.bias):
+                if name is not None and site.role:
+                    found.setdefault(self.first(name), {})[site.role] = None
+        return {name: tuple(roles) for name, roles in found.items()}
 
     @cached_property
-    def sites(self) -> dict[str, Site]:
-        """Site by the name of its weight."""
-        return {site.weight: site for site in self.program.sites if site.weight is not None}
+    def sites(self) -> dict[str, list[Site]]:
+        """Sites by the name of their weight."""
+        found: dict[str, list[Site]] = {}
+        for site in self.program.sites:
+            if site.weight is not None:
+                found.setdefault(self.first(site.weight), []).append(site)
+        return found
 
-    @property
-    def biases(self) -> set[str]:
-        """Parameters that a site adds as its bias, norms' included."""
-        return {site.bias for site in self.program.sites if site.bias is not None}
+    def first(self, name: str) -> str:
+        """The first of a parameter's names."""
+        return self.program.names.get(name, (name,))[0]
 
-    @property
+    @cached_property
     def everything(self) -> tuple[str, ...]:
-        """Every parameter of the base (and of structural passes), adapters left out."""
-        return tuple(n for n in self.program.parameter_names() if n in self.program.names)
+        """Every parameter of the base (and of structural passes) that can train, adapters left out."""
+        names = self.program.names
+        return tuple(n for n in self.program.parameter_names() if n in names and self.can_train(n))
+
+    def can_train(self, name: str) -> bool:
+        """Whether a parameter is of a floating dtype: packed weights are not."""
+        return self._tensor(name).is_floating_point()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensor(name).shape)
+
+    def _tensor(self, name: str) -> Tensor:
+        own = self.program.tensors.get(name)
+        return self.program.base.tensors[name] if own is None else own
 
     @property
+    def fresh(self) -> tuple[str, ...]:
+        """Parameters that the checkpoint did not hold, such as a new head."""
+        return self.program.base.fresh
+
+    @cached_property
     def depth(self) -> dict[str, int]:
-        """Depth by parameter name: 0 before the first block, then the blocks, then what follows them."""
-        return self.program.view.depth
+        """Depth by parameter name: 0 before the first block, then the blocks, then `deepest` for what follows.
+
+        A model without repeated blocks has its layers in their place: one for each weight on the longest way
+        through. Absent for what the outputs do not depend on.
+        """
+        view = self.program.view
+        found = view.depth if view.blocks else layers_of(view)
+        depth: dict[str, int] = {}
+        for name, deep in found.items():
+            if name in self.program.names:
+                first = self.first(name)
+                depth[first] = min(deep, depth.get(first, deep))
+        return {n: depth[n] for n in self.everything if n in depth}
+
+    @cached_property
+    def deepest(self) -> int:
+        """The depth of what follows the last block: the head, the last norm."""
+        view = self.program.view
+        found = view.depth if view.blocks else layers_of(view)
+        blocks = sum(len(row) for row in view.blocks)
+        return blocks + 1 if blocks else max(found.values(), default=0)
+
+    @cached_property
+    def by_depth(self) -> dict[int, list[str]]:
+        """What the target names, by depth from the top down. What the checkpoint did not hold counts as head,
+        wherever it stands and whatever is targeted: it has to train."""
+        fresh, targeted = set(self.fresh), set(self.targeted)
+        found: dict[int, list[str]] = {}
+        for name in self.everything:
+            deep = self.deepest if name in fresh else self.depth.get(name)
+            if deep is not None and name in fresh | targeted:
+                found.setdefault(deep, []).append(name)
+        return dict(sorted(found.items(), reverse=True))
+
+    def rates(self, names: Iterable[str], decay: float) -> dict[str, float]:
+        """Learning rates that fall by `decay` with every depth below the head; none where nothing falls."""
+        deep = {n: d for d, group in self.by_depth.items() for n in group}
+        return {n: decay ** (self.deepest - deep[n]) for n in names} if decay != 1 else {}
+
+    def only(self, names: Collection[str]) -> dict[str, bool]:
+        """These train, and nothing else of the base does; adapters are left as they are."""
+        return {name: name in names for name in self.everything}
 
     def named(self, pattern: str) -> tuple[str, ...]:
         """Parameter names that another target names. Raises TargetError where it misses."""
@@ -61,3 +138,73 @@ def select(program: Program, pattern: str) -> tuple[str, ...]:
     names = tuple(program.parameter_names())
     aliases = program.names
     return target.select_parameters(names, roles_of(program), pattern, lambda n: aliases.get(n, (n,)))
+
+
+def checked(program: Program, who: str, selection: Selection) -> Selection:
+    """The selection by first names. Raises PassError where it is about nothing, or contradicts itself."""
+    names = set(program.parameter_names())
+
+    def first(name: str) -> str:
+        found = program.names.get(name, (name,))[0]
+        if found not in names:
+            raise PassError(
+                f"{who} selects {name!r}, which is no parameter of the program{nearest(name, names)}"
+            )
+        return found
+
+    if selection.unit not in ("step", "epoch"):
+        raise PassError(f"{who}: a schedule counts in 'step' or 'epoch', not in {selection.unit!r}")
+    trains = {first(n): bool(t) for n, t in selection.trains.items()}
+    rates = {first(n): float(rate) for n, rate in selection.rates.items()}
+    windows = {first(n): window for n, window in selection.windows.items()}
+    masks = {first(n): mask for n, mask in selection.masks.items()}
+    for name in (*rates, *windows, *masks):
+        if not trains.get(name):
+            raise PassError(f"{who} gives {name} a rate, window or mask, and does not let it train")
+    for name, rate in rates.items():
+        if not (rate > 0 and math.isfinite(rate)):
+            raise PassError(f"{who} gives {name} the rate {rate}; a rate is a positive number")
+    for name, (begin, end) in windows.items():
+        if begin < 0 or (end is not None and end <= begin):
+            raise PassError(f"{who} gives {name} the window {begin} to {end}, in which there is no step")
+    for name, mask in masks.items():
+        _check_mask(program, who, name, mask)
+    return Selection(trains, rates, windows, selection.unit, masks)
+
+
+def _check_mask(program: Program, who: str, name: str, mask: Tensor) -> None:
+    own = program.tensors.get(name)
+    shape = (program.base.tensors[name] if own is None else own).shape
+    fits = mask.dim() == len(shape) and all(m in (1, s) for m, s in zip(mask.shape, shape, strict=True))
+    if mask.dtype != torch.bool or not fits:
+        raise PassError(
+            f"{who}: the mask of {name} is {mask.dtype} {tuple(mask.shape)}; it has to be torch.bool, of the shape "
+            f"{tuple(shape)} or with 1 in place of any of its sizes"
+        )
+    if not mask.any():
+        raise PassError(f"{who}: the mask of {name} lets nothing train; let the parameter not train at all")
+
+
+def in_words(said: Selection | Entry, tensors: Mapping[str, Tensor]) -> str:
+    """One line on what a selection, or an entry of the journal, decides. tensors: where an entry's masks are."""
+    training = sum(said.trains.values())
+    stopping = len(said.trains) - training
+    counts = [_counted(training, "train")] * bool(training) + [_counted(stopping, "stop")] * bool(stopping)
+    parts = [", ".join(counts) or "nothing is selected"]
+    windows = sorted(set(said.windows.values()), key=lambda w: (w[0], w[1] is None, w[1] or 0))
+    if len(windows) > 1 or (windows and windows[0] != (0, None)):
+        last = max(end for window in windows for end in window if end is not None)
+        ends = "one after another" if any(end is not None for _, end in windows) else "each kept on"
+        parts.append(f"{len(windows)} windows over {last} {said.unit}s, {ends}")
+    rates = set(said.rates.values())
+    if rates - {1.0}:
+        parts.append(f"rates {min(rates):.3g} to {max(rates):.3g}")
+    masks = [tensors[m] if isinstance(m, str) else m for m in said.masks.values()]
+    if masks:
+        shares = [float(mask.float().mean()) for mask in masks]
+        parts.append(f"{len(masks)} of them in part, {min(shares):.0%} to {max(shares):.0%} of their values")
+    return "; ".join(parts)
+
+
+def _counted(number: int, verb: str) -> str:
+    return f"{number} parameter {verb}s" if number == 1 else f"{number} parameters {verb}"

@@ -96,6 +96,13 @@ class View:
 
         return depth_of(self.graph, self.calls, self.blocks)
 
+    @cached_property
+    def biases(self) -> dict[SiteKey, list[str]]:
+        """Names of the parameters that are added as biases, by the site that they belong to."""
+        from surgery.biases import site_biases
+
+        return site_biases(self)
+
     def node(self, name: str) -> fx.Node:
         """The node of that name. KeyError where there is none."""
         return self._by_name[name]

@@ -308,7 +308,7 @@ FAULTS = {
     IgnoresItsLabel: ("second", "is taken"),
     WrongMerge: ("merge", "merging moves the outputs"),
     MergesNoBias: ("merge", "merging moves the outputs"),
-    ChangesTheBaseGraph: ("restored", "changed the captured graph"),
+    ChangesTheBaseGraph: ("restored", "graph"),
     ForgetsWeight: ("weights", "has to use g.weight"),
     ForgetsWeightInMerge: ("weights", "differ by"),
     DrawsAtReplay: ("second", "does not give the first back"),

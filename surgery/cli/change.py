@@ -19,6 +19,8 @@ from surgery.hf_format import write_hf
 from surgery.plugins import Plugins
 from surgery.program import Program
 from surgery.recipe import write_recipe
+from surgery.replay import live_entries
+from surgery.selecting import in_words
 
 output = click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
@@ -83,10 +85,11 @@ def apply(
         if entry.kind == "rewrite":
             line.append(f"{len(entry.sites)} sites, {count(planned.parameters)} parameters; outputs ")
             line.append(outcome(report))
+            if entry.trains:
+                line.append(f"; of the base {in_words(entry, result.tensors)}")
         else:
-            stops = sum(not t for t in entry.trains.values())
             line.append(
-                f"{stops} parameters stop training" + (" (added by the pipeline)" if entry.auto else "")
+                in_words(entry, result.tensors) + (" (added by the pipeline)" if entry.auto else "")
             )
         out.print(line)
         for row in planned.refused:
@@ -120,20 +123,26 @@ def merge(
     """Fold adapters into the base weights: original names, original nodes."""
     refuse_taken(output, overwrite)
     program = choose_adapters(loader(directory), only, without, weights)
-    already = program.journal.merged and not (only or without or weights)
-    merged = program if already and format_ == "hf" else program.merge()
-    entry = next(e for e in reversed(merged.journal.entries) if e.kind == "merge")
+    plain = not live_entries(program.journal)  # merged before, or only weights of the base were trained
+    merged = program if plain and format_ == "hf" else program.merge()
+    entry = next((e for e in reversed(merged.journal.entries) if e.kind == "merge"), None)
     if format_ == "hf":
         write_hf(merged, output, overwrite=overwrite)
     else:
         merged.save(output, standalone=standalone, overwrite=overwrite)
     out = console()
-    out.print(
-        f"folded {', '.join(entry.options['folded'])} into {len(merged.folded())} weights; outputs as before, "
-        f"{entry.numerics.get('observed', 'as merged before')}; {len(merged.graph.nodes)} nodes"
-    )
-    for name, why in entry.options.get("kept", {}).items():
-        out.print(Text(f"  kept {name}: {why}", style="yellow"))
+    if entry is None:
+        out.print("no adapter to fold; the base's weights as they were trained")
+    else:
+        folded, plain = entry.options["folded"], entry.options.get("simplified", ())
+        done = [f"folded {', '.join(folded)} into {len(merged.folded())} weights"] if folded else []
+        done += [f"computed {', '.join(plain)} once"] if plain else []
+        out.print(
+            f"{'; '.join(done)}; outputs as before, {entry.numerics.get('observed', 'as merged before')}; "
+            f"{len(merged.graph.nodes)} nodes"
+        )
+        for name, why in entry.options.get("kept", {}).items():
+            out.print(Text(f"  kept {name}: {why}", style="yellow"))
     out.print(f"wrote {output}" + (" (a transformers directory)" if format_ == "hf" else ""))
 
 

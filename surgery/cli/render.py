@@ -42,7 +42,7 @@ def outcome(report: PassReport) -> str:
         return f"of another shape: {declared.reason}"
     if math.isinf(declared.tolerance):
         return f"changed by {seen.difference:.1e} of their scale: {declared.reason}"
-    return f"unchanged within {seen.difference:.1e}, declared {declared}"
+    return f"unchanged within {seen.difference:.1e}, declared {report.entry.numerics['declared']}"
 
 
 def trainable_line(program: Program) -> str:
@@ -53,7 +53,9 @@ def trainable_line(program: Program) -> str:
 
 def note_unfrozen(out: Console, passes: Sequence[Pass], freeze_base: bool | None) -> None:
     """Say when the pipeline leaves the base training, because the user selects what trains."""
-    selects = next((p.name for p in passes if isinstance(p, SelectPass)), None)
+    selections = [p for p in passes if isinstance(p, SelectPass)]
+    settled = any(p.exclusive for p in selections)
+    selects = next((p.name for p in selections), None) if not settled else None
     if selects and freeze_base is None and any(isinstance(p, RewritePass) for p in passes):
         out.print(
             f"note: --pass {selects} says what trains, so the rest of the base does; --freeze-base freezes it first",

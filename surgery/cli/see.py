@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from surgery.pipeline import PassPlan, PlanReport, describe_options
 from surgery.plugins import Plugins
 from surgery.program import Program
 from surgery.recipe import Recipe, read_recipe
+from surgery.schedule import trained_values
+from surgery.selecting import in_words
 
 
 @click.command()
@@ -50,8 +52,8 @@ def inspect(model: str, as_json: bool, plugins: Plugins, loader: Callable[..., P
     out.print(tree)
     out.print(trainable_line(program))
     for entry in program.journal:
-        where = f"{len(entry.sites)} sites" if entry.sites else f"{len(entry.trains)} parameters"
-        out.print(f"  applied: {entry.id} on {where}")
+        said = in_words(entry, program.tensors) if entry.kind == "select" else f"on {len(entry.sites)} sites"
+        out.print(f"  applied: {entry.id} {said}")
 
 
 def _branch(branches: dict[str, Tree], path: str) -> Tree:
@@ -191,18 +193,35 @@ def plan(
         for sentence in planned.notes:
             out.print(Text(f"  note: {sentence}", style="yellow"))
     note_unfrozen(out, wanted.passes, wanted.freeze_base)
+    sizes = program.parameter_sizes()
+    freed = sum(sizes.get(name, 0) for name in _freed(program, report.passes))
     out.print(
         trainable_line(program)
-        + f"; the plan adds {count(sum(p.parameters for p in report.passes))}, and then "
+        + f"; the plan adds {count(sum(p.parameters for p in report.passes))}"
+        + (f" and leaves out {count(freed)}" if freed else "")
+        + ", and then "
         + f"{_trainable_after(program, report):,} train"
     )
 
 
+def _freed(program: Program, passes: Sequence[PassPlan]) -> set[str]:
+    """Parameters that nothing would read any more, by the names that they are counted by."""
+    return {program.names.get(name, (name,))[0] for planned in passes for name in planned.freed}
+
+
 def _trainable_after(program: Program, report: PlanReport) -> int:
     trains: dict[str, bool] = {}
+    masks = {name: program.tensors[mask] for name, mask in program.schedule.masks.items()}
     for planned in report.passes:
         trains.update(planned.trains)
-    kept = sum(n for name, n in program.parameter_sizes().items() if trains.get(name, program.trains(name)))
+        masks = {name: mask for name, mask in masks.items() if name not in planned.trains}
+        masks.update(planned.selection.masks)
+    sizes, freed = program.parameter_sizes(), _freed(program, report.passes)
+    kept = sum(
+        trained_values(n, masks.get(k))
+        for k, n in sizes.items()
+        if k not in freed and trains.get(k, program.trains(k))
+    )
     return kept + sum(planned.parameters for planned in report.passes)
 
 
@@ -234,9 +253,10 @@ def _plan_title(planned: PassPlan) -> Text:
         text.append(f"  {len(planned.accepted)} sites, {count(planned.parameters)} parameters added")
         if planned.refused:
             text.append(f", {len(planned.refused)} refused", style="red")
+        if planned.trains:
+            text.append(f"; of the base {in_words(planned.selection, {})}")
     else:
-        stops = sum(not trains for trains in planned.trains.values())
-        text.append(f"  {stops} parameters stop training, {len(planned.trains) - stops} train")
+        text.append(f"  {in_words(planned.selection, {})}")
     return text
 
 
@@ -248,6 +268,8 @@ def _note(row: Any) -> str:
         notes.append(f"called {len(row.site.calls)} times, one adapter")
     if row.site.decided.get("rows"):
         notes.append(f"parts {', '.join(row.site.decided['rows'])}")
+    numbers = {k: v for k, v in row.site.decided.items() if type(v) in (int, float)}
+    notes.extend(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
     return "; ".join(notes)
 
 
@@ -258,6 +280,7 @@ def _plan_json(planned: PassPlan) -> dict[str, Any]:
         "options": planned.pass_.options(),
         "auto": planned.auto,
         "parameters_added": planned.parameters,
+        "left_out": sorted(planned.freed),
         "sites": [
             {
                 "path": row.site.path,
@@ -266,12 +289,17 @@ def _plan_json(planned: PassPlan) -> dict[str, Any]:
                 "shape": list(row.site.shape),
                 "tied": list(row.site.tied),
                 "refusal": row.refusal,
+                "decided": dict(row.site.decided),
                 "tensors": {name: list(spec.shape) for name, spec in row.specs.items()},
                 "parameters_added": row.parameters,
             }
             for row in planned.sites
         ],
         "trains": planned.trains,
+        "rates": planned.selection.rates,
+        "windows": planned.selection.windows,
+        "unit": planned.selection.unit,
+        "masked": {n: float(m.float().mean()) for n, m in planned.selection.masks.items()},
         "notes": list(planned.notes),
     }
 

@@ -5,7 +5,8 @@ untouched    sites refused or not targeted keep their op and inputs; the pass in
 inserted     no inserted node is dead, or lacks meta or provenance; every declared tensor is used
 effect       with random parameters the outputs move
 tied         tied weights stay tied and as they were, and merge without changing their other uses
-second       the same label is refused; another works on top, within the declared numerics, and undoes
+second       the same label is refused; another works on top, within the declared numerics, and undoes, or is
+             refused everywhere because of the first, by name
 merge        merged against unmerged, with random parameters, at two shapes, also stacked
 restored     after merging: the original names, nodes and wiring, and the base's graph as it was
 weights      left out is exact; half is half, merged too, or refused where the pass is not weightable
@@ -14,6 +15,7 @@ reload       saved, and loaded in another process with another seed and thread c
 reexport     torch.export takes it again; the result runs at another batch size
 unflatten    torch.export.unflatten of that gives the same outputs
 gradients    gradients reach exactly what should train, in eval and train mode, and are right
+held         steps of AdamW move what should train, when it should, and not a bit of anything else
 onnx         parity in onnxruntime; every inserted tensor is in the file, under its name, with provenance
 input        the program that was given, and its model, are bit for bit as before
 """
@@ -25,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
-from surgery.conformance import graph, merging, shipping, training, values
+from surgery.conformance import graph, holding, merging, shipping, training, values
 from surgery.conformance.case import Case, ConformanceError, Skip
 from surgery.conformance.report import ConformanceReport, Outcome
 from surgery.errors import SurgeryError, nearest
@@ -47,6 +49,7 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "reexport": shipping.reexport,
     "unflatten": shipping.unflatten,
     "gradients": training.gradients,
+    "held": holding.held,
     "onnx": shipping.onnx,
     "input": values.unchanged,
 }
@@ -74,6 +77,7 @@ def check_pass(
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="surgery-conformance-") as folder:
         case = Case(pass_, program, seed, scale, Path(folder))
+        _refuse(case)
         for name in checks or CHECKS:
             begun = perf_counter()
             try:
@@ -91,6 +95,16 @@ def check_pass(
                 status, detail = "failed", str(failure)
             outcomes.append(Outcome(name, status, detail, perf_counter() - begun))
     return ConformanceReport(pass_.entry_id, tuple(outcomes))
+
+
+def _refuse(case: Case) -> None:
+    """Raise what the pass says where it cannot be applied at all; other errors are for the checks to report."""
+    try:
+        _ = case.adapted
+    except SurgeryError:
+        raise
+    except Exception:
+        return
 
 
 def _unexpected(pass_: Pass, check: str, error: Exception) -> ConformanceError:

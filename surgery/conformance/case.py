@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from torch.utils import _pytree as pytree
 from surgery.base import hash_graph
 from surgery.capture import fresh_inputs, other_sizes
 from surgery.errors import CaptureError
-from surgery.export.program import parity_inputs
-from surgery.journal import Entry
+from surgery.export.program import parity_inputs, reaching_inputs
+from surgery.journal import Entry, Journal
 from surgery.numerics import Observed, observe
-from surgery.pass_base import Pass, RewritePass
+from surgery.pass_base import Numerics, Pass, RewritePass
 from surgery.pipeline import PassPlan, SitePlan
 from surgery.program import Program
+from surgery.reverting import reverted
 from surgery.sites import Site
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -71,6 +73,11 @@ class Case:
             raise Skip("a selection changes no graph")
         return self.pass_
 
+    @property
+    def declared(self) -> Numerics:
+        """The pass's contract for the dtype of this program."""
+        return self.pass_.contract.on(self.program.precision)
+
     # -- programs
 
     @cached_property
@@ -94,8 +101,20 @@ class Case:
             torch.manual_seed(self.seed)
             return program.apply(pass_, verify=False, **options)
 
+    def once_only(self, again: Pass) -> str:
+        """Why a second application is refused at every site of the first: because of that one, by its name; or ""."""
+        here = {planned.site.key for planned in self.accepted}
+        planned = self.random.plan(again, freeze_base=False).passes[-1]
+        reasons = [str(p.refusal) for p in planned.refused if p.site.key in here]
+        if planned.accepted or not all(repr(self.entry.id) in reason for reason in reasons):
+            return ""
+        return f"a second is refused at each of {len(reasons)} sites: {reasons[0]}" if reasons else ""
+
     def randomise(self, program: Program, entry: Entry) -> None:
-        """Noise of `scale` over the root of the fan-in: what is inserted then weighs about as much as the base."""
+        """Noise of `scale` over the root of the fan-in: what is inserted then weighs about as much as the base.
+
+        What the pass alone lets train of the base moves too, by a tenth of its own size.
+        """
         generator = torch.Generator().manual_seed(self.seed + 1)
         with torch.no_grad():
             for name in entry.tensor_names:
@@ -104,6 +123,13 @@ class Case:
                     fan = tensor.numel() // tensor.shape[0] if tensor.dim() > 1 else 4
                     noise = torch.randn(tensor.shape, generator=generator) * (self.scale / max(fan, 1) ** 0.5)
                     tensor.add_(noise.to(tensor.dtype))
+            others = Journal(tuple(e for e in program.journal if e.id != entry.id))
+            for name in reverted([entry], others, program.base.names):
+                tensor = program.module().get_parameter(name)
+                mask = program.tensors[entry.masks[name]] if name in entry.masks else True
+                spread = self.scale / 5 * tensor.abs().mean() + 1e-3
+                noise = torch.randn(tensor.shape, generator=generator) * spread * mask
+                tensor.add_(noise.to(tensor.dtype))
 
     @staticmethod
     def to_train(program: Program) -> Program:
@@ -128,12 +154,13 @@ class Case:
     @property
     def trainable(self) -> list[str]:
         """Names of inserted tensors that the pass declares trainable."""
-        return [
+        names = (
             record.tensors[name]
             for site, record in zip(self.accepted, self.entry.sites, strict=True)
             for name, spec in site.specs.items()
             if spec.trainable
-        ]
+        )
+        return list(dict.fromkeys(names))
 
     # -- inputs
 
@@ -153,15 +180,30 @@ class Case:
             return None
         return fresh_inputs(captured, sizes, self.seed) if sizes else None
 
-    def compare(self, a: Program, b: Program) -> Observed:
-        """The worst over all inputs."""
-        seen = [observe(a.run(*args, **kwargs), b.run(*args, **kwargs)) for args, kwargs in self.inputs]
+    @cached_property
+    def reaching(self) -> list[Inputs]:
+        """Inputs in which what the pass inserted takes part, where those above do not make it."""
+        return [(a, dict(k)) for a, k in reaching_inputs(self.random, self.inputs)]
+
+    @property
+    def exercised(self) -> Inputs:
+        """One set of inputs in which what the pass inserted takes part."""
+        return (self.reaching or self.inputs)[0]
+
+    def compare(self, a: Program, b: Program, inputs: list[Inputs] | None = None, more: bool = False) -> Observed:
+        """The worst over all inputs. more: b may return more than a, where the pass extends outputs."""
+        sets = self.inputs if inputs is None else inputs
+        more = more and self.pass_.extends
+        seen = [observe(a.run(*args, **kwargs), b.run(*args, **kwargs), more) for args, kwargs in sets]
         return Observed(all(s.equal for s in seen), max(s.difference for s in seen))
 
     @cached_property
     def moved(self) -> float:
-        """How far random parameters move the outputs, over their scale."""
-        return self.compare(self.program, self.random).difference
+        """How far random parameters move the outputs, over their scale: those of before, or else the new ones."""
+        moved = self.compare(self.program, self.random, more=True).difference
+        if 0 < moved < math.inf:
+            return moved
+        return self.compare(self.adapted, self.random, self.inputs + self.reaching).difference
 
     @cached_property
     def merge_tolerance(self) -> float:

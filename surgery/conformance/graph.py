@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from surgery.conformance.case import Case, Skip, exactly
 from surgery.errors import PassError
@@ -29,8 +31,12 @@ def untouched(case: Case) -> str:
             raise case.error(
                 "untouched", f"node {node.name} claims to be inserted", owners.get(node.name, "")
             )
-        found = fx.node.map_arg((twin.args, twin.kwargs), lambda n: _original(case, n, after, touched))
-        if str(found) != str((node.args, node.kwargs)):
+        args: Any = _without_added(case, twin) if twin.op == "output" else twin.args
+        args, given = (args, twin.kwargs), (node.args, node.kwargs)
+        if _mark(twin).get("resized") == entry:
+            args, given = _without_sizes(args), _without_sizes(given)
+        found = fx.node.map_arg(args, lambda n: _original(case, n, after, touched))
+        if str(found) != str(given):
             raise case.error("untouched", f"node {node.name} has other inputs", owners.get(node.name, ""))
     for name in sorted(touched - set(allowed)):
         raise case.error(
@@ -39,13 +45,41 @@ def untouched(case: Case) -> str:
     return f"{_refused_alone(case)}; {len(after) - len(case.program.graph.nodes)} nodes more"
 
 
+def _without_sizes(args: Any) -> Any:
+    """The arguments of an op less what may be a length in them: only tensors, and numbers that are no integers."""
+
+    def blank(value: Any) -> Any:
+        number = isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), torch.Tensor)
+        return "size" if number or type(value) is int else value
+
+    return pytree.tree_map(blank, args)
+
+
+def _without_added(case: Case, output: fx.Node) -> tuple[Any, ...]:
+    """What the graph returns, less the outputs that the pass says it adds."""
+    (returned,) = output.args
+    if not case.pass_.extends or not isinstance(returned, (tuple, list)):
+        return output.args
+    added = [n for n in returned if isinstance(n, fx.Node) and _adds(case, n)]
+    return (type(returned)(n for n in returned if n not in added),)
+
+
+def _adds(case: Case, node: fx.Node) -> bool:
+    mark = _mark(node)
+    return mark.get("entry") == case.entry.id and "output" in mark
+
+
 def _original(case: Case, node: fx.Node, after: dict[str, fx.Node], touched: set[str]) -> fx.Node:
     """What stood here before the pass; notes which ops it wrapped or fed."""
     while _mark(node).get("entry") == case.entry.id and (node.op != "get_attr" or "wraps" in _mark(node)):
         mark = _mark(node)
-        if "wraps" in mark:
-            node = after[mark["wraps"]]
+        stands_for = next((mark[key] for key in ("wraps", "instead_of", "follows") if key in mark), None)
+        if stands_for is not None:
+            node = after[stands_for]
             touched.add(mark.get("call", node.name))
+        elif "feeds" in mark:
+            touched.add(mark["call"])
+            node = after[mark["feeds"]]
         elif mark.get("input"):
             touched.add(mark["call"])
             node = node.args[0]  # type: ignore[assignment]
@@ -103,6 +137,23 @@ def inserted(case: Case) -> str:
 def live_parameters(graph: fx.Graph) -> set[str]:
     """Names of tensors on which an output depends."""
     return {str(node.target) for node in live_nodes(graph) if node.op == "get_attr"}
+
+
+def learning_parameters(graph: fx.Graph) -> set[str]:
+    """Names of tensors to which a gradient leads back from an output: on a way of floating values alone."""
+    stack = [node for node in graph.nodes if node.op == "output"]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(n for n in node.all_input_nodes if _may_have_gradient(n))
+    return {str(node.target) for node in seen if node.op == "get_attr"}
+
+
+def _may_have_gradient(node: fx.Node) -> bool:
+    values = pytree.tree_leaves(node.meta.get("val"))
+    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in values)
 
 
 def _mark(node: fx.Node) -> dict[str, Any]:

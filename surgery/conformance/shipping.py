@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,12 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from surgery.conformance.case import Case, Inputs, Skip, fingerprint, tensors_of
+from surgery.conformance.graph import live_parameters
+from surgery.export.again import export_again
+from surgery.journal import Journal
 from surgery.loading import load
 from surgery.numerics import observe
 from surgery.pass_base import Pass
 from surgery.plugins import make_plugin_manager
 from surgery.program import Program
 from surgery.replay import live_entries
+from surgery.saved import INSERTED, read_manifest
 
 _TIMEOUT = 600
 
@@ -27,6 +32,7 @@ def reload(case: Case) -> str:
     """Saved by one process, loaded by another with another seed and thread count: the same bits."""
     path = case.folder / "saved"
     case.random.save(path, overwrite=True)
+    _as_written(case, path)
     base = case.program.base
     if not base.ref:
         _same_here(case, load(str(path), base=case.program, plugins=base.plugins))  # type: ignore[arg-type]
@@ -39,6 +45,17 @@ def reload(case: Case) -> str:
         _same_here(case, again)
         return "saved and loaded in this process; skipped the other process: no installed plugin has the pass"
     return _other_process(case, path)
+
+
+def _as_written(case: Case, path: Path) -> None:
+    """The journal, and the tensors that no graph reads (masks): what `state` does not show."""
+    written = Journal.from_json(read_manifest(path)["journal"]).to_json()
+    if json.dumps(written) != json.dumps(case.random.journal.to_json()):
+        raise case.error("reload", "the journal that was saved is not the program's")
+    stored = load_file(path / INSERTED) if case.random.tensors else {}
+    for name, tensor in case.random.tensors.items():
+        if name not in stored or fingerprint(stored[name]) != fingerprint(tensor):
+            raise case.error("reload", f"{name} is not in {INSERTED} as it is in the program")
 
 
 def _installed(pass_: Pass) -> bool:
@@ -86,14 +103,14 @@ def _exported(case: Case) -> Any:
     if "exported" not in case.__dict__:
         captured = case.random.captured
         args, kwargs = case.program.example_inputs
-        case.__dict__["exported"] = torch.export.export(
-            case.random.graph_module, args, kwargs, dynamic_shapes=captured.dynamic_shapes, strict=False
+        case.__dict__["exported"] = export_again(
+            case.random.graph_module, args, kwargs, captured.dynamic_shapes
         )
     return case.__dict__["exported"]
 
 
 def _sets(case: Case) -> list[Inputs]:
-    return [case.inputs[0]] + ([case.other] if case.other is not None else [])
+    return [case.inputs[0], *([case.other] if case.other is not None else []), *case.reaching]
 
 
 def _agrees(case: Case, check: str, module: Any) -> str:
@@ -139,15 +156,19 @@ def onnx(case: Case) -> str:
     path = case.folder / "model.onnx"
     report = case.random.export(path)
     stored = provenance_of(path)
+    read = live_parameters(case.random.graph)
     for entry in live_entries(case.random.journal):
         for record in entry.sites:
             for name, full in record.tensors.items():
+                if entry.id != case.entry.id and full not in read:
+                    continue  # an earlier pass's, which this one took over from
                 tensor = stored.get(full)
                 if tensor is None:
                     raise case.error(
                         "onnx", f"tensor {name!r} is not in the file under its name", record.path
                     )
-                if (tensor.pass_name, tensor.site) != (entry.pass_name, record.path):
+                sharing = {r.path for r in entry.sites if full in r.tensors.values()}
+                if tensor.pass_name != entry.pass_name or tensor.site not in sharing:
                     raise case.error("onnx", f"tensor {name!r} has lost its provenance", record.path)
                 if not tensor.nodes:
                     raise case.error("onnx", f"tensor {name!r} is read by no node of the pass", record.path)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.conformance.case import Case, Inputs, tensors_of
-from surgery.conformance.graph import live_parameters
+from surgery.conformance.graph import learning_parameters
 from surgery.errors import CaptureError
-from surgery.numerics import relative_difference
+from surgery.module import ProgramModule
+from surgery.numerics import relative_difference, shared
 from surgery.pass_base import RewritePass
 from surgery.program import Program
+from surgery.replay import live_entries, pass_of
+from surgery.sites import META, live_nodes
 
 _STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 _HALF = (torch.float16, torch.bfloat16)
@@ -25,11 +28,11 @@ def gradients(case: Case) -> str:
     notes = []
     program = case.to_train(case.random)
     module = program.module()
-    got = _grads(module, case.inputs[0])
-    _check_reached(case, program, got, "eval")
+    got = _grads(module, case.exercised)
+    _check_reached(case, program, module, got, "eval")
     _check_not_zero(case, got)
     if isinstance(case.pass_, RewritePass) and case.trainable:
-        held = case.rewrite.detaches
+        held = _held(case)
         notes.append(f"slope not compared: {held}" if held else _check_slope(case, program, module, got))
         notes.append(_check_base(case))
     try:
@@ -37,27 +40,41 @@ def gradients(case: Case) -> str:
     except CaptureError as error:
         notes.append(f"no train mode: {error}")
     else:
-        _check_reached(case, program, _grads(module, case.inputs[0]), "train")
+        _check_reached(case, program, module, _grads(module, case.exercised), "train")
         notes.append("train mode too")
     return (
         f"{len(got)} parameters, {len(case.trainable)} of them inserted; {'; '.join(n for n in notes if n)}"
     )
 
 
-def _loss(outputs: Any) -> Tensor:
-    """A fixed random functional of every floating output, in float64."""
+def _held(case: Case) -> str:
+    """Why gradients of the pass are not those of the outputs: its own reason, or that of an adapter it stands under."""
+    owners = {record.key.owner for record in case.entry.sites}
+    for entry in (case.entry, *live_entries(case.program.journal)):
+        pass_ = pass_of(entry, case.program.base.plugins)
+        if isinstance(pass_, RewritePass) and owners & {record.key.owner for record in entry.sites}:
+            why = pass_.detaches
+            if why:
+                return why if entry is case.entry else f"at {entry.id}, {why}"
+    return ""
+
+
+def loss_of(outputs: Any) -> Tensor:
+    """A fixed random functional of every floating output, in float64; of those with a gradient, where some have one."""
     generator = torch.Generator().manual_seed(0)
     terms = []
     for tensor in tensors_of(outputs):
-        if tensor.is_floating_point() and tensor.requires_grad == tensors_of(outputs)[0].requires_grad:
+        if tensor.is_floating_point():
             mix = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             terms.append((tensor.double() * mix).mean())
-    return torch.stack(terms).sum()
+    return torch.stack([t for t in terms if t.requires_grad] or terms).sum()
 
 
-def _grads(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+def _grads(module: nn.Module, inputs: Inputs, like: Any = None) -> dict[str, Tensor]:
+    """like: outputs beyond which those of the module are left out."""
     args, kwargs = inputs
-    loss = _loss(module(*args, **kwargs))
+    outputs = module(*args, **kwargs)
+    loss = loss_of(outputs if like is None else shared(like, outputs))
     if not loss.requires_grad:
         return {}
     loss.backward()
@@ -66,9 +83,11 @@ def _grads(module: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     return found
 
 
-def _check_reached(case: Case, program: Program, got: Mapping[str, Tensor], mode: str) -> None:
+def _check_reached(
+    case: Case, program: Program, module: ProgramModule, got: Mapping[str, Tensor], mode: str
+) -> None:
     names = program.base.names
-    live = live_parameters(program.graph)
+    live = learning_parameters(module.graph_module().graph)
     base = {
         name
         for name in program.parameter_names()
@@ -121,7 +140,7 @@ def _check_slope(case: Case, program: Program, module: nn.Module, got: Mapping[s
         for name, t in tensors.items()
     }
     expected = sum(float((got[n].double() * d).sum()) for n, d in along.items())
-    best = min((abs(_slope(module, case.inputs[0], tensors, along, s) - expected), s) for s in _STEPS)[0]
+    best = min((abs(_slope(module, case.exercised, tensors, along, s) - expected), s) for s in _STEPS)[0]
     error = best / abs(expected)
     if error > 0.05:
         raise case.error("gradients", f"the slope along them is off by {error:.0%}: something is detached")
@@ -137,18 +156,33 @@ def _slope(
         for sign in (1, -1):
             for name, tensor in tensors.items():
                 tensor.copy_(kept[name] + sign * step * along[name])
-            losses.append(float(_loss(module(*inputs[0], **inputs[1]))))
+            losses.append(float(loss_of(module(*inputs[0], **inputs[1]))))
         for name, tensor in tensors.items():
             tensor.copy_(kept[name])
     return (losses[0] - losses[1]) / (2 * step)
+
+
+def _add_stand_ins(program: Program, gradients: dict[str, Tensor]) -> None:
+    """A tensor and the copies that are read in its place share what was its gradient."""
+    for node in live_nodes(program.graph):
+        name, mark = str(node.target), node.meta.get(META, {})
+        if node.op == "get_attr" and "weight_of" in mark and name in gradients and name in program.tensors:
+            before = str(program.view.node(mark["wraps"]).target)
+            owner = program.base.names.get(before, (before,))[0]
+            if owner != name:
+                gradients[owner] = gradients.get(owner, 0) + gradients[name]
 
 
 def _check_base(case: Case) -> str:
     """At insertion an exact pass is the identity on values, and has to be on the base's gradients too."""
     if case.pass_.contract.tolerance:
         return "the base's gradients are not compared, as the pass rounds"
+    if case.rewrite.redirects:
+        return f"the base's gradients are not compared: {case.rewrite.redirects}"
     unfrozen = case.apply(case.program, case.pass_, freeze_base=False)
-    with_pass = _grads(case.to_train(unfrozen).module(), case.inputs[0])
+    like = case.reference if case.pass_.extends else None
+    with_pass = _grads(case.to_train(unfrozen).module(), case.inputs[0], like)
+    _add_stand_ins(unfrozen, with_pass)
     without = _grads(case.to_train(case.program).module(), case.inputs[0])
     worst = 0.0
     for name, gradient in without.items():

@@ -1,0 +1,126 @@
+"""BitFit: only biases train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from surgery.dataflow import op_name
+from surgery.errors import PassError
+from surgery.pass_base import MergeOp, RewritePass, TensorSpec
+from surgery.rewriter import Rewriter
+from surgery.sites import Site, tail
+from surgery.view import View
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
+
+aten = torch.ops.aten
+
+_TAKE_OUT = ("batch_norm", "instance_norm")
+
+
+class Bitfit(RewritePass):
+    """BitFit: in y = W x + b only b trains (Ben Zaken et al. 2022, arXiv:2106.10199).
+
+    Every parameter that an op adds as a bias trains, of linear and convolutional weights and of norms, and no other
+    of the base; a head that the checkpoint did not hold trains whole, and with `--train-head` any head. The base's
+    own biases train in place: leaving the pass out (`without`) or undoing it gives back what they were.
+
+    `--add-missing` gives linear, convolution and expert weights that have no bias one, b (out), or (experts × out)
+    for stacked experts, at zero: insertion is exact, y + 0. A convolution whose result goes into a batch norm gets
+    none: that norm takes a constant out again, and its own bias trains. Models without any bias (Llama, T5) need
+    this. A bias on keys has no effect in an attention without rotary positions, since softmax takes it out.
+
+    Merge: the base's biases are trained as they are; one that was added stays, as the base has no bias to hold it.
+    Biases cannot be scaled: the pass is in or out. Exact.
+    """
+
+    name: ClassVar[str] = "bitfit"
+    on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EXPERTS, NORM, EMBEDDING)
+    default_target: ClassVar[str | None] = "all"
+    mergeable: ClassVar[bool] = True
+
+    add_missing: bool = Field(False, description="weights without a bias get one, at zero")
+    train_head: bool = Field(False, description="the head's weights train too")
+
+    def find(self, view: View) -> list[Site]:
+        asked = super().find(view)
+        sites = [s for s in asked if s.key in view.biases or not (_never_has_one(s) or _is_taken_out(s))]
+        if not sites:
+            raise PassError(
+                f"bitfit: nothing that --target {self.target} names has a bias, or a use for one (embeddings have "
+                f"none, and a batch norm takes out what a convolution before it adds); target linear weights or norms"
+            )
+        return sites
+
+    def check(self, site: Site) -> str | None:
+        if self._biases(site) or (self.train_head and site.role.startswith("head")):
+            return None
+        if site.bias_is_computed:
+            return "its bias is computed, not a parameter; target what it is computed from"
+        if not self.add_missing:
+            return "it has no bias; --add-missing gives it one at zero"
+        if not site.float_dtype.is_floating_point:
+            return (
+                f"its weight is {site.dtype}, and no op dequantizes it; a bias needs a floating-point result"
+            )
+        return None
+
+    def _biases(self, site: Site) -> list[str]:
+        return site.probe.program.view.biases.get(site.key, [])
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        biases = self._biases(site)
+        missing = self.add_missing and not biases and not site.bias_is_computed
+        return {"biases": biases, "missing": missing}
+
+    def selects(self, site: Site) -> dict[str, bool]:
+        names = list(site.decided["biases"])
+        if self.train_head and site.role.startswith("head") and site.weight is not None:
+            names.append(site.weight)
+        return dict.fromkeys(names, True)
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        if not site.decided["missing"]:
+            return {}
+        experts = (site.size("e"),) if site.kind == EXPERTS else ()
+        return {"bias": TensorSpec((*experts, _outputs(site)))}
+
+    def rewrite(self, site: Site, g: Rewriter) -> fx.Node:
+        if not site.decided["missing"]:
+            return g.out
+        bias = g["bias"]
+        if site.kind == CONV:
+            bias = g.call(aten.view.default, bias, [-1, *(1 for _ in site.shape[2:])])
+        elif site.kind == EXPERTS:
+            assert g.call_ is not None
+            if g.call_.gather is not None:
+                bias = g.call(aten.index_select.default, bias, 0, g.call_.gather)
+            bias = g.call(aten.unsqueeze.default, bias, -1 if g.call_.x_axis == "column" else 1)
+        return g.call(aten.add.Tensor, g.out, bias)
+
+    def keeps(self, site: Site) -> str | None:
+        return (
+            "the base has no bias there, to hold the one that was added" if site.decided["missing"] else None
+        )
+
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, MergeOp]:
+        return {}
+
+
+def _outputs(site: Site) -> int:
+    transposed = site.kind == CONV and site.layout == "io"
+    return site.out_features * (site.groups if transposed else 1)
+
+
+def _never_has_one(site: Site) -> bool:
+    return site.kind in (EMBEDDING, NORM)
+
+
+def _is_taken_out(site: Site) -> bool:
+    """Whether all that reads a convolution subtracts its mean over places and samples."""
+    readers = [user for call in site.calls for user in tail(call.node).users]
+    return bool(readers) and all(op_name(user.target) in _TAKE_OUT for user in readers)

@@ -1,0 +1,69 @@
+"""What parameters of the base were before passes made them train: for passes that are undone, or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from surgery.journal import Entry, Journal
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+Names = Mapping[str, tuple[str, ...]]
+
+
+def trained_before(program: Program, entry: Entry) -> dict[str, Tensor]:
+    """Copies of what an entry makes train, where something that no longer trains it has moved it from the base."""
+    found: dict[str, Tensor] = {}
+    for name in made_trainable(entry):
+        said = program.journal.decided(program.names.get(name, (name,)))
+        held = program.changed.get(name)
+        if held is not None:
+            kept = said is not True and not torch.equal(held, program.base.tensors[name])
+        else:
+            held = program.tensors.get(name)
+            kept = said is False
+        if kept and held is not None:
+            found[name] = held.detach().clone()
+    return found
+
+
+def made_trainable(entry: Entry) -> list[str]:
+    return [name for name, trains in entry.trains.items() if trains]
+
+
+def reverted(gone: Iterable[Entry], left: Journal, names: Names) -> dict[str, str | None]:
+    """Parameters that train because of these entries and of no other, and what each was before: the name of the
+    tensor that holds it, or None for the base's own. names: of the base, all names of a parameter by each of them.
+
+    That everything trains in a program where nothing is said counts for no reason: what a selection let train
+    goes back to what it was. Adapters' own tensors do so only where they had been frozen.
+    """
+    found: dict[str, str | None] = {}
+    for entry in reversed(list(gone)):
+        for name in made_trainable(entry):
+            own = names.get(name, (name,))
+            if left.decided(own) is not True and (name in names or name in entry.before):
+                found[own[0]] = entry.before.get(name)
+    return found
+
+
+def handed_on(gone: Sequence[Entry], left: Sequence[Entry]) -> list[Entry]:
+    """The entries that stay, where one keeps what a parameter was before it, and that was the work of one that
+    goes: then it keeps what the parameter was before that."""
+    kept = list(left)
+    for entry in reversed(gone):
+        for name in made_trainable(entry):
+            for index, later in enumerate(kept):
+                if name in later.before:
+                    before = {n: t for n, t in later.before.items() if n != name}
+                    if name in entry.before:
+                        before[name] = entry.before[name]
+                    kept[index] = replace(later, before=before)
+                    break
+    return kept
