@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,14 +94,18 @@ def rewrite(
 ) -> fx.Node:
     """The site's output with DoRA on it. dropped: what enters after dropout, where that differs from g.x."""
     assert g.call_ is not None
-    stored = g.call(aten.detach.default, g.stored)
+
+    def ratio(part: Part) -> fx.Node:
+        if full_gradient:
+            return part.ratio(g.call, site, g.stored, scale)
+        stored, a, b = (g.call(aten.detach.default, value) for value in (g.stored, part.a, part.b))
+        return Part(a, b, part.magnitude, part.rows, part.index).ratio(g.call, site, stored, scale)
+
     ratios = []
     for part in parts:
-        held = part
-        if not full_gradient:
-            a, b = (g.call(aten.detach.default, value) for value in (part.a, part.b))
-            held = Part(a, b, part.magnitude, part.rows, part.index)
-        ratios.append(held.ratio(g.call, site, stored, scale))
+        shared = len(site.calls) > 1  # by the calls of a module that is used again
+        key = f"ratio of {part.magnitude.target}"
+        ratios.append(g.once(key, partial(ratio, part)) if shared else ratio(part))
     whole = ratios[0] if parts[0].rows is None else ones_elsewhere(g, ratios, g["rows"])
     out = _scaled_base(site, g, whole, dropped)
     scale *= g.weight

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -101,10 +102,10 @@ def read_residual(g: Rewriter, residual: fx.Node) -> None:
 class Displace:
     """Merge: W ← W + w·(residual − W₀), before anything else is folded, as the op reads it."""
 
+    inner: ClassVar[bool] = True
+
     residual: Tensor
     weight: float
-
-    inner = True
 
     def apply_from(self, weight: Tensor, original: Tensor) -> None:
         weight.add_(self.residual.detach().to(weight.dtype) - original, alpha=self.weight)

@@ -52,7 +52,7 @@ class Lora(RewritePass):
     m (out; experts × out) for each output, which starts at its norm (Liu et al. 2024, arXiv:2402.09353). The graph
     computes c = m/‖W + s·B A‖ and adds (c − 1) ⊙ W x + c ⊙ s·B A x to the output: insertion is exact, earlier
     adapters keep what they add, and the bias stays as it is. The norm is a constant to the gradient, as in the
-    paper's section 4.3; with `--full-gradient` it is one to W alone. In train mode with dropout, W reads the same
+    paper's section 4.3, unless there is `--full-gradient`. In train mode with dropout, W reads the same
     dropped input as the branch, as in PEFT. At weight w the op computes with W + w·(c ⊙ (W + s·B A) − W), which is
     also the merge.
 
@@ -115,6 +115,10 @@ class Lora(RewritePass):
     def detaches(self) -> str:
         held = self.dora and not self.full_gradient
         return "DoRA's norm is a constant to the gradient (section 4.3 of the paper)" if held else ""
+
+    @property
+    def redirects(self) -> str:
+        return "the norm takes out of a weight's gradient what lies along it" if self.full_gradient else ""
 
     def check(self, site: Site) -> str | None:
         if site.kind == CONV and site.layout == "io":
