@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from surgery.errors import PassError
-from surgery.sites import META, Site, head, tail
-from surgery.weight_ops import Call, arguments, operand, parameter_of
+from surgery.outputs import add_output, follow
+from surgery.sites import META, Site, head, is_aux, live_nodes, tail
+from surgery.standing import bias_now, replaced_by, weight_reader
+from surgery.weight_ops import LINEAR, Call, operand
 
 if TYPE_CHECKING:
     from surgery.view import View
@@ -31,6 +34,27 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     output.meta = copy.copy(source.meta)
     fresh._codegen = copy.copy(graph._codegen)
     return fresh
+
+
+def _module_stack(node: fx.Node) -> dict[Any, Any]:
+    return dict(node.meta.get("nn_module_stack", {}))
+
+
+def without_replaced(graph: fx.Graph) -> fx.Graph:
+    """The graph less the ops in whose place passes put others, and less what only these read.
+
+    The graph itself, where there are none: later passes match the replaced ops, but nobody has to run them.
+    """
+    live = live_nodes(graph)
+    marks = [n.meta.get(META, {}) for n in graph.nodes if n not in live]
+    if not any(mark.get("wrapped_by") or mark.get("gone_for") for mark in marks):
+        return graph
+    lean = copy_graph(graph)
+    kept = live_nodes(lean)
+    for node in reversed(lean.nodes):
+        if node not in kept and node.op != "placeholder":
+            lean.erase_node(node)
+    return lean
 
 
 class MetaCache:
@@ -55,7 +79,8 @@ class MetaCache:
         key = (op, self._key(args), *((name, self._key(value)) for name, value in kwargs.items()))
         if key not in self._results:
             values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-            with self.mode, torch.no_grad():
+            # Some kernels written in C++ take no symbolic sizes, or would fix them.
+            with self.mode, enable_python_dispatcher(), torch.no_grad():
                 self._results[key] = op(*values[0], **values[1])
         return self._results[key]
 
@@ -91,9 +116,10 @@ class Rewriter:
     """Inserts nodes for one pass at one call of a site.
 
     `x` is the activation that enters the op, `out` the value that its users see now (earlier adapters
-    included). `g["A"]` is the graph value of the pass's tensor A at this site; `g.call` inserts an op.
-    `weight` scales what an adapter adds (1 as trained, 0 as absent). `view` is the analysis of the graph as it
-    was before this pass; `view.training` says whether it was traced in train mode.
+    included); of an op that computes W @ x both are shown transposed, features last. `g["A"]` is the graph
+    value of the pass's tensor A at this site; `g.call` inserts an op. `weight` scales what an adapter
+    adds (1 as trained, 0 as absent). `view` is the analysis of the graph as it was before this pass;
+    `view.training` says whether it was traced in train mode.
     """
 
     def __init__(
@@ -110,6 +136,7 @@ class Rewriter:
         self.weight = weight
         self._view = view
         self._swapped: dict[fx.Node, fx.Node] = {}
+        self._like: fx.Node | None = None
         self._cache = cache
         self._entry_id = entry_id
         self._names = names  # tensor of the pass -> its name in the program
@@ -119,6 +146,40 @@ class Rewriter:
         self._new: dict[fx.Node, None] = {}
         self.site: Site | None = None
         self.call_: Call | None = None
+        self._ends: tuple[fx.Node, fx.Node]  # what enters and leaves the op, as the graph has them
+        self._anchor = self._first
+        self._columns = False  # the op is W @ x: features are next to last there
+        self._turned: dict[fx.Node, fx.Node] = {}
+
+    @property
+    def x(self) -> fx.Node:
+        """The activation that enters the op."""
+        return self._features_last(self._ends[0])
+
+    @property
+    def out(self) -> fx.Node:
+        """The value that users of the site's output see now."""
+        return self._features_last(self._ends[1])
+
+    @property
+    def own(self) -> fx.Node:
+        """What the op itself computes, without the adapters round it (with its bias, of what enters it now)."""
+        assert self.call_ is not None
+        return self._features_last(self.call_.node)
+
+    @property
+    def stored(self) -> fx.Node:
+        """The weight that the op reads now, in its stored layout: the parameter, or what a pass put in its place."""
+        assert self.call_ is not None
+        return weight_reader(self.call_)[1]
+
+    def _features_last(self, node: fx.Node) -> fx.Node:
+        if not self._columns:
+            return node
+        if node not in self._turned:
+            with self.after(node):
+                self._turned[node] = self.call(aten.transpose.int, node, -2, -1)
+        return self._turned[node]
 
     @property
     def view(self) -> View:
@@ -139,40 +200,149 @@ class Rewriter:
         """Call build(site, self) once for a place of the whole program; it puts values in place with `wrap`."""
         self.site, self._attributes, self._new = site, {}, {}
         self.call_ = site.calls[0]
-        self.x, self.out = head(operand(self.call_)), tail(self.call_.node)
-        self._anchor = self.out.next
+        self._enter(self.call_, columns=False)
         build(site, self)
 
     @contextlib.contextmanager
-    def before(self, node: fx.Node) -> Iterator[None]:
-        """Insert what the block calls before a node."""
-        anchor, self._anchor = self._anchor, node
+    def before(self, node: fx.Node, like: fx.Node | None = None) -> Iterator[None]:
+        """Insert what the block calls before a node, as part of the module that `like` (or it) belongs to."""
+        kept = self._anchor, self._like
+        self._anchor, self._like = node, like or node
         try:
             yield
         finally:
-            self._anchor = anchor
+            self._anchor, self._like = kept
 
     def after(self, node: fx.Node) -> contextlib.AbstractContextManager[None]:
         """Insert what the block calls after a node (and after the inputs, for one of these)."""
         following = node.next
         while node.op in ("placeholder", "get_attr") and following.op in ("placeholder", "get_attr"):
             following = following.next
-        return self.before(following)
+        return self.before(following, node)
 
-    def wrap(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    def wrap(self, node: fx.Node, build: Callable[[fx.Node], fx.Node], grown: bool = False) -> fx.Node:
         """Put build(value) in the place of a node's value, which is that of the last adapter round it.
 
         build inserts with `call`, after that value. Its users see the new value, what build inserted sees the old.
+        grown: build makes it larger than the op's own; earlier and later adapters of the op stay inside of it.
         """
-        value = tail(node)
+        value = tail(node, whole=grown)
         known = set(self._new)
         with self.after(value):
             fresh = build(value)
         if fresh is value:
             return value
         own = {n for n in self._new if n not in known}
+        if grown:
+            fresh.meta[META] = {**fresh.meta[META], "grown": True}
         self._put(value, fresh, lambda user: user not in own)
         return fresh
+
+    def stand_in(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Put build(node) in the place of what a node itself computes: adapters round it stand round that then."""
+        known = set(self._new)
+        with self.after(node):
+            fresh = build(node)
+        own = {n for n in self._new if n not in known}
+        self._put(node, fresh, lambda user: user not in own)
+        return fresh
+
+    def feed(
+        self, user: fx.Node, where: int | str | fx.Node, build: Callable[[fx.Node], fx.Node]
+    ) -> fx.Node:
+        """Let one op of the model read build(value) in the place of an argument's value, which others still read.
+
+        where: position or keyword of the argument, or the value itself. Earlier adapters of the op read it too. For
+        the analysis that later passes see, what build returns stands for the value.
+        """
+        value = user.args[where] if isinstance(where, int) else user.kwargs.get(where, where)
+        assert isinstance(value, fx.Node)
+        with self.before(user):
+            fresh = build(value)
+        fresh.meta[META] = {**fresh.meta[META], "feeds": value.name}
+        if isinstance(where, int):
+            user.update_arg(where, fresh)
+        elif isinstance(where, str):
+            user.update_kwarg(where, fresh)
+        else:
+            user.replace_input_with(value, fresh)
+        for other in list(value.users):
+            if other not in self._new and other.meta.get(META, {}).get("call") == user.name:
+                other.replace_input_with(value, fresh)
+        return fresh
+
+    def once(
+        self, key: str, build: Callable[[], fx.Node], stack: Mapping[str, Any] | None = None
+    ) -> fx.Node:
+        """What build inserts, made at one place of this pass and found again at the others.
+
+        stack: the `nn_module_stack` of where it is made, where that is not in the site's module.
+        """
+        for node in self.graph.nodes:
+            mark = node.meta.get(META, {})
+            if mark.get("once") == key and mark.get("entry") == self._entry_id:
+                return node
+        known = set(self._new)
+        node = build()
+        node.meta[META] = {**node.meta[META], "once": key}
+        if stack is not None:
+            for new in self._new:
+                if new not in known:
+                    new.meta["nn_module_stack"] = dict(stack)
+        return node
+
+    def settle(self, changed: Mapping[fx.Node, fx.Node]) -> None:
+        """Give what lies behind inserted nodes its new sizes; see surgery.propagate. changed: node -> whose place
+        it took."""
+        from surgery.propagate import propagate
+
+        done = propagate(self.graph, changed)
+        assert self.call_ is not None
+        for node in done.created:
+            mark = {**self._provenance(), "call": self.call_.node.name}
+            node.meta = {**node.meta, META: mark, "custom": self._custom()}
+        for node in done.repaired:
+            if not is_aux(node):
+                node.meta[META] = {**node.meta.get(META, {}), "resized": self._entry_id}
+
+    def supersede(self, node: fx.Node, fresh: fx.Node) -> None:
+        """Let the users of a node's value read fresh for good: an op made with `model_op`, which is the site now.
+
+        Adapters round the node's value are dead with it; refuse them in `check` (see surgery.standing.adapted_by).
+        """
+        value = tail(node, whole=True)
+        fresh.meta[META] = {**fresh.meta[META], "instead_of": value.name}
+        node.meta[META] = {**node.meta.get(META, {}), "gone_for": fresh.name}
+        value.replace_all_uses_with(fresh, delete_user_cb=lambda user: user not in self._new)
+
+    def go_on(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Let the users of a node's value read build(value), made by ops of the model's kind that follow on it.
+
+        Unlike what `wrap` puts round an op, it is none of that op's: adapters of the op stand before it.
+        """
+        known = set(self._new)
+        with self.after(node):
+            fresh = build(node)
+        own = {n for n in self._new if n not in known}
+        fresh.meta[META] = {**fresh.meta[META], "follows": node.name}
+        node.replace_all_uses_with(fresh, delete_user_cb=lambda user: user not in own)
+        return fresh
+
+    def refresh(self, vals: Mapping[fx.Node, Any]) -> None:
+        """Give nodes other `val`s: those behind a value of another width (see surgery.outputs.follow)."""
+        for node, val in vals.items():
+            node.meta = {**node.meta, "val": val}
+
+    @contextlib.contextmanager
+    def at(self, call: Call) -> Iterator[None]:
+        """Stand at another call while the block runs: `x`, `out`, `replace_input` and what `call` inserts are its."""
+        kept = self.call_, self._ends, self._anchor, self._columns, self._turned
+        self.call_ = call
+        self._enter(call, columns=False)
+        try:
+            yield
+        finally:
+            self.call_, self._ends, self._anchor, self._columns, self._turned = kept
 
     def _put(self, value: fx.Node, fresh: fx.Node, moves: Callable[[fx.Node], bool]) -> None:
         assert self.site is not None
@@ -180,35 +350,54 @@ class Rewriter:
         fresh.meta[META] = {**fresh.meta[META], "wraps": value.name}
         if fresh not in value.users:
             value.meta[META] = {**value.meta.get(META, {}), "wrapped_by": fresh.name}
+        for user in value.users:
+            if user is not fresh and user.meta.get(META, {}).get("wraps") == value.name and moves(user):
+                user.meta[META] = {**user.meta[META], "wraps": fresh.name}  # what grew the output stays outside
         value.replace_all_uses_with(fresh, delete_user_cb=moves)
 
     def swap_weight(self, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """Let the site's calls read build(weight) in the place of their weight, as stored; made once for a site.
 
         build returns a graph value of the weight's shape: inserted with `call`, or one of `g[...]`. For the
-        sites' index and later passes it stands for the parameter. Returns the value.
+        sites' index, earlier adapters and later passes it stands for the parameter: it is innermost at its site,
+        so the MergeOp that folds it has `inner = True`. Returns the value.
         """
         assert self.call_ is not None
         assert self.site is not None
         call = self.call_
         if call.weight is None:
             raise PassError(f"{self._entry_id} at {self.site.path}: its weight is computed, not stored")
-        source = call.weight
-        readers = _weight_readers(call)
-        first = min(readers)
-        current = next(n for n in first.all_input_nodes if n in _standing_for(source))
+        reader, current = weight_reader(call)
+        return self._swap(reader, current, str(call.weight.target), build)
+
+    def swap_bias(self, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """The same for the bias that the site's op itself adds."""
+        assert self.call_ is not None
+        assert self.site is not None
+        call, current = self.call_, bias_now(self.call_)
+        if call.bias is None or current is None:
+            raise PassError(f"{self._entry_id} at {self.site.path}: its op adds no bias that is a parameter")
+        return self._swap(call.node, current, str(call.bias.target), build)
+
+    def _swap(
+        self, reader: fx.Node, current: fx.Node, parameter: str, build: Callable[[fx.Node], fx.Node]
+    ) -> fx.Node:
+        assert self.call_ is not None
+        assert self.site is not None
+        gone = replaced_by(self.call_.node)
+        if gone:
+            raise PassError(f"{self._entry_id} at {self.site.path}: {gone} has put another op in its place")
+        # Earlier adapters that compute with the weight (its norms, say) have to see the same as the op.
+        name = self.call_.node.name
+        readers = [reader, *(n for n in current.users if n.meta.get(META, {}).get("call") == name)]
         if current not in self._swapped:
-            with self.before(first):
+            with self.before(min(readers)):
                 value = build(current)
-            value.meta[META] = {
-                **value.meta[META],
-                "weight_of": parameter_of(current) or str(source.target),
-                "wraps": current.name,
-                "call": call.node.name,
-            }
+            mark = {"weight_of": parameter, "wraps": current.name, "call": self.call_.node.name}
+            value.meta[META] = {**value.meta[META], **mark}
             self._swapped[current] = value
-        for reader in readers:
-            reader.replace_input_with(current, self._swapped[current])
+        for node in readers:
+            node.replace_input_with(current, self._swapped[current])
         return self._swapped[current]
 
     def rewrite(self, site: Site, build: Any) -> None:
@@ -216,39 +405,54 @@ class Rewriter:
         self.site, self._attributes = site, {}
         for call in site.calls:
             self.call_ = call
-            # Read now, not from the call: a site before this one may have been rewritten since it was indexed.
-            self.x, self.out = head(operand(call)), tail(call.node)
-            self._anchor = self.out.next
+            self._enter(call, columns=call.kind == LINEAR and call.x_axis == "column")
             self._new = {}
             value = build(site, self)
-            if value is None or value is self.out:
+            if value is None or value is self._ends[1] or value is self._turned.get(self._ends[1]):
                 continue
             if not isinstance(value, fx.Node):
                 raise PassError(
                     f"{self._entry_id} at {site.path}: rewrite must return a graph value, got {value!r}"
                 )
-            self._put(self.out, value, lambda node: node not in self._new)
+            if self._columns:
+                value = self.call(aten.transpose.int, value, -2, -1)
+            self._put(self._ends[1], value, lambda node: node not in self._new)
 
-    def replace_input(self, build: Callable[[fx.Node], fx.Node]) -> None:
+    def _enter(self, call: Call, columns: bool) -> None:
+        # Read now, not from the call: a site before this one may have been rewritten since it was indexed.
+        self._ends = head(operand(call)), tail(call.node)
+        self._anchor = self._ends[1].next
+        self._columns, self._turned = columns, {}
+
+    def replace_input(self, build: Callable[[fx.Node], fx.Node], grown: bool = False) -> None:
         """Let all that stands at this site, op and earlier adapters, read build(x) in the place of x.
 
         build inserts all that it needs with `call`; from what it returns, first arguments must lead back to x.
-        Later adapters still read x itself, so that folding in journal order is right.
+        Later adapters still read x itself, so that folding in journal order is right; with `grown` (see `wrap`)
+        they too read what was put there.
         """
         assert self.call_ is not None
         name = self.call_.node.name
+        x, turned = self._ends[0], self._turned
+        if grown:
+            x = head(operand(self.call_), whole=True)
         readers = [
-            n for n in self.x.users if n is self.call_.node or n.meta.get(META, {}).get("call") == name
+            n
+            for n in x.users
+            if n not in turned.values() and (n is self.call_.node or n.meta.get(META, {}).get("call") == name)
         ]
         anchor, self._anchor = self._anchor, min(readers)
         known = set(self._new)
-        value = build(self.x)
-        self._anchor = anchor
+        self._turned = {}
+        value = build(self._features_last(x))
+        if self._columns:
+            value = self.call(aten.transpose.int, value, -2, -1)
+        self._anchor, self._turned = anchor, turned
         for node in self._new:
             if node not in known:
-                node.meta[META] = {**node.meta[META], "input": True}
+                node.meta[META] = {**node.meta[META], "input": True, **({"grown": True} if grown else {})}
         for reader in readers:
-            reader.replace_input_with(self.x, value)
+            reader.replace_input_with(x, value)
 
     def __getitem__(self, name: str) -> fx.Node:
         if name not in self._attributes:
@@ -270,11 +474,13 @@ class Rewriter:
         if kwargs:
             node.kwargs = kwargs
         assert self.call_ is not None
+        like = self._like or self.call_.node
         node.meta.update(
             {
                 "val": self._cache.call(op, args, kwargs),
-                "nn_module_stack": dict(self.call_.node.meta.get("nn_module_stack", {})),
-                "stack_trace": self.call_.node.meta.get("stack_trace", ""),
+                # torch.export.unflatten wants the ops of a module's call side by side.
+                "nn_module_stack": _module_stack(like) or dict([*_module_stack(self.call_.node).items()][:1]),
+                "stack_trace": like.meta.get("stack_trace", ""),
                 META: {**self._provenance(), "call": self.call_.node.name},
                 "custom": self._custom(),
             }
@@ -282,12 +488,32 @@ class Rewriter:
         self._new[node] = None
         return node
 
+    def model_op(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """As `call`, for an op of the model's kind: later passes match it, and roles are read through it."""
+        node = self.call(op, *args, **kwargs)
+        node.meta[META] = {**node.meta[META], "aux": False}
+        return node
+
+    def add_output(self, name: str, node: fx.Node) -> None:
+        """Let the program return one value more; see surgery.outputs.add_output."""
+        node.meta[META] = {**node.meta[META], "output": name}
+        add_output(self.graph, name, node)
+
+    @property
+    def cache(self) -> MetaCache:
+        return self._cache
+
+    def follow(self, changed: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """See surgery.outputs.follow."""
+        return follow(self.graph, changed, self._cache)
+
     def get(self, name: str) -> fx.Node:
         """A fresh graph value of a tensor of the base, by its name."""
-        value = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target == name).meta["val"]
+        names = self.view.names.get(name, (name,))  # of a tied one, a graph may read another than was recorded
+        known = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target in names)
         with self.graph.inserting_before(self._first):
-            node = self.graph.create_node("get_attr", name)
-        node.meta = {"val": value, META: self._provenance()}
+            node = self.graph.create_node("get_attr", known.target)
+        node.meta = {"val": known.meta["val"], META: self._provenance()}
         return node
 
     def copy(self, node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -309,19 +535,3 @@ class Rewriter:
     def _provenance(self) -> dict[str, Any]:
         assert self.site is not None
         return {"entry": self._entry_id, "site": self.site.path, "aux": True}
-
-
-def _standing_for(source: fx.Node) -> set[fx.Node]:
-    """The parameter's node, and what passes have put in its place."""
-    return {n for n in source.graph.nodes if n is source or parameter_of(n) == source.target}
-
-
-def _weight_readers(call: Call) -> list[fx.Node]:
-    """The nodes on the way from the weight to this call's op that read the weight itself."""
-    assert call.weight is not None
-    standing = _standing_for(call.weight)
-    name = call.op.x if call.x_axis == "column" else call.op.weights[0]
-    node, value = call.node, arguments(call.node)[name]
-    while value not in standing:
-        node, value = value, value.args[0]
-    return [node]

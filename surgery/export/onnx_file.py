@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.errors import ExportError
 from surgery.export import annotate, keys
+from surgery.export.again import export_again
 from surgery.export.extra import require
 from surgery.export.failure import explain
 from surgery.export.optimise import optimise
@@ -131,12 +132,8 @@ def export_onnx(
 def _trace(source: ExportSource) -> torch.export.ExportedProgram:
     try:
         with sdpa_kernel(SDPBackend.MATH), _quiet():
-            return torch.export.export(
-                tagged_copy(source.graph_module),
-                tuple(source.args),
-                dict(source.kwargs),
-                dynamic_shapes=source.dynamic_shapes,
-                strict=False,
+            return export_again(
+                tagged_copy(source.graph_module), tuple(source.args), source.kwargs, source.dynamic_shapes
             )
     except Exception as error:
         raise ExportError(f"the edited graph cannot be traced again: {_words(error)}") from error
