@@ -57,6 +57,7 @@ def _write(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
     tied = {name: group for name, group in base.names.items() if len(group) > 1}
     if any(state[name] is not state[group[0]] for name, group in tied.items()):
         config.tie_word_embeddings = False
+    _resize_vocabulary(config, module, state)
     with torch.device("meta"):
         fresh = type(module)(config)
     names = set(module.state_dict())
@@ -69,6 +70,17 @@ def _write(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
     with _no_progress_bars():
         fresh.save_pretrained(folder)
     _companions(base, folder)
+
+
+def _resize_vocabulary(config: Any, module: Any, state: Mapping[str, Tensor]) -> None:
+    """Let the configuration say how many rows a table of tokens has now."""
+    from surgery.capture.hf import configs
+
+    for name, tensor in module.named_parameters():
+        if name in state and tensor.dim() == 2 and state[name].shape[1:] == tensor.shape[1:]:
+            for part in configs(config):
+                if getattr(part, "vocab_size", None) == tensor.shape[0] < state[name].shape[0]:
+                    part.vocab_size = state[name].shape[0]
 
 
 @contextmanager

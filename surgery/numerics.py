@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from surgery.outputs import ONLY
 from surgery.pass_base import Numerics
 
 
@@ -23,11 +26,37 @@ class Observed:
         return self.equal if not declared.tolerance else self.difference <= declared.tolerance
 
     def __str__(self) -> str:
+        if math.isinf(self.difference):
+            return "not comparable (other outputs or shapes, or values that are not finite)"
         return "bit for bit" if self.equal else f"within {self.difference:.1e}"
 
 
-def observe(before: Any, after: Any) -> Observed:
-    """Compare two outputs of one structure; a different structure or shape is an infinite difference."""
+def shared(before: Any, after: Any) -> Any:
+    """What `after` still has of the outputs `before`: without further entries and further columns.
+
+    A tensor that became the entry "output" of a dict, the last items of a tuple, the last columns of the last axis.
+    Where it is nothing of the kind, `after` itself.
+    """
+    if isinstance(before, Tensor):
+        found = after.get(ONLY, after) if isinstance(after, Mapping) else after
+        if not isinstance(found, Tensor) or found.dim() != before.dim() or not before.dim():
+            return found
+        longer = found.shape[:-1] == before.shape[:-1] and found.shape[-1] > before.shape[-1]
+        return found[..., : before.shape[-1]] if longer else found
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        return {key: shared(value, after[key]) for key, value in before.items() if key in after}
+    if type(before) is type(after) and isinstance(before, (tuple, list)):
+        return type(before)(shared(a, b) for a, b in zip(before, after, strict=False))
+    return after
+
+
+def observe(before: Any, after: Any, extended: bool = False) -> Observed:
+    """Compare two outputs of one structure; a different structure or shape is an infinite difference.
+
+    extended: `after` may have more; see `shared`.
+    """
+    if extended:
+        after = shared(before, after)
     left, left_spec = pytree.tree_flatten(before)
     right, right_spec = pytree.tree_flatten(after)
     if left_spec != right_spec:

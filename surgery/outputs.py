@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 ONLY = "output"  # the name of the one tensor of a model that returns no more
 
 # What takes an axis away without counting on its length.
-_REDUCTIONS = frozenset(
-    "argmax argmin max min amax amin sum mean logsumexp norm any all topk prod std var sym_size".split()
-)
+_REDUCTIONS = {"argmax", "argmin", "max", "min", "amax", "amin", "sum", "mean", "logsumexp", "norm", "any", "all"}
+_REDUCTIONS |= {"topk", "prod", "std", "var", "sym_size"}
 
 
 def named_outputs(graph: fx.Graph) -> dict[str, fx.Node]:
@@ -64,7 +63,9 @@ def _returned(graph: fx.Graph) -> tuple[list[Any], Any]:
     info = getattr(graph._codegen, "pytree_info", None)
     if info is not None and info.out_spec is not None:
         return list(pytree.tree_leaves(returned)), info.out_spec
-    raise PassError("the graph does not say what its outputs are called; capture the model with surgery.capture")
+    raise PassError(
+        "the graph does not say what its outputs are called; capture the model with surgery.capture"
+    )
 
 
 def _with(value: Any, name: str, leaf: int) -> Any:
@@ -99,7 +100,7 @@ def follow(graph: fx.Graph, changed: Mapping[fx.Node, Any], cache: MetaCache) ->
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found.get(n, n.meta.get("val")))
         try:
             with cache.mode, torch.no_grad():
-                val = node.target(*args, **kwargs)  # type: ignore[operator]
+                val = node.target(*args, **kwargs)
         except Exception as error:
             why = str(error).strip().splitlines() or [type(error).__name__]
             raise PassError(f"{_place(node)} counts on the old number ({why[0][:120]})") from None

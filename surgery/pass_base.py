@@ -110,6 +110,12 @@ class MergeFrom(Protocol):
     def apply_from(self, weight: Tensor, original: Tensor) -> None: ...
 
 
+class MergeLonger(Protocol):
+    """One that gives the tensor another length: made after all others, which take it as it was."""
+
+    def longer(self, weight: Tensor) -> Tensor: ...
+
+
 class Pass(BaseModel):
     """Base of all passes. Unknown options are refused; instances are immutable and hashable.
 
@@ -195,7 +201,8 @@ class RewritePass(Pass):
     unless the user selects what trains. structural: the tensors it adds are weights of ops like the base's own,
     which later passes target. replaces: at its sites the op no longer reads the base's own weight, so that nothing
     can be folded into that there, whichever came first. beside: what it adds stands beside the ops of its sites, so
-    that other adapters there are folded as if it were absent.
+    that other adapters there are folded as if it were absent. lengthens: folding it makes weights longer, so that
+    everything which reads these has to be folded with it.
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear",)
@@ -207,6 +214,7 @@ class RewritePass(Pass):
     structural: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     beside: ClassVar[bool] = False
+    lengthens: ClassVar[bool] = False
 
     @property
     def can_weigh(self) -> bool:
@@ -306,7 +314,9 @@ class RewritePass(Pass):
         """None, or why this site cannot be folded although the pass is mergeable."""
         return None
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, MergeOp | MergeFrom]:
+    def merge(
+        self, site: Site, tensors: Mapping[str, Tensor], weight: float
+    ) -> Mapping[str, MergeOp | MergeFrom | MergeLonger]:
         """What the base's weight (and bias) become: {"weight": op, "bias": op}."""
         raise NotImplementedError
 

@@ -51,7 +51,9 @@ def find_features(view: View, pool: str | None) -> Features:
     spread = next((name for name, node in floats.items() if _rank(node) > 2), None)
     name = (flat or spread) if pool is None else (spread or flat)
     if name is None:
-        raise PassError("pass 'head': the model returns no features (a floating-point output of two axes or more)")
+        raise PassError(
+            "pass 'head': the model returns no features (a floating-point output of two axes or more)"
+        )
     if pool is None and flat is None:
         raise PassError(
             f"pass 'head': output {name!r} has {_rank(floats[name])} axes; say with --pool how they become one "
@@ -95,24 +97,24 @@ def unpooled(node: fx.Node) -> fx.Node:
     while stack:
         behind = max(stack)
         stack.remove(behind)
-        val = behind.meta.get("val")
-        if _rank(behind) == 3 and _is_float(behind) and behind.op == "call_function":
-            if not lengths or any(_same(val.shape[1], length) for length in lengths):
-                return behind
+        tokens = _rank(behind) == 3 and _is_float(behind) and behind.op == "call_function"
+        if tokens and (not lengths or any(_same(behind.meta["val"].shape[1], n) for n in lengths)):
+            return behind
         for below in behind.all_input_nodes:
             if below not in seen and below.op == "call_function":
                 seen.add(below)
                 stack.append(below)
-    raise PassError("pass 'head': there are no tokens behind the model's features; leave out --pool")
+    raise PassError("there are no tokens behind the model's features; leave out --pool")
 
 
 def mask_of(node: fx.Node) -> fx.Node | None:
     """The attention mask input of the tokens: two axes of their lengths, whole numbers or bools, called a mask."""
-    val = node.meta["val"]
-    for found in node.graph.nodes:
-        if found.op == "placeholder" and "mask" in found.name and _rank(found) == 2 and not _is_float(found):
-            if all(_same(a, b) for a, b in zip(found.meta["val"].shape, val.shape[:2], strict=True)):
-                return found
+    lengths = node.meta["val"].shape[:2]
+    masks = [n for n in node.graph.nodes if n.op == "placeholder" and "mask" in n.name]
+    for found in masks:
+        shape = found.meta["val"].shape if _rank(found) == 2 and not _is_float(found) else ()
+        if len(shape) == 2 and all(_same(a, b) for a, b in zip(shape, lengths, strict=True)):
+            return found
     return None
 
 
@@ -124,14 +126,20 @@ def pooled(g: Rewriter, node: fx.Node, pool: str) -> fx.Node:
         return g.model_op(aten.select.int, node, 1, 0)
     mask = mask_of(node)
     if mask is None:
-        return g.model_op(aten.mean.dim, node, [1]) if pool == "mean" else g.model_op(aten.select.int, node, 1, -1)
+        return (
+            g.model_op(aten.mean.dim, node, [1])
+            if pool == "mean"
+            else g.model_op(aten.select.int, node, 1, -1)
+        )
     there = g.model_op(aten.ne.Scalar, mask, 0)
     if pool == "mean":
         there = g.model_op(aten.unsqueeze.default, there, -1)
         # filled, not multiplied: what a padded place holds may not be finite
         padded = g.model_op(aten.logical_not.default, there)
         total = g.model_op(aten.sum.dim_IntList, g.model_op(aten.masked_fill.Scalar, node, padded, 0.0), [1])
-        count = g.model_op(aten.sum.dim_IntList, g.model_op(aten.to.dtype, there, node.meta["val"].dtype), [1])
+        count = g.model_op(
+            aten.sum.dim_IntList, g.model_op(aten.to.dtype, there, node.meta["val"].dtype), [1]
+        )
         return g.model_op(aten.div.Tensor, total, g.model_op(aten.clamp_min.default, count, 1))
     # the running count of what is let through is largest, for the first time, at the last of it
     running = g.model_op(aten.cumsum.default, g.model_op(aten.to.dtype, there, torch.int64), 1)
@@ -167,4 +175,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return type(a) is type(b) and a.node.expr == b.node.expr
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ class Probe:
         self.data: Sequence[InputSet] = data or [program.example_inputs]
         self._state: dict[str, Tensor] | None = None
         self._squared: dict[str, Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer of the program as it is now, detached. PassError where it is not in memory."""
@@ -43,6 +45,31 @@ class Probe:
         if site.weight is None:
             raise PassError(f"{site.path}: its weight is computed from {', '.join(site.computed_from)}")
         return self.tensor(site.weight)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), kept under the key until `forget`: what `check`, `decide` and `tensors` all need."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def forget(self, key: Hashable) -> None:
+        self._made.pop(key, None)
+
+    def stored(self, site: Site) -> Tensor:
+        """The weight that the site's op reads now: the parameter, or what a pass put in its place."""
+        from surgery.standing import weight_reader
+
+        own = self.weight(site)
+        current = weight_reader(site.calls[0])[1]
+        return own if current is site.calls[0].weight else self._constant(current)
+
+    def _constant(self, node: fx.Node) -> Tensor:
+        """The value of a node that depends on no input."""
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.program.graph_module)
+        with torch.no_grad():
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._constant)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def values(self, nodes: Iterable[fx.Node | str]) -> dict[str, list[Tensor]]:
         """What nodes of the program's eval graph compute on each set of data, by node name; without gradients."""
@@ -64,11 +91,14 @@ class Probe:
         return found
 
     def inputs(self, site: Site) -> list[Tensor]:
-        """The activation that enters the site's first call, for each set of data."""
-        from surgery.weight_ops import operand
+        """The activation that enters the site's first call, features last, for each set of data."""
+        from surgery.weight_ops import LINEAR, operand
 
-        node = operand(site.calls[0])
-        return self.values([node])[node.name]
+        call = site.calls[0]
+        node = operand(call)
+        values = self.values([node])[node.name]
+        columns = call.kind == LINEAR and call.x_axis == "column"
+        return [value.transpose(-2, -1) for value in values] if columns else values
 
     def fisher(self, name: str, samples: int = 4, seed: int = 0) -> Tensor:
         """Diagonal Fisher information of a base parameter, of its shape, in fp32 (see `fisher_of`)."""

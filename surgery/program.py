@@ -21,7 +21,7 @@ from surgery.numerics import Observed, observe
 from surgery.pass_base import Pass, rounded
 from surgery.pipeline import PassReport, PlanReport
 from surgery.probe import InputSet
-from surgery.reverting import handed_on, reverted
+from surgery.reverting import reverted, without
 from surgery.schedule import Clock, ParameterGroup, Schedule, parameter_groups, trained_values
 from surgery.sites import Site, SiteIndex, live_nodes
 from surgery.view import View
@@ -155,6 +155,8 @@ class Program:
         """Numbers of values by parameter name; a tied one counts once, a folded adapter not at all, nor a weight
         of the base in whose place a pass put another."""
         tensors = {**self.base.tensors, **self.tensors}
+        if any(getattr(replay.pass_of(e, self.base.plugins), "lengthens", False) for e in self._folded_entries()):
+            tensors.update(self.folded())
         base, now = _read(self.base.captured.graph), _read(self.graph)
         sizes = {}
         for name in self.parameter_names():
@@ -318,7 +320,7 @@ class Program:
                     f"{entry.id!r} stands on {sorted(below)[0]}, which {name!r} added; undo {entry.id!r} first"
                 )
         entries = [e for e in self.journal if e.id in gone]
-        left = handed_on(entries, [e for e in self.journal if e.id not in gone])
+        left = without(gone, self.journal)
         if not any(e.kind == "rewrite" for e in left):
             left = [e for e in left if not e.auto]
         names = {n for e in left for n in e.tensor_names}
@@ -374,7 +376,8 @@ class Program:
                 tensor.requires_grad_(self.trains(name, self.clock.step))
         for name, tensor in self.base.tensors.items():
             if name in folded:
-                state[name] = nn.Parameter(folded[name], requires_grad=False)
+                shared = folded[name]
+                state[name] = shells.setdefault(id(shared), nn.Parameter(shared, requires_grad=False))
                 continue
             if id(tensor) not in shells:
                 shells[id(tensor)] = self._shell(name, tensor, held)
@@ -389,9 +392,12 @@ class Program:
 
     def folded(self) -> dict[str, Tensor]:
         """Base weights that a merge changes, made anew from the base and the adapters."""
+        entries = self._folded_entries()
+        return fold(self.base, entries, self.tensors, self._values(), self.sites) if entries else {}
+
+    def _folded_entries(self) -> list[Entry]:
         ids = {name for e in self.journal if e.kind == "merge" for name in e.options.get("folded", ())}
-        entries = [e for e in self.journal if e.id in ids]
-        return fold(self.base, entries, self.tensors, self._values(), self.sites) if ids else {}
+        return [e for e in self.journal if e.id in ids]
 
     def _values(self) -> dict[str, Tensor]:
         held = {n: t for name, t in self._held().items() for n in self.base.names.get(name, (name,))}

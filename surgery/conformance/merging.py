@@ -31,7 +31,7 @@ def _merged(case: Case, program: Program) -> Program:
 
 
 def _gap(case: Case, program: Program) -> float:
-    return case.compare(program, _merged(case, program)).difference
+    return case.compare(program, _merged(case, program), case.inputs + case.reaching).difference
 
 
 def _culprit(case: Case) -> str:
@@ -78,14 +78,16 @@ def restored(case: Case) -> str:
         raise Skip(f"an earlier adapter of the program is not folded: {', '.join(kept)}")
     if names != original:
         raise case.error("restored", f"names differ: {sorted(names ^ original)[0]}")
+    own = [n for p in case.accepted for n in (p.site.weight, p.site.bias) if n is not None]
+    longer = {alias for n in own for alias in case.program.base.names.get(n, ())} if case.rewrite.lengthens else set()
     for name, tensor in merged.state().items():
-        if fingerprint(tensor)[:2] != case.base_before[name][:2]:
+        if fingerprint(tensor)[:2] != case.base_before[name][:2] and name not in longer:
             raise case.error("restored", f"{name} has another shape or dtype than the base's")
     count, expected = len(merged.graph.nodes), len(case.program.base.captured.graph.nodes)
     if count != expected or hash_graph(merged.graph) != case.base_hash:
         raise case.error("restored", f"the graph is not the original one ({count} nodes, were {expected})")
     changed = {n for n, t in merged.state().items() if fingerprint(t) != case.base_before[n]}
-    allowed = {n for p in case.accepted for n in (p.site.weight, p.site.bias) if n is not None}
+    allowed = {*own, *longer}
     allowed |= {r.key.owner for e in case.program.journal for r in e.sites} | case.entry.trains.keys()
     if changed - allowed and not case.program.changed:
         raise case.error(
@@ -143,7 +145,7 @@ def weights(case: Case) -> str:
 def tied(case: Case) -> str:
     """Tied weights stay one tensor, with their bits, until a merge, which leaves their other uses alone."""
     _ = case.rewrite
-    places = case.program.sites
+    places = list(case.program.sites)
     if isinstance(case.pass_, GraphPass):
         places = case.pass_.candidates(case.program.view)
     sites = [site for site in places if site.tied]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
 
 from surgery.capture import fresh_inputs, other_sizes
 from surgery.errors import ExportError
 from surgery.export.onnx_file import ExportReport, export_onnx
 from surgery.export.source import ExportSource, InputSet
 from surgery.replay import live_entries
+from surgery.sites import live_nodes
 
 if TYPE_CHECKING:
     from surgery.program import Program
@@ -24,16 +28,21 @@ def source_of(program: Program) -> ExportSource:
 
 
 def provenance_of(program: Program) -> dict[str, dict[str, Any]]:
-    """Tensor name -> pass, name and site: adapters (which nothing may fold), and weights that a merge changed."""
+    """Tensor name -> pass, name and site: adapters (which nothing may fold), and weights that a merge changed.
+
+    What no output depends on is left out: the weight that layers shared before each was given a copy, say.
+    """
     found: dict[str, dict[str, Any]] = {}
-    live = {entry.id for entry in live_entries(program.journal)}
-    folded = {n for e in program.journal if e.kind == "merge" for n in e.options.get("folded", ())}
-    for entry in program.journal:
+    read = {str(node.target) for node in live_nodes(program.graph) if node.op == "get_attr"}
+    live = live_entries(program.journal)
+    names = {n for e in program.journal if e.kind == "merge" for n in e.options.get("folded", ())}
+    folded = [entry for entry in program.journal if entry.id in names]
+    for entry in (*live, *folded):
         for record in entry.sites:
             place = {"pass": entry.pass_name, "name": entry.label or "default", "site": record.path}
-            if entry.id in live:
-                found.update(dict.fromkeys(record.tensors.values(), place))
-            elif entry.id in folded and record.key.owner in program.base.tensors:
+            if entry.id not in names:
+                found.update(dict.fromkeys((n for n in record.tensors.values() if n in read), place))
+            elif record.key.owner in program.base.tensors:
                 found[record.key.owner] = {**place, "pinned": False}
     return found
 
@@ -46,6 +55,28 @@ def parity_inputs(program: Program, seed: int = 0) -> list[InputSet]:
     if other:
         sets.append(fresh_inputs(captured, other, seed + 1))
     return sets
+
+
+def reaching_inputs(program: Program, sets: Sequence[InputSet]) -> list[InputSet]:
+    """The sets of inputs that adapters want changed, so that what they inserted takes part (new tokens, say)."""
+    from surgery.replay import pass_of
+
+    names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    found: list[InputSet] = []
+    for args, kwargs in sets:
+        leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        given = {n: leaf for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)}
+        changed = given
+        for entry in live_entries(program.journal):
+            pass_: Any = pass_of(entry, program.base.plugins)
+            for record in entry.sites:
+                site = program.sites.by_key.get(record.key)
+                if site is not None:
+                    changed = pass_.reaching(site.deciding(record.decided), changed)
+        if any(changed[name] is not value for name, value in given.items()):
+            fresh = [changed.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+            found.append(pytree.tree_unflatten(fresh, spec))
+    return found
 
 
 def export_program(
@@ -65,6 +96,8 @@ def export_program(
         raise ExportError("the weights are not in memory, so there is nothing to export")
     if program.base.consumed and program.journal.merged:
         raise ExportError("the base was merged in place; load the saved directory again")
+    parity = parity_inputs(program, seed)
+    parity += reaching_inputs(program, parity[:1])
     return export_onnx(
         source_of(program),
         Path(path),
@@ -73,5 +106,5 @@ def export_program(
         journal_json=json.dumps(program.journal.to_json()),
         lowerings={**program.base.plugins.lowerings, **(lowerings or {})},
         external_data=external_data,
-        parity=parity_inputs(program, seed),
+        parity=parity,
     )

@@ -50,10 +50,13 @@ class Head(GraphPass):
     beside: ClassVar[bool] = True
 
     mode: Literal["replace", "resize", "add"] = Field(
-        "replace", description="put a fresh head in the old one's place, keep its classes, or add one beside it"
+        "replace",
+        description="put a fresh head in the old one's place, keep its classes, or add one beside it",
     )
     labels: int | None = Field(None, gt=0, description="number of outputs of the head")
-    keep: str | None = Field(None, description="resize: the old classes to keep, by number: 0,2,5 (default: the first)")
+    keep: str | None = Field(
+        None, description="resize: the old classes to keep, by number: 0,2,5 (default: the first)"
+    )
     head_name: str = Field(
         "", pattern=r"^[A-Za-z0-9_]*$", description="add: what it is called; its output is logits_NAME"
     )
@@ -82,7 +85,9 @@ class Head(GraphPass):
                 raise PassError(f"pass 'head': {option} belongs to --mode {mode}, and this is {self.mode}")
         kept = self._kept()
         if kept is not None and (len(set(kept)) < len(kept) or len(kept) > (self.labels or len(kept))):
-            raise PassError(f"pass 'head': --keep {self.keep} names a class twice, or more than --labels {self.labels}")
+            raise PassError(
+                f"pass 'head': --keep {self.keep} names a class twice, or more than --labels {self.labels}"
+            )
         return self
 
     def _kept(self) -> list[int] | None:
@@ -93,7 +98,9 @@ class Head(GraphPass):
         except ValueError:
             found = [-1]
         if min(found) < 0:
-            raise PassError(f"pass 'head': --keep {self.keep!r} is no list of classes; write their numbers: 0,2,5")
+            raise PassError(
+                f"pass 'head': --keep {self.keep!r} is no list of classes; write their numbers: 0,2,5"
+            )
         return found
 
     # -- names and contract
@@ -139,7 +146,9 @@ class Head(GraphPass):
             return super().find(view)
         heads = pooling.head_sites(view, added=False) or pooling.head_sites(view)
         if not heads:
-            raise PassError("pass 'head': this model has no head (a layer that makes an output); use --mode add")
+            raise PassError(
+                "pass 'head': this model has no head (a layer that makes an output); use --mode add"
+            )
         if len(heads) > 1:
             paths = ", ".join(site.path for site in heads)
             raise PassError(f"pass 'head': the model has {len(heads)} heads; name one with --target: {paths}")

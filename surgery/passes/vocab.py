@@ -1,0 +1,298 @@
+"""vocab: rows for new tokens, in the embedding and in the output layer that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from surgery.errors import PassError
+from surgery.outputs import follow
+from surgery.pass_base import GraphPass, MergeLonger, TensorSpec
+from surgery.rewriter import MetaCache, Rewriter
+from surgery.sites import META, Site, head, tail, wrappers
+from surgery.target import select_sites
+from surgery.view import View
+from surgery.weight_ops import EMBEDDING, LINEAR, Call, operand
+
+aten = torch.ops.aten
+
+
+class Vocab(GraphPass):
+    """Vocabulary growth: the embedding E (V × d) gets rows R (T × d) for tokens V … V+T−1.
+
+    A lookup becomes E[i] where i < V, else R[i−V]; an output layer y = x Eᵀ + b becomes [y, x Rᵀ + c], the logits of
+    the new tokens behind those of the old. So the large table is read where it lies and never copied, old ids and
+    their logits are exact, and R trains while E is frozen. A tied output layer (and a T5 decoder's embedding)
+    reads the same R; one with a weight of its own that has V rows gets rows of its own. Where something behind the
+    logits counts on V (a slice, a bias of another tensor), it is refused with the op's name.
+
+    Rows start at the mean of those there are, so that a new token takes probability from none in particular
+    (Hewitt 2021, "Initializing new word embeddings for pretrained language models"), at the mean with noise of
+    their covariance, normal with deviation 0.02, or at zero. The first new id is V, the number of rows, which can be
+    more than a tokenizer counts. LoRA on the same embedding or output layer, before or after, adapts E's rows.
+
+    Merge: E becomes [E; R] and b becomes [b; c] under their own names, tied as they were, in the original graph, and
+    `--format hf` writes the larger vocabulary; adapters of E's rows are folded first, and R stays apart where one of
+    them cannot be, or where a use of E was left as it was.
+    """
+
+    name: ClassVar[str] = "vocab"
+    on: ClassVar[tuple[str, ...]] = (EMBEDDING, LINEAR)
+    mergeable: ClassVar[bool] = True
+    beside: ClassVar[bool] = True
+    lengthens: ClassVar[bool] = True
+
+    tokens: int = Field(0, ge=0, description="number of new tokens")
+    multiple_of: int = Field(1, gt=0, description="round the number of rows up to a multiple (64 suits GPUs)")
+    init: Literal["mean", "mean-noise", "normal", "zero"] = Field(
+        "mean", description="new rows start at the mean of the old ones, there with noise, normal, or at zero"
+    )
+    noise: float = Field(
+        0.01,
+        gt=0,
+        description="mean-noise: deviation, as a fraction of the old rows' own (of their covariance)",
+    )
+    output_layer: Literal["auto", "on", "off"] = Field(
+        "auto", description="whether the output layer grows too (auto: where it is tied, or has as many rows)"
+    )
+
+    @property
+    def extends(self) -> bool:
+        return True
+
+    # -- where
+
+    def candidates(self, view: View) -> list[Site]:
+        embeddings = [s for s in view.sites if s.role == "embed.token" and s.kind == EMBEDDING and s.weight]
+        found: list[Site] = []
+        for site in embeddings:
+            if any(site.key == known.key for known in found):
+                continue
+            same = {str(site.weight), *site.tied}
+            outputs = [] if self.output_layer == "off" else _outputs(view, site, same)
+            if self.output_layer == "on" and not outputs:
+                raise PassError(
+                    f"pass 'vocab': no output layer has the {site.in_features} rows of {site.path}; leave out "
+                    f"--output-layer on"
+                )
+            uses = [s for s in view.sites if s.weight in same and s.kind == EMBEDDING]
+            found += [use.deciding({"table": site.path}) for use in uses]
+            found += [
+                out.deciding({"table": site.path if out.weight in same else out.path}) for out in outputs
+            ]
+        return found
+
+    def find(self, view: View) -> list[Site]:
+        found = self.candidates(view)
+        if not found:
+            raise PassError(
+                "pass 'vocab': this model has no token embedding (an embedding that an input of token ids "
+                "indexes), so it has no vocabulary to grow"
+            )
+        asked = self.target or self.default_target
+        if asked is not None:
+            return select_sites(found, asked)
+        tables = list(dict.fromkeys(s.decided["table"] for s in found if s.kind == EMBEDDING))
+        if len(tables) > 1:
+            raise PassError(
+                f"pass 'vocab': the model has {len(tables)} token embeddings ({', '.join(tables)}); name the one to "
+                f"grow with --target, and its output layer too"
+            )
+        return found
+
+    def check(self, site: Site) -> str | None:
+        if site.packed or not site.dtype.is_floating_point:
+            return "its weight is packed or no floating-point one; grow the vocabulary before quantizing"
+        if site.kind == LINEAR and any(call.x_axis == "column" for call in site.calls):
+            return "its op multiplies from the left, and only x Wᵀ is made longer"
+        if not self._more(site):
+            return f"it has {_rows(site)} rows already, and nothing to add; give --tokens"
+        if site.kind == EMBEDDING:
+            return None
+        cache = MetaCache(site.calls[0].node.graph)
+        try:
+            for call in site.calls:
+                place = _place(call)
+                follow(place.graph, {place: _longer(place, self._more(site), cache)}, cache)
+        except PassError as error:
+            return f"{error}, {_rows(site)}; grow the embedding alone with --output-layer off"
+        return None
+
+    def _more(self, site: Site) -> int:
+        """How many rows are added."""
+        total = _rows(site) + self.tokens
+        return -(-total // self.multiple_of) * self.multiple_of - _rows(site)
+
+    # -- what
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        decided = {"table": site.decided["table"], "first": _rows(site), "rows": self._more(site)}
+        if site.kind == LINEAR and any(_place(c) is not tail(c.node, whole=True) for c in site.calls):
+            decided["behind"] = True  # of a bias that is no part of the layer
+        return decided
+
+    def tensor_names(self, site: Site) -> dict[str, str]:
+        return {"rows": f"{site.decided['table']}.{self.attribute}.rows"}
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        rows = site.decided["rows"]
+        width = site.out_features if site.kind == EMBEDDING else site.in_features
+        specs = {"rows": TensorSpec((rows, width), self._filled(site))}
+        if site.kind == LINEAR and (site.bias is not None or site.bias_is_computed):
+            specs["bias"] = TensorSpec((rows,), self._filled_bias(site))
+        return specs
+
+    def _filled(self, site: Site) -> Callable[[Tensor], Any]:
+        def fill(tensor: Tensor) -> None:
+            if self.init in ("normal", "zero"):
+                tensor.normal_(0, 0.02) if self.init == "normal" else tensor.zero_()
+                return
+            weight = site.probe.weight(site)
+            old = (weight.t() if site.kind == LINEAR and site.layout == "io" else weight).float()
+            mean = old.mean(0)
+            tensor.copy_(mean.expand_as(tensor))
+            if self.init == "mean-noise":
+                for row in tensor:  # one at a time: z has as many values as the table has rows
+                    z = torch.randn(old.shape[0], device=old.device)
+                    row.add_((z @ old - z.sum() * mean) * (self.noise / old.shape[0] ** 0.5))
+
+        return fill
+
+    def _filled_bias(self, site: Site) -> Callable[[Tensor], Any]:
+        def fill(tensor: Tensor) -> None:
+            tensor.zero_()
+            if self.init.startswith("mean") and site.bias is not None:
+                tensor.fill_(float(site.probe.tensor(site.bias).float().mean()))
+
+        return fill
+
+    # -- graph
+
+    def rewrite(self, site: Site, g: Rewriter) -> None:
+        for call in site.calls:
+            with g.at(call):
+                if site.kind == EMBEDDING:
+                    _look_up(g, call, site.decided["first"])
+                else:
+                    _score(g, call, "bias" in g.tensors)
+
+    def reaching(self, site: Site, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Ids of new tokens in some of the columns that hold none yet."""
+        changed = dict(inputs)
+        name = _placeholder(site) if site.kind == EMBEDDING else None
+        if name is None or name not in changed:
+            return changed
+        ids = changed[name].clone()
+        columns = [c for c in range(ids.shape[-1]) if bool((ids[..., c] < site.in_features).all())]
+        inner = columns[1:-1:2] or columns[:1]
+        for position, column in enumerate(inner):
+            ids[..., column] = site.decided["first"] + position % site.decided["rows"]
+        changed[name] = ids
+        return changed
+
+    def keeps(self, site: Site) -> str | None:
+        if site.decided.get("behind"):
+            return "the base adds a bias to its logits that has no place for more; export to ONNX, or save the program"
+        return None
+
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, MergeLonger]:
+        axis = 0 if site.kind == EMBEDDING else site.layout.index("o")
+        merged = {"weight": _Longer(tensors["rows"].t() if axis else tensors["rows"], axis)}
+        if "bias" in tensors:
+            merged["bias"] = _Longer(tensors["bias"], 0)
+        return merged
+
+
+@dataclass(frozen=True)
+class _Longer:
+    """Merge: W ← [W; R] along the axis of tokens."""
+
+    rows: Tensor
+    axis: int
+
+    def longer(self, weight: Tensor) -> Tensor:
+        return torch.cat([weight, self.rows.detach().to(weight.dtype)], self.axis)
+
+
+def _outputs(view: View, site: Site, same: set[str]) -> list[Site]:
+    """Output layers of this vocabulary: tied to the embedding, or with as many rows."""
+    linears = [s for s in view.sites if s.kind == LINEAR and s.weight]
+    tied = [s for s in linears if s.weight in same]
+    return tied or [s for s in linears if s.role == "head" and _rows(s) == _rows(site)]
+
+
+def _rows(site: Site) -> int:
+    """Rows of the vocabulary at a site as it stands, earlier growth included."""
+    if site.kind == EMBEDDING:
+        grown = wrappers(site.calls[0].node, whole=True)
+        return site.in_features + sum(node.meta[META].get("rows", 0) for node in grown)
+    return int(tail(site.calls[0].node, whole=True).meta["val"].shape[-1])
+
+
+def _place(call: Call) -> fx.Node:
+    """Where logits are made longer: behind the op, and behind a bias of its own that is added to them at once (as in
+    BART, where new tokens have none)."""
+    logits = tail(call.node, whole=True)
+    users = list(logits.users)
+    if len(users) == 1 and users[0].target is aten.add.Tensor and users[0].args[0] is logits:
+        bias = users[0].args[1]
+        if isinstance(bias, fx.Node) and bias.op == "get_attr" and not users[0].kwargs:
+            return tail(users[0], whole=True)
+    return logits
+
+
+def _longer(node: fx.Node, more: int, cache: MetaCache) -> Any:
+    val = node.meta["val"]
+    with cache.mode:
+        return val.new_empty([*val.shape[:-1], val.shape[-1] + more])
+
+
+def _look_up(g: Rewriter, call: Call, first: int) -> None:
+    ids = head(operand(call), whole=True)
+    g.replace_input(lambda x: g.call(aten.clamp_max.default, x, first - 1), grown=True)
+
+    def build(old: fx.Node) -> fx.Node:
+        # above the last new id this fails as the embedding itself would
+        index = g.call(aten.clamp_min.default, g.call(aten.sub.Tensor, ids, first), 0)
+        new = g.call(aten.embedding.default, g["rows"], index)
+        if new.meta["val"].dtype != old.meta["val"].dtype:
+            new = g.call(aten.to.dtype, new, old.meta["val"].dtype)
+        known = g.call(aten.unsqueeze.default, g.call(aten.lt.Scalar, ids, first), -1)
+        return g.call(aten.where.self, known, old, new)
+
+    value = g.wrap(call.node, build, grown=True)
+    value.meta[META] = {**value.meta[META], "rows": int(g.tensors["rows"].shape[0])}
+
+
+def _score(g: Rewriter, call: Call, biased: bool) -> None:
+    place = _place(call)
+
+    def build(old: fx.Node) -> fx.Node:
+        rows, bias = g["rows"], g["bias"] if biased else None
+        wanted = old.meta["val"].dtype
+        x = g.x
+        if rows.meta["val"].dtype != x.meta["val"].dtype:
+            rows = g.call(aten.to.dtype, rows, x.meta["val"].dtype)
+        new = g.call(aten.linear.default, x, rows, bias)
+        if new.meta["val"].dtype != wanted:
+            new = g.call(aten.to.dtype, new, wanted)
+        return g.call(aten.cat.default, [old, new], -1)
+
+    more = int(g.tensors["rows"].shape[0])
+    behind = g.follow({place: _longer(place, more, g.cache)})
+    behind.pop(place)
+    g.wrap(place, build, grown=True)
+    g.refresh(behind)
+
+
+def _placeholder(site: Site) -> str | None:
+    """The input that indexes an embedding, where it comes as it is."""
+    node: Any = site.calls[0].x
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        node = node.args[0] if node.args else None
+    return node.name if isinstance(node, fx.Node) and node.op == "placeholder" else None
