@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,7 +105,7 @@ def room(program: Program, site: Site, tokens: int) -> dict[str, Any]:
 def read(program: Program, text: str, tokens: int) -> list[int]:
     """The ids of a text by the model's own tokenizer, repeated or cut to a number of tokens. Raises PassError."""
     where = program.base.loaded.metadata.get("tokenizer")
-    if not where:
+    if not where or not any(Path(where).glob("*token*")):
         raise PassError(
             "prompt: --text needs the model's tokenizer, which lies beside an hf: model; use --init vocabulary"
         )
@@ -133,17 +135,20 @@ def stand_before_ids(site: Site, g: Rewriter, prompt: fx.Node, tokens: int) -> N
     for node in _companions(g.view, ids):
         fill = site.decided["filler"] if node is ids else 0 if _is_index(g.view, node) else 1
         before = tail(node)
-        value = g.wrap(node, lambda v, fill=fill: g.call(aten.constant_pad_nd.default, v, [tokens, 0], fill))  # type: ignore[misc]
+        value = g.wrap(node, partial(_pad, g, tokens, fill))
         moved[value] = before
+
+    output = g.graph.output_node()
+    before = {n: _sizes(n) for n in output.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    g.settle(moved)
 
     def put(value: fx.Node) -> fx.Node:
         parts = [g.call(aten.slice.Tensor, value, 1, 0, earlier)] if earlier else []
         rest = g.call(aten.slice.Tensor, value, 1, earlier + tokens, _END)
         return g.call(aten.cat.default, [*parts, _rows(g, value, prompt), rest], 1)
 
-    before = tail(call.node, whole=True)
-    moved[g.wrap(call.node, put, grown=True)] = before
-    _settle_and_cut(g, moved, tokens, front=True)
+    g.wrap(call.node, put, grown=True)
+    _cut(g, output, before, tokens)
 
 
 def append_to_stream(g: Rewriter, prompt: fx.Node, tokens: int) -> None:
@@ -157,6 +162,10 @@ def append_to_stream(g: Rewriter, prompt: fx.Node, tokens: int) -> None:
     shorter = g.wrap(last.output, lambda v: g.call(aten.slice.Tensor, v, 1, 0, -tokens), grown=True)
     moved[shorter] = before
     g.settle(moved)
+
+
+def _pad(g: Rewriter, tokens: int, fill: int, value: fx.Node) -> fx.Node:
+    return g.call(aten.constant_pad_nd.default, value, [tokens, 0], fill)
 
 
 def _rows(g: Rewriter, like: fx.Node, prompt: fx.Node) -> fx.Node:
@@ -191,26 +200,16 @@ def _is_index(view: View, node: fx.Node) -> bool:
     return any(call.kind == EMBEDDING and input_of(call.x) is node for call in view.calls)
 
 
-def _settle_and_cut(g: Rewriter, moved: dict[fx.Node, fx.Node], tokens: int, front: bool) -> None:
-    output = g.graph.output_node()
-    before = {
-        node: _sizes(node)
-        for node in output.all_input_nodes
-        if isinstance(node.meta.get("val"), torch.Tensor)
-    }
-    g.settle(moved)
+def _cut(g: Rewriter, output: fx.Node, before: dict[fx.Node, list[str]], tokens: int) -> None:
+    """Let the graph return real positions only, along every axis that has grown."""
     for node, sizes in before.items():
-        grown = [dim for dim, size in enumerate(_sizes(node)) if size != sizes[dim]]
-        for dim in grown:
-            value = next(n for n in output.all_input_nodes if n is node or _cut_from(n) is node)
-            g.feed(output, value, lambda v, dim=dim: g.call(aten.slice.Tensor, v, dim, tokens, _END))  # type: ignore[misc]
+        value = node
+        for dim in [dim for dim, size in enumerate(_sizes(node)) if size != sizes[dim]]:
+            value = g.feed(output, value, partial(_without_front, g, dim, tokens))
 
 
-def _cut_from(node: fx.Node) -> fx.Node | None:
-    """What a cut of several dimensions begins at."""
-    while node.target is aten.slice.Tensor and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+def _without_front(g: Rewriter, dim: int, tokens: int, value: fx.Node) -> fx.Node:
+    return g.call(aten.slice.Tensor, value, dim, tokens, _END)
 
 
 __all__ = ["append_to_stream", "embedding_of_ids", "input_of", "stand_before_ids", "stream"]
