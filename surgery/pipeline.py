@@ -128,12 +128,16 @@ def plan(
         for index, (pass_, auto) in enumerate(complete):
             planned = _plan_pass(program, pass_, auto, probe)
             plans.append(planned)
-            follows = complete[index + 1 :]
-            if follows and isinstance(pass_, GraphPass) and planned.accepted:
-                # Those that follow see what it adds.
+            if planned.accepted and _is_seen(pass_, [p for p, _ in complete[index + 1 :]]):
                 program = apply(program, [pass_], False, False, data)
                 probe = Probe(program, data)
     return PlanReport(tuple(plans))
+
+
+def _is_seen(pass_: Pass, following: Sequence[Pass]) -> bool:
+    """Whether those that follow can be planned only on what this pass makes."""
+    replacing = any(isinstance(p, RewritePass) and p.replaces for p in (pass_, *following))
+    return bool(following) and (isinstance(pass_, GraphPass) or (isinstance(pass_, RewritePass) and replacing))
 
 
 def _taken(pass_: Pass) -> str:
@@ -177,7 +181,8 @@ def _plan_pass(program: Program, pass_: Pass, auto: bool, probe: Probe) -> PassP
         )
     sites = pass_.find(program.view)
     live = live_nodes(program.graph)
-    plans = tuple(_plan_site(pass_, site, live, probe) for site in sites)
+    late = {r.key: e.id for e in program.journal if e.pass_name in pass_.before for r in e.sites}
+    plans = tuple(_plan_site(pass_, site, live, probe, late.get(site.key)) for site in sites)
     trains: dict[str, bool] = {}
     for planned in plans:
         if planned.refusal is None:
@@ -189,7 +194,10 @@ def _plan_pass(program: Program, pass_: Pass, auto: bool, probe: Probe) -> PassP
     return PassPlan(pass_, plans, selection, notes=tuple(notes))
 
 
-def _plan_site(pass_: RewritePass, site: Site, live: set[fx.Node], probe: Probe) -> SitePlan:
+def _plan_site(
+    pass_: RewritePass, site: Site, live: set[fx.Node], probe: Probe, late: str | None = None
+) -> SitePlan:
+    """late: an entry at this site that the pass had to precede."""
     if live.isdisjoint(tail(call.node) for call in site.calls):
         refusal: str | None = "no output of the model depends on it"
     elif site.kind not in pass_.on:
@@ -199,6 +207,8 @@ def _plan_site(pass_: RewritePass, site: Site, live: set[fx.Node], probe: Probe)
     else:
         site = replace(site, measured=probe)
         refusal = pass_.check(site)
+        if refusal is None and late:
+            refusal = f"it carries {late!r}, and {pass_.name} has to come before that; undo {late!r} first"
     if refusal is not None:
         return SitePlan(site, refusal)
     decided = site.deciding(pass_.decide(site))
@@ -210,8 +220,10 @@ def _plan_selection(program: Program, pass_: SelectPass, auto: bool, probe: Prob
     if asked is None:
         raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'embed.*'")
     chosen = select(program, asked)
-    selection = pass_.selection(Candidates(program, chosen, probe))
-    return PassPlan(pass_, selection=checked(program, pass_.entry_id, selection), auto=auto)
+    selection = checked(program, pass_.entry_id, pass_.selection(Candidates(program, chosen, probe)))
+    said = Entry(pass_.entry_id, pass_.name, "select", trains=selection.trains, windows=selection.windows)
+    Schedule.of([*program.journal, replace(said, unit=selection.unit)])  # refuses two units in one program
+    return PassPlan(pass_, selection=selection, auto=auto)
 
 
 def apply(
@@ -234,7 +246,6 @@ def apply(
         begun = perf_counter()
         planned = _plan_pass(program, pass_, auto, Probe(program, data))
         entry = _entry(program, planned)
-        Schedule.of([*program.journal, entry])
         kept = {entry.before[name]: value for name, value in trained_before(program, entry).items()}
         if isinstance(pass_, RewritePass):
             graph, tensors = _rewrite(program, pass_, planned, entry)

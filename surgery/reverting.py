@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -53,17 +53,23 @@ def reverted(gone: Iterable[Entry], left: Journal, names: Names) -> dict[str, st
     return found
 
 
-def handed_on(gone: Sequence[Entry], left: Sequence[Entry]) -> list[Entry]:
-    """The entries that stay, where one keeps what a parameter was before it, and that was the work of one that
-    goes: then it keeps what the parameter was before that."""
-    kept = list(left)
-    for entry in reversed(gone):
+def without(gone: Collection[str], journal: Journal) -> list[Entry]:
+    """The entries of a journal but those of these ids.
+
+    What a parameter was before one that goes is handed on to the next that makes it train: that is what it was
+    before that one, now.
+    """
+    kept: list[Entry] = []
+    owed: dict[str, str | None] = {}
+    for entry in journal:
+        before = dict(entry.before)
         for name in made_trainable(entry):
-            for index, later in enumerate(kept):
-                if name in later.before:
-                    before = {n: t for n, t in later.before.items() if n != name}
-                    if name in entry.before:
-                        before[name] = entry.before[name]
-                    kept[index] = replace(later, before=before)
-                    break
+            if entry.id in gone:
+                owed.setdefault(name, entry.before.get(name))
+            elif name in owed:
+                tensor = owed.pop(name)
+                before.pop(name, None)
+                before |= {name: tensor} if tensor is not None else {}
+        if entry.id not in gone:
+            kept.append(replace(entry, before=before))
     return kept
