@@ -15,19 +15,13 @@ from surgery.plugins import Plugins
 def in_order(passes: Sequence[Pass], journal: Journal, plugins: Plugins) -> list[Pass]:
     """The passes so that each precedes those it has to precede, and otherwise as given.
 
-    Raises PassError, in a sentence, for a conflict, a missing requirement, a cycle, or a pass that had to come
-    before one which the journal holds already.
+    Raises PassError, in a sentence, for a conflict, a missing requirement or a cycle. What had to come before an
+    entry of the journal is refused site by site, where the two meet (see pipeline.plan).
     """
     applied = {entry.pass_name: entry.id for entry in journal}
     kinds = {name: plugins.find_pass(name).cls for name in applied if name != "merge"}
     for index, pass_ in enumerate(passes):
         _check_conflicts(pass_, [*kinds.values(), *(type(p) for p in passes[:index])])
-        for name in pass_.before:
-            if name in applied:
-                raise PassError(
-                    f"{pass_.name} has to come before {name}, which is applied already; undo {applied[name]!r}, "
-                    f"or apply both in one pipeline"
-                )
         there = {*applied, *(p.name for p in passes)}
         if pass_.requires and not there & set(pass_.requires):
             raise PassError(

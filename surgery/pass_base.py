@@ -121,7 +121,7 @@ class Pass(BaseModel):
 
     requires: names of passes, one of which has to be applied already. conflicts: name of a pass -> why the two
     cannot stand in one program. before: names of passes that this one has to precede; in one pipeline it is put
-    before them, and where one is applied already it is refused.
+    before them, and a site that one of them holds already is refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)

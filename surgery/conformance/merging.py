@@ -9,7 +9,7 @@ from surgery.errors import PassError
 from surgery.folding import foldable
 from surgery.pass_base import GraphPass
 from surgery.program import Program
-from surgery.replay import live_entries
+from surgery.replay import live_entries, pass_of
 from surgery.sites import Site
 
 
@@ -79,7 +79,7 @@ def restored(case: Case) -> str:
     if names != original:
         raise case.error("restored", f"names differ: {sorted(names ^ original)[0]}")
     own = [n for p in case.accepted for n in (p.site.weight, p.site.bias) if n is not None]
-    longer = {alias for n in own for alias in case.program.base.names.get(n, ())} if case.rewrite.lengthens else set()
+    longer = {alias for n in _lengthened(case, own) for alias in case.program.base.names.get(n, ())}
     for name, tensor in merged.state().items():
         if fingerprint(tensor)[:2] != case.base_before[name][:2] and name not in longer:
             raise case.error("restored", f"{name} has another shape or dtype than the base's")
@@ -115,6 +115,15 @@ def _simplified(case: Case, merged: Program) -> str:
     if set(back.state()) != set(before) or not case.compare(case.random, back).equal:
         raise case.error("restored", "undoing the merge does not give back what it simplified, bit for bit")
     return f"{len(gone)} tensors gone for {len(plain.tensor_names)}; undone, bit for bit"
+
+
+def _lengthened(case: Case, own: list[str]) -> list[str]:
+    """Weights that this pass, or an earlier one of the program, folds into a longer one."""
+    found = list(own) if case.rewrite.lengthens else []
+    for entry in case.program.journal:
+        if entry.kind == "rewrite" and getattr(pass_of(entry, case.program.base.plugins), "lengthens", False):
+            found += [record.key.owner for record in entry.sites]
+    return found
 
 
 def weights(case: Case) -> str:

@@ -42,6 +42,7 @@ class LowRank(RewritePass):
     """
 
     name: ClassVar[str] = "low-rank"
+    before: ClassVar[tuple[str, ...]] = ("lora", "ia3", "sparse-tune", "bitfit")
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("approximates weights by products of two smaller ones")
     freezes: ClassVar[bool] = False
@@ -144,6 +145,10 @@ class LowRank(RewritePass):
         if self.rank is not None and not site.probe.program.base.in_memory:
             return {"rank": self.rank}
         return dict(self._found(site)["decided"])
+
+    def frees(self, site: Site) -> set[str]:
+        standing = tensors_now(site)
+        return set() if isinstance(standing, str) else {standing[0]}
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         a, b = factoring.stored_shapes(site, site.decided["rank"])

@@ -1,0 +1,172 @@
+"""Passes in one program: ten compositions through the kit, and what is refused, with its sentence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import surgery
+from surgery.errors import JournalError, PassError
+from surgery.testing import CHECKS, check_pass
+from tests.techniques.catalogue import of
+from tests.techniques.models import program
+
+CHEAP = [name for name in CHECKS if name not in ("reload", "reexport", "unflatten", "onnx", "gradients")]
+ATTENTION = "attn.q,attn.v"
+
+# What is there already (trained, that is: at random), and the pass that the kit tries on top.
+COMPOSITIONS = {
+    "adapter, then lora": ("vit", [("adapter", {"size": 4})], ("lora", {"target": ATTENTION, "rank": 2})),
+    "lora, then adapter": ("t5", [("lora", {"target": ATTENTION, "rank": 2})], ("adapter", {"size": 4})),
+    "prefix, adapter, then lora": (
+        "vit",
+        [("prefix", {"tokens": 2}), ("adapter", {"size": 4, "placement": "pfeiffer"})],
+        ("lora", {"target": "mlp.*", "rank": 2}),
+    ),
+    "lora, then prefix": ("mixtral", [("lora", {"target": ATTENTION, "rank": 2})], ("prefix", {"tokens": 2})),
+    "lora, then dora": (
+        "vit",
+        [("lora", {"target": ATTENTION, "rank": 2})],
+        ("lora", {"target": ATTENTION, "rank": 2, "dora": True, "as": "dora"}),
+    ),
+    "low-rank, then lora": (
+        "vit",
+        [("low-rank", {"target": "mlp.*", "rank": 4})],
+        ("lora", {"target": "mlp.*", "rank": 2}),
+    ),
+    "sparse-tune, then lora": (
+        "t5",
+        [("sparse-tune", {"target": ATTENTION, "density": 0.1})],
+        ("lora", {"target": ATTENTION, "rank": 2}),
+    ),
+    "share, then lora": ("vit", [("share", {"target": "mlp.*"})], ("lora", {"target": "mlp.*", "rank": 2})),
+    "expand, then lora on the copies": (
+        "vit",
+        [("expand", {"deeper": 1})],
+        ("lora", {"target": "attn.*", "rank": 2}),
+    ),
+    "lora, prompt, then bitfit": (
+        "vit",
+        [("lora", {"target": ATTENTION, "rank": 2}), ("prompt", {"tokens": 2})],
+        ("bitfit", {}),
+    ),
+    "vocab, then lora on the embeddings": (
+        "t5",
+        [("vocab", {"tokens": 3})],
+        ("lora", {"target": "embed.token", "rank": 2}),
+    ),
+    "head, adapter, then layerwise": (
+        "vit",
+        [("head", {"mode": "add", "labels": 3, "head_name": "other"}), ("adapter", {"size": 4})],
+        ("layerwise", {"top": 1}),
+    ),
+}
+
+
+def composed(name):
+    model, before, last = COMPOSITIONS[name]
+    torch.manual_seed(0)
+    base = program(model).apply(*(of(n, **options) for n, options in before))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in base.tensors.values():
+            if isinstance(tensor, torch.nn.Parameter):
+                tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+    return of(last[0], **last[1]), base
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_composition(name):
+    assert check_pass(*composed(name), checks=CHEAP).ok
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_composition_through_the_whole_kit(name):
+    assert check_pass(*composed(name)).ok
+
+
+def test_mixed_adapters_are_switched_weighted_and_removed_alone(tmp_path, randomise):
+    """LoRA here, bottlenecks there, prefixes everywhere: one program, one saved directory."""
+    base = program("vit")
+    mixed = base.apply(
+        surgery.Lora(target=ATTENTION, rank=2), surgery.Adapter(size=4), surgery.Prefix(tokens=2)
+    )
+    randomise(mixed, scale=0.3)
+    mixed.save(tmp_path / "mixed")
+    again = surgery.load(str(tmp_path / "mixed"))
+    assert torch.equal(again.run()["logits"], mixed.run()["logits"])
+    bare = base.run()["logits"]
+    assert torch.equal(mixed.without("lora", "adapter", "prefix").run()["logits"], bare)
+    alone = {name: mixed.only(name).run()["logits"] for name in ("lora", "adapter", "prefix")}
+    for name, logits in alone.items():
+        assert not torch.equal(logits, bare), name
+        left = mixed
+        for other in alone:
+            left = left.undo(other) if other != name else left
+        assert torch.equal(left.run()["logits"], logits), name
+    assert not torch.equal(mixed.weighted({"adapter": 0.5}).run()["logits"], mixed.run()["logits"])
+    without = mixed.without("lora")
+    assert all(without.tensors[name] is tensor for name, tensor in mixed.tensors.items())
+
+
+REFUSED = {
+    "the same name twice": (
+        [("lora", {"target": ATTENTION})],
+        [("lora", {"target": "mlp.*"})],
+        PassError,
+        "'lora' is applied already; give this one a name with --as",
+    ),
+    "low-rank under an adapter": (
+        [("lora", {"target": "mlp.*"})],
+        [("low-rank", {"target": "mlp.*", "rank": 4})],
+        PassError,
+        "low-rank at vit.layers.0.mlp.fc1: refused, it carries 'lora', trained for the whole weight; factor first",
+    ),
+    "a copy of an adapted block": (
+        [("lora", {"target": ATTENTION})],
+        [("expand", {"deeper": 1})],
+        PassError,
+        "it carries 'lora', which a copy would lose; apply expand first",
+    ),
+    "a wider layer under an adapter": (
+        [("lora", {"target": "mlp.*"})],
+        [("expand", {"wider": 2.0, "target": "mlp.up"})],
+        PassError,
+        "'lora'",
+    ),
+    "text for a model without ids": (
+        [("prefix", {"tokens": 2})],
+        [("prompt", {"init": "text", "text": "hello"})],
+        PassError,
+        "prompt at .*: refused, it reads no token ids, so --init text has no embeddings to copy",
+    ),
+    "on a merged program": (
+        [("lora", {"target": ATTENTION})],
+        [("adapter", {})],
+        PassError,
+        "the program is merged; undo the merge",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    before, then, error, message = REFUSED[name]
+    base = program("vit").apply(*(of(n, **options) for n, options in before))
+    if "merged" in name:
+        base = base.merge()
+    with pytest.raises(error, match=message):
+        base.apply(*(of(n, **options) for n, options in then))
+
+
+def test_undo_under_a_copy_is_refused():
+    deeper = program("vit").apply(of("expand", deeper=1), of("lora", target="attn.q", rank=2))
+    with pytest.raises(JournalError, match=r"'lora' stands on .*, which 'expand' added; undo 'lora' first"):
+        deeper.undo("expand")
+
+
+def test_a_pipeline_orders_its_passes():
+    """low-rank has to come before what stands on its factors, however they are given."""
+    ordered = program("vit").apply(of("lora", target="mlp.*", rank=2), of("low-rank", target="mlp.*", rank=4))
+    assert [e.pass_name for e in ordered.journal if not e.auto] == ["low-rank", "lora"]
