@@ -51,10 +51,42 @@ def _one(name: str, pass_: str, lr: float, adapts: bool = True, **options: Any) 
 
 
 ATTENTION = "attn.*"
+LINEARS = "attn.*,mlp.*"
+# Peak learning rates: what each paper or library uses at this size, within a factor of three.
 RECIPES = [
     Recipe("linear probe", (("classifier", {}),), 0.0, adapts=False),
-    _one("full", "full", 5e-5),
+    _one("full", "full", 1e-4),
     _one("lora", "lora", 2e-3, target=ATTENTION),
+    _one("lora --rslora", "lora", 1e-3, target=ATTENTION, rslora=True),
+    _one("lora --dora", "lora", 2e-3, target=ATTENTION, dora=True),
+    _one("lora --init pissa", "lora", 5e-4, target=ATTENTION, init="pissa"),
+    _one("lora --dropout 0.1", "lora", 2e-3, target=ATTENTION, dropout=0.1),
+    _one("ia3", "ia3", 1e-2),
+    _one("adapter --placement houlsby", "adapter", 2e-3, size=32),
+    _one("adapter --placement pfeiffer", "adapter", 2e-3, size=32, placement="pfeiffer"),
+    _one("adapter --placement parallel", "adapter", 1e-3, size=32, placement="parallel", scale=4.0),
+    _one("prefix", "prefix", 1e-2, tokens=8, init="activations"),
+    _one("prefix --projection", "prefix", 2e-3, tokens=8, projection=True),
+    _one("prefix --gate", "prefix", 2e-2, tokens=8, gate=True),
+    _one("prompt", "prompt", 5e-2, tokens=8, init="text", text="is this film review good or bad?"),
+    _one("bitfit --train-head", "bitfit", 2e-3, train_head=True),
+    _one("expand --deeper 2", "expand", 5e-4, deeper=2),
+    _one("expand --wider 1.5", "expand", 1e-4, wider=1.5, target="mlp.up"),
+    _one("expand --side dense", "expand", 2e-3, side="dense", size=32, target="mlp.down"),
+    _one("expand --side conv", "expand", 1e-3, side="conv", target="mlp.down"),
+    _one("layerwise --top 2", "layerwise", 2e-4, top=2),
+    _one("layerwise --decay 0.8", "layerwise", 2e-4, fraction=1.0, embeddings=True, decay=0.8),
+    _one("layerwise --one-at-a-time", "layerwise", 3e-4, one_at_a_time=True, fraction=1.0, steps=14),
+    _one("gradual-unfreeze", "gradual-unfreeze", 1e-4, every=12, unit="step"),
+    _one("embedding", "embedding", 1e-3),
+    _one("classifier --dense", "classifier", 1e-3, dense=True),
+    _one("filter", "filter", 5e-4, fraction=0.1),
+    _one("filter --by weight", "filter", 5e-4, fraction=0.1, by="weight"),
+    _one("low-rank --energy 0.9", "low-rank", 1e-4, adapts=False, target="mlp.*", energy=0.9),
+    _one("share --groups 3", "share", 1e-4, adapts=False, target="mlp.*", groups=3),
+    _one("sparse-tune --by magnitude", "sparse-tune", 1e-3, target=LINEARS, density=0.02),
+    _one("sparse-tune --by gradient", "sparse-tune", 1e-3, target=LINEARS, density=0.02, by="gradient"),
+    _one("sparse-tune --by random", "sparse-tune", 2e-3, target=LINEARS, density=0.02, by="random"),
 ]
 
 

@@ -1,13 +1,14 @@
 """`make techniques`: every technique of the catalogue on eight models, each cell the outcome of the conformance kit.
 
-    python -m tests.techniques [--only NAME,…] [--models NAME,…] [--workers 2]
+    python -m tests.techniques [--only NAME,…] [--models NAME,…] [--workers 2] [--resume]
 
-Writes docs/techniques.md and out/techniques.json; exit code 1 where a mandatory cell is not a pass.
+About an hour on two cores; --resume goes on where an earlier run of the same sources stopped. Writes docs/techniques.md and out/techniques.json; exit code 1 where a mandatory cell is not a pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import sys
@@ -27,7 +28,7 @@ TITLES = {
     "minilm": "MiniLM", "smollm2": "SmolLM2", "t5": "T5", "vit": "ViT", "resnet18": "ResNet-18",
     "wav2vec2": "wav2vec2", "mixtral": "Mixtral", "mamba": "Mamba",
 }  # fmt: skip
-PAGE = Path("docs/techniques.md")
+PAGE, KEPT = Path("docs/techniques.md"), Path("out/techniques.json")
 
 
 @dataclass(frozen=True)
@@ -81,19 +82,30 @@ def _work(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
         results.put(cell(known[name], model))
 
 
-def table(techniques: list[Technique], models: list[str], workers: int) -> list[Cell]:
+def sources() -> str:
+    """A hash of what the cells depend on."""
+    digest = hashlib.sha256()
+    for path in sorted([*Path("surgery").rglob("*.py"), *Path("tests/techniques").glob("[cm]*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def table(techniques: list[Technique], models: list[str], workers: int, known: list[Cell]) -> list[Cell]:
+    """Every cell; those that are known are not made again."""
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
-    wanted = [(technique.name, model) for model in models for technique in techniques]
+    there = {(c.technique, c.model): c for c in known}
+    every = [(technique.name, model) for model in models for technique in techniques]
+    wanted = [pair for pair in every if pair not in there]
     for job in [*wanted, *[None] * workers]:
         jobs.put(job)
     processes = [context.Process(target=_work, args=(jobs, results)) for _ in range(workers)]
     for process in processes:
         process.start()
-    cells = []
     for number in range(len(wanted)):
         done = results.get()
-        cells.append(done)
+        there[done.technique, done.model] = done
+        _keep(list(there.values()))
         said = done.detail if done.outcome != "passed" else f"{done.passed} checks"
         print(
             f"{number + 1:3}/{len(wanted)} {done.technique:<32} {done.model:<9} {done.seconds:5.0f} s  "
@@ -102,7 +114,22 @@ def table(techniques: list[Technique], models: list[str], workers: int) -> list[
         )
     for process in processes:
         process.join()
-    return cells
+    return [there[pair] for pair in every]
+
+
+def _keep(cells: list[Cell]) -> None:
+    found = {"sources": sources(), "cells": [asdict(c) for c in cells]}
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.write_text(json.dumps(found, indent=1))
+
+
+def _kept() -> list[Cell]:
+    """The cells of an earlier run, failed ones left out; none where the sources have changed since."""
+    if not KEPT.exists():
+        return []
+    found = json.loads(KEPT.read_text())
+    same = found["sources"] == sources()
+    return [c for c in (Cell(**row) for row in found["cells"]) if same and c.outcome != "failed"]
 
 
 def markdown(techniques: list[Technique], models: list[str], cells: list[Cell]) -> str:
@@ -148,13 +175,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="techniques, comma-separated (all by default)")
     parser.add_argument("--models", default="", help="models, comma-separated (all by default)")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cells of an earlier run of the same sources"
+    )
     asked = parser.parse_args()
     only = [name.strip() for name in asked.only.split(",") if name.strip()]
     models = [name.strip() for name in asked.models.split(",") if name.strip()] or list(MODELS)
     techniques = [t for t in catalogue() if not only or t.name in only or t.name.split()[0] in only]
-    cells = table(techniques, models, asked.workers)
-    Path("out").mkdir(exist_ok=True)
-    Path("out/techniques.json").write_text(json.dumps([asdict(c) for c in cells], indent=1))
+    cells = table(techniques, models, asked.workers, _kept() if asked.resume else [])
+    _keep(cells)
     missing = [
         c for t in techniques for c in cells
         if c.technique == t.name and c.model in t.mandatory and c.outcome != "passed"

@@ -38,7 +38,7 @@ def of(name: str, **options: Any) -> Pass:
 _LINEARS = {
     "resnet18": "layer2.*.conv*,head",
     "mixtral": "attn.q,attn.v,mlp.down",
-    "mamba": "all-linear",
+    "mamba": "in_proj,out_proj",
 }
 
 
@@ -47,32 +47,124 @@ def linears(model: str) -> str:
     return _LINEARS.get(model, "attn.q,attn.v,mlp.down")
 
 
+def _always(name: str, **options: Any) -> Callable[[str], Pass]:
+    return lambda model: of(name, **options)
+
+
+def _at_linears(name: str, **options: Any) -> Callable[[str], Pass]:
+    return lambda model: of(name, target=linears(model), **options)
+
+
 def catalogue() -> list[Technique]:
     """In the order of the table."""
-    both = (*TEXT, *CONV_AND_SOUND)
-    return [*_additive(both), *_selective(), *_reparameterisation(both)]
+    return [*_additive(), *_selective(), *_reparameterisation()]
 
 
-def _additive(both: tuple[str, ...]) -> list[Technique]:
+def _additive() -> list[Technique]:
+    family, both = "additive", (*TEXT, *CONV_AND_SOUND)
+    no_vocabulary = tuple(m for m in TEXT if m != "vit")
+
+    def bitfit(model: str) -> Pass:
+        bare = model in ("smollm2", "t5", "mixtral")  # they have no bias at all
+        return of("bitfit", **({"add_missing": True, "target": linears(model)} if bare else {}))
+
     def lora(**options: Any) -> Callable[[str], Pass]:
-        return lambda model: of("lora", target=linears(model), rank=4, **options)
+        return _at_linears("lora", rank=4, **options)
+
+    def wider(model: str) -> Pass:
+        target = "layer2.1.conv1" if model == "resnet18" else "mlp.up"
+        return of("expand", wider=1.5, target=target)
+
+    def side(kind: str) -> Callable[[str], Pass]:
+        return lambda model: of("expand", side=kind, target=linears(model))
 
     return [
-        Technique("lora", "additive", lora(), ALL),
-        Technique("lora --rslora", "additive", lora(rslora=True), ALL),
-        Technique("lora --dora", "additive", lora(dora=True)),
-        Technique("lora --init pissa", "additive", lora(init="pissa")),
-        Technique("lora --dropout", "additive", lora(dropout=0.1), ALL),
-        Technique("ia3", "additive", lambda m: of("ia3", target=linears(m)), ()),
+        Technique("lora", family, lora(), ALL),
+        Technique("lora --rslora", family, lora(rslora=True), ALL),
+        Technique("lora --dora", family, lora(dora=True), ALL),
+        Technique("lora --init pissa", family, lora(init="pissa"), ALL),
+        Technique("lora --dropout", family, lora(dropout=0.1), ALL),
+        Technique("ia3 (plugin)", family, _at_linears("ia3"), TEXT),
+        Technique("adapter --placement houlsby", family, _always("adapter", size=6), both),
+        Technique(
+            "adapter --placement pfeiffer", family, _always("adapter", size=6, placement="pfeiffer"), both
+        ),
+        Technique(
+            "adapter --placement parallel", family, _always("adapter", size=6, placement="parallel"), both
+        ),
+        Technique("prefix", family, _always("prefix", tokens=3)),
+        Technique("prefix --projection", family, _always("prefix", tokens=3, projection=True, hidden=8)),
+        Technique("prompt", family, _always("prompt", tokens=3)),
+        Technique("bitfit", family, bitfit, both),
+        Technique("expand --deeper", family, _always("expand", deeper=1), both),
+        Technique("expand --wider", family, wider, both),
+        Technique("expand --side dense", family, side("dense"), both),
+        Technique("expand --side conv", family, side("conv"), both),
+        Technique("head --mode replace", family, _always("head", labels=5)),
+        Technique("head --mode resize", family, _always("head", mode="resize", labels=3)),
+        Technique("head --mode add", family, _always("head", mode="add", labels=3, head_name="other")),
+        Technique("vocab", family, _always("vocab", tokens=4), no_vocabulary),
     ]
 
 
 def _selective() -> list[Technique]:
-    return []
+    family = "selective"
+    options: dict[str, dict[str, Any]] = {
+        "full": {},
+        "freeze": {"target": "all"},
+        "layerwise --top": {"top": 1},
+        "layerwise --fraction --decay": {"fraction": 0.5, "decay": 0.8, "embeddings": True},
+        "layerwise --one-at-a-time": {"one_at_a_time": True, "steps": 2},
+        "gradual-unfreeze": {"every": 2, "unit": "step"},
+        "embedding": {},
+        "classifier": {},
+        "filter": {"fraction": 0.25},
+        "filter --by weight": {"fraction": 0.1, "by": "weight"},
+    }
+
+    def make(name: str, given: dict[str, Any]) -> Callable[[str], Pass]:
+        def build(model: str) -> Pass:
+            stem = name == "embedding" and model in (
+                "resnet18",
+                "wav2vec2",
+            )  # their input layers are no tables
+            return of(name.split()[0], **given, **({"which": "stem"} if stem else {}))
+
+        return build
+
+    return [Technique(name, family, make(name, given), ALL) for name, given in options.items()]
 
 
-def _reparameterisation(both: tuple[str, ...]) -> list[Technique]:
-    return []
+def _reparameterisation() -> list[Technique]:
+    family, both = "reparameterisation", (*TEXT, *CONV_AND_SOUND)
+
+    def low_rank(model: str) -> Pass:
+        return of(
+            "low-rank", rank=4 if model in ("smollm2", "minilm", "resnet18") else 2, target=linears(model)
+        )
+
+    def share(**options: Any) -> Callable[[str], Pass]:
+        return lambda model: of("share", target="conv" if model == "resnet18" else linears(model), **options)
+
+    def untie(model: str) -> Pass:
+        return of("untie", target="head" if model in ("smollm2", "t5", "mamba") else linears(model))
+
+    def tie_first(model: str) -> tuple[Pass, ...]:
+        return () if model in ("smollm2", "t5", "mamba") else (share()(model),)
+
+    return [
+        Technique("low-rank", family, low_rank, ALL),
+        Technique("share --mode first", family, share(), both),
+        Technique("share --mode mean", family, share(mode="mean"), both),
+        Technique("untie", family, untie, both, tie_first),
+        Technique("sparse-tune --by magnitude", family, _at_linears("sparse-tune", density=0.05), ALL),
+        Technique(
+            "sparse-tune --by gradient", family, _at_linears("sparse-tune", density=0.05, by="gradient"), ALL
+        ),
+        Technique(
+            "sparse-tune --by random", family, _at_linears("sparse-tune", density=0.05, by="random"), ALL
+        ),
+    ]
 
 
 __all__ = ["ALL", "Technique", "catalogue", "of"]
