@@ -78,7 +78,7 @@ def weight_names(base: Base, journal: Journal, tensors: Mapping[str, Tensor]) ->
 
 def is_structural(entry: Entry, plugins: Plugins) -> bool:
     pass_ = pass_of(entry, plugins)
-    return isinstance(pass_, RewritePass) and pass_.structural
+    return isinstance(pass_, RewritePass) and pass_.adds_weights
 
 
 def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], captured: Captured) -> fx.Graph:
@@ -98,6 +98,6 @@ def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], cap
         view = View(graph, names, ops, training=captured.training)
         index = index or SiteIndex(graph, names, ops)
         rewrite_entry(entry, pass_, graph, cache, find_sites(entry, index), tensors, view)
-        if pass_.structural:
+        if pass_.adds_weights:
             index = None
     return graph

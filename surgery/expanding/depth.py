@@ -1,0 +1,312 @@
+"""Deeper: copies of whole blocks, each the identity when it is inserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from surgery.errors import PassError
+from surgery.expanding.region import Region, adapters_in, module_of, outer_values, region_of, run
+from surgery.pass_base import TensorSpec
+from surgery.rewriter import Rewriter
+from surgery.sites import Site, SiteKey, tail
+from surgery.target import select_sites
+from surgery.weight_ops import CONV, NORM, Call
+
+if TYPE_CHECKING:
+    from surgery.blocks import Block, Branch
+    from surgery.probe import Probe
+    from surgery.view import View
+
+aten = torch.ops.aten
+
+GATE = "residual_gate"
+
+
+@dataclass(frozen=True)
+class Request:
+    """deeper: how many copies. after: numbers of the blocks that are copied, in their row. row: which row.
+    target: weights that the blocks have to hold."""
+
+    deeper: int | None
+    after: tuple[int, ...] | None
+    row: int | None
+    target: str | None
+
+
+@dataclass(frozen=True)
+class Place:
+    """The blocks that go by one site (several, where layers share their weights), and how often each is copied."""
+
+    site: Site
+    blocks: tuple[Block, ...]
+    copies: tuple[int, ...]
+
+
+# -- which blocks
+
+
+def places(request: Request, view: View) -> list[Place]:
+    """What is copied, in graph order. Raises PassError, TargetError."""
+    rows = view.blocks
+    if not rows:
+        raise PassError(
+            "pass 'expand': the model has no repeated blocks to copy (no residual branches were found); use --wider "
+            "or --side"
+        )
+    chosen = _spread(request, _blocks(request, rows, view))
+    keys: dict[SiteKey, Site] = {}
+    for block in chosen:
+        site = _site_of(block, view)
+        keys[site.key] = site
+    found = []
+    for site in keys.values():
+        blocks = blocks_with(site, view)
+        found.append(Place(site, tuple(blocks), tuple(chosen.get(block, 0) for block in blocks)))
+    return found
+
+
+def _blocks(request: Request, rows: Sequence[Sequence[Block]], view: View) -> list[Block]:
+    if request.row is not None:
+        if request.row >= len(rows):
+            lengths = ", ".join(str(len(row)) for row in rows)
+            raise PassError(
+                f"pass 'expand': --row {request.row}: the model has {len(rows)} rows of blocks, numbered from 0, "
+                f"of length {lengths}"
+            )
+        rows = [rows[request.row]]
+    if request.target is not None:
+        named = {call.node for site in select_sites(view.sites.sites, request.target) for call in site.calls}
+        blocks = [b for row in rows for b in row if any(call.node in named for call in b.calls)]
+    else:
+        longest = max(len(row) for row in rows)
+        blocks = list([row for row in rows if len(row) == longest][-1])
+    if request.after is None:
+        return blocks
+    for number in request.after:
+        if not any(block.index == number for block in blocks):
+            numbers = ", ".join(str(block.index) for block in blocks) or "none"
+            raise PassError(f"pass 'expand': --after {number}: there are the blocks {numbers}")
+    return [block for block in blocks if block.index in request.after]
+
+
+def _spread(request: Request, blocks: Sequence[Block]) -> dict[Block, int]:
+    """How often each block is copied: the blocks are split evenly, and the last of each part is copied."""
+    if request.after is None:
+        blocks = [block for block in blocks if block.repeatable] or blocks
+    wanted = request.deeper or len(blocks)
+    found: dict[Block, int] = {}
+    for part in range(wanted if blocks else 0):
+        block = blocks[-(-(part + 1) * len(blocks) // wanted) - 1]
+        found[block] = found.get(block, 0) + 1
+    return found
+
+
+def _site_of(block: Block, view: View) -> Site:
+    """A site that no other block has; where layers share all their weights, the first."""
+    sites = [view.site_of(call.node) for call in block.calls]
+    inside = {call.node for call in block.calls}
+    own = (site for site in sites if all(call.node in inside for call in site.calls))
+    return next(own, sites[0])
+
+
+def blocks_with(site: Site, view: View) -> list[Block]:
+    """Every block that holds a call of the site, in graph order."""
+    named = {call.node.name for call in site.calls}
+    return [b for row in view.blocks for b in row if any(call.node.name in named for call in b.calls)]
+
+
+# -- whether and how
+
+
+def check(place: Place, view: View) -> str | None:
+    regions = [region_of(block, view) for block in place.blocks]
+    for block, region, copies in zip(place.blocks, regions, place.copies, strict=True):
+        if not copies:
+            continue
+        if not block.repeatable:
+            return (
+                f"block {block.index} of row {block.group} cannot follow itself: it changes the shape of the stream, "
+                f"or has a projection in its shortcut; name others with --after"
+            )
+        adapters = adapters_in(region)
+        if adapters:
+            return f"it carries {adapters[0]!r}, which a copy would lose; apply expand first, or undo {adapters[0]!r}"
+        if region.own != regions[0].own:
+            return "blocks that share this weight have other weights besides, and cannot be copied as one"
+        if not region.own:
+            return "it has no weights of its own that could train"
+    return None
+
+
+def decide(place: Place, view: View, probe: Probe) -> dict[str, Any]:
+    block, region = next(
+        (block, region_of(block, view)) for block, n in zip(place.blocks, place.copies, strict=True) if n
+    )
+    held = {name: probe.tensor(name) for name in region.own}
+    zero = _output_projections(region, block, view)
+    zero = [name for name in zero if name in held and held[name].is_floating_point()]
+    x = _outer(place, view, probe)[region.output]
+    exact = bool(zero) and torch.equal(run(probe, region, _outer(place, view, probe), zero, view), x)
+    return {
+        "block": module_of(region.own),
+        "copies": list(place.copies),
+        "tensors": [
+            {
+                "name": name,
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "trains": name in view.names and tensor.is_floating_point(),
+            }
+            for name, tensor in held.items()
+        ],
+        "zero": zero if exact else [],
+        "gate": None if exact else _gate_shape(region, block, view),
+        "dtype": str(region.output.meta["val"].dtype).removeprefix("torch."),
+    }
+
+
+def _outer(place: Place, view: View, probe: Probe) -> dict[fx.Node, Any]:
+    """What the region reads from outside, on the first set of data."""
+
+    def measure() -> dict[fx.Node, Any]:
+        nodes = {n for block in place.blocks for n in outer_values(region_of(block, view))}
+        values = probe.values(nodes)
+        return {node: values[node.name][0] for node in nodes}
+
+    return probe.once(("expand", place.site.key), measure)
+
+
+def _output_projections(region: Region, block: Block, view: View) -> list[str]:
+    """Weight and bias of what ends each branch: a norm, where one follows the last projection."""
+    by_node = {call.node: call for call in region.calls}
+    found: dict[str, None] = {}
+    for branch in block.branches:
+        for call in _norms_after(branch, by_node, view) or [by_node[branch.last]]:
+            for n in (call.weight, call.bias):
+                if n is not None:
+                    found[view.names.get(str(n.target), (str(n.target),))[0]] = None
+    return list(found)
+
+
+def _norms_after(branch: Branch, calls: Mapping[fx.Node, Call], view: View) -> list[Call]:
+    order = view.flow.order
+    after = [calls[n] for n in branch.ops if n in calls and order[n] > order[branch.last]]
+    return [call for call in after if call.kind == NORM and call.weight is not None]
+
+
+def _gate_shape(region: Region, block: Block, view: View) -> list[int]:
+    """One number for each feature of the stream, shaped to be broadcast; one for all where these cannot be told."""
+    shape = region.output.meta["val"].shape
+    last = view.site_of(block.branches[-1].last) if block.branches else None
+    width = last.out_features if last is not None else None
+    fits = [axis for axis in (-1, 1) if isinstance(shape[axis], int) and shape[axis] == width]
+    if not fits:
+        return []
+    axis = 1 if last is not None and last.kind == CONV and 1 in fits else fits[0]
+    return [int(shape[axis]), *(1 for _ in shape[2:])] if axis == 1 else [int(shape[-1])]
+
+
+# -- tensors and graph
+
+
+def tensors(site: Site) -> dict[str, TensorSpec]:
+    known, specs = site.decided, {}
+    for number in range(1, sum(known["copies"]) + 1):
+        for tensor in known["tensors"]:
+            key, dtype = _key(known, number, tensor["name"]), getattr(torch, tensor["dtype"])
+            specs[key] = TensorSpec(
+                tuple(tensor["shape"]), _filled(site, tensor["name"]), trainable=tensor["trains"], dtype=dtype
+            )
+        if known["gate"] is not None:
+            specs[f"{number}.{GATE}"] = TensorSpec(tuple(known["gate"]), dtype=getattr(torch, known["dtype"]))
+    return specs
+
+
+def _key(known: Mapping[str, Any], number: int, name: str) -> str:
+    """The tensor's name in the pass: number of the copy, and name within the block."""
+    rest = name.removeprefix(f"{known['block']}.") if known["block"] else name
+    return f"{number}.{rest}"
+
+
+def _filled(site: Site, name: str) -> Callable[[Tensor], Any]:
+    if name in site.decided["zero"]:
+        return torch.nn.init.zeros_
+    return lambda tensor: tensor.copy_(site.probe.tensor(name))
+
+
+def tensor_names(site: Site, attribute: str) -> dict[str, str]:
+    """Under the block: layers.3.expand_1.mlp.up.weight is the first copy's of layers.3.mlp.up.weight."""
+    block = site.decided["block"]
+    stem = f"{block}.{attribute}_" if block else f"{attribute}_"
+    return {key: f"{stem}{key}" for key in tensors(site)}
+
+
+def rewrite(site: Site, g: Rewriter, attribute: str) -> None:
+    known, view, number = site.decided, g.view, 0
+    blocks = blocks_with(site, view)
+    if len(blocks) != len(known["copies"]):
+        raise PassError(
+            f"expand at {site.path}: {len(known['copies'])} blocks were found there, and in this graph "
+            f"{len(blocks)} are; undo expand, and apply it to the model as it is"
+        )
+    for block, copies in zip(blocks, known["copies"], strict=True):
+        if copies:
+            region = region_of(block, view)
+            numbers = range(number + 1, number + copies + 1)
+            g.go_on(tail(region.output), lambda x, r=region, ns=numbers: _chain(site, g, r, x, ns, attribute))
+            number += copies
+
+
+def _chain(
+    site: Site, g: Rewriter, region: Region, x: fx.Node, numbers: Sequence[int], attribute: str
+) -> fx.Node:
+    for number in numbers:
+        x = _copy(site, g, region, x, number, f"{attribute}_{number}")
+    return x
+
+
+def _copy(site: Site, g: Rewriter, region: Region, x: fx.Node, number: int, name: str) -> fx.Node:
+    known, names = site.decided, g.view.names
+    own = {tensor["name"] for tensor in known["tensors"]}
+    mapping: dict[fx.Node, fx.Node] = dict.fromkeys(region.inputs, x)
+    for node in region.nodes:
+        for operand in node.all_input_nodes:
+            first = names.get(str(operand.target), (str(operand.target),))[0]
+            if operand.op == "get_attr" and first in own:
+                mapping[operand] = g[_key(known, number, first)]
+    for node in region.nodes:
+        mapping[node] = g.copy(node, mapping)
+        _move(mapping[node], known["block"], name)
+    end = mapping[region.output]
+    if known["gate"] is None and g.weight == 1:
+        return end
+    change = _move(g.model_op(aten.sub.Tensor, end, x), known["block"], name)
+    if known["gate"] is None:
+        mixed = g.model_op(aten.add.Tensor, x, change, alpha=g.weight)
+    else:
+        mixed = g.model_op(aten.addcmul.default, x, change, g[f"{number}.{GATE}"], value=g.weight)
+    return _move(mixed, known["block"], name)
+
+
+def _move(node: fx.Node, block: str, name: str) -> fx.Node:
+    """Let a node belong to the copy's own module within the block's."""
+    path, stack = f"{block}.{name}" if block else name, {}
+    inner = {}
+    kind = "torch.nn.modules.module.Module"
+    for key, (where, what) in node.meta.get("nn_module_stack", {}).items():
+        if where == block:
+            kind = what
+        if where == "" or where == block or block.startswith(where + "."):
+            stack[key] = where, what
+        elif not block or where.startswith(block + "."):
+            rest = where.removeprefix(block + ".") if block else where
+            base, at, call = key.partition("@")  # torch.export numbers a module's calls like this
+            inner[f"{base}.{name}{at}{call}"] = f"{path}.{rest}", what
+    stack[f"{path}.{name}"] = path, kind
+    node.meta["nn_module_stack"] = {**stack, **inner}
+    return node
