@@ -21,6 +21,7 @@ from surgery.sites import Site
 if TYPE_CHECKING:
     from surgery.journal import Entry
     from surgery.program import Program
+    from surgery.view import View
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ class Candidates:
         """Parameters that the checkpoint did not hold, such as a new head."""
         return self.program.base.fresh
 
+    @property
+    def _view(self) -> View:
+        """Where depth is read: the base as it was, which shows it best, unless a pass added weights like its own."""
+        program = self.program
+        return program.view if program.names.keys() != program.base.names.keys() else program.base.view
+
     @cached_property
     def depth(self) -> dict[str, int]:
         """Depth by parameter name: 0 before the first block, then the blocks, then `deepest` for what follows.
@@ -86,7 +93,7 @@ class Candidates:
         A model without repeated blocks has its layers in their place: one for each weight on the longest way
         through. Absent for what the outputs do not depend on.
         """
-        view = self.program.view
+        view = self._view
         found = view.depth if view.blocks else layers_of(view)
         depth: dict[str, int] = {}
         for name, deep in found.items():
@@ -98,7 +105,7 @@ class Candidates:
     @cached_property
     def deepest(self) -> int:
         """The depth of what follows the last block: the head, the last norm."""
-        view = self.program.view
+        view = self._view
         found = view.depth if view.blocks else layers_of(view)
         blocks = sum(len(row) for row in view.blocks)
         return blocks + 1 if blocks else max(found.values(), default=0)
@@ -189,8 +196,11 @@ def in_words(said: Selection | Entry, tensors: Mapping[str, Tensor]) -> str:
     """One line on what a selection, or an entry of the journal, decides. tensors: where an entry's masks are."""
     training = sum(said.trains.values())
     stopping = len(said.trains) - training
-    counts = [_counted(training, "train")] * bool(training) + [_counted(stopping, "stop")] * bool(stopping)
-    parts = [", ".join(counts) or "nothing is selected"]
+    if training:
+        rest = f", {stopping} {'does' if stopping == 1 else 'do'} not" if stopping else ""
+        parts = [_counted(training, "train") + rest]
+    else:
+        parts = [_counted(stopping, "stop") + " training" if stopping else "nothing is selected"]
     windows = sorted(set(said.windows.values()), key=lambda w: (w[0], w[1] is None, w[1] or 0))
     if len(windows) > 1 or (windows and windows[0] != (0, None)):
         last = max(end for window in windows for end in window if end is not None)

@@ -64,7 +64,11 @@ def bits(program: surgery.Program) -> dict[str, Tensor]:
 def moved(program: surgery.Program, before: dict[str, Tensor]) -> set[str]:
     """Names of the parameters that are not bit for bit what they were (no zero has another sign, either)."""
     now = bits(program)
-    return {n for n in before if not torch.equal(now[n].view(torch.uint8), before[n].view(torch.uint8))}
+    return {
+        n
+        for n in before
+        if not torch.equal(now[n].reshape(-1).view(torch.uint8), before[n].reshape(-1).view(torch.uint8))
+    }
 
 
 def depth_of(name: str) -> int:

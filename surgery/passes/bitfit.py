@@ -89,9 +89,9 @@ class Bitfit(RewritePass):
         experts = (site.size("e"),) if site.kind == EXPERTS else ()
         return {"bias": TensorSpec((*experts, _outputs(site)))}
 
-    def rewrite(self, site: Site, g: Rewriter) -> fx.Node:
+    def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
         if not site.decided["missing"]:
-            return g.out
+            return None
         bias = g["bias"]
         if site.kind == CONV:
             bias = g.call(aten.view.default, bias, [-1, *(1 for _ in site.shape[2:])])
