@@ -77,10 +77,10 @@ def depth_of(name: str) -> int:
 
 
 def fit(
-    program: surgery.Program, steps: int, lr: float = 1e-2, optimiser=torch.optim.AdamW, **options
+    program: surgery.Program, steps: int, lr: float = 1e-2, optimiser=torch.optim.AdamW, data=None, **options
 ) -> list[float]:
     """A plain loop over digits in the eval graph; `advance` before every step. Returns the losses."""
-    x, y = digits()
+    x, y = data or digits()
     module = program.module()
     optimiser = optimiser(program.parameter_groups(lr, weight_decay=0.1), **options)
     losses = []
