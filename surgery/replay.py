@@ -53,7 +53,8 @@ def rewrite_entry(
 
 
 def live_entries(journal: Journal) -> list[Entry]:
-    """Entries that stand in the graph: not folded by a merge, not left out, nor standing on one that is."""
+    """Entries that stand in the graph: not folded by a merge, not left out, nor standing on one that is; as a merge
+    has simplified them."""
     folded = {name for e in journal if e.kind == "merge" for name in e.options.get("folded", ())}
     live: list[Entry] = []
     missing: set[str] = set()
@@ -63,7 +64,7 @@ def live_entries(journal: Journal) -> list[Entry]:
         if entry.weight == 0 or any(r.key.owner in missing for r in entry.sites):
             missing.update(entry.tensor_names)
         elif entry.id not in folded:
-            live.append(entry)
+            live.append(journal.standing(entry))
     return live
 
 

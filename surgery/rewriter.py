@@ -255,8 +255,10 @@ class Rewriter:
         where: position or keyword of the argument, or the value itself. Earlier adapters of the op read it too. For
         the analysis that later passes see, what build returns stands for the value.
         """
-        value = user.args[where] if isinstance(where, int) else user.kwargs.get(where, where)
-        assert isinstance(value, fx.Node)
+        if isinstance(where, fx.Node):
+            value = where
+        else:
+            value = user.args[where] if isinstance(where, int) else user.kwargs[where]  # type: ignore[assignment]
         with self.before(user):
             fresh = build(value)
         fresh.meta[META] = {**fresh.meta[META], "feeds": value.name}
@@ -300,17 +302,20 @@ class Rewriter:
         assert self.call_ is not None
         for node in done.created:
             mark = {**self._provenance(), "call": self.call_.node.name}
-            node.meta = {**node.meta, META: mark, "custom": self._custom()}
+            # Beside the size that it is computed from, where no module is entered yet.
+            stack = dict([*self.call_.node.meta.get("nn_module_stack", {}).items()][:1])
+            node.meta = {**node.meta, "nn_module_stack": stack, META: mark, "custom": self._custom()}
         for node in done.repaired:
             if not is_aux(node):
                 node.meta[META] = {**node.meta.get(META, {}), "resized": self._entry_id}
 
-    def supersede(self, node: fx.Node, fresh: fx.Node) -> None:
+    def supersede(self, node: fx.Node, fresh: fx.Node, value: fx.Node | None = None) -> None:
         """Let the users of a node's value read fresh for good: an op made with `model_op`, which is the site now.
 
-        Adapters round the node's value are dead with it; refuse them in `check` (see surgery.standing.adapted_by).
+        value: one behind it, where that goes with the node (a bias added to it). Adapters round it are dead then;
+        refuse them in `check` (see surgery.standing.adapted_by).
         """
-        value = tail(node, whole=True)
+        value = tail(node, whole=True) if value is None else value
         fresh.meta[META] = {**fresh.meta[META], "instead_of": value.name}
         node.meta[META] = {**node.meta.get(META, {}), "gone_for": fresh.name}
         value.replace_all_uses_with(fresh, delete_user_cb=lambda user: user not in self._new)

@@ -219,7 +219,8 @@ def _trainable(journal: Journal, plugins: Plugins, base: Base) -> set[str]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        # Cloned: where a file's tensors lie decides the order in which small products are summed, and so last bits.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise LoadError(f"{path} is no readable safetensors file ({error}); restore it") from None
 

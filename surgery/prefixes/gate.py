@@ -1,0 +1,100 @@
+"""A prefix with a softmax of its own, weighed by a gate and added to what the attention gives (LLaMA-Adapter)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.dataflow import op_name
+from surgery.prefixes.insert import spread
+from surgery.prefixes.operands import Unsuited
+from surgery.prefixes.places import SDPA, Place
+from surgery.rewriter import Rewriter
+from surgery.weight_ops import arguments
+
+aten = torch.ops.aten
+
+_ADDED = {"add", "sub", "masked_fill", "where"}  # masks and biases: the prefix has none
+_KEPT = {
+    "mul",
+    "div",
+    "tanh",
+    "softmax",
+    "dropout",
+    "to",
+    "contiguous",
+    "clone",
+    "type_as",
+    "alias",
+    "detach",
+}
+
+
+def query_heads(place: Place) -> int:
+    """Heads of the queries: each has a gate."""
+    shape = place.query.meta["val"].shape
+    return int(shape[1]) if len(shape) == 4 else place.key.heads
+
+
+def check(place: Place) -> None:
+    """Raises Unsuited where the scores cannot be computed again for the prefix alone."""
+    if len(place.core) == 1:
+        return
+    if op_name(place.chain[0].target) == "baddbmm":
+        return
+    for node in place.chain[1:-1]:
+        name = op_name(node.target).rstrip("_")
+        if name not in _ADDED and name not in _KEPT:
+            raise Unsuited(
+                f"its scores go through {name}, which a gated prefix does not copy; leave out --gate"
+            )
+
+
+def attend(g: Rewriter, place: Place, keys: fx.Node, values: fx.Node, gate: fx.Node) -> None:
+    """out + weight · tanh(gate) · softmax(q P_kᵀ) P_v, for each head."""
+
+    def build(out: fx.Node) -> fx.Node:
+        query = place.query
+        k, v = (
+            spread(g, operand, prefix, query if operand.folded else operand.node)
+            for operand, prefix in ((place.key, keys), (place.value, values))
+        )
+        seen = _of_op(g, place, query, k, v) if len(place.core) == 1 else _of_products(g, place, query, k, v)
+        weight = g.call(aten.tanh.default, gate)
+        if place.key.folded:
+            weight = spread(g, place.key, weight, query)
+        elif weight.meta["val"].dtype != seen.meta["val"].dtype:
+            weight = g.call(aten.to.dtype, weight, seen.meta["val"].dtype)
+        return g.call(aten.add.Tensor, out, g.call(aten.mul.Tensor, seen, weight), alpha=g.weight)
+
+    g.wrap(place.output, build)
+
+
+def _of_op(g: Rewriter, place: Place, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    args = arguments(place.core[0])
+    rest = {"scale": args["scale"], "enable_gqa": args["enable_gqa"]}
+    return g.call(SDPA, q, k, v, None, args["dropout_p"], False, **rest)
+
+
+def _of_products(g: Rewriter, place: Place, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    """The ops from the scores to the softmax and on, without masks and biases."""
+    first, chain = place.chain[0], place.chain
+    if place.key.axis == -2:
+        raise Unsuited(
+            "its scores have keys before queries, which a gated prefix does not copy; leave out --gate"
+        )
+    scores = g.call(aten.matmul.default, q, g.call(aten.transpose.int, k, -1, -2))
+    if op_name(first.target) == "baddbmm":
+        scores = g.call(aten.mul.Tensor, scores, first.kwargs.get("alpha", 1))
+    for node in chain[1:-1]:
+        if op_name(node.target).rstrip("_") not in _ADDED:
+            scores = g.call(_plain(node.target), scores, *node.args[1:], **node.kwargs)
+    return g.call(aten.matmul.default, scores, v)
+
+
+def _plain(target: Any) -> Any:
+    """An op in place of the one that writes into its argument."""
+    name = target._schema.name.removeprefix("aten::")
+    return getattr(getattr(aten, name[:-1]), target._overloadname) if name.endswith("_") else target

@@ -1,0 +1,141 @@
+"""Every attention as one place for a prefix: its core, its keys and values, its masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from surgery.attention import Attention, product_operands
+from surgery.dataflow import op_name
+from surgery.prefixes.operands import Operand, Unsuited, features, read_operand
+from surgery.prefixes.scores import Pad, between, find_pads
+from surgery.propagate.sizes import same
+from surgery.rewriter import Rewriter
+from surgery.sites import META, SiteKey, wrappers
+from surgery.view import View
+from surgery.weight_ops import arguments
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class Place:
+    """One attention. core: the op that is it, or the product of scores and that with the values.
+
+    chain: from the one product to the other. causal: the op masks by itself. query: what asks.
+    """
+
+    attention: Attention
+    core: tuple[fx.Node, ...]
+    query: fx.Node
+    key: Operand
+    value: Operand
+    pads: tuple[Pad, ...] = ()
+    causal: bool = False
+    chain: tuple[fx.Node, ...] = field(default=(), repr=False)
+
+    @property
+    def output(self) -> fx.Node:
+        return self.attention.core[-1]
+
+    @property
+    def scale(self) -> float | None:
+        return arguments(self.core[0]).get("scale")
+
+
+def attentions_by_site(view: View) -> dict[SiteKey, list[Attention]]:
+    """Every attention by the site that makes its keys (its values or queries, where no weight makes these)."""
+    found: dict[SiteKey, list[Attention]] = {}
+    for attention in view.attentions:
+        for node in (*attention.k, *attention.v, *attention.q):
+            try:
+                site = view.site_of(node)
+            except KeyError:
+                continue
+            found.setdefault(site.key, []).append(attention)
+            break
+    return found
+
+
+def read_place(view: View, attention: Attention) -> Place:
+    """The attention as it stands now, earlier prefixes included. Raises Unsuited."""
+    if len(attention.core) == 1:
+        return _of_op(view, attention)
+    if len(attention.core) == 2:
+        raise Unsuited("its scores pass through no softmax that could weigh a prefix too")
+    return _of_products(view, attention)
+
+
+def _of_op(view: View, attention: Attention) -> Place:
+    core = _acting(attention.core[0])
+    if core.target is not SDPA:
+        raise Unsuited(
+            f"it is computed by {op_name(core.target)}, whose masks are code; load the model with sdpa or eager "
+            "attention"
+        )
+    args = arguments(core)
+    key, value = (read_operand(view, attention, letter, core, i, -2) for i, letter in ((1, "k"), (2, "v")))
+    pads: tuple[Pad, ...] = ()
+    mask = args["attn_mask"]
+    if isinstance(mask, fx.Node):
+        where: int | str = 3 if len(core.args) > 3 else "attn_mask"
+        pads = (Pad(core, where, -1, _visible(mask)),)
+    place = Place(attention, (core,), args["query"], key, value, pads, bool(args["is_causal"]))
+    _check(view, place)
+    return place
+
+
+def _visible(mask: fx.Node) -> float | bool:
+    return True if mask.meta["val"].dtype == torch.bool else 0.0
+
+
+def _acting(core: fx.Node) -> fx.Node:
+    """The op itself, or the one of its kind that an earlier prefix has put in its place."""
+    return next((n for n in reversed(wrappers(core, whole=True)) if n.target is core.target), core)
+
+
+def _of_products(view: View, attention: Attention) -> Place:
+    product, last = attention.core[0], attention.core[-1]
+    if op_name(product.target) == "einsum" or op_name(last.target) == "einsum":
+        raise Unsuited("it is written as einsum, whose axes are named freely")
+    offset = 1 if op_name(product.target) == "baddbmm" else 0
+    left, right = product_operands(product) or (None, None)
+    k_right = right is attention.operands["k"]
+    query = left if k_right else right
+    assert isinstance(query, fx.Node)
+    key_axis = -1 if k_right else -2  # of the scores, and of the keys as the product reads them
+    key = read_operand(view, attention, "k", product, offset + int(k_right), key_axis)
+    v_offset = 1 if op_name(last.target) == "baddbmm" else 0
+    weights, _ = product_operands(last) or (None, None)
+    chain = between(product, last)
+    v_right = weights in chain
+    value = read_operand(view, attention, "v", last, v_offset + int(v_right), -2 if v_right else -1)
+    pads = tuple(find_pads(chain, key_axis))
+    place = Place(attention, (product, last), query, key, value, pads, chain=tuple(chain))
+    _check(view, place)
+    return place
+
+
+def _check(view: View, place: Place) -> None:
+    key, value = place.key, place.value
+    sizes = key.node.meta["val"].shape, value.node.meta["val"].shape
+    if not same(sizes[0][key.axis], sizes[1][value.axis]):
+        raise Unsuited("its keys and values are of different lengths")
+    known = features(view, place.attention, "k")
+    length = sizes[0][key.axis]
+    if len(place.core) > 1 and isinstance(length, int) and length == 1:
+        raise Unsuited("it has a single key, and no mask says whether that stands for one or for all")
+    over_channels = isinstance(length, int) and known is not None and key.heads * length == known[0]
+    if over_channels and key.heads * key.width != known[0]:  # type: ignore[index]
+        raise Unsuited("it attends over features, not over positions, so there is no place for tokens")
+
+
+def earlier(g: Rewriter, place: Place) -> int:
+    """How many tokens earlier prefixes put before the keys."""
+    node, found = place.key.node, 0
+    while "feeds" in node.meta.get(META, {}):
+        found += int(node.meta[META].get("prefix", 0))
+        node = g.view.node(node.meta[META]["feeds"])
+    return found

@@ -1,0 +1,249 @@
+"""Where positions enter an attention, so that a prefix can stand before the first: its tokens take 0 … P − 1.
+
+Three sources are found by dataflow:
+- rotary angles: whole numbers, as long as the sequence, that become floats on the way to what q and k are
+  multiplied with;
+- a table of absolute positions, whose rows are added to what the attention's block reads;
+- a table of relative positions, whose rows are added to the scores: real tokens keep theirs, and the prefix gets
+  those of keys at −P … −1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from surgery.attention import Attention
+from surgery.dataflow import op_name
+from surgery.prefixes.insert import Columns, size, stack_of
+from surgery.prefixes.places import Place, earlier
+from surgery.prefixes.scores import between
+from surgery.propagate.sizes import same
+from surgery.rewriter import MetaCache, Rewriter
+from surgery.sites import META
+from surgery.view import View
+from surgery.weight_ops import EMBEDDING, arguments, operand
+
+aten = torch.ops.aten
+Use = tuple[fx.Node, fx.Node]  # an op and the value that holds its positions
+
+
+def has_source(view: View, place: Place) -> bool:
+    """Whether positions of this attention are found (a cross-attention has none to shift)."""
+    attention = place.attention
+    return attention.cross or bool(uses(view, attention)) or relative(view, place) is not None
+
+
+def uses(view: View, attention: Attention) -> list[Use]:
+    """Where whole numbers that count the sequence are turned into angles or rows of a table."""
+    if attention.cross:
+        return []
+    return list(dict.fromkeys([*_rotary(view, attention), *_absolute(view, attention)]))
+
+
+def shift(g: Rewriter, attention: Attention, tokens: int) -> None:
+    """Count the real tokens from `tokens` on, once for all attentions that share a source."""
+    for user, counted in uses(g.view, attention):
+        key = f"positions of {user.name}"
+        if counted.meta.get(META, {}).get("once") == key:
+            continue
+
+        def build(now: fx.Node, key: str = key, user: fx.Node = user) -> fx.Node:
+            return g.once(key, partial(g.call, aten.add.Tensor, now, tokens), stack_of(user))
+
+        g.feed(user, counted, build)
+
+
+def tables(view: View, attention: Attention) -> Iterator[tuple[int, Any]]:
+    """Of each table of positions the number of its rows, and how many positions are looked up in it."""
+    for user, index in uses(view, attention):
+        name, table = op_name(user.target), user.args[0]
+        if name in ("embedding", "index_select", "gather", "index") and isinstance(table, fx.Node):
+            axis = arguments(user).get("dim", 0) if name in ("gather", "index_select") else 0
+            rows = table.meta["val"].shape[axis]
+            if isinstance(rows, int):
+                yield rows, index.meta["val"].shape[1 if name == "gather" else -1]
+
+
+# -- rotary angles
+
+
+def _rotary(view: View, attention: Attention) -> Iterator[Use]:
+    for letter, makers in (("q", attention.q), ("k", attention.k)):
+        operand = attention.operands[letter]
+        for maker in makers:
+            length = maker.meta["val"].shape[-2]
+            inner = set(between(maker, operand))
+            for side in {n: None for node in inner - {maker} for n in node.all_input_nodes if n not in inner}:
+                if side.op == "call_function":
+                    yield from _counted(view, side, length)
+
+
+def _counted(view: View, side: fx.Node, length: Any) -> Iterator[Use]:
+    """Behind a value that q and k meet: where positions become floats."""
+    if not isinstance(side.meta.get("val"), torch.Tensor) or _is_whole(side):
+        return
+    if any(n in view.flow.calls for n in view.flow.of(side)):
+        return  # a gate or the like: made by a weight
+    seen, stack = {side}, [side]
+    while stack:
+        node = stack.pop()
+        for value in node.all_input_nodes:
+            if not isinstance(value.meta.get("val"), torch.Tensor):
+                continue
+            if _is_whole(value):
+                if _counts(value, length):
+                    yield node, value
+            elif value not in seen and value.op == "call_function":
+                seen.add(value)
+                stack.append(value)
+
+
+def _is_whole(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
+
+
+def _counts(node: fx.Node, length: Any) -> bool:
+    """Whether whole numbers count the sequence: as many as it is long, from an arange or an input."""
+    if not any(same(size, length) for size in node.meta["val"].shape):
+        return False
+    seen, stack = {node}, [node]
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder" or op_name(node.target) in ("arange", "cumsum"):
+            return True
+        for below in node.all_input_nodes:
+            if below not in seen and isinstance(below.meta.get("val"), torch.Tensor):
+                seen.add(below)
+                stack.append(below)
+    return False
+
+
+# -- a table of absolute positions
+
+
+def _absolute(view: View, attention: Attention) -> Iterator[Use]:
+    """Position embeddings behind the queries, not looking into the stream that a cross-attention reads."""
+    crossing = {a.core[-1]: a.operands["q"] for a in view.attentions if a.cross}
+    start = attention.operands["q"]
+    seen, stack = {start}, [start]
+    while stack:
+        node = stack.pop()
+        call = view.flow.calls.get(node)
+        if call is not None and call.kind == EMBEDDING and view.roles.role.get(node) == "embed.position":
+            yield node, operand(call)
+            continue
+        below = [crossing[node]] if node in crossing else node.all_input_nodes
+        for n in below:
+            if n not in seen:
+                seen.add(n)
+                stack.append(n)
+
+
+# -- a table of relative positions
+
+
+def relative(view: View, place: Place) -> tuple[fx.Node, fx.Node] | None:
+    """(bias of the scores that counts queries and keys, the arange of its keys), or None."""
+    for table in place.attention.bias:
+        call = view.flow.calls.get(table)
+        if call is None or call.kind != EMBEDDING or table not in view.flow.constant:
+            continue
+        for counted in _aranges(table):
+            bias = _last_alike(view, place, table, counted)
+            if bias is not None:
+                return bias, counted
+    return None
+
+
+def _aranges(node: fx.Node) -> list[fx.Node]:
+    return [n for n in _behind(node) if op_name(n.target) == "arange"]
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """What a value is computed from, in graph order, sizes left out."""
+    seen, stack = {node}, [node]
+    while stack:
+        for below in stack.pop().all_input_nodes:
+            if (
+                below not in seen
+                and below.op == "call_function"
+                and isinstance(below.meta.get("val"), torch.Tensor)
+            ):
+                seen.add(below)
+                stack.append(below)
+    return sorted(seen)
+
+
+def _last_alike(view: View, place: Place, table: fx.Node, counted: fx.Node) -> fx.Node | None:
+    """The last value on the way from the table to the scores that is right with fewer keys: before the mask.
+
+    None where that arange does not count the keys alone.
+    """
+    mode = MetaCache(view.graph).mode
+    arange = arguments(counted)
+    if "step" in arange and arange["step"] != 1:
+        return None
+    with mode:
+        few = torch.arange(3, dtype=counted.meta["val"].dtype)
+    known: dict[fx.Node, Any] = {counted: few}
+    wanted = {n for pad in place.pads for n in [pad.node, *_behind(pad.node)]}
+    for node in _behind(table):
+        if not _evaluate(mode, node, known):
+            return None
+    found, node = None, table
+    while True:
+        shape, old = known[node].shape, node.meta["val"].shape
+        moved = [i - len(old) for i, (a, b) in enumerate(zip(old, shape, strict=False)) if not same(a, b)]
+        if len(shape) == len(old) and moved == [-1]:
+            found = node
+        elif len(moved) != 1:
+            return found
+        following = [u for u in node.users if u in wanted and u in view.flow.constant]
+        if len(following) != 1 or not _evaluate(mode, following[0], known):
+            return found
+        node = following[0]
+
+
+def _evaluate(mode: Any, node: fx.Node, known: dict[fx.Node, Any]) -> bool:
+    """Run a node on values that changed; nodes behind none keep their own."""
+    if node in known or known.keys().isdisjoint(node.all_input_nodes):
+        return True
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known.get(n, n.meta.get("val")))
+    try:
+        with mode, torch.no_grad():
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception:
+        return False
+    return True
+
+
+def columns(g: Rewriter, place: Place, tokens: int) -> Columns:
+    """What a mask or bias of the scores holds for the prefix, for `surgery.prefixes.insert.attend`."""
+    source, after = relative(g.view, place), earlier(g, place)
+
+    def build(mask: fx.Node, axis: int) -> fx.Node | None:
+        if source is None or axis != -1 or source[0] not in [mask, *_behind(mask)]:
+            return None
+        make = partial(_before_first, g, *source, tokens, after)
+        before = g.once(f"{source[0].name} of the prefix", make, stack_of(mask))
+        sizes = [size(g, mask, i) for i in range(mask.meta["val"].dim() - 1)]
+        return g.call(aten.expand.default, before, [*sizes, tokens])
+
+    return build
+
+
+def _before_first(g: Rewriter, bias: fx.Node, counted: fx.Node, tokens: int, after: int) -> fx.Node:
+    """The bias again, for that many keys before −after."""
+    given = {key: value for key, value in counted.kwargs.items() if key in ("dtype", "device")}
+    made = {counted: g.call(aten.arange.start, -tokens - after, -after, **given)}
+    for node in _behind(bias):
+        if node not in made and not made.keys().isdisjoint(node.all_input_nodes):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: made.get(n, n))
+            made[node] = g.call(node.target, *args, **kwargs)
+    return made[bias]
