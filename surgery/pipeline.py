@@ -145,7 +145,8 @@ def _taken(pass_: Pass) -> str:
 
 
 def _complete(program: Program, passes: Sequence[Pass], freeze_base: bool | None) -> list[tuple[Pass, bool]]:
-    """The passes in order, with the freezing of the base put first where it is wanted."""
+    """The passes in order, with the freezing of the base where it is wanted: first, or else before the first pass
+    that adapts, so that factors made before that freeze with the rest, as they do in a pipeline of their own."""
     for pass_ in passes:
         if not isinstance(pass_, Pass):
             what = f"the class {pass_.__name__}" if isinstance(pass_, type) else repr(pass_)
@@ -156,10 +157,10 @@ def _complete(program: Program, passes: Sequence[Pass], freeze_base: bool | None
     selects = any(isinstance(p, SelectPass) for p in passes) or any(
         e.kind == "select" for e in program.journal
     )
-    adapts = any(isinstance(p, RewritePass) and p.freezes for p in passes)
+    adapts = [i for i, p in enumerate(passes) if isinstance(p, RewritePass) and p.freezes]
     listed = [(p, False) for p in passes]
     if freeze_base is True or (freeze_base is None and adapts and not selects):
-        return [(_freeze_base(program.base), True), *listed]
+        listed.insert(0 if freeze_base else adapts[0], (_freeze_base(program.base), True))
     return listed
 
 

@@ -140,8 +140,14 @@ def _stored(value: fx.Node) -> fx.Node | None:
     """The parameter's own node of a value that is one or stands for one."""
     name = parameter_of(value)
     if name is not None:
-        return next(n for n in value.graph.nodes if n.op == "get_attr" and n.target == name)
+        return _own_node(value.graph, name)
     return value if value.op == "get_attr" else None
+
+
+def _own_node(graph: fx.Graph, name: str) -> fx.Node:
+    """Where the model itself reads a parameter, not where a pass reads it in another's place."""
+    nodes = (n for n in graph.nodes if n.op == "get_attr" and n.target == name)
+    return next(n for n in nodes if parameter_of(n) is None)
 
 
 def rank_of(node: fx.Node) -> int:
@@ -165,7 +171,7 @@ def _trace_weight(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> _So
     while True:
         stands_for = parameter_of(node)
         if stands_for is not None:
-            node = next(n for n in node.graph.nodes if n.op == "get_attr" and n.target == stands_for)
+            node = _own_node(node.graph, stands_for)
         if node.op == "get_attr" and is_weight(node):
             break
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):

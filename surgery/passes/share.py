@@ -149,6 +149,10 @@ class Share(RewritePass):
             decided["leads"] = [list(site.probe.tensor(n).shape) for n in self._now(leader) if n is not None]
         return decided
 
+    def frees(self, site: Site) -> set[str]:
+        kept = {site.decided["weight"], site.decided["bias"]}
+        return {name for name in self._now(site) if name is not None} - kept
+
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         if self.mode == "first" or "leads" not in site.decided:
             return {}
