@@ -1,0 +1,203 @@
+"""`make techniques`: every technique of the catalogue on eight models, each cell the outcome of the conformance kit.
+
+    python -m tests.techniques [--only NAME,…] [--models NAME,…] [--workers 2] [--resume]
+
+About an hour on two cores; --resume goes on where an earlier run of the same sources stopped. Writes
+docs/techniques.md and out/techniques.json; exit code 1 where a mandatory cell is not a pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from surgery.errors import SurgeryError
+from surgery.testing import check_pass
+from tests.techniques.catalogue import Technique, catalogue
+from tests.techniques.models import MODELS, program
+
+TITLES = {
+    "minilm": "MiniLM", "smollm2": "SmolLM2", "t5": "T5", "vit": "ViT", "resnet18": "ResNet-18",
+    "wav2vec2": "wav2vec2", "mixtral": "Mixtral", "mamba": "Mamba",
+}  # fmt: skip
+PAGE, KEPT = Path("docs/techniques.md"), Path("out/techniques.json")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """outcome: "passed", "failed" or "refused". detail: checks passed and skipped, or the sentence."""
+
+    technique: str
+    model: str
+    outcome: str
+    passed: int
+    skipped: dict[str, str]
+    detail: str
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        if self.outcome == "passed":
+            return f"✓ {self.passed}" + (f" ({len(self.skipped)} n/a)" if self.skipped else "")
+        return "refused" if self.outcome == "refused" else "**✗**"
+
+
+def cell(technique: Technique, model: str) -> Cell:
+    """One technique on one model; anything but the pass's own refusal counts as a failure."""
+    started = time.perf_counter()
+    passed, skipped = 0, {}
+    try:
+        torch.manual_seed(0)
+        base = program(model)
+        before = technique.before(model)
+        if before:
+            base = base.apply(*before)
+        report = check_pass(technique.make(model), base, raises=False)
+        passed, skipped = len(report.passed), report.skipped
+        outcome = "passed" if report.ok else "failed"
+        detail = "; ".join(f"{check}: {why}" for check, why in report.failed.items())
+    except SurgeryError as error:
+        outcome, detail = "refused", str(error)
+    except Exception as error:
+        outcome, detail = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return Cell(technique.name, model, outcome, passed, skipped, detail, time.perf_counter() - started)
+
+
+def _work(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
+    import logging
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    known = {technique.name: technique for technique in catalogue()}
+    for name, model in iter(jobs.get, None):
+        results.put(cell(known[name], model))
+
+
+def sources() -> str:
+    """A hash of what the cells depend on."""
+    digest = hashlib.sha256()
+    for path in sorted([*Path("surgery").rglob("*.py"), *Path("tests/techniques").glob("[cm]*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def table(techniques: list[Technique], models: list[str], workers: int, known: list[Cell]) -> list[Cell]:
+    """Every cell; those that are known are not made again."""
+    context = multiprocessing.get_context("spawn")
+    jobs, results = context.Queue(), context.Queue()
+    there = {(c.technique, c.model): c for c in known}
+    every = [(technique.name, model) for model in models for technique in techniques]
+    wanted = [pair for pair in every if pair not in there]
+    for job in [*wanted, *[None] * workers]:
+        jobs.put(job)
+    processes = [context.Process(target=_work, args=(jobs, results)) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    for number in range(len(wanted)):
+        done = results.get()
+        there[done.technique, done.model] = done
+        _keep(list(there.values()))
+        said = done.detail if done.outcome != "passed" else f"{done.passed} checks"
+        print(
+            f"{number + 1:3}/{len(wanted)} {done.technique:<32} {done.model:<9} {done.seconds:5.0f} s  "
+            f"{done.outcome}: {said}",
+            flush=True,
+        )
+    for process in processes:
+        process.join()
+    return [there[pair] for pair in every]
+
+
+def _keep(cells: list[Cell]) -> None:
+    found = {"sources": sources(), "cells": [asdict(c) for c in cells]}
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.write_text(json.dumps(found, indent=1))
+
+
+def _kept() -> list[Cell]:
+    """The cells of an earlier run, failed ones left out; none where the sources have changed since."""
+    if not KEPT.exists():
+        return []
+    found = json.loads(KEPT.read_text())
+    same = found["sources"] == sources()
+    return [c for c in (Cell(**row) for row in found["cells"]) if same and c.outcome != "failed"]
+
+
+def markdown(techniques: list[Technique], models: list[str], cells: list[Cell]) -> str:
+    """The page: the table, and under it the sentence of every refusal."""
+    found = {(c.technique, c.model): c for c in cells}
+    lines = [
+        "# Techniques",
+        "",
+        "Written by `make techniques`; no cell is written by hand. A number is how many checks of",
+        "`surgery.testing.check_pass` a technique passed on a model (n/a: not applicable, with the reason in",
+        "`out/techniques.json`); *refused* is the pass's own refusal, listed below. MiniLM and SmolLM2 are the real",
+        "checkpoints cut to their first two layers, ResNet-18 is timm's at full size with random weights, the others",
+        "tiny and random. A cell in which the technique has to work is marked •.",
+        "",
+    ]
+    for family in dict.fromkeys(t.family for t in techniques):
+        lines += [
+            f"## {family.capitalize()}",
+            "",
+            "| technique | " + " | ".join(TITLES[m] for m in models) + " |",
+        ]
+        lines += ["|---" * (len(models) + 1) + "|"]
+        for technique in (t for t in techniques if t.family == family):
+            row = []
+            for model in models:
+                mark = " •" if model in technique.mandatory else ""
+                row.append(found[technique.name, model].text + mark)
+            lines.append(f"| `{technique.name}` | " + " | ".join(row) + " |")
+        lines.append("")
+    refusals: dict[str, list[str]] = {}
+    for c in cells:
+        if c.outcome != "passed":
+            refusals.setdefault(c.detail, []).append(f"`{c.technique}` on {TITLES[c.model]}")
+    if refusals:
+        lines += ["## Refusals and failures", ""]
+        lines += [f"- {', '.join(where)}: {why}" for why, where in refusals.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="techniques, comma-separated (all by default)")
+    parser.add_argument("--models", default="", help="models, comma-separated (all by default)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cells of an earlier run of the same sources"
+    )
+    asked = parser.parse_args()
+    only = [name.strip() for name in asked.only.split(",") if name.strip()]
+    models = [name.strip() for name in asked.models.split(",") if name.strip()] or list(MODELS)
+    techniques = [t for t in catalogue() if not only or t.name in only or t.name.split()[0] in only]
+    cells = table(techniques, models, asked.workers, _kept() if asked.resume else [])
+    _keep(cells)
+    missing = [
+        c for t in techniques for c in cells
+        if c.technique == t.name and c.model in t.mandatory and c.outcome != "passed"
+    ]  # fmt: skip
+    failed = [c for c in cells if c.outcome == "failed" and c not in missing]
+    if not only and not asked.models:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(markdown(techniques, models, cells))
+        print(f"wrote {PAGE}")
+    counts = {kind: sum(c.outcome == kind for c in cells) for kind in ("passed", "refused", "failed")}
+    print(
+        f"{len(techniques)} techniques on {len(models)} models: "
+        + ", ".join(f"{n} {k}" for k, n in counts.items())
+    )
+    for c in [*missing, *failed]:
+        print(f"  {c.technique} on {c.model}: {c.outcome}: {c.detail}")
+    return 1 if missing or failed else 0
