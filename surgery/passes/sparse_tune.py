@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from surgery.errors import PassError
 from surgery.pass_base import MergeOp, RewritePass, TensorSpec
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
-from surgery.standing import replaced_by, weight_reader
+from surgery.standing import replaced_by, weight_given_by, weight_reader
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
 
 aten = torch.ops.aten
@@ -65,7 +65,13 @@ class SparseTune(RewritePass):
             return f"{gone!r} has put another op in its place; undo that first, or leave the site out"
         if self.count is not None and self.count > (there := self._room(site)):
             return f"it has {there:,} values, and --count asks for {self.count:,}"
-        if self.by == "gradient" and not self._importance(site).any():
+        if self.by != "gradient":
+            return None
+        name, inserted = self._source(site), site.probe.program.tensors
+        if name in inserted and not isinstance(inserted[name], nn.Parameter):
+            given = weight_given_by(site)
+            return f"{given!r} has put a weight there that does not train; choose --by magnitude or random"
+        if not self._importance(site).any():
             return "no gradient of the data reaches it; choose --by magnitude or random, or give data that uses it"
         return None
 
