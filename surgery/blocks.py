@@ -16,7 +16,7 @@ from torch import fx
 from surgery.branches import ATTENTION, FEED_FORWARD, OTHER, Branch, find_branches
 from surgery.dataflow import Dataflow, op_name
 from surgery.depth import depth_of
-from surgery.residuals import Residual, Stream, find_residuals, moved_from, shape_of
+from surgery.residuals import Residual, Stream, find_residuals, gated_by, moved_from, shape_of
 from surgery.weight_ops import Call
 
 __all__ = ["Block", "Branch", "depth_of", "find_blocks", "find_branches"]
@@ -190,7 +190,7 @@ def _chains(stream: Stream, steps: Sequence[_Step]) -> list[list[_Step]]:
 
 def _reads_only(stream: Stream, step: _Step, join: fx.Node) -> bool:
     inside = {join, *step.between}
-    operands = (operand for node in step.between for operand in stream.inputs[node])
+    operands = (n for node in step.between if gated_by(node) is None for n in stream.inputs[node])
     return all(operand in inside or operand not in stream.values for operand in operands)
 
 
@@ -268,12 +268,18 @@ def _extents(stream: Stream, row: _Row) -> list[_Extent]:
     first, border = row.steps[0].input, row.border
     joins = [step.join for step in row.steps[row.period - 1 :: row.period]]
     ends = [_alike(stream, *border, join) if border else _shaped(join, first) for join in joins]
-    borders = [end for end in ends if end is not None]
+    borders = [_past_gate(end) for end in ends if end is not None]
     borders = borders if len(borders) == len(joins) else joins
     starts = range(0, len(row.steps), row.period)
     identity = [all(step.has_identity for step in row.steps[i : i + row.period]) for i in starts]
     inputs = [first, *borders[:-1]]
     return [_Extent(*extent) for extent in zip(inputs, borders, identity, strict=True)]
+
+
+def _past_gate(node: fx.Node) -> fx.Node:
+    """What the gate of a block that was put in makes of its result."""
+    following = next((user for user in node.users if gated_by(user) is node), None)
+    return _past_gate(following) if following is not None else node
 
 
 def _shaped(join: fx.Node, other: fx.Node) -> fx.Node | None:

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from surgery.dataflow import Dataflow, Rule, op_name, rule_of
-from surgery.sites import is_aux
+from surgery.sites import META, is_aux
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM, Call, arguments
 
 _BENDING = frozenset((Rule.NONLINEAR, Rule.SOFTMAX, Rule.PRODUCT))
@@ -155,10 +155,19 @@ def is_add(node: fx.Node) -> bool:
     return node.op == "call_function" and op_name(node.target) in ("add", "add_")
 
 
+def gated_by(node: fx.Node) -> fx.Node | None:
+    """The value that an op lets through in part, where it is the gate of a block that was put in."""
+    place = node.meta.get(META, {}).get("gate")
+    return node.args[place] if place is not None else None  # type: ignore[return-value]
+
+
 def moved_from(node: fx.Node) -> fx.Node | None:
     """The operand whose values an op gives moved, cast, dropped out or scaled by a number; None if it has none."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
+    gated = gated_by(node)
+    if gated is not None:
+        return gated
     name = op_name(node.target)
     scales = name in _SCALING and len(node.args) > 1 and not isinstance(node.args[1], fx.Node)
     return node.args[0] if scales or name in _SAME else None

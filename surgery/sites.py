@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # node.meta key: {"entry", "site", "aux", "call", "wraps", "wrapped_by", "input", "weight_of"; "grown", "output",
 # "instead_of", "gone_for", "feeds", "once", "resized": see Rewriter.wrap, add_output, supersede, feed, once, settle;
-# "follows": see Rewriter.go_on}
+# "follows", "gate": see Rewriter.go_on, surgery.residuals.gated_by}
 META = "surgery"
 
 

@@ -13,7 +13,7 @@ from surgery.errors import PassError
 from surgery.expanding.region import Region, adapters_in, module_of, outer_values, region_of, run
 from surgery.pass_base import TensorSpec
 from surgery.rewriter import Rewriter
-from surgery.sites import Site, SiteKey, tail
+from surgery.sites import META, Site, SiteKey, tail
 from surgery.target import select_sites
 from surgery.weight_ops import CONV, NORM, Call
 
@@ -152,6 +152,9 @@ def decide(place: Place, view: View, probe: Probe) -> dict[str, Any]:
     zero = [name for name in zero if name in held and held[name].is_floating_point()]
     x = _outer(place, view, probe)[region.output]
     exact = bool(zero) and torch.equal(run(probe, region, _outer(place, view, probe), zero, view), x)
+    name = GATE
+    while any(own.endswith(f".{name}") for own in region.own):  # a copy of a copy has the first one's too
+        name += "_"
     return {
         "block": module_of(region.own),
         "copies": list(place.copies),
@@ -165,7 +168,7 @@ def decide(place: Place, view: View, probe: Probe) -> dict[str, Any]:
             for name, tensor in held.items()
         ],
         "zero": zero if exact else [],
-        "gate": None if exact else _gate_shape(region, block, view),
+        "gate": None if exact else {"name": name, "shape": _gate_shape(region, block, view)},
         "dtype": str(region.output.meta["val"].dtype).removeprefix("torch."),
     }
 
@@ -223,7 +226,8 @@ def tensors(site: Site) -> dict[str, TensorSpec]:
                 tuple(tensor["shape"]), _filled(site, tensor["name"]), trainable=tensor["trains"], dtype=dtype
             )
         if known["gate"] is not None:
-            specs[f"{number}.{GATE}"] = TensorSpec(tuple(known["gate"]), dtype=getattr(torch, known["dtype"]))
+            shape, dtype = tuple(known["gate"]["shape"]), getattr(torch, known["dtype"])
+            specs[f"{number}.{known['gate']['name']}"] = TensorSpec(shape, dtype=dtype)
     return specs
 
 
@@ -285,12 +289,18 @@ def _copy(site: Site, g: Rewriter, region: Region, x: fx.Node, number: int, name
     end = mapping[region.output]
     if known["gate"] is None and g.weight == 1:
         return end
-    change = _move(g.model_op(aten.sub.Tensor, end, x), known["block"], name)
+    block = known["block"]
     if known["gate"] is None:
-        mixed = g.model_op(aten.add.Tensor, x, change, alpha=g.weight)
-    else:
-        mixed = g.model_op(aten.addcmul.default, x, change, g[f"{number}.{GATE}"], value=g.weight)
-    return _move(mixed, known["block"], name)
+        return _gate(_move(g.model_op(aten.lerp.Scalar, x, end, g.weight), block, name), 1)
+    change = _gate(_move(g.model_op(aten.sub.Tensor, end, x), block, name), 0)
+    gate = g[f"{number}.{known['gate']['name']}"]
+    return _gate(_move(g.model_op(aten.addcmul.default, x, change, gate, value=g.weight), block, name), 1)
+
+
+def _gate(node: fx.Node, passes: int) -> fx.Node:
+    """Let the analysis see past a gate, to the argument that it lets through in part."""
+    node.meta[META] = {**node.meta[META], "gate": passes}
+    return node
 
 
 def _move(node: fx.Node, block: str, name: str) -> fx.Node:
