@@ -113,6 +113,9 @@ class Share(RewritePass):
     def check(self, site: Site) -> str | None:
         if site.packed or not site.dtype.is_floating_point:
             return "its weight is packed or no floating-point one; share before quantizing"
+        own = tensors_now(site)
+        if isinstance(own, str):
+            return own
         group = self._groups(site).get(site.key)
         if group is None:
             return "it is in none of the model's repeated blocks, so no other layer has its like"
@@ -121,7 +124,7 @@ class Share(RewritePass):
         for other in group.sites:
             standing = tensors_now(other)
             if isinstance(standing, str):
-                return standing if other is site else f"{other.path} shares with it, and {standing}"
+                return f"{other.path} shares with it, and {standing}"
         if len({self._now(other) for other in group.sites}) == 1:
             return f"{self._sharing(group)} its group reads one weight already"
         return None
