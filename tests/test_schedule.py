@@ -138,6 +138,25 @@ def test_a_module_in_another_dtype_keeps_its_masks():
     assert not gradient[~mask].any()
 
 
+def test_a_compiled_module_is_masked_and_scheduled():
+    x, y = digits(64)
+    applied = program().apply(surgery.Filter())
+    module = applied.module()
+    F.cross_entropy(torch.compile(module, backend="aot_eager")(x), y).backward()
+    mask = applied.tensors[applied.schedule.masks["embed.weight"]].expand(16, 64)
+    gradient = module.get_parameter("embed.weight").grad
+    assert gradient[mask].any()
+    assert not gradient[~mask].any()
+    module = program().apply(surgery.Layerwise(**ONE)).module()
+    compiled = torch.compile(module, backend="aot_eager")
+    for step in (0, 5, 20):
+        module.advance(step)
+        F.cross_entropy(compiled(x), y).backward()
+        reached = depths(n for n, p in module.named_parameters() if p.grad is not None)
+        assert reached == {4 - step // 5}
+        module.zero_grad()
+
+
 def test_views_train_together_at_one_step():
     """`without` shares parameters, so also what of them trains now: making or reading a view restarts nothing."""
     applied = program().apply(surgery.Lora(target="mlp.*", rank=2), surgery.Layerwise(**ONE))

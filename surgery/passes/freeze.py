@@ -11,8 +11,9 @@ class Freeze(SelectPass):
     """Freeze parameters: they keep `requires_grad=False` and no optimiser sees them.
 
     The target selects parameters by path (of the parameter or of a module above it) or by the role of the
-    site that they belong to, biases included; `--target "!head"` freezes everything but the head. Outputs do
-    not change. A later selection wins over an earlier one.
+    site that they belong to, biases included; `--target "!head"` freezes everything but the head. Adapters that
+    are in the program by then are targeted too. Running statistics of a batch norm are no parameters, and still
+    follow the data in train mode. Outputs do not change. A later selection wins over an earlier one.
     """
 
     name: ClassVar[str] = "freeze"

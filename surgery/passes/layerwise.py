@@ -34,7 +34,11 @@ class Layerwise(SelectPass):
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 
-    layers: str | None = Field(None, description="depths that train, such as 2-5,8; the first block is 1")
+    layers: str | None = Field(
+        None,
+        coerce_numbers_to_str=True,
+        description="depths that train, such as 2-5,8; the first block is 1",
+    )
     top: int | None = Field(None, gt=0, description="the last so many blocks train")
     bottom: int | None = Field(None, gt=0, description="the first so many blocks and the embeddings train")
     fraction: float | None = Field(None, gt=0, le=1, description="this share of the blocks trains")
