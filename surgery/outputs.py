@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +21,7 @@ ONLY = "output"  # the name of the one tensor of a model that returns no more
 
 # What takes an axis away without counting on its length.
 _REDUCTIONS = {"argmax", "argmin", "max", "min", "amax", "amin", "sum", "mean", "logsumexp", "norm", "any", "all"}
-_REDUCTIONS |= {"topk", "prod", "std", "var", "sym_size"}
+_REDUCTIONS |= {"topk", "prod", "std", "var", "sym_size", "linalg_vector_norm"}
 
 
 def named_outputs(graph: fx.Graph) -> dict[str, fx.Node]:
@@ -99,7 +101,7 @@ def follow(graph: fx.Graph, changed: Mapping[fx.Node, Any], cache: MetaCache) ->
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found.get(n, n.meta.get("val")))
         try:
-            with cache.mode, torch.no_grad():
+            with _quiet(), cache.mode, torch.no_grad():
                 val = node.target(*args, **kwargs)
         except Exception as error:
             why = str(error).strip().splitlines() or [type(error).__name__]
@@ -113,6 +115,18 @@ def follow(graph: fx.Graph, changed: Mapping[fx.Node, Any], cache: MetaCache) ->
             raise PassError(f"{_place(node)} counts on the old number")
         found[node] = val
     return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs an op that fails on shapes alone, which here is an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _place(node: fx.Node) -> str:

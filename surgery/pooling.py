@@ -10,14 +10,15 @@ from torch import fx
 
 from surgery.errors import PassError
 from surgery.outputs import named_outputs
-from surgery.sites import META, Site, head
-from surgery.weight_ops import operand
+from surgery.sites import META, Site, head, tail
+from surgery.weight_ops import Call, operand
 
 if TYPE_CHECKING:
     from surgery.rewriter import Rewriter
     from surgery.view import View
 
 aten = torch.ops.aten
+_FEATURES = ("last_hidden_state", "pooler_output", "hidden_states")  # transformers' names
 
 
 @dataclass(frozen=True)
@@ -31,35 +32,65 @@ class Features:
 
 
 def head_sites(view: View, added: bool = True) -> list[Site]:
-    """Sites whose op makes an output of the model, in graph order. added: those too that a pass added."""
-    heads = [site for site in view.sites if site.role == "head"]
-    return [site for site in heads if added or not _added(site.calls[0].node)]
+    """Sites whose op makes an output of the model, in graph order. added: those too that a pass added.
+
+    What makes an output that is called features (the pooler of a bare BERT) is no head.
+    """
+    features: set[fx.Node] = set()
+    scores: set[fx.Node] = set()
+    for name, node in named_outputs(view.graph).items():
+        made = features if name.partition(".")[0] in _FEATURES else scores
+        made.update(view.flow.projections(node))
+    found = []
+    for site in view.sites:
+        nodes = {call.node for call in site.calls}
+        bare = bool(nodes & features) and not nodes & scores
+        if site.role == "head" and not bare and (added or not _added(site.calls[0].node)):
+            found.append(site)
+    return found
 
 
 def _added(node: fx.Node) -> bool:
     return "output" in node.meta.get(META, {})
 
 
-def find_features(view: View, pool: str | None) -> Features:
-    """What a further head reads. Raises PassError where that has to be said with a pool."""
+def scores_of(call: Call) -> tuple[fx.Node, fx.Node | None]:
+    """What a head's op gives now, a bias included that is a tensor of its own and added at once (as in BART); and that
+    bias."""
+    value = tail(call.node, whole=True)
+    users = list(value.users)
+    if len(users) == 1 and users[0].target is aten.add.Tensor and users[0].args[0] is value:
+        bias = users[0].args[1]
+        while isinstance(bias, fx.Node) and bias.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device):
+            bias = bias.args[0]
+        if isinstance(bias, fx.Node) and bias.op == "get_attr" and not users[0].kwargs:
+            return tail(users[0], whole=True), bias
+    return value, None
+
+
+def find_features(view: View, pool: str | None) -> list[Features]:
+    """What a further head can read: what each head reads, or an output of a model that has none.
+
+    Raises PassError where there is nothing, or where it has to be said with a pool.
+    """
     heads = head_sites(view, added=False)
     if heads:
-        return Features(head(operand(heads[0].calls[-1])), heads[0], "")
+        return [Features(head(operand(site.calls[-1])), site, "") for site in heads]
     own = {name: node for name, node in named_outputs(view.graph).items() if not _added(node)}
-    floats = {name: node for name, node in own.items() if _is_float(node)}
+    floats = {name: node for name, node in own.items() if _is_features(name, node)}
     flat = next((name for name, node in floats.items() if _rank(node) == 2), None)
     spread = next((name for name, node in floats.items() if _rank(node) > 2), None)
     name = (flat or spread) if pool is None else (spread or flat)
     if name is None:
         raise PassError(
-            "pass 'head': the model returns no features (a floating-point output of two axes or more)"
+            "pass 'head': the model returns no features (a floating-point output of two axes or more that is no score)"
         )
     if pool is None and flat is None:
         raise PassError(
             f"pass 'head': output {name!r} has {_rank(floats[name])} axes; say with --pool how they become one "
             f"feature vector (cls, mean or last), or --pool none for a score of each"
         )
-    return Features(floats[name], _nearest(view, floats[name]), name)
+    return [Features(floats[name], _nearest(view, floats[name]), name)]
 
 
 def _nearest(view: View, node: fx.Node) -> Site:
@@ -164,6 +195,14 @@ def refuse_pool(node: fx.Node, pool: str | None) -> str | None:
 def _rank(node: Any) -> int:
     val = node.meta.get("val") if isinstance(node, fx.Node) else None
     return val.dim() if isinstance(val, torch.Tensor) else -1
+
+
+def _is_features(name: str, node: fx.Node) -> bool:
+    """Whether an output may be read as features: floats of a fixed width, and by their name no scores."""
+    if not _is_float(node) or _rank(node) < 2 or "logits" in name or "loss" in name:
+        return False
+    shape = node.meta["val"].shape
+    return isinstance(shape[1] if len(shape) == 4 else shape[-1], int)
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -202,9 +202,12 @@ def _embedding_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
             groups.setdefault(_sum_of(flow, call.node), []).append(call)
         elif call.kind in (CONV, LINEAR) and call.node not in role and _is_patch(flow, call):
             role[call.node] = "embed.patch"
+    largest = max((_rows(c) for group in groups.values() for c in group if _indexed_by_input(flow, c)), default=0)
     for group in groups.values():
         given = [call for call in group if _indexed_by_input(flow, call)]
         token = max(given, key=_rows, default=None)
+        if token is not None and _rows(token) <= _FEW_TYPES < largest:
+            token = None  # types that are added later than the tokens (MobileBERT)
         for call in group:
             if token is not None and (call is token or call.weight is token.weight):
                 role[call.node] = "embed.token"

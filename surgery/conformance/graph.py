@@ -92,7 +92,10 @@ def _original(case: Case, node: fx.Node, after: dict[str, fx.Node], touched: set
 
 def _refused_alone(case: Case) -> str:
     everywhere = case.pass_.model_copy(update={"target": "all"})
-    refused = [plan.site for plan in case.program.plan(everywhere, freeze_base=False).passes[-1].refused]
+    try:
+        refused = [plan.site for plan in case.program.plan(everywhere, freeze_base=False).passes[-1].refused]
+    except PassError as error:
+        return f"everywhere at once it is refused: {error}"
     if not refused:
         return "no site of this program is refused"
     journal, nodes = case.program.journal, len(case.program.graph.nodes)

@@ -15,10 +15,10 @@ from surgery.errors import PassError
 from surgery.outputs import follow, refuse_output
 from surgery.pass_base import EXACT, GraphPass, Numerics, TensorSpec, changes
 from surgery.rewriter import MetaCache, Rewriter
-from surgery.sites import META, Site, tail
+from surgery.sites import META, Site, head, tail
 from surgery.standing import adapted_by, read_elsewhere, tensors_now
 from surgery.view import View
-from surgery.weight_ops import CONV, LINEAR, Call, arguments
+from surgery.weight_ops import CONV, LINEAR, Call, arguments, operand
 
 aten = torch.ops.aten
 
@@ -137,14 +137,24 @@ class Head(GraphPass):
 
     def candidates(self, view: View) -> list[Site]:
         if self.mode == "add":
-            found = pooling.find_features(view, self.pool)
-            return [found.site.deciding({"source": found.source})]
+            return [f.site.deciding({"source": f.source}) for f in pooling.find_features(view, self.pool)]
         return pooling.head_sites(view)
 
     def find(self, view: View) -> list[Site]:
-        if self.target is not None or self.mode == "add":
-            return super().find(view)
-        heads = pooling.head_sites(view, added=False) or pooling.head_sites(view)
+        if self.target is not None:
+            found = super().find(view)
+            if self.mode == "add" and len(found) > 1:
+                raise PassError(
+                    f"pass 'head': one head is added, and {len(found)} places are named; name one of them"
+                )
+            return found
+        if self.mode == "add":
+            heads = self.candidates(view)
+            reads = {head(operand(site.calls[-1])) for site in heads}
+            if len(reads) == 1:
+                return heads[:1]
+        else:
+            heads = pooling.head_sites(view, added=False) or pooling.head_sites(view)
         if not heads:
             raise PassError(
                 "pass 'head': this model has no head (a layer that makes an output); use --mode add"
@@ -191,7 +201,8 @@ class Head(GraphPass):
         cache = MetaCache(site.calls[0].node.graph)
         try:
             for call in site.calls:
-                follow(call.node.graph, {call.node: _widened(site, call, labels, cache)}, cache)
+                scores, _ = pooling.scores_of(call)
+                follow(scores.graph, {scores: _widened(site, scores, labels, cache)}, cache)
         except PassError as error:
             return (
                 f"{error}, {site.out_features}, and would get {labels}; keep --labels {site.out_features}, or use "
@@ -229,7 +240,7 @@ class Head(GraphPass):
         decided: dict[str, Any] = {
             "shape": [len(rows), site.in_features, *(site.shape[2:] if site.kind == CONV else ())],
             "dtype": str(site.float_dtype).removeprefix("torch."),
-            "bias": site.bias is not None or site.bias_is_computed,
+            "bias": site.bias is not None or site.bias_is_computed or self._bias_behind(site) is not None,
         }
         if self.mode == "resize":
             decided["classes"] = rows
@@ -271,13 +282,19 @@ class Head(GraphPass):
             nn.init.zeros_(tensor)
 
     def _old(self, site: Site, name: str) -> Tensor | None:
+        """The old head's weight (labels × in), or its bias with what is added right behind it."""
         standing = tensors_now(site)
         assert not isinstance(standing, str)
-        found = standing[0] if name == "weight" else standing[1]
-        if found is None:
-            return None
-        tensor = site.probe.tensor(found)
-        return tensor.t() if name == "weight" and site.layout == "io" else tensor
+        if name == "weight":
+            weight = site.probe.tensor(standing[0])
+            return weight.t() if site.layout == "io" else weight
+        behind = self._bias_behind(site)
+        parts = [site.probe.tensor(n).reshape(-1) for n in (standing[1], behind) if n is not None]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _bias_behind(self, site: Site) -> str | None:
+        _, bias = pooling.scores_of(site.calls[0])
+        return str(bias.target) if bias is not None else None
 
     # -- graph
 
@@ -289,9 +306,10 @@ class Head(GraphPass):
         for call in site.calls:
             with g.at(call):
                 fresh = _apply(g, call, g["weight"], bias)
-            behind = g.follow({tail(call.node): fresh.meta["val"]}) if _differs(call, fresh) else {}
-            behind.pop(tail(call.node), None)
-            g.supersede(call.node, fresh)
+            old, _ = pooling.scores_of(call)
+            behind = g.follow({old: fresh.meta["val"]}) if _differs(call, old, fresh) else {}
+            behind.pop(old, None)
+            g.supersede(call.node, fresh, old)
             g.refresh(behind)
 
     def _add(self, site: Site, g: Rewriter, bias: fx.Node | None) -> None:
@@ -326,13 +344,13 @@ def _adapter(call: Call) -> str | None:
     return adapted_by(call) or (str(outer.meta[META]["entry"]) if outer is not call.node else None)
 
 
-def _differs(call: Call, fresh: fx.Node) -> bool:
+def _differs(call: Call, old: fx.Node, fresh: fx.Node) -> bool:
     axis = 1 if call.kind == CONV else -1
-    return bool(fresh.meta["val"].shape[axis] != tail(call.node).meta["val"].shape[axis])
+    return bool(fresh.meta["val"].shape[axis] != old.meta["val"].shape[axis])
 
 
-def _widened(site: Site, call: Call, labels: int, cache: MetaCache) -> Any:
-    val = call.node.meta["val"]
+def _widened(site: Site, scores: fx.Node, labels: int, cache: MetaCache) -> Any:
+    val = scores.meta["val"]
     shape = list(val.shape)
     shape[1 if site.kind == CONV else -1] = labels
     with cache.mode:

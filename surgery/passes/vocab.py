@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from surgery.dataflow import op_name
 from surgery.errors import PassError
 from surgery.outputs import follow
 from surgery.pass_base import GraphPass, MergeLonger, TensorSpec
+from surgery.pooling import scores_of
 from surgery.rewriter import MetaCache, Rewriter
 from surgery.sites import META, Site, head, tail, wrappers
+from surgery.standing import read_elsewhere
 from surgery.target import select_sites
 from surgery.view import View
 from surgery.weight_ops import EMBEDDING, LINEAR, Call, operand
 
 aten = torch.ops.aten
+_NORMALISES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
 
 
 class Vocab(GraphPass):
@@ -80,11 +84,8 @@ class Vocab(GraphPass):
                     f"pass 'vocab': no output layer has the {site.in_features} rows of {site.path}; leave out "
                     f"--output-layer on"
                 )
-            uses = [s for s in view.sites if s.weight in same and s.kind == EMBEDDING]
-            found += [use.deciding({"table": site.path}) for use in uses]
-            found += [
-                out.deciding({"table": site.path if out.weight in same else out.path}) for out in outputs
-            ]
+            uses = [s for s in view.sites if s.weight in same and s.kind == EMBEDDING] + outputs
+            found += [_sharing(s, site.path if s.weight in same else s.path, uses) for s in uses]
         return found
 
     def find(self, view: View) -> list[Site]:
@@ -103,6 +104,10 @@ class Vocab(GraphPass):
                 f"pass 'vocab': the model has {len(tables)} token embeddings ({', '.join(tables)}); name the one to "
                 f"grow with --target, and its output layer too"
             )
+        for site in found:  # not the embedding alone, with nobody told
+            refusal = self.check(site)
+            if refusal is not None:
+                raise PassError(f"pass 'vocab' at {site.path}: refused, {refusal}")
         return found
 
     def check(self, site: Site) -> str | None:
@@ -117,8 +122,14 @@ class Vocab(GraphPass):
         cache = MetaCache(site.calls[0].node.graph)
         try:
             for call in site.calls:
-                place = _place(call)
-                follow(place.graph, {place: _longer(place, self._more(site), cache)}, cache)
+                place = scores_of(call)[0]
+                behind = follow(place.graph, {place: _longer(place, self._more(site), cache)}, cache)
+                norms = [node for node in behind if op_name(node.target) in _NORMALISES]
+                if norms:
+                    return (
+                        f"the model makes probabilities of its logits (op {op_name(norms[0].target)}), so that new "
+                        f"tokens would change those of the old; grow the embedding alone with --output-layer off"
+                    )
         except PassError as error:
             return f"{error}, {_rows(site)}; grow the embedding alone with --output-layer off"
         return None
@@ -131,8 +142,8 @@ class Vocab(GraphPass):
     # -- what
 
     def decide(self, site: Site) -> dict[str, Any]:
-        decided = {"table": site.decided["table"], "first": _rows(site), "rows": self._more(site)}
-        if site.kind == LINEAR and any(_place(c) is not tail(c.node, whole=True) for c in site.calls):
+        decided = {**site.decided, "first": _rows(site), "rows": self._more(site)}
+        if site.kind == LINEAR and any(scores_of(c)[1] is not None for c in site.calls):
             decided["behind"] = True  # of a bias that is no part of the layer
         return decided
 
@@ -196,8 +207,14 @@ class Vocab(GraphPass):
         return changed
 
     def keeps(self, site: Site) -> str | None:
+        if site.decided.get("elsewhere"):
+            return (
+                "its weight is read in another place, which counts on its length; export, or save the program"
+            )
         if site.decided.get("behind"):
-            return "the base adds a bias to its logits that has no place for more; export to ONNX, or save the program"
+            return (
+                "the base adds a bias to its logits that has no place for more; export, or save the program"
+            )
         return None
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, MergeLonger]:
@@ -226,24 +243,19 @@ def _outputs(view: View, site: Site, same: set[str]) -> list[Site]:
     return tied or [s for s in linears if s.role == "head" and _rows(s) == _rows(site)]
 
 
+def _sharing(site: Site, table: str, uses: list[Site]) -> Site:
+    """The site with the name of its table, and whether an op reads that which is none of the uses."""
+    calls = tuple(c for s in uses if s.weight == site.weight or s.weight in site.tied for c in s.calls)
+    elsewhere = read_elsewhere(replace(site, calls=calls), str(site.weight), site.tied)
+    return site.deciding({"table": table, **({"elsewhere": True} if elsewhere else {})})
+
+
 def _rows(site: Site) -> int:
     """Rows of the vocabulary at a site as it stands, earlier growth included."""
     if site.kind == EMBEDDING:
         grown = wrappers(site.calls[0].node, whole=True)
         return site.in_features + sum(node.meta[META].get("rows", 0) for node in grown)
     return int(tail(site.calls[0].node, whole=True).meta["val"].shape[-1])
-
-
-def _place(call: Call) -> fx.Node:
-    """Where logits are made longer: behind the op, and behind a bias of its own that is added to them at once (as in
-    BART, where new tokens have none)."""
-    logits = tail(call.node, whole=True)
-    users = list(logits.users)
-    if len(users) == 1 and users[0].target is aten.add.Tensor and users[0].args[0] is logits:
-        bias = users[0].args[1]
-        if isinstance(bias, fx.Node) and bias.op == "get_attr" and not users[0].kwargs:
-            return tail(users[0], whole=True)
-    return logits
 
 
 def _longer(node: fx.Node, more: int, cache: MetaCache) -> Any:
@@ -270,7 +282,7 @@ def _look_up(g: Rewriter, call: Call, first: int) -> None:
 
 
 def _score(g: Rewriter, call: Call, biased: bool) -> None:
-    place = _place(call)
+    place, _ = scores_of(call)
 
     def build(old: fx.Node) -> fx.Node:
         rows, bias = g["rows"], g["bias"] if biased else None
