@@ -139,7 +139,7 @@ def stand_before_ids(site: Site, g: Rewriter, prompt: fx.Node, tokens: int) -> N
         moved[value] = before
 
     output = g.graph.output_node()
-    before = {n: _sizes(n) for n in output.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    returned = {n: _sizes(n) for n in output.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
     g.settle(moved)
 
     def put(value: fx.Node) -> fx.Node:
@@ -148,7 +148,7 @@ def stand_before_ids(site: Site, g: Rewriter, prompt: fx.Node, tokens: int) -> N
         return g.call(aten.cat.default, [*parts, _rows(g, value, prompt), rest], 1)
 
     g.wrap(call.node, put, grown=True)
-    _cut(g, output, before, tokens)
+    _cut(g, output, returned, tokens)
 
 
 def append_to_stream(g: Rewriter, prompt: fx.Node, tokens: int) -> None:
