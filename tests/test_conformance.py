@@ -182,6 +182,25 @@ class CutsTheBase(Scale):
         return g.call(aten.mul.Tensor, g.call(aten.detach.default, g.out), g["s"])
 
 
+class ReadsAFrozenCopy(Scale):
+    """The op reads a copy that does not train, so the base's weight no longer learns."""
+
+    def tensors(self, site):
+        copy = TensorSpec(site.shape, lambda t: t.copy_(site.probe.weight(site)), trainable=False)
+        return {**super().tensors(site), "copy": copy}
+
+    def rewrite(self, site, g):
+        g.swap_weight(lambda weight: g["copy"])
+        return super().rewrite(site, g)
+
+
+class RefusesASecondForNoReason(Scale):
+    """It may refuse one because of the first, if it says so."""
+
+    def check(self, site):
+        return "enough is enough" if site.probe.program.journal.by_pass("scale") else None
+
+
 class LeavesNodes(Scale):
     def rewrite(self, site, g):
         g.call(aten.neg.default, g.out)
@@ -306,6 +325,7 @@ FAULTS = {
     Unused: ("inserted", "'spare' is declared and never used"),
     Dead: ("effect", "do"),
     IgnoresItsLabel: ("second", "is taken"),
+    RefusesASecondForNoReason: ("second", "enough is enough"),
     WrongMerge: ("merge", "merging moves the outputs"),
     MergesNoBias: ("merge", "merging moves the outputs"),
     ChangesTheBaseGraph: ("restored", "graph"),
@@ -317,6 +337,7 @@ FAULTS = {
     Detached: ("gradients", "none reaches"),
     HalfDetached: ("gradients", "something is detached"),
     CutsTheBase: ("gradients", "none reaches 0.weight of the base"),
+    ReadsAFrozenCopy: ("gradients", "none reaches 0.weight of the base"),
     NoLowering: ("onnx", "scale"),
 }
 
