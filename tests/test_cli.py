@@ -113,9 +113,9 @@ def apply(*options):
 BAD = {
     "unknown pass": (
         apply("--pass", "lroa", "--target", "x"),
-        "there is no pass 'lroa'; did you mean 'lora'?",
+        "there is no pass 'lroa'; did you mean 'lora'",
     ),
-    "unknown option": (apply("--pass", "lora", "--rnak", "8"), "has no option --rnak; did you mean 'rank'?"),
+    "unknown option": (apply("--pass", "lora", "--rnak", "8"), "has no option --rnak; did you mean 'rank'"),
     "wrong type": (apply("--pass", "lora", "--rank", "eight"), "--rank is 'eight'"),
     "out of range": (apply("--pass", "lora", "--rank", "0"), "greater than 0"),
     "typo in a target": (apply("--pass", "lora", "--target", "projct"), "did you mean 'project'"),
