@@ -158,7 +158,7 @@ def is_add(node: fx.Node) -> bool:
 def gated_by(node: fx.Node) -> fx.Node | None:
     """The value that an op lets through in part, where it is the gate of a block that was put in."""
     place = node.meta.get(META, {}).get("gate")
-    return node.args[place] if place is not None else None  # type: ignore[return-value]
+    return node.args[place] if place is not None else None
 
 
 def moved_from(node: fx.Node) -> fx.Node | None:

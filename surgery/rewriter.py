@@ -333,6 +333,14 @@ class Rewriter:
         node.replace_all_uses_with(fresh, delete_user_cb=lambda user: user not in own)
         return fresh
 
+    def resize(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+        """Give a node of the model, behind a value of another size, its own new `val`; args: with sizes mended."""
+        if str(args) != str(node.args):
+            node.args = args
+            node.meta = {**node.meta, META: {**node.meta.get(META, {}), "resized": self._entry_id}}
+        node.meta = {**node.meta, "val": self._cache.call(node.target, node.args, node.kwargs)}
+        node.meta.pop("tensor_meta", None)
+
     def refresh(self, vals: Mapping[fx.Node, Any]) -> None:
         """Give nodes other `val`s: those behind a value of another width (see surgery.outputs.follow)."""
         for node, val in vals.items():

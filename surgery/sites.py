@@ -143,6 +143,11 @@ def is_aux(node: fx.Node) -> bool:
     return bool(node.meta.get(META, {}).get("aux"))
 
 
+def is_gone(node: fx.Node) -> bool:
+    """True for ops in whose place a pass has put others for good: those are the sites now."""
+    return "gone_for" in node.meta.get(META, {})
+
+
 def tail(node: fx.Node, whole: bool = False) -> fx.Node:
     """The value that stands for a site's output now: the last adapter wrapped round it, or the op itself.
 
@@ -201,7 +206,7 @@ class SiteIndex:
         roles: Mapping[SiteKey, str] | None = None,
         parts: Mapping[SiteKey, Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:
-        nodes = [node for node in graph.nodes if node.target in ops and not is_aux(node)]
+        nodes = [n for n in graph.nodes if n.target in ops and not is_aux(n) and not is_gone(n)]
         calls = weight_ops.find_calls(nodes, ops, lambda node: node.target in names)
         grouped: dict[str, list[list[Call]]] = defaultdict(list)
         for call in calls:

@@ -10,7 +10,7 @@ from torch import fx
 
 from surgery.dataflow import Dataflow, trace_origins
 from surgery.roles import Attention, Roles, find_roles
-from surgery.sites import Site, SiteIndex, SiteKey, is_aux
+from surgery.sites import Site, SiteIndex, SiteKey, is_aux, is_gone
 from surgery.weight_ops import Call, WeightOp, find_calls
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class View:
 
     @cached_property
     def calls(self) -> list[Call]:
-        nodes = [node for node in self.graph.nodes if not is_aux(node)]
+        nodes = [node for node in self.graph.nodes if not is_aux(node) and not is_gone(node)]
         return find_calls(nodes, self.ops, lambda node: node.target in self.names)
 
     @cached_property

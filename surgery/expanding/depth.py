@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +69,14 @@ def places(request: Request, view: View) -> list[Place]:
         blocks = blocks_with(site, view)
         found.append(Place(site, tuple(blocks), tuple(chosen.get(block, 0) for block in blocks)))
     return found
+
+
+def outside(target: str | None, view: View) -> list[Site]:
+    """The sites that a target names and that are in no block."""
+    if target is None:
+        return []
+    inside = {call.node for row in view.blocks for block in row for call in block.calls}
+    return [s for s in select_sites(view.sites.sites, target) if inside.isdisjoint(c.node for c in s.calls)]
 
 
 def _blocks(request: Request, rows: Sequence[Sequence[Block]], view: View) -> list[Block]:
@@ -262,12 +271,12 @@ def rewrite(site: Site, g: Rewriter, attribute: str) -> None:
         if copies:
             region = region_of(block, view)
             numbers = range(number + 1, number + copies + 1)
-            g.go_on(tail(region.output), lambda x, r=region, ns=numbers: _chain(site, g, r, x, ns, attribute))
+            g.go_on(tail(region.output), partial(_chain, site, g, region, numbers, attribute))
             number += copies
 
 
 def _chain(
-    site: Site, g: Rewriter, region: Region, x: fx.Node, numbers: Sequence[int], attribute: str
+    site: Site, g: Rewriter, region: Region, numbers: Sequence[int], attribute: str, x: fx.Node
 ) -> fx.Node:
     for number in numbers:
         x = _copy(site, g, region, x, number, f"{attribute}_{number}")

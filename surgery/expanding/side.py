@@ -1,0 +1,222 @@
+"""Branches beside an op, at zero when they are inserted: dense, or convolutional over the positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from surgery.pass_base import TensorSpec
+from surgery.rewriter import Rewriter
+from surgery.sites import Site
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, NORM, arguments
+
+if TYPE_CHECKING:
+    from surgery.attention import Attention
+    from surgery.probe import Probe
+    from surgery.view import View
+
+aten = torch.ops.aten
+
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "relu": aten.relu.default,
+    "gelu": aten.gelu.default,
+    "silu": aten.silu.default,
+    "tanh": aten.tanh.default,
+}
+_CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What the options ask for; kernel None: the site's own, or 3 along a sequence."""
+
+    side: str
+    size: int
+    kernel: int | None
+    activation: str
+    causal: str
+
+    @property
+    def along(self) -> int:
+        """Kernel along a sequence."""
+        return self.kernel or 3
+
+
+# -- whether and how
+
+
+def check(branch: Branch, site: Site, view: View) -> str | None:
+    if site.kind == EXPERTS:
+        return "stacked experts get no side branch; target the router, the attention, or use lora"
+    if site.kind in (EMBEDDING, NORM):
+        return f"an op of kind {site.kind} has no matrix that a branch could stand beside; target a linear or a conv"
+    if not site.float_dtype.is_floating_point:
+        return f"its weight is {site.dtype}; a side branch needs a floating-point stream"
+    if site.kind == CONV:
+        return _check_conv(branch, site)
+    if any(call.x_axis == "column" for call in site.calls):
+        return "it multiplies from the left, so its features are not the last axis; target its neighbours"
+    if branch.side == "conv":
+        if any(call.x.meta["val"].dim() != 3 for call in site.calls):
+            rank = site.calls[0].x.meta["val"].dim()
+            return (
+                f"its input has {rank} axes, and no sequence among them to convolve along; use --side dense"
+            )
+        if branch.causal == "no" and branch.along % 2 == 0:
+            return f"--kernel {branch.along} has no middle; give an odd one, or --causal yes"
+    return None
+
+
+def _check_conv(branch: Branch, site: Site) -> str | None:
+    if site.layout == "io":
+        return "a transposed convolution has no side branch; target its neighbours"
+    for call in site.calls:
+        if _padding(branch, site, arguments(call.node)) is None:
+            kernel = "×".join(str(size) for size in site.shape[2:])
+            odd = "of its parity and of its size or more"
+            asked = 1 if branch.side == "dense" else branch.kernel
+            remedy = "use --side conv" if branch.side == "dense" else f"give a --kernel {odd}"
+            return (
+                f"with a kernel of {asked} in place of {kernel}, padding cannot give its positions; {remedy}"
+            )
+    return None
+
+
+def _kernel(branch: Branch, site: Site) -> tuple[int, ...]:
+    own = tuple(site.shape[2:])
+    asked = 1 if branch.side == "dense" else branch.kernel
+    return own if asked is None else tuple(asked for _ in own)
+
+
+def _padding(branch: Branch, site: Site, args: dict[str, Any]) -> Any:
+    """The padding with which the branch's kernel gives the op's positions, or None where none does.
+
+    out = ⌊(n + 2p − d(k − 1) − 1)/s⌋ + 1 is the same for k' with p' = p + d(k' − k)/2.
+    """
+    given, kernel, own = args["padding"], _kernel(branch, site), site.shape[2:]
+    if isinstance(given, str):
+        return given if given == "same" or kernel == tuple(own) else None
+    spread = len(own)
+    before = list(given) * (spread if len(given) == 1 else 1)
+    dilation = list(args["dilation"]) * (spread if len(args["dilation"]) == 1 else 1)
+    twice = [2 * p + d * (k - o) for p, d, k, o in zip(before, dilation, kernel, own, strict=True)]
+    return None if any(t < 0 or t % 2 for t in twice) else [t // 2 for t in twice]
+
+
+def decide(branch: Branch, site: Site, view: View, probe: Probe) -> dict[str, Any]:
+    known: dict[str, Any] = {"in": site.in_features * site.groups, "out": site.out_features}
+    if site.kind == CONV:
+        known["kernel"] = list(_kernel(branch, site))
+    elif branch.side == "conv":
+        known["causal"] = branch.causal == "yes" or (
+            branch.causal == "auto" and not _looks_ahead(site, view, probe)
+        )
+        if branch.along % 2 == 0:
+            known["causal"] = True
+    return known
+
+
+def _looks_ahead(site: Site, view: View, probe: Probe) -> bool:
+    """Whether a self-attention of the site's row of blocks lets a position see later ones.
+
+    Where the model has no attention that says so, nothing may look ahead.
+    """
+    nodes = {call.node for call in site.calls}
+    rows = [{n for block in row for n in block.nodes} for row in view.blocks]
+    row = next((inside for inside in rows if not nodes.isdisjoint(inside)), None)
+    attentions = [a for a in view.attentions if not a.cross and (row is None or a.core[-1] in row)]
+    seen = (probe.once(("sees later", a.core[-1].name), partial(_sees_later, a, probe)) for a in attentions)
+    return any(seen)
+
+
+def _sees_later(attention: Attention, probe: Probe) -> bool:
+    """What its mask or its weights say on the first set of data."""
+    core = attention.core
+    if len(core) == 1:
+        args = arguments(core[0])
+        if args.get("is_causal"):
+            return False
+        mask = args.get("attn_mask")
+        if not isinstance(mask, fx.Node):
+            return True
+        value = probe.values([mask])[mask.name][0]
+        open_ = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+    else:
+        weights = core[1] if len(core) == 3 else core[0]
+        value = probe.values([weights])[weights.name][0]
+        open_ = value != 0 if len(core) == 3 else value > torch.finfo(value.dtype).min / 2
+    later = torch.ones(open_.shape[-2:], dtype=torch.bool, device=open_.device).triu(1)
+    return bool((open_ & later).any())
+
+
+# -- tensors and graph
+
+
+def tensors(branch: Branch, site: Site) -> dict[str, TensorSpec]:
+    known, size = site.decided, branch.size
+    kernel = tuple(known.get("kernel", ()))
+    points = tuple(1 for _ in kernel)
+    specs = {
+        "down": TensorSpec((size, known["in"], *kernel), _spread),
+        "down_bias": TensorSpec((size,)),
+        "up": TensorSpec((known["out"], size, *points)),
+        "up_bias": TensorSpec((known["out"],)),
+    }
+    if "causal" in known:
+        specs["along"] = TensorSpec((size, 1, branch.along), _spread)
+        specs["along_bias"] = TensorSpec((size,))
+    return specs
+
+
+def _spread(tensor: Tensor) -> None:
+    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
+def rewrite(branch: Branch, site: Site, g: Rewriter) -> None:
+    for call in site.calls:
+        with g.at(call):
+            x = g.x
+            out = _conv(branch, site, g, x) if site.kind == CONV else _linear(branch, site, g, x)
+            g.wrap(call.node, partial(_added, g, out))
+
+
+def _added(g: Rewriter, out: fx.Node, value: fx.Node) -> fx.Node:
+    return g.call(aten.add.Tensor, value, out, alpha=g.weight)
+
+
+def _conv(branch: Branch, site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
+    assert g.call_ is not None
+    args = arguments(g.call_.node)
+    padding = _padding(branch, site, args)
+    hidden = g.call(
+        g.call_.node.target, x, g["down"], g["down_bias"], args["stride"], padding, args["dilation"], 1
+    )
+    return g.call(_CONVS[len(site.shape) - 3], _bend(branch, g, hidden), g["up"], g["up_bias"])
+
+
+def _linear(branch: Branch, site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
+    hidden = g.call(aten.linear.default, x, g["down"], g["down_bias"])
+    if "causal" in site.decided:
+        turned = g.call(aten.transpose.int, hidden, 1, 2)
+        padding = _before(branch, site.decided["causal"])
+        if padding[0] != padding[1]:
+            turned, padding = g.call(aten.constant_pad_nd.default, turned, list(padding)), (0, 0)
+        weights = g["along"], g["along_bias"]
+        turned = g.call(aten.conv1d.default, turned, *weights, [1], [padding[0]], [1], branch.size)
+        hidden = g.call(aten.transpose.int, turned, 1, 2)
+    return g.call(aten.linear.default, _bend(branch, g, hidden), g["up"], g["up_bias"])
+
+
+def _before(branch: Branch, causal: bool) -> Sequence[int]:
+    """Zeros before and after the sequence."""
+    return (branch.along - 1, 0) if causal else (branch.along // 2, branch.along // 2)
+
+
+def _bend(branch: Branch, g: Rewriter, value: fx.Node) -> fx.Node:
+    return g.call(ACTIVATIONS[branch.activation], value)

@@ -1,0 +1,313 @@
+"""Wider: hidden layers with more units, some of them twice and more, whose sum is what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from surgery.dataflow import op_name
+from surgery.errors import PassError
+from surgery.expanding.hidden import Hidden, find_hidden
+from surgery.pass_base import TensorSpec
+from surgery.rewriter import Rewriter
+from surgery.sites import Site, SiteKey
+from surgery.standing import tensors_now
+from surgery.target import select_sites
+from surgery.weight_ops import CONV, EXPERTS, arguments
+
+if TYPE_CHECKING:
+    from surgery.probe import Probe
+    from surgery.view import View
+
+
+@dataclass(frozen=True)
+class Place:
+    """Hidden layers whose units go into one site; several, where layers share their weights. why: a refusal."""
+
+    site: Site
+    layers: tuple[Hidden, ...]
+    why: str = ""
+
+
+# -- which layers
+
+
+def places(view: View, target: str | None) -> list[Place]:
+    """The hidden layers that a target names, by what makes them or else what takes them in. Raises TargetError."""
+    layers = find_hidden(view)
+    if target is None:
+        found = _merged(view, [layer for layer in layers if _is_usual(layer, view)])
+    else:
+        found = _named(view, layers, select_sites(view.sites.sites, target))
+    return _without_overlap(found)
+
+
+def _without_overlap(found: Sequence[Place]) -> list[Place]:
+    """Of two layers with an op in common, the second is refused: its weight would be widened both ways at once."""
+    ops: dict[fx.Node, Place] = {}
+    result = []
+    for place in found:
+        nodes = {call.node for layer in place.layers for call in (*layer.ups, layer.down)}
+        other = next((ops[n] for n in nodes if n in ops), None)
+        if other is not None and not place.why:
+            why = f"an op of it is widened with {other.site.path} already; widen it by a second expand, with --as"
+            place = Place(place.site, place.layers, why)
+        if not place.why:
+            ops.update(dict.fromkeys(nodes, place))
+        result.append(place)
+    return result
+
+
+def _is_usual(layer: Hidden, view: View) -> bool:
+    """An MLP's hidden layer, or channels within one residual branch of a convolutional net."""
+    if layer.down.kind != CONV:
+        return view.site_of(layer.down.node).role == "mlp.down"
+    nodes = {layer.down.node, *(call.node for call in layer.ups)}
+    return any(nodes <= set(branch.ops) for branch in view.branches)
+
+
+def _merged(view: View, layers: Sequence[Hidden]) -> list[Place]:
+    by_site: dict[SiteKey, tuple[Site, list[Hidden]]] = {}
+    for layer in layers:
+        site = view.site_of(layer.down.node)
+        by_site.setdefault(site.key, (site, []))[1].append(layer)
+    return [Place(site, tuple(found), _differences(found)) for site, found in by_site.values()]
+
+
+def _differences(layers: Sequence[Hidden]) -> str:
+    why = next((layer.why for layer in layers if layer.why), "")
+    if not why and len({tuple(_tensors_of(layer)) for layer in layers}) > 1:
+        why = "its calls take in units of different weights"
+    return why
+
+
+def _tensors_of(layer: Hidden) -> list[str]:
+    return [str(node.target) for node, *_ in _widened(layer)]
+
+
+def _named(view: View, layers: Sequence[Hidden], chosen: Sequence[Site]) -> list[Place]:
+    makes = {call.node: layer for layer in layers for call in layer.ups}
+    takes = {layer.down.node: layer for layer in layers}
+    found: dict[int, Hidden] = {}
+    unfit: list[Place] = []
+    for site in chosen:
+        nodes = [call.node for call in site.calls]
+        own = [makes[n] for n in nodes if n in makes] or [takes[n] for n in nodes if n in takes]
+        if own:
+            found.update({id(layer): layer for layer in own})
+        else:
+            unfit.append(Place(view.site_of(site.calls[0].node), (), _no_layer(site)))
+    order = {site.key: index for index, site in enumerate(view.sites)}
+    return sorted(
+        [*_merged(view, [layer for layer in layers if id(layer) in found]), *unfit],
+        key=lambda place: order[place.site.key],
+    )
+
+
+def _no_layer(site: Site) -> str:
+    if site.kind == EXPERTS:
+        return (
+            "stacked experts are not widened; target another layer, or --side, which leaves them as they are"
+        )
+    return "it neither makes nor takes in a hidden layer whose units stay apart; target the ops of an MLP"
+
+
+# -- how
+
+
+def check(place: Place, wider: str, view: View) -> str | None:
+    if place.why:
+        return place.why
+    layer = place.layers[0]
+    if grown(wider, layer.width) <= layer.width:
+        return f"--wider {wider} adds no unit to the {layer.width} that it has; ask for more"
+    for call in (*layer.ups, layer.down):
+        standing = tensors_now(view.site_of(call.node))
+        if isinstance(standing, str):
+            return f"{call.module_path}: {standing}"
+        assert call.weight is not None
+        if standing[0] not in view.names.get(str(call.weight.target), (str(call.weight.target),)):
+            return f"{call.module_path} reads {standing[0]} in its weight's place; expand before what put it there"
+    return None
+
+
+def grown(wider: str, width: int) -> int:
+    """The new width: `1.5` times the old, or `+64` units more."""
+    return width + int(wider[1:]) if wider.startswith("+") else round(width * float(wider))
+
+
+def decide(place: Place, wider: str, view: View, probe: Probe) -> dict[str, Any]:
+    layer = place.layers[0]
+    width = grown(wider, layer.width)
+    sources = _draw(place, width, probe)
+    tensors: dict[str, dict[str, Any]] = {}
+    for node, axis, halves, outgoing in _widened(layer):
+        val = node.meta["val"]
+        shape = list(val.shape)
+        shape[axis] = width * halves
+        tensors[str(node.target)] = {
+            "name": str(node.target),
+            "shape": shape,
+            "dtype": str(val.dtype).removeprefix("torch."),
+            "axis": axis,
+            "halves": halves,
+            "outgoing": outgoing,
+            "trains": str(node.target) in view.names,
+        }
+    return {"units": layer.width, "width": width, "sources": sources, "tensors": [*tensors.values()]}
+
+
+def _widened(layer: Hidden) -> Iterator[tuple[fx.Node, int, int, bool]]:
+    """The tensors that have an axis of units: node, axis, how many runs of units, whether it takes them in."""
+    for call in layer.ups:
+        halves = 2 if layer.is_fused(call) else 1
+        assert call.weight is not None
+        yield call.weight, call.layout.index("o"), halves, False
+        if call.bias is not None:
+            yield call.bias, 0, halves, False
+    for node in layer.nodes:
+        if op_name(node.target) == "batch_norm":
+            held = (arguments(node)[name] for name in ("weight", "bias", "running_mean", "running_var"))
+            yield from ((n, 0, 1, False) for n in held if isinstance(n, fx.Node))
+    assert layer.down.weight is not None
+    yield layer.down.weight, layer.down.layout.index("i"), 1, True
+
+
+def _draw(place: Place, width: int, probe: Probe) -> list[int]:
+    """For each unit that is added, the one that it repeats."""
+    old = place.layers[0].width
+    return probe.once(("expand", place.site.key, width), lambda: torch.randint(old, (width - old,)).tolist())
+
+
+def _shares(site: Site, noise: float) -> Tensor:
+    """The part of its source's outgoing weights that each unit gets; of one source they add up to 1."""
+    known = site.decided
+    index = torch.tensor([*range(known["units"]), *known["sources"]])
+    counts = torch.bincount(index, minlength=known["units"]).double()
+
+    def draw() -> Tensor:
+        uneven = 1 + noise * (2 * torch.rand(len(index), dtype=torch.float64) - 1)
+        uneven = torch.where(counts[index] > 1, uneven, 1.0)
+        return uneven / torch.zeros_like(counts).index_add_(0, index, uneven)[index]
+
+    return site.probe.once(("expand shares", site.key, noise, tuple(known["sources"])), draw)
+
+
+def tensors(site: Site, noise: float) -> dict[str, TensorSpec]:
+    return {
+        t["name"]: TensorSpec(
+            tuple(t["shape"]),
+            _filled(site, t, noise),
+            trainable=t["trains"],
+            dtype=getattr(torch, t["dtype"]),
+        )
+        for t in site.decided["tensors"]
+    }
+
+
+def _filled(site: Site, known: dict[str, Any], noise: float) -> Callable[[Tensor], Any]:
+    def fill(tensor: Tensor) -> None:
+        units = site.decided["units"]
+        one = [*range(units), *site.decided["sources"]]
+        index = torch.tensor([unit + half * units for half in range(known["halves"]) for unit in one])
+        value = site.probe.tensor(known["name"]).index_select(known["axis"], index)
+        if known["outgoing"]:
+            along = [1] * value.dim()
+            along[known["axis"]] = -1
+            value = value.double() * _shares(site, noise).view(along)
+        tensor.copy_(value)
+
+    return fill
+
+
+def tensor_names(site: Site, attribute: str) -> dict[str, str]:
+    """mlp.up.expand.weight is the wider one of mlp.up.weight."""
+    found = {}
+    for known in site.decided["tensors"]:
+        owner, _, leaf = known["name"].rpartition(".")
+        found[known["name"]] = f"{owner}.{attribute}.{leaf}" if owner else f"{attribute}.{leaf}"
+    return found
+
+
+# -- graph
+
+
+def rewrite(site: Site, g: Rewriter) -> None:
+    named = {call.node.name for call in site.calls}
+    layers = [layer for layer in find_hidden(g.view) if layer.down.node.name in named]
+    for layer in layers:
+        if layer.why or layer.width != site.decided["units"]:
+            raise PassError(
+                f"expand at {site.path}: its hidden layer is not the same in this graph "
+                f"({layer.why or f'{layer.width} units'}); undo expand, and apply it to the model as it is"
+            )
+        _widen(site, g, layer)
+
+
+def _widen(site: Site, g: Rewriter, layer: Hidden) -> None:
+    assert layer.axes is not None
+    order = g.view.flow.order
+    ups = {call.node: call for call in layer.ups}
+    for node in sorted((*ups, *layer.nodes), key=lambda n: order[n]):
+        if node in ups or op_name(node.target) == "batch_norm":
+            _replace(site, g, node)
+        else:
+            source = node.args[0]
+            axis = layer.axes.get(source, layer.axes[node])  # type: ignore[arg-type]
+            g.resize(node, _arguments(site, node, axis))
+    _replace(site, g, layer.down.node)
+
+
+def _replace(site: Site, g: Rewriter, node: fx.Node) -> None:
+    """The op again, with the wider tensors."""
+    known = {tensor["name"] for tensor in site.decided["tensors"]}
+    wide: dict[fx.Node, fx.Node] = {}
+
+    def value(n: fx.Node) -> fx.Node:
+        """What the op reads: the same, or what its weight went through, from the wider tensor on."""
+        if n not in wide:
+            first = g.view.names.get(str(n.target), (str(n.target),)) if n.op == "get_attr" else ()
+            own = next((name for name in first if name in known), None)
+            if own is not None:
+                wide[n] = g[own]
+            elif _rests_on(n, known, g):
+                args, kwargs = fx.node.map_arg((n.args, n.kwargs), value)
+                wide[n] = g.model_op(n.target, *args, **kwargs)
+            else:
+                wide[n] = n
+        return wide[n]
+
+    with g.after(node):
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        fresh = g.model_op(node.target, *args, **kwargs)
+    g.supersede(node, fresh)
+
+
+def _rests_on(node: fx.Node, names: set[str], g: Rewriter) -> bool:
+    """Whether a value is made of one of these tensors alone: transposed, cast."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    aliases = g.view.names.get(str(node.target), (str(node.target),))
+    return node.op == "get_attr" and not names.isdisjoint(aliases)
+
+
+def _arguments(site: Site, node: fx.Node, axis: int) -> tuple[Any, ...]:
+    """A node's arguments, with the number of units in them mended."""
+    old, new = site.decided["units"], site.decided["width"]
+    args: list[Any] = list(node.args)
+    name = op_name(node.target)
+
+    def mended(size: Any) -> Any:
+        return {old: new, 2 * old: 2 * new}.get(size, size) if isinstance(size, int) else size
+
+    if name in ("view", "reshape", "_unsafe_view"):
+        args[1] = [*args[1][:-1], mended(args[1][-1])]
+    elif name in ("split", "split_with_sizes"):
+        args[1] = [mended(s) for s in args[1]] if isinstance(args[1], (list, tuple)) else mended(args[1])
+    elif name == "slice" and arguments(node)["dim"] % node.args[0].meta["val"].dim() == axis:  # type: ignore[union-attr]
+        args[2:4] = [mended(size) for size in args[2:4]]
+    return tuple(args)
