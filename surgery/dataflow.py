@@ -170,7 +170,7 @@ def trace_origins(nodes: Iterable[fx.Node], calls: Sequence[Call]) -> Dataflow:
         mark = node.meta.get("surgery", {})
         if mark.get("aux"):
             # What an adapter inserted stands for the value that it wraps, or for what it feeds on.
-            below = inserted.get(mark.get("wraps") or mark.get("feeds", ""))
+            below: Any = inserted.get(mark.get("wraps") or mark.get("feeds", ""))
             below = below or (node.args[0] if mark.get("input") else None)
             if isinstance(below, fx.Node) and below in flow.origins:
                 flow.origins[node], rests_on[node] = flow.origins[below], rests_on[below]

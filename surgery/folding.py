@@ -48,7 +48,9 @@ def foldable(base: Base, journal: Journal, sites: SiteIndex) -> tuple[list[str],
                 blocked |= owners
         else:
             folded.append(entry.id)
-    longer = {e.id: e for e in adapters if e.id in folded and getattr(pass_of(e, base.plugins), "lengthens", False)}
+    longer = {
+        e.id: e for e in adapters if e.id in folded and getattr(pass_of(e, base.plugins), "lengthens", False)
+    }
     for entry in longer.values():
         why = _too_long(entry, sites, [e for e in adapters if e.id not in folded])
         if why:
@@ -165,7 +167,9 @@ def fold(
     with torch.no_grad():
         steps = _steps(base, entries, tensors, sites)
         for inner in (True, False):
-            for step in (s for s in steps if getattr(s.op, "inner", False) is inner and not hasattr(s.op, "longer")):
+            for step in (
+                s for s in steps if getattr(s.op, "inner", False) is inner and not hasattr(s.op, "longer")
+            ):
                 name = step.name
                 if name not in work:
                     originals[name] = weight_of[name].detach()
@@ -208,7 +212,9 @@ def _lengthen(
         if not hasattr(op, "longer"):
             continue
         if in_place:
-            raise JournalError(f"{step.entry.id} makes {step.name} longer, which has no room; merge without in_place")
+            raise JournalError(
+                f"{step.entry.id} makes {step.name} longer, which has no room; merge without in_place"
+            )
         if step.name not in work:
             originals[step.name] = weight_of[step.name].detach()
             work[step.name] = _working(originals[step.name], in_place=True)
@@ -225,9 +231,7 @@ class _Step:
     op: MergeOp | MergeFrom | MergeLonger
 
 
-def _steps(
-    base: Base, entries: list[Entry], tensors: Mapping[str, Tensor], sites: SiteIndex
-) -> list[_Step]:
+def _steps(base: Base, entries: list[Entry], tensors: Mapping[str, Tensor], sites: SiteIndex) -> list[_Step]:
     """What the entries' passes do to the base, in journal order."""
     steps = []
     for entry in entries:

@@ -20,7 +20,20 @@ if TYPE_CHECKING:
 ONLY = "output"  # the name of the one tensor of a model that returns no more
 
 # What takes an axis away without counting on its length.
-_REDUCTIONS = {"argmax", "argmin", "max", "min", "amax", "amin", "sum", "mean", "logsumexp", "norm", "any", "all"}
+_REDUCTIONS = {
+    "argmax",
+    "argmin",
+    "max",
+    "min",
+    "amax",
+    "amin",
+    "sum",
+    "mean",
+    "logsumexp",
+    "norm",
+    "any",
+    "all",
+}
 _REDUCTIONS |= {"topk", "prod", "std", "var", "sym_size", "linalg_vector_norm"}
 
 

@@ -46,9 +46,7 @@ class Numerics:
 EXACT = Numerics()
 
 
-def rounded(
-    tolerance: float, reason: str, by_dtype: Mapping[torch.dtype, float] | None = None
-) -> Numerics:
+def rounded(tolerance: float, reason: str, by_dtype: Mapping[torch.dtype, float] | None = None) -> Numerics:
     """A pass that changes outputs by at most `tolerance` of their scale, and why it must.
 
     by_dtype: what it allows in place of that where the program's coarsest weights have another dtype than fp32.
@@ -181,7 +179,9 @@ class Pass(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             if not problem["loc"]:  # what a validator says of several options together
-                raise PassError(f"pass {cls.name!r}: {problem['msg'].removeprefix('Value error, ')}") from None
+                raise PassError(
+                    f"pass {cls.name!r}: {problem['msg'].removeprefix('Value error, ')}"
+                ) from None
             field = ".".join(str(part) for part in problem["loc"]) or cls.name
             flag = "--" + field.replace("_", "-")
             if problem["type"] == "extra_forbidden":

@@ -81,7 +81,11 @@ class PassPlan:
     def freed(self) -> set[str]:
         """Parameters that nothing would read any more."""
         pass_ = self.pass_
-        return {n for s in self.accepted for n in pass_.frees(s.site)} if isinstance(pass_, RewritePass) else set()
+        return (
+            {n for s in self.accepted for n in pass_.frees(s.site)}
+            if isinstance(pass_, RewritePass)
+            else set()
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,9 @@ def plan(
 def _is_seen(pass_: Pass, following: Sequence[Pass]) -> bool:
     """Whether those that follow can be planned only on what this pass makes."""
     replacing = any(isinstance(p, RewritePass) and p.replaces for p in (pass_, *following))
-    return bool(following) and (isinstance(pass_, GraphPass) or (isinstance(pass_, RewritePass) and replacing))
+    return bool(following) and (
+        isinstance(pass_, GraphPass) or (isinstance(pass_, RewritePass) and replacing)
+    )
 
 
 def _taken(pass_: Pass) -> str:
@@ -299,7 +305,9 @@ def _entry(program: Program, planned: PassPlan) -> Entry:
         assert isinstance(pass_, RewritePass)
         ident, kind = pass_.entry_id, "rewrite"
         if not planned.sites:
-            raise PassError(f"{pass_.entry_id}: it has nothing to do at what the target names; target other sites")
+            raise PassError(
+                f"{pass_.entry_id}: it has nothing to do at what the target names; target other sites"
+            )
         if not planned.accepted:
             first = planned.refused[0]
             more = f" (and {len(planned.refused) - 1} more)" if len(planned.refused) > 1 else ""

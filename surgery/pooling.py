@@ -61,7 +61,11 @@ def scores_of(call: Call) -> tuple[fx.Node, fx.Node | None]:
     users = list(value.users)
     if len(users) == 1 and users[0].target is aten.add.Tensor and users[0].args[0] is value:
         bias = users[0].args[1]
-        while isinstance(bias, fx.Node) and bias.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device):
+        while isinstance(bias, fx.Node) and bias.target in (
+            aten.to.dtype,
+            aten.to.dtype_layout,
+            aten.to.device,
+        ):
             bias = bias.args[0]
         if isinstance(bias, fx.Node) and bias.op == "get_attr" and not users[0].kwargs:
             return tail(users[0], whole=True), bias

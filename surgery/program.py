@@ -155,7 +155,9 @@ class Program:
         """Numbers of values by parameter name; a tied one counts once, a folded adapter not at all, nor a weight
         of the base in whose place a pass put another."""
         tensors = {**self.base.tensors, **self.tensors}
-        if any(getattr(replay.pass_of(e, self.base.plugins), "lengthens", False) for e in self._folded_entries()):
+        if any(
+            getattr(replay.pass_of(e, self.base.plugins), "lengthens", False) for e in self._folded_entries()
+        ):
             tensors.update(self.folded())
         base, now = _read(self.base.captured.graph), _read(self.graph)
         sizes = {}

@@ -247,9 +247,7 @@ class Rewriter:
         self._put(node, fresh, lambda user: user not in own)
         return fresh
 
-    def feed(
-        self, user: fx.Node, where: int | str | fx.Node, build: Callable[[fx.Node], fx.Node]
-    ) -> fx.Node:
+    def feed(self, user: fx.Node, where: int | str | fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """Let one op of the model read build(value) in the place of an argument's value, which others still read.
 
         where: position or keyword of the argument, or the value itself. Earlier adapters of the op read it too. For
@@ -273,9 +271,7 @@ class Rewriter:
                 other.replace_input_with(value, fresh)
         return fresh
 
-    def once(
-        self, key: str, build: Callable[[], fx.Node], stack: Mapping[str, Any] | None = None
-    ) -> fx.Node:
+    def once(self, key: str, build: Callable[[], fx.Node], stack: Mapping[str, Any] | None = None) -> fx.Node:
         """What build inserts, made at one place of this pass and found again at the others.
 
         stack: the `nn_module_stack` of where it is made, where that is not in the site's module.
@@ -365,7 +361,10 @@ class Rewriter:
             value.meta[META] = {**value.meta.get(META, {}), "wrapped_by": fresh.name}
         for user in value.users:
             if user is not fresh and user.meta.get(META, {}).get("wraps") == value.name and moves(user):
-                user.meta[META] = {**user.meta[META], "wraps": fresh.name}  # what grew the output stays outside
+                user.meta[META] = {
+                    **user.meta[META],
+                    "wraps": fresh.name,
+                }  # what grew the output stays outside
         value.replace_all_uses_with(fresh, delete_user_cb=moves)
 
     def swap_weight(self, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
@@ -522,7 +521,9 @@ class Rewriter:
 
     def get(self, name: str) -> fx.Node:
         """A fresh graph value of a tensor of the base, by its name."""
-        names = self.view.names.get(name, (name,))  # of a tied one, a graph may read another than was recorded
+        names = self.view.names.get(
+            name, (name,)
+        )  # of a tied one, a graph may read another than was recorded
         known = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target in names)
         with self.graph.inserting_before(self._first):
             node = self.graph.create_node("get_attr", known.target)

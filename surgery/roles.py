@@ -202,7 +202,9 @@ def _embedding_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
             groups.setdefault(_sum_of(flow, call.node), []).append(call)
         elif call.kind in (CONV, LINEAR) and call.node not in role and _is_patch(flow, call):
             role[call.node] = "embed.patch"
-    largest = max((_rows(c) for group in groups.values() for c in group if _indexed_by_input(flow, c)), default=0)
+    largest = max(
+        (_rows(c) for group in groups.values() for c in group if _indexed_by_input(flow, c)), default=0
+    )
     for group in groups.values():
         given = [call for call in group if _indexed_by_input(flow, call)]
         token = max(given, key=_rows, default=None)

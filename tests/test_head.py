@@ -242,7 +242,7 @@ def test_pooling_sees_what_the_mask_lets_through(pool, padding, returns):
     expected = torch.stack(rows) @ weight.t() + bias
     found = grown.run(IDS, mask)["logits_score"]
     assert torch.allclose(found, expected, atol=1e-6)  # eight products, another order
-    if padding == "right":
+    if (padding, returns, pool) == ("right", "hidden", "last"):
         check_pass(pass_, tokens(returns))
 
 
@@ -359,6 +359,7 @@ def test_with_lora_in_both_orders(randomise):
 # -- models, the command line, bad input
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"labels": 5}, {"mode": "add", "labels": 3, "head_name": "score", "pool": "mean"}]
 )
@@ -384,6 +385,7 @@ def test_conformance_everywhere(name, options):
     check_pass(surgery.Head(**options), program(name))
 
 
+@pytest.mark.slow
 def test_a_language_model_gets_a_value_head():
     """RLHF: a scalar for every sequence, and for every token, beside logits that stay as they are."""
     base = program("t5")

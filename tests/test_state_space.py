@@ -63,6 +63,7 @@ def test_every_projection_is_a_site(mamba):
     assert mixer["conv1d"].weight == "backbone.layers.0.mixer.conv1d.weight"
 
 
+@pytest.mark.slow
 def test_lora_on_all_of_them(mamba):
     report = check_pass(surgery.Lora(target="in_proj,x_proj,dt_proj,out_proj,conv1d", rank=2), mamba)
     assert report.ok
@@ -83,6 +84,7 @@ class Left(nn.Module):
         return nn.functional.conv1d(out, self.kernel.squeeze(1).unsqueeze(1), padding=1, groups=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pass_",
     [

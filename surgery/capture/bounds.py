@@ -26,11 +26,7 @@ def fixed_dimensions(message: str, axes: list[Axis]) -> dict[str, int]:
     for name, size in _FIXED.findall(message):
         place = _SIZE.match(name)
         axis = next(
-            (
-                a
-                for a in axes
-                if (place and (a.input, a.axis) == (place[1], int(place[2]))) or name == a.name
-            ),
+            (a for a in axes if (place and (a.input, a.axis) == (place[1], int(place[2]))) or name == a.name),
             None,
         )
         if axis is not None:

@@ -80,6 +80,7 @@ def _export(
             raise
         except Exception as error:
             fixed = fixed_dimensions(str(error), axes) if shapes else {}
+            narrower: Any
             if fixed and fixed.keys() <= loaded.may_fix:
                 narrower = without(shapes, fixed)
                 notes += tuple(_note(name, size) for name, size in fixed.items())

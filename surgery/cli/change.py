@@ -88,9 +88,7 @@ def apply(
             if entry.trains:
                 line.append(f"; of the base {in_words(entry, result.tensors)}")
         else:
-            line.append(
-                in_words(entry, result.tensors) + (" (added by the pipeline)" if entry.auto else "")
-            )
+            line.append(in_words(entry, result.tensors) + (" (added by the pipeline)" if entry.auto else ""))
         out.print(line)
         for row in planned.refused:
             out.print(Text(f"  refused {row.site.path}: {row.refusal}", style="yellow"))

@@ -190,7 +190,9 @@ class Case:
         """One set of inputs in which what the pass inserted takes part."""
         return (self.reaching or self.inputs)[0]
 
-    def compare(self, a: Program, b: Program, inputs: list[Inputs] | None = None, more: bool = False) -> Observed:
+    def compare(
+        self, a: Program, b: Program, inputs: list[Inputs] | None = None, more: bool = False
+    ) -> Observed:
         """The worst over all inputs. more: b may return more than a, where the pass extends outputs."""
         sets = self.inputs if inputs is None else inputs
         more = more and self.pass_.extends

@@ -103,7 +103,9 @@ def _simplified(case: Case, merged: Program) -> str:
     state, before = merged.state(), case.random.state()
     if not gone or gone & set(state):
         left = sorted(gone & set(state)) or ["every tensor"]
-        raise case.error("restored", f"{left[0]} is still there after merging, and the pass says it has a plainer form")
+        raise case.error(
+            "restored", f"{left[0]} is still there after merging, and the pass says it has a plainer form"
+        )
     read = live_parameters(merged.graph)
     for name in plain.tensor_names:
         if name not in state or name not in read:

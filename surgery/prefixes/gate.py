@@ -42,11 +42,13 @@ def check(place: Place) -> None:
     """Raises Unsuited where the scores cannot be computed again for the prefix alone."""
     if len(place.core) == 1:
         return
-    if op_name(place.chain[0].target) == "baddbmm":
-        return
+    if place.key.axis == -2:
+        raise Unsuited(
+            "its scores have keys before queries, which a gated prefix does not copy; leave out --gate"
+        )
     for node in place.chain[1:-1]:
         name = op_name(node.target).rstrip("_")
-        if name not in _ADDED and name not in _KEPT:
+        if name not in _ADDED and name not in _KEPT and not _open(node, name):
             raise Unsuited(
                 f"its scores go through {name}, which a gated prefix does not copy; leave out --gate"
             )
