@@ -35,7 +35,8 @@ def foldable(base: Base, journal: Journal, sites: SiteIndex) -> tuple[list[str],
         gone = next((owner for owner in sorted(owners) if owner in replaced), None)
         why = None
         if not isinstance(pass_, RewritePass) or not pass_.mergeable:
-            why = _kept(base.sites, entry, pass_) or _kept(sites, entry, pass_) or f"{entry.pass_name} has no merged form"
+            own = _kept(base.sites, entry, pass_) or _kept(sites, entry, pass_)
+            why = own or f"{entry.pass_name} has no merged form"
         elif gone is not None:
             why = f"{replaced[gone]} has put something else in the place of {gone}, into which it would be folded"
         elif owners & blocked:
