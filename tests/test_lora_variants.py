@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch_surgery_ia3 import IA3
 
 import surgery
+from surgery.cli import main
 from surgery.errors import PassError
 from surgery.numerics import observe
 from surgery.passes.lora import PISSA_MOVES
@@ -484,3 +485,30 @@ def test_an_op_that_was_replaced_has_no_weight_to_compute_with():
     for options, option in (({"dora": True}, "--dora"), ({"init": "pissa"}, "--init pissa")):
         with pytest.raises(PassError, match=f"low-rank has put another op in its place; leave {option} out"):
             factored.apply(surgery.Lora(target="path:0.weight", rank=1, **options))
+
+
+def test_the_options_from_the_command_line(tmp_path, capsys):
+    """Applied, loaded and merged; an option out of place gets one line."""
+    model = "py:tests.models:attention"
+
+    def run(*words):
+        with pytest.raises(SystemExit) as done:
+            main([str(word) for word in words])
+        return done.value.code
+
+    every = {
+        "dora": ["--dora", "--full-gradient", "--rslora", "--dropout", "0.1"],
+        "pissa": ["--init", "pissa", "--svd-iterations", "2"],
+    }
+    for name, options in every.items():
+        path = tmp_path / name
+        words = ["--pass", "lora", "--target", "attn.*", "--rank", "2", *options]
+        assert run("apply", model, *words, "-o", path) == 0
+        given = surgery.load(str(path), base=model).journal.entries[-1].options
+        assert (given["dora"], given["init"]) == ((True, "kaiming") if name == "dora" else (False, "pissa"))
+        assert run("merge", path, "-o", tmp_path / f"{name}-merged", "--base", model) == 0
+    capsys.readouterr()
+    assert run("plan", model, "--pass", "lora", "--target", "all", "--full-gradient") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "--full-gradient is about the norm of DoRA; add --dora" in said[0]
