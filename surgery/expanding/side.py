@@ -181,12 +181,11 @@ def _spread(tensor: Tensor) -> None:
 def rewrite(branch: Branch, site: Site, g: Rewriter) -> None:
     for call in site.calls:
         with g.at(call):
-            x = g.x
-            out = _conv(branch, site, g, x) if site.kind == CONV else _linear(branch, site, g, x)
-            g.wrap(call.node, partial(_added, g, out))
+            g.wrap(call.node, partial(_beside, branch, site, g, g.x))
 
 
-def _added(g: Rewriter, out: fx.Node, value: fx.Node) -> fx.Node:
+def _beside(branch: Branch, site: Site, g: Rewriter, x: fx.Node, value: fx.Node) -> fx.Node:
+    out = _conv(branch, site, g, x) if site.kind == CONV else _linear(branch, site, g, x)
     return g.call(aten.add.Tensor, value, out, alpha=g.weight)
 
 
