@@ -10,9 +10,14 @@ from torch import nn
 from torch.nn import functional
 
 import surgery
+from surgery.base import Base
+from surgery.capture import fresh_inputs, other_sizes, trace
 from surgery.errors import JournalError, PassError, SurgeryError
+from surgery.plugins import make_plugin_manager
+from surgery.program import Program
 from surgery.testing import check_pass
 from tests.techniques import models
+from tests.zoo import zoo
 
 # Sums over the keys in another order, in fp32, of at most a few dozen products: units in the last place.
 ROUNDING = 5e-6
@@ -249,6 +254,31 @@ def test_every_call_of_a_shared_layer_has_a_prefix(randomise):
             layer.expected(inputs, tensors["K"], tensors["V"]), tensors["K2"], tensors["V2"]
         )
     assert close(program.run(), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "xglm", "bloom", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"positions": "shift"}, {"gate": True}], ids=str)
+def test_eager_and_fused_attention_agree(name, options, randomise):
+    """The same model with the same prefix, traced with scaled_dot_product_attention and with products."""
+    module, ways, refused = zoo.module(name), {}, []
+    for way in ("sdpa", "eager"):
+        try:
+            module.set_attn_implementation(way)
+        except ValueError:
+            continue
+        loaded = zoo.hf_loader.from_model(module, zoo.ARCHITECTURES[name].task)
+        program = Program(Base(loaded, trace(loaded), make_plugin_manager()))
+        try:
+            ways[way] = randomise(program.apply(surgery.Prefix(tokens=3, **options)), 0.5)
+        except PassError as error:
+            refused.append(str(error))
+    assert all("leave out --gate" in why or "use --positions keep" in why for why in refused), refused
+    if len(ways) < 2:
+        pytest.skip("it is written in one way only, or refused in one")
+    args, kwargs = fresh_inputs(ways["sdpa"].captured, other_sizes(ways["sdpa"].captured), 1)
+    fused, eager_ = (ways[way].run(*args, **kwargs)["logits"] for way in ("sdpa", "eager"))
+    real = kwargs["attention_mask"].bool() if fused.shape[:2] == kwargs["attention_mask"].shape else ...
+    assert close(eager_[real], fused[real], 1e-5)  # products are summed in other orders, over two layers
 
 
 # -- the MLP

@@ -16,20 +16,10 @@ from surgery.weight_ops import arguments
 
 aten = torch.ops.aten
 
-_ADDED = {"add", "sub", "masked_fill", "where"}  # masks and biases: the prefix has none
+_ADDED = {"add", "sub", "masked_fill", "where"}
 _KEPT = {
-    "mul",
-    "div",
-    "tanh",
-    "softmax",
-    "dropout",
-    "to",
-    "contiguous",
-    "clone",
-    "type_as",
-    "alias",
-    "detach",
-}
+    "mul", "div", "tanh", "softmax", "dropout", "to", "contiguous", "clone", "type_as", "alias", "detach",
+}  # fmt: skip
 
 
 def query_heads(place: Place) -> int:
@@ -46,12 +36,24 @@ def check(place: Place) -> None:
         raise Unsuited(
             "its scores have keys before queries, which a gated prefix does not copy; leave out --gate"
         )
-    for node in place.chain[1:-1]:
+    for node in _copied(place):
         name = op_name(node.target).rstrip("_")
-        if name not in _ADDED and name not in _KEPT and not _open(node, name):
+        if (name not in _KEPT and not _open(node, name)) or node.args[0] not in place.chain:
             raise Unsuited(
                 f"its scores go through {name}, which a gated prefix does not copy; leave out --gate"
             )
+
+
+def _copied(place: Place) -> list[fx.Node]:
+    """What the scores go through on their way to the values, less masks and biases: the prefix has none."""
+    masked = {pad.user for pad in place.pads}
+    return [n for n in place.chain[1:-1] if n not in masked and op_name(n.target).rstrip("_") not in _ADDED]
+
+
+def _open(node: fx.Node, name: str) -> bool:
+    """Whether a view leaves the number of keys to what it is given."""
+    sizes: Any = node.args[1] if name in ("view", "reshape") else None
+    return sizes is not None and sizes[-1] == -1
 
 
 def attend(g: Rewriter, place: Place, keys: fx.Node, values: fx.Node, gate: fx.Node) -> None:
@@ -82,17 +84,12 @@ def _of_op(g: Rewriter, place: Place, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.
 
 def _of_products(g: Rewriter, place: Place, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
     """The ops from the scores to the softmax and on, without masks and biases."""
-    first, chain = place.chain[0], place.chain
-    if place.key.axis == -2:
-        raise Unsuited(
-            "its scores have keys before queries, which a gated prefix does not copy; leave out --gate"
-        )
+    first = place.chain[0]
     scores = g.call(aten.matmul.default, q, g.call(aten.transpose.int, k, -1, -2))
     if op_name(first.target) == "baddbmm":
         scores = g.call(aten.mul.Tensor, scores, first.kwargs.get("alpha", 1))
-    for node in chain[1:-1]:
-        if op_name(node.target).rstrip("_") not in _ADDED:
-            scores = g.call(_plain(node.target), scores, *node.args[1:], **node.kwargs)
+    for node in _copied(place):
+        scores = g.call(_plain(node.target), scores, *node.args[1:], **node.kwargs)
     return g.call(aten.matmul.default, scores, v)
 
 

@@ -22,7 +22,7 @@ from surgery.dataflow import op_name
 from surgery.prefixes.insert import Columns, size, stack_of
 from surgery.prefixes.places import Place, earlier
 from surgery.prefixes.scores import between
-from surgery.propagate.sizes import same
+from surgery.propagate.sizes import is_size, same
 from surgery.rewriter import MetaCache, Rewriter
 from surgery.sites import META
 from surgery.view import View
@@ -93,12 +93,10 @@ def _counted(view: View, side: fx.Node, length: Any) -> Iterator[Use]:
     while stack:
         node = stack.pop()
         for value in node.all_input_nodes:
-            if not isinstance(value.meta.get("val"), torch.Tensor):
-                continue
             if _is_whole(value):
                 if _counts(value, length):
                     yield node, value
-            elif value not in seen and value.op == "call_function":
+            elif value not in seen and value.op == "call_function" and not is_size(value.meta.get("val")):
                 seen.add(value)
                 stack.append(value)
 
