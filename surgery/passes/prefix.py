@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from surgery import prefixes
 from surgery.capture.shapes import list_axes
 from surgery.errors import PassError
-from surgery.pass_base import GraphPass, Numerics, TensorSpec, changes
+from surgery.pass_base import EXACT, GraphPass, Numerics, TensorSpec, changes
 from surgery.prefixes import Place, Unsuited, gate, positions, start
 from surgery.propagate.sizes import same
 from surgery.rewriter import Rewriter
@@ -43,6 +43,7 @@ class Prefix(GraphPass):
     """
 
     name: ClassVar[str] = "prefix"
+    numerics: ClassVar[Numerics] = changes("learned keys and values are attended to")
     beside: ClassVar[bool] = True
 
     tokens: int = Field(10, gt=0, description="how many keys and values each attention gets")
@@ -68,7 +69,7 @@ class Prefix(GraphPass):
     @property
     def contract(self) -> Numerics:
         if self.gate:
-            return Numerics()
+            return EXACT
         return changes(f"{self.tokens} learned keys and values are attended to")
 
     @property
