@@ -214,7 +214,7 @@ def _plan_site(
     else:
         site = replace(site, measured=probe)
         refusal = pass_.check(site)
-        if refusal is None and late:
+        if late and late not in (refusal or ""):  # a reason of the pass's own that names the entry says more
             refusal = f"it carries {late!r}, and {pass_.name} has to come before that; undo {late!r} first"
     if refusal is not None:
         return SitePlan(site, refusal)
