@@ -24,6 +24,7 @@ from surgery.pass_base import EXACT
 from surgery.rewriter import MetaCache, copy_graph
 from surgery.sites import SiteIndex
 from surgery.target import select_sites
+from surgery.view import View
 
 AIM, LINEAR_AIM = 0.25, 1.2
 RANK, SCALE = 8, 2.0
@@ -72,7 +73,8 @@ def _ours(program: surgery.Program, adapted: surgery.Program) -> Variant:
     def rewrite(graph: fx.Graph) -> None:
         index = SiteIndex(graph, base.names, base.plugins.weight_ops, roles)
         sites = select_sites(index.sites, "all-linear")
-        replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, adapted.tensors)  # type: ignore[arg-type]
+        view = View(graph, base.names, base.plugins.weight_ops)
+        replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, adapted.tensors, view)  # type: ignore[arg-type]
 
     return Variant(rewrite, lambda: copy_graph(program.graph))
 

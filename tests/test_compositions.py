@@ -129,12 +129,6 @@ REFUSED = {
         PassError,
         "it carries 'lora', which a copy would lose; apply expand first",
     ),
-    "a wider layer under an adapter": (
-        [("lora", {"target": "mlp.*"})],
-        [("expand", {"wider": 2.0, "target": "mlp.up"})],
-        PassError,
-        "'lora'",
-    ),
     "text for a model without ids": (
         [("prefix", {"tokens": 2})],
         [("prompt", {"init": "text", "text": "hello"})],

@@ -30,9 +30,22 @@ def test_the_whole_plugin(monkeypatch):
     assert [outcome.status for outcome in report.outcomes] == ["passed"] * 4
 
 
+def test_a_schedule(minilm):
+    """The block under "Techniques", for two steps."""
+    (source,) = (block for block in BLOCKS if "module.advance" in block)
+    steps = source.replace("range(1000)", "(0, 100)").replace(
+        "    ...", "    SEEN.append(module.advance(step))"
+    )
+    place: dict[str, object] = {"surgery": surgery, "torch": torch, "program": minilm, "SEEN": []}
+    exec(compile(steps, "README.md", "exec"), place)
+    first, later = place["SEEN"]  # type: ignore[misc]
+    assert first
+    assert set(first) < set(later)
+
+
 def test_from_python(tmp_path, minilm):
     """The block under "From Python", on MiniLM in the place of the path."""
-    (source,) = (block for block in BLOCKS if "program.module()" in block)
+    (source,) = (block for block in BLOCKS if "import surgery\n\nprogram = surgery.load" in block)
     steps = source.replace("...  # any training loop", "STEP()")
     steps = re.sub(r"program = surgery\.load\(.*\)\n", "program = MINILM\n", steps, count=1)
     steps = steps.replace('"adapted"', repr(str(tmp_path / "adapted")))
