@@ -18,7 +18,8 @@ from surgery.sites import Site
 from surgery.target import select_sites
 from surgery.view import View
 
-# Measured at ×1.5 on every MLP of MiniLM (6 layers) and SmolLM2 (30 layers), and every block of a ResNet-18:
+# Measured in fp32 at ×1.5: at most 7.9e-7 on MiniLM and SmolLM2 (2 layers each), tiny T5, ViT and wav2vec2, ResNet-18.
+# The other dtypes, and greater depth, are not measured yet.
 SUMS_ANEW = rounded(
     1e-4,
     "a unit's outgoing weights are split among its copies, and their products summed in another order",
