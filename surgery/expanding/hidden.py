@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from surgery.dataflow import op_name
 from surgery.residuals import is_depthwise
-from surgery.sites import META, is_aux, is_gone, tail
+from surgery.sites import META, head, is_aux, is_gone, tail
 from surgery.weight_ops import CONV, LINEAR, Call, arguments, operand
 
 if TYPE_CHECKING:
@@ -71,7 +71,11 @@ def _hidden(down: Call, calls: Mapping[fx.Node, Call], order: Mapping[fx.Node, i
             ups[node] = call
             continue
         between.add(node)
-        if call is not None and op_name(node.target) != "batch_norm":
+        if is_aux(node):
+            entry = node.meta[META]["entry"]
+            blocked = _made_for(entry)  # says more than what the adapter is made of
+            stack.extend([head(node, whole=True)] if node.meta[META].get("input") else _wrapped(node))
+        elif call is not None and op_name(node.target) != "batch_norm":
             blocked = blocked or _in_the_way(call)
             stack.append(call.x)
         elif _passes(node):
@@ -92,6 +96,16 @@ def _hidden(down: Call, calls: Mapping[fx.Node, Call], order: Mapping[fx.Node, i
     except Unfit as error:
         return Hidden(made, down, why=str(error))
     return Hidden(made, down, tuple(n for n in nodes if n in axes), axes, _taken(down))
+
+
+def _made_for(entry: str) -> str:
+    return f"it carries {entry!r}, made for the units that it has; apply expand first, or undo {entry!r}"
+
+
+def _wrapped(node: fx.Node) -> list[fx.Node]:
+    """What an adapter's value stands for; of what lies within its branch nothing."""
+    inner = node.meta[META].get("wraps")
+    return [n for n in node.graph.nodes if n.name == inner]
 
 
 def _in_the_way(call: Call) -> str:
@@ -261,10 +275,7 @@ def _check_ends(
     for node in (*(call.node for call in ups), *(n for n in nodes if n in axes)):
         adapters = [n for n in (node, *node.users) if is_aux(n)]
         if adapters:
-            entry = adapters[0].meta[META]["entry"]
-            raise Unfit(
-                f"it carries {entry!r}, made for the units that it has; apply expand first, or undo {entry!r}"
-            )
+            raise Unfit(_made_for(adapters[0].meta[META]["entry"]))
         for user in node.users:
             if user not in inside and not _reads_other_size(user, axes[node]) and not is_gone(user):
                 raise Unfit(f"its units are read in another place too ({user.name})")

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class ExportReport:
     traced_nodes: int
     inputs: Mapping[str, tuple[int | str, ...]]
     outputs: Mapping[str, tuple[int | str, ...]]
-    stored: Mapping[str, str]
+    stored: Mapping[str, str] = field(repr=False)
     tied: Mapping[str, str]
     lost: tuple[str, ...]
     seconds: float
