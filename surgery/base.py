@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from surgery.capture import Captured, LoadedModel, LoadOptions, trace
 from surgery.plugins import Plugins
-from surgery.sites import SiteIndex, SiteKey
+from surgery.sites import Site, SiteIndex, SiteKey
 from surgery.view import View
 
 
@@ -25,7 +25,8 @@ class Base:
     """A captured model.
 
     loaded: module and inputs. captured: its eval graph. ref, options: how to find it again ("" for a module
-    given from Python). in_memory: False where the weights are fake. consumed: merged in place.
+    given from Python). in_memory: False where the weights are fake. consumed: merged in place. hindrance: why a
+    site cannot be rewritten although a pass accepts it (in a live module), or None.
     """
 
     loaded: LoadedModel
@@ -34,6 +35,7 @@ class Base:
     ref: str = ""
     options: LoadOptions = field(default_factory=LoadOptions)
     consumed: bool = False
+    hindrance: Callable[[Site], str | None] | None = None
     _train: Captured | None = None
 
     @cached_property

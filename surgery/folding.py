@@ -36,7 +36,7 @@ def foldable(base: Base, journal: Journal, sites: SiteIndex) -> tuple[list[str],
         why = None
         if not isinstance(pass_, RewritePass) or not pass_.mergeable:
             own = _kept(base.sites, entry, pass_) or _kept(sites, entry, pass_)
-            why = own or f"{entry.pass_name} has no merged form"
+            why = own or f"{entry.pass_name} has no merged form; export to ONNX, or save the program"
         elif gone is not None:
             why = f"{replaced[gone]} has put something else in the place of {gone}, into which it would be folded"
         elif owners & blocked:

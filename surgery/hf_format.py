@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from surgery.base import Base
 from surgery.errors import ExportError
 from surgery.files import staged_directory
+from surgery.folding import foldable
 from surgery.replay import live_entries
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ def write_hf(program: Program, path: Any, *, overwrite: bool = False) -> None:
     """Write a merged program's weights, config and tokenizer. Raises ExportError where adapters remain."""
     left = live_entries(program.journal)
     if left:
+        _, kept = foldable(program.base, program.journal, program.sites)
+        why = f": {kept[left[0].id]}" if left[0].id in kept else "; merge first, or export to ONNX"
         raise ExportError(
-            f"{left[0].id!r} is not folded into the weights, and a transformers directory cannot hold it; "
-            f"merge first, or export to ONNX"
+            f"{left[0].id!r} is not folded into the weights, and a transformers directory cannot hold it{why}"
         )
     with staged_directory(Path(path), overwrite) as folder:
         _write(program.base, program.state(), folder)

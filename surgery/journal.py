@@ -164,6 +164,8 @@ class Journal:
                     raise JournalError(
                         f"{entry.id!r} is no adapter: only what inserts a branch can be weighted"
                     )
+                if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                    raise JournalError(f"the weight of {entry.id!r} is {weight!r}, which is no number")
                 chosen[entry.id] = float(weight)
         return Journal(tuple(replace(e, weight=chosen[e.id]) if e.id in chosen else e for e in self.entries))
 

@@ -8,7 +8,7 @@ import networkx as nx
 
 from surgery.errors import PassError
 from surgery.journal import Journal
-from surgery.pass_base import Pass
+from surgery.pass_base import Pass, RewritePass
 from surgery.plugins import Plugins
 
 
@@ -37,12 +37,19 @@ def _check_conflicts(pass_: Pass, others: Sequence[type[Pass]]) -> None:
             raise PassError(f"{pass_.name} and {other.name} cannot stand in one program: {why}")
 
 
+def _makes_targets(first: Pass, second: Pass) -> bool:
+    """Whether one adds weights like the base's own and the other adapts such weights: these come first."""
+    both = isinstance(first, RewritePass) and isinstance(second, RewritePass)
+    return both and first.adds_weights and not second.adds_weights  # type: ignore[attr-defined]
+
+
 def _sorted(passes: list[Pass]) -> list[Pass]:
     order: nx.DiGraph = nx.DiGraph()
     order.add_nodes_from(range(len(passes)))
     for i, first in enumerate(passes):
         for j, second in enumerate(passes):
-            if i != j and (second.name in first.before or first.name in second.requires):
+            named = second.name in first.before or first.name in second.requires
+            if i != j and (named or _makes_targets(first, second)):
                 order.add_edge(i, j)
     try:
         return [passes[i] for i in nx.lexicographical_topological_sort(order)]

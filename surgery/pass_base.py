@@ -227,6 +227,11 @@ class RewritePass(Pass):
         return self.structural
 
     @property
+    def in_place(self) -> bool:
+        """Whether what these options do at a site is done in one layer, so that a live module can hold it."""
+        return not self.adds_weights
+
+    @property
     def detaches(self) -> str:
         """Why the gradient is not that of the outputs (something is held constant by design), or empty."""
         return ""
@@ -329,6 +334,10 @@ class GraphPass(RewritePass):
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "norm")
+
+    @property
+    def in_place(self) -> bool:
+        return False
 
     def candidates(self, view: View) -> list[Site]:
         """Every place that this pass could act on, by dataflow, as the site that it is keyed to."""

@@ -213,7 +213,8 @@ def _plan_site(
         refusal = f"it is a fused projection and {pass_.name} cannot act on a part of it; target {site.role}"
     else:
         site = replace(site, measured=probe)
-        refusal = pass_.check(site)
+        hindrance = probe.program.base.hindrance
+        refusal = pass_.check(site) or (hindrance(site) if hindrance else None)
         if late and late not in (refusal or ""):  # a reason of the pass's own that names the entry says more
             refusal = f"it carries {late!r}, and {pass_.name} has to come before that; undo {late!r} first"
     if refusal is not None:
@@ -230,7 +231,23 @@ def _plan_selection(program: Program, pass_: SelectPass, auto: bool, probe: Prob
     selection = checked(program, pass_.entry_id, pass_.selection(Candidates(program, chosen, probe)))
     said = Entry(pass_.entry_id, pass_.name, "select", trains=selection.trains, windows=selection.windows)
     Schedule.of([*program.journal, replace(said, unit=selection.unit)])  # refuses two units in one program
-    return PassPlan(pass_, selection=selection, auto=auto)
+    return PassPlan(pass_, selection=selection, auto=auto, notes=_stops(program, selection))
+
+
+def _stops(program: Program, selection: Selection) -> tuple[str, ...]:
+    """What earlier passes let train and a selection does not: of one parameter the last that names it counts."""
+    notes = []
+    for entry in program.journal:
+        asked = {
+            program.names.get(n, (n,))[0] for n, trains in entry.trains.items() if trains and not entry.auto
+        }
+        stopped = [n for n in asked if selection.trains.get(n) is False and program.trains(n)]
+        if stopped:
+            notes.append(
+                f"{len(stopped)} of the {len(asked)} parameters that {entry.id!r} lets train stop; name that pass last "
+                f"to keep them"
+            )
+    return tuple(notes)
 
 
 def apply(

@@ -128,7 +128,6 @@ def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: in
         for _ in range(samples):
             module.zero_grad(set_to_none=True)
             leaves = pytree.tree_leaves(module(*args, **kwargs))
-            leaves = pytree.tree_leaves(module(*args, **kwargs))
             output = next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
             loss = _surprise(output.float(), generator)
             loss.backward()

@@ -145,3 +145,20 @@ def test_a_target_chooses_places():
     assert {r.path.split(".")[2] for r in adapted.journal.entries[-1].sites} == {"1"}
     only_ff = program("vit").apply(Adapter(size=4, target="mlp.down"))
     assert len(only_ff.journal.entries[-1].sites) == 2
+
+
+def test_channels_are_told_from_a_square_image():
+    """Eight channels on eight by eight pixels: the convolution's axis is the channels'."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.last(torch.relu(self.first(x)))
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Block(), Block(), nn.Flatten(), nn.Linear(512, 3))
+    base = surgery.capture(net, torch.randn(2, 3, 8, 8))
+    adapted = base.apply(surgery.Adapter(size=4))
+    assert [r.decided["axis"] for r in adapted.journal.find("adapter")[0].sites] == [1, 1]

@@ -164,3 +164,33 @@ def test_a_pipeline_orders_its_passes():
     """low-rank has to come before what stands on its factors, however they are given."""
     ordered = program("vit").apply(of("lora", target="mlp.*", rank=2), of("low-rank", target="mlp.*", rank=4))
     assert [e.pass_name for e in ordered.journal if not e.auto] == ["low-rank", "lora"]
+
+
+@pytest.mark.parametrize(
+    ("given", "order"),
+    [
+        ([("prefix", {"tokens": 2}), ("prompt", {"tokens": 2})], ["freeze", "prompt", "prefix"]),
+        ([("lora", {"target": ATTENTION}), ("expand", {"deeper": 1})], ["freeze", "expand", "lora"]),
+        ([("lora", {"target": "head"}), ("head", {"labels": 3})], ["freeze", "head", "lora"]),
+    ],
+)
+def test_what_makes_targets_comes_before_what_adapts_them(given, order):
+    adapted = program("vit").apply(*(of(name, **options) for name, options in given))
+    assert [entry.id for entry in adapted.journal] == order
+
+
+def test_one_after_the_other_is_refused_where_it_cannot_be():
+    there = program("vit").apply(of("prefix", tokens=2))
+    with pytest.raises(PassError, match="'prefix' has put keys .*; undo that, or apply prompt before it"):
+        there.apply(of("prompt", tokens=2))
+
+
+def test_a_selection_says_what_it_stops():
+    both = program("vit").apply(of("bitfit"), of("layerwise", top=1))
+    (note,) = both.reports[-1].plan.notes
+    stopped = sum(not both.trains(name) for name in both.journal.find("bitfit")[0].trains)
+    assert stopped
+    assert note.startswith(
+        f"{stopped} of the {len(both.journal.find('bitfit')[0].trains)} parameters that 'bitfit'"
+    )
+    assert not program("vit").apply(of("layerwise", top=1), of("bitfit")).reports[-1].plan.notes

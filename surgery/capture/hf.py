@@ -115,7 +115,7 @@ def from_model(
     unsourced: None means all of its weights. The model is taken over, not copied.
     Raises LoadError where no example inputs are known for it.
     """
-    _make_traceable(model)
+    make_traceable(model)
     built = hf_inputs(model, example)
     facts: dict[str, Any] = {
         "loader": "hf",
@@ -292,7 +292,7 @@ def _with_ties(model: nn.Module, names: set[str]) -> frozenset[str]:
     return frozenset(name for name in names if name not in tensors or id(tensors[name]) not in loaded)
 
 
-def _make_traceable(model: Any) -> None:
+def make_traceable(model: Any) -> None:
     # T5's stacks hold copies of the configuration.
     for holder in model.modules():
         for config in configs(getattr(holder, "config", None)):

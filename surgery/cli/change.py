@@ -92,6 +92,8 @@ def apply(
         out.print(line)
         for row in planned.refused:
             out.print(Text(f"  refused {row.site.path}: {row.refusal}", style="yellow"))
+        for sentence in planned.notes:
+            out.print(Text(f"  note: {sentence}", style="yellow"))
     note_unfrozen(out, wanted.passes, wanted.freeze_base)
     out.print(f"{trainable_line(result)}; wrote {output}")
 

@@ -53,7 +53,8 @@ def index(plugins: Plugins) -> str:
     """The list of passes, with the first sentence of each."""
     rows = ["# Passes", "", "Written by `make docs` from the docstrings.", ""]
     for info in sorted(plugins.passes.values(), key=lambda i: i.name):
-        first = inspect.cleandoc(info.cls.__doc__ or "").splitlines()[0]
+        paragraph = inspect.cleandoc(info.cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        first = re.split(r"(?<=[^l]\.) (?=[A-Z`])", paragraph)[0]  # not behind "et al."
         rows.append(f"- [`{info.name}`]({info.name}.md): {first}")
     return "\n".join(rows) + "\n"
 

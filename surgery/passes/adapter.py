@@ -163,6 +163,6 @@ def _channel_axis(site: Site, end: fx.Node) -> int | None:
     fits = [axis for axis in (-1, 1) if isinstance(shape[axis], int) and shape[axis] == wide]
     if len(fits) < 2 or len(shape) == 2:
         return fits[0] if fits else None
-    like = {call.node.meta["val"].shape for call in site.calls}
+    like = [str(call.node.meta["val"].shape) for call in site.calls]  # symbols have no hash
     usual = 1 if site.kind == "conv" else -1
-    return usual if shape in like else None
+    return usual if str(shape) in like else None

@@ -17,6 +17,7 @@ from surgery.rewriter import Rewriter
 from surgery.sites import Site
 from surgery.target import select_sites
 from surgery.view import View
+from surgery.weight_ops import EXPERTS
 
 # Measured in fp32 at ×1.5: at most 7.9e-7 on MiniLM and SmolLM2 (2 layers each), tiny T5, ViT and wav2vec2, ResNet-18.
 # The other dtypes, and greater depth, are not measured yet.
@@ -123,6 +124,8 @@ class Expand(GraphPass):
                     raise PassError(f"pass 'expand': --{option} belongs to --{way}, and this is --{given[0]}")
         if self.kernel is not None and self.side == "dense":
             raise PassError("pass 'expand': --kernel belongs to --side conv, and this is --side dense")
+        if self.causal != "auto" and self.side == "dense":
+            raise PassError("pass 'expand': --causal belongs to --side conv, and this is --side dense")
         if self.wider is not None and not _is_more(self.wider):
             raise PassError(
                 f"pass 'expand': --wider {self.wider!r} is no growth; write a factor over 1 (1.5), or +64 for 64 more"
@@ -162,6 +165,10 @@ class Expand(GraphPass):
         return self._way != "side"
 
     @property
+    def in_place(self) -> bool:
+        return self._way == "side"
+
+    @property
     def can_weigh(self) -> bool:
         return self._way != "wider"
 
@@ -181,6 +188,11 @@ class Expand(GraphPass):
             return select_sites(view.sites.sites, self.target)
         if self._way == "wider":
             found = [place.site for place in width.places(view, self.target)]
+            if not found and any(site.kind == EXPERTS for site in view.sites):
+                raise PassError(
+                    "pass 'expand': the model's MLPs are stacked experts, which --wider does not widen; use --side, "
+                    "or name another hidden layer with --target"
+                )
             if not found:
                 raise PassError(
                     "pass 'expand': the model has no MLP and no residual branch of convolutions to widen; name a "

@@ -16,7 +16,8 @@ class GradualUnfreeze(SelectPass):
 
     The head trains from the start, and every `--every` epochs (or steps) the next depth below joins it: the last
     block, the one before it, down to the embeddings at depth 0, or to `--down-to`. What has begun to train goes on.
-    With n blocks, depth d begins at every · (n + 1 − d). `--decay` gives discriminative rates: depth d trains at
+    With n blocks, depth d begins at every · (n + 1 − d); depths that the target does not name are passed over, and
+    no time goes to them. `--decay` gives discriminative rates: depth d trains at
     decay^(n + 1 − d) of the optimiser's; ULMFiT's own is 1/2.6, that is 0.385. Depths as in `layerwise`; call
     `module.advance(epoch)`. Adapters train as before. Outputs do not change.
     """

@@ -327,7 +327,9 @@ class Head(GraphPass):
     def keeps(self, site: Site) -> str | None:
         if self.mode == "add":
             return "a further head has no place in the base's weights; export to ONNX, or save the program"
-        return "its weight has another shape than the base's; export to ONNX, or save the program"
+        return (
+            "a new head stays beside the base's, in tensors of its own; export to ONNX, or save the program"
+        )
 
 
 def _apply(g: Rewriter, call: Call, weight: fx.Node, bias: fx.Node | None) -> fx.Node:

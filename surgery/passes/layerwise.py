@@ -61,6 +61,10 @@ class Layerwise(SelectPass):
             raise ValueError("--one-at-a-time needs --steps, how long each depth trains")
         if self.steps is not None and not self.one_at_a_time:
             raise ValueError("--steps is how long each depth trains with --one-at-a-time; add that")
+        if self.end != "top" and self.fraction is None:
+            raise ValueError("--end says where --fraction counts from; add that, or give --bottom")
+        if self.unit != "step" and not self.one_at_a_time:
+            raise ValueError("--unit is what --steps counts, with --one-at-a-time; add these")
         return self
 
     def selection(self, candidates: Candidates) -> Selection:

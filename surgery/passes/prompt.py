@@ -40,6 +40,7 @@ class Prompt(GraphPass):
     """
 
     name: ClassVar[str] = "prompt"
+    before: ClassVar[tuple[str, ...]] = ("prefix",)
 
     tokens: int = Field(20, gt=0, description="how many learned tokens, P")
     init: Literal["normal", "vocabulary", "text"] = Field(
@@ -64,11 +65,14 @@ class Prompt(GraphPass):
             return f"its embeddings are {site.dtype}; a prompt needs floating-point ones"
         if (self.init == "text") != bool(self.text):
             return "--init text and --text TEXT go together"
+        late = next((e.id for e in site.probe.program.journal if e.pass_name == "prefix"), None)
         by_ids = prompting.embedding_of_ids(site.probe.program.view) is not None
         if self.init != "normal" and not by_ids:
             return (
                 f"it reads no token ids, so --init {self.init} has no embeddings to copy; use --init normal"
             )
+        if late and not by_ids:
+            return f"{late!r} has put keys before those of its sequence; undo that, or apply prompt before it"
         return None if by_ids else prompting.refuse_stream(site.probe.program.view)
 
     def decide(self, site: Site) -> dict[str, Any]:
