@@ -7,6 +7,18 @@
 """
 
 from surgery.errors import SurgeryError
+from surgery.in_place import (
+    apply_,
+    load_,
+    merge_,
+    mixed_batch,
+    plan_,
+    program_of,
+    remove_,
+    save_,
+    using,
+    weight_,
+)
 from surgery.journal import Entry, Journal
 from surgery.loading import capture, load
 from surgery.passes import (
@@ -59,6 +71,16 @@ __all__ = [
     "Untie",
     "Vocab",
     "__version__",
+    "apply_",
     "capture",
     "load",
+    "load_",
+    "merge_",
+    "mixed_batch",
+    "plan_",
+    "program_of",
+    "remove_",
+    "save_",
+    "using",
+    "weight_",
 ]

@@ -231,6 +231,11 @@ class RewritePass(Pass):
         """Whether what these options do at a site is done in one layer, so that a live module can hold it."""
         return not self.adds_weights
 
+    def mixes_positions(self, site: Site) -> bool:
+        """Whether what is added reads other positions of the sequence than its own: with a cache of keys and values,
+        a layer sees the new ones only."""
+        return False
+
     @property
     def detaches(self) -> str:
         """Why the gradient is not that of the outputs (something is held constant by design), or empty."""

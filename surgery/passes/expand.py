@@ -17,7 +17,7 @@ from surgery.rewriter import Rewriter
 from surgery.sites import Site
 from surgery.target import select_sites
 from surgery.view import View
-from surgery.weight_ops import EXPERTS
+from surgery.weight_ops import EXPERTS, LINEAR
 
 # Measured in fp32 at ×1.5: at most 7.9e-7 on MiniLM and SmolLM2 (2 layers each), tiny T5, ViT and wav2vec2, ResNet-18.
 # The other dtypes, and greater depth, are not measured yet.
@@ -167,6 +167,9 @@ class Expand(GraphPass):
     @property
     def in_place(self) -> bool:
         return self._way == "side"
+
+    def mixes_positions(self, site: Site) -> bool:
+        return self.side == "conv" and site.kind == LINEAR
 
     @property
     def can_weigh(self) -> bool:

@@ -1,0 +1,91 @@
+"""The program of a live module: captured from a copy of its tree over the same parameters and buffers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.capture import LoadedModel, from_module
+from surgery.errors import CaptureError, MissingExtraError, SurgeryError
+
+
+@dataclass
+class Seen:
+    """What the example inputs did to a layer: how often it was called, and the inputs' ranks.
+
+    shapes: of the first tensor that entered, one for each rank.
+    """
+
+    calls: int = 0
+    shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+
+def mirror(model: nn.Module) -> nn.Module:
+    """A deep copy of everything but parameters and buffers, which are the model's own. Raises CaptureError."""
+    tensors: dict[int, Any] = {id(t): t for t in model.parameters()}
+    tensors.update({id(t): t for t in model.buffers()})
+    # The memo is what deepcopy would have put there for each of these.
+    try:
+        return copy.deepcopy(model, tensors)
+    except Exception as error:
+        raise CaptureError(f"{type(model).__name__} cannot be deep-copied: {error}") from error
+
+
+def loaded_of(model: nn.Module, inputs: Any, dynamic: Any, example: Mapping[str, int]) -> LoadedModel:
+    """The mirror with example inputs: those given, or what a transformers model of its kind takes."""
+    copied = mirror(model)
+    if inputs is not None:
+        if hasattr(copied, "config"):
+            _prepare(copied)
+        return from_module(copied, inputs, dynamic, copy_module=False)
+    if not hasattr(model, "config"):
+        raise CaptureError(
+            f"{type(model).__name__} is no transformers model, whose inputs would be known; give inputs="
+        )
+    try:
+        from surgery.capture.hf import from_model
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf") from error
+    return from_model(copied, example=example)
+
+
+def _prepare(model: nn.Module) -> None:
+    try:
+        from surgery.capture.hf import make_traceable
+
+        make_traceable(model)
+    except (ImportError, SurgeryError, AttributeError):
+        return
+
+
+def watch(loaded: LoadedModel) -> dict[str, Seen]:
+    """Run the example inputs, and see which modules they call, by every path that a module has."""
+    found: dict[int, Seen] = {}
+    paths: dict[int, list[str]] = {}
+    handles = []
+    for path, module in loaded.module.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen = found.setdefault(id(module), Seen())
+        seen.calls += 1
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if first is not None:
+            seen.shapes.setdefault(first.dim(), tuple(first.shape))
+            seen.dtype = first.dtype
+
+    for module in loaded.module.modules():
+        handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            loaded.module(*loaded.args, **loaded.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: seen for key, seen in found.items() for path in paths[key]}

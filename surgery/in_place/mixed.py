@@ -1,0 +1,108 @@
+"""A batch whose rows use different adapters, in one forward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import PassError
+from surgery.in_place.state import State
+from surgery.program import Program
+from surgery.sites import Site
+from surgery.weight_ops import operand
+
+Choice = str | Sequence[str] | None
+
+
+@contextlib.contextmanager
+def rows_of(model: nn.Module, state: State, choices: Sequence[Choice]) -> Iterator[None]:
+    """Let row i of every batch use the adapters of choice i while the block runs."""
+    program = state.program
+    _check_axes(program, len(choices))
+    named = [_entries(program, choice) for choice in choices]
+    groups = {key: [i for i, own in enumerate(named) if own == key] for key in dict.fromkeys(named)}
+    adapters = [e.id for e in program.journal if e.kind == "rewrite"]
+    classes: dict[str, dict[tuple[str, ...], type[nn.Module]]] = {}
+    for key in groups:
+        own = program.weighted({name: float(name in key) for name in adapters})
+        for path, cls in state.classes(model, own).items():
+            classes.setdefault(path, {})[key] = cls
+    before = {path: type(model.get_submodule(path)) for path in classes}
+    for path, by_choice in classes.items():
+        layer = model.get_submodule(path)
+        bare = getattr(type(layer), "surgery_base", type(layer))
+        parts = [(rows, by_choice.get(key, bare)) for key, rows in groups.items()]
+        layer.__class__ = _by_rows(bare, parts, len(choices))
+    try:
+        yield
+    finally:
+        for path, cls in before.items():
+            model.get_submodule(path).__class__ = cls
+
+
+def _entries(program: Program, choice: Choice) -> tuple[str, ...]:
+    names = [choice] if isinstance(choice, str) else list(choice or ())
+    return tuple(sorted({e.id for name in names for e in program.journal.find(name) if e.kind == "rewrite"}))
+
+
+def _by_rows(
+    base: type[nn.Module], parts: Sequence[tuple[list[int], type[nn.Module]]], count: int
+) -> type[nn.Module]:
+    order = [row for rows, _ in parts for row in rows]
+    inverse = [order.index(row) for row in range(count)]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        each, left = divmod(x.shape[0], count)
+        if left or not each:
+            raise PassError(f"the batch has {x.shape[0]} rows, and adapters were chosen for {count}")
+        outs = []
+        for rows, cls in parts:
+            forward: Callable[..., Tensor] = cls.forward
+            outs.append(forward(self, x.index_select(0, _rows(rows, each, x))))
+        return torch.cat(outs).index_select(0, _rows(inverse, each, x))
+
+    return type(
+        base.__name__, (base,), {"forward": forward, "surgery_base": base, "__module__": base.__module__}
+    )
+
+
+def _rows(rows: Sequence[int], each: int, like: Tensor) -> Tensor:
+    """Rows of a batch in which every row of the model's input has become `each`, one after the other."""
+    index = torch.tensor(rows, device=like.device)
+    return (index[:, None] * each + torch.arange(each, device=like.device)).flatten()
+
+
+def _check_axes(program: Program, count: int) -> None:
+    """Raises PassError where an adapted layer has another axis than the batch first."""
+    if count < 1:
+        raise PassError("no row was given; name the adapters of each row of the batch")
+    batches = {
+        str(node.meta["val"].shape[0])
+        for node in program.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim()
+    }
+    for entry in program.journal:
+        for record in entry.sites if entry.kind == "rewrite" else ():
+            site = program.base.sites.by_key.get(record.key)
+            if site is not None and not _rows_first(site, batches):
+                raise PassError(
+                    f"{entry.id} at {record.path}: the first axis of what enters it is not the batch's, so rows "
+                    f"cannot have adapters of their own there; run a batch for each adapter"
+                )
+
+
+def _rows_first(site: Site, batches: set[str]) -> bool:
+    import sympy
+
+    for call in site.calls:
+        first = operand(call).meta["val"].shape[0]
+        expr = first.node.expr if isinstance(first, torch.SymInt) else sympy.Integer(int(first))
+        symbols = [sympy.Symbol(b, positive=True, integer=True) for b in batches]
+        if not any(str(s) in {str(f) for f in expr.free_symbols} or str(expr) == str(s) for s in symbols):
+            return False
+    return True

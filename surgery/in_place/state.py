@@ -1,0 +1,275 @@
+"""What surgery keeps on a live module: its program, and which layers carry a class of ours."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.base import Base
+from surgery.errors import PassError
+from surgery.in_place.leaf import LayerError, Layers, Piece, input_name, site_in
+from surgery.in_place.mirror import Seen
+from surgery.pass_base import Pass, RewritePass
+from surgery.program import Program
+from surgery.replay import live_entries, pass_of
+from surgery.sites import Site
+from surgery.weight_ops import EXPERTS
+
+ATTRIBUTE = "_surgery_state"
+
+
+class State:
+    """The program of a live model, over the model's own tensors.
+
+    program: its base has the parameters as they were; of those that train, the model holds copies of its own (in
+    `program.changed`), so that undoing is bit for bit. seen: what the example inputs did to each layer.
+    uncaptured: why the model could not be captured, or empty.
+    """
+
+    def __init__(
+        self, program: Program, seen: Mapping[str, Seen], layers: Layers, uncaptured: str = ""
+    ) -> None:
+        self.program = program
+        self.seen = dict(seen)
+        self.layers = layers
+        self.uncaptured = uncaptured
+        self.required = {
+            n: t.requires_grad for n, t in program.base.tensors.items() if isinstance(t, nn.Parameter)
+        }
+        self._added: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        """For a copy of the model: its tensors are the copies, the graph and the classes the same."""
+        old = self.program.base
+        module = copy.deepcopy(old.loaded.module, memo)
+        base = Base(replace(old.loaded, module=module), old.captured, old.plugins, old.ref, old.options)
+        tensors = {name: copy.deepcopy(t, memo) for name, t in self.program.tensors.items()}
+        changed = {name: copy.deepcopy(t, memo) for name, t in self.program.changed.items()}
+        fresh = State.__new__(State)
+        fresh.program = Program(base, self.program.journal, tensors, changed)
+        fresh.seen, fresh.layers, fresh.uncaptured = self.seen, self.layers, self.uncaptured
+        fresh.required, fresh._added = dict(self.required), set(self._added)
+        return fresh
+
+    # -- which passes and sites
+
+    def refuse(self, passes: Iterable[Pass]) -> None:
+        """Raises PassError for a pass that changes more than single layers."""
+        for pass_ in passes:
+            if isinstance(pass_, RewritePass) and not pass_.in_place:
+                raise PassError(
+                    f"{pass_.name} changes more than single layers, so a live model cannot hold it; apply it to the "
+                    f"model's program: surgery.load('hf:…') or surgery.capture(model, inputs)"
+                )
+
+    def hindrance(self, site: Site) -> str | None:
+        """Why a site of the program is none that can be rewritten in the live model, or None."""
+        if site.kind == EXPERTS:
+            return "its experts are one stacked tensor, which no layer of its own uses; capture the model for these"
+        if site.weight is None:
+            return None  # the pass has its own reason
+        if self.uncaptured:
+            return None
+        problem = ""
+        for path in self._owners(site.weight):
+            layer = self.program.base.loaded.module.get_submodule(path)
+            try:
+                input_name(layer)
+                seen = self.seen.get(path)
+                if seen is None:
+                    raise LayerError("the model uses its weight without calling it")
+                for rank, shape in seen.shapes.items():
+                    graph = self.layers.bare(layer, rank, shape, seen.dtype)
+                    if not any(node.target in self.layers.ops for node in graph.nodes):
+                        raise LayerError("its forward uses no weight")
+            except LayerError as error:
+                problem = problem or f"{path}: {error}"
+                continue
+            return None
+        return f"it cannot be rewritten in place ({problem}); capture the model, and apply it to the program"
+
+    def _owners(self, name: str) -> list[str]:
+        """Paths of the modules that hold a parameter, by every name that it has."""
+        names = self.program.base.names.get(name, (name,))
+        return list(dict.fromkeys(n.rpartition(".")[0] for n in names))
+
+    # -- putting a program into the model
+
+    def adopt(self, model: nn.Module, program: Program) -> None:
+        """Let the model be what a program on the same base is. Every layer is made before any is changed."""
+        classes = self.classes(model, program)
+        self._put_tensors(model, program)
+        for path, layer in model.named_modules():
+            cls = classes.get(path) or getattr(type(layer), "surgery_base", None)
+            if cls is not None:
+                layer.__class__ = cls
+        self.program = program
+        self._let_train(model)
+
+    def classes(self, model: nn.Module, program: Program) -> dict[str, type[nn.Module]]:
+        """The class that each layer which a program rewrites has to have, by path. Raises PassError."""
+        pieces = self._pieces(program)
+        return {path: self._class_of(model, path, own, program) for path, own in pieces.items()}
+
+    def _pieces(self, program: Program) -> dict[str, list[Piece]]:
+        found: dict[str, list[Piece]] = {}
+        module = program.base.loaded.module
+        for entry in live_entries(program.journal):
+            pass_ = pass_of(entry, program.base.plugins)
+            assert isinstance(pass_, RewritePass)
+            for record in entry.sites:
+                done: set[int] = set()
+                for path in self._owners(record.key.owner):
+                    layer = module.get_submodule(path)
+                    if id(layer) not in done and self._uses(path, layer, record, program):
+                        done.add(id(layer))
+                        found.setdefault(path, []).append(Piece(entry, pass_, record))
+                if not done:
+                    raise PassError(f"{entry.id} at {record.path}: no layer of the model uses its weight")
+        return found
+
+    def _uses(self, path: str, layer: nn.Module, record: Any, program: Program) -> bool:
+        from surgery.rewriter import copy_graph
+        from surgery.view import View
+
+        seen = self.seen.get(path, Seen())
+        shapes = seen.shapes or ({3: ()} if isinstance(layer, nn.Linear) else {})
+        names = self._names(path, layer, program)
+        for rank, shape in shapes.items():
+            try:
+                graph = copy_graph(self.layers.bare(layer, rank, shape or None, seen.dtype))
+            except LayerError:
+                return False
+            for node in graph.nodes:
+                if node.op == "get_attr":
+                    node.target = names[str(node.target)]
+            if site_in(View(graph, {n: (n,) for n in names.values()}, self.layers.ops).sites, record) is None:
+                return False
+        return bool(shapes)
+
+    def _names(self, path: str, layer: nn.Module, program: Program) -> dict[str, str]:
+        """Attribute of a layer -> first name of that tensor in the program."""
+        own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+        full = {name: f"{path}.{name}" if path else name for name, _ in own}
+        return {name: program.base.names.get(known, (known,))[0] for name, known in full.items()}
+
+    def _class_of(
+        self, model: nn.Module, path: str, pieces: list[Piece], program: Program
+    ) -> type[nn.Module]:
+        layer = program.base.loaded.module.get_submodule(path)
+        live = model.get_submodule(path)
+        seen = self.seen.get(path, Seen())
+        names = self._names(path, layer, program)
+        for piece in pieces:
+            for full in piece.record.tensors.values():
+                names[local_name(path, full)] = full
+        where = f"{pieces[-1].entry.id} at {pieces[-1].record.path}"
+        if "forward" in vars(live):
+            raise PassError(f"{where}: its forward was replaced on the instance; remove that (a hook?) first")
+        try:
+            return self.layers.adapted(layer, pieces, names, program.tensors, seen.shapes, seen.dtype)
+        except LayerError as error:
+            raise PassError(f"{where}: {error}; capture the model, and apply it to the program") from None
+
+    def _put_tensors(self, model: nn.Module, program: Program) -> None:
+        """Inserted tensors where the layers read them, base parameters as this program has them."""
+        wanted: dict[str, Tensor] = {}
+        for path, pieces in self._pieces(program).items():
+            for full in {f for piece in pieces for f in piece.record.tensors.values()}:
+                local = local_name(path, full)
+                wanted[f"{path}.{local}" if path else local] = program.tensors[full]
+        # What a layer does not read now stays where it is, while the program has it: it may be switched on again.
+        held = {id(tensor) for tensor in program.tensors.values()}
+        for name in self._added - set(wanted):
+            if id(_get(model, name)) in held:
+                wanted[name] = _get(model, name)
+            else:
+                _remove(model, name)
+        for name, tensor in wanted.items():
+            _put(model, name, tensor)
+        self._added = set(wanted)
+        folded = program.folded()
+        for name, group in program.base.names.items():
+            if name != group[0]:
+                continue
+            value = program.changed.get(name, program.base.tensors[name])
+            if name in folded:
+                value = nn.Parameter(folded[name], requires_grad=False)
+            for each in group:
+                owner, _, leaf = each.rpartition(".")
+                module = model.get_submodule(owner)
+                if module._parameters[leaf] is not value:
+                    module._parameters[leaf] = value  # type: ignore[assignment]
+
+    def _let_train(self, model: nn.Module) -> None:
+        """Let require gradients what the program lets train; with an empty journal, what did before."""
+        program = self.program
+        for name, tensor in {**program.base.tensors, **program.tensors, **program.changed}.items():
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                bare = not program.journal.entries
+                wants = self.required.get(name, True) if bare else program.trains(name, program.clock.step)
+                if tensor.requires_grad != wants:
+                    tensor.requires_grad_(wants)
+        if program.schedule.masks:
+            program.module()  # puts the hooks on what trains in part
+
+
+def local_name(path: str, full: str) -> str:
+    """Where a layer holds a tensor of the program: under its own path, or under the whole name, flattened, where the
+    tensor is called by another name of a tied weight."""
+    if not path:
+        return full
+    return (
+        full.removeprefix(f"{path}.") if full.startswith(f"{path}.") else f"shared.{full.replace('.', '_')}"
+    )
+
+
+class Inserted(nn.Module):
+    """The tensors that a pass added to a layer; the layer computes with them."""
+
+    def forward(self, *args: Any) -> Any:
+        raise RuntimeError("these are tensors of the layer that holds them")
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model
+    for part in owner.split(".") if owner else ():
+        child = module._modules.get(part)
+        if child is None:
+            child = Inserted()
+            child.training = module.training
+            module.add_module(part, child)
+        module = child
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[leaf] = tensor
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def _remove(model: nn.Module, name: str) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    module._parameters.pop(leaf, None)
+    module._buffers.pop(leaf, None)
+    while isinstance(module, Inserted) and not (module._parameters or module._buffers or module._modules):
+        path, _, leaf = path.rpartition(".")
+        module = model.get_submodule(path)
+        module._modules.pop(leaf, None)
+
+
+def state_of(model: nn.Module) -> State | None:
+    state = vars(model).get(ATTRIBUTE)
+    return state if isinstance(state, State) else None
+
+
+__all__ = ["ATTRIBUTE", "State", "state_of"]

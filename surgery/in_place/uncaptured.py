@@ -1,0 +1,69 @@
+"""A model that cannot be captured, as its layers side by side: sites by path, and no roles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.capture import Captured, LoadedModel, trace
+from surgery.in_place.leaf import LayerError, input_name
+from surgery.in_place.mirror import Seen, mirror
+
+
+class Apart(nn.Module):
+    """A model's layers, each called with an input of its own; its modules keep their names."""
+
+    def __init__(self, model: nn.Module, paths: list[str]) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self.__dict__["_paths"] = paths
+
+    def forward(self, inputs: list[Tensor]) -> list[Any]:
+        return [self.get_submodule(path)(x) for path, x in zip(self.__dict__["_paths"], inputs, strict=True)]
+
+
+def pretend(model: nn.Module) -> tuple[LoadedModel, Captured, dict[str, Seen]]:
+    """A capture of the layers alone, which cannot be run as a model."""
+    copied = mirror(model).eval()
+    inputs: dict[str, Tensor] = {}
+    for path, layer in copied.named_modules():
+        example = _input(layer)
+        if example is not None and path:
+            try:
+                input_name(layer)
+            except LayerError:
+                continue
+            inputs[path] = example
+    apart = Apart(copied, [*inputs])
+    loaded = LoadedModel(apart, args=([*inputs.values()],), unsourced=frozenset(apart.state_dict()))
+    captured = trace(loaded, check=False)
+    seen = {path: Seen(1, {x.dim(): tuple(x.shape)}, x.dtype) for path, x in inputs.items()}
+    return loaded, captured, seen
+
+
+def _input(layer: nn.Module) -> Tensor | None:
+    """Something that a layer of a kind that we know takes, or None for any other."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, nn.Parameter) or any(True for _ in layer.children()):
+        return None
+
+    def made(*sizes: int) -> Tensor:
+        return torch.zeros(sizes, dtype=weight.dtype, device=weight.device)
+
+    if isinstance(layer, nn.Linear):
+        return made(2, 3, layer.in_features)
+    if type(layer).__name__ == "Conv1D" and weight.dim() == 2:  # transformers'
+        return made(2, 3, weight.shape[0])
+    if isinstance(layer, nn.Embedding):
+        return torch.zeros(2, 3, dtype=torch.int64, device=weight.device)
+    if isinstance(layer, nn.LayerNorm):
+        return made(2, 3, *layer.normalized_shape)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        reach = [
+            d * (k - 1) + s + 1
+            for k, d, s in zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
+        ]
+        return made(2, layer.in_channels, *reach)
+    return None

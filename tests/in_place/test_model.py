@@ -1,0 +1,112 @@
+"""What stays as it was about a model that carries surgery: generate, modes, copies, compilation, classes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import surgery
+
+
+@pytest.fixture
+def adapted(llama, randomised):
+    surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2))
+    randomised(llama)
+    return llama
+
+
+def test_exact_at_insertion_and_after_removal(llama, ids):
+    flags = {name: p.requires_grad for name, p in llama.named_parameters()}
+    keys, before = list(llama.state_dict()), llama(ids).logits
+    surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2))
+    assert torch.equal(llama(ids).logits, before)
+    trained = {name for name, p in llama.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 4 * 2
+    assert all(".lora." in name for name in trained)
+    surgery.remove_(llama)
+    assert torch.equal(llama(ids).logits, before)
+    assert list(llama.state_dict()) == keys
+    assert {name: p.requires_grad for name, p in llama.named_parameters()} == flags
+    assert type(llama.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_it_is_its_program(adapted, ids):
+    program = surgery.program_of(adapted)
+    mask = torch.ones_like(ids)
+    assert torch.equal(program.run(input_ids=ids, attention_mask=mask)["logits"], adapted(ids).logits)
+
+
+def test_generate_with_and_without_a_cache(adapted, ids):
+    given = {"max_new_tokens": 6, "do_sample": False}
+    with_cache = adapted.generate(ids, **given)
+    assert torch.equal(with_cache, adapted.generate(ids, use_cache=False, **given))
+    with surgery.using(adapted):
+        assert not torch.equal(with_cache, adapted.generate(ids, **given))
+
+
+def test_classes_and_attributes(adapted):
+    layer = adapted.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, nn.Linear)
+    assert type(layer).__name__ == "Linear"
+    assert (layer.in_features, layer.out_features, layer.bias) == (32, 32, None)
+    assert adapted.config.use_cache
+
+
+def test_a_deep_copy_is_its_own(adapted, ids):
+    before = adapted(ids).logits
+    other = copy.deepcopy(adapted)
+    assert torch.equal(other(ids).logits, before)
+    with torch.no_grad():
+        for tensor in surgery.program_of(other).tensors.values():
+            tensor.zero_()
+    assert torch.equal(adapted(ids).logits, before)
+    surgery.remove_(other)
+    assert torch.equal(adapted(ids).logits, before)
+    assert not torch.equal(other(ids).logits, before)
+
+
+def test_compiled_as_one_graph(adapted, ids):
+    compiled = torch.compile(adapted, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(ids).logits, adapted(ids).logits)
+
+
+def test_gradient_checkpointing(adapted, ids):
+    adapted.train()
+    adapted(ids, labels=ids).loss.backward()
+    plain = {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
+    adapted.zero_grad()
+    adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted(ids, labels=ids).loss.backward()
+    again = {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
+    assert plain.keys() == again.keys()
+    assert len(plain) == 16
+    for name, grad in plain.items():
+        torch.testing.assert_close(again[name], grad)
+
+
+def test_saved_pretrained_holds_the_adapters(adapted, tmp_path):
+    from safetensors.torch import load_file
+
+    adapted.save_pretrained(tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(
+        kept["model.layers.0.self_attn.q_proj.lora.A"], adapted.model.layers[0].self_attn.q_proj.lora.A
+    )
+
+
+def test_dropout_obeys_the_mode(llama, ids, randomised):
+    surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2, dropout=0.5))
+    randomised(llama)
+    assert torch.equal(llama(ids).logits, llama(ids).logits)
+    llama.train()
+    assert not torch.equal(llama(ids).logits, llama(ids).logits)
+
+
+def test_a_layer_that_is_called_with_flat_rows(adapted):
+    layer = adapted.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 5, 32)
+    torch.testing.assert_close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1))
+    torch.testing.assert_close(layer(input=x), layer(x), rtol=0, atol=0)

@@ -1,0 +1,135 @@
+"""Several adapters on one live model: switched, weighted, one for each row, folded, saved and loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import surgery
+from surgery.errors import JournalError, PassError
+
+
+@pytest.fixture
+def two(llama, randomised):
+    surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2, label="film"))
+    surgery.apply_(llama, surgery.Lora(target="mlp.*", rank=2, label="news"))
+    randomised(llama)
+    return llama
+
+
+def test_switched_and_weighted(two, ids):
+    both = two(ids).logits
+    with surgery.using(two, "film"):
+        film = two(ids).logits
+    with surgery.using(two):
+        bare = two(ids).logits
+    assert torch.equal(two(ids).logits, both)
+    assert len({tuple(t.flatten()[:3].tolist()) for t in (both, film, bare)}) == 3
+    surgery.weight_(two, {"news": 0})
+    assert torch.equal(two(ids).logits, film)
+    surgery.weight_(two, {"news": 1, "film": 0.5})
+    half = two(ids).logits
+    assert not torch.equal(half, both)
+    mask = torch.ones_like(ids)
+    assert torch.equal(surgery.program_of(two).run(input_ids=ids, attention_mask=mask)["logits"], half)
+    surgery.remove_(two, "news")
+    surgery.weight_(two, {"film": 1})
+    assert torch.equal(two(ids).logits, film)
+
+
+def test_rows_with_adapters_of_their_own(two, ids):
+    choices = ["film", None, "news", ("film", "news")]
+    alone = []
+    for row, choice in enumerate(choices):
+        names = () if choice is None else (choice,) if isinstance(choice, str) else choice
+        with surgery.using(two, *names):
+            alone.append(two(ids[row : row + 1]).logits[0])
+    with surgery.mixed_batch(two, choices):
+        mixed = two(ids).logits
+        generated = two.generate(ids, max_new_tokens=4, do_sample=False)
+    for row, logits in enumerate(alone):
+        # Products of fewer rows are summed in another order.
+        torch.testing.assert_close(mixed[row], logits, rtol=1e-5, atol=1e-6)
+    for row, choice in enumerate(choices):
+        names = () if choice is None else (choice,) if isinstance(choice, str) else choice
+        with surgery.using(two, *names):
+            assert torch.equal(generated[row], two.generate(ids, max_new_tokens=4, do_sample=False)[row])
+
+
+def test_rows_of_beams(two, ids):
+    def scores():
+        given = {"num_beams": 2, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+        return two.generate(ids, max_new_tokens=4, **given).sequences_scores
+
+    with surgery.using(two, "film"):
+        film = scores()
+    with surgery.using(two, "news"):
+        news = scores()
+    with surgery.mixed_batch(two, ["film", "news", "film", "news"]):
+        mixed = scores()
+    # Rows that were picked out lie elsewhere in memory, and are summed in another order.
+    torch.testing.assert_close(mixed[::2], film[::2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(mixed[1::2], news[1::2], rtol=1e-5, atol=0)
+    assert not torch.allclose(film, news, rtol=1e-3)
+
+
+def test_rows_that_do_not_fit(two, ids):
+    with (
+        surgery.mixed_batch(two, ["film", None, "news"]),
+        pytest.raises(PassError, match=r"4 rows, .* for 3"),
+    ):
+        two(ids)
+    with pytest.raises(JournalError, match="no pass 'flim'"), surgery.mixed_batch(two, ["flim"]):
+        pass
+    both = two(ids).logits
+    assert torch.equal(two(ids).logits, both)
+
+
+def test_folded_and_unfolded(two, ids):
+    both = two(ids).logits
+    surgery.merge_(two)
+    assert type(two.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    # As Program.merge allows: each weight is rounded once more.
+    assert float((two(ids).logits - both).abs().max()) <= 2e-4 * float(both.abs().max())
+    surgery.remove_(two, "merge")
+    assert torch.equal(two(ids).logits, both)
+
+
+def test_saved_in_one_form_loads_in_the_other(llama, ids, randomised, tmp_path):
+    llama.save_pretrained(tmp_path / "base")
+    live = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    surgery.apply_(
+        live, surgery.Lora(target="attn.*", rank=2), surgery.SparseTune(target="mlp.up", density=0.1)
+    )
+    randomised(live)
+    logits, mask = live(ids).logits, torch.ones_like(ids)
+    surgery.save_(live, tmp_path / "saved")
+    assert not (
+        tmp_path / "saved" / "base.safetensors"
+    ).exists()  # the directory of the model gives all of it
+    graph = surgery.load(str(tmp_path / "saved"))
+    assert torch.equal(graph.run(input_ids=ids, attention_mask=mask)["logits"], logits)
+    graph.save(tmp_path / "graph")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    surgery.load_(other, tmp_path / "graph")
+    assert torch.equal(other(ids).logits, logits)
+    surgery.remove_(other)
+    bare = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(other(ids).logits, bare(ids).logits)
+
+
+def test_a_directory_for_another_model(two, tmp_path, ids):
+    from transformers import LlamaForCausalLM
+
+    surgery.save_(two, tmp_path / "saved")
+    config = two.config.__class__(**{**two.config.to_dict(), "num_hidden_layers": 1})
+    other = LlamaForCausalLM(config).eval()
+    before = other(ids).logits
+    with pytest.raises(JournalError):
+        surgery.load_(other, tmp_path / "saved")
+    assert torch.equal(other(ids).logits, before)
+    two.save_pretrained(tmp_path / "there")
+    surgery.apply_(other, surgery.Full())
+    with pytest.raises(surgery.SurgeryError, match="is another model"):
+        surgery.save_(other, tmp_path / "x", ref=f"hf:{tmp_path / 'there'}")
