@@ -19,9 +19,10 @@ from benchmarks.models import require
 from benchmarks.stack import WIDTH, fx_stack, layers_for, onnx_stack
 from benchmarks.timing import Row, Variant, compare, measure
 from surgery import replay
+from surgery.graphs import copy_graph
+from surgery.meta_cache import MetaCache
 from surgery.numerics import observe
 from surgery.pass_base import EXACT
-from surgery.rewriter import MetaCache, copy_graph
 from surgery.sites import SiteIndex
 from surgery.target import select_sites
 from surgery.view import View

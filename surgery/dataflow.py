@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.weight_ops import CONV, EXPERTS, LINEAR, NORM, Call
+from surgery.weight_ops import CONV, EXPERTS, LINEAR, NORM, Call, is_depthwise
 
 # What happened to a value on the way from an origin (any path): a pointwise nonlinearity, a softmax.
 NONLINEAR, SOFTMAX = 1, 2
@@ -148,15 +148,6 @@ class Dataflow:
     def is_projection(self, node: fx.Node) -> bool:
         call = self.calls.get(node)
         return call is not None and call.kind in (LINEAR, CONV, EXPERTS)
-
-
-def is_depthwise(call: Call) -> bool:
-    """A convolution that keeps channels apart: it moves positions, not features."""
-    if call.kind != CONV or call.weight is None:
-        return False
-    groups = call.node.args[6] if len(call.node.args) > 6 else call.node.kwargs.get("groups", 1)
-    value = call.weight.meta.get("val")
-    return isinstance(groups, int) and groups > 1 and value is not None and value.shape[1] == 1
 
 
 def trace_origins(nodes: Iterable[fx.Node], calls: Sequence[Call]) -> Dataflow:

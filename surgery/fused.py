@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from surgery.attention import Attention
-from surgery.dataflow import Dataflow, Rule, is_depthwise, op_name, rule_of
-from surgery.weight_ops import CONV, NORM
+from surgery.dataflow import Dataflow, Rule, op_name, rule_of
+from surgery.weight_ops import CONV, NORM, is_depthwise
 
 Rows = dict[str, tuple[int, ...]]
 

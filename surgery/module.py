@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.rewriter import without_replaced
+from surgery.graphs import without_replaced
 from surgery.schedule import Clock, Schedule
 
 GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]

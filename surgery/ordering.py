@@ -38,9 +38,11 @@ def _check_conflicts(pass_: Pass, others: Sequence[type[Pass]]) -> None:
 
 
 def _makes_targets(first: Pass, second: Pass) -> bool:
-    """Whether one adds weights like the base's own and the other adapts such weights: these come first."""
-    both = isinstance(first, RewritePass) and isinstance(second, RewritePass)
-    return both and first.adds_weights and not second.adds_weights  # type: ignore[attr-defined]
+    """Whether one makes anew what the other, an adapter, would stand on."""
+    if not isinstance(first, RewritePass) or not isinstance(second, RewritePass):
+        return False
+    adapts = second.freezes and not second.adds_weights and not second.lengthens
+    return first.leads and adapts
 
 
 def _sorted(passes: list[Pass]) -> list[Pass]:

@@ -15,7 +15,7 @@ from surgery.dataflow import op_name
 from surgery.errors import PassError
 
 if TYPE_CHECKING:
-    from surgery.rewriter import MetaCache
+    from surgery.meta_cache import MetaCache
 
 ONLY = "output"  # the name of the one tensor of a model that returns no more
 

@@ -227,6 +227,11 @@ class RewritePass(Pass):
         return self.structural
 
     @property
+    def leads(self) -> bool:
+        """Whether it makes anew what adapters would stand on (copies of blocks, another head): these come after it."""
+        return False
+
+    @property
     def in_place(self) -> bool:
         """Whether what these options do at a site is done in one layer, so that a live module can hold it."""
         return not self.adds_weights

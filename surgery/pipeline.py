@@ -14,14 +14,15 @@ from torch import Tensor, device, fx, random
 from surgery import replay, target
 from surgery.base import Base
 from surgery.errors import PassError
+from surgery.graphs import copy_graph
 from surgery.journal import Entry, SiteRecord
+from surgery.meta_cache import MetaCache
 from surgery.numerics import Observed, observe
 from surgery.ordering import in_order
 from surgery.pass_base import GraphPass, Pass, RewritePass, Selection, SelectPass, TensorSpec
 from surgery.passes.freeze import Freeze
 from surgery.probe import InputSet, Probe
 from surgery.reverting import trained_before
-from surgery.rewriter import MetaCache, copy_graph
 from surgery.schedule import Schedule
 from surgery.selecting import Candidates, checked, select
 from surgery.sites import Site, live_nodes, tail

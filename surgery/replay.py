@@ -9,10 +9,12 @@ from torch import Tensor, fx, nn
 from surgery.base import Base
 from surgery.capture import Captured
 from surgery.errors import JournalError, nearest
+from surgery.graphs import copy_graph
 from surgery.journal import Entry, Journal
+from surgery.meta_cache import MetaCache
 from surgery.pass_base import GraphPass, Pass, RewritePass
 from surgery.plugins import Plugins
-from surgery.rewriter import MetaCache, Rewriter, copy_graph
+from surgery.rewriter import Rewriter
 from surgery.sites import Site, SiteIndex
 from surgery.view import View
 

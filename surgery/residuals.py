@@ -23,7 +23,16 @@ from torch import fx
 
 from surgery.dataflow import Dataflow, Rule, op_name, rule_of
 from surgery.sites import META, is_aux
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM, Call, arguments
+from surgery.weight_ops import (
+    CONV,
+    EMBEDDING,
+    EXPERTS,
+    LINEAR,
+    NORM,
+    Call,
+    is_depthwise,
+    weight_shape,
+)
 
 _BENDING = frozenset((Rule.NONLINEAR, Rule.SOFTMAX, Rule.PRODUCT))
 _LONGEST_SHORTCUT = 32
@@ -173,21 +182,9 @@ def moved_from(node: fx.Node) -> fx.Node | None:
     return node.args[0] if scales or name in _SAME else None
 
 
-def is_depthwise(call: Call) -> bool:
-    """A convolution that keeps channels apart; its weight may be computed."""
-    groups, size = arguments(call.node).get("groups", 1), _weight_shape(call)
-    return call.kind == CONV and isinstance(groups, int) and groups > 1 and bool(size) and size[1] == 1
-
-
 def is_pointwise(call: Call) -> bool:
     """A convolution that keeps positions apart."""
-    return call.kind == CONV and all(length == 1 for length in _weight_shape(call)[2:])
-
-
-def _weight_shape(call: Call) -> list[int]:
-    operand = arguments(call.node).get(call.op.weights[0])
-    value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
-    return list(value.shape) if isinstance(value, torch.Tensor) else []
+    return call.kind == CONV and all(length == 1 for length in weight_shape(call)[2:])
 
 
 def shape_of(node: fx.Node) -> tuple[str, ...]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from surgery.errors import PassError
+from surgery.meta_cache import MetaCache
 from surgery.outputs import add_output, follow
-from surgery.sites import META, Site, head, is_aux, live_nodes, tail
+from surgery.sites import META, Site, head, is_aux, tail
 from surgery.standing import bias_now, replaced_by, weight_reader
 from surgery.weight_ops import LINEAR, Call, operand
 
@@ -24,92 +22,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy with its own nodes; metadata dictionaries are copied one level deep."""
-    fresh = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = fresh.graph_copy(graph, mapping)
-    source = next(node for node in reversed(graph.nodes) if node.op == "output")
-    output = fresh.output(result)
-    output.meta = copy.copy(source.meta)
-    fresh._codegen = copy.copy(graph._codegen)
-    return fresh
-
-
 def _module_stack(node: fx.Node) -> dict[Any, Any]:
     return dict(node.meta.get("nn_module_stack", {}))
-
-
-def without_replaced(graph: fx.Graph) -> fx.Graph:
-    """The graph less the ops in whose place passes put others, and less what only these read.
-
-    The graph itself, where there are none: later passes match the replaced ops, but nobody has to run them.
-    """
-    live = live_nodes(graph)
-    marks = [n.meta.get(META, {}) for n in graph.nodes if n not in live]
-    if not any(mark.get("wrapped_by") or mark.get("gone_for") for mark in marks):
-        return graph
-    lean = copy_graph(graph)
-    kept = live_nodes(lean)
-    for node in reversed(lean.nodes):
-        if node not in kept and node.op != "placeholder":
-            lean.erase_node(node)
-    return lean
-
-
-class MetaCache:
-    """Fake results by (op, shapes, dtypes, constants): a pass inserts the same few ops hundreds of times."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.mode = next(
-            (n.meta["val"].fake_mode for n in graph.nodes if isinstance(n.meta.get("val"), FakeTensor)), None
-        ) or FakeTensorMode(allow_non_fake_inputs=True)
-        self._results: dict[Any, Any] = {}
-        self._alike: dict[Any, int] = {}
-        self._numbers: dict[int, tuple[int, Any]] = {}
-
-    def tensor(self, like: torch.Tensor) -> FakeTensor:
-        key = ("tensor", tuple(like.shape), like.dtype, like.device)
-        if key not in self._results:
-            with self.mode:
-                self._results[key] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        return self._results[key]
-
-    def call(self, op: Any, args: Any, kwargs: Any) -> Any:
-        key = (op, self._key(args), *((name, self._key(value)) for name, value in kwargs.items()))
-        if key not in self._results:
-            values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-            # Some kernels written in C++ take no symbolic sizes, or would fix them.
-            with self.mode, enable_python_dispatcher(), torch.no_grad():
-                self._results[key] = op(*values[0], **values[1])
-        return self._results[key]
-
-    def _key(self, value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return "n", self._number(value.meta["val"])
-        if isinstance(value, (tuple, list)):
-            return tuple(self._key(item) for item in value)
-        return type(value).__name__, value
-
-    def _number(self, val: Any) -> int:
-        """The same number for results that are alike; each is looked at once (symbols are slow to compare)."""
-        known = self._numbers.get(id(val))
-        if known is None:
-            number = self._alike.setdefault(_freeze(val), len(self._alike))
-            known = self._numbers[id(val)] = (number, val)  # held, so that its id stays its own
-        return known[0]
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return ("t", tuple(_freeze(s) for s in value.shape), value.dtype)
-    if isinstance(value, torch.SymInt):
-        return ("s", value.node.expr)
-    if isinstance(value, (tuple, list)):
-        return tuple(_freeze(item) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((key, _freeze(item)) for key, item in value.items())
-    return (type(value).__name__, value)
 
 
 class Rewriter:
@@ -294,12 +208,16 @@ class Rewriter:
         it took."""
         from surgery.propagate import propagate
 
-        done = propagate(self.graph, changed)
+        try:
+            done = propagate(self.graph, changed)
+        except PassError as error:
+            raise PassError(f"{self._entry_id}: {error}") from None
         assert self.call_ is not None
         for node in done.created:
             mark = {**self._provenance(), "call": self.call_.node.name}
-            # Beside the size that it is computed from, where no module is entered yet.
-            stack = dict([*self.call_.node.meta.get("nn_module_stack", {}).items()][:1])
+            # It stands beside the size that it is computed from, and so in the same module; an input's is in none.
+            source = node.all_input_nodes[0].meta.get("nn_module_stack")
+            stack = dict(source or [*self.call_.node.meta.get("nn_module_stack", {}).items()][:1])
             node.meta = {**node.meta, "nn_module_stack": stack, META: mark, "custom": self._custom()}
         for node in done.repaired:
             if not is_aux(node):

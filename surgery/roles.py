@@ -40,9 +40,9 @@ class Roles:
     parts: dict[fx.Node, Rows] = field(default_factory=dict)
 
 
-def find_roles(graph: fx.Graph, calls: Sequence[Call]) -> Roles:
-    """The role of every call's node; linear in the size of the graph."""
-    flow = trace_origins(graph.nodes, calls)
+def find_roles(graph: fx.Graph, calls: Sequence[Call], flow: Dataflow | None = None) -> Roles:
+    """The role of every call's node; linear in the size of the graph. flow: of these calls, where it is known."""
+    flow = flow or trace_origins(graph.nodes, calls)
     attentions = find_attentions(flow)
     role: dict[fx.Node, str] = {}
     parts = _attention_roles(flow, attentions, role)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from surgery.biases import site_biases
+from surgery.blocks import Block, Branch, depth_of, find_blocks, find_branches
 from surgery.dataflow import Dataflow, trace_origins
 from surgery.roles import Attention, Roles, find_roles
 from surgery.sites import Site, SiteIndex, SiteKey, is_aux, is_gone
 from surgery.weight_ops import Call, WeightOp, find_calls
-
-if TYPE_CHECKING:
-    from surgery.blocks import Block, Branch
 
 
 class View:
@@ -47,7 +46,7 @@ class View:
 
     @cached_property
     def roles(self) -> Roles:
-        return find_roles(self.graph, self.calls)
+        return find_roles(self.graph, self.calls, self.flow)
 
     @property
     def attentions(self) -> list[Attention]:
@@ -78,29 +77,21 @@ class View:
     @cached_property
     def branches(self) -> list[Branch]:
         """Residual branches in graph order."""
-        from surgery.blocks import find_branches
-
         return find_branches(self.graph, self.calls, self.flow, self.roles)
 
     @cached_property
     def blocks(self) -> list[tuple[Block, ...]]:
         """Rows of repeated blocks in graph order."""
-        from surgery.blocks import find_blocks
-
         return find_blocks(self.graph, self.calls, self.flow, self.branches)
 
     @cached_property
     def depth(self) -> dict[str, int]:
         """Depth by parameter name: 0 before the first block, then the blocks, then what follows them."""
-        from surgery.blocks import depth_of
-
         return depth_of(self.graph, self.calls, self.blocks)
 
     @cached_property
     def biases(self) -> dict[SiteKey, list[str]]:
         """Names of the parameters that are added as biases, by the site that they belong to."""
-        from surgery.biases import site_biases
-
         return site_biases(self)
 
     def node(self, name: str) -> fx.Node:

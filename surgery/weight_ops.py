@@ -304,3 +304,16 @@ def find_calls(
     """Every use of a weight, in graph order."""
     calls = (read_call(node, ops, is_weight) for node in nodes if node.op == "call_function")
     return [call for call in calls if call is not None]
+
+
+def is_depthwise(call: Call) -> bool:
+    """A convolution that keeps channels apart: it moves positions, not features. Its weight may be computed."""
+    groups, size = arguments(call.node).get("groups", 1), weight_shape(call)
+    return call.kind == CONV and isinstance(groups, int) and groups > 1 and bool(size) and size[1] == 1
+
+
+def weight_shape(call: Call) -> list[int]:
+    """Shape of the weight as the op takes it; empty where that is not known."""
+    operand = arguments(call.node).get(call.op.weights[0])
+    value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
+    return list(value.shape) if isinstance(value, torch.Tensor) else []

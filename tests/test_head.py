@@ -16,8 +16,8 @@ from surgery.difference import diff
 from surgery.errors import JournalError, PassError, TargetError
 from surgery.export import provenance_of
 from surgery.export.runtime import OnnxModel
+from surgery.graphs import copy_graph
 from surgery.outputs import named_outputs, refuse_output
-from surgery.rewriter import copy_graph
 from surgery.testing import check_pass
 from surgery.verify import verify
 from tests import models
@@ -334,7 +334,7 @@ def test_with_lora_in_both_orders(randomise):
     merged = one.merge()
     assert torch.allclose(merged.run()["logits"], one.run()["logits"], atol=1e-5)
     assert merged.journal.entries[-1].options["folded"] == ["lora"]
-    assert "another shape than the base's" in merged.journal.entries[-1].options["kept"]["head"]
+    assert "a new head stays beside the base's" in merged.journal.entries[-1].options["kept"]["head"]
     on_new = base.apply(head).apply(surgery.Lora(target="re:^head.head$", rank=2))
     assert list(on_new.journal.entries[-1].sites[0].tensors.values()) == [
         "head.head.lora.A",
@@ -343,7 +343,7 @@ def test_with_lora_in_both_orders(randomise):
     with pytest.raises(JournalError, match=r"'lora' stands on head.head.weight.*undo 'lora' first"):
         on_new.undo("head")
     with pytest.raises(PassError, match=r"head at head: refused, 'lora' stands on it.*apply head before"):
-        base.apply(surgery.Lora(target="path:head", rank=2), head)
+        base.apply(surgery.Lora(target="path:head", rank=2)).apply(head)
     with pytest.raises(TargetError, match="matches no site"):  # the old head is a site no more
         base.apply(head).apply(surgery.Lora(target=r"re:^head\.weight$", rank=2))
     beside = base.apply(

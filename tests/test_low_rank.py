@@ -198,7 +198,7 @@ def test_lora_on_top_stays_and_each_goes_alone(randomise):
     merged = program.merge()
     kept = merged.journal.entries[-1].options["kept"]
     assert merged.journal.entries[-1].options["folded"] == ["sparse-tune"]
-    assert kept["low-rank"] == "low-rank has no merged form"
+    assert kept["low-rank"] == "low-rank has no merged form; export to ONNX, or save the program"
     assert "low-rank has put something else in the place of out.weight" in kept["lora"]
     dense = program.without("low-rank")
     alone = base.apply(surgery.Lora(target="out,project", rank=2))

@@ -214,6 +214,12 @@ def test_conformance():
     assert set(report.skipped) <= {"tied", "merge", "restored"}
 
 
+def test_sizes_that_grow_within_a_module_stay_in_it():
+    """wav2vec2 computes how many frames there are in its encoder; what stands beside that has to be there too."""
+    report = check_pass(Prompt(tokens=3), program("wav2vec2"), checks=["numerics", "unflatten"])
+    assert report.ok, report
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["minilm", "smollm2", "t5", "mixtral", "wav2vec2"])
 def test_conformance_of_the_others(name):

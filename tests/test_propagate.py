@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 
 from surgery.capture import LoadedModel, fresh_inputs, trace
 from surgery.errors import PassError
+from surgery.graphs import copy_graph
 from surgery.propagate import propagate
 from surgery.propagate.sizes import Dim as Moved
 from surgery.propagate.sizes import Products, Unclear, regroup
-from surgery.rewriter import copy_graph
 from tests.zoo.zoo import build
 
 aten = torch.ops.aten

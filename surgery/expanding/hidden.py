@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from surgery.dataflow import op_name
-from surgery.residuals import is_depthwise
 from surgery.sites import META, head, is_aux, is_gone, tail
-from surgery.weight_ops import CONV, LINEAR, Call, arguments, operand
+from surgery.weight_ops import CONV, LINEAR, Call, arguments, is_depthwise, operand
 
 if TYPE_CHECKING:
     from surgery.view import View

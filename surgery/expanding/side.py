@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.activations import ACTIVATIONS
 from surgery.pass_base import TensorSpec
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
@@ -23,12 +24,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-ACTIVATIONS: dict[str, Callable[..., Any]] = {
-    "relu": aten.relu.default,
-    "gelu": aten.gelu.default,
-    "silu": aten.silu.default,
-    "tanh": aten.tanh.default,
-}
+
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 

@@ -16,10 +16,12 @@ from torch.export import Dim
 from torch.fx.graph import CodeGen
 
 from surgery.errors import PassError
+from surgery.graphs import copy_graph, without_replaced
 from surgery.journal import Entry, SiteRecord
+from surgery.meta_cache import MetaCache
 from surgery.pass_base import GraphPass, RewritePass
-from surgery.rewriter import MetaCache, Rewriter, copy_graph, without_replaced
-from surgery.sites import SiteIndex
+from surgery.rewriter import Rewriter
+from surgery.sites import Site, SiteIndex
 from surgery.view import View
 from surgery.weight_ops import CONV, EMBEDDING, LINEAR, WeightOp
 
@@ -29,11 +31,12 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Piece:
-    """What one entry does at one layer."""
+    """What one entry does at one layer. owner: the first name of the weight that the record's site is keyed on."""
 
     entry: Entry
     pass_: RewritePass
     record: SiteRecord
+    owner: str
 
 
 class LayerError(Exception):
@@ -108,7 +111,7 @@ class Layers:
         cache = MetaCache(graph)
         for piece in pieces:
             view = View(graph, weights, self.ops, training=training)
-            site = site_in(view.sites, piece.record)
+            site = site_in(view.sites, piece.owner, piece.record.key.kind)
             if site is None:
                 raise LayerError(f"it holds the weight of {piece.record.path}, but does not use it itself")
             site = site.deciding(piece.record.decided)
@@ -126,12 +129,9 @@ class Layers:
         return graph
 
 
-def site_in(index: SiteIndex, record: SiteRecord) -> Any:
-    """The site of a record in a graph of one layer: by the tensor and the kind of use."""
-    found = index.by_key.get(record.key)
-    return found or next(
-        (s for s in index if (s.key.owner, s.kind) == (record.key.owner, record.key.kind)), None
-    )
+def site_in(index: SiteIndex, owner: str, kind: str) -> Site | None:
+    """The use of a weight, by its first name, in a graph of one layer."""
+    return next((s for s in index if (s.key.owner, s.kind) == (owner, kind)), None)
 
 
 def _kind(layer: nn.Module) -> Any:

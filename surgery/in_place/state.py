@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from surgery.base import Base
 from surgery.errors import PassError
+from surgery.graphs import copy_graph
 from surgery.in_place.leaf import LayerError, Layers, Piece, input_name, site_in
 from surgery.in_place.mirror import Seen
 from surgery.pass_base import Pass, RewritePass
 from surgery.program import Program
 from surgery.replay import live_entries, pass_of
 from surgery.sites import Site
+from surgery.view import View
 from surgery.weight_ops import EXPERTS
 
 ATTRIBUTE = "_surgery_state"
@@ -125,20 +127,19 @@ class State:
                 done: set[int] = set()
                 for path in self._owners(record.key.owner):
                     layer = module.get_submodule(path)
-                    if id(layer) not in done and self._uses(path, layer, record, program):
+                    owner = program.base.names.get(record.key.owner, (record.key.owner,))[0]
+                    if id(layer) not in done and self._uses(path, layer, owner, record.key.kind):
                         done.add(id(layer))
-                        found.setdefault(path, []).append(Piece(entry, pass_, record))
+                        found.setdefault(path, []).append(Piece(entry, pass_, record, owner))
                 if not done:
                     raise PassError(f"{entry.id} at {record.path}: no layer of the model uses its weight")
         return found
 
-    def _uses(self, path: str, layer: nn.Module, record: Any, program: Program) -> bool:
-        from surgery.rewriter import copy_graph
-        from surgery.view import View
-
+    def _uses(self, path: str, layer: nn.Module, owner: str, kind: str) -> bool:
+        """Whether the layer's own forward uses a weight in that way."""
         seen = self.seen.get(path, Seen())
         shapes = seen.shapes or ({3: ()} if isinstance(layer, nn.Linear) else {})
-        names = self._names(path, layer, program)
+        names = self._names(path, layer, self.program)
         for rank, shape in shapes.items():
             try:
                 graph = copy_graph(self.layers.bare(layer, rank, shape or None, seen.dtype))
@@ -147,7 +148,8 @@ class State:
             for node in graph.nodes:
                 if node.op == "get_attr":
                     node.target = names[str(node.target)]
-            if site_in(View(graph, {n: (n,) for n in names.values()}, self.layers.ops).sites, record) is None:
+            view = View(graph, {n: (n,) for n in names.values()}, self.layers.ops)
+            if site_in(view.sites, owner, kind) is None:
                 return False
         return bool(shapes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -10,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
+from surgery.activations import ACTIVATIONS
 from surgery.errors import PassError
 from surgery.pass_base import GraphPass, TensorSpec
 from surgery.rewriter import Rewriter
@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-_ACTIVATIONS: dict[str, Callable[..., Any]] = {
-    "relu": aten.relu.default,
-    "gelu": aten.gelu.default,
-    "silu": aten.silu.default,
-    "tanh": aten.tanh.default,
-}
+
 _ATTENTION, _FEED_FORWARD = ("attention", "cross-attention"), ("feed-forward",)
 _KINDS = {
     "houlsby": (*_ATTENTION, *_FEED_FORWARD),
@@ -121,7 +116,7 @@ class Adapter(GraphPass):
 
     def _beside(self, site: Site, g: Rewriter, inner: fx.Node, value: fx.Node) -> fx.Node:
         read = inner if self.placement == "parallel" else value
-        hidden = g.call(_ACTIVATIONS[self.activation], _map(site, g, read, "down"))
+        hidden = g.call(ACTIVATIONS[self.activation], _map(site, g, read, "down"))
         if self.dropout and g.training:
             hidden = g.call(aten.dropout.default, hidden, self.dropout, True)
         return g.call(aten.add.Tensor, value, _map(site, g, hidden, "up"), alpha=self.scale * g.weight)

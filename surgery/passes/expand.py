@@ -165,6 +165,10 @@ class Expand(GraphPass):
         return self._way != "side"
 
     @property
+    def leads(self) -> bool:
+        return self._way != "side"
+
+    @property
     def in_place(self) -> bool:
         return self._way == "side"
 

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from surgery import pooling
 from surgery.errors import PassError
+from surgery.meta_cache import MetaCache
 from surgery.outputs import follow, refuse_output
 from surgery.pass_base import EXACT, GraphPass, Numerics, TensorSpec, changes
-from surgery.rewriter import MetaCache, Rewriter
+from surgery.rewriter import Rewriter
 from surgery.sites import META, Site, head, tail
 from surgery.standing import adapted_by, read_elsewhere, tensors_now
 from surgery.view import View
@@ -128,6 +129,10 @@ class Head(GraphPass):
     def contract(self) -> Numerics:
         done = {"replace": "is replaced", "resize": "has other outputs"}
         return EXACT if self.mode == "add" else changes(f"the head {done[self.mode]}")
+
+    @property
+    def leads(self) -> bool:
+        return self.mode != "add"
 
     @property
     def extends(self) -> bool:

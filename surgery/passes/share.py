@@ -64,6 +64,10 @@ class Share(RewritePass):
     )
     biases: Literal["shared", "own"] = Field("shared", description="whether biases are shared too")
 
+    @property
+    def in_place(self) -> bool:
+        return False  # layers would read one another's weights
+
     @model_validator(mode="after")
     def _one_grouping(self) -> Share:
         if self.groups is not None and self.every is not None:

@@ -12,10 +12,11 @@ from torch import Tensor, fx
 
 from surgery.dataflow import op_name
 from surgery.errors import PassError
+from surgery.meta_cache import MetaCache
 from surgery.outputs import follow
 from surgery.pass_base import GraphPass, MergeLonger, TensorSpec
 from surgery.pooling import scores_of
-from surgery.rewriter import MetaCache, Rewriter
+from surgery.rewriter import Rewriter
 from surgery.sites import META, Site, head, tail, wrappers
 from surgery.standing import read_elsewhere
 from surgery.target import select_sites

@@ -19,11 +19,12 @@ from torch import fx
 
 from surgery.attention import Attention
 from surgery.dataflow import op_name
+from surgery.meta_cache import MetaCache
 from surgery.prefixes.insert import Columns, size, stack_of
 from surgery.prefixes.places import Place, earlier
 from surgery.prefixes.scores import between
 from surgery.propagate.sizes import is_size, same
-from surgery.rewriter import MetaCache, Rewriter
+from surgery.rewriter import Rewriter
 from surgery.sites import META
 from surgery.view import View
 from surgery.weight_ops import EMBEDDING, arguments, operand

@@ -13,10 +13,10 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from surgery.errors import PassError
+from surgery.meta_cache import MetaCache
 from surgery.propagate import backward, forward
 from surgery.propagate.arguments import Arguments, Draft
 from surgery.propagate.sizes import Dim, Products, Size, Unclear, describe, is_one, is_size, on_data, same
-from surgery.rewriter import MetaCache
 
 _DEEPEST = 150  # steps back: what makes a mask or positions is near, a whole model is not
 _REMEDY = "lengthen behind this node, or capture the model with this dimension dynamic"

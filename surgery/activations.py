@@ -1,0 +1,17 @@
+"""Nonlinearities that passes insert, by the names that their options have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "relu": aten.relu.default,
+    "gelu": aten.gelu.default,
+    "silu": aten.silu.default,
+    "tanh": aten.tanh.default,
+}
