@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def main() -> int:
     jobs = [(name, seed) for seed in range(asked.seeds) for name in wanted if (name, seed) != (wanted[0], 0)]
     with ThreadPoolExecutor(asked.workers) as pool:
         rest = pool.map(lambda job: _elsewhere(*job, asked.steps, asked.batch), jobs)
-        for (name, seed), run in zip([(wanted[0], 0), *jobs], [first, *rest], strict=True):
+        for (name, seed), run in zip([(wanted[0], 0), *jobs], chain([first], rest), strict=True):
             if isinstance(run, str):
                 failures[name] = run
             else:

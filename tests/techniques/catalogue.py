@@ -72,7 +72,7 @@ def _additive() -> list[Technique]:
         return _at_linears("lora", rank=4, **options)
 
     def wider(model: str) -> Pass:
-        target = "layer2.1.conv1" if model == "resnet18" else "mlp.up"
+        target = {"resnet18": "layer2.1.conv1", "mixtral": None, "mamba": None}.get(model, "mlp.up")
         return of("expand", wider=1.5, target=target)
 
     def side(kind: str) -> Callable[[str], Pass]:

@@ -1,9 +1,10 @@
 """`make techniques`: every technique of the catalogue on eight models, each cell the outcome of the conformance kit.
 
-    python -m tests.techniques [--only NAME,…] [--models NAME,…] [--workers 2] [--resume]
+    python -m tests.techniques [--only NAME,…] [--models NAME,…] [--workers 2] [--resume] [--renew]
 
-About an hour on two cores; --resume goes on where an earlier run of the same sources stopped. Writes
-docs/techniques.md and out/techniques.json; exit code 1 where a mandatory cell is not a pass.
+About an hour on two cores; --resume goes on where an earlier run of the same sources stopped, --renew makes what
+--only and --models name again and keeps all other cells, of whatever sources: the page says how many are of which.
+Writes docs/techniques.md and out/techniques.json; exit code 1 where a mandatory cell is not a pass.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import json
 import multiprocessing
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
 
-from surgery.errors import SurgeryError
+from surgery.api import Pass, Program
+from surgery.errors import PassError
 from surgery.testing import check_pass
 from tests.techniques.catalogue import Technique, catalogue
 from tests.techniques.models import MODELS, program
@@ -33,7 +37,8 @@ PAGE, KEPT = Path("docs/techniques.md"), Path("out/techniques.json")
 
 @dataclass(frozen=True)
 class Cell:
-    """outcome: "passed", "failed" or "refused". detail: checks passed and skipped, or the sentence."""
+    """outcome: "passed", "failed" or "refused". detail: checks passed and skipped, or the sentence. sources: hash of
+    what it was made from."""
 
     technique: str
     model: str
@@ -42,6 +47,7 @@ class Cell:
     skipped: dict[str, str]
     detail: str
     seconds: float
+    sources: str = ""
 
     @property
     def text(self) -> str:
@@ -51,7 +57,7 @@ class Cell:
 
 
 def cell(technique: Technique, model: str) -> Cell:
-    """One technique on one model; anything but the pass's own refusal counts as a failure."""
+    """One technique on one model; anything but the pass's own refusal to be applied counts as a failure."""
     started = time.perf_counter()
     passed, skipped = 0, {}
     try:
@@ -60,15 +66,28 @@ def cell(technique: Technique, model: str) -> Cell:
         before = technique.before(model)
         if before:
             base = base.apply(*before)
-        report = check_pass(technique.make(model), base, raises=False)
-        passed, skipped = len(report.passed), report.skipped
-        outcome = "passed" if report.ok else "failed"
-        detail = "; ".join(f"{check}: {why}" for check, why in report.failed.items())
-    except SurgeryError as error:
-        outcome, detail = "refused", str(error)
+        pass_ = technique.make(model)
+        refusal = _refusal(pass_, base)
+        if refusal is not None:
+            outcome, detail = "refused", refusal
+        else:
+            report = check_pass(pass_, base, raises=False)
+            passed, skipped = len(report.passed), report.skipped
+            outcome = "passed" if report.ok else "failed"
+            detail = "; ".join(f"{check}: {why}" for check, why in report.failed.items())
     except Exception as error:
         outcome, detail = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return Cell(technique.name, model, outcome, passed, skipped, detail, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Cell(technique.name, model, outcome, passed, skipped, detail, seconds, sources())
+
+
+def _refusal(pass_: Pass, base: Program) -> str | None:
+    """The pass's own sentence where it cannot be applied."""
+    try:
+        base.apply(pass_, verify=False)
+    except PassError as error:
+        return str(error)
+    return None
 
 
 def _work(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
@@ -118,28 +137,28 @@ def table(techniques: list[Technique], models: list[str], workers: int, known: l
 
 
 def _keep(cells: list[Cell]) -> None:
-    found = {"sources": sources(), "cells": [asdict(c) for c in cells]}
     KEPT.parent.mkdir(exist_ok=True)
-    KEPT.write_text(json.dumps(found, indent=1))
+    KEPT.write_text(json.dumps({"cells": [asdict(c) for c in cells]}, indent=1))
 
 
-def _kept() -> list[Cell]:
-    """The cells of an earlier run, failed ones left out; none where the sources have changed since."""
+def _kept(of_any: bool = False) -> list[Cell]:
+    """The cells of an earlier run; failed ones, and (but for of_any) those of other sources, left out."""
     if not KEPT.exists():
         return []
-    found = json.loads(KEPT.read_text())
-    same = found["sources"] == sources()
-    return [c for c in (Cell(**row) for row in found["cells"]) if same and c.outcome != "failed"]
+    cells = [Cell(**row) for row in json.loads(KEPT.read_text())["cells"]]
+    return [c for c in cells if of_any or (c.sources == sources() and c.outcome != "failed")]
 
 
 def markdown(techniques: list[Technique], models: list[str], cells: list[Cell]) -> str:
     """The page: the table, and under it the sentence of every refusal."""
     found = {(c.technique, c.model): c for c in cells}
+    made = Counter(c.sources for c in cells)
     lines = [
         "# Techniques",
         "",
-        "Written by `make techniques`; no cell is written by hand. A number is how many checks of",
-        "`surgery.testing.check_pass` a technique passed on a model (n/a: not applicable, with the reason in",
+        f"Written by `make techniques` on {date.today()}; no cell is written by hand. Sources (first digits of their",
+        f"hash, number of cells): {', '.join(f'{h[:8]} {n}' for h, n in made.most_common())}. A number is how many",
+        "checks of `surgery.testing.check_pass` a technique passed on a model (n/a: not applicable, with the reason in",
         "`out/techniques.json`); *refused* is the pass's own refusal, listed below. MiniLM and SmolLM2 are the real",
         "checkpoints cut to their first two layers, ResNet-18 is timm's at full size with random weights, the others",
         "tiny and random. A cell in which the technique has to work is marked •.",
@@ -178,18 +197,25 @@ def main() -> int:
     parser.add_argument(
         "--resume", action="store_true", help="keep the cells of an earlier run of the same sources"
     )
+    parser.add_argument(
+        "--renew", action="store_true", help="make the named cells again, and keep all others"
+    )
     asked = parser.parse_args()
     only = [name.strip() for name in asked.only.split(",") if name.strip()]
     models = [name.strip() for name in asked.models.split(",") if name.strip()] or list(MODELS)
     techniques = [t for t in catalogue() if not only or t.name in only or t.name.split()[0] in only]
-    cells = table(techniques, models, asked.workers, _kept() if asked.resume else [])
+    known = _kept(of_any=True) if asked.renew else _kept() if asked.resume else []
+    if asked.renew:
+        known = [c for c in known if c.technique not in {t.name for t in techniques} or c.model not in models]
+        techniques, models = catalogue(), list(MODELS)
+    cells = table(techniques, models, asked.workers, known)
     _keep(cells)
     missing = [
         c for t in techniques for c in cells
         if c.technique == t.name and c.model in t.mandatory and c.outcome != "passed"
     ]  # fmt: skip
     failed = [c for c in cells if c.outcome == "failed" and c not in missing]
-    if not only and not asked.models:
+    if len(cells) == len(catalogue()) * len(MODELS):
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(markdown(techniques, models, cells))
         print(f"wrote {PAGE}")
