@@ -42,6 +42,7 @@ from surgery.passes import (
     Untie,
     Vocab,
 )
+from surgery.peft_format import export_peft, import_peft
 from surgery.program import Program
 
 __version__ = "0.1.0"
@@ -73,6 +74,8 @@ __all__ = [
     "__version__",
     "apply_",
     "capture",
+    "export_peft",
+    "import_peft",
     "load",
     "load_",
     "merge_",

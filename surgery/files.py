@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from surgery.errors import SurgeryError
 
-_OURS = ("surgery.json", "config.json")  # one of these is in every directory that a model is saved in
+# One of these is in every directory that a model or an adapter is saved in.
+_OURS = ("surgery.json", "config.json", "adapter_config.json")
 
 
 @contextmanager

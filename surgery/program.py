@@ -352,7 +352,7 @@ class Program:
         on this base sees the training; `without` and its like, which are the same program, do.
         """
         if self._module is None:
-            self._own()
+            self.own()
             self._module = self._make_module()
             self._module.advance(self.clock.step)
         return self._module
@@ -423,7 +423,7 @@ class Program:
             return nn.Parameter(tensor.detach(), requires_grad=False)
         return tensor
 
-    def _own(self) -> None:
+    def own(self) -> None:
         """Give this program its own copy of every base tensor that training can change."""
         if self.base.in_memory:
             for name in self.parameter_sizes():

@@ -17,6 +17,12 @@ from surgery.program import Program
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--task, --model-kwarg, --trust, --base, --example; the command gets a `loader(ref)` in their place."""
+    base = click.option("--base", metavar="MODEL", help="Where the base of a saved directory lies now.")
+    return base(loading_options(function))
+
+
+def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without --base."""
 
     @click.option("--task", help="The head to load, by transformers' task name (text-classification, …).")
     @click.option(
@@ -30,7 +36,6 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "--example", multiple=True, metavar="DIM=SIZE", help="Size of the example inputs, such as seq=32."
     )
     @click.option("--trust", is_flag=True, help="Read a file that can run code when it is read (.pt2).")
-    @click.option("--base", metavar="MODEL", help="Where the base of a saved directory lies now.")
     @click.pass_obj
     @functools.wraps(function)
     def wrapped(
@@ -41,7 +46,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         model_kwarg: tuple[str, ...],
         example: tuple[str, ...],
         trust: bool,
-        base: str | None,
+        base: str | None = None,
         **kwargs: Any,
     ) -> Any:
         import torch

@@ -206,7 +206,7 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
         state.refuse(pass_of(e, program.base.plugins) for e in live_entries(program.journal))
         state.program = Program(program.base)
         program.base.hindrance = state.hindrance
-        program._own()
+        program.own()
         state.adopt(model, program)
     except SurgeryError:
         with torch.no_grad():  # what the directory stores of another base may have been copied by then
@@ -252,7 +252,7 @@ def _state(
 
 def _sharing(program: Program, before: Program) -> Program:
     """The program with the tensors that the live module holds already, in the place of copies of them."""
-    program._own()
+    program.own()
     tensors = {name: before.tensors.get(name, tensor) for name, tensor in program.tensors.items()}
     changed = {}
     for name, tensor in program.changed.items():

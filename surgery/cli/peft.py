@@ -1,0 +1,79 @@
+"""Commands for PEFT's checkpoints: import-peft, export-peft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from surgery.cli.options import (
+    choose_adapters,
+    loading_options,
+    model_options,
+    overwrite_option,
+    with_adapters,
+)
+from surgery.cli.render import console, count
+from surgery.files import refuse_taken
+from surgery.peft_format import export_peft, import_peft
+from surgery.plugins import Plugins
+from surgery.program import Program
+
+
+@click.command("import-peft")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("--base", "model", required=True, metavar="MODEL", help="The model that the checkpoint is for.")
+@click.option("--as", "label", default="", metavar="NAME", help="A name of your own for the adapter.")
+@overwrite_option
+@loading_options
+def import_(
+    directory: Path,
+    model: str,
+    output: Path,
+    label: str,
+    overwrite: bool,
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """Read a PEFT checkpoint onto the model that it is for, and save it as surgery does."""
+    refuse_taken(output, overwrite)
+    program = import_peft(directory, loader(model), label=label)
+    program.save(output, overwrite=overwrite)
+    out = console()
+    for entry in program.journal:
+        if entry.kind == "rewrite":
+            out.print(f"{entry.id}: {len(entry.sites)} sites")
+    total, trainable = program.count_parameters()
+    out.print(f"{count(trainable)} of {count(total)} parameters train; wrote {output}")
+
+
+@click.command("export-peft")
+@click.argument("directory")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@overwrite_option
+@with_adapters
+@model_options
+def export(
+    directory: str,
+    output: Path,
+    overwrite: bool,
+    only: tuple[str, ...],
+    without: tuple[str, ...],
+    weights: tuple[str, ...],
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """Write what a saved directory carries as a PEFT checkpoint: LoRA, IA3, prefix or prompt."""
+    refuse_taken(output, overwrite)
+    program = choose_adapters(loader(directory), only, without, weights)
+    config = export_peft(program, output, overwrite=overwrite)
+    modules = len(config.get("target_modules") or ())
+    saved = f", and {', '.join(config['modules_to_save'])} whole" if config["modules_to_save"] else ""
+    console().print(
+        f"{config['peft_type']}{f' at {modules} modules' if modules else ''}{saved}; wrote {output}"
+    )
+
+
+COMMANDS = [import_, export]

@@ -1,0 +1,268 @@
+"""A PEFT checkpoint as passes on our program of its base."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import LoadError, PassError, SurgeryError, nearest
+from surgery.pass_base import Pass
+from surgery.passes.full import Full
+from surgery.passes.lora import Lora
+from surgery.passes.prefix import Prefix
+from surgery.passes.prompt import Prompt
+from surgery.peft_format import tables
+from surgery.peft_format.files import PROMPT, by_pattern, read
+from surgery.program import Program
+
+_LORA = re.compile(r"(?P<path>.+)\.lora_(?P<what>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
+_OURS = {"A": "A", "B": "B", "embedding_A": "A", "embedding_B": "B", "magnitude_vector": "m"}
+_UNREAD: dict[str, tuple[Any, ...]] = {  # option of PEFT's LoRA -> what is fine
+    "layer_replication": (None,), "megatron_config": (None,), "alora_invocation_tokens": (None,),
+    "lora_bias": (None, False), "target_parameters": (None, [], {}), "use_qalora": (None, False),
+    "arrow_config": (None,), "use_bdlora": (None, False),
+}  # fmt: skip
+_PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+    "loftq",
+    None,
+)  # of the factors alone, or of a new base
+
+
+def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
+    """The base with what a PEFT checkpoint holds: LoRA (rsLoRA, DoRA, PiSSA, rank and alpha patterns,
+    modules_to_save), IA³, prefix tuning, prompt tuning.
+
+    base: the program of the model that the checkpoint was made for, of the same class. label: a name for the passes.
+    Where ranks or alphas differ, one pass is applied for each of them, label_1, label_2, …
+    Raises LoadError where the checkpoint cannot be read, is of another base, lacks tensors, or is of a method or has
+    an option that has no counterpart here.
+    """
+    config, tensors = read(Path(path))
+    kind = str(config["peft_type"])
+    readers = {"LORA": _lora, "IA3": _ia3, "PREFIX_TUNING": _prefix, "PROMPT_TUNING": _prompt}
+    if kind not in readers:
+        raise LoadError(f"{path}: PEFT's {kind} has no counterpart here; these have: {', '.join(readers)}")
+    try:
+        return readers[kind](_Checkpoint(str(path), config, tensors, label), base)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LoadError(
+            f"{path}: its configuration cannot be read ({type(error).__name__}: {error})"
+        ) from error
+
+
+class _Checkpoint:
+    def __init__(self, path: str, config: Mapping[str, Any], tensors: dict[str, Tensor], label: str) -> None:
+        self.path, self.config, self.tensors, self.label = path, config, tensors, label
+
+    def named(self, number: int, count: int) -> str:
+        return self.label if count == 1 else f"{self.label or 'peft'}_{number}"
+
+
+# -- LoRA
+
+
+def _lora(given: _Checkpoint, base: Program) -> Program:
+    config = given.config
+    for option, fine in _UNREAD.items():
+        if config.get(option) not in fine:
+            raise LoadError(f"{given.path}: its option {option} = {config[option]!r} has no counterpart here")
+    start = config.get("init_lora_weights", True)
+    pissa = isinstance(start, str) and start.startswith("pissa")
+    if not pissa and start not in _PLAIN_STARTS:
+        raise LoadError(
+            f"{given.path}: with init_lora_weights = {start!r} PEFT changes the base; convert it with PEFT's "
+            f"path_initial_model_for_weight_conversion"
+        )
+    factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    rest: dict[str, Tensor] = {}
+    for name, tensor in given.tensors.items():
+        match = _LORA.fullmatch(name)
+        bare = name.replace(".base_layer.", ".")
+        if bare != name and bare in base.base.tensors and torch.equal(base.base.tensors[bare], tensor):
+            continue  # PEFT keeps an adapted embedding's own weight beside its factors
+        if match:
+            factors[match["path"]][_OURS[match["what"]]] = tensor
+        else:
+            rest[bare] = tensor
+    _check_paths(given, base, factors)
+    dora = bool(config.get("use_dora"))
+    needed = {"A", "B", "m"} if dora else {"A", "B"}
+    groups: dict[tuple[int, float], list[str]] = defaultdict(list)
+    for path, own in factors.items():
+        if set(own) != needed:
+            raise LoadError(f"{given.path}: at {path} it has {sorted(own)}, and needs {sorted(needed)}")
+        alpha = by_pattern(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+        groups[int(own["A"].shape[0]), float(alpha)].append(path)
+    passes: list[Pass] = [
+        Lora(
+            target=",".join(f"path:{path}" for path in paths),
+            rank=rank,
+            alpha=alpha,
+            rslora=bool(config.get("use_rslora")),
+            dora=dora,
+            dropout=float(config.get("lora_dropout") or 0.0),
+            **({"init": "pissa"} if pissa else {}),
+            **{"as": given.named(number, len(groups))},
+        )
+        for number, ((rank, alpha), paths) in enumerate(groups.items(), 1)
+    ]
+    program = _apply(given, base, [*passes, *_saved_modules(given, base, rest)])
+    for entry in program.journal:
+        for record in entry.sites if entry.pass_name == "lora" else ():
+            for name, value in factors[record.path].items():
+                _put(given, program.tensors[record.tensors[name]], value, f"{record.path} {name}")
+    _put_saved(given, program, rest)
+    return program
+
+
+def _check_paths(given: _Checkpoint, base: Program, factors: Mapping[str, Any]) -> None:
+    if not factors:
+        raise LoadError(f"{given.path} holds no tensors of {given.config['peft_type']}")
+    known = {site.path for site in base.sites}
+    missing = [path for path in factors if path not in known]
+    if missing:
+        raise LoadError(
+            f"{given.path} is for another base: this one has no {missing[0]}{nearest(missing[0], sorted(known))}, nor "
+            f"{len(missing) - 1} others of its {len(factors)}; load the base with the class (--task) and the model "
+            f"({given.config.get('base_model_name_or_path') or 'unknown'}) that it was made for"
+        )
+
+
+def _saved_modules(given: _Checkpoint, base: Program, rest: Mapping[str, Tensor]) -> list[Pass]:
+    """What PEFT stored whole (modules_to_save, biases), as a selection: it trains."""
+    if not rest:
+        return []
+    unknown = [name for name in rest if name not in base.base.tensors]
+    if unknown:
+        raise LoadError(f"{given.path} holds {unknown[0]}, which this base has not; is it for another?")
+    for name, value in rest.items():
+        own = base.base.tensors[name]
+        if own.shape != value.shape:
+            raise LoadError(
+                f"{given.path} holds {name} {tuple(value.shape)}, and the base has {tuple(own.shape)}; give the base "
+                f"what it was made for (--model-kwarg num_labels=…; new tokens with the pass vocab)"
+            )
+    names = [n for n in rest if isinstance(base.base.tensors[n], nn.Parameter)]
+    return [Full(target=",".join(f"path:{name}" for name in names))] if names else []
+
+
+def _put_saved(given: _Checkpoint, program: Program, rest: Mapping[str, Tensor]) -> None:
+    program.own()
+    for name, value in rest.items():
+        first = program.base.names.get(name, (name,))[0]
+        _put(given, program.changed[first], value, name)
+
+
+# -- IA³
+
+
+def _ia3(given: _Checkpoint, base: Program) -> Program:
+    scales = {n.removesuffix(".ia3_l"): t for n, t in given.tensors.items() if n.endswith(".ia3_l")}
+    rest = {n: t for n, t in given.tensors.items() if not n.endswith(".ia3_l")}
+    _check_paths(given, base, scales)
+    cls = base.base.plugins.find_pass("ia3", "torch-surgery-ia3").cls
+    sides = {"input": [p for p, t in scales.items() if t.shape[0] == 1 and t.shape[-1] != 1], "output": []}
+    sides["output"] = [p for p in scales if p not in sides["input"]]
+    wanted = {side: paths for side, paths in sides.items() if paths}
+    passes: list[Pass] = [
+        cls.parse(
+            {
+                "target": ",".join(f"path:{p}" for p in paths),
+                "scale": side,
+                "as": side if not given.label else f"{given.label}_{side}",
+            }
+        )
+        for side, paths in wanted.items()
+    ]
+    program = _apply(given, base, [*passes, *_saved_modules(given, base, rest)])
+    for entry in program.journal:
+        for record in entry.sites if entry.pass_name == "ia3" else ():
+            (name,) = record.tensors.values()
+            _put(given, program.tensors[name], scales[record.path], record.path)
+    _put_saved(given, program, rest)
+    return program
+
+
+# -- prefix and prompt
+
+
+def _prefix(given: _Checkpoint, base: Program) -> Program:
+    tokens = int(given.config["num_virtual_tokens"])
+    twice = given.config.get("task_type") == "SEQ_2_SEQ_LM"
+    prefix = Prefix(
+        tokens=tokens,
+        positions="shift",
+        over="self",
+        target="decoder" if twice else None,
+        **{"as": given.label},
+    )
+    rest = {n: t for n, t in given.tensors.items() if n != PROMPT}
+    program = _apply(given, base, [prefix, *_saved_modules(given, base, rest)])
+    records = next(e for e in program.journal if e.pass_name == "prefix").sites
+    shapes = [tuple(r.decided["attentions"][0]["k"]) for r in records]
+    table = _table(given, (tokens, sum(2 * h * w for h, w in shapes)))
+    for record, own in zip(records, tables.prefixes(table, shapes, twice), strict=True):
+        for name, value in own.items():
+            _put(given, program.tensors[record.tensors[name]], value, record.path)
+    _put_saved(given, program, rest)
+    return program
+
+
+def _prompt(given: _Checkpoint, base: Program) -> Program:
+    tokens = int(given.config["num_virtual_tokens"])
+    rest = {n: t for n, t in given.tensors.items() if n != PROMPT}
+    program = _apply(
+        given, base, [Prompt(tokens=tokens, **{"as": given.label}), *_saved_modules(given, base, rest)]
+    )
+    (record,) = next(e for e in program.journal if e.pass_name == "prompt").sites
+    (name,) = record.tensors.values()
+    # For an encoder-decoder PEFT keeps rows for the decoder too, which its model never reads.
+    _put(given, program.tensors[name], _table(given, None)[:tokens], record.path)
+    _put_saved(given, program, rest)
+    return program
+
+
+def _table(given: _Checkpoint, shape: tuple[int, int] | None) -> Tensor:
+    if PROMPT not in given.tensors:
+        raise LoadError(f"{given.path} lacks the tensor {PROMPT}")
+    table = given.tensors[PROMPT]
+    if shape is not None and tuple(table.shape) != shape:
+        raise LoadError(
+            f"{given.path} is for another base: {PROMPT} is {tuple(table.shape)}, and this one needs {shape}"
+        )
+    return table
+
+
+# -- both
+
+
+def _apply(given: _Checkpoint, base: Program, passes: list[Pass]) -> Program:
+    # What PEFT adds trains, and nothing of the base but what it stored whole.
+    try:
+        return base.apply(*passes, freeze_base=True)
+    except PassError as error:
+        raise LoadError(f"{given.path} does not fit this base: {error}") from error
+    except SurgeryError as error:
+        raise LoadError(f"{given.path}: {error}") from error
+
+
+def _put(given: _Checkpoint, own: Tensor, value: Tensor, where: str) -> None:
+    if own.numel() != value.numel() or sorted(s for s in own.shape if s > 1) != sorted(
+        s for s in value.shape if s > 1
+    ):
+        raise LoadError(
+            f"{given.path} is for another base: at {where} it has {tuple(value.shape)}, and {tuple(own.shape)} fits"
+        )
+    with torch.no_grad():
+        own.copy_(value.reshape(own.shape))
