@@ -162,3 +162,51 @@ def test_channels_are_told_from_a_square_image():
     base = surgery.capture(net, torch.randn(2, 3, 8, 8))
     adapted = base.apply(surgery.Adapter(size=4))
     assert [r.decided["axis"] for r in adapted.journal.find("adapter")[0].sites] == [1, 1]
+
+
+def test_names_mean_nothing():
+    """Attention and feed-forward are told by what they compute, whatever modules are called."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m0, self.m1 = nn.LayerNorm(8), nn.Linear(8, 24)
+            self.m2, self.m3 = nn.Linear(8, 8), nn.LayerNorm(8)
+            self.m4, self.m5 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.m1(self.m0(x)).chunk(3, -1))
+            x = x + self.m2(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            return x + self.m5(F.gelu(self.m4(self.m3(x))))
+
+    base = surgery.capture(nn.Sequential(Layer(), Layer()), torch.randn(2, 5, 8))
+    places = {
+        placement: [
+            r.path for r in base.apply(Adapter(size=4, placement=placement)).journal.entries[-1].sites
+        ]
+        for placement in SITES
+    }
+    assert places == {
+        "houlsby": ["0.m2", "0.m5", "1.m2", "1.m5"],
+        "pfeiffer": ["0.m5", "1.m5"],
+        "parallel": ["0.m5", "1.m5"],
+    }
+
+
+def test_starts_near_the_identity():
+    """Normal with deviation 0.01, as in Houlsby et al.; what goes up is zero."""
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return x + self.last(torch.relu(self.first(x)))
+
+    base = surgery.capture(nn.Sequential(Block(), Block()), torch.randn(2, 3, 64))
+    program = base.apply(Adapter(size=64))
+    down = [t.detach() for name, t in program.tensors.items() if name.endswith(".down")]
+    assert down
+    assert all(0.9e-2 < float(t.std()) < 1.1e-2 for t in down)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
 import surgery
+from surgery.api import RewritePass, hookimpl, make_plugin_manager
 from surgery.errors import JournalError, PassError
 from surgery.testing import CHECKS, check_pass
 from tests.techniques.catalogue import of
@@ -194,3 +197,67 @@ def test_a_selection_says_what_it_stops():
         f"{stopped} of the {len(both.journal.find('bitfit')[0].trains)} parameters that 'bitfit'"
     )
     assert not program("vit").apply(of("layerwise", top=1), of("bitfit")).reports[-1].plan.notes
+
+
+class Needing(RewritePass):
+    """Adds nothing, on top of LoRA."""
+
+    name: ClassVar[str] = "needing"
+    requires: ClassVar[tuple[str, ...]] = ("lora",)
+
+    def rewrite(self, site, g):
+        return g.call(torch.ops.aten.clone.default, g.out)
+
+
+class Hating(Needing):
+    """Adds nothing, and not beside LoRA."""
+
+    name: ClassVar[str] = "hating"
+    requires: ClassVar[tuple[str, ...]] = ()
+    conflicts: ClassVar[dict[str, str]] = {"lora": "both would have the last word"}
+
+
+class Former(Needing):
+    """Adds nothing, before Latter."""
+
+    name: ClassVar[str] = "former"
+    requires: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ("latter",)
+
+
+class Latter(Former):
+    """Adds nothing, before Former."""
+
+    name: ClassVar[str] = "latter"
+    before: ClassVar[tuple[str, ...]] = ("former",)
+
+
+class Relations:
+    @hookimpl
+    def surgery_passes(self):
+        return [Needing, Hating, Former, Latter]
+
+
+def test_what_passes_say_of_each_other():
+    manager = make_plugin_manager(plugins=(Relations(),))
+    base = surgery.capture(torch.nn.Linear(6, 4), (torch.randn(3, 6),), plugins=manager)
+    lora = surgery.Lora(target="all", rank=2)
+    with pytest.raises(PassError, match="needing needs lora in the program; put it in the same pipeline"):
+        base.apply(Needing(target="all"))
+    ordered = base.apply(Needing(target="all"), lora)
+    assert [e.id for e in ordered.journal] == ["freeze", "lora", "needing"]
+    assert [e.id for e in base.apply(lora).apply(Needing(target="all")).journal] == [
+        "freeze",
+        "lora",
+        "needing",
+    ]
+    for apply in (
+        lambda: base.apply(Hating(target="all"), lora),
+        lambda: base.apply(lora).apply(Hating(target="all")),
+    ):
+        with pytest.raises(PassError, match="cannot stand in one program: both would have the last word"):
+            apply()
+    with pytest.raises(
+        PassError, match="former and latter each have to come before the other; apply one of them"
+    ):
+        base.apply(Former(target="all"), Latter(target="all"))

@@ -80,3 +80,16 @@ def test_refusals(net):
         surgery.Expand(deeper=1, wider="2")
     with pytest.raises(PassError, match=r"'lora'.*apply expand first"):
         net.apply(surgery.Lora(target="blocks.1.up", rank=2)).apply(surgery.Expand(after="1"))
+
+
+def test_before_a_norm_the_copy_ends_in_zeros(net):
+    deeper = net.apply(surgery.Expand(after="1"))
+    decided = deeper.journal.entries[-1].sites[0].decided
+    assert decided["gate"] is None
+    assert sorted(decided["zero"]) == ["blocks.1.down.bias", "blocks.1.down.weight"]
+    for name, tensor in deeper.tensors.items():
+        original = name.replace(".expand.", ".").replace(".expand_1.", ".")
+        if "down" in name:
+            assert not tensor.any()
+        else:
+            assert torch.equal(tensor, net.base.tensors[original]), name

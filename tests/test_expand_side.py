@@ -10,6 +10,7 @@ import surgery
 from surgery.errors import PassError
 from tests.models import convnet
 from tests.techniques.models import program
+from tests.training import falling_loss
 
 
 @pytest.mark.parametrize(("name", "causal"), [("vit", False), ("mixtral", True)])
@@ -33,3 +34,43 @@ def test_refusals():
     linear = surgery.capture(nn.Linear(4, 4), (torch.randn(3, 4),))
     with pytest.raises(PassError, match="use --side dense"):
         linear.apply(surgery.Expand(side="conv", target="all"))
+
+
+class Blocks(nn.Module):
+    """Positions in a row, each by itself: (batch, sequence, 6)."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.out(x + self.down(torch.relu(self.up(x))))
+
+
+def test_a_causal_branch_sees_the_past_and_no_more():
+    torch.manual_seed(0)
+    base = surgery.capture(Blocks(), (torch.randn(2, 7, 6),))
+    x = torch.randn(2, 7, 6)
+    later, earlier = x.clone(), x.clone()
+    later[:, 4] += 1
+    earlier[:, 2] += 1
+    for causal in ("yes", "no"):
+        program = base.apply(surgery.Expand(side="conv", size=4, target="up", causal=causal))
+        with torch.no_grad():
+            for tensor in program.tensors.values():
+                tensor.normal_()
+        moved = (program.run(later) - program.run(x)).abs().amax((0, 2))
+        assert (moved[:3] == 0).all()
+        assert (moved[3] == 0) == (causal == "yes")  # a kernel of 3 reaches one position ahead where it may
+        moved = (program.run(earlier) - program.run(x)).abs().amax((0, 2))
+        assert moved[3] > 0
+        assert (moved[4] > 0) == (causal == "yes")
+
+
+@pytest.mark.parametrize("side", ["dense", "conv"])
+def test_it_learns(side):
+    torch.manual_seed(0)
+    base = surgery.capture(Blocks(), (torch.randn(2, 7, 6),))
+    program = base.apply(surgery.Expand(side=side, size=8, target="up,down"))
+    losses = falling_loss(program, (torch.randn(2, 7, 6),), 4)
+    assert losses[-1] < 0.8 * losses[0]

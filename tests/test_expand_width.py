@@ -8,6 +8,7 @@ from torch import nn
 
 import surgery
 from surgery.errors import PassError
+from tests.training import falling_loss
 
 
 def mlp(between: nn.Module | None = None) -> surgery.Program:
@@ -42,3 +43,22 @@ def test_refusals():
         surgery.Expand(wider="0.5")
     with pytest.raises(PassError, match=r"'lora'.*apply expand first"):
         mlp().apply(surgery.Lora(target="0", rank=2)).apply(surgery.Expand(wider="1.5", target="0"))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_copies_of_a_unit_part_by_noise_alone(noise):
+    wide = mlp().apply(surgery.Expand(wider="+8", target="0", noise=noise))
+    sources = wide.journal.entries[-1].sites[0].decided["sources"]
+    outgoing = wide.tensors["2.expand.weight"].detach()
+    alike = [
+        torch.equal(outgoing[:, 8 + number], outgoing[:, source]) for number, source in enumerate(sources)
+    ]
+    assert all(alike) if noise == 0 else not any(alike)
+
+
+def test_it_learns():
+    base = mlp()
+    wide = base.apply(surgery.Expand(wider="1.5", target="0"))
+    losses = falling_loss(wide, (torch.randn(64, 6),), 5)
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(base.run(), wide.undo("expand").run())

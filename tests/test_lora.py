@@ -198,3 +198,14 @@ def test_a_layer_that_no_output_depends_on_is_refused():
     assert (refused.site.path, refused.refusal) == ("unused", "no output of the model depends on it")
     with pytest.raises(surgery.errors.PassError, match="lora at unused: refused, no output"):
         program.apply(surgery.Lora(target="unused"))
+
+
+def test_starts():
+    """A Kaiming-uniform with a = √5 (deviation 1/√(3·in)), or normal with deviation 1/rank; B zero."""
+    torch.manual_seed(0)
+    base = surgery.capture(torch.nn.Linear(256, 8), torch.randn(2, 256))
+    for init, deviation in (("kaiming", (3 * 256) ** -0.5), ("gaussian", 1 / 16)):
+        program = base.apply(surgery.Lora(target="all", rank=16, init=init))
+        a, b = (program.tensors[f"lora.{name}"].detach() for name in "AB")
+        assert abs(float(a.std()) / deviation - 1) < 0.05
+        assert not b.any()

@@ -326,7 +326,8 @@ def test_a_merge_computes_the_prefix_once(randomise, tmp_path):
 def test_lora_is_folded_beside_it(randomise):
     torch.manual_seed(0)
     base = surgery.capture(Attention("bool"), (torch.randn(3, 5, WIDTH),))
-    for order in ((surgery.Prefix(projection=True), surgery.Lora(target="attn.k", rank=2)),) * 2:
+    passes = surgery.Prefix(projection=True), surgery.Lora(target="attn.k", rank=2)
+    for order in (passes, passes[::-1]):
         program = randomise(base.apply(*order), 0.3)
         merged = program.merge()
         entry = merged.journal.entries[-1]

@@ -91,6 +91,15 @@ PASSES = st.lists(
             ("untie", {"target": "head"}),
             ("vocab", {"tokens": 2}),
             ("expand", {"deeper": 1}),
+            ("expand", {"wider": "1.5"}),
+            ("expand", {"side": "dense", "size": 3, "target": "all-linear"}),
+            ("expand", {"side": "conv", "size": 3, "target": "mlp.*"}),
+            ("head", {"labels": 4}),
+            ("head", {"mode": "add", "labels": 2, "head_name": "other"}),
+            ("full", {}),
+            ("embedding", {}),
+            ("classifier", {}),
+            ("gradual-unfreeze", {"every": 2}),
             ("freeze", {"target": "embed.*"}),
             ("filter", {"fraction": 0.5}),
             ("layerwise", {"top": 1}),
@@ -112,6 +121,12 @@ def trained(program: surgery.Program, entry: str, seed: int) -> None:
                 tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
 
 
+def outputs(program: surgery.Program, *args: Tensor) -> Tensor:
+    """What the net returns; with a head added, that is one of two outputs."""
+    found = program.run(*args)
+    return found["output"] if isinstance(found, dict) else found
+
+
 @settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )  # the same graphs in every run: a failure here is reported by the next person, not once a month
@@ -120,30 +135,32 @@ def test_any_sequence_of_passes(net, passes, seed):
     ids = torch.randint(0, 13, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     program = surgery.capture(net, (ids,), {"ids": {0: "batch", 1: "seq"}})
-    base, names = program.run(), set(program.state())
+    base, names = outputs(program), set(program.state())
     history = []
     for number, (name, options) in enumerate(passes):
-        before, journal = program.run(), program.journal
+        before, journal = outputs(program), program.journal
         try:
             following = program.apply(of(name, **options, **{"as": f"n{number}"}))
         except (PassError, TargetError):
             assert program.journal is journal
-            assert torch.equal(program.run(), before)
+            assert torch.equal(outputs(program), before)
             continue
         added = [e for e in following.journal if e not in journal.entries and not e.auto]
         following.graph.lint()
-        assert following.run().shape[:2] == before.shape[:2]
-        assert (following.run().shape[2] == before.shape[2]) == (name != "vocab")
+        after = outputs(following)
+        assert after.shape[:2] == before.shape[:2]
+        resized = name == "vocab" or (name == "head" and options.get("mode") != "add")
+        assert (after.shape[2] == before.shape[2]) != resized
         assert names <= set(following.state())
         assert set(following.tensors) == {n for e in following.journal for n in e.tensor_names}
         trained(following, added[-1].id, seed)
-        history.append((added[-1].id, program.run()))
+        history.append((added[-1].id, outputs(program)))
         program = following
     larger = torch.randint(0, 13, (3, LENGTH + 2), generator=torch.Generator().manual_seed(seed))
-    assert program.run(larger).shape[:2] == (3, LENGTH + 2)
+    assert outputs(program, larger).shape[:2] == (3, LENGTH + 2)
     _merges(program)
     _undoes(program, history)
-    assert torch.equal(program.undo_all().run(), base)
+    assert torch.equal(outputs(program.undo_all()), base)
     assert set(program.undo_all().state()) == names
 
 
@@ -152,7 +169,7 @@ def _merges(program: surgery.Program) -> None:
         merged = program.merge(verify=False)
     except PassError:
         return
-    a, b = program.run(), merged.run()
+    a, b = outputs(program), outputs(merged)
     assert float((a - b).abs().max()) <= MERGED * max(1.0, float(a.abs().max()))
     assert torch.equal(merged.undo(merged.journal.entries[-1].id).run(), a)
 
@@ -161,7 +178,7 @@ def _undoes(program: surgery.Program, history: list[tuple[str, Tensor]]) -> None
     """Backwards, each step gives the bits that were there before the pass."""
     for entry, before in reversed(history):
         program = program.undo(entry)
-        assert torch.equal(program.run(), before), entry
+        assert torch.equal(outputs(program), before), entry
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -169,7 +186,7 @@ def _undoes(program: surgery.Program, history: list[tuple[str, Tensor]]) -> None
 def test_undo_in_any_order(net, passes, random):
     """Whatever is undone first, the end is the base; what others stand on is refused by name."""
     program = surgery.capture(net, (torch.zeros(2, LENGTH, dtype=torch.int64),), {"ids": {0: "batch"}})
-    base = program.run()
+    base = outputs(program)
     for number, (name, options) in enumerate(passes):
         try:
             program = program.apply(of(name, **options, **{"as": f"n{number}"}), verify=False)
@@ -187,4 +204,4 @@ def test_undo_in_any_order(net, passes, random):
         assert len(refused) < len(left)
         assert all("undo" in why for _, why in refused), refused
         left = [entry for entry, _ in refused]
-    assert torch.equal(program.run(), base)
+    assert torch.equal(outputs(program), base)

@@ -43,6 +43,38 @@ def test_a_schedule(minilm):
     assert set(first) < set(later)
 
 
+def test_in_place(tmp_path):
+    """The block under "In place", on a small llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    (source,) = (block for block in BLOCKS if "surgery.apply_" in block)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 99, (2, 5))
+    before, seen = model(ids).logits, []
+    steps = source.replace('"adapted"', repr(str(tmp_path / "adapted")))
+    steps = re.sub(r"^( *)\.\.\..*$", r"\1SEEN.append(model(IDS).logits)", steps, flags=re.M)
+    steps = steps.replace("SEEN.append", "RANDOMISE(program); SEEN.append", 1)
+
+    def randomise(program):
+        with torch.no_grad():
+            for tensor in program.tensors.values():
+                tensor.normal_()
+
+    place = {"surgery": surgery, "model": model, "IDS": ids, "SEEN": seen, "RANDOMISE": randomise}
+    exec(compile(steps, "README.md", "exec"), place)
+    both, film, mixed = seen
+    assert torch.equal(both, film)
+    assert not torch.allclose(film, before, atol=1e-3)
+    torch.testing.assert_close(mixed[0], film[0])
+    torch.testing.assert_close(mixed[1], before[1])
+    assert torch.equal(model(ids).logits, before)
+    assert (tmp_path / "adapted" / "surgery.json").is_file()
+
+
 def test_from_python(tmp_path, minilm):
     """The block under "From Python", on MiniLM in the place of the path."""
     (source,) = (block for block in BLOCKS if "import surgery\n\nprogram = surgery.load" in block)

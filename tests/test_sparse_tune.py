@@ -9,6 +9,7 @@ from torch import nn
 import surgery
 from surgery.api import Probe
 from surgery.errors import PassError
+from surgery.probe import fisher_of
 from surgery.testing import check_pass
 from tests import models
 
@@ -76,6 +77,23 @@ def test_the_support_is_what_by_says():
     (planned,) = base.plan(surgery.SparseTune(target="project", density=0.25)).passes[-1].accepted
     assert planned.site.decided == {"count": 48}
     assert planned.parameters == 48
+
+
+def test_the_gradients_importance_is_fishers():
+    """Of p(y|x) over the model's own answers, exactly, since all of them can be counted: a linear softmax."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(4, 3, bias=False), 2 * torch.randn(5, 4)
+    probe = Probe(surgery.capture(layer, x), [((row[None],), {}) for row in x])
+    expected = torch.zeros(3, 4)
+    for row in x:
+        p = layer(row).softmax(-1).detach()
+        for y in range(3):  # ∂ log p(y|x) / ∂W = (1_y − p) xᵀ
+            gradient = (torch.eye(3)[y] - p)[:, None] * row
+            expected += p[y] * gradient**2 / len(x)
+    found = fisher_of(probe.program, probe.data, samples=4000, seed=0)["weight"]
+    # 4000 draws for each row: a standard error of 2% or so of each entry.
+    assert float((found - expected).abs().max()) <= 0.1 * float(expected.max())
+    assert float((found / expected - 1).abs().mean()) <= 0.05
 
 
 def test_parts_choose_among_their_own_rows():
