@@ -53,7 +53,7 @@ def _write(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
         raise ExportError(
             f"--format hf needs a transformers model, and the base is {base.ref or type(module).__name__}"
         )
-    config = copy.deepcopy(module.config)
+    config = copy.deepcopy(base.loaded.config or module.config)
     if hasattr(config, "quantization_config"):  # the weights are plain tensors by now
         del config.quantization_config
     tied = {name: group for name, group in base.names.items() if len(group) > 1}

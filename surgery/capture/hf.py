@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -115,6 +116,7 @@ def from_model(
     unsourced: None means all of its weights. The model is taken over, not copied.
     Raises LoadError where no example inputs are known for it.
     """
+    config = copy.deepcopy(model.config)
     make_traceable(model)
     built = hf_inputs(model, example)
     facts: dict[str, Any] = {
@@ -134,6 +136,7 @@ def from_model(
         train_ready=_train_ready,
         patches=partial(_patches, model),
         may_fix=_LENGTHS,
+        config=config,
     )
 
 

@@ -45,6 +45,7 @@ class LoadedModel:
     patches: gives the context in which the module is exported (library fixes that make it traceable).
     may_fix: dynamic dimensions that may stay at the example's size where the model's code fixes them (a scan
         that is unrolled over the sequence); the capture says so in its notes. Any other is an error then.
+    config: of a transformers model, its configuration as it was before it was set up to be captured.
     """
 
     module: nn.Module
@@ -57,6 +58,7 @@ class LoadedModel:
     train_ready: Callable[[nn.Module], None] | None = None
     patches: Callable[[], AbstractContextManager[Any]] = nullcontext
     may_fix: frozenset[str] = frozenset()
+    config: Any = None
 
 
 @dataclass(frozen=True)

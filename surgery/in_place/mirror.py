@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ def loaded_of(model: nn.Module, inputs: Any, dynamic: Any, example: Mapping[str,
     if inputs is not None:
         if hasattr(copied, "config"):
             _prepare(copied)
-        return from_module(copied, inputs, dynamic, copy_module=False)
+        loaded = from_module(copied, inputs, dynamic, copy_module=False)
+        return replace(loaded, config=copy.deepcopy(getattr(model, "config", None)))
     if not hasattr(model, "config"):
         raise CaptureError(
             f"{type(model).__name__} is no transformers model, whose inputs would be known; give inputs="

@@ -1,0 +1,61 @@
+"""transformers' own Trainer on a live model that carries surgery."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import surgery
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return TrainingArguments(
+        output_dir=str(tmp_path / "runs"), max_steps=12, per_device_train_batch_size=4, learning_rate=2e-2,
+        report_to=[], logging_steps=1, save_steps=6, use_cpu=True, seed=0, disable_tqdm=True,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, dataloader_pin_memory=False,
+    )  # fmt: skip
+
+
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 20, (16, 9), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def test_trained_checkpointed_and_loaded(llama, ids, arguments, tmp_path):
+    llama.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    program = surgery.apply_(model, surgery.Lora(target="attn.*", rank=4))
+    kept = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows())
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters() if n in kept)
+    model.eval()
+    trained = model(ids).logits
+    mask = torch.ones_like(ids)
+    assert torch.equal(program.run(input_ids=ids, attention_mask=mask)["logits"], trained)
+
+    # A checkpoint of the Trainer's goes on where it stopped: into a fresh model with the same surgery.
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    surgery.apply_(again, surgery.Lora(target="attn.*", rank=4))
+    resumed = Trainer(model=again, args=arguments, train_dataset=rows())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "runs" / "checkpoint-6"))
+    again.eval()
+    assert torch.equal(again(ids).logits, trained)
+
+    surgery.save_(model, tmp_path / "adapted")
+    graph = surgery.load(str(tmp_path / "adapted"))
+    assert torch.equal(graph.run(input_ids=ids, attention_mask=mask)["logits"], trained)
+    given = {"max_new_tokens": 8, "do_sample": False}
+    tokens = model.generate(ids, **given)
+    from surgery.hf_format import write_hf
+
+    write_hf(graph.merge(), tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert plain.config.use_cache
+    assert torch.equal(plain.generate(ids, **given), tokens)
