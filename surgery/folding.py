@@ -22,8 +22,38 @@ if TYPE_CHECKING:
 def foldable(base: Base, journal: Journal, sites: SiteIndex) -> tuple[list[str], dict[str, str]]:
     """Ids of the adapters that can be folded, and the reason for each that cannot. sites: the program's.
 
-    Folding stops at the first adapter of a site that cannot be folded: those wrapped round it stay too.
+    Folding stops at the first adapter of a site that cannot be folded: those wrapped round it stay too. And nothing is
+    folded into a weight with which an adapter that stays computes.
     """
+    forced: dict[str, str] = {}
+    while True:
+        folded, kept = _foldable(base, journal, sites, forced)
+        more = _under_readers(base, journal, folded, kept)
+        if not more:
+            return folded, kept
+        forced |= more
+
+
+def _under_readers(
+    base: Base, journal: Journal, folded: list[str], kept: Mapping[str, str]
+) -> dict[str, str]:
+    """What would be folded into a weight that an adapter which stays reads, and why it must not."""
+    found: dict[str, str] = {}
+    entries = {entry.id: entry for entry in journal}
+    for name in kept:
+        pass_ = pass_of(entries[name], base.plugins)
+        if isinstance(pass_, RewritePass) and pass_.reads_weight:
+            owners = {record.key.owner for record in entries[name].sites}
+            for other in folded:
+                if any(record.key.owner in owners for record in entries[other].sites):
+                    found[other] = f"{name} computes with the weight as it is, and is not folded"
+    return found
+
+
+def _foldable(
+    base: Base, journal: Journal, sites: SiteIndex, forced: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """forced: what has to stay, and why."""
     folded: list[str] = []
     kept: dict[str, str] = {}
     blocked: set[str] = set()
@@ -34,7 +64,9 @@ def foldable(base: Base, journal: Journal, sites: SiteIndex) -> tuple[list[str],
         owners = {record.key.owner for record in entry.sites}
         gone = next((owner for owner in sorted(owners) if owner in replaced), None)
         why = None
-        if not isinstance(pass_, RewritePass) or not pass_.mergeable:
+        if entry.id in forced:
+            why = forced[entry.id]
+        elif not isinstance(pass_, RewritePass) or not pass_.mergeable:
             own = _kept(base.sites, entry, pass_) or _kept(sites, entry, pass_)
             why = own or f"{entry.pass_name} has no merged form; export to ONNX, or save the program"
         elif gone is not None:

@@ -227,6 +227,11 @@ class RewritePass(Pass):
         return self.structural
 
     @property
+    def reads_weight(self) -> bool:
+        """Whether what these options insert computes with the weight of its op (its norms, say)."""
+        return False
+
+    @property
     def leads(self) -> bool:
         """Whether it makes anew what adapters would stand on (copies of blocks, another head): these come after it."""
         return False

@@ -261,3 +261,24 @@ def test_what_passes_say_of_each_other():
         PassError, match="former and latter each have to come before the other; apply one of them"
     ):
         base.apply(Former(target="all"), Latter(target="all"))
+
+
+@pytest.mark.parametrize("under", ["lora", "ia3"])
+def test_nothing_is_folded_under_what_computes_with_the_weight(under, randomise):
+    """DoRA stays, since a side branch stands below it; were LoRA folded, it would take the norm of another weight."""
+    program = program_of_three(under)
+    randomise(program, 0.3)
+    with pytest.raises(PassError, match="lora:dora computes with the weight as it is, and is not folded"):
+        program.merge()
+    left = program.undo("dora")
+    merged = left.merge()
+    assert merged.journal.entries[-1].options["folded"] == [under]
+    assert float((merged.run()["logits"] - left.run()["logits"]).abs().max()) <= 1e-5
+
+
+def program_of_three(under):
+    return program("vit").apply(
+        of(under, target="attn.q"),
+        of("expand", side="dense", size=2, target="attn.q"),
+        of("lora", target="attn.q", rank=2, dora=True, **{"as": "dora"}),
+    )

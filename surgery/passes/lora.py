@@ -114,6 +114,10 @@ class Lora(RewritePass):
         return PISSA_MOVES if self.init == "pissa" else EXACT
 
     @property
+    def reads_weight(self) -> bool:
+        return self.dora
+
+    @property
     def detaches(self) -> str:
         held = self.dora and not self.full_gradient
         return "DoRA's norm is a constant to the gradient (section 4.3 of the paper)" if held else ""
