@@ -9,26 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery import pipeline, replay
+from surgery import merging, pipeline, replay
 from surgery.base import Base
 from surgery.capture import Captured
 from surgery.capture.shapes import limited
 from surgery.errors import JournalError, PassError
-from surgery.folding import fold, foldable, simplifiable, simplify
+from surgery.folding import fold
 from surgery.journal import Entry, Journal
 from surgery.module import ProgramModule
-from surgery.numerics import Observed, observe
-from surgery.pass_base import Pass, rounded
+from surgery.pass_base import Pass
 from surgery.pipeline import PassReport, PlanReport
 from surgery.probe import InputSet
 from surgery.reverting import reverted, without
 from surgery.schedule import Clock, ParameterGroup, Schedule, parameter_groups, trained_values
 from surgery.sites import Site, SiteIndex, live_nodes
 from surgery.view import View
-
-# One rounding of W + s·BA against two products: a few ulp per layer, growing with depth; measured on fp32
-# transformers of 6 to 30 layers as 1e-6 to 2e-5 of the output's scale. Half precision rounds each weight once.
-MERGE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class Program:
@@ -210,70 +205,18 @@ class Program:
         the base's own storage (half the memory, but this cannot be undone in memory, and every program on this base
         sees it). Raises PassError where nothing can be folded.
         """
-        folded, kept = foldable(self.base, self.journal, self.sites)
-        done = {name for e in self.journal if e.kind == "merge" for name in e.options.get("folded", ())}
-        folded = [name for name in folded if name not in done]
-        plain = [e for e in simplifiable(self.base, self.journal) if e not in folded]
-        kept = {name: why for name, why in kept.items() if name not in plain}
-        if not folded and not plain:
-            reasons = "; ".join(f"{name}: {why}" for name, why in kept.items())
-            raise PassError(f"merge: nothing can be folded ({reasons or 'the program has no adapter'})")
-        wanted = [e for e in self.journal if e.id in plain]
-        records, made = simplify(self.base, wanted, self.tensors, self.sites)
-        entry = Entry(
-            id=f"merge{sum(e.kind == 'merge' for e in self.journal) or ''}",
-            pass_name="merge",
-            kind="merge",
-            distribution_version=pipeline.core_version(),
-            options={"folded": folded, "kept": kept, "simplified": plain},
-            sites=records,
-            trains=dict.fromkeys(made, False),
-        )
-        tensors = {**self.tensors, **made}
-        if in_place:
-            return self._merge_in_place(entry, folded, tensors)
-        merged = Program(self.base, self.journal.add(entry), tensors, dict(self.changed), clock=self.clock)
-        if not verify or not self.base.in_memory:
-            return merged
-        seen = observe(self.run(), merged.run())
-        allowed = rounded(self.merge_tolerance, "weights are rounded once more")
-        if not seen.within(allowed):
-            raise PassError(f"merge: outputs moved by {seen.difference:.1e} of their scale, over {allowed}")
-        return merged._observing(entry, seen)
-
-    def _observing(self, entry: Entry, seen: Observed) -> Program:
-        numerics = {"declared": f"rounded {self.merge_tolerance:g}", "observed": str(seen)}
-        entries = tuple(e if e.id != entry.id else _with_numerics(e, numerics) for e in self.journal)
-        self.journal = Journal(entries)
-        return self
+        return merging.merge(self, in_place=in_place, verify=verify)
 
     @property
     def merge_tolerance(self) -> float:
         """How far a merge may move the outputs, over their scale: that of the coarsest dtype of the base."""
-        return MERGE_TOLERANCE.get(self.precision, 5e-2)
+        return merging.MERGE_TOLERANCE.get(self.precision, 5e-2)
 
     @property
     def precision(self) -> torch.dtype:
         """The coarsest floating-point dtype of the base's weights."""
         dtypes = {t.dtype for t in self.base.tensors.values() if t.is_floating_point()}
-        return max(dtypes, key=lambda d: MERGE_TOLERANCE.get(d, 5e-2), default=torch.float32)
-
-    def _merge_in_place(self, entry: Entry, folded: list[str], tensors: Mapping[str, Tensor]) -> Program:
-        entries = [e for e in self.journal if e.id in folded]
-        tied = {
-            r.key.owner for e in entries for r in e.sites if len(self.base.names.get(r.key.owner, ())) > 1
-        }
-        if tied:
-            raise PassError(
-                f"merge in place: {sorted(tied)[0]} is tied, and folding would change its other uses"
-            )
-        values = {**self.base.tensors, **self.changed}
-        fold(self.base, entries, self.tensors, values, self.sites, in_place=True)
-        self.base.consumed = True
-        merged = self.journal.add(entry)
-        journal = Journal(tuple(merged.standing(e) for e in self.journal if e.id not in folded))
-        left = {n for e in journal if e.kind == "rewrite" for n in e.tensor_names}
-        return Program(self.base, journal, {n: t for n, t in tensors.items() if n in left}, self.changed)
+        return max(dtypes, key=lambda d: merging.MERGE_TOLERANCE.get(d, 5e-2), default=torch.float32)
 
     def without(self, *names: str) -> Program:
         """The same program with adapters left out (their tensors are kept, and shared)."""
@@ -487,12 +430,6 @@ class Program:
 def _read(graph: fx.Graph) -> set[str]:
     """Names of the tensors on which an output of the graph depends."""
     return {str(node.target) for node in live_nodes(graph) if node.op == "get_attr"}
-
-
-def _with_numerics(entry: Entry, numerics: Mapping[str, Any]) -> Entry:
-    from dataclasses import replace
-
-    return replace(entry, numerics=dict(numerics))
 
 
 __all__ = ["Program", "Site"]

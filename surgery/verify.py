@@ -15,8 +15,9 @@ from surgery.errors import SurgeryError
 from surgery.export.compare import Divergence, first_divergence
 from surgery.export.program import parity_inputs, source_of
 from surgery.export.runtime import OnnxModel
+from surgery.merging import MERGE_TOLERANCE
 from surgery.numerics import relative_difference
-from surgery.program import MERGE_TOLERANCE, Program
+from surgery.program import Program
 from surgery.sites import META
 from surgery.weight_ops import module_path
 
