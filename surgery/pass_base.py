@@ -278,6 +278,10 @@ class RewritePass(Pass):
         """
         return {}
 
+    def note(self, site: Site) -> str:
+        """What a person should read about this site in a plan, from `site.decided`; or nothing."""
+        return ""
+
     def selects(self, site: Site) -> dict[str, bool]:
         """Parameters of the base that this pass makes train (or stop), by name."""
         return {}

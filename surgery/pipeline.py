@@ -239,9 +239,11 @@ def _stops(program: Program, selection: Selection) -> tuple[str, ...]:
     """What earlier passes let train and a selection does not: of one parameter the last that names it counts."""
     notes = []
     for entry in program.journal:
-        asked = {
-            program.names.get(n, (n,))[0] for n, trains in entry.trains.items() if trains and not entry.auto
-        }
+        if entry.auto:
+            continue
+        asked = {program.names.get(n, (n,))[0] for n, trains in entry.trains.items() if trains}
+        # Weights that a pass made like the base's own are selected like these.
+        asked |= {n for n in entry.tensor_names if n in program.names and n not in program.base.tensors}
         stopped = [n for n in asked if selection.trains.get(n) is False and program.trains(n)]
         if stopped:
             notes.append(

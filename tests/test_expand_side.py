@@ -67,6 +67,45 @@ def test_a_causal_branch_sees_the_past_and_no_more():
         assert (moved[4] > 0) == (causal == "yes")
 
 
+class Decoder(nn.Module):
+    """Two layers of causal (or full) attention and a feed-forward, pre-norm; logits of every position."""
+
+    def __init__(self, causal: bool):
+        super().__init__()
+        self.causal = causal
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.LayerNorm(8), "qkv": nn.Linear(8, 24), "out": nn.Linear(8, 8),
+                           "up": nn.Linear(8, 12), "down": nn.Linear(12, 8)})
+            for _ in range(2)
+        )  # fmt: skip
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            parts = layer["qkv"](layer["norm"](x)).chunk(3, -1)
+            q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in parts)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            x = x + layer["out"](mixed.transpose(1, 2).flatten(2))
+            x = x + layer["down"](torch.relu(layer["up"](x)))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_causal_decoder_stays_causal(causal, randomise):
+    """Nobody says --causal: the branch sees what the attention of its row sees."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 11, (2, 7))
+    later = ids.clone()
+    later[:, 4] = (later[:, 4] + 1) % 11
+    base = surgery.capture(Decoder(causal), (ids,))
+    program = randomise(base.apply(surgery.Expand(side="conv", size=4, target="all-linear,!head")), 0.5)
+    assert not torch.allclose(program.run(ids), base.run(ids), atol=1e-2)
+    moved = (program.run(later) - program.run(ids)).abs().amax((0, 2))
+    assert (moved[4:] > 0).all()
+    assert (moved[:4] == 0).all() if causal else (moved[:4] > 0).all()
+
+
 @pytest.mark.parametrize("side", ["dense", "conv"])
 def test_it_learns(side):
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from transformers import BertConfig, BertForSequenceClassification
 
 import surgery
 from surgery.cli import main
@@ -317,6 +318,63 @@ def test_a_new_head_learns_and_nothing_else_moves():
     moved = {n for n, t in grown.state().items() if not torch.equal(t, before[n])}
     assert moved == {"head_task.weight", "head_task.bias"}
     assert torch.equal(grown.run()["output"], base.run())
+
+
+@pytest.fixture(scope="module")
+def regressor(tmp_path_factory) -> surgery.Program:
+    """One score for a text, as transformers trains it on numbers."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, num_labels=1, problem_type="regression",
+    )  # fmt: skip
+    where = tmp_path_factory.mktemp("regressor")
+    BertForSequenceClassification(config).save_pretrained(where)
+    return surgery.load(f"hf:{where}", task="text-classification")
+
+
+def test_a_regressors_head_is_replaced_and_resized(regressor):
+    before = regressor.run()["logits"]
+    old = weights(regressor, "classifier")
+    for labels in (1, 3):
+        replaced = regressor.apply(surgery.Head(labels=labels))
+        assert replaced.run()["logits"].shape == (len(before), labels)
+        assert not torch.equal(weights(replaced, "classifier.head")[0][:1], old[0])
+        resized = regressor.apply(surgery.Head(mode="resize", labels=labels))
+        for was, now in zip(old, weights(resized, "classifier.head"), strict=True):
+            assert torch.equal(was, now[:1])
+        # Sixteen terms in another order, as above.
+        torch.testing.assert_close(resized.run()["logits"][:, :1], before, rtol=0, atol=1e-6)
+    both = regressor.apply(surgery.Head(mode="add", labels=1, head_name="length"))
+    assert {name: tuple(value.shape) for name, value in both.run().items()} == {
+        "logits": (len(before), 1), "logits_length": (len(before), 1),
+    }  # fmt: skip
+    assert torch.equal(both.run()["logits"], before)
+
+
+def test_a_regressors_new_head_learns_numbers(regressor):
+    """Another head's numbers on the same body, far from zero; the body stays bit for bit."""
+    program = regressor.apply(surgery.Head(labels=1))
+    before = {name: tensor.clone() for name, tensor in program.state().items()}
+    ids = torch.randint(0, 40, (48, 8), generator=torch.Generator().manual_seed(2))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["token_type_ids"] = torch.zeros_like(ids)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        answers = regressor.apply(surgery.Head(labels=1, init="kaiming")).run(**inputs)["logits"]
+        goal = 2 + (answers - answers.mean()) / answers.std()
+    module = program.module().eval()
+    optimiser = torch.optim.Adam(program.parameter_groups(0.3))
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.mse_loss(module(**inputs)["logits"], goal)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.4  # a constant comes to 1, the variance
+    moved = {name for name, tensor in program.state().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"classifier.head.weight", "classifier.head.bias"}
 
 
 # -- with other passes

@@ -173,6 +173,12 @@ def test_starts():
     assert float(normal.detach().std()) == pytest.approx(float(table.std()), rel=0.05)
 
 
+def test_a_prompt_of_a_stream_starts_small():
+    torch.manual_seed(0)
+    (tokens,) = program("vit").apply(Prompt(tokens=200)).tensors.values()
+    assert float(tokens.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
 def test_positions_are_left_for_the_prompt():
     base = surgery.load(f"hf:{minilm_path()}", model_kwargs={"num_hidden_layers": 1})
     adapted = base.apply(Prompt(tokens=100))

@@ -179,7 +179,7 @@ def plan(
                 note = (
                     Text(f"refused: {row.refusal}", style="red")
                     if row.refusal
-                    else Text(_note(row), style="yellow")
+                    else Text(_note(planned.pass_, row), style="yellow")
                 )
                 shape = "×".join(map(str, row.site.shape))
                 table.add_row(
@@ -260,8 +260,9 @@ def _plan_title(planned: PassPlan) -> Text:
     return text
 
 
-def _note(row: Any) -> str:
-    notes = []
+def _note(pass_: Any, row: Any) -> str:
+    said = pass_.note(row.site) if row.specs else ""
+    notes = [said] if said else []
     if row.site.tied:
         notes.append(f"tied to {', '.join(row.site.tied)}")
     if len(row.site.calls) > 1:

@@ -250,6 +250,12 @@ class Expand(GraphPass):
         assert place is not None
         return depth.decide(place, view, probe)
 
+    def note(self, site: Site) -> str:
+        if self._way == "deeper":
+            how = "a gate starts at zero" if site.decided["gate"] else "its last projections are zero"
+            return f"a copy of {site.decided['block']} behind it; {how}"
+        return ""
+
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         if self._way == "side":
             return beside.tensors(self._branch, site)
