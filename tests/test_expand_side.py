@@ -104,6 +104,7 @@ def test_a_causal_decoder_stays_causal(causal, randomise):
     moved = (program.run(later) - program.run(ids)).abs().amax((0, 2))
     assert (moved[4:] > 0).all()
     assert (moved[:4] == 0).all() if causal else (moved[:4] > 0).all()
+    assert {r.decided["causal"] for r in program.journal.entries[-1].sites} == {causal}
 
 
 @pytest.mark.parametrize("side", ["dense", "conv"])
