@@ -105,8 +105,9 @@ class State:
         """Let the model be what a program on the same base is. Every layer is made before any is changed."""
         classes = self.classes(model, program)
         self._put_tensors(model, program)
-        for path, layer in model.named_modules():
-            cls = classes.get(path) or getattr(type(layer), "surgery_base", None)
+        wanted = {id(model.get_submodule(path)): cls for path, cls in classes.items()}
+        for layer in model.modules():
+            cls = wanted.get(id(layer)) or getattr(type(layer), "surgery_base", None)
             if cls is not None:
                 layer.__class__ = cls
         self.program = program

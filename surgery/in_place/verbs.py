@@ -301,7 +301,7 @@ def _verify(model: nn.Module, state: State, before: Program) -> None:
 def _run(model: nn.Module, loaded: Any) -> Any:
     from surgery.capture.trace import to_plain
 
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
@@ -313,7 +313,8 @@ def _run(model: nn.Module, loaded: Any) -> Any:
                 else outputs
             )
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _refuse_caches(model: nn.Module, program: Program) -> None:

@@ -110,3 +110,12 @@ def test_a_layer_that_is_called_with_flat_rows(adapted):
     x = torch.randn(3, 5, 32)
     torch.testing.assert_close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1))
     torch.testing.assert_close(layer(input=x), layer(x), rtol=0, atol=0)
+
+
+def test_modes_are_left_as_they_are(llama):
+    llama.train()
+    llama.model.layers[0].eval()
+    before = {path: module.training for path, module in llama.named_modules()}
+    surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2))
+    after = {path: module.training for path, module in llama.named_modules()}
+    assert {path: after[path] for path in before} == before
