@@ -328,3 +328,24 @@ def test_kit_on_models(name, options):
     report = check_pass(surgery.LowRank(target=target, **options), program(name))
     print(report)
     assert set(report.skipped) <= {"tied", "second", "merge", "restored"}
+
+
+def test_freezing_what_it_made_is_no_fault_of_the_next_pass():
+    """torch multiplies a turned view otherwise where the weight needs no gradient: lora is held to what stands then."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.l, self.o = (
+                nn.Conv1d(8, 8, 3, padding=1),
+                nn.Linear(8, 8, bias=False),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, x):
+            return self.o(self.l(self.conv(x).transpose(1, 2)))
+
+    factored = surgery.capture(Net(), torch.randn(3, 8, 5)).apply(surgery.LowRank(target="l", rank=2))
+    adapted = factored.apply(surgery.Lora(target="o", rank=2))
+    assert [e.numerics["observed"] for e in adapted.journal][1:] == ["bit for bit"] * 2
