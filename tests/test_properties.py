@@ -160,7 +160,8 @@ def keeps_promises(
         try:
             following = program.apply(of(name, **options, **{"as": f"n{number}"}))
         except (PassError, TargetError) as error:
-            assert "declares" not in str(error)  # a broken contract is no refusal
+            if "declares" in str(error):  # a broken contract is no refusal
+                raise
             assert program.journal is journal
             assert torch.equal(outputs(program), before)
             now = program.state()
