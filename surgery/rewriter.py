@@ -215,9 +215,13 @@ class Rewriter:
         assert self.call_ is not None
         for node in done.created:
             mark = {**self._provenance(), "call": self.call_.node.name}
-            # It stands beside the size that it is computed from, and so in the same module; an input's is in none.
-            source = node.all_input_nodes[0].meta.get("nn_module_stack")
-            stack = dict(source or [*self.call_.node.meta.get("nn_module_stack", {}).items()][:1])
+            # It stands beside the size that it is computed from: in the innermost module that holds both that and
+            # what reads it. An input's size is in none.
+            root = [*self.call_.node.meta.get("nn_module_stack", {}).items()][:1]
+            both = [
+                n.meta.get("nn_module_stack", {}) for n in (node.all_input_nodes[0], next(iter(node.users)))
+            ]
+            stack = dict([item for item in both[0].items() if item in both[1].items()] or root)
             node.meta = {**node.meta, "nn_module_stack": stack, META: mark, "custom": self._custom()}
         for node in done.repaired:
             if not is_aux(node):
