@@ -43,7 +43,7 @@ class ProgramModule(nn.Module):
         self.__dict__["_schedule"] = schedule or Schedule()
         self.__dict__["_clock"] = clock or Clock()
         for path, tensor in tensors.items():
-            _register(self, path, tensor, path not in non_persistent)
+            register(self, path, tensor, path not in non_persistent)
         self.__dict__["_graph_of"] = graph_of
         self.__dict__["_compiled"] = {}
         self.__dict__["_title"] = name
@@ -87,7 +87,7 @@ class ProgramModule(nn.Module):
             graph, source = self.__dict__["_graph_of"](training)
             for node in graph.nodes:  # submodules of higher-order ops
                 if node.op == "get_attr" and not _has(self, node.target):
-                    _attach(self, node.target, _get(source, node.target))
+                    _attach(self, node.target, get(source, node.target))
             module = fx.GraphModule(self, without_replaced(graph), class_name=self.__dict__["_title"])
             module.__dict__.update(
                 _parameters=self._parameters, _buffers=self._buffers, _modules=self._modules
@@ -142,7 +142,8 @@ def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:
     parameter.requires_grad_(trains)
 
 
-def _get(root: Any, path: str) -> Any:
+def get(root: Any, path: str) -> Any:
+    """What stands at a dotted path."""
     for part in path.split("."):
         root = getattr(root, part)
     return root
@@ -156,20 +157,23 @@ def _has(root: Any, path: str) -> bool:
     return True
 
 
-def _container(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+def _container(root: nn.Module, path: str, kind: type[nn.Module] = nn.Module) -> tuple[nn.Module, str]:
     *parents, leaf = path.split(".")
     for part in parents:
         child = root._modules.get(part)
         if child is None:
-            child = nn.Module()
+            child = kind()
             child.training = root.training
             root.add_module(part, child)
         root = child
     return root, leaf
 
 
-def _register(root: nn.Module, path: str, tensor: Tensor, persistent: bool) -> None:
-    owner, leaf = _container(root, path)
+def register(
+    root: nn.Module, path: str, tensor: Tensor, persistent: bool = True, kind: type[nn.Module] = nn.Module
+) -> None:
+    """Hold a tensor under a dotted path; modules on the way that are not there are made, of that kind."""
+    owner, leaf = _container(root, path, kind)
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(leaf, tensor)
     else:

@@ -9,7 +9,7 @@ import click
 from rich.text import Text
 
 from surgery.cli.data import data_option, read_data
-from surgery.cli.options import choose_adapters, model_options, overwrite_option, with_adapters
+from surgery.cli.options import choose_adapters, model_options, output_option, overwrite_option, with_adapters
 from surgery.cli.pass_groups import PassCommand
 from surgery.cli.render import console, count, note_unfrozen, outcome, trainable_line
 from surgery.cli.see import wanted_recipe
@@ -22,15 +22,12 @@ from surgery.recipe import write_recipe
 from surgery.replay import live_entries
 from surgery.selecting import in_words
 
-output = click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
-)
 standalone_option = click.option("--standalone", is_flag=True, help="Write the base's weights too.")
 
 
 @click.command(cls=PassCommand)
 @click.argument("model", required=False)
-@output
+@output_option
 @click.option("--recipe", type=click.Path(path_type=Path), help="Read the passes from a recipe file.")
 @click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the passes as a recipe file.")
 @click.option(
@@ -100,7 +97,7 @@ def apply(
 
 @click.command()
 @click.argument("directory")
-@output
+@output_option
 @click.option(
     "--format", "format_", type=click.Choice(["surgery", "hf"]), default="surgery", show_default=True
 )
@@ -150,7 +147,7 @@ def merge(
 @click.argument("directory")
 @click.option("--pass", "name", metavar="PASS", help="The pass to undo, by name, id or --as name.")
 @click.option("--all", "everything", is_flag=True, help="Undo everything: the base, bit for bit.")
-@output
+@output_option
 @overwrite_option
 @model_options
 def undo(

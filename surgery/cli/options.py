@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -84,6 +85,9 @@ def _pair(text: str, option: str) -> tuple[str, Any]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+output_option = click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
 adapter_options = [
     click.option("--only", multiple=True, metavar="ADAPTER", help="Leave out every adapter but these."),

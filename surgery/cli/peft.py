@@ -11,10 +11,11 @@ from surgery.cli.options import (
     choose_adapters,
     loading_options,
     model_options,
+    output_option,
     overwrite_option,
     with_adapters,
 )
-from surgery.cli.render import console, count
+from surgery.cli.render import console, trainable_line
 from surgery.files import refuse_taken
 from surgery.peft_format import export_peft, import_peft
 from surgery.plugins import Plugins
@@ -23,7 +24,7 @@ from surgery.program import Program
 
 @click.command("import-peft")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@output_option
 @click.option("--base", "model", required=True, metavar="MODEL", help="The model that the checkpoint is for.")
 @click.option("--as", "label", default="", metavar="NAME", help="A name of your own for the adapter.")
 @overwrite_option
@@ -45,13 +46,12 @@ def import_(
     for entry in program.journal:
         if entry.kind == "rewrite":
             out.print(f"{entry.id}: {len(entry.sites)} sites")
-    total, trainable = program.count_parameters()
-    out.print(f"{count(trainable)} of {count(total)} parameters train; wrote {output}")
+    out.print(f"{trainable_line(program)}; wrote {output}")
 
 
 @click.command("export-peft")
 @click.argument("directory")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@output_option
 @overwrite_option
 @with_adapters
 @model_options

@@ -21,9 +21,8 @@ from surgery.journal import Entry, SiteRecord
 from surgery.meta_cache import MetaCache
 from surgery.pass_base import GraphPass, RewritePass
 from surgery.rewriter import Rewriter
-from surgery.sites import Site, SiteIndex
 from surgery.view import View
-from surgery.weight_ops import CONV, EMBEDDING, LINEAR, WeightOp
+from surgery.weight_ops import WeightOp
 
 _serial = count()
 Forward = Callable[..., Any]
@@ -52,6 +51,7 @@ class Layers:
     def __init__(self, ops: Mapping[Any, WeightOp]) -> None:
         self.ops = ops
         self._bare: dict[Any, fx.Graph] = {}
+        self._uses: dict[Any, frozenset[tuple[str, str]]] = {}
         self._classes: dict[Any, type[nn.Module]] = {}
 
     def bare(self, layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torch.dtype) -> fx.Graph:
@@ -63,6 +63,18 @@ class Layers:
         if key not in self._bare:
             self._bare[key] = _trace(layer, rank, shape, dtype)
         return self._bare[key]
+
+    def uses(
+        self, layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torch.dtype
+    ) -> frozenset[tuple[str, str]]:
+        """Attribute and kind of use of every weight in the layer's own forward. Raises LayerError as `bare`."""
+        key = (_kind(layer), rank, dtype)
+        if key not in self._uses:
+            graph = self.bare(layer, rank, shape, dtype)
+            names = {str(n.target): (str(n.target),) for n in graph.nodes if n.op == "get_attr"}
+            sites = View(graph, names, self.ops).sites
+            self._uses[key] = frozenset((site.key.owner, site.kind) for site in sites)
+        return self._uses[key]
 
     def adapted(
         self,
@@ -111,7 +123,8 @@ class Layers:
         cache = MetaCache(graph)
         for piece in pieces:
             view = View(graph, weights, self.ops, training=training)
-            site = site_in(view.sites, piece.owner, piece.record.key.kind)
+            use = (piece.owner, piece.record.key.kind)
+            site = next((s for s in view.sites if (s.key.owner, s.kind) == use), None)
             if site is None:
                 raise LayerError(f"it holds the weight of {piece.record.path}, but does not use it itself")
             site = site.deciding(piece.record.decided)
@@ -127,11 +140,6 @@ class Layers:
                 node.target = own[str(node.target)]
         graph.lint()
         return graph
-
-
-def site_in(index: SiteIndex, owner: str, kind: str) -> Site | None:
-    """The use of a weight, by its first name, in a graph of one layer."""
-    return next((s for s in index if (s.key.owner, s.kind) == (owner, kind)), None)
 
 
 def _kind(layer: nn.Module) -> Any:
@@ -265,17 +273,13 @@ def _subclass(
     parameter = [*inspect.signature(cls.forward).parameters][1]
     if parameter != "input":
         forward = _renamed(forward, parameter)
-    return type(
-        cls.__name__,
-        (cls,),
-        {
-            "forward": forward,
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-            "surgery_base": cls,
-        },
-    )
+    return derived(cls, forward)
+
+
+def derived(cls: type[nn.Module], forward: Forward) -> type[nn.Module]:
+    """A layer's class with another forward: it goes by the same name, and `surgery_base` is the class itself."""
+    kept = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls.__name__, (cls,), {**kept, "forward": forward, "surgery_base": cls})
 
 
 def _renamed(forward: Forward, parameter: str) -> Forward:
@@ -283,6 +287,3 @@ def _renamed(forward: Forward, parameter: str) -> Forward:
     space: dict[str, Any] = {"inner": forward}
     exec(f"def forward(self, {parameter}): return inner(self, {parameter})", space)
     return space["forward"]
-
-
-__all__ = ["CONV", "EMBEDDING", "LINEAR", "LayerError", "Layers", "Piece", "input_name", "site_in"]

@@ -11,17 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture import LoadedModel, from_module
-from surgery.errors import CaptureError, MissingExtraError, SurgeryError
+from surgery.capture.hf import from_model, make_traceable
+from surgery.errors import CaptureError
 
 
 @dataclass
 class Seen:
-    """What the example inputs did to a layer: how often it was called, and the inputs' ranks.
+    """What the example inputs gave a layer. shapes: of the first tensor that entered, one for each rank."""
 
-    shapes: of the first tensor that entered, one for each rank.
-    """
-
-    calls: int = 0
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
 
@@ -42,27 +39,14 @@ def loaded_of(model: nn.Module, inputs: Any, dynamic: Any, example: Mapping[str,
     copied = mirror(model)
     if inputs is not None:
         if hasattr(copied, "config"):
-            _prepare(copied)
+            make_traceable(copied)
         loaded = from_module(copied, inputs, dynamic, copy_module=False)
         return replace(loaded, config=copy.deepcopy(getattr(model, "config", None)))
     if not hasattr(model, "config"):
         raise CaptureError(
             f"{type(model).__name__} is no transformers model, whose inputs would be known; give inputs="
         )
-    try:
-        from surgery.capture.hf import from_model
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf") from error
     return from_model(copied, example=example)
-
-
-def _prepare(model: nn.Module) -> None:
-    try:
-        from surgery.capture.hf import make_traceable
-
-        make_traceable(model)
-    except (ImportError, SurgeryError, AttributeError):
-        return
 
 
 def watch(loaded: LoadedModel) -> dict[str, Seen]:
@@ -75,7 +59,6 @@ def watch(loaded: LoadedModel) -> dict[str, Seen]:
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen = found.setdefault(id(module), Seen())
-        seen.calls += 1
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if first is not None:
             seen.shapes.setdefault(first.dim(), tuple(first.shape))

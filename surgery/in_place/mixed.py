@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import PassError
+from surgery.in_place.leaf import derived
 from surgery.in_place.state import State
 from surgery.program import Program
 from surgery.sites import Site
@@ -25,11 +26,9 @@ def rows_of(model: nn.Module, state: State, choices: Sequence[Choice]) -> Iterat
     _check_axes(program, len(choices))
     named = [_entries(program, choice) for choice in choices]
     groups = {key: [i for i, own in enumerate(named) if own == key] for key in dict.fromkeys(named)}
-    adapters = [e.id for e in program.journal if e.kind == "rewrite"]
     classes: dict[str, dict[tuple[str, ...], type[nn.Module]]] = {}
     for key in groups:
-        own = program.weighted({name: float(name in key) for name in adapters})
-        for path, cls in state.classes(model, own).items():
+        for path, cls in state.classes(model, program.only(*key)).items():
             classes.setdefault(path, {})[key] = cls
     before = {path: type(model.get_submodule(path)) for path in classes}
     for path, by_choice in classes.items():
@@ -66,9 +65,7 @@ def _by_rows(
             outs.append(forward(self, x.index_select(0, _rows(rows, each, x))))
         return torch.cat(outs).index_select(0, _rows(inverse, each, x))
 
-    return type(
-        base.__name__, (base,), {"forward": forward, "surgery_base": base, "__module__": base.__module__}
-    )
+    return derived(base, forward)
 
 
 def _rows(rows: Sequence[int], each: int, like: Tensor) -> Tensor:
@@ -97,12 +94,10 @@ def _check_axes(program: Program, count: int) -> None:
 
 
 def _rows_first(site: Site, batches: set[str]) -> bool:
-    import sympy
-
+    """Whether the first axis is the batch's, or a multiple of it."""
     for call in site.calls:
         first = operand(call).meta["val"].shape[0]
-        expr = first.node.expr if isinstance(first, torch.SymInt) else sympy.Integer(int(first))
-        symbols = [sympy.Symbol(b, positive=True, integer=True) for b in batches]
-        if not any(str(s) in {str(f) for f in expr.free_symbols} or str(expr) == str(s) for s in symbols):
+        symbols = first.node.expr.free_symbols if isinstance(first, torch.SymInt) else ()
+        if batches.isdisjoint({str(first), *map(str, symbols)}):
             return False
     return True

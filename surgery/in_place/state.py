@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from surgery.base import Base
 from surgery.errors import PassError
-from surgery.graphs import copy_graph
-from surgery.in_place.leaf import LayerError, Layers, Piece, input_name, site_in
+from surgery.in_place.leaf import LayerError, Layers, Piece, input_name
 from surgery.in_place.mirror import Seen
+from surgery.module import get, register
 from surgery.pass_base import Pass, RewritePass
 from surgery.program import Program
 from surgery.replay import live_entries, pass_of
@@ -43,6 +43,15 @@ class State:
             n: t.requires_grad for n, t in program.base.tensors.items() if isinstance(t, nn.Parameter)
         }
         self._added: set[str] = set()
+        self._hold(program.base)
+
+    def _hold(self, base: Base) -> None:
+        """Let planning on a base know what the live model cannot do."""
+        base.hindrance = self.hindrance
+        if self.uncaptured:  # every layer is an end of its own there, which says nothing of the model
+            base.__dict__["view"] = View(
+                base.captured.graph, base.names, base.plugins.weight_ops, known=({}, {})
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         """For a copy of the model: its tensors are the copies, the graph and the classes the same."""
@@ -55,6 +64,7 @@ class State:
         fresh.program = Program(base, self.program.journal, tensors, changed)
         fresh.seen, fresh.layers, fresh.uncaptured = self.seen, self.layers, self.uncaptured
         fresh.required, fresh._added = dict(self.required), set(self._added)
+        fresh._hold(base)
         return fresh
 
     # -- which passes and sites
@@ -85,8 +95,7 @@ class State:
                 if seen is None:
                     raise LayerError("the model uses its weight without calling it")
                 for rank, shape in seen.shapes.items():
-                    graph = self.layers.bare(layer, rank, shape, seen.dtype)
-                    if not any(node.target in self.layers.ops for node in graph.nodes):
+                    if not self.layers.uses(layer, rank, shape, seen.dtype):
                         raise LayerError("its forward uses no weight")
             except LayerError as error:
                 problem = problem or f"{path}: {error}"
@@ -103,8 +112,9 @@ class State:
 
     def adopt(self, model: nn.Module, program: Program) -> None:
         """Let the model be what a program on the same base is. Every layer is made before any is changed."""
-        classes = self.classes(model, program)
-        self._put_tensors(model, program)
+        pieces = self._pieces(program)
+        classes = {path: self._class_of(model, path, own, program) for path, own in pieces.items()}
+        self._put_tensors(model, program, pieces)
         wanted = {id(model.get_submodule(path)): cls for path, cls in classes.items()}
         for layer in model.modules():
             cls = wanted.get(id(layer)) or getattr(type(layer), "surgery_base", None)
@@ -115,8 +125,9 @@ class State:
 
     def classes(self, model: nn.Module, program: Program) -> dict[str, type[nn.Module]]:
         """The class that each layer which a program rewrites has to have, by path. Raises PassError."""
-        pieces = self._pieces(program)
-        return {path: self._class_of(model, path, own, program) for path, own in pieces.items()}
+        return {
+            path: self._class_of(model, path, own, program) for path, own in self._pieces(program).items()
+        }
 
     def _pieces(self, program: Program) -> dict[str, list[Piece]]:
         found: dict[str, list[Piece]] = {}
@@ -125,10 +136,10 @@ class State:
             pass_ = pass_of(entry, program.base.plugins)
             assert isinstance(pass_, RewritePass)
             for record in entry.sites:
+                owner = program.base.names.get(record.key.owner, (record.key.owner,))[0]
                 done: set[int] = set()
-                for path in self._owners(record.key.owner):
+                for path in self._owners(owner):
                     layer = module.get_submodule(path)
-                    owner = program.base.names.get(record.key.owner, (record.key.owner,))[0]
                     if id(layer) not in done and self._uses(path, layer, owner, record.key.kind):
                         done.add(id(layer))
                         found.setdefault(path, []).append(Piece(entry, pass_, record, owner))
@@ -140,19 +151,14 @@ class State:
         """Whether the layer's own forward uses a weight in that way."""
         seen = self.seen.get(path, Seen())
         shapes = seen.shapes or ({3: ()} if isinstance(layer, nn.Linear) else {})
-        names = self._names(path, layer, self.program)
-        for rank, shape in shapes.items():
-            try:
-                graph = copy_graph(self.layers.bare(layer, rank, shape or None, seen.dtype))
-            except LayerError:
-                return False
-            for node in graph.nodes:
-                if node.op == "get_attr":
-                    node.target = names[str(node.target)]
-            view = View(graph, {n: (n,) for n in names.values()}, self.layers.ops)
-            if site_in(view.sites, owner, kind) is None:
-                return False
-        return bool(shapes)
+        attributes = [name for name, full in self._names(path, layer, self.program).items() if full == owner]
+        try:
+            used = [
+                self.layers.uses(layer, rank, shape or None, seen.dtype) for rank, shape in shapes.items()
+            ]
+        except LayerError:
+            return False
+        return bool(used) and all(any((name, kind) in at for name in attributes) for at in used)
 
     def _names(self, path: str, layer: nn.Module, program: Program) -> dict[str, str]:
         """Attribute of a layer -> first name of that tensor in the program."""
@@ -178,22 +184,23 @@ class State:
         except LayerError as error:
             raise PassError(f"{where}: {error}; capture the model, and apply it to the program") from None
 
-    def _put_tensors(self, model: nn.Module, program: Program) -> None:
+    def _put_tensors(self, model: nn.Module, program: Program, pieces: Mapping[str, list[Piece]]) -> None:
         """Inserted tensors where the layers read them, base parameters as this program has them."""
         wanted: dict[str, Tensor] = {}
-        for path, pieces in self._pieces(program).items():
-            for full in {f for piece in pieces for f in piece.record.tensors.values()}:
+        for path, own in pieces.items():
+            for full in {f for piece in own for f in piece.record.tensors.values()}:
                 local = local_name(path, full)
                 wanted[f"{path}.{local}" if path else local] = program.tensors[full]
         # What a layer does not read now stays where it is, while the program has it: it may be switched on again.
         held = {id(tensor) for tensor in program.tensors.values()}
         for name in self._added - set(wanted):
-            if id(_get(model, name)) in held:
-                wanted[name] = _get(model, name)
+            there = get(model, name)
+            if id(there) in held:
+                wanted[name] = there
             else:
                 _remove(model, name)
         for name, tensor in wanted.items():
-            _put(model, name, tensor)
+            register(model, name, tensor, kind=Inserted)
         self._added = set(wanted)
         folded = program.folded()
         for name, group in program.base.names.items():
@@ -238,27 +245,6 @@ class Inserted(nn.Module):
         raise RuntimeError("these are tensors of the layer that holds them")
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model
-    for part in owner.split(".") if owner else ():
-        child = module._modules.get(part)
-        if child is None:
-            child = Inserted()
-            child.training = module.training
-            module.add_module(part, child)
-        module = child
-    if isinstance(tensor, nn.Parameter):
-        module._parameters[leaf] = tensor
-    else:
-        module._buffers[leaf] = tensor
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
-
-
 def _remove(model: nn.Module, name: str) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
@@ -273,6 +259,3 @@ def _remove(model: nn.Module, name: str) -> None:
 def state_of(model: nn.Module) -> State | None:
     state = vars(model).get(ATTRIBUTE)
     return state if isinstance(state, State) else None
-
-
-__all__ = ["ATTRIBUTE", "State", "state_of"]

@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery.base import Base
 from surgery.capture import LoadOptions, trace
+from surgery.capture.trace import to_plain
 from surgery.errors import CaptureError, LoadError, PassError, SurgeryError, TargetError
 from surgery.in_place.leaf import Layers
 from surgery.in_place.mirror import loaded_of, watch
@@ -27,7 +28,6 @@ from surgery.probe import InputSet
 from surgery.program import Program
 from surgery.replay import find_sites, live_entries, pass_of
 from surgery.saved import load_saved
-from surgery.view import View
 
 
 def apply_(
@@ -99,18 +99,20 @@ def remove_(model: nn.Module, *names: str) -> Program:
     return undone
 
 
-def plan_(model: nn.Module, *passes: Pass, inputs: Any = None, **options: Any) -> PlanReport:
+def plan_(
+    model: nn.Module,
+    *passes: Pass,
+    inputs: Any = None,
+    dynamic: Any = None,
+    example: Mapping[str, int] | None = None,
+    freeze_base: bool | None = None,
+    data: Sequence[InputSet] = (),
+    plugins: Plugins | None = None,
+) -> PlanReport:
     """What `apply_` would do, with every refusal; nothing is changed. Options as for `apply_`."""
-    state = state_of(model) or _state(
-        model,
-        inputs,
-        options.pop("dynamic", None),
-        options.pop("example", {}),
-        None,
-        options.pop("plugins", None),
-    )
+    state = state_of(model) or _state(model, inputs, dynamic, example or {}, None, plugins)
     state.refuse(passes)
-    return state.program.plan(*passes, **options)
+    return state.program.plan(*passes, freeze_base=freeze_base, data=data)
 
 
 def program_of(model: nn.Module) -> Program:
@@ -135,10 +137,7 @@ def using(model: nn.Module, *names: str, weights: Mapping[str, float] | None = N
     """Only these adapters are in while the block runs; with `weights`, they are scaled. No name: the base."""
     state = _known(model)
     before = state.program
-    keep = {e.id for name in names for e in before.journal.find(name)}
-    chosen = {e.id: float(e.id in keep) for e in before.journal if e.kind == "rewrite"}
-    chosen |= {e.id: w for name, w in (weights or {}).items() for e in before.journal.find(name)}
-    state.adopt(model, _sharing(before.weighted(chosen), before))
+    state.adopt(model, _sharing(before.only(*names).weighted(weights or {}), before))
     try:
         yield model
     finally:
@@ -204,8 +203,7 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
     try:
         program = load_saved(Path(path), base=state.program, trust=False, plugins=state.program.base.plugins)
         state.refuse(pass_of(e, program.base.plugins) for e in live_entries(program.journal))
-        state.program = Program(program.base)
-        program.base.hindrance = state.hindrance
+        state = State(Program(program.base), state.seen, state.layers)
         program.own()
         state.adopt(model, program)
     except SurgeryError:
@@ -243,11 +241,7 @@ def _state(
         loaded, captured, seen = pretend(model)
         why = str(error)
     base = Base(loaded, captured, plugins, ref or "", LoadOptions(example=dict(example)))
-    state = State(Program(base), seen, layers, why)
-    base.hindrance = state.hindrance
-    if why:  # every layer is an end of its own there, which says nothing of the model
-        base.__dict__["view"] = View(captured.graph, base.names, plugins.weight_ops, known=({}, {}))
-    return state
+    return State(Program(base), seen, layers, why)
 
 
 def _sharing(program: Program, before: Program) -> Program:
@@ -299,8 +293,6 @@ def _verify(model: nn.Module, state: State, before: Program) -> None:
 
 
 def _run(model: nn.Module, loaded: Any) -> Any:
-    from surgery.capture.trace import to_plain
-
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

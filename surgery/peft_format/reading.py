@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,8 @@ _UNREAD: dict[str, tuple[Any, ...]] = {  # option of PEFT's LoRA -> what is fine
     "lora_bias": (None, False), "target_parameters": (None, [], {}), "use_qalora": (None, False),
     "arrow_config": (None,), "use_bdlora": (None, False),
 }  # fmt: skip
-_PLAIN_STARTS = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-    "loftq",
-    None,
-)  # of the factors alone, or of a new base
+# Of the factors alone, or of a new base.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "loftq", None)
 
 
 def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
@@ -61,9 +55,12 @@ def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
         ) from error
 
 
+@dataclass(frozen=True)
 class _Checkpoint:
-    def __init__(self, path: str, config: Mapping[str, Any], tensors: dict[str, Tensor], label: str) -> None:
-        self.path, self.config, self.tensors, self.label = path, config, tensors, label
+    path: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    label: str
 
     def named(self, number: int, count: int) -> str:
         return self.label if count == 1 else f"{self.label or 'peft'}_{number}"
@@ -117,12 +114,11 @@ def _lora(given: _Checkpoint, base: Program) -> Program:
         )
         for number, ((rank, alpha), paths) in enumerate(groups.items(), 1)
     ]
-    program = _apply(given, base, [*passes, *_saved_modules(given, base, rest)])
+    program = _apply(given, base, passes, rest)
     for entry in program.journal:
         for record in entry.sites if entry.pass_name == "lora" else ():
             for name, value in factors[record.path].items():
                 _put(given, program.tensors[record.tensors[name]], value, f"{record.path} {name}")
-    _put_saved(given, program, rest)
     return program
 
 
@@ -157,13 +153,6 @@ def _saved_modules(given: _Checkpoint, base: Program, rest: Mapping[str, Tensor]
     return [Full(target=",".join(f"path:{name}" for name in names))] if names else []
 
 
-def _put_saved(given: _Checkpoint, program: Program, rest: Mapping[str, Tensor]) -> None:
-    program.own()
-    for name, value in rest.items():
-        first = program.base.names.get(name, (name,))[0]
-        _put(given, program.changed[first], value, name)
-
-
 # -- IA³
 
 
@@ -185,12 +174,11 @@ def _ia3(given: _Checkpoint, base: Program) -> Program:
         )
         for side, paths in wanted.items()
     ]
-    program = _apply(given, base, [*passes, *_saved_modules(given, base, rest)])
+    program = _apply(given, base, passes, rest)
     for entry in program.journal:
         for record in entry.sites if entry.pass_name == "ia3" else ():
             (name,) = record.tensors.values()
             _put(given, program.tensors[name], scales[record.path], record.path)
-    _put_saved(given, program, rest)
     return program
 
 
@@ -207,30 +195,28 @@ def _prefix(given: _Checkpoint, base: Program) -> Program:
         target="decoder" if twice else None,
         **{"as": given.label},
     )
-    rest = {n: t for n, t in given.tensors.items() if n != PROMPT}
-    program = _apply(given, base, [prefix, *_saved_modules(given, base, rest)])
+    program = _apply(given, base, [prefix], _untabled(given))
     records = next(e for e in program.journal if e.pass_name == "prefix").sites
     shapes = [tuple(r.decided["attentions"][0]["k"]) for r in records]
     table = _table(given, (tokens, sum(2 * h * w for h, w in shapes)))
     for record, own in zip(records, tables.prefixes(table, shapes, twice), strict=True):
         for name, value in own.items():
             _put(given, program.tensors[record.tensors[name]], value, record.path)
-    _put_saved(given, program, rest)
     return program
 
 
 def _prompt(given: _Checkpoint, base: Program) -> Program:
     tokens = int(given.config["num_virtual_tokens"])
-    rest = {n: t for n, t in given.tensors.items() if n != PROMPT}
-    program = _apply(
-        given, base, [Prompt(tokens=tokens, **{"as": given.label}), *_saved_modules(given, base, rest)]
-    )
+    program = _apply(given, base, [Prompt(tokens=tokens, **{"as": given.label})], _untabled(given))
     (record,) = next(e for e in program.journal if e.pass_name == "prompt").sites
     (name,) = record.tensors.values()
     # For an encoder-decoder PEFT keeps rows for the decoder too, which its model never reads.
     _put(given, program.tensors[name], _table(given, None)[:tokens], record.path)
-    _put_saved(given, program, rest)
     return program
+
+
+def _untabled(given: _Checkpoint) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in given.tensors.items() if name != PROMPT}
 
 
 def _table(given: _Checkpoint, shape: tuple[int, int] | None) -> Tensor:
@@ -247,14 +233,18 @@ def _table(given: _Checkpoint, shape: tuple[int, int] | None) -> Tensor:
 # -- both
 
 
-def _apply(given: _Checkpoint, base: Program, passes: list[Pass]) -> Program:
-    # What PEFT adds trains, and nothing of the base but what it stored whole.
+def _apply(given: _Checkpoint, base: Program, passes: list[Pass], rest: Mapping[str, Tensor]) -> Program:
+    """The passes, and the rest of the checkpoint: what PEFT stored whole. Nothing else of the base trains."""
     try:
-        return base.apply(*passes, freeze_base=True)
+        program = base.apply(*passes, *_saved_modules(given, base, rest), freeze_base=True)
     except PassError as error:
         raise LoadError(f"{given.path} does not fit this base: {error}") from error
     except SurgeryError as error:
         raise LoadError(f"{given.path}: {error}") from error
+    program.own()
+    for name, value in rest.items():
+        _put(given, program.changed[program.base.names.get(name, (name,))[0]], value, name)
+    return program
 
 
 def _put(given: _Checkpoint, own: Tensor, value: Tensor, where: str) -> None:
