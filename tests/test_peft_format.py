@@ -13,42 +13,32 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
 import surgery
 from surgery.cli import main
 from surgery.errors import ExportError, LoadError
+from tests import tiny
 from tests.conftest import minilm_path
 
 TOLERANCE = 1e-5  # fp32, sums in another order; over the largest logit
 
 
 def llama(path):
-    config = LlamaConfig(
-        vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
+    LlamaForCausalLM(tiny.llama()).save_pretrained(path)
     return AutoModelForCausalLM
 
 
 def gpt2(path):
-    config = GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    GPT2LMHeadModel(config).save_pretrained(path)
+    GPT2LMHeadModel(tiny.gpt2()).save_pretrained(path)
     return AutoModelForCausalLM
 
 
 def t5(path):
-    config = T5Config(
-        vocab_size=101, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    T5ForConditionalGeneration(config).save_pretrained(path)
+    T5ForConditionalGeneration(tiny.t5()).save_pretrained(path)
     return AutoModelForSeq2SeqLM
 
 

@@ -13,15 +13,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
 import surgery
+from tests import tiny
 from tests.conftest import minilm_path
 
 # fp32; ours fuses the addition into the product, so sums are taken in another order. Over the largest logit, where
@@ -36,23 +34,15 @@ def minilm(path):
 
 
 def llama(path):
-    config = LlamaConfig(
-        vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return _saved(LlamaForCausalLM, config, path, AutoModelForCausalLM)
+    return _saved(LlamaForCausalLM, tiny.llama(), path, AutoModelForCausalLM)
 
 
 def gpt2(path):
-    config = GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    return _saved(GPT2LMHeadModel, config, path, AutoModelForCausalLM)
+    return _saved(GPT2LMHeadModel, tiny.gpt2(), path, AutoModelForCausalLM)
 
 
 def t5(path):
-    config = T5Config(
-        vocab_size=101, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    return _saved(T5ForConditionalGeneration, config, path, AutoModelForSeq2SeqLM)
+    return _saved(T5ForConditionalGeneration, tiny.t5(), path, AutoModelForSeq2SeqLM)
 
 
 def smollm2(path):

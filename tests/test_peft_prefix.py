@@ -15,9 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -26,6 +24,7 @@ from transformers import (
 )
 
 import surgery
+from tests import tiny
 from tests.conftest import minilm_path
 
 # fp32; attention sums over keys, and the projections over features, in another order. Over the largest logit.
@@ -34,18 +33,12 @@ TOKENS = 5
 
 
 def llama(path):
-    config = LlamaConfig(
-        vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
+    LlamaForCausalLM(tiny.llama()).save_pretrained(path)
     return AutoModelForCausalLM, "CAUSAL_LM", None
 
 
 def gpt2(path):
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    ).save_pretrained(path)
+    GPT2LMHeadModel(tiny.gpt2()).save_pretrained(path)
     return AutoModelForCausalLM, "CAUSAL_LM", None
 
 

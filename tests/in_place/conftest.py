@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import surgery
+from tests import tiny
 
 
 @pytest.fixture
 def llama():
     """A llama of two layers with grouped keys, its own every time."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(tiny.llama()).eval()
 
 
 @pytest.fixture

@@ -146,3 +146,14 @@ def test_a_model_that_cannot_be_captured(ids):
     assert not torch.equal(outputs(), before)
     surgery.remove_(model)
     assert torch.equal(outputs(), before)
+
+
+def test_a_copy_of_a_model_knows_what_it_cannot_do():
+    from copy import deepcopy
+
+    from tests.zoo.zoo import module
+
+    model = module("wavlm")
+    surgery.apply_(model, surgery.Lora(target="mlp.up", rank=2))
+    with pytest.raises(PassError, match="the model uses its weight without calling it"):
+        surgery.apply_(deepcopy(model), surgery.Lora(target="attn.q", rank=2, label="more"))
