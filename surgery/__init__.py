@@ -9,6 +9,7 @@
 from surgery.errors import SurgeryError
 from surgery.in_place import (
     apply_,
+    combine_,
     load_,
     merge_,
     mixed_batch,
@@ -74,6 +75,7 @@ __all__ = [
     "__version__",
     "apply_",
     "capture",
+    "combine_",
     "export_peft",
     "import_peft",
     "load",

@@ -7,7 +7,7 @@ change at any time. A plugin is a distribution with an entry point in the group 
 or an object with functions marked `@hookimpl`; the hooks are listed in `surgery.hookspecs`.
 
 Passes      RewritePass, GraphPass, SelectPass, Pass, Field, TensorSpec, Selection, Candidates
-            EXACT, rounded, changes, Numerics
+            EXACT, rounded, changes, Numerics; of combining several: Combination, Place, Source
 At a site   Site, Rewriter, LINEAR CONV EMBEDDING EXPERTS NORM, WeightOp, Call, Probe
 Programs'   View: sites, attentions, residual branches, blocks, depth
 Algebra     low-rank: factor_shapes, branch, add_branch, add_rows, gather_index, AddLowRank
@@ -22,6 +22,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from surgery.capture import LoadedModel, LoadOptions, from_module
+from surgery.combination import Combination, Place, Source
 from surgery.errors import (
     CaptureError,
     ExportError,
@@ -80,6 +81,7 @@ __all__ = [
     "Call",
     "Candidates",
     "CaptureError",
+    "Combination",
     "Entry",
     "ExportError",
     "Field",
@@ -95,6 +97,7 @@ __all__ = [
     "Pass",
     "PassError",
     "PassReport",
+    "Place",
     "PluginError",
     "Plugins",
     "Probe",
@@ -105,6 +108,7 @@ __all__ = [
     "SelectPass",
     "Selection",
     "Site",
+    "Source",
     "SurgeryError",
     "TargetError",
     "TensorSpec",

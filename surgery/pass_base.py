@@ -17,6 +17,7 @@ from surgery.sites import Site
 from surgery.target import select_sites
 
 if TYPE_CHECKING:
+    from surgery.combination import Combination, Place
     from surgery.selecting import Candidates
     from surgery.view import View
 
@@ -343,6 +344,16 @@ class RewritePass(Pass):
     ) -> Mapping[str, MergeOp | MergeFrom | MergeLonger]:
         """What the base's weight (and bias) become: {"weight": op, "bias": op}."""
         raise NotImplementedError
+
+    @classmethod
+    def combine(
+        cls, places: Sequence[Place], how: Combination, label: str
+    ) -> tuple[RewritePass, list[dict[str, Tensor]]]:
+        """One application of this pass for several, and at each place its tensors, by their names in the pass.
+
+        See `Program.combine`. Raises PassError for what cannot be combined so.
+        """
+        raise PassError(f"combine: {cls.name} has no form in which several are one; switch them instead")
 
 
 class GraphPass(RewritePass):

@@ -337,7 +337,7 @@ def _entry(program: Program, planned: PassPlan) -> Entry:
             more = f" (and {len(planned.refused) - 1} more)" if len(planned.refused) > 1 else ""
             raise PassError(f"{pass_.name} at {first.site.path}: refused, {first.refusal}{more}")
         records = tuple(
-            SiteRecord(s.site.key, s.site.path, s.site.decided, _tensor_names(program, pass_, s))
+            SiteRecord(s.site.key, s.site.path, s.site.decided, tensor_names(program, pass_, s))
             for s in planned.accepted
         )
     chosen = planned.selection
@@ -380,7 +380,8 @@ def _own_name(program: Program, parameter: str, ident: str, what: str) -> str:
     return name
 
 
-def _tensor_names(program: Program, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
+def tensor_names(program: Program, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
+    """Tensor of the pass -> its name in the program. Raises PassError where that is taken."""
     site = planned.site
     prefix = pass_.tensor_prefix(site)
     names = {name: f"{prefix}.{name}" for name in planned.specs}

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery import merging, pipeline, replay
+from surgery import combining, merging, pipeline, replay
 from surgery.base import Base
 from surgery.capture import Captured
 from surgery.capture.shapes import limited
+from surgery.combination import Combination, Majority
 from surgery.errors import JournalError, PassError
 from surgery.folding import fold
 from surgery.journal import Entry, Journal
@@ -239,6 +240,28 @@ class Program:
         keep = {e.id for name in names for e in self.journal.find(name)}
         adapters = [e.id for e in self.journal if e.kind == "rewrite"]
         return self.weighted({name: float(name in keep) for name in adapters})
+
+    def combine(
+        self,
+        weights: Mapping[str, float],
+        method: str = "svd",
+        *,
+        label: str,
+        rank: int | None = None,
+        density: float | None = None,
+        majority: Majority = "total",
+        seed: int = 0,
+        keep: bool = False,
+    ) -> Program:
+        """The program with one adapter in the place of several of its kind.
+
+        weights: of each, by its name as in `undo`; what `weighted` said of them does not count. method and what
+        follows: see surgery.combination.Combination. label: the name of the result. keep: the sources stay, left out.
+        The journal says how far the outputs are from those of the weighted sum, which `cat` has to give.
+        Raises PassError for adapters that cannot be combined so, naming the place.
+        """
+        how = Combination(method, rank, density, majority, seed)
+        return combining.combine(self, weights, how, label, keep)
 
     def undo(self, name: str) -> Program:
         """The program as if a pass had not been applied; what else was trained is kept.

@@ -1,4 +1,4 @@
-"""Commands that make a changed program: apply, merge, undo."""
+"""Commands that make a changed program: apply, merge, combine, undo."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ import click
 from rich.text import Text
 
 from surgery.cli.data import data_option, read_data
-from surgery.cli.options import choose_adapters, model_options, output_option, overwrite_option, with_adapters
+from surgery.cli.options import (
+    choose_adapters,
+    model_options,
+    output_option,
+    overwrite_option,
+    read_weights,
+    with_adapters,
+)
 from surgery.cli.pass_groups import PassCommand
 from surgery.cli.render import console, count, note_unfrozen, outcome, trainable_line
 from surgery.cli.see import wanted_recipe
+from surgery.combination import METHODS, Combination, Majority
+from surgery.combining import combine as combine_
 from surgery.errors import SurgeryError
 from surgery.files import refuse_taken
 from surgery.hf_format import write_hf
@@ -145,6 +154,68 @@ def merge(
 
 @click.command()
 @click.argument("directory")
+@output_option
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    required=True,
+    metavar="ADAPTER=W",
+    help="An adapter, and its weight.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="svd",
+    show_default=True,
+    help="cat: the weighted sum, of the summed rank. svd: the nearest one of --rank. *_svd: of the dense updates. The "
+    "others combine the factors themselves.",
+)
+@click.option("--as", "label", required=True, metavar="NAME", help="A name for the result.")
+@click.option("--rank", type=int, help="Rank of the result, for the svd methods (default: the largest).")
+@click.option("--density", type=float, help="Fraction of values that ties, dare and magnitude_prune keep.")
+@click.option(
+    "--majority",
+    type=click.Choice(["total", "frequency"]),
+    default="total",
+    show_default=True,
+    help="How ties elects a sign.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what dare drops.")
+@click.option("--keep", is_flag=True, help="Keep the sources, left out.")
+@overwrite_option
+@model_options
+def combine(
+    directory: str,
+    output: Path,
+    weights: tuple[str, ...],
+    method: str,
+    label: str,
+    rank: int | None,
+    density: float | None,
+    majority: Majority,
+    seed: int,
+    keep: bool,
+    overwrite: bool,
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """Make one adapter of several, as PEFT's add_weighted_adapter does."""
+    refuse_taken(output, overwrite)
+    wanted = read_weights(weights)
+    if len(wanted) < len(weights):
+        raise SurgeryError("an adapter is named twice; give each one --weight")
+    how = Combination(method, rank, density, majority, seed)  # refused before a model is loaded
+    combined = combine_(loader(directory), wanted, how, label, keep)
+    combined.save(output, overwrite=overwrite)
+    entry = combined.journal.find(label)[0]
+    said = entry.numerics["observed"]
+    made = f"rank {entry.options['rank']}, " if "rank" in entry.options else ""
+    console().print(f"{entry.id}: {made}{len(entry.sites)} sites; {said}; wrote {output}")
+
+
+@click.command()
+@click.argument("directory")
 @click.option("--pass", "name", metavar="PASS", help="The pass to undo, by name, id or --as name.")
 @click.option("--all", "everything", is_flag=True, help="Undo everything: the base, bit for bit.")
 @output_option
@@ -172,4 +243,4 @@ def undo(
     console().print(f"undone: {gone}; left in the journal: {left}; wrote {output}")
 
 
-COMMANDS = [apply, merge, undo]
+COMMANDS = [apply, merge, combine, undo]

@@ -112,8 +112,14 @@ def choose_adapters(
         program = program.only(*only)
     if without:
         program = program.without(*without)
-    chosen = dict(_pair(text, "--weight") for text in weights)
+    chosen = read_weights(weights)
+    return program.weighted(chosen) if chosen else program
+
+
+def read_weights(given: tuple[str, ...]) -> dict[str, float]:
+    """`NAME=W` to a number by name."""
+    chosen = dict(_pair(text, "--weight") for text in given)
     for name, weight in chosen.items():
         if not isinstance(weight, (int, float)) or isinstance(weight, bool):
             raise SurgeryError(f"--weight {name}={weight}: a weight is a number")
-    return program.weighted(chosen) if chosen else program
+    return chosen

@@ -2,6 +2,7 @@
 
 from surgery.in_place.verbs import (
     apply_,
+    combine_,
     load_,
     merge_,
     mixed_batch,
@@ -15,6 +16,7 @@ from surgery.in_place.verbs import (
 
 __all__ = [
     "apply_",
+    "combine_",
     "load_",
     "merge_",
     "mixed_batch",

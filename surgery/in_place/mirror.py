@@ -17,9 +17,11 @@ from surgery.errors import CaptureError
 
 @dataclass
 class Seen:
-    """What the example inputs gave a layer. shapes: of the first tensor that entered, one for each rank."""
+    """What the example inputs gave a layer. shapes: of the first tensor that entered, one for each rank. more: what
+    else was given, by name or position."""
 
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    more: list[str] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
 
 
@@ -63,6 +65,9 @@ def watch(loaded: LoadedModel) -> dict[str, Seen]:
         if first is not None:
             seen.shapes.setdefault(first.dim(), tuple(first.shape))
             seen.dtype = first.dtype
+        given = {**{f"argument {i}": a for i, a in enumerate(args, 1)}, **kwargs}
+        more = [name for name, value in given.items() if value is not None and value is not first]
+        seen.more.extend(name for name in more if name not in seen.more)
 
     for module in loaded.module.modules():
         handles.append(module.register_forward_pre_hook(look, with_kwargs=True))

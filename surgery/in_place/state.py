@@ -17,7 +17,7 @@ from surgery.module import get, register
 from surgery.pass_base import Pass, RewritePass
 from surgery.program import Program
 from surgery.replay import live_entries, pass_of
-from surgery.sites import Site
+from surgery.sites import Site, SiteKey
 from surgery.view import View
 from surgery.weight_ops import EXPERTS
 
@@ -94,6 +94,8 @@ class State:
                 seen = self.seen.get(path)
                 if seen is None:
                     raise LayerError("the model uses its weight without calling it")
+                if seen.more:
+                    raise LayerError(f"the model gives its forward {' and '.join(seen.more)} too")
                 for rank, shape in seen.shapes.items():
                     if not self.layers.uses(layer, rank, shape, seen.dtype):
                         raise LayerError("its forward uses no weight")
@@ -102,6 +104,13 @@ class State:
                 continue
             return None
         return f"it cannot be rewritten in place ({problem}); capture the model, and apply it to the program"
+
+    def _users(self, key: SiteKey, base: Base) -> list[str]:
+        """Paths of the modules that may be the ones whose calls a site is: the one that it is named after, first; of
+        a tied weight's other holders those that no other site is named after."""
+        named = {k.owner.rpartition(".")[0] for k in base.sites.by_key if k.kind == key.kind}
+        own = key.owner.rpartition(".")[0]
+        return [path for path in self._owners(key.owner) if path == own or path not in named]
 
     def _owners(self, name: str) -> list[str]:
         """Paths of the modules that hold a parameter, by every name that it has."""
@@ -138,7 +147,7 @@ class State:
             for record in entry.sites:
                 owner = program.base.names.get(record.key.owner, (record.key.owner,))[0]
                 done: set[int] = set()
-                for path in self._owners(owner):
+                for path in self._users(record.key, program.base):
                     layer = module.get_submodule(path)
                     if id(layer) not in done and self._uses(path, layer, owner, record.key.kind):
                         done.add(id(layer))

@@ -39,7 +39,7 @@ def pretend(model: nn.Module) -> tuple[LoadedModel, Captured, dict[str, Seen]]:
     apart = Apart(copied, [*inputs])
     loaded = LoadedModel(apart, args=([*inputs.values()],), unsourced=frozenset(apart.state_dict()))
     captured = trace(loaded, check=False)
-    seen = {path: Seen({x.dim(): tuple(x.shape)}, x.dtype) for path, x in inputs.items()}
+    seen = {path: Seen({x.dim(): tuple(x.shape)}, dtype=x.dtype) for path, x in inputs.items()}
     return loaded, captured, seen
 
 

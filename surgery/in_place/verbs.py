@@ -132,6 +132,17 @@ def weight_(model: nn.Module, weights: Mapping[str, float]) -> Program:
     return state.program
 
 
+def combine_(
+    model: nn.Module, weights: Mapping[str, float], method: str = "svd", *, label: str, **options: Any
+) -> Program:
+    """One adapter in the place of several of a live module; see `Program.combine` for the rest."""
+    state = _known(model)
+    before = state.program
+    combined = before.combine(weights, method, label=label, **options)
+    state.adopt(model, _sharing(combined, before))
+    return state.program
+
+
 @contextlib.contextmanager
 def using(model: nn.Module, *names: str, weights: Mapping[str, float] | None = None) -> Iterator[nn.Module]:
     """Only these adapters are in while the block runs; with `weights`, they are scaled. No name: the base."""

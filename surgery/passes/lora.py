@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
-from surgery import dora, lowrank, pissa
+from surgery import dora, lora_combining, lowrank, pissa
 from surgery.errors import PassError
 from surgery.pass_base import EXACT, MergeFrom, MergeOp, Numerics, RewritePass, TensorSpec, rounded
 from surgery.rewriter import Rewriter
@@ -18,6 +18,9 @@ from surgery.scaling import part_index
 from surgery.sites import Site
 from surgery.standing import replaced_by
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
+
+if TYPE_CHECKING:
+    from surgery.combination import Combination, Place
 
 aten = torch.ops.aten
 
@@ -275,6 +278,47 @@ class Lora(RewritePass):
             else:
                 ops[f"weight:{part}"] = lowrank.AddLowRank(site, a, b, self.scale * weight, rows)
         return ops
+
+    @classmethod
+    def combine(
+        cls, places: Sequence[Place], how: Combination, label: str
+    ) -> tuple[RewritePass, list[dict[str, Tensor]]]:
+        """One LoRA of scale 1 and of one rank; where fewer sources act it is filled with zeros."""
+        generator = torch.Generator().manual_seed(how.seed)
+        found: list[dict[str, lora_combining.Pair]] = []
+        for place in places:
+            for source in place.sources:
+                source.pass_._check_combined(place.site)  # type: ignore[attr-defined]
+            ends = [f"_{part}" for part in place.site.decided.get("rows") or {}] or [""]
+            weights = [source.weight * source.pass_.scale for source in place.sources]  # type: ignore[attr-defined]
+            own = {}
+            for end in ends:
+                pairs = [
+                    lora_combining.as_matrices(place.site, s.tensors[f"A{end}"], s.tensors[f"B{end}"])
+                    for s in place.sources
+                ]
+                own[end] = lora_combining.combined(place.site.path, pairs, weights, how, generator)
+            found.append(own)
+        rank = max(a.shape[1] for own in found for a, _ in own.values())
+        target = ",".join(dict.fromkeys(f"path:{place.site.path}" for place in places))
+        parts = {tuple(place.site.decided.get("rows") or ()) for place in places}
+        chosen = ",".join(parts.pop()) or None if len(parts) == 1 else None
+        pass_ = cls(target=target, rank=rank, alpha=float(rank), parts=chosen, **{"as": label})
+        values = []
+        for own in found:
+            tensors = {}
+            for end, pair in own.items():
+                tensors[f"A{end}"], tensors[f"B{end}"] = lora_combining.padded(pair, rank)
+            values.append(tensors)
+        return pass_, values
+
+    def _check_combined(self, site: Site) -> None:
+        for option, on in (("--dora", self.dora), ("--init pissa", self.init == "pissa")):
+            if on:
+                raise PassError(
+                    f"combine at {site.path}: {self.entry_id} has {option}, which is no plain low-rank update; "
+                    f"{'merge it' if self.dora else 'make it one with export-peft and import-peft'}"
+                )
 
 
 def _index(value: Tensor) -> TensorSpec:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import LoadError, PassError, SurgeryError, nearest
+from surgery.journal import Entry
 from surgery.pass_base import Pass
 from surgery.passes.full import Full
 from surgery.passes.lora import Lora
@@ -115,8 +116,8 @@ def _lora(given: _Checkpoint, base: Program) -> Program:
         for number, ((rank, alpha), paths) in enumerate(groups.items(), 1)
     ]
     program = _apply(given, base, passes, rest)
-    for entry in program.journal:
-        for record in entry.sites if entry.pass_name == "lora" else ():
+    for entry in _fresh(program, base, "lora"):
+        for record in entry.sites:
             for name, value in factors[record.path].items():
                 _put(given, program.tensors[record.tensors[name]], value, f"{record.path} {name}")
     return program
@@ -175,8 +176,8 @@ def _ia3(given: _Checkpoint, base: Program) -> Program:
         for side, paths in wanted.items()
     ]
     program = _apply(given, base, passes, rest)
-    for entry in program.journal:
-        for record in entry.sites if entry.pass_name == "ia3" else ():
+    for entry in _fresh(program, base, "ia3"):
+        for record in entry.sites:
             (name,) = record.tensors.values()
             _put(given, program.tensors[name], scales[record.path], record.path)
     return program
@@ -196,7 +197,7 @@ def _prefix(given: _Checkpoint, base: Program) -> Program:
         **{"as": given.label},
     )
     program = _apply(given, base, [prefix], _untabled(given))
-    records = next(e for e in program.journal if e.pass_name == "prefix").sites
+    records = _fresh(program, base, "prefix")[0].sites
     shapes = [tuple(r.decided["attentions"][0]["k"]) for r in records]
     table = _table(given, (tokens, sum(2 * h * w for h, w in shapes)))
     for record, own in zip(records, tables.prefixes(table, shapes, twice), strict=True):
@@ -208,7 +209,7 @@ def _prefix(given: _Checkpoint, base: Program) -> Program:
 def _prompt(given: _Checkpoint, base: Program) -> Program:
     tokens = int(given.config["num_virtual_tokens"])
     program = _apply(given, base, [Prompt(tokens=tokens, **{"as": given.label})], _untabled(given))
-    (record,) = next(e for e in program.journal if e.pass_name == "prompt").sites
+    (record,) = _fresh(program, base, "prompt")[0].sites
     (name,) = record.tensors.values()
     # For an encoder-decoder PEFT keeps rows for the decoder too, which its model never reads.
     _put(given, program.tensors[name], _table(given, None)[:tokens], record.path)
@@ -245,6 +246,11 @@ def _apply(given: _Checkpoint, base: Program, passes: list[Pass], rest: Mapping[
     for name, value in rest.items():
         _put(given, program.changed[program.base.names.get(name, (name,))[0]], value, name)
     return program
+
+
+def _fresh(program: Program, base: Program, name: str) -> list[Entry]:
+    """What was just applied: the base may carry adapters of the same kind."""
+    return [e for e in program.journal.entries[len(base.journal) :] if e.pass_name == name]
 
 
 def _put(given: _Checkpoint, own: Tensor, value: Tensor, where: str) -> None:

@@ -7,8 +7,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import T5ForConditionalGeneration
 
 import surgery
+from surgery.errors import PassError
+from tests import tiny
+from tests.zoo import zoo
 
 
 @pytest.fixture
@@ -119,3 +123,24 @@ def test_modes_are_left_as_they_are(llama):
     surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2))
     after = {path: module.training for path, module in llama.named_modules()}
     assert {path: after[path] for path in before} == before
+
+
+def test_uses_of_a_tied_table_are_told_apart(randomised):
+    """T5's encoder and decoder look tokens up in one table, each by a layer of its own."""
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(tiny.t5()).eval()
+    program = surgery.apply_(model, surgery.Lora(target="embed.*", rank=2))
+    randomised(model)
+    inputs = {name: torch.randint(3, 90, (2, 5)) for name in ("input_ids", "decoder_input_ids")}
+    assert len([n for n in program.tensors if n.endswith("embed_tokens.lora.A")]) == 2
+    expected = program.run(**inputs, attention_mask=torch.ones(2, 5, dtype=torch.long))["logits"]
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_layer_that_is_given_more_is_refused(llama):
+    """BART looks positions up by a layer that is also told where to begin."""
+    torch.manual_seed(0)
+    model = zoo.module("bart")
+    with pytest.raises(PassError, match=r"embed_positions.*the model gives its forward .* too"):
+        surgery.apply_(model, surgery.Lora(target="decoder.embed_positions"))

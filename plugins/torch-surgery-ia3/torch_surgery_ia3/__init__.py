@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from surgery.api import (
     CONV,
     LINEAR,
+    Combination,
     Field,
     MergeOp,
+    PassError,
+    Place,
     RewritePass,
     Rewriter,
     ScaleAxis,
@@ -100,6 +103,29 @@ class IA3(RewritePass):
             ops[f"weight:{part}"] = ScaleAxis(site, factor, rows=tuple(own))
             ops[f"bias:{part}"] = ScaleAxis(site, factor, bias=True, rows=tuple(own))
         return ops
+
+    @classmethod
+    def combine(
+        cls, places: Sequence[Place], how: Combination, label: str
+    ) -> tuple[RewritePass, list[dict[str, Tensor]]]:
+        """One vector, 1 + what the method makes of the l − 1: a weighted sum where that is linear."""
+        if how.method == "cat" or how.by_svd:
+            raise PassError(
+                f"combine: ia3 has no ranks, so no {how.method}; take linear, ties or dare_linear"
+            )
+        generator = torch.Generator().manual_seed(how.seed)
+        values = []
+        for place in places:
+            weights = [source.weight for source in place.sources]
+            names = [name for name in place.sources[0].tensors if name != "rows"]
+            values.append(
+                {
+                    name: 1 + how.of([s.tensors[name] - 1 for s in place.sources], weights, generator)
+                    for name in names
+                }
+            )
+        target = ",".join(f"path:{place.site.path}" for place in places)
+        return cls(target=target, **{"as": label}), values
 
 
 def _factor(vector: Tensor, weight: float) -> Tensor:

@@ -1,0 +1,146 @@
+"""A program with one adapter in the place of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from surgery import pipeline, replay
+from surgery.combination import Combination, Place, Source
+from surgery.errors import PassError
+from surgery.journal import Entry, Journal, SiteRecord
+from surgery.numerics import observe
+from surgery.pass_base import RewritePass
+from surgery.sites import Site, SiteKey
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+
+def combine(
+    program: Program, weights: Mapping[str, float], how: Combination, label: str, keep: bool
+) -> Program:
+    """See Program.combine."""
+    from surgery.program import Program
+
+    if not label:
+        raise PassError("combine: the result needs a name; give --as NAME (label= in Python)")
+    chosen = _sources(program, weights)
+    _check(program, chosen, label)
+    places, decided = _places(program, chosen)
+    cls = type(_rewriting(program, chosen[0][0]))
+    pass_, values = cls.combine([place for _, place in places], how, label)
+    records, made = [], {}
+    for (record, place), own in zip(places, values, strict=True):
+        specs = pass_.tensors(place.site)
+        planned = pipeline.SitePlan(place.site, None, specs)
+        names = pipeline.tensor_names(program, pass_, planned)
+        records.append(SiteRecord(record.key, record.path, decided[record.key], names))
+        for name, spec in specs.items():
+            like = next(iter(place.sources[0].tensors.values()))
+            value = own[name].to(like) if name in own else spec.make(place.site.float_dtype, like.device)
+            value = value.reshape(spec.shape).detach().clone()
+            made[names[name]] = nn.Parameter(value) if spec.trainable else value
+    info = program.base.plugins.find_pass(pass_.name)
+    entry = Entry(
+        id=pass_.entry_id,
+        pass_name=pass_.name,
+        kind="rewrite",
+        distribution=info.distribution,
+        distribution_version=info.version,
+        version=pass_.version,
+        options=pass_.options(),
+        sites=tuple(records),
+    )
+    # In the place of the first source: what came after them acts on what they added.
+    first = program.journal.entries.index(chosen[0][0])
+    entries = (*program.journal.entries[:first], entry, *program.journal.entries[first:])
+    tensors, changed = program.copies()
+    both = Program(program.base, Journal(entries), {**tensors, **made}, changed, clock=program.clock)
+    ids = [e.id for e, _ in chosen]
+    combined = both.without(*ids)
+    observed = _observed(program, chosen, combined, how)
+    said = {"declared": f"combines {', '.join(ids)} ({how.method})", "observed": observed}
+    combined.journal = Journal(
+        tuple(replace(e, numerics=said) if e.id == entry.id else e for e in combined.journal)
+    )
+    if not keep:
+        for name in ids:
+            combined = combined.undo(name)
+    return combined
+
+
+def _rewriting(program: Program, entry: Entry) -> RewritePass:
+    pass_ = replay.pass_of(entry, program.base.plugins)
+    assert isinstance(pass_, RewritePass)
+    return pass_
+
+
+def _sources(program: Program, weights: Mapping[str, float]) -> list[tuple[Entry, float]]:
+    """Entries in the journal's order with their weights."""
+    given: dict[str, float] = {}
+    for name, weight in weights.items():
+        for entry in program.journal.find(name):
+            if entry.kind != "rewrite":
+                raise PassError(f"combine: {entry.id!r} is no adapter")
+            if entry.id in given:
+                raise PassError(f"combine: {entry.id!r} is named twice")
+            given[entry.id] = float(weight)
+    if not given:
+        raise PassError("combine: no adapter is named; give --weight NAME=W for each")
+    return [(e, given[e.id]) for e in program.journal if e.id in given]
+
+
+def _check(program: Program, chosen: Sequence[tuple[Entry, float]], label: str) -> None:
+    names = {entry.pass_name for entry, _ in chosen}
+    if len(names) > 1:
+        raise PassError(f"combine: {' and '.join(sorted(names))} are different things; combine each alone")
+    if program.journal.merged:
+        raise PassError("combine: the program is merged; undo the merge first")
+    taken = f"{names.pop()}:{label}"
+    if any(e.id == taken or e.label == label for e in program.journal):
+        raise PassError(f"combine: {taken!r} is applied already; give the result another name with --as")
+
+
+def _places(
+    program: Program, chosen: Sequence[tuple[Entry, float]]
+) -> tuple[list[tuple[SiteRecord, Place]], dict[SiteKey, Mapping[str, Any]]]:
+    """Every site that a source acts on, in the order of the first that does."""
+    records: dict[SiteKey, tuple[SiteRecord, Site, str]] = {}
+    sources: dict[SiteKey, list[Source]] = {}
+    for entry, weight in chosen:
+        pass_ = _rewriting(program, entry)
+        sites = replay.find_sites(entry, program.sites)
+        for record, site in zip(entry.sites, sites, strict=True):
+            first = records.setdefault(record.key, (record, site, entry.id))
+            if dict(first[0].decided) != dict(record.decided):
+                raise PassError(
+                    f"combine at {record.path}: {first[2]} and {entry.id} act on different parts of it; combine only "
+                    f"what acts on the same"
+                )
+            own = {name: program.tensors[full] for name, full in record.tensors.items()}
+            sources.setdefault(record.key, []).append(Source(pass_, own, weight))
+    places = [
+        (record, Place(site.deciding(record.decided), tuple(sources[key])))
+        for key, (record, site, _) in records.items()
+    ]
+    return places, {key: record.decided for key, (record, _, _) in records.items()}
+
+
+def _observed(
+    program: Program, chosen: Sequence[tuple[Entry, float]], combined: Program, how: Combination
+) -> str:
+    """How far the outputs are from those of the weighted sum. Raises PassError where that is what was promised."""
+    if not program.base.in_memory:
+        return ""
+    summed = program.weighted({e.id: weight for e, weight in chosen})
+    seen = observe(summed.run(), combined.run())
+    if how.method == "cat" and seen.difference > program.merge_tolerance:
+        raise PassError(
+            f"combine: with {how.method} the outputs are {seen.difference:.1e} of their scale from those of the "
+            f"weighted adapters, over {program.merge_tolerance:g}; does another pass act on them?"
+        )
+    return f"{seen.difference:.1e} of the outputs' scale from the weighted sum"
