@@ -82,8 +82,9 @@ class Combination:
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter at a place: its pass, its tensors by their names in the pass, and the weight given to it."""
+    """One adapter at a place: its name in the journal, its pass, its tensors by their names in the pass, its weight."""
 
+    entry: str
     pass_: RewritePass
     tensors: Mapping[str, Tensor]
     weight: float

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery import pipeline, replay
 from surgery.combination import Combination, Place, Source
@@ -24,23 +24,49 @@ def combine(
     program: Program, weights: Mapping[str, float], how: Combination, label: str, keep: bool
 ) -> Program:
     """See Program.combine."""
-    from surgery.program import Program
 
     if not label:
         raise PassError("combine: the result needs a name; give --as NAME (label= in Python)")
     chosen = _sources(program, weights)
     _check(program, chosen, label)
-    places, decided = _places(program, chosen)
+    places = places_of(program, chosen, "combine")
     cls = type(_rewriting(program, chosen[0][0]))
     pass_, values = cls.combine([place for _, place in places], how, label)
+    combined = carried(program, chosen, pass_, places, values)
+    ids = [e.id for e, _ in chosen]
+    said = {
+        "declared": f"combines {', '.join(ids)} ({how.method})",
+        "observed": _observed(program, chosen, combined, how),
+    }
+    combined.journal = Journal(
+        tuple(replace(e, numerics=said) if e.id == pass_.entry_id else e for e in combined.journal)
+    )
+    if not keep:
+        for name in ids:
+            combined = combined.undo(name)
+    return combined
+
+
+def carried(
+    program: Program,
+    chosen: Sequence[tuple[Entry, float]],
+    pass_: RewritePass,
+    places: Sequence[tuple[SiteRecord, Place]],
+    values: Sequence[Mapping[str, Tensor]],
+) -> Program:
+    """The program with a pass at these places in the stead of the chosen ones, which stay, left out.
+
+    values: its tensors by their names in the pass, at each place; what is missing starts as the pass has it.
+    """
+    from surgery.program import Program
+
     records, made = [], {}
     for (record, place), own in zip(places, values, strict=True):
         specs = pass_.tensors(place.site)
-        planned = pipeline.SitePlan(place.site, None, specs)
-        names = pipeline.tensor_names(program, pass_, planned)
-        records.append(SiteRecord(record.key, record.path, decided[record.key], names))
+        names = pipeline.tensor_names(program, pass_, pipeline.SitePlan(place.site, None, specs))
+        records.append(SiteRecord(record.key, record.path, record.decided, names))
+        like = next(iter(place.sources[0].tensors.values()))
         for name, spec in specs.items():
-            like = next(iter(place.sources[0].tensors.values()))
             value = own[name].to(like) if name in own else spec.make(place.site.float_dtype, like.device)
             value = value.reshape(spec.shape).detach().clone()
             made[names[name]] = nn.Parameter(value) if spec.trainable else value
@@ -55,22 +81,12 @@ def combine(
         options=pass_.options(),
         sites=tuple(records),
     )
-    # In the place of the first source: what came after them acts on what they added.
+    # In the place of the first: what came after them acts on what they added.
     first = program.journal.entries.index(chosen[0][0])
     entries = (*program.journal.entries[:first], entry, *program.journal.entries[first:])
     tensors, changed = program.copies()
     both = Program(program.base, Journal(entries), {**tensors, **made}, changed, clock=program.clock)
-    ids = [e.id for e, _ in chosen]
-    combined = both.without(*ids)
-    observed = _observed(program, chosen, combined, how)
-    said = {"declared": f"combines {', '.join(ids)} ({how.method})", "observed": observed}
-    combined.journal = Journal(
-        tuple(replace(e, numerics=said) if e.id == entry.id else e for e in combined.journal)
-    )
-    if not keep:
-        for name in ids:
-            combined = combined.undo(name)
-    return combined
+    return both.without(*(e.id for e, _ in chosen))
 
 
 def _rewriting(program: Program, entry: Entry) -> RewritePass:
@@ -105,29 +121,28 @@ def _check(program: Program, chosen: Sequence[tuple[Entry, float]], label: str) 
         raise PassError(f"combine: {taken!r} is applied already; give the result another name with --as")
 
 
-def _places(
-    program: Program, chosen: Sequence[tuple[Entry, float]]
-) -> tuple[list[tuple[SiteRecord, Place]], dict[SiteKey, Mapping[str, Any]]]:
-    """Every site that a source acts on, in the order of the first that does."""
-    records: dict[SiteKey, tuple[SiteRecord, Site, str]] = {}
+def places_of(
+    program: Program, chosen: Sequence[tuple[Entry, float]], what: str
+) -> list[tuple[SiteRecord, Place]]:
+    """Every site that one of these acts on, in the order of the first that does.
+
+    what: who asks, for the PassError where two act on different parts of a site.
+    """
+    first: dict[SiteKey, tuple[SiteRecord, Site, str]] = {}
     sources: dict[SiteKey, list[Source]] = {}
     for entry, weight in chosen:
         pass_ = _rewriting(program, entry)
         sites = replay.find_sites(entry, program.sites)
         for record, site in zip(entry.sites, sites, strict=True):
-            first = records.setdefault(record.key, (record, site, entry.id))
-            if dict(first[0].decided) != dict(record.decided):
+            known, _, other = first.setdefault(record.key, (record, site, entry.id))
+            if dict(known.decided) != dict(record.decided):
                 raise PassError(
-                    f"combine at {record.path}: {first[2]} and {entry.id} act on different parts of it; combine only "
-                    f"what acts on the same"
+                    f"{what} at {record.path}: {other} and {entry.id} act on different parts of it, which one adapter "
+                    f"does not hold; choose those that act on the same (--only)"
                 )
             own = {name: program.tensors[full] for name, full in record.tensors.items()}
-            sources.setdefault(record.key, []).append(Source(pass_, own, weight))
-    places = [
-        (record, Place(site.deciding(record.decided), tuple(sources[key])))
-        for key, (record, site, _) in records.items()
-    ]
-    return places, {key: record.decided for key, (record, _, _) in records.items()}
+            sources.setdefault(record.key, []).append(Source(entry.id, pass_, own, weight))
+    return [(record, Place(site, tuple(sources[key]))) for key, (record, site, _) in first.items()]
 
 
 def _observed(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from surgery.errors import SurgeryError
 
 # One of these is in every directory that a model or an adapter is saved in.
-_OURS = ("surgery.json", "config.json", "adapter_config.json")
+_OURS = ("surgery.json", "config.json", "adapter_config.json", "adapters.json")
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def _write(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
         fresh.generation_config = copy.deepcopy(module.generation_config)
     with _no_progress_bars():
         fresh.save_pretrained(folder)
-    _companions(base, folder)
+    write_companions(base, folder)
 
 
 def _resize_vocabulary(config: Any, module: Any, state: Mapping[str, Tensor]) -> None:
@@ -104,7 +104,8 @@ def _unfake(module: nn.Module) -> None:
             raise ExportError(f"the program has no value for {name}; was the model class changed?")
 
 
-def _companions(base: Base, folder: Path) -> None:
+def write_companions(base: Base, folder: Path) -> None:
+    """Tokenizer, processor and the like, from where the base came."""
     source = base.loaded.files[0].parent if base.loaded.files else None
     if source is None:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,11 +63,14 @@ def combined(
     )
 
 
-def padded(pair: Pair, rank: int) -> Pair:
-    """The same product with zeros up to a rank, which one adapter has everywhere."""
-    a, b = pair
-    missing = rank - a.shape[1]
-    return torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+def named(pairs: Mapping[str, Pair], rank: int) -> dict[str, Tensor]:
+    """Tensors of a LoRA by their names: the same products with zeros up to a rank, which one adapter has everywhere."""
+    tensors = {}
+    for end, (a, b) in pairs.items():
+        missing = rank - a.shape[1]
+        tensors[f"A{end}"] = torch.nn.functional.pad(a, (0, 0, 0, missing))
+        tensors[f"B{end}"] = torch.nn.functional.pad(b, (0, missing))
+    return tensors
 
 
 def _nearest(update: Tensor, rank: int) -> Pair:

@@ -443,6 +443,24 @@ class Program:
 
         save(self, path, standalone=standalone, overwrite=overwrite)
 
+    def live(self) -> nn.Module:
+        """The base's own class and forward with this program's passes in place; see surgery.in_place.live."""
+        from surgery.in_place.live import live
+
+        return live(self)
+
+    def export_generation(self, path: Any, **options: Any) -> Any:
+        """Write a language model for generation; see surgery.export.generation.export_generation."""
+        from surgery.export.generation import export_generation
+
+        return export_generation(self, path, **options)
+
+    def export_adaptable(self, path: Any, **options: Any) -> Any:
+        """Write one ONNX model and a file for each LoRA; see surgery.export.adaptable.export_adaptable."""
+        from surgery.export.adaptable import export_adaptable
+
+        return export_adaptable(self, path, **options)
+
     def export(self, path: Any, **options: Any) -> Any:
         """Write ONNX with parity checked and provenance kept; see surgery.export.program.export_program."""
         from surgery.export.program import export_program

@@ -77,7 +77,7 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
         )
     _check_directory(ref, name, keywords)
     dtype = _dtype(keywords.pop("dtype", keywords.pop("torch_dtype", "auto")))
-    with _quiet(transformers):
+    with silenced(transformers):
         config, chosen = _config(transformers, ref, name, keywords)
         task = options.task or ("text-generation" if "gguf_file" in chosen else None)  # GGUF names no class
         model_class = _model_class(transformers, ref, config, task)
@@ -356,7 +356,7 @@ def _patches(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def silenced(transformers: Any) -> Iterator[None]:
     """No load report, progress bar or warning: what was not loaded is told through `unsourced`."""
     logger = transformers.utils.logging
     level = logger.get_verbosity()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.text import Text
@@ -12,13 +13,34 @@ from rich.text import Text
 from surgery.cli.options import choose_adapters, json_option, model_options, with_adapters
 from surgery.cli.render import console
 from surgery.errors import SurgeryError
+from surgery.files import refuse_taken
 from surgery.plugins import Plugins
 from surgery.program import Program
+
+if TYPE_CHECKING:
+    from surgery.export.adaptable import AdaptableReport
+    from surgery.export.generation import GenerationReport
 
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="ONNX file to write.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="ONNX file to write; a directory with --generate or --adapters-as-inputs.",
+)
+@click.option(
+    "--generate",
+    is_flag=True,
+    help="A language model for generation: prefill and decode with a cache of keys and values.",
+)
+@click.option(
+    "--adapters-as-inputs",
+    is_flag=True,
+    help="LoRA as optional inputs of one model, and a .onnx_adapter file for each adapter.",
+)
 @click.option("--opset", type=click.IntRange(18), help="ONNX opset (default: the exporter's).")
 @click.option(
     "--external-data/--no-external-data", default=None, help="Weights beside the file (default: over 1.5 GB)."
@@ -31,6 +53,8 @@ from surgery.program import Program
 def export(
     model: str,
     output: Path,
+    generate: bool,
+    adapters_as_inputs: bool,
     opset: int | None,
     external_data: bool | None,
     seed: int,
@@ -43,11 +67,28 @@ def export(
     loader: Callable[..., Program],
 ) -> None:
     """Write ONNX, checked in onnxruntime at a new shape; fails where the outputs do not agree."""
-    if output.exists() and not overwrite:
+    whole = generate or adapters_as_inputs
+    if whole:
+        refuse_taken(output, overwrite)
+    elif output.exists() and not overwrite:
         raise SurgeryError(f"{output} exists; choose another -o, or pass --overwrite")
-    if output.is_dir():
+    elif output.is_dir():
         raise SurgeryError(f"{output} is a directory; name the ONNX file to write")
+    if generate and external_data is not None:
+        raise SurgeryError("--generate writes the weights beside the graphs; leave out --external-data")
     program = choose_adapters(loader(model), only, without, weights)
+    if generate:
+        made = program.export_generation(
+            output, opset=opset, adapters_as_inputs=adapters_as_inputs, seed=seed, overwrite=overwrite
+        )
+        _tell_generation(made, as_json)
+        return
+    if adapters_as_inputs:
+        adaptable = program.export_adaptable(
+            output, opset=opset, external_data=external_data, seed=seed, overwrite=overwrite
+        )
+        _tell_adaptable(adaptable, as_json)
+        return
     report = program.export(output, opset=opset, external_data=external_data, seed=seed)
     parity = report.parity
     if as_json:
@@ -75,6 +116,54 @@ def export(
             f"{parity.optimised_error:.1e} optimised"
         )
     out.print(f"wrote {output}: {report.size / 1e6:.1f} MB, {report.nodes} nodes, opset {report.opset}")
+
+
+def _tell_generation(made: GenerationReport, as_json: bool) -> None:
+    if as_json:
+        plain = {
+            **vars(made),
+            "path": str(made.path),
+            "adapters": {k: str(v) for k, v in made.adapters.items()},
+        }
+        click.echo(json.dumps(plain))
+        return
+    out = console()
+    out.print(Text(f"decode: {', '.join(made.inputs['decode'][:4])}, … → logits and the longer cache"))
+    out.print(
+        f"onnxruntime generates as the model does: {made.tokens} greedy and {made.sampled} sampled tokens equal; logits "
+        f"within {made.error:.1e} of their scale"
+    )
+    if made.ties:
+        out.print(f"{made.ties} rows parted at a tie, where the logits are equal within rounding")
+    for name, file in made.adapters.items():
+        out.print(f"adapter {name}: {file} ({file.stat().st_size / 1e3:,.0f} kB), checked by itself")
+    nodes = ", ".join(f"{part}.onnx {count} nodes" for part, count in made.nodes.items())
+    out.print(f"wrote {made.path}/: {made.size / 1e6:.1f} MB, {nodes}, opset {made.opset}")
+
+
+def _tell_adaptable(made: AdaptableReport, as_json: bool) -> None:
+    model = made.model
+    if as_json:
+        adapters = {
+            name: {"path": str(file), "bytes": file.stat().st_size, "parity": made.errors[name]}
+            for name, file in made.adapters.items()
+        }
+        parity = model.parity.error if model.parity else None
+        click.echo(
+            json.dumps({"path": str(made.path), "bytes": model.size, "parity": parity, "adapters": adapters})
+        )
+        return
+    out = console()
+    for name, file in made.adapters.items():
+        out.print(
+            f"adapter {name}: {file} ({file.stat().st_size / 1e3:,.0f} kB); active in onnxruntime, within "
+            f"{made.errors[name]:.1e} of the outputs' scale"
+        )
+    if model.parity:
+        out.print(f"with none, the base: within {model.parity.error:.1e}")
+    out.print(
+        f"wrote {made.path}/: model.onnx {model.size / 1e6:.1f} MB, {model.nodes} nodes, opset {model.opset}"
+    )
 
 
 @click.command()

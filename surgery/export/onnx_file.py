@@ -23,7 +23,7 @@ from surgery.export import annotate, keys
 from surgery.export.again import export_again
 from surgery.export.extra import require
 from surgery.export.failure import explain
-from surgery.export.optimise import optimise
+from surgery.export.finish import finish
 from surgery.export.parity import ParityReport, check_parity
 from surgery.export.source import ExportSource, InputSet, axis_names, tagged_copy
 
@@ -67,6 +67,7 @@ def export_onnx(
     external_data: bool | None = None,
     check: bool = True,
     parity: Sequence[InputSet] = (),
+    optional: Sequence[str] = (),
 ) -> ExportReport:
     """Export `source` to `path`.
 
@@ -76,6 +77,7 @@ def export_onnx(
     external_data: the weights in `<path>.data`; None does so above 1.5 GB.
     check: run onnx's checker on the file.
     parity: input sets to compare with onnxruntime before the file takes its place.
+    optional: tensors that are left as optional inputs; see surgery.export.adapters.
 
     Raises ExportError, and leaves what was at `path` as it was; MissingExtraError without the onnx extra.
     """
@@ -87,18 +89,17 @@ def export_onnx(
     model = _translate(program, source, opset, lowerings)
     tensors = _tensors(program)
     traced_nodes = model.graph.num_nodes()
-    annotate.tag_nodes(model)
-    tied = annotate.tie_weights(model, tensors)
-    pinned = {tied.get(name, name) for name, entry in provenance.items() if entry.get("pinned", True)}
-    parameters = {tied.get(name, name) for name, _ in program.named_parameters()}
-    _name_ends(model, program, source)
-    optimise(model, weights=parameters | pinned, pinned=pinned)
-    stored = annotate.stored_names(model, tensors, tied)
-    annotate.write_provenance(model, provenance, stored)
-    annotate.note_ties(model, {**_all_names(source), **tensors}, stored)
-    model.producer_name = "surgery"
-    if journal_json is not None:
-        model.metadata_props[keys.JOURNAL] = journal_json
+    finished = finish(
+        model,
+        tensors,
+        [name for name, _ in program.named_parameters()],
+        _all_names(source),
+        provenance,
+        journal_json,
+        lambda model: _name_ends(model, program, source),
+        optional,
+    )
+    stored, tied = finished.stored, finished.tied
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external_data is None:
         external_data = weight_bytes > _INLINE_LIMIT
@@ -119,7 +120,7 @@ def export_onnx(
         opset=model.opset_imports[""],
         nodes=model.graph.num_nodes(),
         traced_nodes=traced_nodes,
-        inputs=_ends(model.graph.inputs),
+        inputs=_ends([value for value in model.graph.inputs if value.name not in optional]),
         outputs=_ends(model.graph.outputs),
         stored=stored,
         tied=tied,
@@ -131,7 +132,7 @@ def export_onnx(
 
 def _trace(source: ExportSource) -> torch.export.ExportedProgram:
     try:
-        with sdpa_kernel(SDPBackend.MATH), _quiet():
+        with sdpa_kernel(SDPBackend.MATH), quiet():
             return export_again(
                 tagged_copy(source.graph_module), tuple(source.args), source.kwargs, source.dynamic_shapes
             )
@@ -151,7 +152,7 @@ def _translate(
 ) -> Any:
     """The onnx_ir.Model, nothing folded: with the fused attention kernels there is no ONNX form."""
     try:
-        with sdpa_kernel(SDPBackend.MATH), _quiet():
+        with sdpa_kernel(SDPBackend.MATH), quiet():
             exported = torch.onnx.export(
                 program,
                 tuple(source.args),
@@ -270,7 +271,7 @@ def _staged(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back the exporters' warnings: what matters is raised, or found by the parity check."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -87,9 +87,11 @@ def export_program(
     external_data: bool | None = None,
     seed: int = 0,
     lowerings: Mapping[Any, Any] | None = None,
+    optional: Sequence[str] = (),
 ) -> ExportReport:
     """Export to ONNX, checked in onnxruntime against the program on fresh inputs at another shape.
 
+    optional: tensors of passes that are left as optional inputs; see `export_adaptable`.
     Raises ExportError where parity fails (nothing is then left at `path`), MissingExtraError.
     """
     if not program.base.in_memory:
@@ -107,4 +109,5 @@ def export_program(
         lowerings={**program.base.plugins.lowerings, **(lowerings or {})},
         external_data=external_data,
         parity=parity,
+        optional=optional,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from surgery.errors import ExportError, nearest
 from surgery.export import keys
 from surgery.export.extra import require
+
+ADAPTER = ".onnx_adapter"  # what onnxruntime calls its files
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,20 @@ class OnnxModel:
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The outputs by name. Inputs that the file lacks are ignored; a missing one is an ExportError."""
-        return self._run(self._session, self.outputs, inputs)
+    def run(
+        self, inputs: Mapping[str, torch.Tensor], adapters: Sequence[Path] = ()
+    ) -> dict[str, torch.Tensor]:
+        """The outputs by name. Inputs that the file lacks are ignored; a missing one is an ExportError.
+
+        adapters: `.onnx_adapter` files that are active in this run.
+        """
+        if not adapters:
+            return self._run(self._session, self.outputs, inputs)
+        options, held = open_adapters(adapters)
+        try:
+            return self._run(self._session, self.outputs, inputs, options)
+        finally:
+            del held  # they have to outlive the run
 
     def intermediate(
         self, names: Iterable[str], inputs: Mapping[str, torch.Tensor]
@@ -145,7 +158,11 @@ class OnnxModel:
             ) from error
 
     def _run(
-        self, session: Any, names: Iterable[str], inputs: Mapping[str, torch.Tensor]
+        self,
+        session: Any,
+        names: Iterable[str],
+        inputs: Mapping[str, torch.Tensor],
+        options: Any = None,
     ) -> dict[str, torch.Tensor]:
         wanted = list(names)
         for name in self.inputs:
@@ -153,10 +170,26 @@ class OnnxModel:
                 raise ExportError(f"'{self.path.name}' needs the input '{name}'{nearest(name, inputs)}")
         try:
             feed = {name: inputs[name].detach().cpu().contiguous().numpy() for name in self.inputs}
-            values = session.run(wanted, feed)
+            values = session.run(wanted, feed, options)
         except Exception as error:
             raise ExportError(f"onnxruntime cannot run '{self.path.name}': {_words(error)}") from error
         return {name: torch.as_tensor(value) for name, value in zip(wanted, values, strict=True)}
+
+
+def adapter_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}{ADAPTER}"
+
+
+def open_adapters(files: Sequence[Path]) -> tuple[Any, list[Any]]:
+    """RunOptions with adapters active, and the adapters, which have to outlive the runs."""
+    ort = require("onnxruntime")
+    options, held = ort.RunOptions(), []
+    for file in files:
+        adapter = ort.LoraAdapter()
+        adapter.Load(str(file))
+        options.add_active_adapter(adapter)
+        held.append(adapter)
+    return options, held
 
 
 def _words(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from surgery.standing import replaced_by
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
 
 if TYPE_CHECKING:
-    from surgery.combination import Combination, Place
+    from surgery.combination import Combination, Place, Source
 
 aten = torch.ops.aten
 
@@ -287,38 +287,46 @@ class Lora(RewritePass):
         generator = torch.Generator().manual_seed(how.seed)
         found: list[dict[str, lora_combining.Pair]] = []
         for place in places:
-            for source in place.sources:
-                source.pass_._check_combined(place.site)  # type: ignore[attr-defined]
-            ends = [f"_{part}" for part in place.site.decided.get("rows") or {}] or [""]
             weights = [source.weight * source.pass_.scale for source in place.sources]  # type: ignore[attr-defined]
-            own = {}
-            for end in ends:
-                pairs = [
-                    lora_combining.as_matrices(place.site, s.tensors[f"A{end}"], s.tensors[f"B{end}"])
-                    for s in place.sources
-                ]
-                own[end] = lora_combining.combined(place.site.path, pairs, weights, how, generator)
-            found.append(own)
+            pairs = [plain_pairs(place.site, source, "combine") for source in place.sources]
+            found.append(
+                {
+                    end: lora_combining.combined(
+                        place.site.path, [own[end] for own in pairs], weights, how, generator
+                    )
+                    for end in pairs[0]
+                }
+            )
         rank = max(a.shape[1] for own in found for a, _ in own.values())
+        return cls.carrier(places, rank, label), [lora_combining.named(own, rank) for own in found]
+
+    @classmethod
+    def carrier(cls, places: Sequence[Place], rank: int, label: str) -> Lora:
+        """A LoRA of scale 1 at these places."""
         target = ",".join(dict.fromkeys(f"path:{place.site.path}" for place in places))
         parts = {tuple(place.site.decided.get("rows") or ()) for place in places}
         chosen = ",".join(parts.pop()) or None if len(parts) == 1 else None
-        pass_ = cls(target=target, rank=rank, alpha=float(rank), parts=chosen, **{"as": label})
-        values = []
-        for own in found:
-            tensors = {}
-            for end, pair in own.items():
-                tensors[f"A{end}"], tensors[f"B{end}"] = lora_combining.padded(pair, rank)
-            values.append(tensors)
-        return pass_, values
+        return cls(target=target, rank=rank, alpha=float(rank), parts=chosen, **{"as": label})
 
-    def _check_combined(self, site: Site) -> None:
-        for option, on in (("--dora", self.dora), ("--init pissa", self.init == "pissa")):
-            if on:
-                raise PassError(
-                    f"combine at {site.path}: {self.entry_id} has {option}, which is no plain low-rank update; "
-                    f"{'merge it' if self.dora else 'make it one with export-peft and import-peft'}"
-                )
+
+def plain_pairs(site: Site, source: Source, what: str) -> dict[str, lora_combining.Pair]:
+    """A and B of a source by the ending of their names (of the parts of a fused projection), as matrices.
+
+    Raises PassError where they are no plain low-rank update.
+    """
+    lora = source.pass_
+    assert isinstance(lora, Lora)
+    for option, on in (("--dora", lora.dora), ("--init pissa", lora.init == "pissa")):
+        if on:
+            raise PassError(
+                f"{what} at {site.path}: {source.entry} has {option}, which is no plain low-rank update; "
+                f"{'merge it' if lora.dora else 'make it one with export-peft and import-peft'}"
+            )
+    ends = [f"_{part}" for part in site.decided.get("rows") or {}] or [""]
+    return {
+        end: lora_combining.as_matrices(site, source.tensors[f"A{end}"], source.tensors[f"B{end}"])
+        for end in ends
+    }
 
 
 def _index(value: Tensor) -> TensorSpec:

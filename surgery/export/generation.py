@@ -1,0 +1,309 @@
+"""A language model as ONNX for generation: a graph for the prompt, one for what follows, and a cache between them.
+
+    prefill.onnx       input_ids, attention_mask, position_ids -> logits and the keys and values of every layer
+    decode.onnx        the same with what is cached, for one token or several
+    decode.onnx.data   the weights of both, once
+    export.json, config.json, generation_config.json, tokenizer …
+
+transformers' exporter takes the model apart and traces it; names, provenance and simplification are ours. The
+directory opens with `transformers.exporters.ExportedModel.from_pretrained`, with `open_generator`, or graph by graph
+in onnxruntime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.capture.hf import silenced
+from surgery.errors import ExportError, MissingExtraError
+from surgery.export.adapters import slots, write_adapters
+from surgery.export.extra import require
+from surgery.export.finish import finish
+from surgery.export.onnx_file import quiet
+from surgery.export.parity import difference, scale_of, tolerance_of
+from surgery.export.program import provenance_of
+from surgery.export.runtime import adapter_file
+from surgery.files import staged_directory
+from surgery.hf_format import write_companions
+from surgery.in_place.live import live
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+PARTS = ("prefill", "decode")
+WEIGHTS = "decode.onnx.data"
+_INLINE = 1024  # bytes: smaller tensors stay in the graph, where shape inference sees them
+_TOKENS = 32
+_AXES: dict[str, tuple[str, ...]] = {
+    "input_ids": ("batch", "sequence"),
+    "attention_mask": ("batch", "total_sequence"),
+}
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """What was written.
+
+    nodes: ONNX nodes by part. error: the largest difference of the logits over their scale, in every greedy step.
+    tokens, sampled: how many greedy and sampled tokens are equal; ties: how many of the rows parted before their end,
+    where the logits are equal within rounding. adapters: files by adapter.
+    """
+
+    path: Path
+    size: int
+    opset: int
+    nodes: Mapping[str, int]
+    inputs: Mapping[str, Sequence[str]]
+    error: float
+    tokens: int
+    ties: int
+    sampled: int
+    seconds: float
+    adapters: Mapping[str, Path]
+
+
+def export_generation(
+    program: Program,
+    path: Any,
+    *,
+    opset: int | None = None,
+    adapters_as_inputs: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> GenerationReport:
+    """Write a directory, checked: greedy and sampled tokens of onnxruntime against the live model's.
+
+    adapters_as_inputs: every LoRA goes to a file of its own, one graph serves them all; see surgery.export.adapters.
+    Each is checked, and the base.
+
+    Raises ExportError where the program is no language model, cannot be translated, or generates other tokens.
+    """
+    started = time.perf_counter()
+    slotted = slots(program) if adapters_as_inputs else None
+    optional = slotted.names if slotted else ()
+    program = slotted.program if slotted else program
+    model = _language_model(program)
+    with staged_directory(Path(path), overwrite) as folder:
+        exported = _translated(model, opset, seed)
+        provenance = provenance_of(program)
+        journal = json.dumps(program.journal.to_json())
+        names = dict(model.named_parameters(remove_duplicate=False))
+        tensors = {**names, **dict(model.named_buffers(remove_duplicate=False))}
+        held: dict[str, set[str]] = {}
+        for part in PARTS:
+            graph = exported.components[part].program
+            finished = finish(graph, tensors, names, names, provenance, journal, optional=optional)
+            held[part] = set(finished.stored.values())
+            _name_axes(graph)
+        _write(exported, model, held, folder)
+        write_companions(program.base, folder)
+        found = [check_tokens(model, folder, seed)]
+        if slotted:
+            write_adapters(slotted.adapters, {name: name for name in slotted.names}, folder)
+            found += [check_tokens(live(p), folder, seed, name) for name, p in slotted.alone.items()]
+    files = [file for file in Path(path).rglob("*") if file.is_file()]
+    graphs = {part: exported.components[part].program for part in PARTS}
+    return GenerationReport(
+        path=Path(path),
+        size=sum(file.stat().st_size for file in files),
+        opset=graphs["decode"].opset_imports[""],
+        nodes={part: graph.graph.num_nodes() for part, graph in graphs.items()},
+        inputs={
+            part: [value.name for value in graph.graph.inputs if value.name not in optional]
+            for part, graph in graphs.items()
+        },
+        seconds=time.perf_counter() - started,
+        error=max(each.error for each in found),
+        tokens=sum(each.tokens for each in found),
+        ties=sum(each.ties for each in found),
+        sampled=sum(each.sampled for each in found),
+        adapters={name: adapter_file(Path(path), name) for name in (slotted.adapters if slotted else ())},
+    )
+
+
+def _language_model(program: Program) -> Any:
+    model: Any = live(program)
+    can = getattr(model, "can_generate", None)
+    if can is None or not can():
+        raise ExportError(
+            f"--generate: {type(model).__name__} does not generate; load it as a language model "
+            f"(--task text-generation)"
+        )
+    if model.config.is_encoder_decoder or model.config.get_text_config() is not model.config:
+        raise ExportError(
+            f"--generate writes language models of one decoder, and {type(model).__name__} has other parts; export "
+            f"its graph without --generate"
+        )
+    return model
+
+
+def _translated(model: Any, opset: int | None, seed: int) -> Any:
+    require("onnxscript")
+    import transformers
+
+    try:
+        from transformers.exporters import OnnxConfig, OnnxExporter
+    except ImportError:
+        raise MissingExtraError("transformers>=5.23", "hf") from None
+    config = OnnxConfig(dynamic=True, optimize=False, opset_version=opset)
+    try:
+        with quiet(), silenced(transformers):
+            exported = OnnxExporter().export_for_generation(
+                model, _prompts(model, 2, 7, seed), config, multi_token_decode=True
+            )
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        words = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise ExportError(f"--generate: {type(model).__name__} cannot be translated: {words}") from error
+    if set(exported.components) != set(PARTS):
+        raise ExportError(
+            f"--generate: {type(model).__name__} comes apart into {', '.join(exported.components)}, and only "
+            f"{' and '.join(PARTS)} are known here"
+        )
+    return exported
+
+
+def _prompts(model: Any, rows: int, length: int, seed: int) -> dict[str, Any]:
+    """Random tokens; every second row is padded on the left, so that the mask is not traced away."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, model.config.get_text_config().vocab_size, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1::2, : length // 2] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _name_axes(model: Any) -> None:
+    """Symbols of the trace by what they are: batch, sequence, and what is cached."""
+    ir = require("onnx_ir")
+    known: dict[str, str] = {}
+    for value in model.graph.inputs:
+        cached = "past_key_values" in value.name
+        axes = ("batch", "", "past_sequence", "") if cached else _AXES.get(value.name, ())
+        for dim, name in zip(value.shape or (), axes, strict=False):
+            if not isinstance(dim, int) and name:
+                known.setdefault(str(dim.value), name)
+    pattern = re.compile(r"\bs\d+\b")
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        shape = [
+            dim if isinstance(dim, int) else pattern.sub(lambda m: known.get(m[0], m[0]), str(dim.value))
+            for dim in value.shape
+        ]
+        value.shape = ir.Shape(shape)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and not value.is_graph_output():
+                value.shape = None  # says nothing that is not inferred, in symbols that are gone
+
+
+def _write(exported: Any, model: Any, held: Mapping[str, set[str]], folder: Path) -> None:
+    """The graphs over one file of weights, with transformers' own manifest.
+
+    held: by part, the initializers that are tensors of the program: of one name in both parts they are the same.
+    """
+    ir = require("onnx_ir")
+    graphs = {part: exported.components[part].program for part in PARTS}
+    shared: dict[str, Any] = {}
+    for part, graph in graphs.items():
+        for name in held[part]:
+            value = graph.graph.initializers[name]
+            if value.const_value.nbytes > _INLINE:
+                shared.setdefault(name, value.const_value)
+    try:
+        outside = ir.external_data.convert_tensors_to_external([*shared.values()], folder, WEIGHTS)
+        stored = dict(zip(shared, outside, strict=True))
+        for part, graph in graphs.items():
+            for name in held[part] & set(stored):
+                graph.graph.initializers[name].const_value = stored[name]
+            ir.save(graph, folder / f"{part}.onnx")
+    except (OSError, ValueError) as error:
+        raise ExportError(f"the graphs cannot be written: {error}") from error
+    # What its own reader looks for beside each graph.
+    (folder / "prefill.onnx.data").touch()
+    _manifest(exported, model, folder)
+
+
+def _manifest(exported: Any, model: Any, folder: Path) -> None:
+    from transformers.exporters import base
+
+    entries = {
+        part: {"file": f"{part}.onnx", "metadata": dataclasses.asdict(exported.components[part].metadata)}
+        for part in PARTS
+    }
+    manifest = {
+        "schema_version": base.EXPORT_SCHEMA_VERSION,
+        "export_format": str(exported.export_format),
+        "components": entries,
+    }
+    (folder / base.EXPORT_MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+    exported.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class TokensReport:
+    """See GenerationReport."""
+
+    error: float
+    tokens: int
+    ties: int
+    sampled: int
+
+
+def check_tokens(model: Any, folder: Path, seed: int, *adapters: str) -> TokensReport:
+    """Greedy and sampled generation of onnxruntime against the model, at another shape than the traced one.
+
+    Raises ExportError.
+    """
+    from surgery.export.generator import open_generator
+
+    other = open_generator(folder)
+    prompts = _prompts(model, 3, 11, seed + 1)
+    settings = {
+        "max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS, "num_beams": 1, "return_dict_in_generate": True,
+        "output_logits": True, "pad_token_id": 0,
+    }  # fmt: skip
+
+    def both(**more: Any) -> tuple[Any, Any]:
+        outputs = []
+        for each in (model, other):
+            torch.manual_seed(seed)
+            with other.adapter(*adapters):
+                outputs.append(each.generate(**prompts, **settings, **more))
+        return outputs[0], outputs[1]
+
+    with quiet(), torch.no_grad():
+        greedy = _compared(*both(do_sample=False))
+        sampled = _compared(*both(do_sample=True, temperature=0.9, top_p=0.95))
+    return TokensReport(
+        max(greedy.error, sampled.error), greedy.tokens, greedy.ties + sampled.ties, sampled.tokens
+    )
+
+
+def _compared(model: Any, onnx: Any) -> TokensReport:
+    """Two outputs of `generate`, token by token: a row counts until the two part there, with logits that are equal
+    within rounding (two tokens at a tie, a draw at the edge of both)."""
+    allowed, worst, equal = tolerance_of(model.logits[0].dtype), 0.0, 0
+    first = model.sequences.shape[1] - len(model.logits)
+    same = torch.ones(len(model.sequences), dtype=torch.bool)
+    for step, (a, b) in enumerate(zip(model.logits, onnx.logits, strict=True)):
+        if same.any():
+            worst = max(worst, difference(a[same], b[same]) / scale_of(a))
+        if worst > allowed:
+            raise ExportError(
+                f"--generate: in step {step + 1} the logits of onnxruntime are {worst:.1e} of their scale from the "
+                f"model's, where {allowed:.0e} is rounding"
+            )
+        same &= model.sequences[:, first + step] == onnx.sequences[:, first + step]
+        equal += int(same.sum())
+    return TokensReport(worst, equal, int((~same).sum()), equal)

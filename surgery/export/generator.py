@@ -1,0 +1,121 @@
+"""Generation in onnxruntime with transformers' own `generate`: greedy, sampled, beams."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.errors import ExportError, nearest
+from surgery.export.extra import require
+from surgery.export.runtime import ADAPTER, adapter_file
+
+
+def open_generator(path: Any, **session: Any) -> Any:
+    """A model whose `generate` runs what `surgery export --generate` wrote in onnxruntime.
+
+    session: `device`, `providers`, `session_options`, as for transformers' `ExportedModel.from_pretrained`. Where
+    the directory holds adapters, `with model.adapter("film"):` lets one in (several: `model.adapter("a", "b")`).
+    Raises ExportError where the directory is none of these.
+    """
+    ort = require("onnxruntime")
+    import transformers
+    from transformers.exporters.base import ExportedModel
+
+    folder = Path(path)
+    if not (folder / "export.json").is_file():
+        raise ExportError(f"{path} is no directory that `surgery export --generate` wrote")
+    if "session_options" not in session:
+        # It warns of every input that has a default.
+        session["session_options"] = ort.SessionOptions()
+        session["session_options"].log_severity_level = 3
+    exported = ExportedModel.from_pretrained(folder, **session)
+    title = str(exported.components["decode"].metadata.architecture)
+    cls = getattr(transformers, title, None)
+    if cls is None:
+        raise ExportError(f"{path} was made of {title}, which this transformers has not")
+    with torch.device("meta"):  # its generate, and what that asks of the model, without the weights
+        shell = cls(exported.config)
+    if exported.generation_config is not None:
+        shell.generation_config = exported.generation_config
+    shell.__class__ = type(title, (_Generator, cls), {"forward": _forward_like(cls)})
+    shell.exported, shell.folder, shell.given = exported, folder, {}
+    runners: dict[str, Any] = exported.runners
+    for runner in runners.values():
+        runner.session = _Session(runner.session, shell)
+    return shell.eval()
+
+
+class _Generator:
+    """Put before a transformers class, whose forward is then in onnxruntime."""
+
+    exported: Any
+    folder: Path
+    given: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return self.exported.device
+
+    @contextlib.contextmanager
+    def adapter(self, *names: str) -> Iterator[Any]:
+        """These adapters are in while the block runs, in every graph."""
+        ort = require("onnxruntime")
+        files = [adapter_file(self.folder, name) for name in names]
+        for name, file in zip(names, files, strict=True):
+            if not file.is_file():
+                known = sorted(found.stem for found in self.folder.glob(f"*{ADAPTER}"))
+                raise ExportError(
+                    f"{self.folder} has no adapter {name!r}{nearest(name, known) or f'; it has {known}'}"
+                )
+        given: dict[str, Any] = {}
+        for file in files:
+            # A run with bound inputs has no place for active adapters: their tensors are bound like other inputs.
+            values = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
+            if both := sorted(set(values) & set(given)):
+                raise ExportError(
+                    f"{names} both give {both[0]}; combine them into one, or let in one of them"
+                )
+            given.update(values)
+        before, self.given = self.given, given
+        try:
+            yield self
+        finally:
+            self.given = before
+
+
+def _forward_like(cls: Any) -> Callable[..., Any]:
+    """A forward in onnxruntime that says it takes what the class's own does: `generate` asks for that."""
+
+    def forward(self: Any, input_ids: Any = None, past_key_values: Any = None, **given: Any) -> Any:
+        filled = past_key_values is not None and past_key_values.get_seq_length() > 0
+        runner = self.exported.runners["decode" if filled else "prefill"]
+        inputs = {name: value for name, value in given.items() if name in runner.metadata.kwargs}
+        if "attention_mask" in runner.metadata.kwargs and inputs.get("attention_mask") is None:
+            past = past_key_values.get_seq_length() if filled else 0  # `generate` leaves out a mask of ones
+            inputs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
+        if past_key_values is not None:  # an empty one too: of a sliding window it holds the size
+            inputs["past_key_values"] = past_key_values
+        return runner(input_ids=input_ids, **inputs)
+
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+class _Session:
+    """An onnxruntime session whose runs also get what the model has been given."""
+
+    def __init__(self, session: Any, model: Any) -> None:
+        self._session, self._model = session, model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
+        for name, value in self._model.given.items():
+            binding.bind_ortvalue_input(name, value)
+        self._session.run_with_iobinding(binding, options)
