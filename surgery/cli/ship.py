@@ -130,8 +130,8 @@ def _tell_generation(made: GenerationReport, as_json: bool) -> None:
     out = console()
     out.print(Text(f"decode: {', '.join(made.inputs['decode'][:4])}, … → logits and the longer cache"))
     out.print(
-        f"onnxruntime generates as the model does: {made.tokens} greedy and {made.sampled} sampled tokens equal; logits "
-        f"within {made.error:.1e} of their scale"
+        f"onnxruntime generates as the model does: {made.tokens} greedy and {made.sampled} sampled tokens equal; "
+        f"logits within {made.error:.1e} of their scale"
     )
     if made.ties:
         out.print(f"{made.ties} rows parted at a tie, where the logits are equal within rounding")

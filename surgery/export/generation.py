@@ -28,6 +28,7 @@ from surgery.errors import ExportError, MissingExtraError
 from surgery.export.adapters import slots, write_adapters
 from surgery.export.extra import require
 from surgery.export.finish import finish
+from surgery.export.generator import open_generator, whole_cache
 from surgery.export.onnx_file import quiet
 from surgery.export.parity import difference, scale_of, tolerance_of
 from surgery.export.program import provenance_of
@@ -43,6 +44,7 @@ PARTS = ("prefill", "decode")
 WEIGHTS = "decode.onnx.data"
 _INLINE = 1024  # bytes: smaller tensors stay in the graph, where shape inference sees them
 _TOKENS = 32
+_LONGEST = 8192  # positions: what a check of a sliding window runs through
 _AXES: dict[str, tuple[str, ...]] = {
     "input_ids": ("batch", "sequence"),
     "attention_mask": ("batch", "total_sequence"),
@@ -157,9 +159,8 @@ def _translated(model: Any, opset: int | None, seed: int) -> Any:
     config = OnnxConfig(dynamic=True, optimize=False, opset_version=opset)
     try:
         with quiet(), silenced(transformers):
-            exported = OnnxExporter().export_for_generation(
-                model, _prompts(model, 2, 7, seed), config, multi_token_decode=True
-            )
+            inputs = {**_prompts(model, 2, 7, seed), "past_key_values": whole_cache()}
+            exported = OnnxExporter().export_for_generation(model, inputs, config, multi_token_decode=True)
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -265,17 +266,12 @@ def check_tokens(model: Any, folder: Path, seed: int, *adapters: str) -> TokensR
 
     Raises ExportError.
     """
-    from surgery.export.generator import open_generator
-
     other = open_generator(folder)
-    prompts = _prompts(model, 3, 11, seed + 1)
-    settings = {
-        "max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS, "num_beams": 1, "return_dict_in_generate": True,
-        "output_logits": True, "pad_token_id": 0,
-    }  # fmt: skip
+    settings = {"num_beams": 1, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
 
-    def both(**more: Any) -> tuple[Any, Any]:
+    def both(prompts: dict[str, Any], tokens: int, **more: Any) -> tuple[Any, Any]:
         outputs = []
+        more |= {"max_new_tokens": tokens, "min_new_tokens": tokens}
         for each in (model, other):
             torch.manual_seed(seed)
             with other.adapter(*adapters):
@@ -283,11 +279,28 @@ def check_tokens(model: Any, folder: Path, seed: int, *adapters: str) -> TokensR
         return outputs[0], outputs[1]
 
     with quiet(), torch.no_grad():
-        greedy = _compared(*both(do_sample=False))
-        sampled = _compared(*both(do_sample=True, temperature=0.9, top_p=0.95))
-    return TokensReport(
-        max(greedy.error, sampled.error), greedy.tokens, greedy.ties + sampled.ties, sampled.tokens
-    )
+        prompts = _prompts(model, 3, 11, seed + 1)
+        greedy = _compared(*both(prompts, _TOKENS, do_sample=False))
+        sampled = _compared(*both(prompts, _TOKENS, do_sample=True, temperature=0.9, top_p=0.95))
+        error = max(greedy.error, sampled.error)
+        if (window := _window(model)) > 11:
+            if window > _LONGEST:
+                raise ExportError(
+                    f"--generate: attention looks back {window} positions, and up to {_LONGEST} are checked; give a "
+                    f"configuration with a smaller sliding_window, or none"
+                )
+            error = max(
+                error, _compared(*both(_prompts(model, 1, window + 3, seed + 2), 2, do_sample=False)).error
+            )
+    return TokensReport(error, greedy.tokens, greedy.ties + sampled.ties, sampled.tokens)
+
+
+def _window(model: Any) -> int:
+    """How far sliding attention looks back; 0 where there is none."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=model.config).layers
+    return max((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=0)
 
 
 def _compared(model: Any, onnx: Any) -> TokensReport:

@@ -61,6 +61,11 @@ class _Generator:
     def device(self) -> torch.device:
         return self.exported.device
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers has it, with the kind of cache that the graphs take."""
+        kwargs.setdefault("past_key_values", whole_cache())
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     @contextlib.contextmanager
     def adapter(self, *names: str) -> Iterator[Any]:
         """These adapters are in while the block runs, in every graph."""
@@ -86,6 +91,14 @@ class _Generator:
             yield self
         finally:
             self.given = before
+
+
+def whole_cache() -> Any:
+    """A cache that keeps every position: of a sliding window, where the default drops some by Python arithmetic that no
+    graph can hold, the mask hides them."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
 
 
 def _forward_like(cls: Any) -> Callable[..., Any]:
