@@ -32,5 +32,9 @@ def explain(error: BaseException, origins: Mapping[str, str] | None = None) -> s
                 f"op '{op.replace('::', '.')}'{where} has no ONNX form: give it a lowering "
                 "(hook surgery_onnx_lowerings) or remove the pass that inserted it"
             )
-    words = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
-    return f"the ONNX translation failed{where}: {words.strip().rstrip('.')}"
+    return f"the ONNX translation failed{where}: {first_line(chain[-1]).rstrip('.')}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first words that an exception has, its type where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

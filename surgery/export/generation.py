@@ -27,8 +27,9 @@ from surgery.capture.hf import silenced
 from surgery.errors import ExportError, MissingExtraError
 from surgery.export.adapters import slots, write_adapters
 from surgery.export.extra import require
+from surgery.export.failure import first_line
 from surgery.export.finish import finish
-from surgery.export.generator import open_generator, whole_cache
+from surgery.export.generator import open_generator, sliding_window, whole_cache
 from surgery.export.onnx_file import quiet
 from surgery.export.parity import difference, scale_of, tolerance_of
 from surgery.export.program import provenance_of
@@ -159,14 +160,15 @@ def _translated(model: Any, opset: int | None, seed: int) -> Any:
     config = OnnxConfig(dynamic=True, optimize=False, opset_version=opset)
     try:
         with quiet(), silenced(transformers):
-            inputs = {**_prompts(model, 2, 7, seed), "past_key_values": whole_cache()}
+            inputs = {**_prompts(model, 2, 7, seed), **whole_cache(model)}
             exported = OnnxExporter().export_for_generation(model, inputs, config, multi_token_decode=True)
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        words = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise ExportError(f"--generate: {type(model).__name__} cannot be translated: {words}") from error
+        raise ExportError(
+            f"--generate: {type(model).__name__} cannot be translated: {first_line(cause)}"
+        ) from error
     if set(exported.components) != set(PARTS):
         raise ExportError(
             f"--generate: {type(model).__name__} comes apart into {', '.join(exported.components)}, and only "
@@ -275,7 +277,11 @@ def check_tokens(model: Any, folder: Path, seed: int, *adapters: str) -> TokensR
         for each in (model, other):
             torch.manual_seed(seed)
             with other.adapter(*adapters):
-                outputs.append(each.generate(**prompts, **settings, **more))
+                try:
+                    outputs.append(each.generate(**prompts, **settings, **more))
+                except Exception as error:
+                    who = "onnxruntime" if each is other else type(model).__name__
+                    raise ExportError(f"--generate: {who} cannot generate: {first_line(error)}") from error
         return outputs[0], outputs[1]
 
     with quiet(), torch.no_grad():
@@ -283,7 +289,7 @@ def check_tokens(model: Any, folder: Path, seed: int, *adapters: str) -> TokensR
         greedy = _compared(*both(prompts, _TOKENS, do_sample=False))
         sampled = _compared(*both(prompts, _TOKENS, do_sample=True, temperature=0.9, top_p=0.95))
         error = max(greedy.error, sampled.error)
-        if (window := _window(model)) > 11:
+        if (window := sliding_window(model)) > 11:
             if window > _LONGEST:
                 raise ExportError(
                     f"--generate: attention looks back {window} positions, and up to {_LONGEST} are checked; give a "
@@ -293,14 +299,6 @@ def check_tokens(model: Any, folder: Path, seed: int, *adapters: str) -> TokensR
                 error, _compared(*both(_prompts(model, 1, window + 3, seed + 2), 2, do_sample=False)).error
             )
     return TokensReport(error, greedy.tokens, greedy.ties + sampled.ties, sampled.tokens)
-
-
-def _window(model: Any) -> int:
-    """How far sliding attention looks back; 0 where there is none."""
-    from transformers import DynamicCache
-
-    layers = DynamicCache(config=model.config).layers
-    return max((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=0)
 
 
 def _compared(model: Any, onnx: Any) -> TokensReport:

@@ -63,7 +63,8 @@ class _Generator:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers has it, with the kind of cache that the graphs take."""
-        kwargs.setdefault("past_key_values", whole_cache())
+        for name, cache in whole_cache(self).items():
+            kwargs.setdefault(name, cache)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     @contextlib.contextmanager
@@ -93,12 +94,20 @@ class _Generator:
             self.given = before
 
 
-def whole_cache() -> Any:
-    """A cache that keeps every position: of a sliding window, where the default drops some by Python arithmetic that no
-    graph can hold, the mask hides them."""
+def sliding_window(model: Any) -> int:
+    """How far sliding attention looks back; 0 where there is none."""
     from transformers import DynamicCache
 
-    return DynamicCache()
+    layers: list[Any] = DynamicCache(config=model.config).layers
+    return max((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=0)
+
+
+def whole_cache(model: Any) -> dict[str, Any]:
+    """For `generate`, where attention slides: a cache that keeps every position, and the mask hides them. The default
+    drops some, by Python arithmetic that no graph can hold."""
+    from transformers import DynamicCache
+
+    return {"past_key_values": DynamicCache()} if sliding_window(model) else {}
 
 
 def _forward_like(cls: Any) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from surgery.errors import ExportError
 from surgery.export import annotate, keys
 from surgery.export.again import export_again
 from surgery.export.extra import require
-from surgery.export.failure import explain
+from surgery.export.failure import explain, first_line
 from surgery.export.finish import finish
 from surgery.export.parity import ParityReport, check_parity
 from surgery.export.source import ExportSource, InputSet, axis_names, tagged_copy
@@ -137,11 +137,7 @@ def _trace(source: ExportSource) -> torch.export.ExportedProgram:
                 tagged_copy(source.graph_module), tuple(source.args), source.kwargs, source.dynamic_shapes
             )
     except Exception as error:
-        raise ExportError(f"the edited graph cannot be traced again: {_words(error)}") from error
-
-
-def _words(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(f"the edited graph cannot be traced again: {first_line(error)}") from error
 
 
 def _translate(

@@ -16,6 +16,7 @@ import torch
 from surgery.errors import ExportError, nearest
 from surgery.export import keys
 from surgery.export.extra import require
+from surgery.export.failure import first_line
 
 ADAPTER = ".onnx_adapter"  # what onnxruntime calls its files
 
@@ -153,7 +154,7 @@ class OnnxModel:
             return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ExportError(
-                f"onnxruntime cannot load '{self.path.name}': {_words(error)}; export in float32, or with "
+                f"onnxruntime cannot load '{self.path.name}': {first_line(error)}; export in float32, or with "
                 "another opset, if the CPU lacks a kernel"
             ) from error
 
@@ -172,7 +173,7 @@ class OnnxModel:
             feed = {name: inputs[name].detach().cpu().contiguous().numpy() for name in self.inputs}
             values = session.run(wanted, feed, options)
         except Exception as error:
-            raise ExportError(f"onnxruntime cannot run '{self.path.name}': {_words(error)}") from error
+            raise ExportError(f"onnxruntime cannot run '{self.path.name}': {first_line(error)}") from error
         return {name: torch.as_tensor(value) for name, value in zip(wanted, values, strict=True)}
 
 
@@ -190,7 +191,3 @@ def open_adapters(files: Sequence[Path]) -> tuple[Any, list[Any]]:
         options.add_active_adapter(adapter)
         held.append(adapter)
     return options, held
-
-
-def _words(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from surgery.base import Base
@@ -120,7 +121,15 @@ class State:
     # -- putting a program into the model
 
     def adopt(self, model: nn.Module, program: Program) -> None:
-        """Let the model be what a program on the same base is. Every layer is made before any is changed."""
+        """Let the model be what a program on the same base is. Every layer is made before any is changed.
+
+        Raises PassError where the model is in shards, which other tensors would put an end to.
+        """
+        if any(_is_shard(p) for p in model.parameters()):
+            raise PassError(
+                "the model's parameters are shards of several processes; change it before it is sharded, or save it "
+                "and load what was saved"
+            )
         pieces = self._pieces(program)
         classes = {path: self._class_of(model, path, own, program) for path, own in pieces.items()}
         self._put_tensors(model, program, pieces)
@@ -195,11 +204,7 @@ class State:
 
     def _put_tensors(self, model: nn.Module, program: Program, pieces: Mapping[str, list[Piece]]) -> None:
         """Inserted tensors where the layers read them, base parameters as this program has them."""
-        wanted: dict[str, Tensor] = {}
-        for path, own in pieces.items():
-            for full in {f for piece in own for f in piece.record.tensors.values()}:
-                local = local_name(path, full)
-                wanted[f"{path}.{local}" if path else local] = program.tensors[full]
+        wanted: dict[str, Tensor] = {n: program.tensors[full] for n, full in self._places(pieces).items()}
         # What a layer does not read now stays where it is, while the program has it: it may be switched on again.
         held = {id(tensor) for tensor in program.tensors.values()}
         for name in self._added - set(wanted):
@@ -224,6 +229,30 @@ class State:
                 if module._parameters[leaf] is not value:
                     module._parameters[leaf] = value  # type: ignore[assignment]
 
+    def gather(self, model: nn.Module) -> bool:
+        """Let the program have the values of what stands in the model in the place of its tensors: shards, in fully
+        sharded training. Every process has to call it. Returns whether there were shards."""
+        program, sharded = self.program, False
+        held: dict[str, Tensor] = {n: t for n, t in program.changed.items() if isinstance(t, nn.Parameter)}
+        held.update({n: program.tensors[full] for n, full in self._places(self._pieces(program)).items()})
+        for name, tensor in held.items():
+            there = get(model, name)
+            if there is tensor:
+                continue
+            sharded = sharded or _is_shard(there)
+            with torch.no_grad():
+                tensor.copy_(there.full_tensor() if _is_shard(there) else there)
+        return sharded
+
+    def _places(self, pieces: Mapping[str, list[Piece]]) -> dict[str, str]:
+        """Where the model holds an inserted tensor -> its name in the program."""
+        places = {}
+        for path, own in pieces.items():
+            for full in dict.fromkeys(f for piece in own for f in piece.record.tensors.values()):
+                local = local_name(path, full)
+                places[f"{path}.{local}" if path else local] = full
+        return places
+
     def _let_train(self, model: nn.Module) -> None:
         """Let require gradients what the program lets train; with an empty journal, what did before."""
         program = self.program
@@ -235,6 +264,10 @@ class State:
                     tensor.requires_grad_(wants)
         if program.schedule.masks:
             program.module()  # puts the hooks on what trains in part
+
+
+def _is_shard(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")
 
 
 def local_name(path: str, full: str) -> str:

@@ -118,10 +118,12 @@ def plan_(
 def program_of(model: nn.Module) -> Program:
     """The program of a module that `apply_` changed, over the module's own tensors: to save, merge, export, undo on.
 
+    Of a model that is fully sharded it has the values as they are now; every process has to call it.
     Raises PassError for any other module.
     """
     state = _known(model)
     _refresh(state, model)
+    state.gather(model)
     return state.program
 
 
@@ -190,10 +192,13 @@ def save_(
 
     ref, task, model_kwargs: what gives the same base again, as for `surgery.load`; a transformers model's own
     directory by default. Without any, the weights of the base are written too, and loading needs the base.
+    Of a fully sharded model every process has to call it; the first writes.
     Raises LoadError where the reference is another model.
     """
     state = _known(model)
     _refresh(state, model)
+    if state.gather(model) and torch.distributed.get_rank() != 0:
+        return
     sourced(state.program, ref, task, model_kwargs).save(path, overwrite=overwrite)
 
 
