@@ -13,6 +13,7 @@ in onnxruntime.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import time
@@ -140,6 +141,11 @@ def _language_model(program: Program) -> Any:
         raise ExportError(
             f"--generate: {type(model).__name__} does not generate; load it as a language model "
             f"(--task text-generation)"
+        )
+    if "cache_params" in inspect.signature(model.forward).parameters:
+        raise ExportError(
+            f"--generate: {type(model).__name__} carries a state from token to token, not keys and values, and that is "
+            f"not supported; export its graph without --generate"
         )
     if model.config.is_encoder_decoder or model.config.get_text_config() is not model.config:
         raise ExportError(

@@ -162,12 +162,18 @@ class State:
                         done.add(id(layer))
                         found.setdefault(path, []).append(Piece(entry, pass_, record, owner))
                 if not done:
-                    raise PassError(f"{entry.id} at {record.path}: no layer of the model uses its weight")
+                    raise PassError(
+                        f"{entry.id} at {record.path}: the model uses its weight without calling a layer that holds "
+                        f"it, so a live model cannot hold the pass there; leave the site out, or use the program itself"
+                    )
         return found
 
     def _uses(self, path: str, layer: nn.Module, owner: str, kind: str) -> bool:
         """Whether the layer's own forward uses a weight in that way."""
-        seen = self.seen.get(path, Seen())
+        seen = self.seen.get(path)
+        if seen is None and not self.uncaptured:
+            return False  # the model reads the weight, and never calls the layer
+        seen = seen or Seen()
         shapes = seen.shapes or ({3: ()} if isinstance(layer, nn.Linear) else {})
         attributes = [name for name, full in self._names(path, layer, self.program).items() if full == owner]
         try:

@@ -36,7 +36,6 @@ def apply_(
     inputs: Any = None,
     dynamic: Any = None,
     example: Mapping[str, int] | None = None,
-    ref: str | None = None,
     freeze_base: bool | None = None,
     verify: bool = True,
     data: Sequence[InputSet] = (),
@@ -51,13 +50,12 @@ def apply_(
     replaced by copies, so that `remove_` is bit for bit; make the optimiser afterwards.
 
     inputs, dynamic: as for `surgery.capture`; a transformers model needs none. example: sizes of its example inputs.
-    ref: the reference that gives the same model again (`hf:DIR`), for saving without its weights.
     The others as for `Program.apply`. Where the model cannot be captured, targets by path still work, and roles do
     not. Raises TargetError, PassError; the model is then as it was.
     """
     if not passes and freeze_base is None:
         raise PassError("no pass was given; see `surgery passes`")
-    state = state_of(model) or _state(model, inputs, dynamic, example or {}, ref, plugins)
+    state = state_of(model) or _state(model, inputs, dynamic, example or {}, plugins)
     state.refuse(p for p in passes if isinstance(p, Pass))
     program = state.program
     _refresh(state, model)
@@ -110,7 +108,7 @@ def plan_(
     plugins: Plugins | None = None,
 ) -> PlanReport:
     """What `apply_` would do, with every refusal; nothing is changed. Options as for `apply_`."""
-    state = state_of(model) or _state(model, inputs, dynamic, example or {}, None, plugins)
+    state = state_of(model) or _state(model, inputs, dynamic, example or {}, plugins)
     state.refuse(passes)
     return state.program.plan(*passes, freeze_base=freeze_base, data=data)
 
@@ -210,7 +208,7 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
     """
     if state_of(model) is not None:
         raise PassError("this module carries surgery already; take that off with surgery.remove_ first")
-    state = _state(model, inputs, None, {}, None, plugins)
+    state = _state(model, inputs, None, {}, plugins)
     if state.uncaptured:
         raise CaptureError(
             f"the model cannot be captured, so {path} cannot be held against it; {state.uncaptured}"
@@ -245,7 +243,6 @@ def _state(
     inputs: Any,
     dynamic: Any,
     example: Mapping[str, int],
-    ref: str | None,
     plugins: Plugins | None,
 ) -> State:
     plugins = plugins or make_plugin_manager()
@@ -256,7 +253,7 @@ def _state(
     except (CaptureError, LoadError) as error:
         loaded, captured, seen = pretend(model)
         why = str(error)
-    base = Base(loaded, captured, plugins, ref or "", LoadOptions(example=dict(example)))
+    base = Base(loaded, captured, plugins, "", LoadOptions(example=dict(example)))
     return State(Program(base), seen, layers, why)
 
 

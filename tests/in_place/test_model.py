@@ -144,3 +144,18 @@ def test_a_layer_that_is_given_more_is_refused(llama):
     model = zoo.module("bart")
     with pytest.raises(PassError, match=r"embed_positions.*the model gives its forward .* too"):
         surgery.apply_(model, surgery.Lora(target="decoder.embed_positions"))
+
+
+def test_a_weight_that_no_call_reaches_is_not_missed_silently():
+    """Mamba multiplies by the weight of a layer that it never calls: a graph takes a LoRA there, a live model none."""
+    from surgery.capture import hf
+
+    torch.manual_seed(0)
+    loaded = hf.from_model(zoo.module("mamba"))
+    program = surgery.capture(loaded.module, dict(loaded.kwargs)).apply(
+        surgery.Lora(target="dt_proj", rank=2)
+    )
+    with pytest.raises(PassError, match=r"dt_proj: the model uses its weight without calling a layer"):
+        program.live()
+    with pytest.raises(PassError, match=r"dt_proj.*cannot be rewritten in place"):
+        surgery.apply_(zoo.module("mamba"), surgery.Lora(target="dt_proj", rank=2))

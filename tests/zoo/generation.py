@@ -27,9 +27,9 @@ def run(name: str, folder: Path) -> str:
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = 0
     model.save_pretrained(folder / "base")
-    program = surgery.load(f"hf:{folder / 'base'}", task="text-generation").apply(
-        surgery.Lora(target="attn.*", rank=2)
-    )
+    base = surgery.load(f"hf:{folder / 'base'}", task="text-generation")
+    attends = any(site.role.startswith("attn") for site in base.sites)
+    program = base.apply(surgery.Lora(target="attn.*" if attends else "linear,!dt_proj", rank=2))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in program.tensors.values():
