@@ -34,7 +34,7 @@ def run(quick: bool) -> Iterator[Row]:
 
 
 def _compare(model: Model, rounds: int, batch: int) -> Iterator[Row]:
-    inputs = _inputs(model, batch)
+    inputs = inputs_of(model, batch)
     program = randomise(model.program().apply(surgery.Lora(target="attn.*", rank=RANK, alpha=ALPHA)))
     peer = model.peft(program, model.attention, RANK, ALPHA).train()
     base = model.eager().train().requires_grad_(False)
@@ -44,7 +44,7 @@ def _compare(model: Model, rounds: int, batch: int) -> Iterator[Row]:
     variants = {}
     for name, module in modules.items():
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
-        variants[name] = Variant(_step(model, module, optimizer, inputs, losses[name]))
+        variants[name] = Variant(step_of(model, module, optimizer, inputs, losses[name]))
     times = measure(variants, rounds)
     gap = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["PEFT"], strict=True))
     if not gap <= SAME_LOSS:
@@ -69,7 +69,7 @@ def _added(model: Model, rounds: Any) -> Row:
     return Row("step", what, "PEFT", ours, peer, ratio, low, high, note="step less the frozen base")
 
 
-def _step(
+def step_of(
     model: Model, module: nn.Module, optimizer: Any, inputs: dict[str, Tensor], losses: list[float]
 ) -> Any:
     def step(_: None) -> None:
@@ -82,7 +82,7 @@ def _step(
     return step
 
 
-def _inputs(model: Model, batch: int) -> dict[str, Tensor]:
+def inputs_of(model: Model, batch: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 9000, (batch, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
