@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,9 +28,19 @@ _COMPANIONS = (
     "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
 )  # fmt: skip
 
+_SIZE = re.compile(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", re.IGNORECASE)  # what huggingface_hub reads
 
-def write_hf(program: Program, path: Any, *, overwrite: bool = False) -> None:
-    """Write a merged program's weights, config and tokenizer. Raises ExportError where adapters remain."""
+
+def write_hf(
+    program: Program, path: Any, *, overwrite: bool = False, max_shard_size: str | None = None
+) -> None:
+    """Write a merged program's weights, config, generation config and tokenizer.
+
+    max_shard_size: of one safetensors file ("5GB"); what is larger is split, with an index. None is transformers' own.
+    Raises ExportError where adapters remain.
+    """
+    if max_shard_size is not None and not _SIZE.fullmatch(max_shard_size):
+        raise ExportError(f"--max-shard-size {max_shard_size}: write a size, such as 5GB or 200MB")
     left = live_entries(program.journal)
     if left:
         _, kept = foldable(program.base, program.journal, program.sites)
@@ -38,7 +49,7 @@ def write_hf(program: Program, path: Any, *, overwrite: bool = False) -> None:
             f"{left[0].id!r} is not folded into the weights, and a transformers directory cannot hold it{why}"
         )
     with staged_directory(Path(path), overwrite) as folder:
-        _write(program.base, program.state(), folder)
+        _write(program.base, program.state(), folder, max_shard_size)
 
 
 def write_base(base: Base, folder: Path) -> None:
@@ -47,7 +58,7 @@ def write_base(base: Base, folder: Path) -> None:
     _write(base, base.tensors, folder)
 
 
-def _write(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
+def _write(base: Base, state: Mapping[str, Tensor], folder: Path, max_shard_size: str | None = None) -> None:
     module: Any = base.loaded.module
     if not hasattr(module, "save_pretrained") or not hasattr(module, "config"):
         raise ExportError(
@@ -70,7 +81,14 @@ def _write(base: Base, state: Mapping[str, Tensor], folder: Path) -> None:
     if getattr(module, "generation_config", None) is not None:
         fresh.generation_config = copy.deepcopy(module.generation_config)
     with _no_progress_bars():
-        fresh.save_pretrained(folder)
+        try:
+            fresh.save_pretrained(folder, **({"max_shard_size": max_shard_size} if max_shard_size else {}))
+        except ValueError as error:
+            if max_shard_size is None or "size" not in str(error):
+                raise
+            raise ExportError(
+                f"--max-shard-size {max_shard_size}: write a size, such as 5GB or 200MB"
+            ) from error
     write_companions(base, folder)
 
 
@@ -106,8 +124,10 @@ def _unfake(module: nn.Module) -> None:
 
 def write_companions(base: Base, folder: Path) -> None:
     """Tokenizer, processor and the like, from where the base came."""
-    source = base.loaded.files[0].parent if base.loaded.files else None
-    if source is None:
+    # A live model has no files of its own, but knows where it came from.
+    named = getattr(base.loaded.config, "_name_or_path", "")
+    source = base.loaded.files[0].parent if base.loaded.files else Path(named)
+    if (not named and not base.loaded.files) or not source.is_dir():
         return
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):

@@ -110,6 +110,9 @@ def apply(
 @click.option(
     "--format", "format_", type=click.Choice(["surgery", "hf"]), default="surgery", show_default=True
 )
+@click.option(
+    "--max-shard-size", metavar="SIZE", help="With --format hf: split the weights into files of 5GB, say."
+)
 @standalone_option
 @overwrite_option
 @with_adapters
@@ -118,6 +121,7 @@ def merge(
     directory: str,
     output: Path,
     format_: str,
+    max_shard_size: str | None,
     standalone: bool,
     overwrite: bool,
     only: tuple[str, ...],
@@ -127,13 +131,15 @@ def merge(
     loader: Callable[..., Program],
 ) -> None:
     """Fold adapters into the base weights: original names, original nodes."""
+    if max_shard_size and format_ != "hf":
+        raise SurgeryError("--max-shard-size is for --format hf; add that, or leave it out")
     refuse_taken(output, overwrite)
     program = choose_adapters(loader(directory), only, without, weights)
     plain = not live_entries(program.journal)  # merged before, or only weights of the base were trained
     merged = program if plain and format_ == "hf" else program.merge()
     entry = next((e for e in reversed(merged.journal.entries) if e.kind == "merge"), None)
     if format_ == "hf":
-        write_hf(merged, output, overwrite=overwrite)
+        write_hf(merged, output, overwrite=overwrite, max_shard_size=max_shard_size)
     else:
         merged.save(output, standalone=standalone, overwrite=overwrite)
     out = console()

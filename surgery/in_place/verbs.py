@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from surgery.base import Base
 from surgery.capture import LoadOptions, trace
 from surgery.capture.trace import to_plain
 from surgery.errors import CaptureError, LoadError, PassError, SurgeryError, TargetError
+from surgery.hf_format import write_hf
 from surgery.in_place.leaf import Layers
 from surgery.in_place.mirror import loaded_of, watch
 from surgery.in_place.mixed import rows_of
@@ -184,9 +185,14 @@ def save_(
     ref: str | None = None,
     task: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    format: Literal["surgery", "hf"] = "surgery",
+    max_shard_size: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a directory that `surgery.load` and `load_` read: the journal, what was inserted, what was trained.
+
+    format: "hf" writes a transformers directory in its place, with adapters folded into the weights of what is written
+    (the live model keeps them), in files of up to max_shard_size; see surgery.hf_format.write_hf.
 
     ref, task, model_kwargs: what gives the same base again, as for `surgery.load`; a transformers model's own
     directory by default. Without any, the weights of the base are written too, and loading needs the base.
@@ -196,6 +202,12 @@ def save_(
     state = _known(model)
     _refresh(state, model)
     if state.gather(model) and torch.distributed.get_rank() != 0:
+        return
+    if format == "hf":
+        program = state.program
+        if live_entries(program.journal):
+            program = program.merge(verify=not state.uncaptured)
+        write_hf(program, path, overwrite=overwrite, max_shard_size=max_shard_size)
         return
     sourced(state.program, ref, task, model_kwargs).save(path, overwrite=overwrite)
 
