@@ -30,7 +30,9 @@ def test_every_benchmark_gives_ratios(quick):
     shown, found = quick
     assert found["quick"]
     rows = found["rows"]
-    assert {row["benchmark"] for row in rows} == {"match", "step", "merge", "onnx_latency"}
+    assert {row["benchmark"] for row in rows} == {
+        "match", "step", "in_place", "merge", "onnx_latency", "generation",
+    }  # fmt: skip
     peers = {(row["benchmark"], row["peer_name"]) for row in rows if row["ratio"] is not None}
     assert peers >= {
         ("match", "fx.replace_pattern"),
@@ -40,6 +42,8 @@ def test_every_benchmark_gives_ratios(quick):
         ("merge", "floor"),
         ("merge", "PEFT"),
         ("onnx_latency", "base"),
+        ("in_place", "PEFT"),
+        ("generation", "eager"),
     }
     for row in rows:
         if row["ratio"] is not None and row["what"] != "MiniLM: added by LoRA":

@@ -46,3 +46,13 @@ def test_smollm2_alpaca(tmp_path):
     said = run("smollm2_alpaca.py", tmp_path / "smollm2")
     assert "merged, ONNX" in said
     assert (tmp_path / "smollm2" / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_smollm2_in_place(tmp_path):
+    said = run("smollm2_in_place.py", tmp_path / "place")
+    assert said.count("generates as before, to the token") == 2
+    assert said.count("the same tokens with and without the cache") == 2
+    assert "removed: the tokens of the base" in said
+    assert not [word for word in ("OTHER", "DIFFERS", "CHANGED") if word in said]
+    assert (tmp_path / "place" / "onnx" / "sft.onnx_adapter").is_file()

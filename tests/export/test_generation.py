@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -180,6 +182,16 @@ def test_adapters_of_the_generator(two, adaptable):
         pass
     with pytest.raises(ExportError, match=r"no adapter 'flim'.*film"), model.adapter("flim"):
         pass
+
+
+def test_as_the_readme_has_it(two, adaptable):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (source,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "open_generator" in b)
+    ids, _ = prompts()
+    place = {"tokenizer": lambda *_, **__: {"input_ids": ids[:1], "attention_mask": torch.ones_like(ids[:1])}}
+    exec(compile(source.replace('"onnx"', repr(str(adaptable))), "README.md", "exec"), place)
+    live = two[1].only("film").live()
+    assert torch.equal(place["tokens"], live.generate(ids[:1], max_new_tokens=32))
 
 
 def test_one_graph_and_its_adapters(randomise, tmp_path):

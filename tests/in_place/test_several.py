@@ -96,6 +96,16 @@ def test_folded_and_unfolded(two, ids):
     assert torch.equal(two(ids).logits, both)
 
 
+def test_a_merge_that_is_not_possible(llama, ids):
+    surgery.apply_(llama, surgery.LowRank(target="mlp.up", rank=2), verify=False)
+    before = llama(ids).logits
+    with pytest.raises(PassError, match=r"merge: nothing can be folded \(low-rank: "):
+        surgery.merge_(llama)
+    assert torch.equal(llama(ids).logits, before)
+    with pytest.raises(PassError, match="carries no surgery"):
+        surgery.merge_(torch.nn.Linear(2, 2))
+
+
 def test_saved_in_one_form_loads_in_the_other(llama, ids, randomised, tmp_path):
     llama.save_pretrained(tmp_path / "base")
     live = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

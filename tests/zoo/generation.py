@@ -1,4 +1,4 @@
-"""`python -m tests.zoo.generation [NAME …]`: every language model of the zoo to ONNX for generation.
+"""`python -m tests.zoo.generation [NAME …] [--write FILE]`: every language model of the zoo to ONNX for generation.
 
 LoRA on the attention, random; then `export_generation`, which compares greedy and sampled tokens of onnxruntime with
 the live model's. About 9 minutes.
@@ -38,7 +38,30 @@ def run(name: str, folder: Path) -> str:
     return f"{made.tokens} greedy and {made.sampled} sampled tokens equal, {made.ties} ties, logits {made.error:.0e}"
 
 
+_ABOUT = """\
+# Language models to ONNX for generation
+
+Written by `python -m tests.zoo.generation --write docs/generation.md`: a random LoRA on a tiny random model, and
+`export_generation`, which runs greedy and sampled generation of three rows, one of them padded, in onnxruntime and in
+transformers. A tie is a row that parts where the logits are equal within rounding.
+"""
+
+
+def page(said: dict[str, str]) -> str:
+    """The table as a page."""
+    lines = [
+        _ABOUT,
+        "| model | outcome |",
+        "|---|---|",
+        *(f"| {name} | {what.replace('|', '/')} |" for name, what in said.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main(names: list[str]) -> int:
+    write = Path(names.pop()) if "--write" in names else None
+    names = [name for name in names if name != "--write"]
+    outcomes: dict[str, str] = {}
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -51,8 +74,11 @@ def main(names: list[str]) -> int:
                 passed += 1
             except Exception as error:
                 said = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        outcomes[name] = said
         print(f"{name:<16} {time.perf_counter() - begun:5.1f} s  {said}", flush=True)
     print(f"{len(wanted)} architectures; {passed} generate in onnxruntime as in torch")
+    if write:
+        write.write_text(page(outcomes))
     return 0 if passed >= 0.95 * len(wanted) else 1
 
 
