@@ -196,24 +196,35 @@ def main(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=None, help="training steps (default: 40, quick: 1)")
-    parser.add_argument("--batch", type=int, default=None, help="dialogues a step (default: 4, quick: 2)")
-    parser.add_argument(
-        "--held-out", type=int, default=None, help="dialogues to score (default: 40, quick: 4)"
+    return read_options(
+        __doc__, Path("out/smollm2"), full=(40, 4, 40, 192), quick=(1, 2, 4, 64), given=arguments
     )
-    parser.add_argument(
-        "--max-tokens", type=int, default=None, help="longest dialogue (default: 192, quick: 64)"
-    )
+
+
+def read_options(
+    about: str | None,
+    out: Path,
+    full: tuple[int, int, int, int],
+    quick: tuple[int, int, int, int],
+    given: Sequence[str] | None,
+) -> argparse.Namespace:
+    """full, quick: steps, batch, dialogues to score and longest dialogue, where they are not given."""
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    named = {
+        "steps": "training steps",
+        "batch": "dialogues a step",
+        "held_out": "dialogues to score",
+        "max_tokens": "longest dialogue",
+    }
+    for (name, what), usual, few in zip(named.items(), full, quick, strict=True):
+        said = f"{what} (default: {usual}, quick: {few})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, help=said)
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--out", type=Path, default=Path("out/smollm2"), help="where files are written")
+    parser.add_argument("--out", type=Path, default=out, help="where files are written")
     parser.add_argument("--quick", action="store_true", help="little data and few steps")
-    options = parser.parse_args(arguments)
-    full, quick = (40, 4, 40, 192), (1, 2, 4, 64)
-    for name, value in zip(
-        ("steps", "batch", "held_out", "max_tokens"), quick if options.quick else full, strict=True
-    ):
+    options = parser.parse_args(given)
+    for name, value in zip(named, quick if options.quick else full, strict=True):
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options

@@ -21,7 +21,7 @@ import torch
 from data import Instruction, alpaca_en
 from loop import console, megabytes, note, run, size_of, step
 from rich.table import Table
-from smollm2_alpaca import GGUF, Dialogue, Tutor, model_folder
+from smollm2_alpaca import GGUF, Dialogue, Tutor, model_folder, read_options
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import surgery
@@ -179,29 +179,9 @@ def main(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--steps", type=int, default=None, help="training steps of each (default: 50, quick: 2)"
+    return read_options(
+        __doc__, Path("out/in_place"), full=(50, 4, 40, 192), quick=(2, 2, 4, 64), given=arguments
     )
-    parser.add_argument("--batch", type=int, default=None, help="dialogues a step (default: 4, quick: 2)")
-    parser.add_argument(
-        "--held-out", type=int, default=None, help="dialogues to score (default: 40, quick: 4)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=None, help="longest dialogue (default: 192, quick: 64)"
-    )
-    parser.add_argument("--rank", type=int, default=8, help="LoRA's rank")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--out", type=Path, default=Path("out/in_place"), help="where files are written")
-    parser.add_argument("--quick", action="store_true", help="little data and few steps")
-    options = parser.parse_args(arguments)
-    full, quick = (50, 4, 40, 192), (2, 2, 4, 64)
-    for name, value in zip(
-        ("steps", "batch", "held_out", "max_tokens"), quick if options.quick else full, strict=True
-    ):
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
 
 
 if __name__ == "__main__":

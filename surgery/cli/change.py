@@ -10,7 +10,6 @@ from rich.text import Text
 
 from surgery.cli.data import data_option, read_data
 from surgery.cli.options import (
-    choose_adapters,
     model_options,
     output_option,
     overwrite_option,
@@ -124,9 +123,7 @@ def merge(
     max_shard_size: str | None,
     standalone: bool,
     overwrite: bool,
-    only: tuple[str, ...],
-    without: tuple[str, ...],
-    weights: tuple[str, ...],
+    choose: Callable[[Program], Program],
     plugins: Plugins,
     loader: Callable[..., Program],
 ) -> None:
@@ -134,7 +131,7 @@ def merge(
     if max_shard_size and format_ != "hf":
         raise SurgeryError("--max-shard-size is for --format hf; add that, or leave it out")
     refuse_taken(output, overwrite)
-    program = choose_adapters(loader(directory), only, without, weights)
+    program = choose(loader(directory))
     plain = not live_entries(program.journal)  # merged before, or only weights of the base were trained
     merged = program if plain and format_ == "hf" else program.merge()
     entry = next((e for e in reversed(merged.journal.entries) if e.kind == "merge"), None)

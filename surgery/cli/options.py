@@ -89,31 +89,31 @@ output_option = click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
-adapter_options = [
-    click.option("--only", multiple=True, metavar="ADAPTER", help="Leave out every adapter but these."),
-    click.option("--without", multiple=True, metavar="ADAPTER", help="Leave an adapter out."),
-    click.option(
-        "--weight", "weights", multiple=True, metavar="ADAPTER=W", help="Scale an adapter: 1 as trained."
-    ),
-]
 
 
 def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(adapter_options):
-        function = option(function)
-    return function
+    """--only, --without, --weight; the command gets a `choose(program)` in their place."""
 
+    @click.option("--only", multiple=True, metavar="ADAPTER", help="Leave out every adapter but these.")
+    @click.option("--without", multiple=True, metavar="ADAPTER", help="Leave an adapter out.")
+    @click.option(
+        "--weight", "weights", multiple=True, metavar="ADAPTER=W", help="Scale an adapter: 1 as trained."
+    )
+    @functools.wraps(function)
+    def wrapped(
+        *args: Any, only: tuple[str, ...], without: tuple[str, ...], weights: tuple[str, ...], **kwargs: Any
+    ) -> Any:
+        def choose(program: Program) -> Program:
+            if only:
+                program = program.only(*only)
+            if without:
+                program = program.without(*without)
+            chosen = read_weights(weights)
+            return program.weighted(chosen) if chosen else program
 
-def choose_adapters(
-    program: Program, only: tuple[str, ...], without: tuple[str, ...], weights: tuple[str, ...]
-) -> Program:
-    """The program with adapters switched as the options say."""
-    if only:
-        program = program.only(*only)
-    if without:
-        program = program.without(*without)
-    chosen = read_weights(weights)
-    return program.weighted(chosen) if chosen else program
+        return function(*args, choose=choose, **kwargs)
+
+    return wrapped
 
 
 def read_weights(given: tuple[str, ...]) -> dict[str, float]:

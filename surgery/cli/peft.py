@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from surgery.cli.options import (
-    choose_adapters,
     loading_options,
     model_options,
     output_option,
@@ -59,15 +58,13 @@ def export(
     directory: str,
     output: Path,
     overwrite: bool,
-    only: tuple[str, ...],
-    without: tuple[str, ...],
-    weights: tuple[str, ...],
+    choose: Callable[[Program], Program],
     plugins: Plugins,
     loader: Callable[..., Program],
 ) -> None:
     """Write what a saved directory carries as a PEFT checkpoint: LoRA, IA3, prefix or prompt."""
     refuse_taken(output, overwrite)
-    program = choose_adapters(loader(directory), only, without, weights)
+    program = choose(loader(directory))
     config = export_peft(program, output, overwrite=overwrite)
     modules = len(config.get("target_modules") or ())
     saved = f", and {', '.join(config['modules_to_save'])} whole" if config["modules_to_save"] else ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from surgery.cli.options import choose_adapters, json_option, model_options, with_adapters
+from surgery.cli.options import json_option, model_options, with_adapters
 from surgery.cli.render import console
 from surgery.errors import SurgeryError
 from surgery.files import refuse_taken
@@ -60,9 +60,7 @@ def export(
     seed: int,
     overwrite: bool,
     as_json: bool,
-    only: tuple[str, ...],
-    without: tuple[str, ...],
-    weights: tuple[str, ...],
+    choose: Callable[[Program], Program],
     plugins: Plugins,
     loader: Callable[..., Program],
 ) -> None:
@@ -76,7 +74,7 @@ def export(
         raise SurgeryError(f"{output} is a directory; name the ONNX file to write")
     if generate and external_data is not None:
         raise SurgeryError("--generate writes the weights beside the graphs; leave out --external-data")
-    program = choose_adapters(loader(model), only, without, weights)
+    program = choose(loader(model))
     if generate:
         made = program.export_generation(
             output, opset=opset, adapters_as_inputs=adapters_as_inputs, seed=seed, overwrite=overwrite

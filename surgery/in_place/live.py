@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 from typing import Any
 
 from torch import nn
@@ -51,6 +49,5 @@ def _configured(model: Any, config: Any) -> None:
             for key in ("use_cache", "pad_token_id"):
                 if hasattr(own, key) and hasattr(there, key):
                     setattr(own, key, getattr(there, key))
-    experts = getattr(config, "_experts_implementation", None)
-    with contextlib.suppress(Exception):  # models without experts have no such setting
-        model.set_experts_implementation(copy.copy(experts))
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation(config._experts_implementation)
