@@ -57,7 +57,11 @@ class Combination:
             raise PassError(
                 f"combine: the rank of {self.method} follows from the sources; leave out --rank, or take an svd method"
             )
-        if self.rank is not None and self.rank < 1:
+        if self.majority != "total" and not self.elementwise.endswith("ties"):
+            raise PassError(f"combine: {self.method} elects no sign; leave out --majority")
+        if self.rank is not None and (
+            isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1
+        ):
             raise PassError(f"combine: --rank {self.rank} is no rank; give a positive number")
         if self.majority not in ("total", "frequency"):
             raise PassError(f"combine: --majority {self.majority!r} is neither total nor frequency")

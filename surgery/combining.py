@@ -105,6 +105,8 @@ def _sources(program: Program, weights: Mapping[str, float]) -> list[tuple[Entry
             if entry.id in given:
                 raise PassError(f"combine: {entry.id!r} is named twice")
             given[entry.id] = float(weight)
+    if given and not any(given.values()):
+        raise PassError("combine: every weight is zero, so nothing would be left")
     if not given:
         raise PassError("combine: no adapter is named; give --weight NAME=W for each")
     return [(e, given[e.id]) for e in program.journal if e.id in given]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -166,6 +167,8 @@ class Journal:
                     )
                 if isinstance(weight, bool) or not isinstance(weight, (int, float)):
                     raise JournalError(f"the weight of {entry.id!r} is {weight!r}, which is no number")
+                if not math.isfinite(weight):
+                    raise JournalError(f"the weight of {entry.id!r} is {weight}; give a finite number")
                 chosen[entry.id] = float(weight)
         return Journal(tuple(replace(e, weight=chosen[e.id]) if e.id in chosen else e for e in self.entries))
 

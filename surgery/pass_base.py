@@ -190,6 +190,10 @@ class Pass(BaseModel):
                 hint = nearest(field, known) or f"; it has {', '.join(sorted(known))}"
                 raise PassError(f"pass {cls.name!r} has no option {flag}{hint}") from None
             shown = problem.get("input")
+            if field == "as":
+                raise PassError(
+                    f"pass {cls.name!r}: --as {shown!r} is no name; use letters, digits, - and _"
+                ) from None
             raise PassError(f"pass {cls.name!r}: {flag} is {shown!r}: {problem['msg'].lower()}") from None
 
 

@@ -211,6 +211,10 @@ def test_from_the_command_line(tmp_path, capsys):
     assert (
         run("import-peft", tmp_path / "news", "--base", tmp_path / "one", "--as", "news", "-o", both)[0] == 0
     )
+    two = surgery.load(both)
+    assert {n for n in two.tensors if two.trains(n)} == set(
+        two.tensors
+    )  # the second has not frozen the first
     weights = ("--weight", "film=0.7", "--weight", "news=-0.4", "--as", "mix")
     code, said = run("combine", both, *weights, "--rank", 3, "-o", tmp_path / "mixed")
     assert code == 0, said
@@ -227,12 +231,16 @@ def test_from_the_command_line(tmp_path, capsys):
         (("--density", "0.5"), "svd keeps every value"),
         (("--method", "ties_svd", "--density", "2"), "--density 2.0 is no fraction"),
         (("--weight", "film=1"), "named twice"),
+        (("--majority", "frequency"), "svd elects no sign"),
+        (("--as", "a b/c"), "--as 'a b/c' is no name; use letters"),
         (("--weight", "lora:news=1"), "named twice"),
         (("--weight", "nws=1"), "no pass 'nws'"),
     ):
         code, said = run("combine", both, *weights, *options, "-o", tmp_path / "bad")
         assert (code, message in said, len(said.strip().splitlines())) == (2, True, 1), said
         assert not (tmp_path / "bad").exists()
+    code, said = run("combine", both, "--weight", "film=0", "--as", "none", "-o", tmp_path / "bad")
+    assert (code, "every weight is zero" in said) == (2, True)
     code, said = run("combine", both, "--weight", "film=1", "--as", "news", "-o", tmp_path / "bad")
     assert code == 2
     assert "'lora:news' is applied already" in said

@@ -117,7 +117,7 @@ def from_model(
     Raises LoadError where no example inputs are known for it.
     """
     config = copy.deepcopy(model.config)
-    make_traceable(model)
+    cached = make_traceable(model)
     built = hf_inputs(model, example)
     facts: dict[str, Any] = {
         "loader": "hf",
@@ -137,6 +137,7 @@ def from_model(
         patches=partial(_patches, model),
         may_fix=_LENGTHS,
         config=config,
+        cached=cached,
     )
 
 
@@ -295,17 +296,22 @@ def _with_ties(model: nn.Module, names: set[str]) -> frozenset[str]:
     return frozenset(name for name in names if name not in tensors or id(tensors[name]) not in loaded)
 
 
-def make_traceable(model: Any) -> None:
+def make_traceable(model: Any) -> tuple[tuple[str, int], ...]:
+    """Set a model up to be captured. Returns where its cache was on: module path and number in `configs`."""
+    cached = []
     # T5's stacks hold copies of the configuration.
-    for holder in model.modules():
-        for config in configs(getattr(holder, "config", None)):
+    for path, holder in model.named_modules():
+        for number, config in enumerate(configs(getattr(holder, "config", None))):
             if getattr(config, "use_cache", False):
-                config.use_cache = False
+                cached.append((path, number, config))
+    for _, _, config in cached:
+        config.use_cache = False
     if type(model).__name__.endswith("ForSequenceClassification"):
         _give_padding_token(model.config)
     # The default dispatches tokens to experts by their values, which no graph can hold.
     with contextlib.suppress(Exception):
         model.set_experts_implementation("batched_mm")
+    return tuple((path, number) for path, number, _ in cached)
 
 
 def _give_padding_token(config: Any) -> None:

@@ -46,6 +46,7 @@ class LoadedModel:
     may_fix: dynamic dimensions that may stay at the example's size where the model's code fixes them (a scan
         that is unrolled over the sequence); the capture says so in its notes. Any other is an error then.
     config: of a transformers model, its configuration as it was before it was set up to be captured.
+    cached: of one, the modules whose configuration had its cache on then: path, and number among nested ones.
     """
 
     module: nn.Module
@@ -59,6 +60,7 @@ class LoadedModel:
     patches: Callable[[], AbstractContextManager[Any]] = nullcontext
     may_fix: frozenset[str] = frozenset()
     config: Any = None
+    cached: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -171,12 +171,16 @@ def merge(
     type=click.Choice(METHODS),
     default="svd",
     show_default=True,
-    help="cat: the weighted sum, of the summed rank. svd: the nearest one of --rank. *_svd: of the dense updates. The "
-    "others combine the factors themselves.",
+    help="cat: the weighted sum itself, of the summed rank. svd: the nearest to it of --rank. ties_svd and the like: "
+    "the rule on the whole updates B·A, then the nearest of --rank. The others: the rule on A and on B.",
 )
 @click.option("--as", "label", required=True, metavar="NAME", help="A name for the result.")
 @click.option("--rank", type=int, help="Rank of the result, for the svd methods (default: the largest).")
-@click.option("--density", type=float, help="Fraction of values that ties, dare and magnitude_prune keep.")
+@click.option(
+    "--density",
+    type=float,
+    help="Fraction of values to keep: needed by ties, dare and magnitude_prune, and by no other.",
+)
 @click.option(
     "--majority",
     type=click.Choice(["total", "frequency"]),
@@ -185,7 +189,7 @@ def merge(
     help="How ties elects a sign.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what dare drops.")
-@click.option("--keep", is_flag=True, help="Keep the sources, left out.")
+@click.option("--keep", is_flag=True, help="Keep the sources in the directory, at weight 0.")
 @overwrite_option
 @model_options
 def combine(
@@ -203,7 +207,7 @@ def combine(
     plugins: Plugins,
     loader: Callable[..., Program],
 ) -> None:
-    """Make one adapter of several, as PEFT's add_weighted_adapter does."""
+    """Make one adapter of several, as PEFT's add_weighted_adapter does. Others stay as they are."""
     refuse_taken(output, overwrite)
     wanted = read_weights(weights)
     if len(wanted) < len(weights):
@@ -242,7 +246,10 @@ def undo(
     undone.save(output, overwrite=overwrite)
     kept = {e.id for e in undone.journal}
     gone = ", ".join(e.id for e in program.journal if e.id not in kept) or "nothing"
-    left = ", ".join(e.id for e in undone.journal) or "nothing: it is the base, bit for bit"
+    left = (
+        ", ".join(f"{e.id} (left out)" if e.weight == 0 else e.id for e in undone.journal)
+        or "nothing: it is the base, bit for bit"
+    )
     console().print(f"undone: {gone}; left in the journal: {left}; wrote {output}")
 
 

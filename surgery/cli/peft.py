@@ -39,10 +39,11 @@ def import_(
 ) -> None:
     """Read a PEFT checkpoint onto the model that it is for, and save it as surgery does."""
     refuse_taken(output, overwrite)
-    program = import_peft(directory, loader(model), label=label)
+    base = loader(model)
+    program = import_peft(directory, base, label=label)
     program.save(output, overwrite=overwrite)
     out = console()
-    for entry in program.journal:
+    for entry in program.journal.entries[len(base.journal) :]:
         if entry.kind == "rewrite":
             out.print(f"{entry.id}: {len(entry.sites)} sites")
     out.print(f"{trainable_line(program)}; wrote {output}")

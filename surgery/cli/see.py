@@ -53,7 +53,14 @@ def inspect(model: str, as_json: bool, plugins: Plugins, loader: Callable[..., P
     out.print(trainable_line(program))
     for entry in program.journal:
         said = in_words(entry, program.tensors) if entry.kind == "select" else f"on {len(entry.sites)} sites"
-        out.print(f"  applied: {entry.id} {said}")
+        scaled = (
+            ""
+            if entry.weight == 1
+            else ", left out"
+            if entry.weight == 0
+            else f", at weight {entry.weight:g}"
+        )
+        out.print(f"  applied: {entry.id} {said}{scaled}")
 
 
 def _branch(branches: dict[str, Tree], path: str) -> Tree:

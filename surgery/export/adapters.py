@@ -48,8 +48,12 @@ def slots(program: Program) -> Slots:
         if type(pass_of(entry, program.base.plugins)) is Lora
     ]
     if not chosen:
+        out = [e.id for e in program.journal if e.kind == "rewrite" and e.weight == 0]
+        remedy = (
+            f"let in what is left out (--weight {out[0]}=1)" if out else "apply one, or leave the option out"
+        )
         raise ExportError(
-            "--adapters-as-inputs: the program carries no LoRA that is not folded; apply one, or leave the option out"
+            f"--adapters-as-inputs: the program carries no LoRA that is in and not folded; {remedy}"
         )
     labels = [entry.label or entry.id for entry, _ in chosen]
     ids = [entry.id for entry, _ in chosen]

@@ -38,6 +38,8 @@ from surgery.export.runtime import adapter_file
 from surgery.files import staged_directory
 from surgery.hf_format import write_companions
 from surgery.in_place.live import live
+from surgery.pass_base import RewritePass
+from surgery.replay import live_entries, pass_of
 
 if TYPE_CHECKING:
     from surgery.program import Program
@@ -135,6 +137,13 @@ def export_generation(
 
 
 def _language_model(program: Program) -> Any:
+    for entry in live_entries(program.journal):
+        pass_ = pass_of(entry, program.base.plugins)
+        if isinstance(pass_, RewritePass) and not pass_.in_place:
+            raise ExportError(
+                f"--generate: {entry.id} changes more than single layers, and is written in one graph only; export "
+                f"without --generate, or leave it out (--without {entry.id})"
+            )
     model: Any = live(program)
     can = getattr(model, "can_generate", None)
     if can is None or not can():

@@ -12,6 +12,7 @@ import torch
 
 from surgery.errors import ExportError, nearest
 from surgery.export.extra import require
+from surgery.export.failure import first_line
 from surgery.export.runtime import ADAPTER, adapter_file
 
 
@@ -33,7 +34,10 @@ def open_generator(path: Any, **session: Any) -> Any:
         # It warns of every input that has a default.
         session["session_options"] = ort.SessionOptions()
         session["session_options"].log_severity_level = 3
-    exported = ExportedModel.from_pretrained(folder, **session)
+    try:
+        exported = ExportedModel.from_pretrained(folder, **session)
+    except Exception as error:
+        raise ExportError(f"{path} cannot be opened ({first_line(error)}); export it again") from error
     title = str(exported.components["decode"].metadata.architecture)
     cls = getattr(transformers, title, None)
     if cls is None:
@@ -45,6 +49,8 @@ def open_generator(path: Any, **session: Any) -> Any:
     shell.__class__ = type(title, (_Generator, cls), {"forward": _forward_like(cls)})
     shell.exported, shell.folder, shell.given = exported, folder, {}
     runners: dict[str, Any] = exported.runners
+    inputs = runners["decode"].session.get_overridable_initializers()
+    shell.slots = {value.name for value in inputs}
     for runner in runners.values():
         runner.session = _Session(runner.session, shell)
     return shell.eval()
@@ -56,6 +62,7 @@ class _Generator:
     exported: Any
     folder: Path
     given: dict[str, Any]
+    slots: set[str]
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +73,11 @@ class _Generator:
         for name, cache in whole_cache(self).items():
             kwargs.setdefault(name, cache)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        raise ExportError(
+            f"this model runs what is in {self.folder}, and has no weights to save; copy that directory"
+        )
 
     @contextlib.contextmanager
     def adapter(self, *names: str) -> Iterator[Any]:
@@ -81,7 +93,12 @@ class _Generator:
         given: dict[str, Any] = {}
         for file in files:
             # A run with bound inputs has no place for active adapters: their tensors are bound like other inputs.
-            values = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
+            try:
+                values = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
+            except Exception as error:
+                raise ExportError(f"{file} is no adapter that can be read; export it again") from error
+            if foreign := sorted(set(values) - self.slots):
+                raise ExportError(f"{file} is for another model: this one has no input {foreign[0]}")
             if both := sorted(set(values) & set(given)):
                 raise ExportError(
                     f"{names} both give {both[0]}; combine them into one, or let in one of them"
@@ -114,15 +131,33 @@ def _forward_like(cls: Any) -> Callable[..., Any]:
     """A forward in onnxruntime that says it takes what the class's own does: `generate` asks for that."""
 
     def forward(self: Any, input_ids: Any = None, past_key_values: Any = None, **given: Any) -> Any:
-        filled = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if input_ids is None:
+            raise ExportError("the graphs take tokens: give input_ids")
+        input_ids = input_ids.long()
+        uses_cache = given.get("use_cache") is not False
+        filled = uses_cache and past_key_values is not None and past_key_values.get_seq_length() > 0
         runner = self.exported.runners["decode" if filled else "prefill"]
         inputs = {name: value for name, value in given.items() if name in runner.metadata.kwargs}
-        if "attention_mask" in runner.metadata.kwargs and inputs.get("attention_mask") is None:
-            past = past_key_values.get_seq_length() if filled else 0  # `generate` leaves out a mask of ones
+        for name in (
+            "attention_mask",
+            "position_ids",
+        ):  # as the graphs have them, and as transformers fills them in
+            if isinstance(inputs.get(name), torch.Tensor):
+                inputs[name] = inputs[name].long()
+        past = past_key_values.get_seq_length() if filled else 0
+        if inputs.get("attention_mask") is None:
             inputs["attention_mask"] = input_ids.new_ones(input_ids.shape[0], past + input_ids.shape[1])
-        if past_key_values is not None:  # an empty one too: of a sliding window it holds the size
+        if inputs.get("position_ids") is None:
+            positions = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
+        if (
+            past_key_values is not None and uses_cache
+        ):  # an empty one too: of a sliding window it holds the size
             inputs["past_key_values"] = past_key_values
-        return runner(input_ids=input_ids, **inputs)
+        outputs = runner(input_ids=input_ids, **inputs)
+        if not uses_cache:
+            outputs["past_key_values"] = None
+        return outputs
 
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
     return forward

@@ -83,6 +83,8 @@ def export_onnx(
     """
     onnx = require("onnx")
     require("onnxscript")
+    if Path(path).is_dir():
+        raise ExportError(f"'{path}' is a directory; name the ONNX file to write")
     started = time.perf_counter()
     provenance = provenance or {}
     program = _trace(source)

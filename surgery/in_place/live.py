@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.capture import LoadedModel
 from surgery.capture.hf import configs
 from surgery.errors import PassError
 from surgery.in_place.leaf import Layers
@@ -27,7 +28,7 @@ def live(program: Program) -> nn.Module:
         raise PassError("the weights are not in memory, so there is no module to run")
     model = mirror(base.loaded.module)
     if base.loaded.config is not None:
-        _configured(model, base.loaded.config)
+        _configured(model, base.loaded)
     state = State(Program(base), watch(base.loaded), Layers(base.plugins.weight_ops))
     state.refuse(pass_of(entry, base.plugins) for entry in live_entries(program.journal))
     program.own()
@@ -36,18 +37,12 @@ def live(program: Program) -> nn.Module:
     return model.eval()
 
 
-def _configured(model: Any, config: Any) -> None:
+def _configured(model: Any, loaded: LoadedModel) -> None:
     """Take back what made the model traceable."""
-    before = {type(c): c for c in configs(config)}
-    seen: set[int] = set()
-    for holder in model.modules():
-        for own in configs(getattr(holder, "config", None)):
-            if id(own) in seen:
-                continue
-            seen.add(id(own))
-            there = before.get(type(own), config)
-            for key in ("use_cache", "pad_token_id"):
-                if hasattr(own, key) and hasattr(there, key):
-                    setattr(own, key, getattr(there, key))
+    for path, number in loaded.cached:
+        [*configs(model.get_submodule(path).config)][number].use_cache = True
+    for own, before in zip(configs(model.config), configs(loaded.config), strict=True):
+        if hasattr(before, "pad_token_id"):
+            own.pad_token_id = before.pad_token_id
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation(config._experts_implementation)
+        model.set_experts_implementation(loaded.config._experts_implementation)

@@ -40,10 +40,9 @@ def loaded_of(model: nn.Module, inputs: Any, dynamic: Any, example: Mapping[str,
     """The mirror with example inputs: those given, or what a transformers model of its kind takes."""
     copied = mirror(model)
     if inputs is not None:
-        if hasattr(copied, "config"):
-            make_traceable(copied)
+        cached = make_traceable(copied) if hasattr(copied, "config") else ()
         loaded = from_module(copied, inputs, dynamic, copy_module=False)
-        return replace(loaded, config=copy.deepcopy(getattr(model, "config", None)))
+        return replace(loaded, config=copy.deepcopy(getattr(model, "config", None)), cached=cached)
     if not hasattr(model, "config"):
         raise CaptureError(
             f"{type(model).__name__} is no transformers model, whose inputs would be known; give inputs="

@@ -24,9 +24,18 @@ def rows_of(model: nn.Module, state: State, choices: Sequence[Choice]) -> Iterat
     """Let row i of every batch use the adapters of choice i while the block runs."""
     program = state.program
     _check_axes(program, len(choices))
+    merged = next((e.id for e in program.journal if e.kind == "merge"), None)
+    if merged:
+        raise PassError(
+            f"the adapters are folded into the weights, which all rows share; take that back first: "
+            f"surgery.remove_(model, {merged!r})"
+        )
     named = [_entries(program, choice) for choice in choices]
     groups = {key: [i for i, own in enumerate(named) if own == key] for key in dict.fromkeys(named)}
-    classes: dict[str, dict[tuple[str, ...], type[nn.Module]]] = {}
+    # What no row names has to leave its layers too.
+    classes: dict[str, dict[tuple[str, ...], type[nn.Module]]] = {
+        p: {} for p in state.classes(model, program)
+    }
     for key in groups:
         for path, cls in state.classes(model, program.only(*key)).items():
             classes.setdefault(path, {})[key] = cls

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,25 @@ class State:
             n: t.requires_grad for n, t in program.base.tensors.items() if isinstance(t, nn.Parameter)
         }
         self._added: set[str] = set()
+        self._block = ""
         self._hold(program.base)
+
+    @contextlib.contextmanager
+    def held(self, block: str) -> Iterator[None]:
+        """While a block runs, whose end puts back what was before it."""
+        before, self._block = self._block, block
+        try:
+            yield
+        finally:
+            self._block = before
+
+    def free(self) -> None:
+        """Raises PassError in such a block: what is changed there would be gone at its end."""
+        if self._block:
+            raise PassError(
+                f"inside a `{self._block}` block the model is not changed, because the block's end puts back what "
+                f"was before it; do this outside"
+            )
 
     def _hold(self, base: Base) -> None:
         """Let planning on a base know what the live model cannot do."""
@@ -64,7 +83,7 @@ class State:
         fresh = State.__new__(State)
         fresh.program = Program(base, self.program.journal, tensors, changed)
         fresh.seen, fresh.layers, fresh.uncaptured = self.seen, self.layers, self.uncaptured
-        fresh.required, fresh._added = dict(self.required), set(self._added)
+        fresh.required, fresh._added, fresh._block = dict(self.required), set(self._added), ""
         fresh._hold(base)
         return fresh
 

@@ -57,6 +57,7 @@ def apply_(
     if not passes and freeze_base is None:
         raise PassError("no pass was given; see `surgery passes`")
     state = state_of(model) or _state(model, inputs, dynamic, example or {}, plugins)
+    state.free()
     state.refuse(p for p in passes if isinstance(p, Pass))
     program = state.program
     _refresh(state, model)
@@ -84,6 +85,7 @@ def remove_(model: nn.Module, *names: str) -> Program:
     names: as for `Program.undo`. Raises JournalError where there is none, or a later one stands on it.
     """
     state = _known(model)
+    state.free()
     program = state.program
     if names:
         undone = program
@@ -129,6 +131,7 @@ def program_of(model: nn.Module) -> Program:
 def weight_(model: nn.Module, weights: Mapping[str, float]) -> Program:
     """Scale adapters of a live module: 1 as trained, 0 left out. Names as in `Program.undo`."""
     state = _known(model)
+    state.free()
     state.adopt(model, _sharing(state.program.weighted(weights), state.program))
     return state.program
 
@@ -138,6 +141,7 @@ def combine_(
 ) -> Program:
     """One adapter in the place of several of a live module; see `Program.combine` for the rest."""
     state = _known(model)
+    state.free()
     before = state.program
     combined = before.combine(weights, method, label=label, **options)
     state.adopt(model, _sharing(combined, before))
@@ -146,12 +150,16 @@ def combine_(
 
 @contextlib.contextmanager
 def using(model: nn.Module, *names: str, weights: Mapping[str, float] | None = None) -> Iterator[nn.Module]:
-    """Only these adapters are in while the block runs; with `weights`, they are scaled. No name: the base."""
+    """Only these adapters are in while the block runs; with `weights`, they are scaled. No name: the base.
+
+    In the block the model can be run, trained and saved (with what is in then), and not changed.
+    """
     state = _known(model)
     before = state.program
     state.adopt(model, _sharing(before.only(*names).weighted(weights or {}), before))
     try:
-        yield model
+        with state.held("using"):
+            yield model
     finally:
         state.adopt(model, before)
 
@@ -164,8 +172,10 @@ def mixed_batch(model: nn.Module, adapters: Sequence[str | Sequence[str] | None]
     the model repeats rows (beams, or positions put into the batch), so are the choices.
     Raises PassError where what enters an adapted layer has no batch axis first.
     """
+    if isinstance(adapters, str):
+        raise PassError(f"mixed_batch takes a choice for each row; give a list, such as [{adapters!r}, None]")
     state = _known(model)
-    with rows_of(model, state, list(adapters)):
+    with state.held("mixed_batch"), rows_of(model, state, list(adapters)):
         yield model
 
 
@@ -173,6 +183,7 @@ def merge_(model: nn.Module) -> Program:
     """Fold the adapters into the live module's weights; see `Program.merge`. `remove_(model, "merge")` takes it back,
     bit for bit, from the base's own weights, which are kept until then."""
     state = _known(model)
+    state.free()
     before = state.program
     state.adopt(model, _sharing(before.merge(verify=not state.uncaptured), before))
     return state.program
@@ -199,6 +210,8 @@ def save_(
     Of a fully sharded model every process has to call it; the first writes.
     Raises LoadError where the reference is another model.
     """
+    if format not in ("surgery", "hf"):
+        raise PassError(f"save_: there is no format {format!r}; it is 'surgery' or 'hf'")
     state = _known(model)
     _refresh(state, model)
     if state.gather(model) and torch.distributed.get_rank() != 0:

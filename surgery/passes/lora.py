@@ -306,7 +306,9 @@ class Lora(RewritePass):
         target = ",".join(dict.fromkeys(f"path:{place.site.path}" for place in places))
         parts = {tuple(place.site.decided.get("rows") or ()) for place in places}
         chosen = ",".join(parts.pop()) or None if len(parts) == 1 else None
-        return cls(target=target, rank=rank, alpha=float(rank), parts=chosen, **{"as": label})
+        made = cls.parse({"target": target, "rank": rank, "alpha": float(rank), "parts": chosen, "as": label})
+        assert isinstance(made, Lora)
+        return made
 
 
 def plain_pairs(site: Site, source: Source, what: str) -> dict[str, lora_combining.Pair]:

@@ -237,7 +237,9 @@ def _table(given: _Checkpoint, shape: tuple[int, int] | None) -> Tensor:
 def _apply(given: _Checkpoint, base: Program, passes: list[Pass], rest: Mapping[str, Tensor]) -> Program:
     """The passes, and the rest of the checkpoint: what PEFT stored whole. Nothing else of the base trains."""
     try:
-        program = base.apply(*passes, *_saved_modules(given, base, rest), freeze_base=True)
+        # What an earlier checkpoint or pass selected stands: freezing again would stop its adapters.
+        frozen = any(entry.kind == "select" for entry in base.journal)
+        program = base.apply(*passes, *_saved_modules(given, base, rest), freeze_base=not frozen)
     except PassError as error:
         raise LoadError(f"{given.path} does not fit this base: {error}") from error
     except SurgeryError as error:

@@ -35,7 +35,7 @@ def export_peft(program: Program, path: Any, *, overwrite: bool = False) -> dict
     live = live_entries(program.journal)
     if not live:
         raise ExportError(
-            "export-peft: the program carries no adapter; apply a pass, or write it with --format hf"
+            "export-peft: the program carries no adapter; apply a pass, or write it with `surgery merge --format hf`"
         )
     names = {entry.pass_name for entry in live}
     unknown = next((e for e in live if e.pass_name not in _METHODS), None)

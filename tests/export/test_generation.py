@@ -130,6 +130,20 @@ def test_generate_of_transformers(two, exported, how):
     assert torch.equal(*found)
 
 
+def test_without_a_cache_and_without_generate(two, exported):
+    ids, mask = prompts()
+    live, model = two[1].live(), open_generator(exported)
+    given = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(live.generate(ids, **given), model.generate(ids, use_cache=False, **given))
+    with torch.no_grad():
+        expected, found = live(ids).logits, model(input_ids=ids.int()).logits
+    assert float((expected - found).abs().max()) <= TOLERANCE * float(expected.abs().max())
+    with pytest.raises(ExportError, match="give input_ids"):
+        model(inputs_embeds=torch.zeros(1, 2, 32))
+    with pytest.raises(ExportError, match="no weights to save"):
+        model.save_pretrained("somewhere")
+
+
 def test_names_and_provenance_survive(two, exported):
     for part in ("prefill", "decode"):
         told = provenance_of(exported / f"{part}.onnx")
@@ -178,6 +192,10 @@ def test_adapters_of_the_generator(two, adaptable):
         assert torch.equal(
             found, live.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
         )
+    (adaptable / "bad.onnx_adapter").write_bytes(b"nothing")
+    with pytest.raises(ExportError, match="is no adapter"), model.adapter("bad"):
+        pass
+    (adaptable / "bad.onnx_adapter").unlink()
     with pytest.raises(ExportError, match=r"both give .*combine them"), model.adapter("film", "news"):
         pass
     with pytest.raises(ExportError, match=r"no adapter 'flim'.*film"), model.adapter("flim"):
@@ -267,8 +285,12 @@ def test_what_is_refused(two, tmp_path, capsys):
     with pytest.raises(ExportError, match="no directory that"):
         open_generator(base)
     prefixed = program.undo_all().apply(surgery.Prefix(tokens=2))
-    with pytest.raises(PassError, match="prefix changes more than single layers"):
+    with pytest.raises(ExportError, match=r"--generate: prefix changes more .*--without prefix"):
         prefixed.export_generation(tmp_path / "out")
+    with pytest.raises(ExportError, match=r"let in what is left out \(--weight lora:film=1\)"):
+        program.without("film", "news").export_adaptable(tmp_path / "out")
+    with pytest.raises(ExportError, match="is a directory"):
+        program.export(tmp_path)
     dora = program.undo_all().apply(surgery.Lora(target="attn.*", dora=True))
     with pytest.raises(PassError, match=r"--adapters-as-inputs at .*has --dora"):
         dora.export_adaptable(tmp_path / "out")

@@ -159,3 +159,18 @@ def test_a_weight_that_no_call_reaches_is_not_missed_silently():
         program.live()
     with pytest.raises(PassError, match=r"dt_proj.*cannot be rewritten in place"):
         surgery.apply_(zoo.module("mamba"), surgery.Lora(target="dt_proj", rank=2))
+
+
+def test_live_again_with_the_caches_that_it_had(tmp_path, randomised):
+    """T5's encoder has a configuration of its own, whose cache is off."""
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(tiny.t5()).save_pretrained(tmp_path)
+    program = surgery.load(f"hf:{tmp_path}", task="text2text-generation").apply(surgery.Lora(target="attn.*"))
+    live, plain = program.live(), T5ForConditionalGeneration.from_pretrained(tmp_path)
+    ids = torch.randint(3, 90, (2, 5))
+    assert [live.encoder.config.use_cache, live.decoder.config.use_cache] == [False, True]
+    assert torch.equal(live.generate(ids, max_new_tokens=6), plain.generate(ids, max_new_tokens=6))
+    randomised(live)
+    inputs = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():  # with gradients torch takes another attention
+        assert torch.equal(program.run(**inputs)["logits"], live(**inputs).logits)

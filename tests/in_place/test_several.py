@@ -57,6 +57,58 @@ def test_rows_with_adapters_of_their_own(two, ids):
             assert torch.equal(generated[row], two.generate(ids, max_new_tokens=4, do_sample=False)[row])
 
 
+@pytest.mark.parametrize("choices", [["film", None, "film", None], [None] * 4, ["film"] * 4])
+def test_what_no_row_names_is_out(two, ids, choices):
+    alone = []
+    for choice in choices:
+        with surgery.using(two, *([choice] if choice else [])):
+            alone.append(two(ids).logits)
+    with surgery.mixed_batch(two, choices):
+        mixed = two(ids).logits
+    for row, logits in enumerate(alone):
+        torch.testing.assert_close(mixed[row], logits[row], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_a_merged_model(two, ids):
+    surgery.merge_(two)
+    with (
+        pytest.raises(PassError, match=r"folded into the weights.*remove_"),
+        surgery.mixed_batch(two, ["film"] * 4),
+    ):
+        pass
+    with (
+        pytest.raises(PassError, match=r"give a list, such as \['film', None\]"),
+        surgery.mixed_batch(two, "film"),
+    ):
+        pass
+
+
+def test_a_block_changes_nothing(two, ids):
+    both = two(ids).logits
+    with surgery.using(two, "film"):
+        for change in (
+            lambda: surgery.remove_(two, "news"),
+            lambda: surgery.merge_(two),
+            lambda: surgery.weight_(two, {"film": 0.5}),
+            lambda: surgery.apply_(two, surgery.Bitfit()),
+            lambda: surgery.combine_(two, {"film": 1}, label="one"),
+        ):
+            with pytest.raises(PassError, match="inside a `using` block"):
+                change()
+        with surgery.using(two, "news"):
+            pass
+    assert torch.equal(two(ids).logits, both)
+    surgery.remove_(two, "news")
+
+
+def test_what_is_no_weight_and_no_format(two, tmp_path):
+    with pytest.raises(JournalError, match="give a finite number"):
+        surgery.weight_(two, {"film": float("nan")})
+    with pytest.raises(PassError, match="no format 'gguf'"):
+        surgery.save_(two, tmp_path / "x", format="gguf")
+    assert not (tmp_path / "x").exists()
+
+
 def test_rows_of_beams(two, ids):
     def scores():
         given = {"num_beams": 2, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}

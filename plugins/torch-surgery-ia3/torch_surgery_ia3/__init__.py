@@ -125,7 +125,9 @@ class IA3(RewritePass):
                 }
             )
         target = ",".join(f"path:{place.site.path}" for place in places)
-        return cls(target=target, **{"as": label}), values
+        made = cls.parse({"target": target, "as": label})
+        assert isinstance(made, IA3)
+        return made, values
 
 
 def _factor(vector: Tensor, weight: float) -> Tensor:
