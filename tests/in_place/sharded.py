@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -71,9 +72,12 @@ def main(mode: str, out: Path) -> None:
         surgery.save_(live, out)
     if trained.is_main_process:
         print(json.dumps({"losses": losses, "shards": shards, "refused": refused}))
+    trained.wait_for_everyone()
     trained.end_training()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort a process that ends while they run
 
 
 if __name__ == "__main__":
