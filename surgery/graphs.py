@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from surgery.sites import META, live_nodes
 
@@ -36,3 +39,14 @@ def without_replaced(graph: fx.Graph) -> fx.Graph:
         if node not in kept and node.op != "placeholder":
             lean.erase_node(node)
     return lean
+
+
+def flat_inputs(program: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The values of a GraphModule's placeholders, in their order, whatever the order of the keywords."""
+    spec = getattr(getattr(program.graph._codegen, "pytree_info", None), "in_spec", None)
+    if spec is not None:
+        order = spec.child(1).context if hasattr(spec, "child") else spec.children_specs[1].context
+        kwargs = {name: kwargs[name] for name in order if name in kwargs}
+        return pytree.tree_leaves((tuple(args), kwargs))
+    names = [node.target for node in program.graph.nodes if node.op == "placeholder"]
+    return [*args, *(kwargs[name] for name in names[len(args) :])]

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from surgery.errors import PassError
+from surgery.graphs import flat_inputs
 
 if TYPE_CHECKING:
     from surgery.program import Program
@@ -30,6 +31,7 @@ class Probe:
         self.data: Sequence[InputSet] = data or [program.example_inputs]
         self._state: dict[str, Tensor] | None = None
         self._squared: dict[str, Tensor] = {}
+        self._products: dict[str, Tensor] = {}
         self._made: dict[Hashable, Any] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -75,20 +77,23 @@ class Probe:
         """What nodes of the program's eval graph compute on each set of data, by node name; without gradients."""
         names = {node if isinstance(node, str) else node.name for node in nodes}
         found: dict[str, list[Tensor]] = {name: [] for name in names}
-        module = self.program.graph_module
+        self._run(names, lambda name, value: found[name].append(value))
+        return found
+
+    def _run(self, names: set[str], see: Callable[[str, Any], Any]) -> None:
+        """Run the eval graph on each set of data, and show the values of nodes as they are made."""
 
         class Recording(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 value = super().run_node(n)
                 if n.name in names:
-                    found[n.name].append(value)
+                    see(n.name, value)
                 return value
 
+        module = self.program.graph_module
         for args, kwargs in self.data:
-            flat = pytree.tree_leaves((tuple(args), dict(kwargs)))
             with torch.no_grad():
-                Recording(module).run(*flat, enable_io_processing=False)
-        return found
+                Recording(module).run(*flat_inputs(module, args, kwargs), enable_io_processing=False)
 
     def inputs(self, site: Site) -> list[Tensor]:
         """The activation that enters the site's first call, features last, for each set of data."""
@@ -99,6 +104,29 @@ class Probe:
         values = self.values([node])[node.name]
         columns = call.kind == LINEAR and call.x_axis == "column"
         return [value.transpose(-2, -1) for value in values] if columns else values
+
+    def products(self, site: Site) -> Tensor:
+        """XᵀX (in × in, fp64) over all positions of the data that enter a linear site, summed over its calls.
+
+        Of all linear sites at once, in one run over the data: it is kept for the next.
+        """
+        from surgery.weight_ops import LINEAR, operand
+
+        def entering(each: Site) -> list[tuple[str, bool]]:
+            return [(operand(call).name, call.x_axis == "column") for call in each.calls]
+
+        if not self._products:
+            sites = [s for s in self.program.sites if s.kind == LINEAR]
+            wanted = {operand(call).name for s in sites for call in s.calls}
+            columns = dict(pair for s in sites for pair in entering(s))
+            self._run(wanted, lambda name, value: self._add_products(name, value, columns[name]))
+        return torch.stack([self._products[name] for name, _ in entering(site)]).sum(0)
+
+    def _add_products(self, name: str, value: Tensor, columns: bool) -> None:
+        value = value.transpose(-2, -1) if columns else value
+        rows = value.reshape(-1, value.shape[-1]).double()
+        found = rows.T @ rows
+        self._products[name] = self._products[name] + found if name in self._products else found
 
     def fisher(self, name: str, samples: int = 4, seed: int = 0) -> Tensor:
         """Diagonal Fisher information of a base parameter, of its shape, in fp32 (see `fisher_of`)."""

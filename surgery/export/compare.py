@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from surgery.errors import ExportError
 from surgery.export.parity import difference, scale_of, tolerance_of
 from surgery.export.runtime import OnnxModel
 from surgery.export.source import ExportSource, InputSet, module_path
+from surgery.graphs import flat_inputs
 
 Key = tuple[Any, ...]
 
@@ -126,22 +126,10 @@ class _Recorder(fx.Interpreter):
         self.values: list[tuple[fx.Node, torch.Tensor]] = []
 
     def record(self, inputs: InputSet) -> None:
-        self.run(*_flat(self.module, inputs), enable_io_processing=False)
+        self.run(*flat_inputs(self.module, *inputs), enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.op == "call_function" and isinstance(value, torch.Tensor):
             self.values.append((n, value.detach().clone()))
         return value
-
-
-def _flat(program: Any, inputs: InputSet) -> list[Any]:
-    """The values of the graph's placeholders, in their order."""
-    args, kwargs = inputs
-    spec = getattr(getattr(program.graph._codegen, "pytree_info", None), "in_spec", None)
-    if spec is not None:
-        order = spec.child(1).context if hasattr(spec, "child") else spec.children_specs[1].context
-        kwargs = {name: kwargs[name] for name in order if name in kwargs}
-        return pytree.tree_leaves((tuple(args), kwargs))
-    names = [node.target for node in program.graph.nodes if node.op == "placeholder"]
-    return [*args, *(kwargs[name] for name in names[len(args) :])]
