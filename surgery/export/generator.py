@@ -138,10 +138,8 @@ def _forward_like(cls: Any) -> Callable[..., Any]:
         filled = uses_cache and past_key_values is not None and past_key_values.get_seq_length() > 0
         runner = self.exported.runners["decode" if filled else "prefill"]
         inputs = {name: value for name, value in given.items() if name in runner.metadata.kwargs}
-        for name in (
-            "attention_mask",
-            "position_ids",
-        ):  # as the graphs have them, and as transformers fills them in
+        # As the graphs have them, and as transformers fills them in.
+        for name in ("attention_mask", "position_ids"):
             if isinstance(inputs.get(name), torch.Tensor):
                 inputs[name] = inputs[name].long()
         past = past_key_values.get_seq_length() if filled else 0
@@ -150,9 +148,8 @@ def _forward_like(cls: Any) -> Callable[..., Any]:
         if inputs.get("position_ids") is None:
             positions = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
-        if (
-            past_key_values is not None and uses_cache
-        ):  # an empty one too: of a sliding window it holds the size
+        if past_key_values is not None and uses_cache:
+            # An empty one too: of a sliding window it holds the size.
             inputs["past_key_values"] = past_key_values
         outputs = runner(input_ids=input_ids, **inputs)
         if not uses_cache:
