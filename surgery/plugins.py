@@ -121,6 +121,13 @@ class _Builtins:
     def surgery_weight_ops(self) -> dict[Any, Any]:
         return BUILTIN_WEIGHT_OPS
 
+    @hookspecs.hookimpl
+    def surgery_onnx_lowerings(self) -> dict[Any, Any]:
+        from surgery.export.quantized import translation
+        from surgery.quantizing import dequantize
+
+        return {dequantize._opoverload: translation()}
+
 
 def make_plugin_manager(entry_points: bool = True, plugins: tuple[Any, ...] = ()) -> Plugins:
     """A manager with the built-ins, the installed entry points of group `surgery` and the given plugins.

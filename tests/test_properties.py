@@ -87,6 +87,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"tokens": 2}),
     ("bitfit", {"target": "all-linear", "add_missing": True}),
     ("low-rank", {"target": "all-linear", "rank": 2}),
+    ("quantize", {"target": "all-linear"}),
+    ("quantize", {"target": "all", "format": "int4", "group": 0}),
     ("share", {"target": "all-linear"}),
     ("sparse-tune", {"target": "all", "density": 0.2}),
     ("untie", {"target": "head"}),

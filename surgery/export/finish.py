@@ -10,14 +10,17 @@ import torch
 
 from surgery.export import annotate, keys
 from surgery.export.optimise import optimise
+from surgery.export.quantized import Weight, lower
 
 
 @dataclass(frozen=True)
 class Finished:
-    """stored: name of a program's tensor -> initializer that holds it. tied: name -> name that is kept."""
+    """stored: name of a program's tensor -> initializer that holds it. tied: name -> name that is kept. quantized: the
+    weights that stand there in few bits."""
 
     stored: Mapping[str, str]
     tied: Mapping[str, str]
+    quantized: tuple[Weight, ...]
 
 
 def finish(
@@ -44,6 +47,7 @@ def finish(
     if ends is not None:
         ends(model)
     optimise(model, weights=weights | pinned, pinned=pinned)
+    quantized = lower(model)
     stored = annotate.stored_names(model, tensors, tied)
     annotate.write_provenance(model, provenance, stored)
     annotate.note_ties(model, {**names, **tensors}, stored)
@@ -51,4 +55,4 @@ def finish(
     if journal_json is not None:
         model.metadata_props[keys.JOURNAL] = journal_json
     model.graph.inputs.extend(model.graph.initializers[stored[name]] for name in optional)
-    return Finished(stored, tied)
+    return Finished(stored, tied, quantized)

@@ -12,12 +12,13 @@ in onnxruntime.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from surgery.export.generator import open_generator, sliding_window, whole_cache
 from surgery.export.onnx_file import quiet
 from surgery.export.parity import difference, scale_of, tolerance_of
 from surgery.export.program import provenance_of
+from surgery.export.quantized import Weight, check_kept, opset_for
 from surgery.export.runtime import adapter_file
 from surgery.files import staged_directory
 from surgery.hf_format import write_companions
@@ -99,23 +101,31 @@ def export_generation(
     program = slotted.program if slotted else program
     model = _language_model(program)
     with staged_directory(Path(path), overwrite) as folder:
-        exported = _translated(model, opset, seed)
+        exported = _translated(program, model, opset, seed)
         provenance = provenance_of(program)
         journal = json.dumps(program.journal.to_json())
         names = dict(model.named_parameters(remove_duplicate=False))
         tensors = {**names, **dict(model.named_buffers(remove_duplicate=False))}
         held: dict[str, set[str]] = {}
+        quantized: dict[str, tuple[Weight, ...]] = {}
         for part in PARTS:
             graph = exported.components[part].program
             finished = finish(graph, tensors, names, names, provenance, journal, optional=optional)
             held[part] = set(finished.stored.values())
+            quantized[part] = finished.quantized
             _name_axes(graph)
         _write(exported, model, held, folder)
         write_companions(program.base, folder)
-        found = [check_tokens(model, folder, seed)]
+        for part, weights in quantized.items():
+            if weights:
+                check_kept(folder / f"{part}.onnx", weights)
+        fast = not any(quantized.values())
+        found = [check_tokens(model, folder, seed, fast=fast)]
         if slotted:
             write_adapters(slotted.adapters, {name: name for name in slotted.names}, folder)
-            found += [check_tokens(live(p), folder, seed, name) for name, p in slotted.alone.items()]
+            found += [
+                check_tokens(live(p), folder, seed, name, fast=fast) for name, p in slotted.alone.items()
+            ]
     files = [file for file in Path(path).rglob("*") if file.is_file()]
     graphs = {part: exported.components[part].program for part in PARTS}
     return GenerationReport(
@@ -164,7 +174,7 @@ def _language_model(program: Program) -> Any:
     return model
 
 
-def _translated(model: Any, opset: int | None, seed: int) -> Any:
+def _translated(program: Program, model: Any, opset: int | None, seed: int) -> Any:
     require("onnxscript")
     import transformers
 
@@ -172,9 +182,9 @@ def _translated(model: Any, opset: int | None, seed: int) -> Any:
         from transformers.exporters import OnnxConfig, OnnxExporter
     except ImportError:
         raise MissingExtraError("transformers>=5.23", "hf") from None
-    config = OnnxConfig(dynamic=True, optimize=False, opset_version=opset)
+    config = OnnxConfig(dynamic=True, optimize=False, opset_version=opset or opset_for(program.graph))
     try:
-        with quiet(), silenced(transformers):
+        with quiet(), silenced(transformers), _lowerings(program):
             inputs = {**_prompts(model, 2, 7, seed), **whole_cache(model)}
             exported = OnnxExporter().export_for_generation(model, inputs, config, multi_token_decode=True)
     except Exception as error:
@@ -190,6 +200,21 @@ def _translated(model: Any, opset: int | None, seed: int) -> Any:
             f"{' and '.join(PARTS)} are known here"
         )
     return exported
+
+
+@contextlib.contextmanager
+def _lowerings(program: Program) -> Iterator[None]:
+    """Let transformers' exporter know how our ops, and plugins', are written."""
+    from transformers.exporters import exporter_onnx
+
+    table = exporter_onnx._ONNX_TRANSLATION_TABLE
+    before = dict(table)
+    table.update(program.base.plugins.lowerings)
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(before)
 
 
 def _prompts(model: Any, rows: int, length: int, seed: int) -> dict[str, Any]:
@@ -278,12 +303,19 @@ class TokensReport:
     sampled: int
 
 
-def check_tokens(model: Any, folder: Path, seed: int, *adapters: str) -> TokensReport:
+def check_tokens(model: Any, folder: Path, seed: int, *adapters: str, fast: bool = True) -> TokensReport:
     """Greedy and sampled generation of onnxruntime against the model, at another shape than the traced one.
 
+    fast: with onnxruntime's optimisations, which for quantized weights round the activations too.
     Raises ExportError.
     """
-    other = open_generator(folder)
+    session: dict[str, Any] = {}
+    if not fast:
+        ort = require("onnxruntime")
+        session["session_options"] = ort.SessionOptions()
+        session["session_options"].log_severity_level = 3
+        session["session_options"].graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    other = open_generator(folder, **session)
     settings = {"num_beams": 1, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
 
     def both(prompts: dict[str, Any], tokens: int, **more: Any) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ from surgery.export.extra import require
 from surgery.export.failure import explain, first_line
 from surgery.export.finish import finish
 from surgery.export.parity import ParityReport, check_parity
+from surgery.export.quantized import check_kept, opset_for
 from surgery.export.source import ExportSource, InputSet, axis_names, tagged_copy
 
 _INLINE_LIMIT = 1_500_000_000  # a protobuf file ends at 2 GiB, and the graph needs room too
@@ -88,6 +89,7 @@ def export_onnx(
     started = time.perf_counter()
     provenance = provenance or {}
     program = _trace(source)
+    opset = opset or opset_for(source.graph_module.graph)
     model = _translate(program, source, opset, lowerings)
     tensors = _tensors(program)
     traced_nodes = model.graph.num_nodes()
@@ -109,6 +111,8 @@ def export_onnx(
         _save(model, staged, external_data)
         if check:
             _check(onnx, staged)
+        if check and finished.quantized:
+            check_kept(staged, finished.quantized)
         report = check_parity(staged, source, parity) if parity else None
     files = tuple(
         file

@@ -18,6 +18,7 @@ from surgery.passes.lora import Lora
 from surgery.passes.low_rank import LowRank
 from surgery.passes.prefix import Prefix
 from surgery.passes.prompt import Prompt
+from surgery.passes.quantize import Quantize
 from surgery.passes.share import Share
 from surgery.passes.sparse_tune import SparseTune
 from surgery.passes.untie import Untie
@@ -28,6 +29,7 @@ from surgery.passes.vocab import Vocab
 def surgery_passes() -> list[type]:
     return [
         Lora,
+        Quantize,
         Adapter,
         Freeze,
         LowRank,
@@ -65,6 +67,7 @@ __all__ = [
     "LowRank",
     "Prefix",
     "Prompt",
+    "Quantize",
     "Share",
     "SparseTune",
     "Untie",

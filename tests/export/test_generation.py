@@ -295,3 +295,16 @@ def test_what_is_refused(two, tmp_path, capsys):
     with pytest.raises(PassError, match=r"--adapters-as-inputs at .*has --dora"):
         dora.export_adaptable(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_quantized(two, tmp_path):
+    """4-bit weights and an adapter on them: tokens as in torch where onnxruntime runs the file as it is written."""
+    program = surgery.load(f"hf:{two[0] / 'base'}").apply(
+        surgery.Quantize(target="attn.*,mlp.*", format="int4"), surgery.Lora(target="attn.*", rank=2)
+    )
+    made = program.export_generation(tmp_path / "out")
+    assert (made.tokens, made.opset) == (96, 21)
+    told = provenance_of(tmp_path / "out" / "decode.onnx")
+    codes = [held for held in told.values() if held.pass_name == "quantize" and held.name.endswith("codes")]
+    assert len(codes) == 14
+    assert {held.dtype for held in codes} == {"int4"}

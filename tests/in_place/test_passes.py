@@ -157,3 +157,23 @@ def test_a_copy_of_a_model_knows_what_it_cannot_do():
     surgery.apply_(model, surgery.Lora(target="mlp.up", rank=2))
     with pytest.raises(PassError, match="the model uses its weight without calling it"):
         surgery.apply_(deepcopy(model), surgery.Lora(target="attn.q", rank=2, label="more"))
+
+
+def test_quantized_in_place(llama, ids, randomised):
+    """Codes in a live model, an adapter on them, and both off again to the bit."""
+    before = llama(ids).logits
+    surgery.apply_(llama, surgery.Quantize(target="attn.*,mlp.*", format="int4"))
+    rounded = llama(ids).logits
+    assert not torch.equal(rounded, before)
+    surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2))
+    assert torch.equal(llama(ids).logits, rounded)
+    program = randomised(llama)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        assert torch.equal(program.run(input_ids=ids, attention_mask=mask)["logits"], llama(ids).logits)
+    llama(ids).logits.sum().backward()
+    assert {n for n, p in llama.named_parameters() if p.grad is not None} == {
+        n for n in program.tensors if "lora" in n
+    }
+    surgery.remove_(llama)
+    assert torch.equal(llama(ids).logits, before)

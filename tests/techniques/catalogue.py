@@ -153,6 +153,10 @@ def _reparameterisation() -> list[Technique]:
         return () if model in ("smollm2", "t5", "mamba") else (share()(model),)
 
     return [
+        *(
+            Technique(f"quantize --format {kind}", family, _at_linears("quantize", format=kind, group=0), ALL)
+            for kind in ("int8", "int4", "nf4", "ternary", "binary")
+        ),
         Technique("low-rank", family, low_rank, ALL),
         Technique("share --mode first", family, share(), both),
         Technique("share --mode mean", family, share(mode="mean"), both),

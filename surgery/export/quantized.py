@@ -1,0 +1,276 @@
+"""`surgery::dequantize` in standard ONNX: DequantizeLinear over int8 or 4-bit tensors, in the layout that is fused.
+
+Translation writes a node of our own domain, which nothing folds; once the graph is simplified it becomes
+
+- DequantizeLinear with a scale for each row or each block along the summed axis, of the weight as its op reads it (a
+  Transpose after it goes into the codes): what onnxruntime turns into MatMulNBits;
+- for a table that is looked up, Gather over codes and scales, so that only the rows that are read become floats;
+- for nf4, DequantizeLinear to the codes' numbers, a Gather in the 16 quantiles, and a product with the scales.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from surgery.errors import ExportError
+from surgery.export.extra import require
+from surgery.quantizing.codes import FORMATS, NF4, decode, unpack
+from surgery.quantizing.op import dequantize
+
+DOMAIN, OP = "surgery.quantizing", "Dequantize"
+OPSET = 21  # the first with 4-bit tensors and blocks
+
+
+def translation() -> Any:
+    """The onnxscript function for torch.onnx's table."""
+    values, defs = require("onnxscript").values, require("onnx").defs
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+    optional, given = defs.OpSchema.FormalParameterOption.Optional, defs.OpSchema.FormalParameter
+    kinds = defs.OpSchema.AttrType
+    schema = defs.OpSchema(
+        OP,
+        DOMAIN,
+        1,
+        inputs=[
+            given("codes", "C"),
+            given("scale", "T"),
+            given("zero", "tensor(uint8)", param_option=optional),
+        ],
+        outputs=[given("weight", "T")],
+        type_constraints=[("C", ["tensor(int8)", "tensor(uint8)"], ""), ("T", floats, "")],
+        attributes=[
+            defs.OpSchema.Attribute("format", kinds.STRING, ""),
+            defs.OpSchema.Attribute("shape", kinds.INTS, ""),
+            defs.OpSchema.Attribute("order", kinds.INTS, ""),
+        ],
+    )
+    own = values.Op(values.Opset(DOMAIN, 1), OP, schema)
+
+    def lower(codes, scale, zero=None, format="", shape=(), order=()):
+        inputs = (codes, scale) if zero is None else (codes, scale, zero)
+        return own(*inputs, format=format, shape=[int(s) for s in shape], order=[int(o) for o in order])
+
+    return lower
+
+
+def opset_for(graph: torch.fx.Graph) -> int | None:
+    """The opset that a graph needs for its quantized weights; None where it has none."""
+    return OPSET if any(node.target is dequantize._opoverload for node in graph.nodes) else None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What tells a quantized weight: how many values it has, and the sum of their magnitudes."""
+
+    count: int
+    total: float
+
+
+def lower(model: Any) -> tuple[Weight, ...]:
+    """Replace every node of ours in an onnx_ir.Model whose codes have values; returns the weights that they give."""
+    nodes = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OP)]
+    weights = []
+    for node in nodes:
+        lowered = _Lowered(model, node)
+        weights.append(lowered.weight())
+        lowered.replace()
+    if nodes:
+        model.opset_imports.pop(DOMAIN, None)
+        require("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
+    return tuple(weights)
+
+
+def check_kept(path: Path, weights: Sequence[Weight]) -> None:
+    """Raises ExportError where onnxruntime, as it optimises the file, turns a quantized weight into floats."""
+    ort, onnx = require("onnxruntime"), require("onnx")
+    written = onnx.load(str(path), load_external_data=False)
+    floats = {t.name for t in written.graph.initializer}
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    wide = (
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.DOUBLE,
+        onnx.TensorProto.BFLOAT16,
+    )
+    for tensor in optimised.graph.initializer:
+        beside = tensor.data_location == onnx.TensorProto.EXTERNAL  # as it was written
+        if tensor.data_type not in wide or tensor.name in floats or beside:
+            continue
+        alike = [weight.total for weight in weights if weight.count == math.prod(tensor.dims)]
+        total = float(np.abs(onnx.numpy_helper.to_array(tensor)).sum(dtype=np.float64)) if alike else 0.0
+        if any(math.isclose(total, other, rel_tol=1e-4) for other in alike):
+            raise ExportError(
+                f"onnxruntime turns a quantized weight into floats as it loads the file ({tensor.name}, "
+                f"{list(tensor.dims)}); use another --format there"
+            )
+
+
+class _Lowered:
+    """One node, its codes as numbers, and what reads it."""
+
+    def __init__(self, model: Any, node: Any) -> None:
+        self.ir, self.model, self.node = require("onnx_ir"), model, node
+        self.codes, self.scale = node.inputs[0], node.inputs[1]
+        self.zero = node.inputs[2] if len(node.inputs) > 2 else None
+        given = node.attributes
+        self.format = given["format"].as_string()
+        self.shape, self.order = list(given["shape"].as_ints()), list(given["order"].as_ints())
+        turned = [self.shape[axis] for axis in self.order]
+        self.packed = packed = torch.from_numpy(np.array(self.codes.const_value.numpy()))
+        self.rows, self.columns = packed.shape[0], math.prod(turned) // packed.shape[0]
+        self.numbers = unpack(packed, self.format, self.columns).numpy()
+        self.scales = np.array(self.scale.const_value.numpy())
+        self.zeros = None if self.zero is None else np.array(self.zero.const_value.numpy())
+        self.block = self.columns // self.scales.shape[1]
+        self.users = [use.node for use in node.outputs[0].uses()]
+        self.anchor = node  # what is added goes before it
+
+    def weight(self) -> Weight:
+        zeros = None if self.zeros is None else torch.from_numpy(self.zeros)
+        given = decode(self.packed, torch.from_numpy(self.scales), zeros, self.format, self.columns)
+        return Weight(given.numel(), float(given.double().abs().sum()))
+
+    def replace(self) -> None:
+        weight = self.node.outputs[0]
+        tables = [user for user in self.users if user.op_type == "Gather" and user.inputs[0] is weight]
+        flat = len(self.shape) == 2
+        if flat and self.users and len(tables) == len(self.users) and self.format != "nf4":
+            for user in tables:
+                self._look_up(user)
+        elif flat:
+            # A weight that is only read transposed is stored so.
+            turned = bool(self.users) and all(_swaps(user) for user in self.users)
+            matrix = self._matrix(across=(self.order == [1, 0]) != turned)
+            for node in self.users if turned else [self.node]:
+                node.outputs[0].replace_all_uses_with(matrix, replace_graph_outputs=True)
+        else:
+            shaped = np.array([self.shape[axis] for axis in self.order], dtype=np.int64)
+            value = self._add("Reshape", [self._matrix(across=False), self._constant("shape", shaped)])
+            back = [self.order.index(axis) for axis in range(len(self.order))]
+            if back != sorted(back):
+                value = self._add("Transpose", [value], {"perm": back})
+            weight.replace_all_uses_with(value, replace_graph_outputs=True)
+
+    def _matrix(self, across: bool) -> Any:
+        """The dequantized matrix (rows, K), or transposed."""
+
+        def laid(array: Any) -> Any:
+            return np.ascontiguousarray(array.T) if across else array
+
+        numbers, kind, zeros = self._line()
+        if self.format == "nf4":
+            return self._quantiles(numbers, kind, across)
+        whole = self.scales.shape[1] == 1
+        inputs = [
+            self._store(self.codes, laid(numbers), kind),
+            self._store(self.scale, self.scales[:, 0] if whole else laid(self.scales), None),
+        ]
+        if zeros is not None:
+            inputs.append(self._store(self.zero, zeros[:, 0] if whole else laid(zeros), kind))
+        rows_axis, columns_axis = (1, 0) if across else (0, 1)
+        blocked = {"axis": columns_axis, "block_size": self.block}
+        return self._add("DequantizeLinear", inputs, {"axis": rows_axis} if whole else blocked)
+
+    def _quantiles(self, numbers: Any, kind: Any, across: bool) -> Any:
+        one = self._constant("one", np.ones((), dtype=self.scales.dtype))
+        line = self._add("DequantizeLinear", [self._store(self.codes, numbers, kind), one])
+        index = self._add("Cast", [line], {"to": int(self.ir.DataType.INT32)})
+        table = self._constant("nf4", np.array(NF4, dtype=self.scales.dtype))
+        value = self._add("Gather", [table, index], {"axis": 0})
+        size = np.array([self.rows, self.columns // self.block, self.block], dtype=np.int64)
+        blocks = self._add("Reshape", [value, self._constant("blocks", size)])
+        product = self._add("Mul", [blocks, self._store(self.scale, self.scales[:, :, None], None)])
+        shape = np.array([self.rows, self.columns], dtype=np.int64)
+        flat = self._add("Reshape", [product, self._constant("matrix", shape)])
+        return self._add("Transpose", [flat], {"perm": [1, 0]}) if across else flat
+
+    def _line(self) -> tuple[Any, Any, Any]:
+        """Codes, their ONNX type and their zeros, so that (code - zero) × scale is the value."""
+        kinds, numbers = self.ir.DataType, self.numbers
+        if self.format == "int8":
+            return numbers, kinds.INT8, None
+        if self.format == "nf4":
+            return numbers, kinds.UINT4, None
+        if self.zeros is not None:
+            return numbers, kinds.UINT4, self.zeros
+        if self.format == "binary":
+            return 2 * numbers.astype(np.int8) - 1, kinds.INT4, None
+        return numbers.astype(np.int8) - FORMATS[self.format].offset, kinds.INT4, None
+
+    def _look_up(self, gather: Any) -> None:
+        """Rows of a table: codes and scales are gathered, then multiplied."""
+        self.anchor = gather
+        numbers, _, zeros = self._line()
+        # onnxruntime gathers no 4-bit tensors: a code is a byte here.
+        kind = np.int8 if zeros is None else np.uint8
+        index, dtype = gather.inputs[1], {"to": int(self.scale.const_value.dtype)}
+
+        def rows(value: Any) -> Any:
+            return self._add("Gather", [value, index], {"axis": 0})
+
+        value = self._add("Cast", [rows(self._store(self.codes, numbers.astype(kind), None))], dtype)
+        last = self._constant("last", np.array([-1], dtype=np.int64))
+        scale = self._add("Unsqueeze", [rows(self.scale), last])
+        size = np.array([self.scales.shape[1], self.block], dtype=np.int64)
+        value = self._add("Reshape", [value, self._joined(index, "blocks", size)])
+        if zeros is not None:
+            zero = self._add("Cast", [rows(self.zero)], dtype)
+            value = self._add("Sub", [value, self._add("Unsqueeze", [zero, last])])
+        product = self._add("Mul", [value, scale])
+        row = np.array([self.columns], dtype=np.int64)
+        found = self._add("Reshape", [product, self._joined(index, "row", row)])
+        gather.outputs[0].replace_all_uses_with(found, replace_graph_outputs=True)
+
+    def _joined(self, index: Any, name: str, size: Any) -> Any:
+        """The shape of what is looked up, and more axes after it."""
+        shape = self._add("Shape", [index])
+        return self._add("Concat", [shape, self._constant(name, size)], {"axis": 0})
+
+    # -- nodes and tensors
+
+    def _add(self, op: str, inputs: list[Any], attributes: Mapping[str, Any] | None = None) -> Any:
+        made = self.ir.node(op, inputs, attributes=dict(attributes or {}))
+        made.metadata_props.update(self.node.metadata_props)
+        self.model.graph.insert_before(self.anchor, [made])
+        return made.outputs[0]
+
+    def _constant(self, name: str, array: Any) -> Any:
+        full = f"{self.codes.name}.{name}"
+        if full not in self.model.graph.initializers:
+            self.model.graph.register_initializer(self._store(self.ir.Value(name=full), array, None))
+        return self.model.graph.initializers[full]
+
+    def _store(self, value: Any, array: Any, kind: Any) -> Any:
+        """The same initializer, under its name and with its provenance, holding what ONNX reads."""
+        tensor = self._tensor(array, kind)
+        value.const_value, value.shape = tensor, tensor.shape
+        value.type = self.ir.TensorType(tensor.dtype)
+        return value
+
+    def _tensor(self, array: Any, kind: Any) -> Any:
+        import ml_dtypes
+
+        small = {self.ir.DataType.INT4: ml_dtypes.int4, self.ir.DataType.UINT4: ml_dtypes.uint4}
+        if kind in small:
+            array = array.astype(small[kind])
+        return self.ir.tensor(np.ascontiguousarray(array))
+
+
+def _swaps(node: Any) -> bool:
+    if node.op_type != "Transpose" or node.outputs[0].is_graph_output():
+        return False
+    perm = node.attributes.get("perm")
+    return perm is None or list(perm.as_ints()) == [1, 0]
