@@ -2,8 +2,8 @@
 
 Greedy, one row, a prompt of 24 tokens; the same tokens in all of ours as in eager, or the benchmark stops. Three
 exports of SmolLM2 (a random llama with --quick): its LoRA merged, its LoRA as it is, and its LoRA as inputs with the
-adapter active. optimum needs another version of transformers, so it runs in a process of its own: SURGERY_OPTIMUM names
-a Python that has optimum-onnx (pip install 'optimum-onnx[onnxruntime]'), and is left out where it is not set. Wall time.
+adapter active. optimum needs another version of transformers, so it runs in a process of its own: SURGERY_OPTIMUM is
+a Python that has optimum-onnx (pip install 'optimum-onnx[onnxruntime]'); it is left out where there is none. Wall time.
 """
 
 from __future__ import annotations
