@@ -140,7 +140,8 @@ class _Lowered:
 
     def weight(self) -> Weight:
         zeros = None if self.zeros is None else torch.from_numpy(self.zeros)
-        given = decode(self.packed, torch.from_numpy(self.scales), zeros, self.format, self.columns)
+        scales = torch.from_numpy(self.scales.astype(np.float32))  # numpy has no bfloat16 that torch reads
+        given = decode(self.packed, scales, zeros, self.format, self.columns)
         return Weight(given.numel(), float(given.double().abs().sum()))
 
     def replace(self) -> None:
