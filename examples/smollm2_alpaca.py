@@ -108,13 +108,18 @@ def model_folder() -> Path:
     return Path(found.submodule_search_locations[0])
 
 
+def lessons(options: argparse.Namespace) -> tuple[Tutor, list[Instruction], list[Instruction]]:
+    """A tutor, rows to learn from and rows to keep back, shuffled the same every time."""
+    rows = alpaca_en()
+    random.Random(0).shuffle(rows)
+    return Tutor(model_folder(), options.max_tokens), rows[200:], rows[:200]
+
+
 def main(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     out: Path = options.out
-    tutor = Tutor(model_folder(), options.max_tokens)
-    rows = alpaca_en()
-    random.Random(0).shuffle(rows)
-    learn, held_out = tutor.dialogues(rows[200:]), tutor.dialogues(rows[:200])[: options.held_out]
+    tutor, rows, held_rows = lessons(options)
+    learn, held_out = tutor.dialogues(rows), tutor.dialogues(held_rows)[: options.held_out]
     answers = sum(len(d.tokens) - d.prompt for d in held_out)
     step(
         "Data",
@@ -185,7 +190,7 @@ def main(options: argparse.Namespace) -> None:
     shape = "×".join(str(size) for size in inputs["input_ids"].shape)
     note(f"onnxruntime reads {shape} tokens in {median:.2f} s")
 
-    prompt = rows[0].prompt
+    prompt = held_rows[0].prompt
     asked = tutor.tokenizer(tutor.question(prompt), return_tensors="pt")
     answer = reloaded.generate(**asked, max_new_tokens=12 if options.quick else 60, do_sample=False)
     text = tutor.tokenizer.decode(answer[0, asked.input_ids.shape[1] :], skip_special_tokens=True)

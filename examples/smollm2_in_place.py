@@ -11,17 +11,16 @@ that generates the same tokens; and one ONNX model for generation that serves bo
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from data import Instruction, alpaca_en
+from data import Instruction
 from loop import console, megabytes, note, run, size_of, step
 from rich.table import Table
-from smollm2_alpaca import GGUF, Dialogue, Tutor, model_folder, read_options
+from smollm2_alpaca import GGUF, Dialogue, Tutor, lessons, model_folder, read_options
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import surgery
@@ -87,17 +86,15 @@ def seconds_a_token(model: Any, tutor: Tutor) -> float:
 def main(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     out: Path = options.out
-    tutor = Tutor(model_folder(), options.max_tokens)
-    rows = alpaca_en()
-    random.Random(0).shuffle(rows)
-    learn, held_out = tutor.dialogues(rows[200:]), tutor.dialogues(rows[:200])[: options.held_out]
+    tutor, rows, held_rows = lessons(options)
+    learn, held_out = tutor.dialogues(rows), tutor.dialogues(held_rows)[: options.held_out]
     step("Data", f"{len(learn)} instructions with answers, {len(held_out)} held out")
 
     model = open_model()
     plain, scores = answer(model, tutor), {"base": tutor.perplexity(model, held_out)}
     trainers = {
         "answers": ("transformers' Trainer", lambda: with_trainer(model, tutor, learn, options)),
-        "sft": ("TRL's SFTTrainer", lambda: with_trl(model, tutor, rows[200:], options)),
+        "sft": ("TRL's SFTTrainer", lambda: with_trl(model, tutor, rows, options)),
     }
     tokens, used = {}, {}
     for name, (title, train) in trainers.items():

@@ -24,7 +24,6 @@ def combine(
     program: Program, weights: Mapping[str, float], how: Combination, label: str, keep: bool
 ) -> Program:
     """See Program.combine."""
-
     if not label:
         raise PassError("combine: the result needs a name; give --as NAME (label= in Python)")
     chosen = _sources(program, weights)
@@ -60,27 +59,15 @@ def carried(
     """
     from surgery.program import Program
 
-    records, made = [], {}
-    for (record, place), own in zip(places, values, strict=True):
-        specs = pass_.tensors(place.site)
-        names = pipeline.tensor_names(program, pass_, pipeline.SitePlan(place.site, None, specs))
-        records.append(SiteRecord(record.key, record.path, record.decided, names))
+    planned = [pipeline.SitePlan(place.site, None, pass_.tensors(place.site)) for _, place in places]
+    entry = pipeline.entry_of(program, pipeline.PassPlan(pass_, tuple(planned)))
+    made = {}
+    for (_, place), plan, record, own in zip(places, planned, entry.sites, values, strict=True):
         like = next(iter(place.sources[0].tensors.values()))
-        for name, spec in specs.items():
+        for name, spec in plan.specs.items():
             value = own[name].to(like) if name in own else spec.make(place.site.float_dtype, like.device)
             value = value.reshape(spec.shape).detach().clone()
-            made[names[name]] = nn.Parameter(value) if spec.trainable else value
-    info = program.base.plugins.find_pass(pass_.name)
-    entry = Entry(
-        id=pass_.entry_id,
-        pass_name=pass_.name,
-        kind="rewrite",
-        distribution=info.distribution,
-        distribution_version=info.version,
-        version=pass_.version,
-        options=pass_.options(),
-        sites=tuple(records),
-    )
+            made[record.tensors[name]] = nn.Parameter(value) if spec.trainable else value
     # In the place of the first: what came after them acts on what they added.
     first = program.journal.entries.index(chosen[0][0])
     entries = (*program.journal.entries[:first], entry, *program.journal.entries[first:])

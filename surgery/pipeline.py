@@ -272,7 +272,7 @@ def apply(
     for pass_, auto in _complete(program, passes, freeze_base):
         begun = perf_counter()
         planned = _plan_pass(program, pass_, auto, Probe(program, data))
-        entry = _entry(program, planned)
+        entry = entry_of(program, planned)
         kept = {entry.before[name]: value for name, value in trained_before(program, entry).items()}
         if isinstance(pass_, RewritePass):
             if checking and reference is None:
@@ -317,7 +317,8 @@ def apply(
     return program
 
 
-def _entry(program: Program, planned: PassPlan) -> Entry:
+def entry_of(program: Program, planned: PassPlan) -> Entry:
+    """What the journal writes of a planned pass, with the names of its tensors. Raises PassError."""
     pass_ = planned.pass_
     info = program.base.plugins.find_pass(pass_.name)
     if isinstance(pass_, SelectPass):
@@ -337,7 +338,7 @@ def _entry(program: Program, planned: PassPlan) -> Entry:
             more = f" (and {len(planned.refused) - 1} more)" if len(planned.refused) > 1 else ""
             raise PassError(f"{pass_.name} at {first.site.path}: refused, {first.refusal}{more}")
         records = tuple(
-            SiteRecord(s.site.key, s.site.path, s.site.decided, tensor_names(program, pass_, s))
+            SiteRecord(s.site.key, s.site.path, s.site.decided, _tensor_names(program, pass_, s))
             for s in planned.accepted
         )
     chosen = planned.selection
@@ -380,7 +381,7 @@ def _own_name(program: Program, parameter: str, ident: str, what: str) -> str:
     return name
 
 
-def tensor_names(program: Program, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
+def _tensor_names(program: Program, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
     """Tensor of the pass -> its name in the program. Raises PassError where that is taken."""
     site = planned.site
     prefix = pass_.tensor_prefix(site)

@@ -55,8 +55,7 @@ def slots(program: Program) -> Slots:
         raise ExportError(
             f"--adapters-as-inputs: the program carries no LoRA that is in and not folded; {remedy}"
         )
-    labels = [entry.label or entry.id for entry, _ in chosen]
-    ids = [entry.id for entry, _ in chosen]
+    labels = {entry.id: entry.label or entry.id for entry, _ in chosen}
     places = places_of(program, chosen, "--adapters-as-inputs")
     pairs = [
         {source.entry: plain_pairs(place.site, source, "--adapters-as-inputs") for source in place.sources}
@@ -74,7 +73,7 @@ def slots(program: Program) -> Slots:
     ]
     slotted = carried(program, chosen, carrier, places, zeros)
     records = next(e for e in slotted.journal if e.id == carrier.entry_id).sites
-    adapters: dict[str, dict[str, Tensor]] = {label: {} for label in labels}
+    adapters: dict[str, dict[str, Tensor]] = {label: {} for label in labels.values()}
     names: list[str] = []
     for record, (_, place), own, held in zip(records, places, pairs, zeros, strict=True):
         names += [record.tensors[name] for name in held]
@@ -83,12 +82,9 @@ def slots(program: Program) -> Slots:
             scaled = {end: (a, b * scale) for end, (a, b) in own[source.entry].items()}
             for name, value in lora_combining.named(scaled, rank).items():
                 slot = slotted.tensors[record.tensors[name]]
-                adapters[labels[ids.index(source.entry)]][record.tensors[name]] = value.reshape(
-                    slot.shape
-                ).to(slot)
+                adapters[labels[source.entry]][record.tensors[name]] = value.reshape(slot.shape).to(slot)
     alone = {
-        label: program.without(*(other for other in ids if other != own))
-        for label, own in zip(labels, ids, strict=True)
+        label: program.without(*(other for other in labels if other != own)) for own, label in labels.items()
     }
     return Slots(slotted, tuple(names), adapters, alone)
 
@@ -96,7 +92,7 @@ def slots(program: Program) -> Slots:
 def write_adapters(
     adapters: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, str], folder: Path
 ) -> None:
-    """`NAME.onnx_adapter` for each; stored: the names of the tensors in the model. Returns the files by name."""
+    """`NAME.onnx_adapter` for each. stored: the names of the tensors in the model."""
     ort = require("onnxruntime")
     for name, tensors in adapters.items():
         values = {

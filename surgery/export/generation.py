@@ -119,13 +119,11 @@ def export_generation(
         for part, weights in quantized.items():
             if weights:
                 check_kept(folder / f"{part}.onnx", weights)
-        fast = not any(quantized.values())
-        found = [check_tokens(model, folder, seed, fast=fast)]
+        onnx = _opened(folder, fast=not any(quantized.values()))
+        found = [_tokens(model, onnx, seed)]
         if slotted:
             write_adapters(slotted.adapters, {name: name for name in slotted.names}, folder)
-            found += [
-                check_tokens(live(p), folder, seed, name, fast=fast) for name, p in slotted.alone.items()
-            ]
+            found += [_tokens(live(p), onnx, seed, name) for name, p in slotted.alone.items()]
     files = [file for file in Path(path).rglob("*") if file.is_file()]
     graphs = {part: exported.components[part].program for part in PARTS}
     return GenerationReport(
@@ -303,19 +301,24 @@ class TokensReport:
     sampled: int
 
 
-def check_tokens(model: Any, folder: Path, seed: int, *adapters: str, fast: bool = True) -> TokensReport:
-    """Greedy and sampled generation of onnxruntime against the model, at another shape than the traced one.
+def check_tokens(model: Any, folder: Path, seed: int) -> TokensReport:
+    """Greedy and sampled generation of what is in a directory against the model. Raises ExportError."""
+    return _tokens(model, _opened(folder, fast=True), seed)
 
-    fast: with onnxruntime's optimisations, which for quantized weights round the activations too.
-    Raises ExportError.
-    """
-    session: dict[str, Any] = {}
-    if not fast:
-        ort = require("onnxruntime")
-        session["session_options"] = ort.SessionOptions()
-        session["session_options"].log_severity_level = 3
-        session["session_options"].graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    other = open_generator(folder, **session)
+
+def _opened(folder: Path, fast: bool) -> Any:
+    """fast: with onnxruntime's optimisations, which for quantized weights round the activations too."""
+    if fast:
+        return open_generator(folder)
+    ort = require("onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return open_generator(folder, session_options=options)
+
+
+def _tokens(model: Any, other: Any, seed: int, *adapters: str) -> TokensReport:
+    """The same with an open generator and adapters in it, at another shape than the traced one."""
     settings = {"num_beams": 1, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
 
     def both(prompts: dict[str, Any], tokens: int, **more: Any) -> tuple[Any, Any]:

@@ -125,12 +125,14 @@ class State:
             return None
         return f"it cannot be rewritten in place ({problem}); capture the model, and apply it to the program"
 
-    def _users(self, key: SiteKey, base: Base) -> list[str]:
+    def _users(self, key: SiteKey, named: set[tuple[str, str]]) -> list[str]:
         """Paths of the modules that may be the ones whose calls a site is: the one that it is named after, first; of
-        a tied weight's other holders those that no other site is named after."""
-        named = {k.owner.rpartition(".")[0] for k in base.sites.by_key if k.kind == key.kind}
+        a tied weight's other holders those that no other site is named after.
+
+        named: kind and module of every site.
+        """
         own = key.owner.rpartition(".")[0]
-        return [path for path in self._owners(key.owner) if path == own or path not in named]
+        return [path for path in self._owners(key.owner) if path == own or (key.kind, path) not in named]
 
     def _owners(self, name: str) -> list[str]:
         """Paths of the modules that hold a parameter, by every name that it has."""
@@ -169,13 +171,14 @@ class State:
     def _pieces(self, program: Program) -> dict[str, list[Piece]]:
         found: dict[str, list[Piece]] = {}
         module = program.base.loaded.module
+        named = {(key.kind, key.owner.rpartition(".")[0]) for key in program.base.sites.by_key}
         for entry in live_entries(program.journal):
             pass_ = pass_of(entry, program.base.plugins)
             assert isinstance(pass_, RewritePass)
             for record in entry.sites:
                 owner = program.base.names.get(record.key.owner, (record.key.owner,))[0]
                 done: set[int] = set()
-                for path in self._users(record.key, program.base):
+                for path in self._users(record.key, named):
                     layer = module.get_submodule(path)
                     if id(layer) not in done and self._uses(path, layer, owner, record.key.kind):
                         done.add(id(layer))
