@@ -123,10 +123,13 @@ class _Builtins:
 
     @hookspecs.hookimpl
     def surgery_onnx_lowerings(self) -> dict[Any, Any]:
-        from surgery.export.quantized import translation
-        from surgery.quantizing import dequantize
+        from surgery.export import integers, quantized
+        from surgery.quantizing import dequantize, round_activation
 
-        return {dequantize._opoverload: translation()}
+        return {
+            dequantize._opoverload: quantized.translation(),
+            round_activation._opoverload: integers.translation(),
+        }
 
 
 def make_plugin_manager(entry_points: bool = True, plugins: tuple[Any, ...] = ()) -> Plugins:

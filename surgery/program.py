@@ -289,6 +289,10 @@ class Program:
                 )
         entries = [e for e in self.journal if e.id in gone]
         left = without(gone, self.journal)
+        for entry in left:
+            needed = replay.pass_of(entry, self.base.plugins).requires if entry.kind == "rewrite" else ()
+            if needed and not any(e.pass_name in needed for e in left):
+                raise JournalError(f"{entry.id!r} stands on {name!r}; undo {entry.id!r} first")
         if not any(e.kind == "rewrite" for e in left):
             left = [e for e in left if not e.auto]
         names = {n for e in left for n in e.tensor_names}

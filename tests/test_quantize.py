@@ -246,13 +246,15 @@ def test_adapters_stand_on_codes(name, encoder, tmp_path):
         ({"format": "int4"}, {"MatMulNBits": 12}),
         ({"format": "int4", "asymmetric": True}, {"MatMulNBits": 12}),
         ({"format": "nf4"}, {"DequantizeLinear": 12}),
+        ({"format": "int8-dynamic"}, {"DynamicQuantizeMatMul": 6, "MatMulIntegerToFloat": 6}),
     ],
 )
 def test_fused_by_onnxruntime(options, wanted, encoder, tmp_path):
     program = encoder.apply(surgery.Quantize(target="attn.*,mlp.*", **options))
     program = randomise(program.apply(surgery.Lora(target="attn.q", rank=2)))
     report = program.export(tmp_path / "model.onnx")
-    assert report.parity.error <= 1e-5
+    # Where activations are rounded too, a value between two levels may go either way.
+    assert report.parity.error <= (3e-2 if options["format"] == "int8-dynamic" else 1e-5)
     held = {name for name in program.tensors if ".quantize." in name}
     assert held <= set(report.stored)
     settings = onnxruntime.SessionOptions()

@@ -34,7 +34,7 @@ from surgery.export.finish import finish
 from surgery.export.generator import open_generator, sliding_window, whole_cache
 from surgery.export.onnx_file import quiet
 from surgery.export.parity import difference, scale_of, tolerance_of
-from surgery.export.program import provenance_of
+from surgery.export.program import check_written, provenance_of
 from surgery.export.quantized import Weight, check_kept, opset_for
 from surgery.export.runtime import adapter_file
 from surgery.files import staged_directory
@@ -145,6 +145,7 @@ def export_generation(
 
 
 def _language_model(program: Program) -> Any:
+    check_written(program)
     for entry in live_entries(program.journal):
         pass_ = pass_of(entry, program.base.plugins)
         if isinstance(pass_, RewritePass) and not pass_.in_place:

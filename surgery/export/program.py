@@ -14,7 +14,7 @@ from surgery.capture import fresh_inputs, other_sizes
 from surgery.errors import ExportError
 from surgery.export.onnx_file import ExportReport, export_onnx
 from surgery.export.source import ExportSource, InputSet
-from surgery.replay import live_entries
+from surgery.replay import live_entries, pass_of
 from surgery.sites import live_nodes
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ def parity_inputs(program: Program, seed: int = 0) -> list[InputSet]:
 
 def reaching_inputs(program: Program, sets: Sequence[InputSet]) -> list[InputSet]:
     """The sets of inputs that adapters want changed, so that what they inserted takes part (new tokens, say)."""
-    from surgery.replay import pass_of
-
     names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     found: list[InputSet] = []
     for args, kwargs in sets:
@@ -77,6 +75,15 @@ def reaching_inputs(program: Program, sets: Sequence[InputSet]) -> list[InputSet
             fresh = [changed.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
             found.append(pytree.tree_unflatten(fresh, spec))
     return found
+
+
+def check_written(program: Program) -> None:
+    """Raises ExportError for a pass of which an op stands in the graph that has no form in ONNX."""
+    live = {node.target for node in live_nodes(program.graph)}
+    for entry in live_entries(program.journal):
+        for op, why in getattr(pass_of(entry, program.base.plugins), "unwritten", {}).items():
+            if op in live:
+                raise ExportError(f"{entry.id}: {why}")
 
 
 def export_program(
@@ -98,6 +105,7 @@ def export_program(
         raise ExportError("the weights are not in memory, so there is nothing to export")
     if program.base.consumed and program.journal.merged:
         raise ExportError("the base was merged in place; load the saved directory again")
+    check_written(program)
     parity = parity_inputs(program, seed)
     parity += reaching_inputs(program, parity[:1])
     return export_onnx(

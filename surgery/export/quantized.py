@@ -22,6 +22,7 @@ import torch
 
 from surgery.errors import ExportError
 from surgery.export.extra import require
+from surgery.export.integers import Rounded, flag
 from surgery.quantizing.codes import FORMATS, NF4, decode, unpack
 from surgery.quantizing.op import dequantize
 
@@ -77,11 +78,14 @@ class Weight:
 def lower(model: Any) -> tuple[Weight, ...]:
     """Replace every node of ours in an onnx_ir.Model whose codes have values; returns the weights that they give."""
     nodes = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OP)]
+    rounded = Rounded(model)
     weights = []
     for node in nodes:
         lowered = _Lowered(model, node)
         weights.append(lowered.weight())
-        lowered.replace()
+        if not lowered.multiply(rounded):
+            lowered.replace()
+    rounded.finish()
     if nodes:
         model.opset_imports.pop(DOMAIN, None)
         require("onnx_ir.passes.common").RemoveUnusedNodesPass()(model)
@@ -143,6 +147,27 @@ class _Lowered:
         scales = torch.from_numpy(self.scales.astype(np.float32))  # numpy has no bfloat16 that torch reads
         given = decode(self.packed, scales, zeros, self.format, self.columns)
         return Weight(given.numel(), float(given.double().abs().sum()))
+
+    def multiply(self, rounded: Rounded) -> bool:
+        """Let products with rounded activations be done in integers, where nothing else reads the weight."""
+        if self.format != "int8" or len(self.shape) != 2 or self.scales.shape[1] != 1 or not self.users:
+            return False
+        pairs = []  # what reads the weight as it is, or transposed
+        for user in self.users:
+            if _swaps(user):
+                pairs += [(use.node, user.outputs[0], True) for use in user.outputs[0].uses()]
+            else:
+                pairs.append((user, self.node.outputs[0], False))
+        across = self.order == [0, 1]  # the matrix is (N, K), and the product wants (K, N)
+        for node, weight, turned in pairs:
+            again = node.op_type == "Gemm" and flag(node, "transB")
+            if not rounded.reads(node, weight) or (turned != again) != across:
+                return False
+        codes = self._store(self.codes, np.ascontiguousarray(self.numbers.T), None)
+        scales = self._store(self.scale, self.scales[:, 0].astype(np.float32), None)
+        for node, _, _ in pairs:
+            rounded.product(node, codes, scales)
+        return True
 
     def replace(self) -> None:
         weight = self.node.outputs[0]

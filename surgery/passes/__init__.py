@@ -6,8 +6,10 @@ from surgery.hookspecs import hookimpl
 from surgery.passes.adapter import Adapter
 from surgery.passes.bitfit import Bitfit
 from surgery.passes.classifier import Classifier
+from surgery.passes.convert import Convert
 from surgery.passes.embedding import Embedding
 from surgery.passes.expand import Expand
+from surgery.passes.fake_quant import FakeQuant
 from surgery.passes.filter import Filter
 from surgery.passes.freeze import Freeze
 from surgery.passes.full import Full
@@ -30,6 +32,8 @@ def surgery_passes() -> list[type]:
     return [
         Lora,
         Quantize,
+        FakeQuant,
+        Convert,
         Adapter,
         Freeze,
         LowRank,
@@ -55,8 +59,10 @@ __all__ = [
     "Adapter",
     "Bitfit",
     "Classifier",
+    "Convert",
     "Embedding",
     "Expand",
+    "FakeQuant",
     "Filter",
     "Freeze",
     "Full",

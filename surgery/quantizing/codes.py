@@ -92,7 +92,7 @@ def to_codes(values: Tensor, scale: Tensor, zero: Tensor | None, format: str) ->
         return on_line.round().clamp(-127, 127)
     if format == "nf4":
         table = torch.tensor(NF4, device=values.device)
-        return torch.bucketize(on_line, (table[1:] + table[:-1]) / 2)
+        return torch.bucketize(on_line.contiguous(), (table[1:] + table[:-1]) / 2)
     if format == "binary":
         return values >= 0
     if zero is not None:

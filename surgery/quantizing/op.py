@@ -1,14 +1,15 @@
-"""`surgery::dequantize`: the weight of an op from its codes, as one node that no exporter folds."""
+"""Quantization in a graph: each an op of its own that no exporter folds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.quantizing.codes import decode
+from surgery.quantizing.codes import decode, encode
 
 
 @torch.library.custom_op("surgery::dequantize", mutates_args=())
@@ -23,8 +24,7 @@ def dequantize(
     turned = [shape[axis] for axis in order]
     columns = math.prod(turned) // codes.shape[0]
     matrix = decode(codes, scale, zero, format, columns)
-    back = [order.index(axis) for axis in range(len(order))]
-    return matrix.reshape(turned).permute(back).contiguous()
+    return _back(matrix.reshape(turned), order)
 
 
 @dequantize.register_fake
@@ -32,3 +32,60 @@ def _(
     codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, shape: Sequence[int], order: Sequence[int]
 ) -> Tensor:
     return scale.new_empty(list(shape))
+
+
+@torch.library.custom_op("surgery::fake_quantize", mutates_args=())
+def fake_quantize(
+    weight: Tensor, format: str, block: int, asymmetric: bool, order: Sequence[int], rows: int
+) -> Tensor:
+    """What a weight's codes would give back, to the bit.
+
+    weight: in its stored layout; with its axes in `order` it is a matrix of so many rows, whose values share a scale
+    by blocks. Its gradient passes straight through to the weight (Bengio et al. 2013, arXiv:1308.3432).
+    """
+    turned = weight.permute(list(order))
+    matrix = turned.reshape(rows, -1)
+    found = encode(matrix, format, block, asymmetric)
+    given = decode(found.codes, found.scale.to(weight.dtype), found.zero, format, matrix.shape[1])
+    return _back(given.reshape(turned.shape), order)
+
+
+@fake_quantize.register_fake
+def _(weight: Tensor, format: str, block: int, asymmetric: bool, order: Sequence[int], rows: int) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("surgery::round_activation", mutates_args=())
+def round_activation(x: Tensor) -> Tensor:
+    """An activation in 256 levels of its range at run time (ONNX's DynamicQuantizeLinear), given back as floats.
+
+    One scale and zero point for the whole tensor, so that rows of a batch are rounded alike. The gradient passes
+    straight through.
+    """
+    wide = x.float()
+    low, high = wide.amin().clamp(max=0), wide.amax().clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = (-low / scale).round().clamp(0, 255)
+    codes = ((wide / scale).round() + zero).clamp(0, 255)
+    return ((codes - zero) * scale).to(x.dtype)
+
+
+@round_activation.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _back(turned: Tensor, order: Sequence[int]) -> Tensor:
+    return turned.permute([list(order).index(axis) for axis in range(len(order))]).contiguous()
+
+
+def _straight_through(op: Any, others: int) -> None:
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradient, *(None for _ in range(others)))
+
+    torch.library.register_autograd(op, backward)
+
+
+_straight_through("surgery::fake_quantize", 5)
+_straight_through("surgery::round_activation", 0)

@@ -159,10 +159,11 @@ def test_a_copy_of_a_model_knows_what_it_cannot_do():
         surgery.apply_(deepcopy(model), surgery.Lora(target="attn.q", rank=2, label="more"))
 
 
-def test_quantized_in_place(llama, ids, randomised):
+@pytest.mark.parametrize("format", ["int4", "int8-dynamic"])
+def test_quantized_in_place(format, llama, ids, randomised):
     """Codes in a live model, an adapter on them, and both off again to the bit."""
     before = llama(ids).logits
-    surgery.apply_(llama, surgery.Quantize(target="attn.*,mlp.*", format="int4"))
+    surgery.apply_(llama, surgery.Quantize(target="attn.*,mlp.*", format=format))
     rounded = llama(ids).logits
     assert not torch.equal(rounded, before)
     surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2))

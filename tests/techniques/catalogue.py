@@ -152,11 +152,16 @@ def _reparameterisation() -> list[Technique]:
     def tie_first(model: str) -> tuple[Pass, ...]:
         return () if model in ("smollm2", "t5", "mamba") else (share()(model),)
 
+    def rounded_first(model: str) -> tuple[Pass, ...]:
+        return (_at_linears("fake-quant", format="int4", group=0)(model),)
+
     return [
         *(
             Technique(f"quantize --format {kind}", family, _at_linears("quantize", format=kind, group=0), ALL)
-            for kind in ("int8", "int4", "nf4", "ternary", "binary")
+            for kind in ("int8", "int8-dynamic", "int4", "nf4", "ternary", "binary")
         ),
+        Technique("fake-quant", family, _at_linears("fake-quant", format="int4", group=0), ALL),
+        Technique("convert", family, lambda model: of("convert"), ALL, rounded_first),
         Technique("low-rank", family, low_rank, ALL),
         Technique("share --mode first", family, share(), both),
         Technique("share --mode mean", family, share(mode="mean"), both),

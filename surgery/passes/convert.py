@@ -1,0 +1,59 @@
+"""From weights that were trained rounded to their codes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from surgery.pass_base import EXACT, Numerics
+from surgery.quantizing import dequantize, fake_quantize
+from surgery.quantizing.layout import Layout
+from surgery.quantizing.stored import CodesPass
+from surgery.sites import Site
+from surgery.standing import weight_reader
+
+
+class Convert(CodesPass):
+    """Quantization-aware training ended: the codes themselves in the place of weights that `fake-quant` rounds.
+
+    The format, groups and zero points are those of `fake-quant`, and the codes those of the weights as they are now, so
+    that the outputs are the same to the bit. From there on it is as if `quantize` had been applied: the codes are
+    stored, in the bits that they have, adapters stand on them, and they stay codes in ONNX. Undo gives the weights that
+    were trained back, rounded in every forward.
+    """
+
+    name: ClassVar[str] = "convert"
+    numerics: ClassVar[Numerics] = EXACT
+    default_target: ClassVar[str | None] = "all"
+    requires: ClassVar[tuple[str, ...]] = ("fake-quant",)
+
+    def skips(self, site: Site) -> bool:
+        if site.weight is None or site.kind not in self.on:
+            return True
+        return weight_reader(site.calls[0])[1].target not in (
+            fake_quantize._opoverload,
+            dequantize._opoverload,
+        )
+
+    def layout(self, site: Site) -> Layout:
+        return Layout.of(site, site.decided["format"], site.decided["block"], site.decided["asymmetric"])
+
+    def source(self, site: Site) -> Tensor:
+        return site.probe.weight(site)
+
+    def check(self, site: Site) -> str | None:
+        current = weight_reader(site.calls[0])[1]
+        if current.target is dequantize._opoverload:
+            return f"{current.meta['surgery']['entry']!r} has quantized it already; undo that first"
+        if not site.probe.program.base.in_memory:
+            return "its weight is not in memory, and its codes have to be computed; load the weights first"
+        return None
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        _, format, block, asymmetric, *_ = weight_reader(site.calls[0])[1].args
+        return super().decide(site.deciding({"format": format, "block": block, "asymmetric": asymmetric})) | {
+            "format": format,
+            "block": block,
+            "asymmetric": asymmetric,
+        }

@@ -1,0 +1,39 @@
+"""Why a weight cannot be quantized, for every pass that does it."""
+
+from __future__ import annotations
+
+import torch
+
+from surgery.quantizing.layout import Layout
+from surgery.quantizing.op import dequantize, fake_quantize
+from surgery.sites import Site
+from surgery.standing import replaced_by, weight_reader
+from surgery.weight_ops import CONV, LINEAR, parameter_of
+
+
+def hindrance(site: Site, layout: Layout, dynamic: bool) -> str | None:
+    """A clause, or None. dynamic: what enters is rounded too."""
+    if site.weight is None:
+        return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+    if site.packed or not site.dtype.is_floating_point:
+        return "its weight is packed or no floating-point one already"
+    gone = next((entry for entry in (replaced_by(c.node) for c in site.calls) if entry), None)
+    if gone:
+        return f"{gone!r} has put another op in its place; quantize before it, or leave the site out"
+    _, current = weight_reader(site.calls[0])
+    there = current.meta.get("surgery", {}).get("entry")
+    if current.target in (dequantize._opoverload, fake_quantize._opoverload):
+        return f"{there!r} has quantized it already; undo that first"
+    if parameter_of(current) is not None:
+        return f"{there!r} has put another weight there; quantize first, and adapt then"
+    if site.kind == CONV and site.layout == "io" and site.groups > 1:
+        return "a transposed convolution with groups has no rows of its own; target its neighbours"
+    if dynamic and (site.kind != LINEAR or any(call.x_axis == "column" for call in site.calls)):
+        what = f"a {site.kind} weight" if site.kind != LINEAR else "one with its weight on the left"
+        return f"int8-dynamic is for linear maps of rows, and this is {what}; quantize it to int8 in another pass"
+    if layout.misfit:
+        return layout.misfit
+    in_memory = site.probe.program.base.in_memory
+    if in_memory and not bool(torch.isfinite(site.probe.stored(site)).all()):
+        return "its weight holds values that are infinite or no numbers; mend the model first"
+    return None

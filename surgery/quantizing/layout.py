@@ -1,0 +1,99 @@
+"""A site's weight as the matrix that is coded, and the tensors that hold its codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.pass_base import TensorSpec
+from surgery.quantizing.codes import FORMATS, Codes, encode, packed_columns
+from surgery.quantizing.gptq import gptq
+from surgery.quantizing.op import dequantize
+from surgery.sites import Site
+
+
+@dataclass(frozen=True)
+class Layout:
+    """shape: of the weight as stored. order: its axes, outputs (and experts) first. rows, columns: of the matrix.
+    block: columns that share a scale."""
+
+    format: str
+    block: int
+    asymmetric: bool
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    rows: int
+
+    @staticmethod
+    def of(site: Site, format: str, group: int | None = None, asymmetric: bool = False) -> Layout:
+        """group: values that share a scale; 0 for a whole row, None for what the format has by default."""
+        first = [site.layout.index(letter) for letter in "eov" if letter in site.layout]
+        order = (*first, *(axis for axis in range(len(site.shape)) if axis not in first))
+        rows = math.prod(site.shape[axis] for axis in first)
+        asked = FORMATS[format].group if group is None else group
+        return Layout(
+            format, asked or site.parameters // rows, asymmetric, tuple(site.shape), tuple(order), rows
+        )
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape) // self.rows
+
+    @property
+    def misfit(self) -> str:
+        """Why blocks do not fit, or empty."""
+        if self.columns % self.block == 0:
+            return ""
+        return (
+            f"its rows have {self.columns} values, which no groups of {self.block} divide; give --group 0 or "
+            f"a divisor"
+        )
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """(rows, columns) of a weight as stored."""
+        return weight.permute(self.order).reshape(self.rows, -1)
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """The reverse of `matrix`."""
+        back = [self.order.index(axis) for axis in range(len(self.order))]
+        return matrix.reshape([self.shape[axis] for axis in self.order]).permute(back).contiguous()
+
+    def encode(self, weight: Tensor, products: Tensor | None = None) -> Codes:
+        """To nearest; with the XᵀX of what enters (columns × columns), by GPTQ."""
+        matrix = self.matrix(weight)
+        if products is None:
+            return encode(matrix, self.format, self.block, self.asymmetric)
+        return gptq(matrix, products, self.format, self.block, self.asymmetric)
+
+    def decode(self, found: Codes) -> Tensor:
+        """The weight that codes give, in its stored layout."""
+        return dequantize(found.codes, found.scale, found.zero, *self.arguments)
+
+    @property
+    def arguments(self) -> tuple[str, list[int], list[int]]:
+        """What `surgery::dequantize` takes after the tensors."""
+        return self.format, list(self.shape), list(self.order)
+
+    def specs(self, fill: Callable[[str], Callable[[Tensor], Any]]) -> dict[str, TensorSpec]:
+        """The tensors that hold the codes, in the order of `names`; fill(name) gives how one is filled."""
+        blocks = self.columns // self.block
+        shapes = {
+            "codes": (self.rows, packed_columns(self.format, self.columns)),
+            "scale": (self.rows, blocks),
+            "zero": (self.rows, blocks),
+        }
+        kinds: Mapping[str, torch.dtype | None] = {
+            "codes": torch.int8 if self.format == "int8" else torch.uint8,
+            "scale": None,
+            "zero": torch.uint8,
+        }
+        return {n: TensorSpec(shapes[n], fill(n), trainable=False, dtype=kinds[n]) for n in self.names}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("codes", "scale", "zero") if self.asymmetric else ("codes", "scale")

@@ -1,0 +1,88 @@
+"""What passes have in common that put codes in the place of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from surgery import lowrank
+from surgery.pass_base import RewritePass, TensorSpec
+from surgery.quantizing.codes import Codes
+from surgery.quantizing.layout import Layout
+from surgery.quantizing.op import dequantize
+from surgery.rewriter import Rewriter
+from surgery.sites import Site
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
+
+
+class CodesPass(RewritePass):
+    """Its op reads `surgery::dequantize` of stored codes in the place of its weight."""
+
+    on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
+    freezes: ClassVar[bool] = False
+    replaces: ClassVar[bool] = True
+
+    def layout(self, site: Site) -> Layout:
+        """How the site's weight is coded."""
+        raise NotImplementedError
+
+    def source(self, site: Site) -> Tensor:
+        """The weight to code, as stored."""
+        return site.probe.stored(site)
+
+    def encode(self, site: Site, weight: Tensor) -> Codes:
+        """The codes of any weight in the place of the site's."""
+        return self.layout(site).encode(weight)
+
+    def _encoded(self, site: Site) -> Codes:
+        return site.probe.once((self, site.key), lambda: self.encode(site, self.source(site)))
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        layout = self.layout(site)
+        decided: dict[str, Any] = {"order": list(layout.order)}
+        if site.probe.program.base.in_memory:
+            weight = self.source(site).float()
+            moved = torch.linalg.vector_norm(weight - layout.decode(self._encoded(site)))
+            decided["error"] = round(float(moved / torch.linalg.vector_norm(weight).clamp(min=1e-30)), 6)
+        return decided
+
+    def note(self, site: Site) -> str:
+        if "error" not in site.decided:
+            return ""
+        size = sum(spec.numel() * _bytes(spec, site) for spec in self.tensors(site).values())
+        before = site.parameters * site.dtype.itemsize
+        return f"{size / before:.3f} of its bytes; the weight moves by {site.decided['error']:.2%}"
+
+    def frees(self, site: Site) -> set[str]:
+        users = [c for c in site.calls if c.weight is not None and len(c.weight.users) > len(site.calls)]
+        return set() if users or site.weight is None else {site.weight}
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        return self.layout(site).specs(lambda name: self._filled(site, name))
+
+    def _filled(self, site: Site, name: str) -> Callable[[Tensor], Any]:
+        def fill(tensor: Tensor) -> None:
+            tensor.copy_(getattr(self._encoded(site), name))
+            if name == self.layout(site).names[-1]:
+                site.probe.forget((self, site.key))
+
+        return fill
+
+    def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
+        layout = self.layout(site)
+
+        def read(_: fx.Node) -> fx.Node:
+            zero = g["zero"] if layout.asymmetric else None
+            return g.call(dequantize._opoverload, g["codes"], g["scale"], zero, *layout.arguments)
+
+        g.swap_weight(read)
+        if site.decided.get("correction"):
+            return lowrank.add_branch(site, g, g["right"], g["left"], 1.0)
+        return None
+
+
+def _bytes(spec: TensorSpec, site: Site) -> int:
+    return (spec.dtype or site.float_dtype).itemsize
