@@ -2,6 +2,8 @@
 
     film, product, tweets, editorial   sentences rated by people from -4 to 4 (vaderSentiment, MIT licence)
     alpaca_en                          999 instructions with answers (LLaMA-Factory's demo, Apache 2.0)
+    wiki                               30 articles of Wikipedia (the same, from the Wikipedia dump, CC BY-SA)
+    lee                                50 documents, the similarity of each pair rated by people (gensim's test data)
 
 The cache is $SURGERY_CACHE, or ~/.cache/torch-surgery.
 """
@@ -43,6 +45,8 @@ class Source:
 
 VADER = Source("vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
 ALPACA = Source("llamafactory", "0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f")
+
+GENSIM = Source("gensim", "4.4.0", "a3f5b626da5518e79a479140361c663089fe7998df8ba52d56e1ded71ac5bdf5")
 
 RATINGS = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 DOMAINS = {
@@ -101,6 +105,19 @@ def alpaca_en() -> list[Instruction]:
     """Instructions with the answers that a model should learn to give."""
     rows = json.loads(_member(fetch(ALPACA), "llamafactory-0.9.5/data/alpaca_en_demo.json"))
     return [Instruction(f"{r['instruction']}\n\n{r['input']}".strip(), r["output"]) for r in rows]
+
+
+def wiki() -> list[str]:
+    """Articles, each one text."""
+    return _member(fetch(ALPACA), "llamafactory-0.9.5/data/wiki_demo.txt").decode("utf-8").splitlines()
+
+
+def lee() -> tuple[list[str], list[list[float]]]:
+    """Documents, and for each pair the mean rating of about ten people (Lee, Pincombe and Welsh 2005)."""
+    folder = "gensim-4.4.0/gensim/test/test_data"
+    documents = _member(fetch(GENSIM), f"{folder}/lee.cor").decode("utf-8", "replace").splitlines()
+    rows = _member(fetch(GENSIM), f"{folder}/similarities0-1.txt").decode("ascii").splitlines()
+    return documents, [[float(value) for value in row.split()] for row in rows]
 
 
 def cache_folder() -> Path:

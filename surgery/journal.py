@@ -189,15 +189,23 @@ class Journal:
         return default if decided is None else decided
 
     def standing(self, entry: Entry) -> Entry:
-        """The entry with the plainer tensors that a merge put in the place of its own, where one did."""
+        """The entry as merges have left it: with other tensors, and without the sites where it is in the codes now."""
         for merge in self.entries:
-            if merge.kind == "merge" and entry.id in merge.options.get("simplified", ()):
-                plain = (r for r in merge.sites if r.decided["entry"] == entry.id)
-                sites = tuple(
-                    replace(own, decided={**own.decided, "simplified": True}, tensors=r.tensors)
-                    for own, r in zip(entry.sites, plain, strict=True)
-                )
-                return replace(entry, sites=sites)
+            if merge.kind != "merge":
+                continue
+            plain = entry.id in merge.options.get("simplified", ())
+            made = {r.key: r for r in merge.sites if r.decided["entry"] == entry.id}
+            sites = []
+            for own in entry.sites:
+                found = made.get(own.key)
+                if found is None:
+                    sites.append(own)
+                elif not found.decided.get("gone"):
+                    said = {name: value for name, value in found.decided.items() if name != "entry"}
+                    decided = {**own.decided, **said, **({"simplified": True} if plain else {})}
+                    sites.append(replace(own, decided=decided, tensors=found.tensors))
+            if made:
+                entry = replace(entry, sites=tuple(sites))
         return entry
 
     @property

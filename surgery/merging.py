@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from surgery.folding import fold, foldable, simplifiable, simplify
 from surgery.journal import Entry, Journal
 from surgery.numerics import observe
 from surgery.pass_base import rounded
+from surgery.probe import InputSet
+from surgery.requantizing import How, Merged, into_codes
 
 if TYPE_CHECKING:
     from surgery.program import Program
@@ -24,23 +26,29 @@ if TYPE_CHECKING:
 MERGE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def merge(program: Program, in_place: bool, verify: bool) -> Program:
+def merge(
+    program: Program, in_place: bool, verify: bool, quantized: How, budget: float, data: Sequence[InputSet]
+) -> Program:
     """See Program.merge."""
     from surgery.program import Program
 
     base, journal = program.base, program.journal
+    count = sum(e.kind == "merge" for e in journal)
+    ident = f"merge{count or ''}"
+    into = Merged() if quantized == "keep" else into_codes(program, quantized, budget, ident, data)
     folded, kept = foldable(base, journal, program.sites)
     done = {name for e in journal if e.kind == "merge" for name in e.options.get("folded", ())}
     folded = [name for name in folded if name not in done]
     plain = [e for e in simplifiable(base, journal) if e not in folded]
     kept = {name: why for name, why in kept.items() if name not in plain}
-    if not folded and not plain:
+    kept = _left(journal, kept, into)
+    if not folded and not plain and not into.records:
         reasons = "; ".join(f"{name}: {why}" for name, why in kept.items())
         raise PassError(f"merge: nothing can be folded ({reasons or 'the program has no adapter'})")
     wanted = [e for e in journal if e.id in plain]
     records, made = simplify(base, wanted, program.tensors, program.sites)
     entry = Entry(
-        id=f"merge{sum(e.kind == 'merge' for e in journal) or ''}",
+        id=ident,
         pass_name="merge",
         kind="merge",
         distribution_version=pipeline.core_version(),
@@ -50,17 +58,55 @@ def merge(program: Program, in_place: bool, verify: bool) -> Program:
     )
     tensors = {**program.tensors, **made}
     if in_place:
+        if into.records:
+            raise PassError("merge: codes are not made in place; leave out in_place")
         return _in_place(program, entry, folded, tensors)
     merged = Program(base, journal.add(entry), tensors, dict(program.changed), clock=program.clock)
-    if not verify or not base.in_memory:
-        return merged
-    seen = observe(program.run(), merged.run())
-    allowed = rounded(program.merge_tolerance, "weights are rounded once more")
-    if not seen.within(allowed):
-        raise PassError(f"merge: outputs moved by {seen.difference:.1e} of their scale, over {allowed}")
-    numerics = {"declared": f"rounded {program.merge_tolerance:g}", "observed": str(seen)}
-    merged.journal = journal.add(replace(entry, numerics=numerics))
+    verify = verify and base.in_memory
+    if verify and (folded or plain):
+        seen = observe(program.run(), merged.run())
+        allowed = rounded(program.merge_tolerance, "weights are rounded once more")
+        if not seen.within(allowed):
+            raise PassError(f"merge: outputs moved by {seen.difference:.1e} of their scale, over {allowed}")
+        numerics = {"declared": f"rounded {program.merge_tolerance:g}", "observed": str(seen)}
+        entry = replace(entry, numerics=numerics)
+    if into.choices:
+        options = {**entry.options, "quantized": quantized, "budget": budget, "into_codes": into.gone}
+        options["choices"] = {choice.path: choice.to_json() for choice in into.choices}
+        entry = replace(entry, options=options, sites=(*records, *into.records))
+        merged = Program(
+            base, journal.add(entry), {**tensors, **into.tensors}, dict(program.changed), clock=program.clock
+        )
+        if verify:
+            seen = observe(program.run(), merged.run())
+            entry = replace(
+                entry, numerics={"declared": "changes (codes are made anew)", "observed": str(seen)}
+            )
+    merged.journal = journal.add(entry)
     return merged
+
+
+def _left(journal: Journal, kept: Mapping[str, str], into: Merged) -> dict[str, str]:
+    """Why adapters stay, after what went into codes."""
+    gone, left = into.gone, dict(kept)
+    for name in {choice.codes for choice in into.choices}:
+        left.pop(name, None)  # codes stay codes
+    for entry in journal:
+        if entry.id not in left or not any(entry.id in choice.adapters for choice in into.choices):
+            continue
+        rest = len(entry.sites) - gone.get(entry.id, 0)
+        stays = [c for c in into.choices if entry.id in c.adapters and c.how == "keep"]
+        if not rest:
+            del left[entry.id]
+        elif stays:
+            left[entry.id] = (
+                f"its branch stays at {rest} of {len(entry.sites)} sites; {stays[0].path}: {stays[0].why}"
+            )
+        else:
+            left[entry.id] = (
+                f"its branch stays at {rest} of {len(entry.sites)} sites, which are not quantized"
+            )
+    return left
 
 
 def _in_place(program: Program, entry: Entry, folded: list[str], tensors: Mapping[str, Tensor]) -> Program:

@@ -28,6 +28,8 @@ class Probe:
 
     def __init__(self, program: Program, data: Sequence[InputSet] = ()) -> None:
         self.program = program
+        for number, (args, kwargs) in enumerate(data, 1):
+            _check(program, args, kwargs, number)
         self.data: Sequence[InputSet] = data or [program.example_inputs]
         self._state: dict[str, Tensor] | None = None
         self._squared: dict[str, Tensor] = {}
@@ -133,6 +135,37 @@ class Probe:
         if name not in self._squared:
             self._squared.update(fisher_of(self.program, self.data, samples, seed))
         return self._squared[name]
+
+
+def _check(program: Program, args: Any, kwargs: Mapping[str, Any], number: int) -> None:
+    """Raises PassError for a set of data that the graph cannot take, or that holds no numbers."""
+    module = program.graph_module
+    try:
+        leaves = flat_inputs(module, args, kwargs)
+    except KeyError as error:
+        raise PassError(f"set {number} of the data lacks the input {error}") from None
+    wanted = [node for node in module.graph.nodes if node.op == "placeholder"]
+    if len(leaves) != len(wanted):
+        raise PassError(
+            f"set {number} of the data has {len(leaves)} inputs, and the model takes {len(wanted)}"
+        )
+    for node, leaf in zip(wanted, leaves, strict=True):
+        like = node.meta.get("val")
+        if not (isinstance(leaf, Tensor) and isinstance(like, Tensor)):
+            continue
+        fits = leaf.dim() == like.dim() and all(
+            size == own for size, own in zip(leaf.shape, like.shape, strict=True) if isinstance(own, int)
+        )
+        if not fits:
+            shape = ", ".join(str(own) if isinstance(own, int) else "any" for own in like.shape)
+            raise PassError(
+                f"set {number} of the data: {node.target} has the shape {list(leaf.shape)}, and the model takes "
+                f"[{shape}]"
+            )
+        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            raise PassError(
+                f"set {number} of the data: {node.target} holds values that are infinite or no numbers"
+            )
 
 
 def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: int) -> dict[str, Tensor]:

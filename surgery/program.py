@@ -21,6 +21,7 @@ from surgery.module import ProgramModule
 from surgery.pass_base import Pass
 from surgery.pipeline import PassReport, PlanReport
 from surgery.probe import InputSet
+from surgery.requantizing import How
 from surgery.reverting import reverted, without
 from surgery.schedule import Clock, ParameterGroup, Schedule, parameter_groups, trained_values
 from surgery.sites import Site, SiteIndex, live_nodes
@@ -198,15 +199,29 @@ class Program:
         """
         return pipeline.apply(self, passes, freeze_base, verify, data)
 
-    def merge(self, *, in_place: bool = False, verify: bool = True) -> Program:
+    def merge(
+        self,
+        *,
+        in_place: bool = False,
+        verify: bool = True,
+        quantized: How = "keep",
+        budget: float = 0.01,
+        data: Sequence[InputSet] = (),
+    ) -> Program:
         """The program with its adapters folded into the base weights: original names, original nodes.
 
         It is a journal entry: the base weights stay as they are and the folded ones are made when they are
         asked for. What no weight can hold but has a plainer form is put into that, computed now. in_place folds into
         the base's own storage (half the memory, but this cannot be undone in memory, and every program on this base
         sees it). Raises PassError where nothing can be folded.
+
+        quantized: what becomes of adapters on quantized weights. `keep`: their branches stay. `requantize`: new codes
+        of the weight with the adapters in it. `residual`: these, and a low-rank correction of what they round away.
+        `auto`: the first of requantize, a correction smaller than the adapters, and keep whose error of the op's
+        outputs on the data (the example inputs by default) is at most `budget`, over their norm. The journal says it
+        site by site.
         """
-        return merging.merge(self, in_place=in_place, verify=verify)
+        return merging.merge(self, in_place, verify, quantized, budget, data)
 
     @property
     def merge_tolerance(self) -> float:

@@ -66,7 +66,9 @@ def live_entries(journal: Journal) -> list[Entry]:
         if entry.weight == 0 or any(r.key.owner in missing for r in entry.sites):
             missing.update(entry.tensor_names)
         elif entry.id not in folded:
-            live.append(journal.standing(entry))
+            standing = journal.standing(entry)
+            if standing.sites or not entry.sites:
+                live.append(standing)
     return live
 
 

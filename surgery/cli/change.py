@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import click
 from rich.text import Text
@@ -17,7 +18,7 @@ from surgery.cli.options import (
     with_adapters,
 )
 from surgery.cli.pass_groups import PassCommand
-from surgery.cli.render import console, count, note_unfrozen, outcome, trainable_line
+from surgery.cli.render import choices_table, console, count, note_unfrozen, outcome, trainable_line
 from surgery.cli.see import wanted_recipe
 from surgery.combination import METHODS, Combination, Majority
 from surgery.combining import combine as combine_
@@ -28,6 +29,7 @@ from surgery.plugins import Plugins
 from surgery.program import Program
 from surgery.recipe import write_recipe
 from surgery.replay import live_entries
+from surgery.requantizing import How
 from surgery.selecting import in_words
 
 standalone_option = click.option("--standalone", is_flag=True, help="Write the base's weights too.")
@@ -112,6 +114,22 @@ def apply(
 @click.option(
     "--max-shard-size", metavar="SIZE", help="With --format hf: split the weights into files of 5GB, say."
 )
+@click.option(
+    "--quantized",
+    type=click.Choice(get_args(How)),
+    default="keep",
+    show_default=True,
+    help="Of adapters on quantized weights. requantize: new codes. residual: with a low-rank correction. auto: the "
+    "smaller of these within the --budget, else the branch stays.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(0, min_open=False),
+    default=0.01,
+    show_default=True,
+    help="The largest error of an op's outputs on the data, over their norm.",
+)
+@data_option
 @standalone_option
 @overwrite_option
 @with_adapters
@@ -121,6 +139,9 @@ def merge(
     output: Path,
     format_: str,
     max_shard_size: str | None,
+    quantized: How,
+    budget: float,
+    data: tuple[Path, ...],
     standalone: bool,
     overwrite: bool,
     choose: Callable[[Program], Program],
@@ -133,7 +154,9 @@ def merge(
     refuse_taken(output, overwrite)
     program = choose(loader(directory))
     plain = not live_entries(program.journal)  # merged before, or only weights of the base were trained
-    merged = program if plain and format_ == "hf" else program.merge()
+    merged = program
+    if not (plain and format_ == "hf"):
+        merged = program.merge(quantized=quantized, budget=budget, data=read_data(program, data))
     entry = next((e for e in reversed(merged.journal.entries) if e.kind == "merge"), None)
     if format_ == "hf":
         write_hf(merged, output, overwrite=overwrite, max_shard_size=max_shard_size)
@@ -146,10 +169,13 @@ def merge(
         folded, plain = entry.options["folded"], entry.options.get("simplified", ())
         done = [f"folded {', '.join(folded)} into {len(merged.folded())} weights"] if folded else []
         done += [f"computed {', '.join(plain)} once"] if plain else []
-        out.print(
-            f"{'; '.join(done)}; outputs as before, {entry.numerics.get('observed', 'as merged before')}; "
-            f"{len(merged.graph.nodes)} nodes"
-        )
+        coded = entry.options.get("into_codes", {})
+        done += [f"put {', '.join(coded)} into codes"] if coded else []
+        seen = entry.numerics.get("observed", "as merged before")
+        how = "outputs changed" if coded and seen != "bit for bit" else "outputs as before"
+        out.print(f"{'; '.join(done)}; {how}, {seen}; {len(merged.graph.nodes)} nodes")
+        if entry.options.get("choices"):
+            out.print(choices_table(entry.options["choices"]))
         for name, why in entry.options.get("kept", {}).items():
             out.print(Text(f"  kept {name}: {why}", style="yellow"))
     out.print(f"wrote {output}" + (" (a transformers directory)" if format_ == "hf" else ""))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from surgery.pass_base import Pass, RewritePass, SelectPass
 from surgery.pipeline import PassReport
@@ -43,6 +44,18 @@ def outcome(report: PassReport) -> str:
     if math.isinf(declared.tolerance):
         return f"changed by {seen.difference:.1e} of their scale: {declared.reason}"
     return f"unchanged within {seen.difference:.1e}, declared {report.entry.numerics['declared']}"
+
+
+def choices_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What a merge did at each quantized weight, from its journal entry."""
+    table = Table("weight", "adapters", "error of", "new codes", "corrected", "lost of the adapters")
+    for path, choice in choices.items():
+        errors = choice["errors"]
+        cells = [f"{errors[how]:.2%}" if how in errors else "" for how in ("requantize", "residual")]
+        how = f"residual, rank {choice['rank']}" if choice["how"] == "residual" else choice["how"]
+        lost = f"{choice['lost']:.1%}" if choice["how"] != "keep" else "nothing"
+        table.add_row(path, how, choice["of"] if errors else "", *cells, lost)
+    return table
 
 
 def trainable_line(program: Program) -> str:

@@ -1,0 +1,286 @@
+"""Models made smaller: size, quality and latency of every format: `python -m benchmarks.compress` (about half an hour).
+
+Each subject is exported to ONNX once for each format and judged in onnxruntime on data that no format was calibrated
+on. Beside them stand onnxruntime's own quantizers on the fp32 file, and torchao exported by torch.onnx. Latency is the
+median of interleaved rounds at 1 and 16 rows, as a ratio of fp32's (CPU time of one thread; --threads for wall time).
+"covered" is what the weights that a format acts on take on disk, over what they took in fp32. Nothing is trained
+after compression: what fine-tuning wins back is not in here.
+
+    --quick   the digits only         --only NAME…   of the subjects: digits, lee, film, smollm2
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import surgery
+from benchmarks.models import MissingPeer
+from benchmarks.subjects import ROOT, Subject, subjects
+from benchmarks.timing import Times, Variant, measure
+from surgery.errors import SurgeryError
+from surgery.export.runtime import OnnxModel
+
+ROWS = (1, 16)
+
+
+@dataclass(frozen=True)
+class Format:
+    """make: writes the file of a subject to a path, fp32's beside it, and returns the share of bytes of what it covers.
+
+    peer: it is not ours."""
+
+    name: str
+    make: Callable[[Subject, Path, Path], float | None]
+    peer: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    subject: str
+    format: str
+    peer: bool
+    size: int = 0
+    covered: float | None = None
+    quality: float = 0.0
+    loss: float = 0.0
+    ratios: tuple[float, ...] = ()
+    failed: str = ""
+
+
+def _dynamic(subject: Subject, path: Path, plain: Path) -> float | None:
+    """Linear maps in integers; of convolutions, where there are any, the weights alone."""
+    passes: list[tuple[str, Mapping[str, Any]]] = [("quantize", {"format": "int8-dynamic"})]
+    if subject.conv:
+        passes.append(("quantize", {"format": "int8", "target": "conv", "as": "conv"}))
+    return _ours(*passes)(subject, path, plain)
+
+
+def _ours(*passes: tuple[str, Mapping[str, Any]]) -> Callable[[Subject, Path, Path], float | None]:
+    def make(subject: Subject, path: Path, _: Path) -> float | None:
+        program = subject.program
+        known = program.base.plugins.passes
+        for name, options in passes:
+            if name not in known:
+                raise MissingPeer(f"there is no pass {name!r} here")
+            given = {"target": subject.target, **options}
+            program = program.apply(known[name].cls.parse(given), data=subject.data, freeze_base=False)
+        added = program.journal.entries[len(program.journal.entries) - len(passes) :]
+        if any(name == "sparse" for name, _ in passes):
+            program = program.merge()
+        program.export(path)
+        return _covered(program, added, path)
+
+    return make
+
+
+def _covered(program: surgery.Program, added: Sequence[Any], path: Path) -> float | None:
+    """Bytes in the file of what entries added, over those of the weights at their sites."""
+    names = {full for entry in added for record in entry.sites for full in record.tensors.values()}
+    held = {t.name: t for t in onnx.load(str(path), load_external_data=False).graph.initializer}
+    sizes = [_bytes(held[name]) for name in names if name in held]
+    owners = {record.key.owner for entry in added for record in entry.sites}
+    before = sum(t.numel() * t.itemsize for n, t in program.base.tensors.items() if n in owners)
+    return sum(sizes) / before if sizes else None
+
+
+_BITS = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}
+
+
+def _bytes(tensor: Any) -> float:
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return count * _BITS.get(tensor.data_type, 8 * kind.itemsize) / 8
+
+
+def _dynamic_of_onnxruntime(subject: Subject, path: Path, plain: Path) -> float | None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = path.with_suffix(".prepared.onnx")
+    quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+    quantize_dynamic(str(prepared), str(path), weight_type=QuantType.QInt8, per_channel=True)
+    prepared.unlink()
+    return None
+
+
+def _nbits_of_onnxruntime(subject: Subject, path: Path, plain: Path) -> float | None:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(str(plain)), block_size=32, is_symmetric=True)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(path))
+    return None
+
+
+def _torchao(subject: Subject, path: Path, _: Path) -> float | None:
+    if importlib.util.find_spec("torchao") is None:
+        raise MissingPeer("torchao is not installed: pip install torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    module = subject.program.base.loaded.module
+    args, kwargs = subject.program.example_inputs
+    changed = copy.deepcopy(module).eval()
+    quantize_(changed, Int8WeightOnlyConfig())
+    shapes = subject.program.captured.dynamic_shapes
+    torch.onnx.export(
+        changed, args, str(path), kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False
+    )
+    return None
+
+
+FORMATS = [
+    Format("fp32", _ours()),
+    Format("int8", _ours(("quantize", {"format": "int8"}))),
+    Format("int8-dynamic", _dynamic),
+    Format("int8-static", _ours(("int8-static", {}))),
+    Format("int4", _ours(("quantize", {"format": "int4"}))),
+    Format("int4, gptq", _ours(("quantize", {"format": "int4", "method": "gptq"}))),
+    Format("ternary", _ours(("quantize", {"format": "ternary"}))),
+    Format("2:4", _ours(("sparse", {"pattern": "2:4"}))),
+    Format("filters pruned by 1/3", _ours(("prune-filters", {"ratio": 1 / 3}))),
+    Format("onnxruntime quantize_dynamic", _dynamic_of_onnxruntime, peer=True),
+    Format("onnxruntime MatMulNBits", _nbits_of_onnxruntime, peer=True),
+    Format("torchao int8, torch.onnx", _torchao, peer=True),
+]
+
+
+def evaluate(subject: Subject, rounds: int) -> Iterator[Result]:
+    """Every format of a subject, fp32 first."""
+    with tempfile.TemporaryDirectory() as folder:
+        files: dict[str, Path] = {}
+        covered: dict[str, float | None] = {}
+        for number, format in enumerate(FORMATS):
+            path = Path(folder, f"{number}.onnx")
+            try:
+                covered[format.name] = format.make(subject, path, files.get("fp32", path))
+                files[format.name] = path
+            except (SurgeryError, MissingPeer) as error:
+                yield Result(subject.name, format.name, format.peer, failed=str(error))
+            except Exception as error:  # a peer's failure is a result
+                if not format.peer:
+                    raise
+                said = " ".join(str(error).split())[:160]
+                yield Result(subject.name, format.name, True, failed=f"{type(error).__name__}: {said}")
+            print(f"  {subject.name}: {format.name}", file=sys.stderr, flush=True)
+        models = {name: OnnxModel(path, threads=torch.get_num_threads()) for name, path in files.items()}
+        times = {rows: _times(models, subject.inputs(rows), rounds) for rows in ROWS}
+        qualities = {name: subject.quality(model) for name, model in models.items()}
+        for format in FORMATS:
+            if format.name in files:
+                yield Result(
+                    subject.name,
+                    format.name,
+                    format.peer,
+                    sum(f.stat().st_size for f in Path(folder).glob(f"{files[format.name].name}*")),
+                    covered[format.name],
+                    qualities[format.name],
+                    subject.loss(qualities[format.name], qualities["fp32"]),
+                    tuple(times[rows].median(format.name) / times[rows].median("fp32") for rows in ROWS),
+                )
+
+
+def _times(models: Mapping[str, OnnxModel], inputs: dict[str, torch.Tensor], rounds: int) -> Times:
+    return measure(
+        {n: Variant(lambda _, model=m: model.run(inputs)) for n, m in models.items()}, rounds, warmup=2
+    )
+
+
+def table(results: list[Result], measures: Mapping[str, str]) -> Table:
+    shown = Table("", "file", "covered", "quality", "lost", *(f"{rows} row" for rows in ROWS))
+    subject = ""
+    for row in results:
+        if row.subject != subject:
+            shown.add_section()
+            shown.add_row(f"[bold]{row.subject}[/bold] ({measures[row.subject]})")
+            subject = row.subject
+        name = f"  {row.format}" + (" (peer)" if row.peer else "")
+        if row.failed:
+            shown.add_row(name, f"[yellow]{row.failed}[/yellow]")
+            continue
+        share = "" if row.covered is None else f"{row.covered:.3f}"
+        ratios = [f"{ratio:.2f}" for ratio in row.ratios]
+        shown.add_row(
+            name, f"{row.size / 1e6:.2f} MB", share, f"{row.quality:.4g}", f"{row.loss:+.1%}", *ratios
+        )
+    return shown
+
+
+def markdown(results: list[Result], measures: Mapping[str, str], threads: int) -> str:
+    lines = ["# Formats: size, quality, latency", "", "`python -m benchmarks.compress` writes this page.", ""]
+    lines += [
+        f"Latency: over fp32's in onnxruntime, {threads} thread(s), at 1 and 16 rows. Lost: of the quality.",
+        "",
+    ]
+    for name, measured in measures.items():
+        lines += [
+            f"## {name} ({measured})",
+            "",
+            "| | file, MB | covered | quality | lost | 1 row | 16 rows |",
+        ]
+        lines.append("|---|---|---|---|---|---|---|")
+        for row in (r for r in results if r.subject == name):
+            title = f"{row.format}{' *(peer)*' if row.peer else ''}"
+            if row.failed:
+                lines.append(f"| {title} | {row.failed.replace('|', '/')} | | | | | |")
+                continue
+            share = "" if row.covered is None else f"{row.covered:.3f}"
+            cells = [f"{row.size / 1e6:.2f}", share, f"{row.quality:.4g}", f"{row.loss:+.1%}"]
+            lines.append(f"| {title} | {' | '.join([*cells, *(f'{ratio:.2f}' for ratio in row.ratios)])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compress", description=(__doc__ or "").split(":")[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="the digits only, few rounds")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="digits, lee, film, smollm2")
+    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime (1: CPU time is taken)")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/compress.md")
+    asked = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(asked.threads)
+    known = subjects(asked.quick)
+    unknown = [name for name in asked.only if name not in known]
+    if unknown:
+        parser.error(f"no subject {unknown[0]!r}; there are {', '.join(known)}")
+    results: list[Result] = []
+    measures: dict[str, str] = {}
+    missing = []
+    for name in asked.only or known:
+        try:
+            made = known[name]()
+        except MissingPeer as error:
+            missing.append(str(error))
+            continue
+        measures[made.name] = "; ".join([made.measure, *made.notes])
+        found = list(evaluate(made, 3 if asked.quick else 15))
+        order = [format.name for format in FORMATS]
+        results += sorted(found, key=lambda row: order.index(row.format))
+    Console(width=None if sys.stdout.isatty() else 150).print(table(results, measures))
+    for line in missing:
+        print(line, file=sys.stderr)
+    if asked.write:
+        (ROOT / "benchmarks" / "compress.md").write_text(markdown(results, measures, asked.threads))
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The models that are compressed, and how well a file of each does in onnxruntime: on data that its package ships."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import surgery
+from benchmarks.models import MissingPeer, minilm, require, smollm2
+from surgery.export.runtime import OnnxModel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+FILM = ROOT / "out" / "film" / "adapted"
+WINDOW, WINDOWS, CALIBRATION = 128, 24, 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """quality: of a file, larger is better where `up`. inputs: of a latency, by the number of rows. data: that
+    calibrated methods measure on, none of it among what quality is taken on. conv: its weights are convolutions."""
+
+    name: str
+    measure: str
+    program: surgery.Program
+    target: str
+    quality: Callable[[OnnxModel], float]
+    inputs: Callable[[int], dict[str, Tensor]]
+    data: Sequence[tuple[tuple[Any, ...], dict[str, Tensor]]]
+    up: bool = True
+    conv: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    def loss(self, quality: float, reference: float) -> float:
+        """How much of the quality is lost, as a fraction of the reference's."""
+        return (reference - quality) / reference if self.up else (quality - reference) / reference
+
+
+def subjects(quick: bool) -> dict[str, Callable[[], Subject]]:
+    found = {"digits": digits, "lee": lee, "film": film, "smollm2": language_model}
+    return {"digits": digits} if quick else found
+
+
+def film() -> Subject:
+    """The demo's merged model: accuracy on held-out film sentences."""
+    import film_sentiment
+    from data import sentiment
+
+    if not FILM.is_dir():
+        raise MissingPeer(f"the film model is made by the demo: run `make demo` first ({FILM} is missing)")
+    program = surgery.load(str(FILM)).merge()
+    reader = film_sentiment.Reader(minilm().path)
+    split = sentiment("film")
+    calibration = [((), _named(program, reader(split.train[i : i + 16]))) for i in range(0, 128, 16)]
+    return Subject(
+        "MiniLM, film",
+        "accuracy",
+        program,
+        "attn.*,mlp.*",
+        lambda file: film_sentiment.accuracy(file, reader, split.held_out),
+        lambda rows: _named(program, reader(sorted(split.held_out, key=lambda s: len(s.text))[-rows:])),
+        calibration,
+    )
+
+
+def lee() -> Subject:
+    """MiniLM's sentence embeddings: correlation of their cosines with people's ratings of similarity."""
+    from data import lee as documents_and_ratings
+    from transformers import AutoTokenizer
+
+    program = minilm().program()
+    tokenizer = AutoTokenizer.from_pretrained(minilm().path)
+    documents, ratings = documents_and_ratings()
+
+    def read(texts: Sequence[str]) -> dict[str, Tensor]:
+        given = tokenizer(list(texts), padding=True, truncation=True, max_length=128, return_tensors="pt")
+        return _named(program, dict(given))
+
+    def quality(file: OnnxModel) -> float:
+        rows = []
+        for start in range(0, len(documents), 10):
+            inputs = read(documents[start : start + 10])
+            hidden, mask = file.run(inputs)["last_hidden_state"], inputs["attention_mask"][..., None]
+            rows.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
+        vectors = torch.cat(rows)
+        upper = torch.triu_indices(len(documents), len(documents), 1)
+        cosines = (vectors @ vectors.T)[upper[0], upper[1]]
+        return float(torch.corrcoef(torch.stack([cosines, torch.tensor(ratings)[upper[0], upper[1]]]))[0, 1])
+
+    from data import wiki
+
+    texts = [paragraph[i : i + 500] for paragraph in wiki()[:8] for i in range(0, 2000, 500)]
+    data = [((), read(texts[i : i + 8])) for i in range(0, 32, 8)]
+    target = "attn.*,mlp.*"
+    return Subject(
+        "MiniLM, lee", "Pearson", program, target, quality, lambda rows: read(documents[:rows]), data
+    )
+
+
+def language_model() -> Subject:
+    """SmolLM2: perplexity of Wikipedia articles, in windows of 128 tokens."""
+    from data import wiki
+    from transformers import AutoTokenizer
+
+    model = smollm2()
+    program = model.program()
+    tokenizer = AutoTokenizer.from_pretrained(model.path, gguf_file=model.kwargs["gguf_file"])
+    ids = tokenizer("\n\n".join(wiki())[:200_000], return_tensors="pt")["input_ids"][0]
+    windows = ids[: WINDOW * (WINDOWS + CALIBRATION)].reshape(-1, WINDOW)
+
+    def given(rows: Tensor) -> dict[str, Tensor]:
+        return _named(program, {"input_ids": rows, "attention_mask": torch.ones_like(rows)})
+
+    def perplexity(file: OnnxModel) -> float:
+        total = 0.0
+        for row in windows[CALIBRATION:]:
+            logits = file.run(given(row[None]))["logits"][0]
+            total += float(F.cross_entropy(logits[:-1], row[1:]))
+        return math.exp(total / WINDOWS)
+
+    data = [((), given(windows[i : i + 2])) for i in range(0, CALIBRATION, 2)]
+    return Subject(
+        "SmolLM2, wiki",
+        "perplexity",
+        program,
+        "attn.*,mlp.*",
+        perplexity,
+        lambda rows: given(windows[:rows, :32]),
+        data,
+        up=False,
+        notes=("its weights come from a Q4_1 file: 4-bit rounding of them is a second one",),
+    )
+
+
+def digits() -> Subject:
+    """A small convolutional network on scikit-learn's digits, trained here."""
+    require("sklearn", "the digits")
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(labels)
+    torch.manual_seed(0)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    learn, held = order[:1200], order[1200:]
+    program = surgery.capture(_Digits(), (x[:2],)).apply(surgery.Full())
+    module = program.module().train()
+    optimiser = torch.optim.Adam(module.parameters(), lr=2e-3)
+    for _ in range(12):
+        for rows in learn[torch.randperm(len(learn))].split(50):
+            optimiser.zero_grad()
+            F.cross_entropy(module(x[rows]), y[rows]).backward()
+            optimiser.step()
+    module.eval()
+    name = next(node.name for node in program.graph.nodes if node.op == "placeholder")
+
+    def accuracy(file: OnnxModel) -> float:
+        (logits,) = file.run({name: x[held]}).values()
+        return float((logits.argmax(1) == y[held]).float().mean())
+
+    data = [((x[learn[i : i + 32]],), {}) for i in range(0, 256, 32)]
+    return Subject(
+        "CNN, digits",
+        "accuracy",
+        program,
+        "all",
+        accuracy,
+        lambda rows: {name: x[held[:rows]]},
+        data,
+        conv=True,
+    )
+
+
+class _Digits(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 16, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
+
+
+def _named(program: surgery.Program, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the program takes of a tokenizer's output."""
+    _, kwargs = program.example_inputs
+    return {name: given[name] for name in kwargs}

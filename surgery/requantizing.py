@@ -1,0 +1,247 @@
+"""Merging adapters into quantized weights: new codes, these and a correction, or the branch kept, by output error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from surgery.errors import PassError
+from surgery.journal import Entry, SiteRecord
+from surgery.pass_base import RewritePass
+from surgery.probe import InputSet, Probe
+from surgery.quantizing.codes import Codes
+from surgery.quantizing.stored import CodesPass
+from surgery.replay import find_sites, live_entries, pass_of
+from surgery.sites import Site
+from surgery.weight_ops import LINEAR
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+How = Literal["keep", "requantize", "residual", "auto"]
+_DAMPING = 1e-6  # of the mean of H's diagonal: inputs that the data never use
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of the adapters at one quantized weight.
+
+    how: keep, requantize or residual. errors: of the outputs of the op, over theirs, by how (of the weight, where `of`
+    says so). lost: of what the adapters add, how much is rounded away. rank: of the correction. why: they stay.
+    """
+
+    path: str
+    codes: str
+    adapters: tuple[str, ...]
+    how: str
+    errors: Mapping[str, float] = field(default_factory=dict)
+    lost: float = 0.0
+    rank: int = 0
+    of: str = "outputs"
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        found = {"how": self.how, "errors": dict(self.errors), "lost": self.lost, "of": self.of}
+        return {**found, "rank": self.rank, "why": self.why}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """choices: at each quantized weight under adapters. records, tensors: of the merge's entry in the journal."""
+
+    choices: tuple[Choice, ...] = ()
+    records: tuple[SiteRecord, ...] = ()
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def gone(self) -> dict[str, int]:
+        """Adapter -> at how many sites it is in the codes now."""
+        found: dict[str, int] = {}
+        for record in self.records:
+            if record.decided.get("gone"):
+                found[record.decided["entry"]] = found.get(record.decided["entry"], 0) + 1
+        return found
+
+
+def into_codes(program: Program, how: How, budget: float, ident: str, data: Sequence[InputSet]) -> Merged:
+    """Put adapters into the codes that they stand on, where `how` and the budget let them.
+
+    budget: the largest error of an op's outputs on the data, over their norm, for `auto` and the rank of `residual`.
+    ident: of the merge, which names its tensors. Nothing of the program is changed. Raises PassError.
+    """
+    if how not in get_args(How):
+        raise PassError(f"merge: quantized is {how!r}; it is one of {', '.join(get_args(How))}")
+    if not budget >= 0:
+        raise PassError(f"merge: the budget is {budget!r}; give a fraction of the outputs, such as 0.01")
+    if not program.base.in_memory:
+        raise PassError("merge: the weights are not in memory, so that no error can be measured")
+    live = live_entries(program.journal)
+    probe = Probe(program, data)
+    choices: list[Choice] = []
+    records: list[SiteRecord] = []
+    tensors: dict[str, Tensor] = {}
+    for entry in live:
+        pass_ = pass_of(entry, program.base.plugins)
+        if not isinstance(pass_, CodesPass):
+            continue
+        for site, record in zip(find_sites(entry, program.sites), entry.sites, strict=True):
+            place = _Place(
+                program, entry, pass_, replace(site, measured=probe), record, _over(live, record, entry)
+            )
+            if not place.over:
+                continue
+            choice, made = place.choose(how, budget)
+            choices.append(choice)
+            if choice.how == "keep":
+                continue
+            names = {name: f"{pass_.tensor_prefix(site)}_{ident}.{name}" for name in made}
+            tensors.update({names[name]: tensor for name, tensor in made.items()})
+            decided = {"entry": entry.id, "correction": choice.rank, "merged": choice.to_json()}
+            records.append(SiteRecord(site.key, record.path, decided, names))
+            for name in choice.adapters:
+                records.append(SiteRecord(site.key, record.path, {"entry": name, "gone": True}, {}))
+    return Merged(tuple(choices), tuple(records), tensors)
+
+
+def _over(live: Sequence[Entry], record: SiteRecord, codes: Entry) -> list[Entry]:
+    """What else stands at the site of a quantized weight."""
+    return [e for e in live if e is not codes and any(r.key == record.key for r in e.sites)]
+
+
+class _Place:
+    """One quantized weight and the adapters on it."""
+
+    def __init__(
+        self,
+        program: Program,
+        entry: Entry,
+        pass_: CodesPass,
+        site: Site,
+        record: SiteRecord,
+        over: list[Entry],
+    ) -> None:
+        self.entry, self.pass_, self.site, self.record = entry, pass_, site, record
+        self.layout = pass_.layout(site)
+        plugins = program.base.plugins
+        self.tensors = program.tensors
+        self.probe = site.probe
+        # `fake-quant` stands below the codes that `convert` made of its weights.
+        self.over = [e for e in over if e.pass_name not in pass_.requires]
+        self.passes = {e.id: pass_of(e, plugins) for e in self.over}
+
+    def choose(self, how: How, budget: float) -> tuple[Choice, dict[str, Tensor]]:
+        names = tuple(e.id for e in self.over)
+        kept = Choice(self.record.path, self.entry.id, names, "keep")
+        why = "" if how != "keep" else "it was asked to stay"
+        why = why or self._hindrance()
+        if why:
+            return replace(kept, why=why), {}
+        wanted, given = self._wanted()
+        scale = self._codes.scale
+        codes = self.pass_.encode(self.site, wanted)
+        codes = Codes(codes.codes, codes.scale.to(scale), codes.zero)
+        rest = self.layout.matrix(wanted - self.layout.decode(codes).to(wanted))
+        size, moved = self._norm(self.layout.matrix(wanted)), self._norm(self.layout.matrix(wanted - given))
+        error = self._norm(rest)
+        made = {name: getattr(codes, name) for name in self.layout.names}
+        errors = {"requantize": error / size}
+        kept = replace(kept, errors=errors, lost=error / max(moved, 1e-30), of=self._of)
+        if how == "requantize" or (how == "auto" and error <= budget * size):
+            return replace(kept, how="requantize"), made
+        smallest = f"new codes move its {self._of} by {error / size:.2%}"
+        if self.site.kind != LINEAR:
+            return replace(kept, why=f"{smallest}, and only linear maps have a low-rank correction"), {}
+        values, left, right = self._decomposed(rest)
+        tails = (
+            values.square().flip(0).cumsum(0).flip(0)
+        ).sqrt() / size  # the error with the first k left out
+        fits = (torch.cat([tails, tails.new_zeros(1)]) <= budget).nonzero()
+        rank = max(int(fits[0]), 1)
+        most = self._values_of_adapters() // sum(rest.shape)
+        if how == "residual":
+            rank = min(rank, max(most, 1))
+        elif rank >= most:
+            why = f"{smallest}, and a correction within {budget:.2%} takes rank {rank}, no less than the adapters"
+            return replace(kept, why=why), {}
+        found = float(tails[rank]) if rank < len(tails) else 0.0
+        # Laid out as they are read from a file: products of others round otherwise.
+        made["left"] = (left[:, :rank] * values[:rank]).to(scale).contiguous()
+        made["right"] = right[:rank].to(scale).contiguous()
+        errors, lost = {**errors, "residual": found}, found * size / max(moved, 1e-30)
+        return replace(kept, how="residual", rank=rank, errors=errors, lost=lost), made
+
+    def _hindrance(self) -> str:
+        if self.record.decided.get("correction"):
+            return "an earlier merge has put a low-rank correction there; undo that first"
+        for entry in self.over:
+            pass_ = self.passes[entry.id]
+            assert isinstance(pass_, RewritePass)
+            if not pass_.mergeable:
+                return f"{entry.id} has no merged form"
+            why = pass_.keeps(self._site_of(entry))
+            if why:
+                return f"{entry.id}: {why}"
+            merges = self._merges(entry)
+            if any(hasattr(op, "longer") for op in merges.values()):
+                return f"{entry.id} makes the weight longer"
+            if any(slot.partition(":")[0] != "weight" for slot in merges):
+                return f"{entry.id} changes the bias too, which is not in the codes"
+        return ""
+
+    def _site_of(self, entry: Entry) -> Site:
+        record = next(r for r in entry.sites if r.key == self.record.key)
+        return self.site.deciding(record.decided)
+
+    def _merges(self, entry: Entry) -> Mapping[str, Any]:
+        pass_ = self.passes[entry.id]
+        assert isinstance(pass_, RewritePass)
+        record = next(r for r in entry.sites if r.key == self.record.key)
+        own = {name: self.tensors[full].detach() for name, full in record.tensors.items()}
+        return pass_.merge(self._site_of(entry), own, entry.weight)
+
+    @property
+    def _codes(self) -> Codes:
+        return Codes(*(self.tensors[self.record.tensors[name]] for name in self.layout.names))
+
+    def _wanted(self) -> tuple[Tensor, Tensor]:
+        """The weight with the adapters in it, and the one that the codes give, in fp32."""
+        given = self.layout.decode(self._codes).float()
+        wanted = given.clone()
+        with torch.no_grad():
+            for entry in self.over:
+                for op in self._merges(entry).values():
+                    op.apply_from(wanted, given) if hasattr(op, "apply_from") else op.apply_(wanted)
+        return wanted, given
+
+    def _values_of_adapters(self) -> int:
+        records = [r for e in self.over for r in e.sites if r.key == self.record.key]
+        return sum(self.tensors[full].numel() for r in records for full in r.tensors.values())
+
+    # -- the error of outputs: |E X| by X's products, or of the weight where these are not measured
+
+    @property
+    def _of(self) -> str:
+        return "outputs" if self.site.kind == LINEAR else "weight"
+
+    def _products(self) -> Tensor | None:
+        return self.probe.products(self.site) if self.site.kind == LINEAR else None
+
+    def _norm(self, matrix: Tensor) -> float:
+        products, wide = self._products(), matrix.double()
+        squared = (wide @ products * wide).sum() if products is not None else wide.square().sum()
+        return float(squared.clamp(min=0).sqrt())
+
+    def _decomposed(self, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular values of E X, and factors with E = left · diag(values) · right (Zhang et al. 2024,
+        arXiv:2410.06040): of every rank the correction that leaves the least error of the outputs."""
+        products = self._products()
+        assert products is not None
+        damped = products.clone()
+        damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp(min=1e-30))
+        root = torch.linalg.cholesky(damped)
+        left, values, right = torch.linalg.svd(rest.double() @ root, full_matrices=False)
+        return values, left, torch.linalg.solve_triangular(root, right, upper=False, left=False)
