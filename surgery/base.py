@@ -25,8 +25,9 @@ class Base:
     """A captured model.
 
     loaded: module and inputs. captured: its eval graph. ref, options: how to find it again ("" for a module
-    given from Python). in_memory: False where the weights are fake. consumed: merged in place. hindrance: why a
-    site cannot be rewritten although a pass accepts it (in a live module), or None.
+    given from Python). in_memory: False where the weights are fake. consumed: merged in place. released: names of
+    weights that were given back to the system. hindrance: why a site cannot be rewritten although a pass accepts it
+    (in a live module), or None.
     """
 
     loaded: LoadedModel
@@ -35,6 +36,7 @@ class Base:
     ref: str = ""
     options: LoadOptions = field(default_factory=LoadOptions)
     consumed: bool = False
+    released: set[str] = field(default_factory=set)
     hindrance: Callable[[Site], str | None] | None = None
     _train: Captured | None = None
 

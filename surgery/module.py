@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from surgery.graphs import without_replaced
+from surgery.quantizing.op import dequantize
+from surgery.quantizing.recompute import recomputed
 from surgery.schedule import Clock, Schedule
 
 GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]
@@ -97,6 +99,8 @@ class ProgramModule(nn.Module):
                     module, spec
                 ):  # the graph's own where it adds an output
                     module.__dict__[spec] = getattr(source, spec)
+            if any(node.target is dequantize._opoverload for node in graph.nodes):
+                module.__dict__["forward"] = recomputed(module.forward)
             compiled[training] = module
         return compiled[training]
 

@@ -40,6 +40,8 @@ class Probe:
         """A parameter or buffer of the program as it is now, detached. PassError where it is not in memory."""
         if not self.program.base.in_memory:
             raise PassError(f"{name} is not in memory, and this pass has to read it; load the weights first")
+        if name in self.program.base.released:
+            raise PassError(f"{name} was released from memory; load the saved directory again")
         if self._state is None:
             self._state = self.program.state()
         return self._state[name].detach()

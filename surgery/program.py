@@ -21,6 +21,7 @@ from surgery.module import ProgramModule
 from surgery.pass_base import Pass
 from surgery.pipeline import PassReport, PlanReport
 from surgery.probe import InputSet
+from surgery.releasing import check_present, release
 from surgery.requantizing import How
 from surgery.reverting import reverted, without
 from surgery.schedule import Clock, ParameterGroup, Schedule, parameter_groups, trained_values
@@ -288,6 +289,7 @@ class Program:
             raise JournalError(
                 "this base was merged in place and cannot be undone; load the saved directory again"
             )
+        check_present(self, f"undo {name}")
         gone = {e.id for e in self.journal.find(name)}
         for entry in self.journal:
             taken = [*entry.options.get("folded", ()), *entry.options.get("simplified", ())]
@@ -326,7 +328,17 @@ class Program:
             raise JournalError(
                 "this base was merged in place and cannot be undone; load the saved directory again"
             )
+        check_present(self, "undo")
         return Program(self.base)
+
+    def release(self) -> int:
+        """Give back the memory of base weights that nothing of this program reads (quantized ones, say), in bytes.
+
+        Every program on this base loses them: nothing that stands in their place can be undone any more in memory. A
+        saved directory still undoes it, once loaded. Weights that no file holds stay. Raises PassError where there is
+        nothing in memory.
+        """
+        return release(self)
 
     # -- running
 
@@ -344,6 +356,8 @@ class Program:
 
     def _make_module(self) -> ProgramModule:
         title = type(self.base.loaded.module).__name__
+        if self.base.released:
+            check_present(self, "the program", _read(self.graph))
         state = self.state()
         schedule = self.schedule
         own = {id(tensor) for tensor in self._held().values()}
@@ -433,10 +447,15 @@ class Program:
     def _graph_of(self, training: bool) -> tuple[fx.Graph, fx.GraphModule]:
         if not training:
             return self.graph, self.base.captured.graph_module
+        return self.train_graph, self.base.train_capture().graph_module
+
+    @property
+    def train_graph(self) -> fx.Graph:
+        """The graph of train mode. Raises CaptureError where the model cannot be captured in it."""
         captured = self.base.train_capture()
         if self._train_graph is None:
             self._train_graph = replay.build_graph(self.base, self.journal, self.tensors, captured)
-        return self._train_graph, captured.graph_module
+        return self._train_graph
 
     @property
     def graph_module(self) -> fx.GraphModule:

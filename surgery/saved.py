@@ -30,6 +30,7 @@ from surgery.files import staged_directory
 from surgery.journal import Journal
 from surgery.pipeline import core_version
 from surgery.plugins import Plugins
+from surgery.releasing import check_present
 from surgery.replay import pass_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def save(program: Program, path: Any, *, standalone: bool = False, overwrite: bo
         raise JournalError("this base was merged in place: write it with --format hf or to ONNX instead")
     if not base.in_memory:
         raise SurgeryError("the weights are not in memory, so there is nothing to save")
+    if standalone:
+        check_present(program, "--standalone")
     ref, tensors = base.ref, _unsourced(base)
     with staged_directory(Path(path), overwrite) as folder:
         if standalone:

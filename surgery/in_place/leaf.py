@@ -20,6 +20,8 @@ from surgery.graphs import copy_graph, without_replaced
 from surgery.journal import Entry, SiteRecord
 from surgery.meta_cache import MetaCache
 from surgery.pass_base import GraphPass, RewritePass
+from surgery.quantizing.op import dequantize
+from surgery.quantizing.recompute import recomputed
 from surgery.rewriter import Rewriter
 from surgery.view import View
 from surgery.weight_ops import WeightOp
@@ -250,7 +252,8 @@ def _compile(graph: fx.Graph, title: str) -> Forward:
     linecache.cache[where] = (len(code.src), None, code.src.splitlines(keepends=True), where)
     space = dict(code.globals)
     exec(compile(code.src, where, "exec"), space)
-    return space["forward"]
+    quantized = any(node.target is dequantize._opoverload for node in graph.nodes)
+    return recomputed(space["forward"]) if quantized else space["forward"]
 
 
 def _subclass(

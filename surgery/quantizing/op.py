@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery.quantizing.codes import decode, encode
+from surgery.quantizing.recompute import made_from_codes
 
 
 @torch.library.custom_op("surgery::dequantize", mutates_args=())
@@ -23,8 +24,13 @@ def dequantize(
     """
     turned = [shape[axis] for axis in order]
     columns = math.prod(turned) // codes.shape[0]
-    matrix = decode(codes, scale, zero, format, columns)
-    return _back(matrix.reshape(turned), order)
+
+    def make() -> Tensor:
+        return _back(decode(codes, scale, zero, format, columns).reshape(turned), order)
+
+    weight = make()
+    made_from_codes(weight, make)
+    return weight
 
 
 @dequantize.register_fake
