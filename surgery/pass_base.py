@@ -220,6 +220,7 @@ class RewritePass(Pass):
     replaces: ClassVar[bool] = False
     beside: ClassVar[bool] = False
     lengthens: ClassVar[bool] = False
+    rounding: ClassVar[tuple[Any, ...]] = ()
 
     @property
     def can_weigh(self) -> bool:

@@ -14,7 +14,8 @@ from surgery.capture import fresh_inputs, other_sizes
 from surgery.errors import ExportError
 from surgery.export.onnx_file import ExportReport, export_onnx
 from surgery.export.source import ExportSource, InputSet
-from surgery.replay import live_entries
+from surgery.pass_base import RewritePass
+from surgery.replay import live_entries, pass_of
 from surgery.sites import live_nodes
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 def source_of(program: Program) -> ExportSource:
     """The program's eval graph with its inputs."""
     args, kwargs = program.example_inputs
-    return ExportSource(program.graph_module, args, kwargs, program.captured.dynamic_shapes)
+    passes = [pass_of(entry, program.base.plugins) for entry in live_entries(program.journal)]
+    rounding = frozenset(op for pass_ in passes if isinstance(pass_, RewritePass) for op in pass_.rounding)
+    return ExportSource(
+        program.graph_module, args, kwargs, program.captured.dynamic_shapes, rounding=rounding
+    )
 
 
 def provenance_of(program: Program) -> dict[str, dict[str, Any]]:
@@ -59,8 +64,6 @@ def parity_inputs(program: Program, seed: int = 0) -> list[InputSet]:
 
 def reaching_inputs(program: Program, sets: Sequence[InputSet]) -> list[InputSet]:
     """The sets of inputs that adapters want changed, so that what they inserted takes part (new tokens, say)."""
-    from surgery.replay import pass_of
-
     names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     found: list[InputSet] = []
     for args, kwargs in sets:
