@@ -200,13 +200,11 @@ class _Lowered:
             x, bias = gemm.inputs[0], gemm.inputs[2] if len(gemm.inputs) > 2 else None
             factor = self._add("Transpose", [weight], {"perm": [1, 0]}) if turned else weight
             value = self._add("MatMul", [x, factor], like=gemm)
-            if bias is not None and _is_rounded(x):
-                # Of two axes, MatMul and Add would become the Gemm again before the product is seen to be of codes.
+            if bias is not None:
+                # Of two axes, MatMul and Add would be made the same Gemm before the weight is seen to be of codes.
                 axis = self._constant("axis", np.array([0], dtype=np.int64))
                 value = self._add("Unsqueeze", [value, axis], like=gemm)
                 value = self._add("Squeeze", [self._add("Add", [value, bias], like=gemm), axis], like=gemm)
-            elif bias is not None:
-                value = self._add("Add", [value, bias], like=gemm)
             self._take_over(gemm, value)
         self.anchor = self.node
 
@@ -335,11 +333,6 @@ class _Lowered:
         if kind in small:
             array = array.astype(small[kind])
         return self.ir.tensor(np.ascontiguousarray(array))
-
-
-def _is_rounded(value: Any) -> bool:
-    node = value.producer()
-    return node is not None and node.op_type == "DequantizeLinear"
 
 
 def _swaps(node: Any) -> bool:

@@ -157,6 +157,7 @@ def _reparameterisation() -> list[Technique]:
             Technique(f"quantize --format {kind}", family, _at_linears("quantize", format=kind, group=0), ALL)
             for kind in ("int8", "int4", "nf4", "ternary", "binary")
         ),
+        Technique("int8-static", family, _at_linears("int8-static"), ALL),
         Technique("low-rank", family, low_rank, ALL),
         Technique("share --mode first", family, share(), both),
         Technique("share --mode mean", family, share(mode="mean"), both),

@@ -356,9 +356,11 @@ def test_data_that_do_not_fit(data, message):
 
 
 def test_the_plan_says_what_was_seen():
-    base, sets = forms(), [((torch.randn(4, 2, 12, 12),), {})]
-    pass_ = Int8Static(target="path:linear")
-    notes = [pass_.note(base.plan(pass_, data=d).passes[-1].accepted[0].site) for d in ((), sets)]
-    assert "seen on the example inputs alone: give --data" in notes[0]
-    assert "example" not in notes[1]
-    assert "reads" in notes[1]
+    base, pass_ = forms(), Int8Static(target="path:linear")
+    alone, given = (
+        base.plan(pass_, data=data).passes[-1].accepted[0].site
+        for data in ((), [((torch.randn(4, 2, 12, 12),), {})])
+    )
+    assert alone.decided["seen"] == "on the example inputs alone; give --data"
+    assert "seen" not in given.decided
+    assert "reads -" in pass_.note(given)

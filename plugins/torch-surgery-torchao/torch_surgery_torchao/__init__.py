@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from surgery.api import hookimpl
 from torch_surgery_torchao.op import quantize_dequantize, translation
 from torch_surgery_torchao.static import Int8Static
+
+# Where torchao is installed transformers imports it too, and it names each of its libraries for other machines.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(
+    lambda said: "is an Enum subclass" not in said.getMessage()
+)
 
 
 @hookimpl

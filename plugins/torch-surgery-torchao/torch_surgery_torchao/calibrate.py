@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from surgery.api import PassError, Probe
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what torchao says of its libraries for other machines, and of torch's own deprecations."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-with _quiet():
-    from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
-
-aten = torch.ops.aten
 
 OBSERVERS = {
     "histogram": HistogramObserver,
@@ -91,7 +71,8 @@ def calibrate(probe: Probe, edges: Iterable[Edge], outputs: Iterable[str], obser
     makes anything but finite numbers there."""
     sites, module = Sites(edges, outputs, observer), probe.module()
     _keep_from_norms(module.graph, sites.outputs)
-    with _quiet(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
         prepared = prepare_pt2e(module, sites)
         calls = [node for node in prepared.graph.nodes if node.op == "call_module"]
         observers = {str(node.target): prepared.get_submodule(str(node.target)) for node in calls}
@@ -144,6 +125,6 @@ def _keep_from_norms(graph: fx.Graph, names: Iterable[str]) -> None:
         if node.name in names:
             for user in [u for u in node.users if "batch_norm" in str(u.target)]:
                 with graph.inserting_after(node):
-                    between = graph.call_function(aten.clone.default, (node,))
+                    between = graph.call_function(torch.ops.aten.clone.default, (node,))
                 between.meta = dict(node.meta)
                 user.replace_input_with(node, between)

@@ -145,7 +145,8 @@ class Int8Static(RewritePass):
         decided["input"] = [_written(ranges, edge) for edge in _edges(site)]
         if site.kind == CONV:
             decided["output"] = [self._written_output(site, call, ranges) for call in site.calls]
-        decided["data"] = len(site.probe.data) if site.probe.given else 0
+        if not site.probe.given:
+            decided["seen"] = "on the example inputs alone; give --data"
         return decided
 
     def _written_output(self, site: Site, call: Call, ranges: Ranges) -> dict[str, Any] | None:
@@ -161,8 +162,6 @@ class Int8Static(RewritePass):
         first = site.decided["input"][0]
         low, high = (first["scale"] * (end - first["zero"]) for end in (0, 255))
         parts.append(f"reads {low:.3g} to {high:.3g}")
-        if not site.decided["data"]:
-            parts.append("seen on the example inputs alone: give --data")
         return "; ".join(parts)
 
     def frees(self, site: Site) -> set[str]:
