@@ -300,6 +300,9 @@ def test_a_gemm_is_fused_too(options, tmp_path):
     base = surgery.capture(Rows().eval(), (torch.randn(3, 64),))
     report = base.apply(surgery.Quantize(target="all", **options)).export(tmp_path / "model.onnx")
     assert list(report.outputs) == list(base.export(tmp_path / "base.onnx").outputs)
+    written = [p.key for node in onnx.load(tmp_path / "model.onnx").graph.node for p in node.metadata_props]
+    assert "surgery.module" in written
+    assert not [key for key in written if not key.startswith(("surgery.", "pkg.onnxscript."))]
     settings = onnxruntime.SessionOptions()
     settings.optimized_model_filepath = str(tmp_path / "fast.onnx")
     settings.log_severity_level = 3
