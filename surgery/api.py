@@ -8,6 +8,7 @@ or an object with functions marked `@hookimpl`; the hooks are listed in `surgery
 
 Passes      RewritePass, GraphPass, SelectPass, Pass, Field, TensorSpec, Selection, Candidates
             EXACT, rounded, changes, Numerics; of combining several: Combination, Place, Source
+            Quantize, for passes that do more to a weight that it quantizes
 At a site   Site, Rewriter, LINEAR CONV EMBEDDING EXPERTS NORM, WeightOp, Call, Probe
 Programs'   View: sites, attentions, residual branches, blocks, depth
 Algebra     low-rank: factor_shapes, branch, add_branch, add_rows, gather_index, AddLowRank
@@ -52,6 +53,7 @@ from surgery.pass_base import (
     changes,
     rounded,
 )
+from surgery.passes.quantize import Quantize
 from surgery.pipeline import PassReport
 from surgery.plugins import Plugins, make_plugin_manager
 from surgery.probe import Probe
@@ -102,6 +104,7 @@ __all__ = [
     "Plugins",
     "Probe",
     "Program",
+    "Quantize",
     "RewritePass",
     "Rewriter",
     "ScaleAxis",

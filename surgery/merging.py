@@ -16,6 +16,7 @@ from surgery.journal import Entry, Journal
 from surgery.numerics import observe
 from surgery.pass_base import rounded
 from surgery.probe import InputSet
+from surgery.replay import live_entries, pass_of
 from surgery.requantizing import How, Merged, into_codes
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def merge(
     merged = Program(base, journal.add(entry), tensors, dict(program.changed), clock=program.clock)
     verify = verify and base.in_memory
     if verify and (folded or plain):
-        seen = observe(program.run(), merged.run())
+        seen = observe(_in_floats(program).run(), _in_floats(merged).run())
         allowed = rounded(program.merge_tolerance, "weights are rounded once more")
         if not seen.within(allowed):
             raise PassError(f"merge: outputs moved by {seen.difference:.1e} of their scale, over {allowed}")
@@ -107,6 +108,16 @@ def _left(journal: Journal, kept: Mapping[str, str], into: Merged) -> dict[str, 
                 f"its branch stays at {rest} of {len(entry.sites)} sites, which are not quantized"
             )
     return left
+
+
+def _in_floats(program: Program) -> Program:
+    """The program without what rounds activations, which makes whole steps of how folding rounds weights."""
+    names = [
+        e.id
+        for e in live_entries(program.journal)
+        if getattr(pass_of(e, program.base.plugins), "rounding", ())
+    ]
+    return program.without(*names) if names and not program.base.released else program
 
 
 def _in_place(program: Program, entry: Entry, folded: list[str], tensors: Mapping[str, Tensor]) -> Program:

@@ -224,6 +224,11 @@ class RewritePass(Pass):
     unwritten: ClassVar[Mapping[Any, str]] = {}
 
     @property
+    def rounding(self) -> tuple[Any, ...]:
+        """Ops of what these options insert that round their first argument, an activation, to a few steps."""
+        return ()
+
+    @property
     def can_weigh(self) -> bool:
         """Whether what these options add can be scaled."""
         return self.weightable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from surgery.errors import PassError
-from surgery.graphs import flat_inputs
+from surgery.graphs import copy_graph, flat_inputs
 
 if TYPE_CHECKING:
     from surgery.program import Program
@@ -23,13 +23,12 @@ InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 class Probe:
     """A program and the inputs to measure it on. Nothing here is asked for when a journal is replayed.
 
-    data: sets of (args, kwargs); the program's example inputs where none are given.
+    data: sets of (args, kwargs); the program's example inputs where none are given. given: whether some were.
     """
 
     def __init__(self, program: Program, data: Sequence[InputSet] = ()) -> None:
         self.program = program
-        for number, (args, kwargs) in enumerate(data, 1):
-            _check(program, args, kwargs, number)
+        self.given = bool(data)
         self.data: Sequence[InputSet] = data or [program.example_inputs]
         self._state: dict[str, Tensor] | None = None
         self._squared: dict[str, Tensor] = {}
@@ -95,9 +94,35 @@ class Probe:
                 return value
 
         module = self.program.graph_module
-        for args, kwargs in self.data:
+        for values in self._checked():
             with torch.no_grad():
-                Recording(module).run(*flat_inputs(module, args, kwargs), enable_io_processing=False)
+                Recording(module).run(*values, enable_io_processing=False)
+
+    def module(self) -> fx.GraphModule:
+        """The eval graph as a module of its own, over the same tensors, for tools that change what they measure."""
+        module = self.program.graph_module
+        return fx.GraphModule(module, copy_graph(module.graph))
+
+    def run(self, module: fx.GraphModule) -> None:
+        """Run what was made of `module()` on each set of data, without gradients."""
+        for values in self._checked():
+            with torch.no_grad():
+                fx.Interpreter(module).run(*values, enable_io_processing=False)
+
+    def _checked(self) -> Iterator[list[Any]]:
+        """Each set of data as the values of the graph's inputs. PassError where it does not fit, or holds NaN."""
+        module = self.program.graph_module
+        inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+        for number, (args, kwargs) in enumerate(self.data, 1):
+            values = flat_inputs(module, args, kwargs)
+            if len(values) != len(inputs):
+                names = ", ".join(node.name for node in inputs)
+                raise PassError(f"data set {number} has {len(values)} inputs, and the model takes {names}")
+            for node, value in zip(inputs, values, strict=True):
+                wrong = _misfit(node.meta.get("val"), value)
+                if wrong:
+                    raise PassError(f"data set {number}: the input {node.name!r} {wrong}")
+            yield values
 
     def inputs(self, site: Site) -> list[Tensor]:
         """The activation that enters the site's first call, features last, for each set of data."""
@@ -139,35 +164,22 @@ class Probe:
         return self._squared[name]
 
 
-def _check(program: Program, args: Any, kwargs: Mapping[str, Any], number: int) -> None:
-    """Raises PassError for a set of data that the graph cannot take, or that holds no numbers."""
-    module = program.graph_module
-    try:
-        leaves = flat_inputs(module, args, kwargs)
-    except KeyError as error:
-        raise PassError(f"set {number} of the data lacks the input {error}") from None
-    wanted = [node for node in module.graph.nodes if node.op == "placeholder"]
-    if len(leaves) != len(wanted):
-        raise PassError(
-            f"set {number} of the data has {len(leaves)} inputs, and the model takes {len(wanted)}"
-        )
-    for node, leaf in zip(wanted, leaves, strict=True):
-        like = node.meta.get("val")
-        if not (isinstance(leaf, Tensor) and isinstance(like, Tensor)):
-            continue
-        fits = leaf.dim() == like.dim() and all(
-            size == own for size, own in zip(leaf.shape, like.shape, strict=True) if isinstance(own, int)
-        )
-        if not fits:
-            shape = ", ".join(str(own) if isinstance(own, int) else "any" for own in like.shape)
-            raise PassError(
-                f"set {number} of the data: {node.target} has the shape {list(leaf.shape)}, and the model takes "
-                f"[{shape}]"
-            )
-        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            raise PassError(
-                f"set {number} of the data: {node.target} holds values that are infinite or no numbers"
-            )
+def _misfit(example: Any, value: Any) -> str:
+    """What is wrong with a value for an input that was traced with `example`, or nothing."""
+    if not isinstance(example, Tensor):
+        return ""
+    if not isinstance(value, Tensor):
+        return f"is {type(value).__name__}, and the model takes a tensor"
+    wanted = [size if isinstance(size, int) else None for size in example.shape]
+    fits = len(wanted) == value.dim() and all(
+        w in (None, s) for w, s in zip(wanted, value.shape, strict=True)
+    )
+    if not fits:
+        shown = ", ".join("any" if size is None else str(size) for size in wanted)
+        return f"has shape {list(value.shape)}, and the model takes [{shown}]"
+    if value.is_floating_point() != example.is_floating_point():
+        return f"is {value.dtype}, and the model takes {example.dtype}"
+    return "holds values that are no numbers" if value.is_floating_point() and value.isnan().any() else ""
 
 
 def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: int) -> dict[str, Tensor]:

@@ -91,6 +91,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("quantize", {"target": "all", "format": "int4", "group": 0}),
     ("quantize", {"target": "all-linear", "format": "int8-dynamic"}),
     ("fake-quant", {"target": "all", "format": "int4", "group": 0}),
+    ("int8-static", {"target": "all-linear"}),
     ("share", {"target": "all-linear"}),
     ("sparse-tune", {"target": "all", "density": 0.2}),
     ("untie", {"target": "head"}),

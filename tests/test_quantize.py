@@ -286,6 +286,44 @@ def test_size_on_disk(encoder, tmp_path):
         assert size - (before - own) <= most * own + 40_000  # nodes and names
 
 
+@pytest.mark.parametrize("options", [{"format": "int8"}, {"format": "int4"}])
+def test_a_gemm_is_fused_too(options, tmp_path):
+    """Of two axes linear and addmm are Gemm in ONNX, which onnxruntime would compute in floats."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 96), nn.Linear(32, 64, bias=False)
+            self.weight, self.bias = nn.Parameter(torch.randn(96, 32) / 8), nn.Parameter(torch.randn(32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.addmm(self.bias, torch.relu(self.up(x)), self.weight))
+
+    base = surgery.capture(Rows().eval(), (torch.randn(3, 64),))
+    report = base.apply(surgery.Quantize(target="all", **options)).export(tmp_path / "model.onnx")
+    assert list(report.outputs) == list(base.export(tmp_path / "base.onnx").outputs)
+    written = [p.key for node in onnx.load(tmp_path / "model.onnx").graph.node for p in node.metadata_props]
+    assert "surgery.module" in written
+    assert not [key for key in written if not key.startswith(("surgery.", "pkg.onnxscript."))]
+    settings = onnxruntime.SessionOptions()
+    settings.optimized_model_filepath = str(tmp_path / "fast.onnx")
+    settings.log_severity_level = 3
+    onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), settings, providers=["CPUExecutionProvider"])
+    ops = collections.Counter(node.op_type for node in onnx.load(tmp_path / "fast.onnx").graph.node)
+    assert ops["MatMulNBits"] == 3
+    assert not ops["Gemm"]
+
+
+def test_data_that_do_not_fit(encoder):
+    good = dict(encoder.example_inputs[1])
+    wrong = {**good, "input_ids": good["input_ids"][0]}
+    passed = surgery.Quantize(target="attn.q", format="int4", method="gptq")
+    with pytest.raises(PassError, match=r"data set 2: the input 'input_ids' has shape .* takes \[any, any\]"):
+        encoder.apply(passed, data=[((), good), ((), wrong)])
+    with pytest.raises(PassError, match="data set 1 has 2 inputs, and the model takes input_ids, "):
+        encoder.apply(passed, data=[((), {n: t for n, t in good.items() if n != "attention_mask"})])
+
+
 def test_data_in_another_order_is_the_same_data(encoder):
     """Keywords reach the graph's inputs by name: a tokenizer's order is not the model's."""
     _, inputs = encoder.example_inputs

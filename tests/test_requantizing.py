@@ -137,16 +137,16 @@ def test_data_that_does_not_fit(encoder):
     _, inputs = encoder.example_inputs
     narrow = {name: value[0] for name, value in inputs.items()}
     with pytest.raises(
-        PassError, match=r"set 1 of the data: .* has the shape .*, and the model takes \[any, any\]"
+        PassError, match=r"data set 1: the input .* has shape .*, and the model takes \[any, any\]"
     ):
         encoder.apply(pass_, data=[((), narrow)])
     module = surgery.capture(nn.Sequential(nn.Linear(64, 8)).eval(), (torch.randn(2, 64),))
-    with pytest.raises(PassError, match=r"set 2 of the data: .* infinite or no numbers"):
+    with pytest.raises(PassError, match=r"data set 2: .* holds values that are no numbers"):
         module.apply(
             surgery.Quantize(target="all", method="gptq"),
             data=[((torch.randn(3, 64),), {}), ((torch.full((3, 64), torch.nan),), {})],
         )
-    with pytest.raises(PassError, match=r"has the shape \[3, 32\], and the model takes \[any, 64\]"):
+    with pytest.raises(PassError, match=r"has shape \[3, 32\], and the model takes \[any, 64\]"):
         module.apply(surgery.Quantize(target="all", method="gptq"), data=[((torch.randn(3, 32),), {})])
 
 

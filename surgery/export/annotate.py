@@ -68,6 +68,8 @@ def note_ties(model: Any, names: Mapping[str, torch.Tensor], stored: Mapping[str
 def tag_nodes(model: Any) -> None:
     """Write on each ONNX node the program's node and module that it came from.
 
+    In place of what the exporter writes there: stack traces, with the names of this machine's files, which take more
+    room than all else in a small model's file.
     Must run before any pass: a rewrite keeps metadata_props but not the graph node behind them.
     """
     last: dict[str, str] = {}
@@ -81,6 +83,7 @@ def tag_nodes(model: Any) -> None:
         if traced is None:
             continue
         custom = traced.meta.get("custom") or {}
+        node.metadata_props.clear()
         node.metadata_props[keys.MODULE] = module_path(traced)
         if origin := custom.get(keys.FX_NODE):
             node.metadata_props[keys.FX_NODE] = origin

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from surgery.errors import ExportError
-from surgery.export import annotate, integers, keys
+from surgery.export import annotate, keys
 from surgery.export.again import export_again
 from surgery.export.extra import require
 from surgery.export.failure import explain, first_line
@@ -90,7 +90,6 @@ def export_onnx(
     provenance = provenance or {}
     program = _trace(source)
     opset = opset or opset_for(source.graph_module.graph)
-    relative = integers.tolerance(source.graph_module.graph)
     model = _translate(program, source, opset, lowerings)
     tensors = _tensors(program)
     traced_nodes = model.graph.num_nodes()
@@ -114,7 +113,7 @@ def export_onnx(
             _check(onnx, staged)
         if check and finished.quantized:
             check_kept(staged, finished.quantized)
-        report = check_parity(staged, source, parity, relative=relative) if parity else None
+        report = check_parity(staged, source, parity) if parity else None
     files = tuple(
         file
         for file in (Path(path), _data_file(Path(path)))

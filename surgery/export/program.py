@@ -14,6 +14,7 @@ from surgery.capture import fresh_inputs, other_sizes
 from surgery.errors import ExportError
 from surgery.export.onnx_file import ExportReport, export_onnx
 from surgery.export.source import ExportSource, InputSet
+from surgery.pass_base import RewritePass
 from surgery.replay import live_entries, pass_of
 from surgery.sites import live_nodes
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 def source_of(program: Program) -> ExportSource:
     """The program's eval graph with its inputs."""
     args, kwargs = program.example_inputs
-    return ExportSource(program.graph_module, args, kwargs, program.captured.dynamic_shapes)
+    passes = [pass_of(entry, program.base.plugins) for entry in live_entries(program.journal)]
+    rounding = frozenset(op for pass_ in passes if isinstance(pass_, RewritePass) for op in pass_.rounding)
+    return ExportSource(
+        program.graph_module, args, kwargs, program.captured.dynamic_shapes, rounding=rounding
+    )
 
 
 def provenance_of(program: Program) -> dict[str, dict[str, Any]]:

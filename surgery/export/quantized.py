@@ -5,6 +5,7 @@ Translation writes a node of our own domain, which nothing folds; once the graph
 - DequantizeLinear with a scale for each row or each block along the summed axis, of the weight as its op reads it (a
   Transpose after it goes into the codes): what onnxruntime turns into MatMulNBits;
 - for a table that is looked up, Gather over codes and scales, so that only the rows that are read become floats;
+- a Gemm over it is written as MatMul and Add, since onnxruntime has a Gemm of floats only;
 - for nf4, DequantizeLinear to the codes' numbers, a Gather in the 16 quantiles, and a product with the scales.
 """
 
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 
 from surgery.errors import ExportError
+from surgery.export import keys
 from surgery.export.extra import require
-from surgery.export.integers import Rounded, flag
+from surgery.export.integers import Rounded
 from surgery.quantizing.codes import FORMATS, NF4, decode, unpack
 from surgery.quantizing.op import dequantize
 
@@ -103,6 +105,7 @@ def check_kept(path: Path, weights: Sequence[Weight]) -> None:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    _check_products(optimised.graph)
     wide = (
         onnx.TensorProto.FLOAT,
         onnx.TensorProto.FLOAT16,
@@ -119,6 +122,22 @@ def check_kept(path: Path, weights: Sequence[Weight]) -> None:
             raise ExportError(
                 f"onnxruntime turns a quantized weight into floats as it loads the file ({tensor.name}, "
                 f"{list(tensor.dims)}); use another --format there"
+            )
+
+
+def _check_products(graph: Any) -> None:
+    """Raises ExportError where onnxruntime multiplies in floats what is quantized on both sides."""
+    made = {output: node.op_type for node in graph.node for output in node.output}
+    for node in graph.node:
+        sides = [made.get(name) for name in node.input[:2]]
+        if (
+            node.op_type.removeprefix("Fused") in ("Conv", "Gemm", "MatMul")
+            and sides == ["DequantizeLinear"] * 2
+        ):
+            raise ExportError(
+                f"onnxruntime computes {node.name} in floats, although its weight and what it reads are quantized: "
+                "what a convolution gives has to be rounded right behind it or its relu (--output op does, where an "
+                "adapter stands between)"
             )
 
 
@@ -139,8 +158,9 @@ class _Lowered:
         self.scales = np.array(self.scale.const_value.numpy())
         self.zeros = None if self.zero is None else np.array(self.zero.const_value.numpy())
         self.block = self.columns // self.scales.shape[1]
-        self.users = [use.node for use in node.outputs[0].uses()]
         self.anchor = node  # what is added goes before it
+        self._split_gemms()
+        self.users = [use.node for use in node.outputs[0].uses()]
 
     def weight(self) -> Weight:
         zeros = None if self.zeros is None else torch.from_numpy(self.zeros)
@@ -160,8 +180,7 @@ class _Lowered:
                 pairs.append((user, self.node.outputs[0], False))
         across = self.order == [0, 1]  # the matrix is (N, K), and the product wants (K, N)
         for node, weight, turned in pairs:
-            again = node.op_type == "Gemm" and flag(node, "transB")
-            if not rounded.reads(node, weight) or (turned != again) != across:
+            if not rounded.reads(node, weight) or turned != across:
                 return False
         codes = self._store(self.codes, np.ascontiguousarray(self.numbers.T), None)
         scales = self._store(self.scale, self.scales[:, 0].astype(np.float32), None)
@@ -182,6 +201,8 @@ class _Lowered:
             matrix = self._matrix(across=(self.order == [1, 0]) != turned)
             for node in self.users if turned else [self.node]:
                 node.outputs[0].replace_all_uses_with(matrix, replace_graph_outputs=True)
+        elif self.rows == self.shape[self.order[0]] and self.scales.shape[1] == 1 and self.format != "nf4":
+            weight.replace_all_uses_with(self._as_stored(), replace_graph_outputs=True)
         else:
             shaped = np.array([self.shape[axis] for axis in self.order], dtype=np.int64)
             value = self._add("Reshape", [self._matrix(across=False), self._constant("shape", shaped)])
@@ -189,6 +210,36 @@ class _Lowered:
             if back != sorted(back):
                 value = self._add("Transpose", [value], {"perm": back})
             weight.replace_all_uses_with(value, replace_graph_outputs=True)
+
+    def _split_gemms(self) -> None:
+        """onnxruntime fuses a MatMul with quantized weights, and not a Gemm."""
+        weight = self.node.outputs[0]
+        for gemm in [use.node for use in weight.uses() if use.node.op_type == "Gemm"]:
+            given = gemm.attributes
+            scaled = any(key in given and given[key].as_float() != 1 for key in ("alpha", "beta"))
+            if gemm.inputs[1] is not weight or scaled or ("transA" in given and given["transA"].as_int()):
+                continue
+            self.anchor = gemm
+            turned = "transB" in given and given["transB"].as_int()
+            x, bias = gemm.inputs[0], gemm.inputs[2] if len(gemm.inputs) > 2 else None
+            factor = self._add("Transpose", [weight], {"perm": [1, 0]}) if turned else weight
+            value = self._add("MatMul", [x, factor], like=gemm)
+            if bias is not None:
+                # Of two axes, MatMul and Add would be made the same Gemm before the weight is seen to be of codes.
+                axis = self._constant("axis", np.array([0], dtype=np.int64))
+                value = self._add("Unsqueeze", [value, axis], like=gemm)
+                value = self._add("Squeeze", [self._add("Add", [value, bias], like=gemm), axis], like=gemm)
+            self._take_over(gemm, value)
+        self.anchor = self.node
+
+    def _take_over(self, node: Any, value: Any) -> None:
+        """Let a value have the place and the name of what a node gives."""
+        old, last = node.outputs[0], value.producer()
+        name, value.shape, value.type = old.name, old.shape, old.type
+        last.metadata_props.update(node.metadata_props)
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+        self.model.graph.remove(node, safe=True)
+        value.name = name
 
     def _matrix(self, across: bool) -> Any:
         """The dequantized matrix (rows, K), or transposed."""
@@ -209,6 +260,16 @@ class _Lowered:
         rows_axis, columns_axis = (1, 0) if across else (0, 1)
         blocked = {"axis": columns_axis, "block_size": self.block}
         return self._add("DequantizeLinear", inputs, {"axis": rows_axis} if whole else blocked)
+
+    def _as_stored(self) -> Any:
+        """The dequantized weight, of more than two axes, with scales along one of them: as QLinearConv takes it."""
+        numbers, kind, zeros = self._line()
+        back = [self.order.index(axis) for axis in range(len(self.order))]
+        stored = numbers.reshape([self.shape[axis] for axis in self.order]).transpose(back)
+        inputs = [self._store(self.codes, stored, kind), self._store(self.scale, self.scales[:, 0], None)]
+        if zeros is not None:
+            inputs.append(self._store(self.zero, zeros[:, 0], kind))
+        return self._add("DequantizeLinear", inputs, {"axis": self.order[0]})
 
     def _quantiles(self, numbers: Any, kind: Any, across: bool) -> Any:
         one = self._constant("one", np.ones((), dtype=self.scales.dtype))
@@ -267,9 +328,12 @@ class _Lowered:
 
     # -- nodes and tensors
 
-    def _add(self, op: str, inputs: list[Any], attributes: Mapping[str, Any] | None = None) -> Any:
+    def _add(
+        self, op: str, inputs: list[Any], attributes: Mapping[str, Any] | None = None, like: Any = None
+    ) -> Any:
         made = self.ir.node(op, inputs, attributes=dict(attributes or {}))
-        made.metadata_props.update(self.node.metadata_props)
+        marks = (like or self.node).metadata_props
+        made.metadata_props.update({k: v for k, v in marks.items() if like is None or k != keys.FX_OUTPUT})
         self.model.graph.insert_before(self.anchor, [made])
         return made.outputs[0]
 

@@ -23,6 +23,7 @@ class ExportSource:
 
     graph_module: flat, over ATen ops, from `torch.export.export(...).module(check_guards=False)`, and edited.
     dynamic_shapes: as `torch.export.export` takes it; the names of its Dims become the names of ONNX axes.
+    rounding: ops of the graph that round their first argument, an activation, to a few steps.
     output_names: one for each tensor that the graph returns, in pytree order; None takes them from the keys
         of what it returns (`logits`, `hidden_states.0`; a bare tensor is `output`, a tuple `output_0`, …).
     """
@@ -32,6 +33,7 @@ class ExportSource:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
     output_names: Sequence[str] | None = None
+    rounding: frozenset[Any] = frozenset()
 
     def named_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The tensors of one call by the names of the ONNX inputs."""

@@ -56,6 +56,10 @@ class FakeQuant(RewritePass):
         check_options(self.name, self.format, self.group, self.asymmetric)
         return self
 
+    @property
+    def rounding(self) -> tuple[Any, ...]:
+        return (round_activation._opoverload,) if self.format == DYNAMIC else ()
+
     def layout(self, site: Site) -> Layout:
         return Layout.of(site, stored_format(self.format), self.group, self.asymmetric)
 

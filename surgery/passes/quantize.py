@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, fx
@@ -64,6 +64,10 @@ class Quantize(CodesPass):
         if self.method == "gptq" and self.format not in ("int8", DYNAMIC, "int4"):
             raise PassError(f"pass 'quantize': --method gptq is for int8 and int4, and this is {self.format}")
         return self
+
+    @property
+    def rounding(self) -> tuple[Any, ...]:
+        return (round_activation._opoverload,) if self.format == DYNAMIC else ()
 
     def layout(self, site: Site) -> Layout:
         return Layout.of(site, stored_format(self.format), self.group, self.asymmetric)

@@ -162,6 +162,7 @@ def _reparameterisation() -> list[Technique]:
         ),
         Technique("fake-quant", family, _at_linears("fake-quant", format="int4", group=0), ALL),
         Technique("convert", family, lambda model: of("convert"), ALL, rounded_first),
+        Technique("int8-static", family, _at_linears("int8-static"), ALL),
         Technique("low-rank", family, low_rank, ALL),
         Technique("share --mode first", family, share(), both),
         Technique("share --mode mean", family, share(mode="mean"), both),
