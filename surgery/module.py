@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from surgery.graphs import without_replaced
-from surgery.schedule import Clock, Schedule
+from surgery.schedule import Clock, Paced, Schedule
 
 GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]
 
@@ -22,7 +22,7 @@ class ProgramModule(nn.Module):
 
     trains: names of the parameters that train, at some step. masks: parameter name -> which of its values do; the
     gradient of the others is zero. schedule: when each trains; `advance(step)` moves on in it. clock: the step it
-    has come to, shared with the modules over the same parameters.
+    has come to, shared with the modules over the same parameters. paced: what inserted tensors do as it moves on.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class ProgramModule(nn.Module):
         masks: Mapping[str, Tensor] | None = None,
         schedule: Schedule | None = None,
         clock: Clock | None = None,
+        paced: Sequence[Paced] = (),
     ) -> None:
         super().__init__()
         self.training = False
@@ -42,6 +43,7 @@ class ProgramModule(nn.Module):
         self.__dict__["_masks"] = dict(masks or {})
         self.__dict__["_schedule"] = schedule or Schedule()
         self.__dict__["_clock"] = clock or Clock()
+        self.__dict__["_paced"] = list(paced)
         for path, tensor in tensors.items():
             register(self, path, tensor, path not in non_persistent)
         self.__dict__["_graph_of"] = graph_of
@@ -57,7 +59,8 @@ class ProgramModule(nn.Module):
                 _mask_gradient(parameter, masks[name])
 
     def advance(self, step: int) -> list[str]:
-        """Let train what the schedule lets train at a step (an epoch, where it counts in these).
+        """Let train what the schedule lets train at a step (an epoch, where it counts in these), and let passes that
+        follow the training change their tensors for it.
 
         Returns the names of the parameters that train now. What stops keeps no gradient, so that no optimiser
         moves it further.
@@ -77,6 +80,8 @@ class ProgramModule(nn.Module):
                 parameter.grad = None
             if trains:
                 training.append(name)
+        for paced in self.__dict__["_paced"]:
+            paced.advance(self, step)
         return training
 
     def graph_module(self, training: bool | None = None) -> fx.GraphModule:

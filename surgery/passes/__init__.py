@@ -20,6 +20,7 @@ from surgery.passes.prefix import Prefix
 from surgery.passes.prompt import Prompt
 from surgery.passes.quantize import Quantize
 from surgery.passes.share import Share
+from surgery.passes.sparse import Sparse
 from surgery.passes.sparse_tune import SparseTune
 from surgery.passes.untie import Untie
 from surgery.passes.vocab import Vocab
@@ -30,6 +31,7 @@ def surgery_passes() -> list[type]:
     return [
         Lora,
         Quantize,
+        Sparse,
         Adapter,
         Freeze,
         LowRank,
@@ -69,6 +71,7 @@ __all__ = [
     "Prompt",
     "Quantize",
     "Share",
+    "Sparse",
     "SparseTune",
     "Untie",
     "Vocab",

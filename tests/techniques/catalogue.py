@@ -157,6 +157,16 @@ def _reparameterisation() -> list[Technique]:
             Technique(f"quantize --format {kind}", family, _at_linears("quantize", format=kind, group=0), ALL)
             for kind in ("int8", "int4", "nf4", "ternary", "binary")
         ),
+        *(
+            Technique(f"sparse {shown}".rstrip(), family, _at_linears("sparse", **given), mandatory)
+            for shown, given, mandatory in (
+                ("", {}, ALL),
+                ("--pattern 2:4", {"pattern": "2:4"}, ALL),
+                ("--pattern 4x4", {"pattern": "4x4"}, ALL),
+                ("--criterion wanda", {"criterion": "wanda"}, ALL),
+                ("--schedule cubic", {"schedule": "cubic", "end": 4}, ALL),
+            )
+        ),
         Technique("low-rank", family, low_rank, ALL),
         Technique("share --mode first", family, share(), both),
         Technique("share --mode mean", family, share(mode="mean"), both),
