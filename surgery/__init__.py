@@ -6,6 +6,7 @@
 >>> program.merge().export("model.onnx")
 """
 
+from surgery import penalties
 from surgery.errors import SurgeryError
 from surgery.in_place import (
     apply_,
@@ -86,6 +87,7 @@ __all__ = [
     "load_",
     "merge_",
     "mixed_batch",
+    "penalties",
     "plan_",
     "program_of",
     "remove_",

@@ -332,7 +332,16 @@ class Program:
         masks = {name: self.tensors[mask] for name, mask in schedule.masks.items()}
         paced = replay.paced(self.base, self.journal)
         return ProgramModule(
-            state, self.base.non_persistent, self._graph_of, title, trains, masks, schedule, self.clock, paced
+            state,
+            self.base.non_persistent,
+            self._graph_of,
+            title,
+            trains,
+            masks,
+            schedule,
+            self.clock,
+            paced,
+            self,
         )
 
     def state(self) -> dict[str, Tensor]:
