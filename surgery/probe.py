@@ -91,9 +91,17 @@ class Probe:
                 return value
 
         module = self.program.graph_module
-        for args, kwargs in self.data:
-            with torch.no_grad():
-                Recording(module).run(*flat_inputs(module, args, kwargs), enable_io_processing=False)
+        for number, given in enumerate(self.data, 1):
+            try:
+                args, kwargs = given
+                with torch.no_grad():
+                    Recording(module).run(*flat_inputs(module, args, kwargs), enable_io_processing=False)
+            except Exception as error:
+                why = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
+                raise PassError(
+                    f"set {number} of the data does not run through the model ({why}); give (args, kwargs) as it "
+                    f"takes them"
+                ) from error
 
     def inputs(self, site: Site) -> list[Tensor]:
         """The activation that enters the site's first call, features last, for each set of data."""

@@ -38,7 +38,8 @@ class Quantize(RewritePass):
     adapter stands on it as on the base: only the adapter has gradients (QLoRA). An adapter is not folded into codes.
     In ONNX int8 and int4 are DequantizeLinear, whose weight onnxruntime keeps in its bits and fuses (MatMulNBits); a
     table of embeddings is looked up in its codes. Undo gives W back bit for bit. Where W is read in another place too
-    it stays there, and nothing is saved. The outputs change by design; the plan says by how much each weight does.
+    it stays there, and nothing is saved. Zeros of `sparse` stay zero, for every format that has one. The outputs
+    change by design; the plan says by how much each weight does.
     """
 
     name: ClassVar[str] = "quantize"
@@ -83,7 +84,12 @@ class Quantize(RewritePass):
         if current.target is dequantize._opoverload:
             return f"{current.meta['surgery']['entry']!r} has quantized it already; undo that first"
         if parameter_of(current) is not None:
-            return f"{current.meta['surgery']['entry']!r} has put another weight there; quantize first, and adapt then"
+            entry = str(current.meta["surgery"]["entry"])
+            why = (
+                self._refused_zeros(entry) if _makes_zeros(site, entry) else "quantize first, and adapt then"
+            )
+            if why:
+                return f"{entry!r} has put another weight there; {why}"
         if site.kind == CONV and site.layout == "io" and site.groups > 1:
             return "a transposed convolution with groups has no rows of its own; target its neighbours"
         columns, block = self._columns(site), self._block(site)
@@ -95,6 +101,14 @@ class Quantize(RewritePass):
             return "its weight is not in memory, and gptq has to read it" if self.method == "gptq" else None
         if not bool(torch.isfinite(site.probe.stored(site)).all()):
             return "its weight holds values that are infinite or no numbers; mend the model first"
+        return None
+
+    def _refused_zeros(self, entry: str) -> str | None:
+        """Why codes would not keep the zeros that an entry has put into a weight."""
+        if self.format == "binary":
+            return "binary codes have no zero; use another --format"
+        if self.method == "gptq":
+            return f"gptq would move values into the zeros of {entry!r}; use --method nearest"
         return None
 
     def _order(self, site: Site) -> list[int]:
@@ -179,6 +193,12 @@ class Quantize(RewritePass):
 
         g.swap_weight(read)
         return None
+
+
+def _makes_zeros(site: Site, entry: str) -> bool:
+    program = site.probe.program
+    name = program.journal.find(entry)[0].pass_name
+    return bool(getattr(program.base.plugins.find_pass(name).cls, "makes_zeros", False))
 
 
 def _bytes(spec: TensorSpec, site: Site) -> int:

@@ -87,7 +87,10 @@ class Sparse(RewritePass):
     @field_validator("pattern")
     @classmethod
     def _is_pattern(cls, text: str) -> str:
-        Pattern.parse(text)
+        try:
+            Pattern.parse(text)
+        except ValueError as error:
+            raise PassError(f"pass {cls.name!r}: --pattern {error}") from None
         return text
 
     @model_validator(mode="after")
