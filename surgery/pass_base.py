@@ -208,7 +208,8 @@ class RewritePass(Pass):
     can be folded into that there, whichever came first. beside: what it adds stands beside the ops of its sites, so
     that other adapters there are folded as if it were absent. lengthens: folding it makes weights longer, so that
     everything which reads these has to be folded with it. makes_zeros: it leaves zeros in weights, which what is folded
-    there later has to keep; keeps_zeros: its fold does (it scales, or makes more of them).
+    there later has to keep; keeps_zeros: its fold does (it scales
+    them, makes more, or is of other values).
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear",)

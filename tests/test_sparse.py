@@ -12,13 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.api import PassError, Probe
+from surgery.api import ExportError, PassError, Probe
 from surgery.cli import main
+from surgery.hf_format import write_hf
 from surgery.numerics import observe
 from surgery.sparsity import Layout, Pattern, choose, count
 from surgery.sparsity.activations import norms
 from surgery.testing import check_pass
 from tests import models
+from tests.conftest import minilm_path
 from tests.test_quantize import every
 
 
@@ -340,6 +342,40 @@ def test_adapters_stand_on_zeros_and_stay_beside(tmp_path):
     assert report.parity.error <= 1e-5
     assert torch.equal(program.undo("lora").run(), sparse.run())
     assert torch.equal(program.undo("sparse").undo("lora").run(), base.run())
+
+
+@pytest.mark.parametrize("name", ["ia3", "bitfit"])
+def test_what_keeps_the_zeros_is_folded_with_them(name):
+    """Scales of what enters or leaves, and biases."""
+    module, inputs = models.attention()
+    base = surgery.capture(module, inputs)
+    pass_ = base.base.plugins.find_pass(name).cls.parse({"target": "out"})
+    program = base.apply(surgery.Sparse(target="out"), pass_)
+    with torch.no_grad():
+        for tensor in program.tensors.values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    merged = program.merge()
+    assert merged.journal.entries[-1].options["folded"] == ["sparse", name]
+    assert int((merged.state()["out.weight"] == 0).sum()) == 32
+
+
+def test_through_a_transformers_directory(tmp_path):
+    """Merged, written and loaded as any other model, the zeros are there, and codes keep them."""
+    base = surgery.load(
+        f"hf:{minilm_path()}", task="feature-extraction", model_kwargs={"num_hidden_layers": 1}
+    )
+    sparse = base.apply(surgery.Sparse(target="attn.*,mlp.*", pattern="2:4"))
+    write_hf(sparse.merge(), tmp_path / "hf")
+    again = surgery.load(f"hf:{tmp_path / 'hf'}", task="feature-extraction")
+    coded = again.apply(surgery.Quantize(target="attn.*,mlp.*"))
+    for site in again.sites:
+        if site.role.startswith(("attn", "mlp")):
+            gone = zeros_of(again, site)
+            assert (gone.reshape(-1, 4).sum(1) == 2).all()
+            assert (zeros_of(coded, site) | ~gone).all()
+    with pytest.raises(ExportError, match=r"'lora' is not folded .* would fill the zeros of sparse"):
+        write_hf(sparse.apply(surgery.Lora(target="attn.q")).merge(), tmp_path / "other")
 
 
 def test_sparse_tune_below_is_masked_too():

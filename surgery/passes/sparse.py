@@ -36,7 +36,7 @@ class Sparse(RewritePass):
     proximal steps, which reach zero exactly).
 
     M is stored and does not train. What it leaves out is exactly zero for the op and has no gradient, whatever the
-    optimiser does; W itself keeps its values there, so undo gives them back bit for bit. `--schedule cubic` lets the
+    optimiser does; W itself keeps its values there, and undo gives them back. `--schedule cubic` lets the
     sparsity grow while W trains: s + (i − s)(1 − (t − begin)/(end − begin))³ from `--initial` i, with M chosen anew
     every `--every` steps, by the magnitude that the weights have then (Zhu & Gupta 2017, arXiv:1710.01878). Call
     `module.advance(step)`; from `--end` on M stays as it is. Zeros never come back by loading or starting over: M
