@@ -141,7 +141,7 @@ def plan(
 
 def _is_seen(pass_: Pass, following: Sequence[Pass]) -> bool:
     """Whether those that follow can be planned only on what this pass makes."""
-    replacing = any(isinstance(p, RewritePass) and p.replaces for p in (pass_, *following))
+    replacing = any(isinstance(p, RewritePass) and (p.replaces or p.makes_zeros) for p in (pass_, *following))
     return bool(following) and (
         isinstance(pass_, GraphPass) or (isinstance(pass_, RewritePass) and replacing)
     )

@@ -344,6 +344,19 @@ def test_adapters_stand_on_zeros_and_stay_beside(tmp_path):
     assert torch.equal(program.undo("sparse").undo("lora").run(), base.run())
 
 
+def test_a_plan_of_several_is_what_applying_does():
+    module, inputs = models.attention()
+    base = surgery.capture(module, inputs)
+    lora, sparse = surgery.Lora(target="out", rank=2), surgery.Sparse(target="out,project")
+    (late,) = [p for p in base.plan(lora, sparse).passes if p.pass_ is sparse]
+    assert {row.site.path for row in late.refused} == {"out"}
+    more = surgery.Sparse(target="out", sparsity=0.75, label="more")
+    planned = base.plan(sparse, more).passes[-1].accepted[0].site.decided
+    done = base.apply(sparse, more)
+    assert done.journal.entries[-1].sites[0].decided == planned
+    assert int((done.merge().state()["out.weight"] == 0).sum()) == 48
+
+
 @pytest.mark.parametrize("name", ["ia3", "bitfit"])
 def test_what_keeps_the_zeros_is_folded_with_them(name):
     """Scales of what enters or leaves, and biases."""
