@@ -6,6 +6,7 @@
 >>> program.merge().export("model.onnx")
 """
 
+from surgery import penalties
 from surgery.errors import SurgeryError
 from surgery.in_place import (
     apply_,
@@ -42,6 +43,7 @@ from surgery.passes import (
     Prompt,
     Quantize,
     Share,
+    Sparse,
     SparseTune,
     Untie,
     Vocab,
@@ -74,6 +76,7 @@ __all__ = [
     "Prompt",
     "Quantize",
     "Share",
+    "Sparse",
     "SparseTune",
     "SurgeryError",
     "Untie",
@@ -88,6 +91,7 @@ __all__ = [
     "load_",
     "merge_",
     "mixed_batch",
+    "penalties",
     "plan_",
     "program_of",
     "remove_",

@@ -59,6 +59,7 @@ def _foldable(
     blocked: set[str] = set()
     adapters = [e for e in journal if e.kind == "rewrite" and e.weight != 0]
     replaced = {r.key.owner: e.id for e in adapters if _replaces(e, base) for r in e.sites}
+    zeros: dict[str, str] = {}  # by weight, who has left zeros there so far
     for entry in adapters:
         pass_ = pass_of(entry, base.plugins)
         owners = {record.key.owner for record in entry.sites}
@@ -71,6 +72,8 @@ def _foldable(
             why = own or f"{entry.pass_name} has no merged form; export to ONNX, or save the program"
         elif gone is not None:
             why = f"{replaced[gone]} has put something else in the place of {gone}, into which it would be folded"
+        elif not pass_.keeps_zeros and (filled := next((o for o in sorted(owners) if o in zeros), None)):
+            why = f"folding it into {filled} would fill the zeros of {zeros[filled]}; it stays beside it"
         elif owners & blocked:
             why = f"it stands on an adapter of {sorted(owners & blocked)[0]} that cannot be folded"
         else:
@@ -81,6 +84,8 @@ def _foldable(
                 blocked |= owners
         else:
             folded.append(entry.id)
+        if isinstance(pass_, RewritePass) and pass_.makes_zeros:
+            zeros |= {r.key.owner: entry.id for r in entry.sites}
     longer = {
         e.id: e for e in adapters if e.id in folded and getattr(pass_of(e, base.plugins), "lengthens", False)
     }

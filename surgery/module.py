@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
 from surgery.graphs import without_replaced
 from surgery.quantizing.op import dequantize
 from surgery.quantizing.recompute import recomputed
-from surgery.schedule import Clock, Schedule
+from surgery.schedule import Clock, Paced, Schedule
+
+if TYPE_CHECKING:
+    from surgery.program import Program
 
 GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]
 
@@ -24,7 +27,8 @@ class ProgramModule(nn.Module):
 
     trains: names of the parameters that train, at some step. masks: parameter name -> which of its values do; the
     gradient of the others is zero. schedule: when each trains; `advance(step)` moves on in it. clock: the step it
-    has come to, shared with the modules over the same parameters.
+    has come to, shared with the modules over the same parameters. paced: what inserted tensors do as it moves on.
+    program: whose module it is.
     """
 
     def __init__(
@@ -37,6 +41,8 @@ class ProgramModule(nn.Module):
         masks: Mapping[str, Tensor] | None = None,
         schedule: Schedule | None = None,
         clock: Clock | None = None,
+        paced: Sequence[Paced] = (),
+        program: Program | None = None,
     ) -> None:
         super().__init__()
         self.training = False
@@ -44,6 +50,8 @@ class ProgramModule(nn.Module):
         self.__dict__["_masks"] = dict(masks or {})
         self.__dict__["_schedule"] = schedule or Schedule()
         self.__dict__["_clock"] = clock or Clock()
+        self.__dict__["_paced"] = list(paced)
+        self.__dict__["_program"] = program
         for path, tensor in tensors.items():
             register(self, path, tensor, path not in non_persistent)
         self.__dict__["_graph_of"] = graph_of
@@ -59,7 +67,8 @@ class ProgramModule(nn.Module):
                 _mask_gradient(parameter, masks[name])
 
     def advance(self, step: int) -> list[str]:
-        """Let train what the schedule lets train at a step (an epoch, where it counts in these).
+        """Let train what the schedule lets train at a step (an epoch, where it counts in these), and let passes that
+        follow the training change their tensors for it.
 
         Returns the names of the parameters that train now. What stops keeps no gradient, so that no optimiser
         moves it further.
@@ -79,6 +88,8 @@ class ProgramModule(nn.Module):
                 parameter.grad = None
             if trains:
                 training.append(name)
+        for paced in self.__dict__["_paced"]:
+            paced.advance(self, step)
         return training
 
     def graph_module(self, training: bool | None = None) -> fx.GraphModule:
@@ -115,7 +126,7 @@ class ProgramModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         fresh = ProgramModule({}, frozenset(), self.__dict__["_graph_of"], self.__dict__["_title"])
         memo[id(self)] = fresh
-        shared = ("_masks", "_schedule", "_trains")
+        shared = ("_masks", "_schedule", "_trains", "_program")
         for key, value in self.__dict__.items():
             if key not in (*shared, "_graph_of", "_compiled", "_title"):
                 fresh.__dict__[key] = copy.deepcopy(value, memo)

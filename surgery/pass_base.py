@@ -207,8 +207,9 @@ class RewritePass(Pass):
     which later passes target. replaces: at its sites the op no longer reads the base's own weight, so that nothing
     can be folded into that there, whichever came first. beside: what it adds stands beside the ops of its sites, so
     that other adapters there are folded as if it were absent. lengthens: folding it makes weights longer, so that
-    everything which reads these has to be folded with it. unwritten: ops that it inserts which have no form in ONNX ->
-    why, and what to do.
+    everything which reads these has to be folded with it. makes_zeros: it leaves zeros in weights, which what is folded
+    there later has to keep; keeps_zeros: its fold does (it scales them, makes more, or is of other values). unwritten:
+    ops that it inserts which have no form in ONNX -> why, and what to do.
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear",)
@@ -221,6 +222,8 @@ class RewritePass(Pass):
     replaces: ClassVar[bool] = False
     beside: ClassVar[bool] = False
     lengthens: ClassVar[bool] = False
+    makes_zeros: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = False
     unwritten: ClassVar[Mapping[Any, str]] = {}
 
     @property
@@ -325,6 +328,25 @@ class RewritePass(Pass):
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
         """The value that replaces the output at one call of the site."""
         raise NotImplementedError
+
+    @property
+    def pacing(self) -> tuple[tuple[int, int | None], str] | None:
+        """The steps [first, last) in which its own tensors change as training goes on (`pace`), and what a step is,
+        "step" or "epoch"; None: they never do."""
+        return None
+
+    def due(self, step: int) -> float:
+        """What `pace` makes of a step: while that is the same, nothing is to be done."""
+        return 0.0
+
+    def pace(
+        self, step: int, places: Sequence[tuple[Mapping[str, Any], Tensor, Mapping[str, Tensor]]]
+    ) -> None:
+        """Change its own tensors in place for a step of the training, without gradients.
+
+        places: what was decided at each site, its weight as it is now, and the pass's tensors by their names in it.
+        May be called with any step at any time, also again from 0 in a loaded program.
+        """
 
     def reaching(self, site: Site, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs by placeholder name, as given or changed so that what was inserted takes part in the outputs.

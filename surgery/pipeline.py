@@ -141,7 +141,7 @@ def plan(
 
 def _is_seen(pass_: Pass, following: Sequence[Pass]) -> bool:
     """Whether those that follow can be planned only on what this pass makes."""
-    replacing = any(isinstance(p, RewritePass) and p.replaces for p in (pass_, *following))
+    replacing = any(isinstance(p, RewritePass) and (p.replaces or p.makes_zeros) for p in (pass_, *following))
     return bool(following) and (
         isinstance(pass_, GraphPass) or (isinstance(pass_, RewritePass) and replacing)
     )
@@ -199,6 +199,10 @@ def _plan_pass(program: Program, pass_: Pass, auto: bool, probe: Probe) -> PassP
     read_apart = asked is not None and not isinstance(pass_, GraphPass)
     notes = target.readings_differ(program.sites.sites, asked) if read_apart and asked else ()
     selection = checked(program, pass_.entry_id, Selection(trains))
+    if pass_.pacing is not None:
+        window, unit = pass_.pacing
+        said = Entry(pass_.entry_id, pass_.name, "rewrite", windows={pass_.entry_id: window}, unit=unit)
+        Schedule.of([*program.journal, said])  # refuses two units in one program
     return PassPlan(pass_, plans, selection, notes=tuple(notes))
 
 
@@ -342,6 +346,10 @@ def entry_of(program: Program, planned: PassPlan) -> Entry:
             for s in planned.accepted
         )
     chosen = planned.selection
+    windows, unit = dict(chosen.windows), chosen.unit
+    if isinstance(pass_, RewritePass) and pass_.pacing is not None:
+        window, unit = pass_.pacing
+        windows.update({full: window for record in records for full in record.tensors.values()})
     masks = {name: _own_name(program, name, ident, "mask") for name in chosen.masks}
     entry = Entry(
         id=ident,
@@ -354,8 +362,8 @@ def entry_of(program: Program, planned: PassPlan) -> Entry:
         sites=records,
         trains=dict(chosen.trains),
         rates=dict(chosen.rates),
-        windows=dict(chosen.windows),
-        unit=chosen.unit,
+        windows=windows,
+        unit=unit,
         masks=masks,
         limits=_limits(pass_, planned),
         auto=planned.auto,

@@ -363,8 +363,18 @@ class Program:
         own = {id(tensor) for tensor in self._held().values()}
         trains = [n for n, tensor in state.items() if id(tensor) in own and self.trains(n)]
         masks = {name: self.tensors[mask] for name, mask in schedule.masks.items()}
+        paced = replay.paced(self.base, self.journal)
         return ProgramModule(
-            state, self.base.non_persistent, self._graph_of, title, trains, masks, schedule, self.clock
+            state,
+            self.base.non_persistent,
+            self._graph_of,
+            title,
+            trains,
+            masks,
+            schedule,
+            self.clock,
+            paced,
+            self,
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from surgery.meta_cache import MetaCache
 from surgery.pass_base import GraphPass, Pass, RewritePass
 from surgery.plugins import Plugins
 from surgery.rewriter import Rewriter
+from surgery.schedule import Paced
 from surgery.sites import Site, SiteIndex
 from surgery.view import View
 
@@ -70,6 +71,16 @@ def live_entries(journal: Journal) -> list[Entry]:
             if standing.sites or not entry.sites:
                 live.append(standing)
     return live
+
+
+def paced(base: Base, journal: Journal) -> list[Paced]:
+    """What changes tensors of its own as training goes on, of the entries that are in force."""
+    found = []
+    for entry in live_entries(journal):
+        pass_ = pass_of(entry, base.plugins)
+        if isinstance(pass_, RewritePass) and pass_.pacing is not None:
+            found.append(Paced(pass_, entry.sites))
+    return found
 
 
 def weight_names(base: Base, journal: Journal, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:

@@ -129,9 +129,10 @@ class _Place:
         plugins = program.base.plugins
         self.tensors = program.tensors
         self.probe = site.probe
-        # `fake-quant` stands below the codes that `convert` made of its weights.
-        self.over = [e for e in over if e.pass_name not in pass_.requires]
-        self.passes = {e.id: pass_of(e, plugins) for e in self.over}
+        self.passes = {e.id: pass_of(e, plugins) for e in over}
+        self.zeros = [e.id for e in over if getattr(self.passes[e.id], "makes_zeros", False)]
+        # `fake-quant` and `sparse` stand below the codes that were made of their weights.
+        self.over = [e for e in over if e.pass_name not in pass_.requires and e.id not in self.zeros]
 
     def choose(self, how: How, budget: float) -> tuple[Choice, dict[str, Tensor]]:
         names = tuple(e.id for e in self.over)
@@ -182,6 +183,8 @@ class _Place:
             assert isinstance(pass_, RewritePass)
             if not pass_.mergeable:
                 return f"{entry.id} has no merged form"
+            if self.zeros and not pass_.keeps_zeros:
+                return f"it would fill the zeros of {self.zeros[0]}"
             why = pass_.keeps(self._site_of(entry))
             if why:
                 return f"{entry.id}: {why}"

@@ -1,17 +1,21 @@
-"""Which parameters train when, and how fast: what selections decided, for modules and optimisers."""
+"""Which parameters train when, and how fast: what selections decided, for modules and optimisers; and what passes do
+to tensors of their own as training goes on."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from surgery.errors import PassError
-from surgery.journal import Entry
+from surgery.journal import Entry, SiteRecord
 
 if TYPE_CHECKING:
+    from surgery.pass_base import RewritePass
     from surgery.program import Program
 
 Window = tuple[int, int | None]
@@ -26,7 +30,8 @@ class Clock:
 
 @dataclass(frozen=True)
 class Schedule:
-    """windows: parameter name -> the steps [first, last) in which it trains; absent: always. rates: its learning
+    """windows: parameter name -> the steps [first, last) in which it trains; absent: always; also the name of a tensor
+    that a pass changes in them (see RewritePass.pacing). rates: its learning
     rate over the optimiser's. masks: the tensor that says which of its values train; absent: all. unit: what a
     step is, "step" or "epoch"."""
 
@@ -78,6 +83,32 @@ class Schedule:
         """The steps at which something starts or stops to train, 0 left out."""
         ends = {end for window in self.windows.values() for end in window if end}
         return tuple(sorted(ends))
+
+
+@dataclass
+class Paced:
+    """An entry whose tensors change as training goes on. done: what of `due` they were last changed for."""
+
+    pass_: RewritePass
+    sites: tuple[SiteRecord, ...]
+    done: float | None = None
+
+    def advance(self, module: nn.Module, step: int) -> None:
+        """Let the pass change its tensors in a module for a step."""
+        due = self.pass_.due(step)
+        if due == self.done:
+            return
+
+        def get(name: str) -> Tensor:
+            return operator.attrgetter(name)(module).detach()
+
+        places = [
+            (record.decided, get(record.key.owner), {n: get(full) for n, full in record.tensors.items()})
+            for record in self.sites
+        ]
+        with torch.no_grad():
+            self.pass_.pace(step, places)
+        self.done = due
 
 
 def trained_values(size: int, mask: Tensor | None) -> int:

@@ -22,6 +22,7 @@ from surgery.passes.prefix import Prefix
 from surgery.passes.prompt import Prompt
 from surgery.passes.quantize import Quantize
 from surgery.passes.share import Share
+from surgery.passes.sparse import Sparse
 from surgery.passes.sparse_tune import SparseTune
 from surgery.passes.untie import Untie
 from surgery.passes.vocab import Vocab
@@ -34,6 +35,7 @@ def surgery_passes() -> list[type]:
         Quantize,
         FakeQuant,
         Convert,
+        Sparse,
         Adapter,
         Freeze,
         LowRank,
@@ -75,6 +77,7 @@ __all__ = [
     "Prompt",
     "Quantize",
     "Share",
+    "Sparse",
     "SparseTune",
     "Untie",
     "Vocab",

@@ -42,6 +42,7 @@ class Bitfit(RewritePass):
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EXPERTS, NORM, EMBEDDING)
     default_target: ClassVar[str | None] = "all"
     mergeable: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
 
     add_missing: bool = Field(False, description="weights without a bias get one, at zero")
     train_head: bool = Field(False, description="the head's weights train too")

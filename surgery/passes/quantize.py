@@ -38,7 +38,8 @@ class Quantize(CodesPass):
     `merge --budget`, where the outputs allow it. In ONNX int8 and int4 are DequantizeLinear, whose weight onnxruntime
     keeps in its bits and fuses (MatMulNBits), and int8-dynamic is DynamicQuantizeLinear and MatMulInteger; a
     table of embeddings is looked up in its codes. Undo gives W back bit for bit. Where W is read in another place too
-    it stays there, and nothing is saved. The outputs change by design; the plan says by how much each weight does.
+    it stays there, and nothing is saved. Zeros of `sparse` stay zero, for every format that has one. The outputs
+    change by design; the plan says by how much each weight does.
     """
 
     name: ClassVar[str] = "quantize"
@@ -77,7 +78,7 @@ class Quantize(CodesPass):
             return f"--method gptq is for linear maps, and this is a {site.kind} weight; quantize it in another pass"
         if self.method == "gptq" and not site.probe.program.base.in_memory:
             return "its weight is not in memory, and gptq has to read it"
-        return hindrance(site, self.layout(site), self.format == DYNAMIC)
+        return hindrance(site, self.layout(site), self.format == DYNAMIC, self.method == "gptq")
 
     def encode(self, site: Site, weight: Tensor) -> Codes:
         products = site.probe.products(site) if self.method == "gptq" else None

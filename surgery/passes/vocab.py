@@ -49,6 +49,7 @@ class Vocab(GraphPass):
     name: ClassVar[str] = "vocab"
     on: ClassVar[tuple[str, ...]] = (EMBEDDING, LINEAR)
     mergeable: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
     beside: ClassVar[bool] = True
     lengthens: ClassVar[bool] = True
 

@@ -11,8 +11,8 @@ from surgery.standing import replaced_by, weight_reader
 from surgery.weight_ops import CONV, LINEAR, parameter_of
 
 
-def hindrance(site: Site, layout: Layout, dynamic: bool) -> str | None:
-    """A clause, or None. dynamic: what enters is rounded too."""
+def hindrance(site: Site, layout: Layout, dynamic: bool, calibrated: bool = False) -> str | None:
+    """A clause, or None. dynamic: what enters is rounded too. calibrated: errors of values go into others."""
     if site.weight is None:
         return f"its weight is computed from {', '.join(site.computed_from)}; target those"
     if site.packed or not site.dtype.is_floating_point:
@@ -25,7 +25,11 @@ def hindrance(site: Site, layout: Layout, dynamic: bool) -> str | None:
     if current.target in (dequantize._opoverload, fake_quantize._opoverload):
         return f"{there!r} has quantized it already; undo that first"
     if parameter_of(current) is not None:
-        return f"{there!r} has put another weight there; quantize first, and adapt then"
+        why = "quantize first, and adapt then"
+        if _makes_zeros(site, str(there)):
+            why = _filled(str(there), layout.format, calibrated)
+        if why:
+            return f"{there!r} has put another weight there; {why}"
     if site.kind == CONV and site.layout == "io" and site.groups > 1:
         return "a transposed convolution with groups has no rows of its own; target its neighbours"
     if dynamic and (site.kind != LINEAR or any(call.x_axis == "column" for call in site.calls)):
@@ -37,3 +41,18 @@ def hindrance(site: Site, layout: Layout, dynamic: bool) -> str | None:
     if in_memory and not bool(torch.isfinite(site.probe.stored(site)).all()):
         return "its weight holds values that are infinite or no numbers; mend the model first"
     return None
+
+
+def _makes_zeros(site: Site, entry: str) -> bool:
+    program = site.probe.program
+    name = program.journal.find(entry)[0].pass_name
+    return bool(getattr(program.base.plugins.find_pass(name).cls, "makes_zeros", False))
+
+
+def _filled(entry: str, format: str, calibrated: bool) -> str:
+    """Why codes would not keep the zeros that an entry has put into a weight, or empty."""
+    if format == "binary":
+        return "binary codes have no zero; use another --format"
+    if calibrated:
+        return f"gptq would move values into the zeros of {entry!r}; use --method nearest"
+    return ""

@@ -163,6 +163,16 @@ def _reparameterisation() -> list[Technique]:
         Technique("fake-quant", family, _at_linears("fake-quant", format="int4", group=0), ALL),
         Technique("convert", family, lambda model: of("convert"), ALL, rounded_first),
         Technique("int8-static", family, _at_linears("int8-static"), ALL),
+        *(
+            Technique(f"sparse {shown}".rstrip(), family, _at_linears("sparse", **given), mandatory)
+            for shown, given, mandatory in (
+                ("", {}, ALL),
+                ("--pattern 2:4", {"pattern": "2:4"}, ALL),
+                ("--pattern 4x4", {"pattern": "4x4"}, ALL),
+                ("--criterion wanda", {"criterion": "wanda"}, ALL),
+                ("--schedule cubic", {"schedule": "cubic", "end": 4}, ALL),
+            )
+        ),
         Technique("low-rank", family, low_rank, ALL),
         Technique("share --mode first", family, share(), both),
         Technique("share --mode mean", family, share(mode="mean"), both),

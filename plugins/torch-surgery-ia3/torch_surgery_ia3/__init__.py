@@ -46,6 +46,7 @@ class IA3(RewritePass):
     partial: ClassVar[bool] = True
     weightable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
+    keeps_zeros: ClassVar[bool] = True
 
     scale: Literal["auto", "input", "output"] = Field(
         "auto", description="what the vector rescales; auto: the input of mlp.down, else the output"

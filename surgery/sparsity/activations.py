@@ -1,0 +1,69 @@
+"""What enters a weight on the data: norms for its inputs, and what zeros do to its outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from surgery.sites import Site
+from surgery.sparsity.layout import Layout
+from surgery.weight_ops import CONV, LINEAR, arguments, operand
+
+
+def norms(site: Site) -> Tensor:
+    """‖x‖ over all positions of the data of what each value is multiplied with: fp32, laid out as the weight, with 1
+    for sizes along which it is the same."""
+    if site.kind == LINEAR:
+        squares = site.probe.products(site).diagonal().view(1, 1, 1, -1)
+    elif site.kind == CONV:
+        squares = Layout.of(site).laid(_patches(site))
+    else:
+        squares = _routed(site).view(site.size("e"), 1, 1, -1)
+    return squares.sqrt().float()
+
+
+def output_error(site: Site, weight: Tensor, moved: Tensor) -> float:
+    """How far the outputs of a linear map move on the data, over their size, where its laid-out weight moves so."""
+    products = site.probe.products(site)
+
+    def energy(laid: Tensor) -> float:
+        rows = laid.reshape(-1, laid.shape[-1]).double()
+        return float((rows @ products * rows).sum())
+
+    whole = energy(weight)
+    return (max(energy(moved), 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def _patches(site: Site) -> Tensor:
+    """Σ x² of a convolution, in its weight's layout: the gradient of its weight, of the sum of what it gives for x²."""
+    nodes = {operand(call) for call in site.calls}
+    values = site.probe.values(nodes)
+    total = torch.zeros(site.shape, dtype=torch.float64)
+    for call in site.calls:
+        for value in values[operand(call).name]:
+            given = dict(arguments(call.node))
+            weight = torch.zeros(site.shape, dtype=torch.float64, device=value.device, requires_grad=True)
+            given |= {call.op.x: value.double().square(), call.op.weights[0]: weight}
+            if call.op.bias:
+                given[call.op.bias] = None
+            with torch.enable_grad():
+                summed = call.node.target(**given).sum()  # type: ignore[operator]
+            total = total.to(value.device) + torch.autograd.grad(summed, weight)[0]
+    return total
+
+
+def _routed(site: Site) -> Tensor:
+    """Σ x² of each input by expert, (experts, inputs), over the rows that come to it."""
+    nodes = {n for call in site.calls for n in (operand(call), call.gather) if n is not None}
+    values = site.probe.values(nodes)
+    total = torch.zeros(site.size("e"), site.size("i"), dtype=torch.float64)
+    for call in site.calls:
+        for index, value in enumerate(values[operand(call).name]):
+            rows = value.transpose(-2, -1) if call.x_axis == "column" else value
+            squares = rows.double().square().sum(-2)
+            total = total.to(value.device)
+            if call.gather is None:
+                total += squares
+            else:
+                total.index_add_(0, values[call.gather.name][index].flatten(), squares)
+    return total
