@@ -199,6 +199,7 @@ def test_the_digits_are_still_read(tmp_path):
     assert right[1] >= right[0] - 0.01
 
 
+@pytest.mark.slow
 def test_qlora_on_minilm(tmp_path):
     """Trained on top, saved, loaded in the same state, exported with the adapter beside the codes."""
     base = encoder()
