@@ -207,7 +207,8 @@ class RewritePass(Pass):
     which later passes target. replaces: at its sites the op no longer reads the base's own weight, so that nothing
     can be folded into that there, whichever came first. beside: what it adds stands beside the ops of its sites, so
     that other adapters there are folded as if it were absent. lengthens: folding it makes weights longer, so that
-    everything which reads these has to be folded with it.
+    everything which reads these has to be folded with it. rounding: ops that it inserts to round
+    activations, their first argument, to a few steps (see surgery.export.rounding).
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear",)
