@@ -113,8 +113,10 @@ class Probe:
         """Each set of data as the values of the graph's inputs. PassError where it does not fit, or holds NaN."""
         module = self.program.graph_module
         inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
-        for number, (args, kwargs) in enumerate(self.data, 1):
-            values = flat_inputs(module, args, kwargs)
+        for number, given in enumerate(self.data, 1):
+            if not (isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[1], Mapping)):
+                raise PassError(f"data set {number} is no pair; give (args, kwargs) as the model takes them")
+            values = flat_inputs(module, *given)
             if len(values) != len(inputs):
                 names = ", ".join(node.name for node in inputs)
                 raise PassError(f"data set {number} has {len(values)} inputs, and the model takes {names}")
