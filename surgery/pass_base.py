@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from surgery.errors import PassError, nearest
 from surgery.rewriter import Rewriter
-from surgery.sites import Site
+from surgery.sites import Site, SiteIndex, SiteKey
 from surgery.target import select_sites
 
 if TYPE_CHECKING:
@@ -220,6 +220,7 @@ class RewritePass(Pass):
     replaces: ClassVar[bool] = False
     beside: ClassVar[bool] = False
     lengthens: ClassVar[bool] = False
+    regroups: ClassVar[bool] = False
 
     @property
     def can_weigh(self) -> bool:
@@ -267,6 +268,14 @@ class RewritePass(Pass):
         if asked is None:
             raise PassError(f"pass {self.name!r} needs a target, such as --target 'attn.*'")
         return [site for site in select_sites(view.sites.sites, asked) if not self.skips(site)]
+
+    def places(self, view: View, index: SiteIndex) -> Mapping[SiteKey, Site]:
+        """Where a journalled application can be replayed, by key. index: of the view's sites."""
+        return index.by_key
+
+    def nothing(self, view: View) -> str:
+        """What is said where it finds no site at all."""
+        return "it has nothing to do at what the target names; target other sites"
 
     def skips(self, site: Site) -> bool:
         """Whether a targeted site is none of this pass's business, so that it is no refusal either."""

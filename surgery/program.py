@@ -84,7 +84,8 @@ class Program:
     def view(self) -> View:
         """The analysis of the eval graph: sites, attentions, residual branches, blocks, depth."""
         # While nothing structural was added, roles are the base's.
-        known = None if len(self.names) > len(self.base.names) else (self.base.roles, self.base.parts)
+        others = len(self.names) > len(self.base.names) or replay.is_regrouped(self.base, self.journal)
+        known = None if others else (self.base.roles, self.base.parts)
         return View(self.graph, self.names, self.base.plugins.weight_ops, known=known)
 
     @property

@@ -15,7 +15,7 @@ from surgery.meta_cache import MetaCache
 from surgery.pass_base import GraphPass, Pass, RewritePass
 from surgery.plugins import Plugins
 from surgery.rewriter import Rewriter
-from surgery.sites import Site, SiteIndex
+from surgery.sites import Site, SiteIndex, SiteKey
 from surgery.view import View
 
 
@@ -24,13 +24,13 @@ def pass_of(entry: Entry, plugins: Plugins) -> Pass:
     return plugins.find_pass(entry.pass_name, entry.distribution).cls.parse(entry.options)
 
 
-def find_sites(entry: Entry, index: SiteIndex) -> list[Site]:
+def find_sites(entry: Entry, places: Mapping[SiteKey, Site]) -> list[Site]:
     """The entry's sites in a graph, with what was decided there. Raises JournalError for one that is gone."""
     found = []
     for record in entry.sites:
-        site = index.by_key.get(record.key)
+        site = places.get(record.key)
         if site is None:
-            near = nearest(record.key.owner, [s.key.owner for s in index])
+            near = nearest(record.key.owner, [key.owner for key in places])
             raise JournalError(f"{entry.id} cannot be replayed: the model has no site {record.path}{near}")
         found.append(site.deciding(record.decided))
     return found
@@ -84,6 +84,12 @@ def is_structural(entry: Entry, plugins: Plugins) -> bool:
     return isinstance(pass_, RewritePass) and pass_.adds_weights
 
 
+def is_regrouped(base: Base, journal: Journal) -> bool:
+    """Whether ops of the model stand in the place of others, so that its roles are no longer the base's."""
+    passes = (pass_of(entry, base.plugins) for entry in live_entries(journal))
+    return any(isinstance(pass_, RewritePass) and pass_.regroups for pass_ in passes)
+
+
 def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], captured: Captured) -> fx.Graph:
     """The captured graph with every live entry applied."""
     graph = copy_graph(captured.graph)
@@ -100,7 +106,8 @@ def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], cap
             raise JournalError(f"{entry.id}: pass {entry.pass_name!r} rewrites nothing in this version of it")
         view = View(graph, names, ops, training=captured.training)
         index = index or SiteIndex(graph, names, ops)
-        rewrite_entry(entry, pass_, graph, cache, find_sites(entry, index), tensors, view)
-        if pass_.adds_weights:
+        sites = find_sites(entry, pass_.places(view, index))
+        rewrite_entry(entry, pass_, graph, cache, sites, tensors, view)
+        if pass_.adds_weights or pass_.regroups:
             index = None
     return graph

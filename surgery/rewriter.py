@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -237,6 +237,17 @@ class Rewriter:
         fresh.meta[META] = {**fresh.meta[META], "instead_of": value.name}
         node.meta[META] = {**node.meta.get(META, {}), "gone_for": fresh.name}
         value.replace_all_uses_with(fresh, delete_user_cb=lambda user: user not in self._new)
+
+    def replace(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, fx.Node]) -> None:
+        """Put ops made with `model_op` in the place of several of the model's, for good.
+
+        nodes: what goes. values: for those of them that others read, what is read in their place.
+        """
+        for node, fresh in values.items():
+            self.supersede(node, fresh)
+        *_, last = values.values()
+        for node in nodes:
+            node.meta[META] = {"gone_for": last.name, **node.meta.get(META, {})}
 
     def go_on(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """Let the users of a node's value read build(value), made by ops of the model's kind that follow on it.

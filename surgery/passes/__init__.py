@@ -11,6 +11,8 @@ from surgery.passes.expand import Expand
 from surgery.passes.filter import Filter
 from surgery.passes.freeze import Freeze
 from surgery.passes.full import Full
+from surgery.passes.fuse_gelu import FuseGelu
+from surgery.passes.fuse_rmsnorm import FuseRmsnorm
 from surgery.passes.gradual_unfreeze import GradualUnfreeze
 from surgery.passes.head import Head
 from surgery.passes.layerwise import Layerwise
@@ -46,6 +48,8 @@ def surgery_passes() -> list[type]:
         Expand,
         Filter,
         Full,
+        FuseGelu,
+        FuseRmsnorm,
         GradualUnfreeze,
         Layerwise,
     ]
@@ -60,6 +64,8 @@ __all__ = [
     "Filter",
     "Freeze",
     "Full",
+    "FuseGelu",
+    "FuseRmsnorm",
     "GradualUnfreeze",
     "Head",
     "Layerwise",
