@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import fx
 
 from surgery.pass_base import GraphPass
-from surgery.patterns import Found, Match, NearMiss, Pattern, find
+from surgery.patterns import Found, Match, NearMiss, Pattern, find, value
+from surgery.patterns.expressions import Value
 from surgery.rewriter import Rewriter
-from surgery.sites import Site, SiteIndex, SiteKey
+from surgery.sites import META, Site, SiteIndex, SiteKey
 from surgery.standing import adapted_by
 from surgery.weight_ops import Call, WeightOp, arguments, module_path
 
 if TYPE_CHECKING:
     from surgery.view import View
+
+
+# What stands on weights as they are: it comes behind a pass that makes other weights of them.
+ADAPTERS = ("lora", "ia3", "sparse-tune", "bitfit", "quantize", "low-rank")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class _Places:
 class PatternPass(GraphPass):
     """A pass that puts other ops in the place of those that a pattern matches.
 
-    A place is keyed to the path of the module that its anchor is in, and to its number there. `patterns` gives the
+    A place is keyed to a module's path (`path_of`: the anchor's), and to its number there. `patterns` gives the
     pattern, or several; `replacement` makes the new value of each output, with `g.model_op`. on: the kind of place,
     one name. role: what targets and plans call it. What is matched stays in the graph, unread, for undo and for the
     numbers of places; later passes see the new ops.
@@ -54,13 +59,18 @@ class PatternPass(GraphPass):
     def _places(self, view: View) -> _Places:
         return view.once(self.model_copy(update={"target": None, "label": ""}), lambda: self._find(view))
 
+    def path_of(self, match: Match) -> str:
+        """Path of the module that a match belongs to."""
+        return match.path
+
     def _find(self, view: View) -> _Places:
         found = find(view.ops_index, *self.patterns(view))
         numbers: dict[str, int] = defaultdict(int)
         sites, matches = [], {}
         for match in found.matches:
-            key = SiteKey(match.path, self.on[0], numbers[match.path])
-            numbers[match.path] += 1
+            path = self.path_of(match)
+            key = SiteKey(path, self.on[0], numbers[path])
+            numbers[path] += 1
             sites.append(self._site(key, match))
             matches[key] = match
         return _Places(found, tuple(sites), matches)
@@ -117,6 +127,34 @@ class PatternPass(GraphPass):
             made = self.replacement(site, match, g)
         values = [made] if isinstance(made, fx.Node) else list(made)
         g.replace(match.nodes, dict(zip(match.outputs, values, strict=True)))
+
+
+def role_in(view: View, node: fx.Node) -> str:
+    """The role of a weight op, or the one that it had before a pass replaced it."""
+    return view.roles.role.get(node) or str(node.meta.get(META, {}).get("role", ""))
+
+
+def is_stored(node: fx.Node) -> bool:
+    """Whether a value is a parameter or a buffer as it is."""
+    return node.op == "get_attr"
+
+
+def stored(name: str) -> Value:
+    """Capture a parameter or a buffer."""
+    return value(name, is_stored, "a stored tensor")
+
+
+def read_elsewhere(match: Match, view: View, names: Sequence[str]) -> str | None:
+    """Why tensors that a match captured cannot go: the reason where another op reads one too, or None."""
+    for name in names:
+        node = match.get(name)
+        if node is None:
+            continue
+        aliases = view.names.get(str(node.target), (str(node.target),))
+        readers = (u for n in view.graph.nodes if n.op == "get_attr" and n.target in aliases for u in n.users)
+        if any(user in view.ops_index.live and user not in match.nodes for user in readers):
+            return f"{node.target} is read in another place too; give this one a copy with --pass untie first"
+    return None
 
 
 def _call(node: fx.Node, kind: str) -> Call:

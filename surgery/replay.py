@@ -63,7 +63,7 @@ def live_entries(journal: Journal) -> list[Entry]:
     for entry in journal:
         if entry.kind != "rewrite":
             continue
-        if entry.weight == 0 or any(r.key.owner in missing for r in entry.sites):
+        if entry.weight == 0 or any(not missing.isdisjoint(r.stands_on) for r in entry.sites):
             missing.update(entry.tensor_names)
         elif entry.id not in folded:
             live.append(journal.standing(entry))

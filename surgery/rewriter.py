@@ -245,9 +245,12 @@ class Rewriter:
         """
         for node, fresh in values.items():
             self.supersede(node, fresh)
+        assert self.site is not None
         *_, last = values.values()
         for node in nodes:
-            node.meta[META] = {"gone_for": last.name, **node.meta.get(META, {})}
+            role = self.view.roles.role.get(node)
+            known = {"at": self.site.path, **({"role": role} if role else {})}
+            node.meta[META] = {"gone_for": last.name, **known, **node.meta.get(META, {})}
 
     def go_on(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """Let the users of a node's value read build(value), made by ops of the model's kind that follow on it.
@@ -438,6 +441,10 @@ class Rewriter:
         node = self.call(op, *args, **kwargs)
         node.meta[META] = {**node.meta[META], "aux": False}
         return node
+
+    def has_role(self, node: fx.Node, role: str) -> None:
+        """Say which role an op of the model's kind has, where that is lost in what follows (parts put together)."""
+        node.meta[META] = {**node.meta[META], "role": role}
 
     def add_output(self, name: str, node: fx.Node) -> None:
         """Let the program return one value more; see surgery.outputs.add_output."""

@@ -11,7 +11,7 @@ from torch import fx
 from surgery.biases import site_biases
 from surgery.blocks import Block, Branch, depth_of, find_blocks, find_branches
 from surgery.dataflow import Dataflow, trace_origins
-from surgery.patterns.matching import OpIndex
+from surgery.patterns.found import OpIndex
 from surgery.roles import Attention, Roles, find_roles
 from surgery.sites import Site, SiteIndex, SiteKey, is_aux, is_gone
 from surgery.weight_ops import Call, WeightOp, find_calls

@@ -9,9 +9,12 @@ from surgery.passes.classifier import Classifier
 from surgery.passes.embedding import Embedding
 from surgery.passes.expand import Expand
 from surgery.passes.filter import Filter
+from surgery.passes.fold_batchnorm import FoldBatchnorm
 from surgery.passes.freeze import Freeze
 from surgery.passes.full import Full
+from surgery.passes.fuse_attention import FuseAttention
 from surgery.passes.fuse_gelu import FuseGelu
+from surgery.passes.fuse_qkv import FuseQkv
 from surgery.passes.fuse_rmsnorm import FuseRmsnorm
 from surgery.passes.gradual_unfreeze import GradualUnfreeze
 from surgery.passes.head import Head
@@ -23,6 +26,7 @@ from surgery.passes.prompt import Prompt
 from surgery.passes.quantize import Quantize
 from surgery.passes.share import Share
 from surgery.passes.sparse_tune import SparseTune
+from surgery.passes.split_qkv import SplitQkv
 from surgery.passes.untie import Untie
 from surgery.passes.vocab import Vocab
 
@@ -38,6 +42,7 @@ def surgery_passes() -> list[type]:
         Share,
         Untie,
         SparseTune,
+        SplitQkv,
         Head,
         Vocab,
         Prefix,
@@ -47,8 +52,11 @@ def surgery_passes() -> list[type]:
         Embedding,
         Expand,
         Filter,
+        FoldBatchnorm,
         Full,
+        FuseAttention,
         FuseGelu,
+        FuseQkv,
         FuseRmsnorm,
         GradualUnfreeze,
         Layerwise,
@@ -62,9 +70,12 @@ __all__ = [
     "Embedding",
     "Expand",
     "Filter",
+    "FoldBatchnorm",
     "Freeze",
     "Full",
+    "FuseAttention",
     "FuseGelu",
+    "FuseQkv",
     "FuseRmsnorm",
     "GradualUnfreeze",
     "Head",
@@ -76,6 +87,7 @@ __all__ = [
     "Quantize",
     "Share",
     "SparseTune",
+    "SplitQkv",
     "Untie",
     "Vocab",
     "surgery_passes",

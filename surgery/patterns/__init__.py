@@ -13,7 +13,8 @@ from surgery.patterns.expressions import (
     shape_of,
     value,
 )
-from surgery.patterns.matching import Found, Match, NearMiss, OpIndex, find
+from surgery.patterns.found import Found, Match, NearMiss, OpIndex
+from surgery.patterns.matching import find
 
 __all__ = [
     "Found",

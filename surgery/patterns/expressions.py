@@ -7,11 +7,12 @@
         inner = ops.mul(ops.add(x, ops.mul(cube, 0.044715)), math.sqrt(2 / math.pi))
         return ops.mul(ops.mul(x, 0.5), ops.add(ops.tanh(inner), 1))
 
-`ops.NAME` is the ATen op of that name, whatever its overload. Arguments that are not written must have their default;
-`...` in the place of one allows anything there, and as the last allows all that follow. A number matches an equal one;
-the two operands of a commutative op match in either order. `value` and `constant` capture: the same name used twice
-means the same tensor, or an equal constant. An expression used twice is one node. Alternatives are tried in the order
-in which they are written. A pattern may return several outputs; what lies inside must be read by nothing else.
+`ops.NAME` is the ATen op of that name, whatever its overload; `ops["matmul", "bmm"]` either of two. Arguments that are
+not written must have their default; `...` in the place of one allows anything there, and as the last allows all that
+follow. A number matches an equal one; the two operands of a commutative op match in either order. `value` and
+`constant` capture: the same name used twice means the same tensor, or an equal constant. An expression used twice is
+one node. Alternatives are tried in the order in which they are written. A pattern may return several outputs; what
+lies inside must be read by nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import fx
 
 if TYPE_CHECKING:
-    from surgery.patterns.matching import Match
+    from surgery.patterns.found import Match
 
 # Two operands of these may change places.
 COMMUTATIVE = frozenset(
@@ -73,9 +74,9 @@ class Axis(Expression):
 
 @dataclass(eq=False)
 class Op(Expression):
-    """A node of an op. capture: the name that its node has in a match."""
+    """A node of an op, of one of several names. capture: the name that its node has in a match."""
 
-    op: str
+    names: tuple[str, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     capture: str = ""
@@ -98,7 +99,7 @@ class Op(Expression):
         return self
 
     def __str__(self) -> str:
-        return f"'{self.op}'"
+        return " or ".join(f"'{name}'" for name in self.names)
 
 
 @dataclass(eq=False)
@@ -112,15 +113,16 @@ class AnyOf(Expression):
 
 
 class _Ops:
-    """`ops.mul(x, 0.5)` is an expression; `ops["__and__"]` for names that Python does not take."""
+    """`ops.mul(x, 0.5)` is an expression; `ops["matmul", "bmm"](x, y)` is of either op."""
 
     def __getattr__(self, name: str) -> Callable[..., Op]:
         if name.startswith("_"):
             raise AttributeError(name)
         return self[name]
 
-    def __getitem__(self, name: str) -> Callable[..., Op]:
-        return lambda *args, **kwargs: Op(name, args, kwargs)
+    def __getitem__(self, names: str | tuple[str, ...]) -> Callable[..., Op]:
+        either = (names,) if isinstance(names, str) else names
+        return lambda *args, **kwargs: Op(either, args, kwargs)
 
 
 ops = _Ops()

@@ -122,7 +122,7 @@ def test_a_norm_over_another_axis_stays():
     base = formed(lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 1e-5)))
     (planned,) = base.plan(of("fuse-rmsnorm")).passes
     assert not planned.sites
-    assert "its dim is [0], and the pattern has [axis -1]" in {miss.reason for miss in planned.misses}
+    assert "its dim is 0, and the pattern has axis -1" in {miss.reason for miss in planned.misses}
 
 
 def test_what_is_no_weight_stays_outside_of_the_norm():
@@ -157,7 +157,7 @@ def test_one_place_of_several_by_its_path_then_the_rest():
     left = both.undo("fuse-gelu")
     assert [r.path for e in left.journal for r in e.sites] == ["transformer.h.0.mlp.act"]
     assert ops_of(left)[aten.gelu.default] == 1
-    with pytest.raises(TargetError, match="h.2"):
+    with pytest.raises(TargetError, match=r"h\.2"):
         base.apply(of("fuse-gelu", target="h.2"))
 
 
