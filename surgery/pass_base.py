@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from surgery.errors import PassError, nearest
 from surgery.rewriter import Rewriter
-from surgery.sites import Site, SiteIndex, SiteKey
+from surgery.sites import Site, SiteKey
 from surgery.target import select_sites
 
 if TYPE_CHECKING:
@@ -269,9 +269,9 @@ class RewritePass(Pass):
             raise PassError(f"pass {self.name!r} needs a target, such as --target 'attn.*'")
         return [site for site in select_sites(view.sites.sites, asked) if not self.skips(site)]
 
-    def places(self, view: View, index: SiteIndex) -> Mapping[SiteKey, Site]:
-        """Where a journalled application can be replayed, by key. index: of the view's sites."""
-        return index.by_key
+    def own_places(self, view: View) -> Mapping[SiteKey, Site] | None:
+        """Where a journalled application can be replayed, by key; None: at the sites of the graph."""
+        return None
 
     def nothing(self, view: View) -> str:
         """What is said where it finds no site at all."""

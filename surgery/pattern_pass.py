@@ -13,7 +13,7 @@ from surgery.pass_base import GraphPass
 from surgery.patterns import Found, Match, NearMiss, Pattern, find, value
 from surgery.patterns.expressions import Value
 from surgery.rewriter import Rewriter
-from surgery.sites import META, Site, SiteIndex, SiteKey
+from surgery.sites import META, Site, SiteKey
 from surgery.standing import adapted_by
 from surgery.weight_ops import Call, WeightOp, arguments, module_path
 
@@ -96,7 +96,7 @@ class PatternPass(GraphPass):
     def candidates(self, view: View) -> list[Site]:
         return list(self._places(view).sites)
 
-    def places(self, view: View, index: SiteIndex) -> Mapping[SiteKey, Site]:
+    def own_places(self, view: View) -> Mapping[SiteKey, Site]:
         return {site.key: site for site in self._places(view).sites}
 
     def nothing(self, view: View) -> str:

@@ -412,7 +412,7 @@ def _rewrite(
     graph = copy_graph(program.graph)
     plugins = program.base.plugins
     view = View(graph, program.names, plugins.weight_ops)
-    sites = replay.find_sites(entry, pass_.places(view, view.sites))
+    sites = replay.find_sites(entry, replay.places_of(pass_, view))
     replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, tensors, view)
     graph.lint()
     return graph, tensors

@@ -36,6 +36,12 @@ def find_sites(entry: Entry, places: Mapping[SiteKey, Site]) -> list[Site]:
     return found
 
 
+def places_of(pass_: RewritePass, view: View, index: SiteIndex | None = None) -> Mapping[SiteKey, Site]:
+    """Where a pass can be replayed. index: of the view's sites, where there is one."""
+    own = pass_.own_places(view)
+    return (index or view.sites).by_key if own is None else own
+
+
 def rewrite_entry(
     entry: Entry,
     pass_: RewritePass,
@@ -46,7 +52,7 @@ def rewrite_entry(
     view: View,
 ) -> None:
     """Apply one journalled entry to a graph, in place. view: of the graph as it is."""
-    if isinstance(pass_, GraphPass):
+    if isinstance(pass_, GraphPass) and not pass_.regroups:
         _ = view.sites, view.branches, view.attentions  # seen before any of this entry's own edits
     for site, record in zip(sites, entry.sites, strict=True):
         rewriter = Rewriter(graph, cache, entry.id, record.tensors, tensors, entry.weight, view)
@@ -106,7 +112,7 @@ def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], cap
             raise JournalError(f"{entry.id}: pass {entry.pass_name!r} rewrites nothing in this version of it")
         view = View(graph, names, ops, training=captured.training)
         index = index or SiteIndex(graph, names, ops)
-        sites = find_sites(entry, pass_.places(view, index))
+        sites = find_sites(entry, places_of(pass_, view, index))
         rewrite_entry(entry, pass_, graph, cache, sites, tensors, view)
         if pass_.adds_weights or pass_.regroups:
             index = None

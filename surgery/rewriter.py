@@ -248,7 +248,7 @@ class Rewriter:
         assert self.site is not None
         *_, last = values.values()
         for node in nodes:
-            role = self.view.roles.role.get(node)
+            role = self.view.seen_role(node)
             known = {"at": self.site.path, **({"role": role} if role else {})}
             node.meta[META] = {"gone_for": last.name, **known, **node.meta.get(META, {})}
 

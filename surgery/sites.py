@@ -184,11 +184,13 @@ def writes(node: fx.Node) -> bool:
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that an output of the graph, or a write, depends on."""
-    stack = [
-        n
-        for n in graph.nodes
-        if n.op == "output" or (n.op == "call_function" and n.is_impure(impure_random=False))
-    ]
+    acts: dict[Any, bool] = {}  # by op: torch takes its time to say so
+    stack = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in acts:
+            acts[node.target] = writes(node)
+        if node.op == "output" or (node.op == "call_function" and acts[node.target]):
+            stack.append(node)
     live: set[fx.Node] = set()
     while stack:
         node = stack.pop()

@@ -50,6 +50,10 @@ class View:
     def roles(self) -> Roles:
         return find_roles(self.graph, self.calls, self.flow)
 
+    def seen_role(self, node: fx.Node) -> str:
+        """The role of a weight op, where roles were asked for before: nothing is analysed while a graph is edited."""
+        return self.roles.role.get(node, "") if "roles" in self.__dict__ else ""
+
     @property
     def attentions(self) -> list[Attention]:
         return self.roles.attentions

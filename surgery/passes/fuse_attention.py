@@ -153,7 +153,7 @@ def _attention(keys: Any, values: Any) -> Any:
 
 
 def _turned(k: Any) -> Any:
-    return any_of(ops.transpose(k, axis(-2), axis(-1)), ops.transpose(k, axis(-1), axis(-2)))
+    return any_of(ops.transpose(k, axis(-2), axis(-1)), ops.transpose(k, axis(-1), axis(-2)), ops.mT(k))
 
 
 def _repeated(name: str) -> Any:

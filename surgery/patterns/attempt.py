@@ -59,8 +59,8 @@ class Attempt:
         return None
 
     def miss(self) -> NearMiss:
-        (matched, _), node, reason = self.deepest
-        return NearMiss(self.node, node or self.node, reason, matched)
+        depth, node, reason = self.deepest
+        return NearMiss(self.node, node or self.node, reason, *depth)
 
     @property
     def _depth(self) -> tuple[int, int]:
@@ -272,7 +272,7 @@ class Attempt:
 
     def _pairings(self, expression: Op, node: fx.Node) -> Iterator[list[tuple[Any, Any, Where]]]:
         """The arguments beside what the pattern says of them, in each order that the op allows."""
-        given, schema = arguments(node), getattr(node.target, "_schema", None)
+        given, schema = self.index.arguments(node), getattr(node.target, "_schema", None)
         names = list(given)
         wanted = list(expression.args)
         open_ended = bool(wanted) and wanted[-1] is ...

@@ -22,12 +22,19 @@ class OpIndex:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
+        self._arguments: dict[fx.Node, dict[str, Any]] = {}
         self.by_op: dict[str, list[fx.Node]] = defaultdict(list)
         self.order: dict[fx.Node, int] = {}
         for position, node in enumerate(graph.nodes):
             self.order[node] = position
             if node.op == "call_function":
                 self.by_op[op_name(node.target)].append(node)
+
+    def arguments(self, node: fx.Node) -> dict[str, Any]:
+        """A node's arguments at full arity; read once."""
+        if node not in self._arguments:
+            self._arguments[node] = arguments(node)
+        return self._arguments[node]
 
     def of(self, op: Op) -> list[fx.Node]:
         """Nodes of an op, those of its first name first."""
@@ -106,13 +113,14 @@ class NearMiss:
     """A place where the anchor is, and the pattern is not.
 
     node: where the comparison that got furthest ended. matched: how many ops it had found until then; at least one, as
-    an anchor that is not what the pattern wants of it is none.
+    an anchor that is not what the pattern wants of it is none. captured: how many values.
     """
 
     anchor: fx.Node
     node: fx.Node
     reason: str
     matched: int
+    captured: int = 0
 
     @property
     def path(self) -> str:

@@ -22,30 +22,29 @@ def find(index: OpIndex, *patterns: Pattern) -> Found:
     Of matches that share a node, that of the pattern which is named first is taken; of one pattern the one that ends
     first in the graph, then the one with more nodes. The others are near misses.
     """
-    found: list[Match] = []
+    order = index.order
     misses: list[NearMiss] = []
+    taken: dict[fx.Node, Match] = {}
     for pattern in patterns:
+        found: list[Match] = []
         anchor = _anchor(pattern, index)
         for node in index.of(anchor):
+            if node in taken:
+                continue
             attempt = Attempt(pattern, index, anchor, node)
             match = attempt.match()
             if match is not None:
                 found.append(match)
-            elif node in index.live and attempt.deepest[0][0]:
+            elif attempt.live and attempt.deepest[0][0]:
                 misses.append(attempt.miss())
-    order = index.order
-    found.sort(key=lambda m: (patterns.index(m.pattern), order[m.nodes[-1]], -len(m.nodes)))
-    taken: dict[fx.Node, Match] = {}
-    matches = []
-    for match in found:
-        shared = next((n for n in match.nodes if n in taken), None)
-        if shared is None:
-            matches.append(match)
-            taken.update(dict.fromkeys(match.nodes, match))
-        elif match.anchor not in taken:
-            reason = f"it belongs to the match at {taken[shared].anchor.name}"
-            misses.append(NearMiss(match.anchor, shared, reason, len(match.nodes)))
-    matches.sort(key=lambda m: order[m.anchor])
+        for match in sorted(found, key=lambda m: (order[m.nodes[-1]], -len(m.nodes))):
+            shared = next((n for n in match.nodes if n in taken), None)
+            if shared is None:
+                taken.update(dict.fromkeys(match.nodes, match))
+            elif match.anchor not in taken:
+                reason = f"it belongs to the match at {taken[shared].anchor.name}"
+                misses.append(NearMiss(match.anchor, shared, reason, len(match.nodes)))
+    matches = sorted(set(taken.values()), key=lambda m: order[m.anchor])
     return Found(tuple(matches), _nearest((m for m in misses if m.anchor not in taken), index))
 
 
@@ -54,7 +53,7 @@ def _nearest(misses: Iterable[NearMiss], index: OpIndex) -> tuple[NearMiss, ...]
     best: dict[fx.Node, NearMiss] = {}
     for miss in misses:
         known = best.get(miss.anchor)
-        if known is None or miss.matched > known.matched:
+        if known is None or (miss.matched, miss.captured) > (known.matched, known.captured):
             best[miss.anchor] = miss
     return tuple(sorted(best.values(), key=lambda m: index.order[m.anchor]))
 
