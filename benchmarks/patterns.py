@@ -59,7 +59,7 @@ PASSES: tuple[type[PatternPass], ...] = (
 
 def run(quick: bool) -> Iterator[Row]:
     yield from _counts(list(ARCHITECTURES)[:2] if quick else list(ARCHITECTURES))
-    yield from _times(1_300 if quick else MIDDLE, rounds=2 if quick else 5)
+    yield from _times(1_300 if quick else MIDDLE, rounds=2 if quick else 3)
 
 
 # -- how often

@@ -151,7 +151,9 @@ def read_elsewhere(match: Match, view: View, names: Sequence[str]) -> str | None
         if node is None:
             continue
         aliases = view.names.get(str(node.target), (str(node.target),))
-        readers = (u for n in view.graph.nodes if n.op == "get_attr" and n.target in aliases for u in n.users)
+        readers = (
+            user for alias in aliases for n in view.ops_index.stored.get(alias, ()) for user in n.users
+        )
         if any(user in view.ops_index.live and user not in match.nodes for user in readers):
             return f"{node.target} is read in another place too; give this one a copy with --pass untie first"
     return None

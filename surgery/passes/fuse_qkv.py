@@ -138,5 +138,14 @@ def _side_by_side(view: View, letters: str) -> Pattern:
 def _of_one_attention(view: View, nodes: Sequence[fx.Node]) -> bool:
     if is_gone(nodes[0]):
         return len({node.meta[META].get("at") for node in nodes}) == 1
-    own = set(nodes)
-    return any(own <= {*a.q, *a.k, *a.v} for a in view.attentions)
+    serves = view.once("attentions by projection", lambda: _attentions(view))
+    return bool(set.intersection(*(serves.get(node, set()) for node in nodes)))
+
+
+def _attentions(view: View) -> dict[fx.Node, set[int]]:
+    """For each projection the numbers of the attentions that it serves."""
+    found: dict[fx.Node, set[int]] = {}
+    for number, attention in enumerate(view.attentions):
+        for node in (*attention.q, *attention.k, *attention.v):
+            found.setdefault(node, set()).add(number)
+    return found

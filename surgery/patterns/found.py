@@ -24,11 +24,14 @@ class OpIndex:
         self.graph = graph
         self._arguments: dict[fx.Node, dict[str, Any]] = {}
         self.by_op: dict[str, list[fx.Node]] = defaultdict(list)
+        self.stored: dict[str, list[fx.Node]] = defaultdict(list)  # nodes of parameters and buffers, by name
         self.order: dict[fx.Node, int] = {}
         for position, node in enumerate(graph.nodes):
             self.order[node] = position
             if node.op == "call_function":
                 self.by_op[op_name(node.target)].append(node)
+            elif node.op == "get_attr":
+                self.stored[str(node.target)].append(node)
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
         """A node's arguments at full arity; read once."""
