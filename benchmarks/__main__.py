@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.models import MissingPeer
 from benchmarks.timing import Row
 
-NAMES = ("match", "step", "in_place", "merge", "onnx_latency", "generation")
+NAMES = ("match", "patterns", "step", "in_place", "merge", "onnx_latency", "generation")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,8 @@
-"""Graphs of any size with the mix of nodes that a transformer has: one traced BERT layer, repeated.
+"""Graphs of any size with the mix of nodes that a transformer has: one traced layer, repeated.
 
 The layer (transformers' BertLayer, width 32, sdpa) is captured by torch.export with dynamic batch and length: 41
-nodes, of which 6 are linears and 16 their and the norms' parameters. The stack feeds each copy's output to the
+nodes, of which 6 are linears and 16 their and the norms' parameters. `written_out` is a layer with RMSNorm, attention
+and GELU in elementary ops. The stack feeds each copy's output to the
 next; every copy has parameters and module paths of its own, and the nodes keep the metadata of the capture. The
 ONNX stack repeats the same layer as torch.onnx.export writes it.
 """
@@ -9,6 +10,7 @@ ONNX stack repeats the same layer as torch.onnx.export writes it.
 from __future__ import annotations
 
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,34 +25,55 @@ WIDTH = 32
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, attention: str = "sdpa", activation: str = "gelu", rms: bool = False) -> None:
         super().__init__()
         from transformers import BertConfig
         from transformers.models.bert.modeling_bert import BertLayer
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
         config = BertConfig(hidden_size=WIDTH, num_attention_heads=2, intermediate_size=2 * WIDTH)
-        config._attn_implementation = "sdpa"
+        config.hidden_act = activation
+        config._attn_implementation = attention
+        self.norm = LlamaRMSNorm(WIDTH) if rms else nn.Identity()
         self.layer = BertLayer(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.layer(x)
+        out = self.layer(self.norm(x))
         return out[0] if isinstance(out, tuple) else out
+
+
+def _captured(module: nn.Module) -> surgery.Program:
+    return surgery.capture(module, (torch.randn(2, 5, WIDTH),), {"x": {0: "batch", 1: "seq"}})
 
 
 @cache
 def block() -> surgery.Program:
     torch.manual_seed(0)
-    return surgery.capture(Block(), (torch.randn(2, 5, WIDTH),), {"x": {0: "batch", 1: "seq"}})
+    return _captured(Block())
 
 
-def layers_for(nodes: int) -> int:
+@cache
+def written_out() -> surgery.Program:
+    torch.manual_seed(0)
+    return _captured(Block("eager", "gelu_new", rms=True))
+
+
+@cache
+def conv_norm() -> surgery.Program:
+    """A convolution, a batch norm and a ReLU."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    return surgery.capture(layer, (torch.randn(2, 4, 6, 6),), {"input": {0: "batch"}})
+
+
+def layers_for(nodes: int, one: surgery.Program | None = None) -> int:
     """How many layers make a stack of about as many nodes."""
-    return round(nodes / (len(block().graph.nodes) - 2))
+    return round(nodes / (len((one or block()).graph.nodes) - 2))
 
 
-def fx_stack(layers: int) -> surgery.Program:
+def fx_stack(layers: int, one: surgery.Program | None = None) -> surgery.Program:
     """A program of as many layers, as if it had been captured."""
-    one = block()
+    one = one or block()
     source = one.base.captured.graph_module
     root, graph = nn.Module(), fx.Graph()
     root.layers = nn.ModuleList(nn.Module() for _ in range(layers))
@@ -62,7 +85,7 @@ def fx_stack(layers: int) -> surgery.Program:
         mapping = {entry: value}
         for node in nodes:
             if node.op == "get_attr":
-                _register(holder, node.target, source.get_parameter(node.target))
+                _register(holder, node.target, attrgetter(node.target)(source))
                 with graph.inserting_after(last_attribute):
                     copied = last_attribute = graph.get_attr(f"layers.{number}.{node.target}")
                 copied.meta = dict(node.meta)
@@ -87,33 +110,39 @@ def fx_stack(layers: int) -> surgery.Program:
     return surgery.Program(Base(LoadedModel(module, captured.args), captured, make_plugin_manager()))
 
 
-def _register(holder: nn.Module, path: str, parameter: nn.Parameter) -> None:
+def _register(holder: nn.Module, path: str, tensor: torch.Tensor) -> None:
     *parents, leaf = path.split(".")
     for part in parents:
         if not hasattr(holder, part):
             holder.add_module(part, nn.Module())
         holder = getattr(holder, part)
-    holder.register_parameter(leaf, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    if isinstance(tensor, nn.Parameter):
+        holder.register_parameter(leaf, nn.Parameter(tensor.detach().clone(), requires_grad=False))
+    else:
+        holder.register_buffer(leaf, tensor.detach().clone())
 
 
 @cache
-def _onnx_block() -> Any:
-    one = block()
+def _onnx_block(one: surgery.Program) -> Any:
     exported = torch.onnx.export(
         one.base.loaded.module,
         one.example_inputs[0],
         dynamo=True,
         verbose=False,
-        dynamic_shapes={"x": {0: "batch", 1: "seq"}},
+        dynamic_shapes={
+            name: {axis: dim.__name__ for axis, dim in dims.items()}
+            for name, dims in one.captured.dynamic_shapes.items()
+        },
     )
     return exported.model
 
 
-def onnx_stack(layers: int) -> Any:
+def onnx_stack(layers: int, one: surgery.Program | None = None) -> Any:
     """An onnx_ir model of as many layers."""
     import onnx_ir as ir
 
-    source = _onnx_block().graph
+    one = one or block()
+    source = _onnx_block(one).graph
     (entry,), (end,) = source.inputs, source.outputs
     first = ir.Value(name="x", type=entry.type, shape=entry.shape)
     value, nodes, initializers = first, [], []
@@ -146,4 +175,4 @@ def onnx_stack(layers: int) -> Any:
         opset_imports={"": source.opset_imports[""]},
         name="stack",
     )
-    return ir.Model(graph, ir_version=_onnx_block().ir_version)
+    return ir.Model(graph, ir_version=_onnx_block(one).ir_version)

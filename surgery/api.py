@@ -13,6 +13,8 @@ At a site   Site, Rewriter, LINEAR CONV EMBEDDING EXPERTS NORM, WeightOp, Call, 
 Programs'   View: sites, attentions, residual branches, blocks, depth
 Algebra     low-rank: factor_shapes, branch, add_branch, add_rows, gather_index, AddLowRank
             scaling: channels, scale_output, scale_input, weighted_factor, ones_elsewhere, part_index, ScaleAxis
+Patterns    PatternPass; written with pattern, ops, value, constant, number, axis, any_of, maybe, stored, shape_of,
+            dtype_of; looked for with find in an OpIndex: Pattern, Match, NearMiss, Found
 Models      LoadedModel, LoadOptions, from_module
 Programs    Program, load, capture, Entry, Journal, PassReport, make_plugin_manager, Plugins
 Errors      SurgeryError and its kinds, nearest
@@ -54,6 +56,25 @@ from surgery.pass_base import (
     rounded,
 )
 from surgery.passes.quantize import Quantize
+from surgery.pattern_pass import PatternPass, stored
+from surgery.patterns import (
+    Found,
+    Match,
+    NearMiss,
+    OpIndex,
+    Pattern,
+    any_of,
+    axis,
+    constant,
+    dtype_of,
+    find,
+    maybe,
+    number,
+    ops,
+    pattern,
+    shape_of,
+    value,
+)
 from surgery.pipeline import PassReport
 from surgery.plugins import Plugins, make_plugin_manager
 from surgery.probe import Probe
@@ -87,18 +108,24 @@ __all__ = [
     "Entry",
     "ExportError",
     "Field",
+    "Found",
     "GraphPass",
     "Journal",
     "JournalError",
     "LoadError",
     "LoadOptions",
     "LoadedModel",
+    "Match",
     "MergeOp",
     "MissingExtraError",
+    "NearMiss",
     "Numerics",
+    "OpIndex",
     "Pass",
     "PassError",
     "PassReport",
+    "Pattern",
+    "PatternPass",
     "Place",
     "PluginError",
     "Plugins",
@@ -119,20 +146,32 @@ __all__ = [
     "WeightOp",
     "add_branch",
     "add_rows",
+    "any_of",
+    "axis",
     "branch",
     "capture",
     "changes",
     "channels",
+    "constant",
+    "dtype_of",
     "factor_shapes",
+    "find",
     "from_module",
     "gather_index",
     "hookimpl",
     "load",
     "make_plugin_manager",
+    "maybe",
     "nearest",
+    "number",
     "ones_elsewhere",
+    "ops",
     "part_index",
+    "pattern",
     "rounded",
     "scale_input",
     "scale_output",
+    "shape_of",
+    "stored",
+    "value",
 ]

@@ -121,7 +121,7 @@ def places_of(
     sources: dict[SiteKey, list[Source]] = {}
     for entry, weight in chosen:
         pass_ = _rewriting(program, entry)
-        sites = replay.find_sites(entry, program.sites)
+        sites = replay.find_sites(entry, program.sites.by_key)
         for record, site in zip(entry.sites, sites, strict=True):
             known, _, other = first.setdefault(record.key, (record, site, entry.id))
             if dict(known.decided) != dict(record.decided):

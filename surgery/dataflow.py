@@ -159,6 +159,8 @@ def trace_origins(nodes: Iterable[fx.Node], calls: Sequence[Call]) -> Dataflow:
         flow.order[node] = position
         inserted[node.name] = node
         mark = node.meta.get("surgery", {})
+        if "gone_for" in mark:
+            continue  # nothing runs it any more, and what reads it is gone too
         if mark.get("aux"):
             # What an adapter inserted stands for the value that it wraps, or for what it feeds on.
             below: Any = inserted.get(mark.get("wraps") or mark.get("feeds", ""))

@@ -130,7 +130,7 @@ def simplify(
         pass_ = pass_of(entry, base.plugins)
         assert isinstance(pass_, RewritePass)
         places = []
-        for site, record in zip(find_sites(entry, sites), entry.sites, strict=True):
+        for site, record in zip(find_sites(entry, sites.by_key), entry.sites, strict=True):
             own = {name: tensors[full].detach() for name, full in record.tensors.items()}
             places.append((site, {n: _working(t, in_place=True) for n, t in own.items()}))
         with torch.no_grad():
@@ -275,7 +275,7 @@ def _steps(base: Base, entries: list[Entry], tensors: Mapping[str, Tensor], site
     for entry in entries:
         pass_ = pass_of(entry, base.plugins)
         assert isinstance(pass_, RewritePass)
-        for site, record in zip(find_sites(entry, sites), entry.sites, strict=True):
+        for site, record in zip(find_sites(entry, sites.by_key), entry.sites, strict=True):
             own = {name: tensors[full] for name, full in record.tensors.items()}
             for slot, op in pass_.merge(site, own, entry.weight).items():
                 name = _place(site, slot, entry)

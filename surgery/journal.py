@@ -13,12 +13,20 @@ from surgery.sites import SiteKey
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """One rewritten site: its key, what was decided there, and tensor of the pass -> name in the program."""
+    """One rewritten site: its key, what was decided there, and tensor of the pass -> name in the program.
+
+    What it has decided under "reads" are the names of tensors that it is made from.
+    """
 
     key: SiteKey
     path: str
     decided: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stands_on(self) -> set[str]:
+        """Names without which it cannot be replayed."""
+        return {self.key.owner, *self.decided.get("reads", {}).values()}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from surgery.errors import PassError, nearest
 from surgery.rewriter import Rewriter
-from surgery.sites import Site
+from surgery.sites import Site, SiteKey
 from surgery.target import select_sites
 
 if TYPE_CHECKING:
@@ -224,6 +224,7 @@ class RewritePass(Pass):
     lengthens: ClassVar[bool] = False
     makes_zeros: ClassVar[bool] = False
     keeps_zeros: ClassVar[bool] = False
+    regroups: ClassVar[bool] = False
     unwritten: ClassVar[Mapping[Any, str]] = {}
 
     @property
@@ -277,6 +278,14 @@ class RewritePass(Pass):
         if asked is None:
             raise PassError(f"pass {self.name!r} needs a target, such as --target 'attn.*'")
         return [site for site in select_sites(view.sites.sites, asked) if not self.skips(site)]
+
+    def own_places(self, view: View) -> Mapping[SiteKey, Site] | None:
+        """Where a journalled application can be replayed, by key; None: at the sites of the graph."""
+        return None
+
+    def nothing(self, view: View) -> str:
+        """What is said where it finds no site at all."""
+        return "it has nothing to do at what the target names; target other sites"
 
     def skips(self, site: Site) -> bool:
         """Whether a targeted site is none of this pass's business, so that it is no refusal either."""

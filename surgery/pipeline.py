@@ -21,11 +21,14 @@ from surgery.numerics import Observed, observe
 from surgery.ordering import in_order
 from surgery.pass_base import GraphPass, Pass, RewritePass, Selection, SelectPass, TensorSpec
 from surgery.passes.freeze import Freeze
+from surgery.pattern_pass import PatternPass
+from surgery.patterns import NearMiss
 from surgery.probe import InputSet, Probe
 from surgery.reverting import trained_before
 from surgery.schedule import Schedule
 from surgery.selecting import Candidates, checked, select
 from surgery.sites import Site, live_nodes, tail
+from surgery.standing import replaced_by
 from surgery.view import View
 
 if TYPE_CHECKING:
@@ -47,13 +50,15 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What one pass would do. selection: which parameters of the base would train, when and how fast."""
+    """What one pass would do. selection: which parameters of the base would train, when and how fast. misses: where
+    the pattern of a pass nearly is."""
 
     pass_: Pass
     sites: tuple[SitePlan, ...] = ()
     selection: Selection = field(default_factory=Selection)
     auto: bool = False
     notes: tuple[str, ...] = ()
+    misses: tuple[NearMiss, ...] = ()
 
     @property
     def trains(self) -> Mapping[str, bool]:
@@ -203,7 +208,8 @@ def _plan_pass(program: Program, pass_: Pass, auto: bool, probe: Probe) -> PassP
         window, unit = pass_.pacing
         said = Entry(pass_.entry_id, pass_.name, "rewrite", windows={pass_.entry_id: window}, unit=unit)
         Schedule.of([*program.journal, said])  # refuses two units in one program
-    return PassPlan(pass_, plans, selection, notes=tuple(notes))
+    misses = pass_.misses(program.view) if isinstance(pass_, PatternPass) else ()
+    return PassPlan(pass_, plans, selection, notes=tuple(notes), misses=misses)
 
 
 def _plan_site(
@@ -211,7 +217,10 @@ def _plan_site(
 ) -> SitePlan:
     """late: an entry at this site that the pass had to precede."""
     if live.isdisjoint(tail(call.node) for call in site.calls):
-        refusal: str | None = "no output of the model depends on it"
+        gone = next((entry for entry in (replaced_by(call.node) for call in site.calls) if entry), None)
+        refusal: str | None = (
+            f"{gone!r} has put another op in its place" if gone else "no output of the model depends on it"
+        )
     elif site.kind not in pass_.on:
         refusal = f"{pass_.name} works on {', '.join(pass_.on)}, and this is a {site.kind} weight"
     elif site.selected_parts and not pass_.partial:
@@ -334,9 +343,7 @@ def entry_of(program: Program, planned: PassPlan) -> Entry:
         assert isinstance(pass_, RewritePass)
         ident, kind = pass_.entry_id, "rewrite"
         if not planned.sites:
-            raise PassError(
-                f"{pass_.entry_id}: it has nothing to do at what the target names; target other sites"
-            )
+            raise PassError(f"{pass_.entry_id}: {pass_.nothing(program.view)}")
         if not planned.accepted:
             first = planned.refused[0]
             more = f" (and {len(planned.refused) - 1} more)" if len(planned.refused) > 1 else ""
@@ -413,7 +420,7 @@ def _rewrite(
     graph = copy_graph(program.graph)
     plugins = program.base.plugins
     view = View(graph, program.names, plugins.weight_ops)
-    sites = replay.find_sites(entry, view.sites)
+    sites = replay.find_sites(entry, replay.places_of(pass_, view))
     replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, tensors, view)
     graph.lint()
     return graph, tensors

@@ -86,7 +86,8 @@ class Program:
     def view(self) -> View:
         """The analysis of the eval graph: sites, attentions, residual branches, blocks, depth."""
         # While nothing structural was added, roles are the base's.
-        known = None if len(self.names) > len(self.base.names) else (self.base.roles, self.base.parts)
+        others = len(self.names) > len(self.base.names) or replay.is_regrouped(self.base, self.journal)
+        known = None if others else (self.base.roles, self.base.parts)
         return View(self.graph, self.names, self.base.plugins.weight_ops, known=known)
 
     @property
@@ -299,7 +300,7 @@ class Program:
                     f"{sorted(stands_on)[0]!r} is folded by {entry.id!r}; undo {entry.id!r} first"
                 )
             added = {n for g in self.journal if g.id in gone for n in g.tensor_names}
-            below = added & {r.key.owner for r in entry.sites}
+            below = added & {name for r in entry.sites for name in r.stands_on}
             if below and entry.id not in gone:
                 raise JournalError(
                     f"{entry.id!r} stands on {sorted(below)[0]}, which {name!r} added; undo {entry.id!r} first"
@@ -320,7 +321,15 @@ class Program:
                 changed.pop(n, None)
             else:
                 (tensors if n in tensors else changed)[n] = nn.Parameter(tensors[before])
-        return Program(self.base, journal, {n: t for n, t in tensors.items() if n in names}, changed)
+        undone = Program(self.base, journal, {n: t for n, t in tensors.items() if n in names}, changed)
+        if replay.is_regrouped(self.base, Journal(tuple(entries))):
+            try:
+                _ = undone.graph
+            except JournalError as error:
+                raise JournalError(
+                    f"later passes stand on what {name!r} made, and {error}; undo those first"
+                ) from None
+        return undone
 
     def undo_all(self) -> Program:
         """The base, bit for bit."""

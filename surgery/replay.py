@@ -16,7 +16,7 @@ from surgery.pass_base import GraphPass, Pass, RewritePass
 from surgery.plugins import Plugins
 from surgery.rewriter import Rewriter
 from surgery.schedule import Paced
-from surgery.sites import Site, SiteIndex
+from surgery.sites import Site, SiteIndex, SiteKey
 from surgery.view import View
 
 
@@ -25,16 +25,22 @@ def pass_of(entry: Entry, plugins: Plugins) -> Pass:
     return plugins.find_pass(entry.pass_name, entry.distribution).cls.parse(entry.options)
 
 
-def find_sites(entry: Entry, index: SiteIndex) -> list[Site]:
+def find_sites(entry: Entry, places: Mapping[SiteKey, Site]) -> list[Site]:
     """The entry's sites in a graph, with what was decided there. Raises JournalError for one that is gone."""
     found = []
     for record in entry.sites:
-        site = index.by_key.get(record.key)
+        site = places.get(record.key)
         if site is None:
-            near = nearest(record.key.owner, [s.key.owner for s in index])
+            near = nearest(record.key.owner, [key.owner for key in places])
             raise JournalError(f"{entry.id} cannot be replayed: the model has no site {record.path}{near}")
         found.append(site.deciding(record.decided))
     return found
+
+
+def places_of(pass_: RewritePass, view: View, index: SiteIndex | None = None) -> Mapping[SiteKey, Site]:
+    """Where a pass can be replayed. index: of the view's sites, where there is one."""
+    own = pass_.own_places(view)
+    return (index or view.sites).by_key if own is None else own
 
 
 def rewrite_entry(
@@ -47,7 +53,7 @@ def rewrite_entry(
     view: View,
 ) -> None:
     """Apply one journalled entry to a graph, in place. view: of the graph as it is."""
-    if isinstance(pass_, GraphPass):
+    if isinstance(pass_, GraphPass) and not pass_.regroups:
         _ = view.sites, view.branches, view.attentions  # seen before any of this entry's own edits
     for site, record in zip(sites, entry.sites, strict=True):
         rewriter = Rewriter(graph, cache, entry.id, record.tensors, tensors, entry.weight, view)
@@ -64,7 +70,7 @@ def live_entries(journal: Journal) -> list[Entry]:
     for entry in journal:
         if entry.kind != "rewrite":
             continue
-        if entry.weight == 0 or any(r.key.owner in missing for r in entry.sites):
+        if entry.weight == 0 or any(not missing.isdisjoint(r.stands_on) for r in entry.sites):
             missing.update(entry.tensor_names)
         elif entry.id not in folded:
             standing = journal.standing(entry)
@@ -97,6 +103,12 @@ def is_structural(entry: Entry, plugins: Plugins) -> bool:
     return isinstance(pass_, RewritePass) and pass_.adds_weights
 
 
+def is_regrouped(base: Base, journal: Journal) -> bool:
+    """Whether ops of the model stand in the place of others, so that its roles are no longer the base's."""
+    passes = (pass_of(entry, base.plugins) for entry in live_entries(journal))
+    return any(isinstance(pass_, RewritePass) and pass_.regroups for pass_ in passes)
+
+
 def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], captured: Captured) -> fx.Graph:
     """The captured graph with every live entry applied."""
     graph = copy_graph(captured.graph)
@@ -113,7 +125,8 @@ def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], cap
             raise JournalError(f"{entry.id}: pass {entry.pass_name!r} rewrites nothing in this version of it")
         view = View(graph, names, ops, training=captured.training)
         index = index or SiteIndex(graph, names, ops)
-        rewrite_entry(entry, pass_, graph, cache, find_sites(entry, index), tensors, view)
-        if pass_.adds_weights:
+        sites = find_sites(entry, places_of(pass_, view, index))
+        rewrite_entry(entry, pass_, graph, cache, sites, tensors, view)
+        if pass_.adds_weights or pass_.regroups:
             index = None
     return graph

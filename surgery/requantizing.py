@@ -88,7 +88,7 @@ def into_codes(program: Program, how: How, budget: float, ident: str, data: Sequ
         pass_ = pass_of(entry, program.base.plugins)
         if not isinstance(pass_, CodesPass):
             continue
-        for site, record in zip(find_sites(entry, program.sites), entry.sites, strict=True):
+        for site, record in zip(find_sites(entry, program.sites.by_key), entry.sites, strict=True):
             place = _Place(
                 program, entry, pass_, replace(site, measured=probe), record, _over(live, record, entry)
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -238,6 +238,20 @@ class Rewriter:
         node.meta[META] = {**node.meta.get(META, {}), "gone_for": fresh.name}
         value.replace_all_uses_with(fresh, delete_user_cb=lambda user: user not in self._new)
 
+    def replace(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, fx.Node]) -> None:
+        """Put ops made with `model_op` in the place of several of the model's, for good.
+
+        nodes: what goes. values: for those of them that others read, what is read in their place.
+        """
+        for node, fresh in values.items():
+            self.supersede(node, fresh)
+        assert self.site is not None
+        *_, last = values.values()
+        for node in nodes:
+            role = self.view.seen_role(node)
+            known = {"at": self.site.path, **({"role": role} if role else {})}
+            node.meta[META] = {"gone_for": last.name, **known, **node.meta.get(META, {})}
+
     def go_on(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """Let the users of a node's value read build(value), made by ops of the model's kind that follow on it.
 
@@ -427,6 +441,10 @@ class Rewriter:
         node = self.call(op, *args, **kwargs)
         node.meta[META] = {**node.meta[META], "aux": False}
         return node
+
+    def has_role(self, node: fx.Node, role: str) -> None:
+        """Say which role an op of the model's kind has, where that is lost in what follows (parts put together)."""
+        node.meta[META] = {**node.meta[META], "role": role}
 
     def add_output(self, name: str, node: fx.Node) -> None:
         """Let the program return one value more; see surgery.outputs.add_output."""

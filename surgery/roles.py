@@ -52,6 +52,10 @@ def find_roles(graph: fx.Graph, calls: Sequence[Call], flow: Dataflow | None = N
     _embedding_roles(flow, role)
     for call in calls:
         role.setdefault(call.node, "embed" if call.kind == EMBEDDING else _plain(call.kind))
+        told = call.node.meta.get("surgery", {}).get("role")
+        if told:  # by the pass that made it
+            role[call.node] = told
+            parts.pop(call.node, None)
     return Roles(role, attentions, parts)
 
 

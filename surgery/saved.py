@@ -188,7 +188,8 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Progr
     root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}))
     _check_base(path, manifest["base"], root)
     changed = {name: _as_in(root.tensors[name], value) for name, value in stored.get(CHANGED, {}).items()}
-    trainable = manifest.get("parameters") or _trainable(journal, plugins, root)  # schema 1 has no list
+    listed = manifest.get("parameters")
+    trainable = _trainable(journal, plugins, root) if listed is None else listed  # schema 1 has no list
     inserted = {
         name: nn.Parameter(value) if name in trainable else value
         for name, value in stored.get(INSERTED, {}).items()

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # node.meta key: {"entry", "site", "aux", "call", "wraps", "wrapped_by", "input", "weight_of"; "grown", "output",
 # "instead_of", "gone_for", "feeds", "once", "resized": see Rewriter.wrap, add_output, supersede, feed, once, settle;
-# "follows", "gate": see Rewriter.go_on, surgery.residuals.gated_by}
+# "follows", "gate": see Rewriter.go_on, surgery.residuals.gated_by; "role", "at": see
+# Rewriter.has_role, and of what is gone replace}
 META = "surgery"
 
 
@@ -176,9 +177,20 @@ def wrappers(node: fx.Node, whole: bool = False) -> list[fx.Node]:
         current = outer
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether a node does something beside giving a value; to draw random numbers (a dropout) is no such thing."""
+    return node.op == "call_function" and node.is_impure(impure_random=False)
+
+
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that an output of the graph, or a write, depends on."""
-    stack = [n for n in graph.nodes if n.op == "output" or (n.op == "call_function" and n.is_impure())]
+    acts: dict[Any, bool] = {}  # by op: torch takes its time to say so
+    stack = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in acts:
+            acts[node.target] = writes(node)
+        if node.op == "output" or (node.op == "call_function" and acts[node.target]):
+            stack.append(node)
     live: set[fx.Node] = set()
     while stack:
         node = stack.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from surgery.sites import META, Site, head, live_nodes, tail
+from surgery.sites import META, Site, head, live_nodes, tail, writes
 from surgery.weight_ops import Call, arguments, operand, parameter_of
 
 
@@ -108,7 +108,7 @@ def read_elsewhere(site: Site, name: str, names: tuple[str, ...] = ()) -> bool:
     graph = site.calls[0].node.graph
     wanted = {name, *names}
     live = live_nodes(graph)
-    stack = [n for n in live if n.op == "output" or (n.op == "call_function" and n.is_impure())]
+    stack = [n for n in live if n.op == "output" or writes(n)]
     seen: set[fx.Node] = set()
     while stack:
         node = stack.pop()

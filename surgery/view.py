@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import fx
 from surgery.biases import site_biases
 from surgery.blocks import Block, Branch, depth_of, find_blocks, find_branches
 from surgery.dataflow import Dataflow, trace_origins
+from surgery.patterns.found import OpIndex
 from surgery.roles import Attention, Roles, find_roles
 from surgery.sites import Site, SiteIndex, SiteKey, is_aux, is_gone
 from surgery.weight_ops import Call, WeightOp, find_calls
@@ -34,6 +35,7 @@ class View:
     ) -> None:
         self.graph, self.names, self.ops, self.training = graph, names, ops, training
         self._known = known
+        self._made: dict[Hashable, Any] = {}
 
     @cached_property
     def calls(self) -> list[Call]:
@@ -47,6 +49,10 @@ class View:
     @cached_property
     def roles(self) -> Roles:
         return find_roles(self.graph, self.calls, self.flow)
+
+    def seen_role(self, node: fx.Node) -> str:
+        """The role of a weight op, where roles were asked for before: nothing is analysed while a graph is edited."""
+        return self.roles.role.get(node, "") if "roles" in self.__dict__ else ""
 
     @property
     def attentions(self) -> list[Attention]:
@@ -93,6 +99,17 @@ class View:
     def biases(self) -> dict[SiteKey, list[str]]:
         """Names of the parameters that are added as biases, by the site that they belong to."""
         return site_biases(self)
+
+    @cached_property
+    def ops_index(self) -> OpIndex:
+        """The nodes by op, for patterns to look in."""
+        return OpIndex(self.graph)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), kept under the key: what a pass finds in this graph, and asks for again at each of its sites."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def node(self, name: str) -> fx.Node:
         """The node of that name. KeyError where there is none."""

@@ -110,10 +110,10 @@ _SAME = {
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by schema name, at full arity (defaults filled in)."""
+    """The node's arguments by schema name, at full arity (defaults filled in); by number where there is no schema."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return dict(node.kwargs)
+        return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
     found: dict[str, Any] = {}
     for index, argument in enumerate(schema.arguments):
         if index < len(node.args):

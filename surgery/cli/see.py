@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -20,6 +21,7 @@ from surgery.cli.render import console, count, note_unfrozen, site_row, trainabl
 from surgery.difference import diff as diff_programs
 from surgery.errors import SurgeryError
 from surgery.pass_base import RewritePass
+from surgery.pattern_pass import PatternPass
 from surgery.pipeline import PassPlan, PlanReport, describe_options
 from surgery.plugins import Plugins
 from surgery.program import Program
@@ -154,6 +156,7 @@ def _dedent(doc: str) -> str:
 @click.option(
     "--freeze-base/--no-freeze-base", default=None, help="Freeze the base first (default: where needed)."
 )
+@click.option("--why", is_flag=True, help="List where the pattern of a pass nearly is, and why it is not.")
 @data_option
 @json_option
 @model_options
@@ -163,6 +166,7 @@ def plan(
     model: str | None,
     recipe: Path | None,
     freeze_base: bool | None,
+    why: bool,
     data: tuple[Path, ...],
     as_json: bool,
     plugins: Plugins,
@@ -173,7 +177,7 @@ def plan(
     program = loader(wanted.model, wanted)
     report = program.plan(*wanted.passes, freeze_base=wanted.freeze_base, data=read_data(program, data))
     if as_json:
-        _print_json([_plan_json(p) for p in report.passes])
+        _print_json([_plan_json(p, why) for p in report.passes])
         return
     out = console()
     for planned in report.passes:
@@ -199,6 +203,8 @@ def plan(
             out.print(table)
         for sentence in planned.notes:
             out.print(Text(f"  note: {sentence}", style="yellow"))
+        if why:
+            _print_misses(out, planned)
     note_unfrozen(out, wanted.passes, wanted.freeze_base)
     sizes = program.parameter_sizes()
     freed = sum(sizes.get(name, 0) for name in _freed(program, report.passes))
@@ -262,6 +268,9 @@ def _plan_title(planned: PassPlan) -> Text:
             text.append(f", {len(planned.refused)} refused", style="red")
         if planned.trains:
             text.append(f"; of the base {in_words(planned.selection, {})}")
+    elif isinstance(planned.pass_, PatternPass):
+        near = f"; {len(planned.misses)} near misses, which --why lists" if planned.misses else ""
+        text.append(f"  its pattern is nowhere in this model{near}", style="red")
     else:
         text.append(f"  {in_words(planned.selection, {})}")
     return text
@@ -281,7 +290,22 @@ def _note(pass_: Any, row: Any) -> str:
     return "; ".join(notes)
 
 
-def _plan_json(planned: PassPlan) -> dict[str, Any]:
+def _print_misses(out: Console, planned: PassPlan) -> None:
+    for miss in planned.misses:
+        out.print(
+            Text("  not at ", style="yellow")
+            .append(miss.path or miss.anchor.name, style="bold")
+            .append(f": {miss}")
+        )
+    if not planned.misses:
+        out.print(Text("  no near misses", style="dim"))
+
+
+def _plan_json(planned: PassPlan, why: bool) -> dict[str, Any]:
+    near = [
+        {"path": m.path, "node": m.node.name, "reason": m.reason, "matched": m.matched}
+        for m in planned.misses
+    ]
     return {
         "pass": planned.pass_.name,
         "id": planned.pass_.entry_id,
@@ -309,6 +333,7 @@ def _plan_json(planned: PassPlan) -> dict[str, Any]:
         "unit": planned.selection.unit,
         "masked": {n: float(m.float().mean()) for n, m in planned.selection.masks.items()},
         "notes": list(planned.notes),
+        **({"near_misses": near} if why else {}),
     }
 
 

@@ -24,8 +24,9 @@ from surgery.export.again import export_again
 from surgery.export.extra import require
 from surgery.export.failure import explain, first_line
 from surgery.export.finish import finish
+from surgery.export.opset import opset_for
 from surgery.export.parity import ParityReport, check_parity
-from surgery.export.quantized import check_kept, opset_for
+from surgery.export.quantized import check_kept
 from surgery.export.source import ExportSource, InputSet, axis_names, tagged_copy
 
 _INLINE_LIMIT = 1_500_000_000  # a protobuf file ends at 2 GiB, and the graph needs room too

@@ -354,7 +354,7 @@ def _refuse_caches(model: nn.Module, program: Program) -> None:
     for entry in program.journal:
         pass_ = pass_of(entry, program.base.plugins) if entry.kind == "rewrite" else None
         if isinstance(pass_, RewritePass):
-            for site in find_sites(entry, program.base.sites):
+            for site in find_sites(entry, program.base.sites.by_key):
                 if pass_.mixes_positions(site):
                     raise PassError(
                         f"{entry.id} at {site.path}: it reads earlier positions, which a layer does not see when the "

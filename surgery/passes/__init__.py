@@ -11,8 +11,13 @@ from surgery.passes.embedding import Embedding
 from surgery.passes.expand import Expand
 from surgery.passes.fake_quant import FakeQuant
 from surgery.passes.filter import Filter
+from surgery.passes.fold_batchnorm import FoldBatchnorm
 from surgery.passes.freeze import Freeze
 from surgery.passes.full import Full
+from surgery.passes.fuse_attention import FuseAttention
+from surgery.passes.fuse_gelu import FuseGelu
+from surgery.passes.fuse_qkv import FuseQkv
+from surgery.passes.fuse_rmsnorm import FuseRmsnorm
 from surgery.passes.gradual_unfreeze import GradualUnfreeze
 from surgery.passes.head import Head
 from surgery.passes.layerwise import Layerwise
@@ -24,6 +29,7 @@ from surgery.passes.quantize import Quantize
 from surgery.passes.share import Share
 from surgery.passes.sparse import Sparse
 from surgery.passes.sparse_tune import SparseTune
+from surgery.passes.split_qkv import SplitQkv
 from surgery.passes.untie import Untie
 from surgery.passes.vocab import Vocab
 
@@ -42,6 +48,7 @@ def surgery_passes() -> list[type]:
         Share,
         Untie,
         SparseTune,
+        SplitQkv,
         Head,
         Vocab,
         Prefix,
@@ -51,7 +58,12 @@ def surgery_passes() -> list[type]:
         Embedding,
         Expand,
         Filter,
+        FoldBatchnorm,
         Full,
+        FuseAttention,
+        FuseGelu,
+        FuseQkv,
+        FuseRmsnorm,
         GradualUnfreeze,
         Layerwise,
     ]
@@ -66,8 +78,13 @@ __all__ = [
     "Expand",
     "FakeQuant",
     "Filter",
+    "FoldBatchnorm",
     "Freeze",
     "Full",
+    "FuseAttention",
+    "FuseGelu",
+    "FuseQkv",
+    "FuseRmsnorm",
     "GradualUnfreeze",
     "Head",
     "Layerwise",
@@ -79,6 +96,7 @@ __all__ = [
     "Share",
     "Sparse",
     "SparseTune",
+    "SplitQkv",
     "Untie",
     "Vocab",
     "surgery_passes",

@@ -1,0 +1,125 @@
+"""fold-batchnorm: a batch norm is folded into the convolution or linear map before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from surgery.pass_base import Numerics, TensorSpec, rounded
+from surgery.pattern_pass import ADAPTERS, PatternPass, read_elsewhere, stored
+from surgery.patterns import Match, Pattern, any_of, constant, number, ops, pattern, shape_of, value
+from surgery.rewriter import Rewriter
+from surgery.sites import Site
+from surgery.view import View
+
+aten = torch.ops.aten
+
+# Each weight is rounded once more: half an ulp (6e-8 in fp32) of each product, and dozens of layers behind it.
+FOLDED = rounded(
+    1e-4,
+    "weights times scales are rounded to the weights' dtype",
+    {torch.float64: 1e-12, torch.float16: 5e-2, torch.bfloat16: 2e-1},
+)
+_HELD = ("weight", "bias", "scale", "shift", "mean", "variance")
+
+
+class FoldBatchnorm(PatternPass):
+    """Batch norm folded into the op before it: W' = s · W by output channel and b' = s (b − μ) + β, s = γ / √(σ² + ε).
+
+    Behind a convolution (grouped, depthwise and dilated too) or a linear map, where nothing else reads what these give.
+    W' and b' are new tensors in the dtype of W, computed in fp64 with the running mean μ and variance σ² as they are
+    now; they train, and the others are neither read nor counted any more. In train mode the folded op runs too: batch
+    statistics are no longer taken, and the running ones no longer move, as with a frozen batch norm. Transposed
+    convolutions, and norms without running statistics, stay. Undo gives the norm back; there is no merged form.
+    """
+
+    name: ClassVar[str] = "fold-batchnorm"
+    on: ClassVar[tuple[str, ...]] = ("batchnorm",)
+    role: ClassVar[str] = "conv"
+    numerics: ClassVar[Numerics] = FOLDED
+    before: ClassVar[tuple[str, ...]] = ADAPTERS
+
+    @property
+    def adds_weights(self) -> bool:
+        return True
+
+    def patterns(self, view: View) -> Sequence[Pattern]:
+        return (folded,)
+
+    def check(self, site: Site) -> str | None:
+        view = site.probe.program.view
+        match = self.match(site, view)
+        shared = read_elsewhere(match, view, ("weight", "bias"))
+        if shared:
+            return shared
+        if not site.probe.program.base.in_memory:
+            return "its weights are not in memory, and folding has to read them"
+        variance = site.probe.tensor(str(match["variance"].target))
+        if not bool((variance.double() + match["eps"] > 0).all()):
+            return "its running variance is negative or no number; mend the model first"
+        return super().check(site)
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        match = self.match(site, site.probe.program.view)
+        held = {name: str(match[name].target) for name in _HELD if name in match}
+        return {"reads": held, "eps": match["eps"], "shape": list(shape_of(match["weight"]))}
+
+    def frees(self, site: Site) -> set[str]:
+        names = site.probe.program.names
+        return {name for name in site.decided["reads"].values() if name in names}
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        shape = tuple(site.decided["shape"])
+        return {
+            "weight": TensorSpec(shape, self._filled(site, "weight")),
+            "bias": TensorSpec(shape[:1], self._filled(site, "bias")),
+        }
+
+    def _filled(self, site: Site, name: str) -> Callable[[Tensor], Any]:
+        return lambda tensor: tensor.copy_(fold(site.decided["eps"], self._held(site))[name])
+
+    def _held(self, site: Site) -> dict[str, Tensor]:
+        return {name: site.probe.tensor(full) for name, full in site.decided["reads"].items()}
+
+    def tensor_names(self, site: Site) -> dict[str, str]:
+        owner = str(site.decided["reads"]["weight"]).rpartition(".")[0]
+        return {name: f"{owner}.{self.attribute}.{name}".lstrip(".") for name in ("weight", "bias")}
+
+    def replacement(self, site: Site, match: Match, g: Rewriter) -> fx.Node:
+        op = match["op"]
+        args = [match["x"], g["weight"], g["bias"], *op.args[3:]]
+        return g.model_op(
+            op.target, *args, **{k: v for k, v in op.kwargs.items() if k not in ("weight", "bias")}
+        )
+
+
+def fold(eps: float, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weight and bias of the one op, in fp64."""
+    wide = {name: tensor.double() for name, tensor in held.items()}
+    factor = (wide["variance"] + eps).rsqrt() * wide.get("scale", torch.ones(()).double())
+    weight = wide["weight"] * factor.reshape(-1, *(1 for _ in wide["weight"].shape[1:]))
+    bias = (wide.get("bias", torch.zeros(()).double()) - wide["mean"]) * factor + wide.get("shift", 0)
+    return {"weight": weight, "bias": bias}
+
+
+def _one_row_a_channel(match: Match) -> str | None:
+    channels, last = shape_of(match["mean"]), shape_of(match["op"])
+    if shape_of(match["weight"])[:1] != channels:
+        return "the op before it has another number of outputs"
+    if "linear" in str(match["op"].target) and len(last) != 2:
+        return "the axis that is normalised is not that of the linear map's outputs"
+    return None
+
+
+@pattern(condition=_one_row_a_channel)
+def folded() -> Any:
+    bias = any_of(stored("bias"), None)
+    made = ops["conv1d", "conv2d", "conv3d", "linear"](value("x"), stored("weight"), bias, ...).named("op")
+    training, momentum = constant("training"), number("momentum")
+    scale, shift = any_of(stored("scale"), None), any_of(stored("shift"), None)
+    return ops.batch_norm(
+        made, scale, shift, stored("mean"), stored("variance"), training, momentum, number("eps"), ...
+    )

@@ -1,0 +1,84 @@
+"""fuse-gelu: a GELU written out in elementary ops becomes one op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from surgery.pass_base import Numerics, rounded
+from surgery.pattern_pass import PatternPass
+from surgery.patterns import Match, Pattern, any_of, ops, pattern, value
+from surgery.rewriter import Rewriter
+from surgery.sites import Site
+from surgery.view import View
+
+aten = torch.ops.aten
+
+# The polynomial rounds a few times, each by half an ulp: 1e-7 in fp32, 4e-3 in bf16. Models write √(2/π) with eight
+# digits, which is all that fp64 sees of the difference.
+ROUNDS_LESS = rounded(
+    1e-5,
+    "one op rounds once, where the written-out form rounds at each step",
+    {torch.float64: 1e-7, torch.float16: 1e-2, torch.bfloat16: 5e-2},
+)
+
+
+class FuseGelu(PatternPass):
+    """GELU in elementary ops becomes aten.gelu: ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), and ½ x (1 + erf(x / √2)).
+
+    Both forms of Hendrycks & Gimpel (2016, arXiv:1606.08415), as GPT-2 (pow, and one factor each), BLOOM and BERT's
+    early code write them, in any order of factors. No tensor is added. The same in train mode. In ONNX it is Gelu.
+    """
+
+    name: ClassVar[str] = "fuse-gelu"
+    on: ClassVar[tuple[str, ...]] = ("gelu",)
+    role: ClassVar[str] = "gelu"
+    numerics: ClassVar[Numerics] = ROUNDS_LESS
+
+    def patterns(self, view: View) -> Sequence[Pattern]:
+        return tanh_gelu, erf_gelu
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        return {"approximate": self.match(site, site.probe.program.view).pattern.name.removesuffix("_gelu")}
+
+    def note(self, site: Site) -> str:
+        return f"{site.decided['approximate']} form"
+
+    def replacement(self, site: Site, match: Match, g: Rewriter) -> fx.Node:
+        form = "tanh" if match.pattern is tanh_gelu else "none"
+        return g.model_op(aten.gelu.default, match["x"], approximate=form)
+
+
+def _half_times(x: Any, rest: Any) -> Any:
+    """½ · x · rest, whichever two factors come first."""
+    return any_of(
+        ops.mul(any_of(ops.mul(x, 0.5), ops.div(x, 2)), rest),
+        ops.mul(ops.mul(x, rest), 0.5),
+        ops.mul(x, ops.mul(rest, 0.5)),
+    )
+
+
+@pattern
+def tanh_gelu() -> Any:
+    x, root, small = value("x"), math.sqrt(2 / math.pi), 0.044715
+    square = any_of(ops.mul(x, x), ops.pow(x, 2))
+    cube = any_of(ops.pow(x, 3), ops.mul(square, x))
+    scaled = any_of(ops.mul(cube, small), ops.mul(ops.mul(ops.mul(x, small), x), x))
+    sum_first = ops.mul(ops.add(x, scaled), root)
+    polynomial = any_of(ops.mul(square, small), ops.mul(ops.mul(x, small), x))
+    factor_first = any_of(
+        ops.mul(ops.mul(x, root), ops.add(polynomial, 1)), ops.mul(ops.mul(x, ops.add(polynomial, 1)), root)
+    )
+    tanh = ops.tanh(any_of(sum_first, factor_first)).anchor()
+    return _half_times(x, ops.add(tanh, 1))
+
+
+@pattern
+def erf_gelu() -> Any:
+    x = value("x")
+    erf = ops.erf(any_of(ops.div(x, math.sqrt(2)), ops.mul(x, math.sqrt(0.5)))).anchor()
+    return _half_times(x, ops.add(erf, 1))

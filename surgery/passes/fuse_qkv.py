@@ -1,0 +1,151 @@
+"""fuse-qkv: projections of one input become one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from surgery.pass_base import Numerics, TensorSpec, rounded
+from surgery.pattern_pass import ADAPTERS, PatternPass, read_elsewhere, role_in, stored
+from surgery.patterns import Match, Pattern, any_of, dtype_of, ops, shape_of, value
+from surgery.patterns.expressions import Op
+from surgery.rewriter import Rewriter
+from surgery.sites import META, Site, is_gone
+from surgery.view import View
+
+aten = torch.ops.aten
+
+# A product with more columns is blocked otherwise, so its sums are taken in another order: 1e-7 of their scale in fp32.
+IN_ONE_PRODUCT = rounded(
+    1e-5,
+    "sums are taken in another order in a product of another width",
+    {torch.float64: 1e-12, torch.float16: 2e-2, torch.bfloat16: 1e-1},
+)
+
+
+class FuseQkv(PatternPass):
+    """Fused projections: q = x Wqᵀ + bq, k and v become one product x [Wq; Wk; Wv]ᵀ + [bq; bk; bv], which is split.
+
+    For the queries, keys and values of an attention that are linear maps of one input, of any widths (grouped queries
+    too); where queries have an input of their own, keys and values. Which is which is told by dataflow, not by names.
+    The stacked weight is a new tensor that trains in place of the others, which are neither read nor counted any
+    more; a missing bias is zero where another is there. It is a site of role attn.qkv, of which `attn.q` is a part.
+    `split-qkv` takes it apart at what was trained; undo gives back the three as they were. Weights that are read in
+    another place, quantized or adapted stay apart. The same in train mode. There is no merged form.
+    """
+
+    name: ClassVar[str] = "fuse-qkv"
+    on: ClassVar[tuple[str, ...]] = ("qkv",)
+    role: ClassVar[str] = "attn.qkv"
+    numerics: ClassVar[Numerics] = IN_ONE_PRODUCT
+    before: ClassVar[tuple[str, ...]] = ADAPTERS
+
+    @property
+    def adds_weights(self) -> bool:
+        return True
+
+    def patterns(self, view: View) -> Sequence[Pattern]:
+        return _side_by_side(view, "qkv"), _side_by_side(view, "kv")
+
+    def path_of(self, match: Match) -> str:
+        """What the projections have in common: their attention."""
+        first, *rest = (
+            str(match[f"{letter}_weight"].target).split(".")[:-1] for letter in match.pattern.name
+        )
+        count = 0
+        while count < len(first) and all(other[count : count + 1] == [first[count]] for other in rest):
+            count += 1
+        return ".".join(first[:count])
+
+    def check(self, site: Site) -> str | None:
+        view = site.probe.program.view
+        match = self.match(site, view)
+        letters = match.pattern.name
+        shared = read_elsewhere(match, view, [f"{x}_{what}" for x in letters for what in ("weight", "bias")])
+        return shared or super().check(site)
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        match = self.match(site, site.probe.program.view)
+        letters = match.pattern.name
+        held = {
+            f"{x}_{what}": str(match[f"{x}_{what}"].target)
+            for x in letters
+            for what in ("weight", "bias")
+            if f"{x}_{what}" in match
+        }
+        rows = {x: list(shape_of(match[f"{x}_weight"])) for x in letters}
+        return {"reads": held, "shapes": rows}
+
+    def note(self, site: Site) -> str:
+        return " + ".join(f"{shape[0]} of {letter}" for letter, shape in site.decided["shapes"].items())
+
+    def frees(self, site: Site) -> set[str]:
+        return set(site.decided["reads"].values())
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        shapes, held = site.decided["shapes"], site.decided["reads"]
+        rows, columns = sum(shape[0] for shape in shapes.values()), next(iter(shapes.values()))[1]
+        specs = {"weight": TensorSpec((rows, columns), self._filled(site, "weight"))}
+        if any(name.endswith("bias") for name in held):
+            specs["bias"] = TensorSpec((rows,), self._filled(site, "bias"))
+        return specs
+
+    def _filled(self, site: Site, what: str) -> Callable[[Tensor], Any]:
+        def fill(tensor: Tensor) -> None:
+            shapes, held = site.decided["shapes"], site.decided["reads"]
+            sizes = [shape[0] for shape in shapes.values()]
+            for letter, rows in zip(shapes, tensor.split(sizes), strict=True):
+                name = held.get(f"{letter}_{what}")
+                rows.copy_(site.probe.tensor(name)) if name else rows.zero_()
+
+        return fill
+
+    def tensor_names(self, site: Site) -> dict[str, str]:
+        return {name: f"{site.key.owner}.{self.attribute}.{name}".lstrip(".") for name in self.tensors(site)}
+
+    def replacement(self, site: Site, match: Match, g: Rewriter) -> Sequence[fx.Node]:
+        shapes = site.decided["shapes"]
+        bias = g["bias"] if "bias" in g.tensors else None
+        both = g.model_op(aten.linear.default, match["x"], g["weight"], bias)
+        parts = g.model_op(aten.split_with_sizes.default, both, [shape[0] for shape in shapes.values()], -1)
+        return [g.model_op(operator.getitem, parts, number) for number in range(len(shapes))]
+
+
+def _side_by_side(view: View, letters: str) -> Pattern:
+    """The projections of these letters, of one input: a pattern of several outputs."""
+
+    def projection(x: Any, letter: str) -> Op:
+        bias = any_of(stored(f"{letter}_bias"), None)
+        made = ops.linear(x, stored(f"{letter}_weight"), bias)
+        return made.where(lambda node: role_in(view, node) == f"attn.{letter}", f"an attn.{letter}")
+
+    def alike(match: Match) -> str | None:
+        if not _of_one_attention(view, match.outputs):
+            return "they serve different attentions"
+        dtypes = {dtype_of(match[f"{letter}_weight"]) for letter in letters}
+        return None if len(dtypes) == 1 else "the weights have different dtypes"
+
+    x = value("x")
+    outputs = tuple(projection(x, letter) for letter in letters)
+    outputs[0].anchor()
+    return Pattern(letters, outputs, alike)
+
+
+def _of_one_attention(view: View, nodes: Sequence[fx.Node]) -> bool:
+    if is_gone(nodes[0]):
+        return len({node.meta[META].get("at") for node in nodes}) == 1
+    serves = view.once("attentions by projection", lambda: _attentions(view))
+    return bool(set.intersection(*(serves.get(node, set()) for node in nodes)))
+
+
+def _attentions(view: View) -> dict[fx.Node, set[int]]:
+    """For each projection the numbers of the attentions that it serves."""
+    found: dict[fx.Node, set[int]] = {}
+    for number, attention in enumerate(view.attentions):
+        for node in (*attention.q, *attention.k, *attention.v):
+            found.setdefault(node, set()).add(number)
+    return found

@@ -1,0 +1,173 @@
+"""split-qkv: a fused projection becomes one for each of queries, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from surgery.pass_base import Numerics, TensorSpec
+from surgery.passes.fuse_qkv import IN_ONE_PRODUCT
+from surgery.pattern_pass import ADAPTERS, PatternPass, read_elsewhere, role_in, stored
+from surgery.patterns import Match, Pattern, any_of, axis, ops, shape_of, value
+from surgery.patterns.expressions import Op
+from surgery.rewriter import Rewriter
+from surgery.sites import Site, is_gone
+from surgery.view import View
+
+aten = torch.ops.aten
+
+_FUSED, _THIRDS = ("attn.qkv", "attn.kv", "attn.qk"), "thirds"
+
+
+class SplitQkv(PatternPass):
+    """Fused projections taken apart: x Wᵀ + b becomes x Wqᵀ + bq, x Wkᵀ + bk and x Wvᵀ + bv, each of its rows of W.
+
+    The reverse of `fuse-qkv`, for what that made and for models that are fused from the start: GPT-2's Conv1D, timm's
+    qkv, and those that interleave the three by heads. The rows are told by dataflow (`surgery inspect` shows them).
+    Where the model splits the product in three, its parts are read in the place of these; elsewhere the three are put
+    together again in the old order. Each is a tensor of its own, at the values that W has now, which trains, and a site
+    of role attn.q, attn.k or attn.v. Undo gives W back as it was. The same in train mode. There is no merged form.
+    """
+
+    name: ClassVar[str] = "split-qkv"
+    on: ClassVar[tuple[str, ...]] = ("fused-qkv",)
+    role: ClassVar[str] = "attn.qkv"
+    numerics: ClassVar[Numerics] = IN_ONE_PRODUCT
+    before: ClassVar[tuple[str, ...]] = ADAPTERS
+
+    @property
+    def adds_weights(self) -> bool:
+        return True
+
+    def patterns(self, view: View) -> Sequence[Pattern]:
+        return [_in_thirds(view), *_whole(view)]
+
+    def path_of(self, match: Match) -> str:
+        return str(match["weight"].target).rpartition(".")[0]
+
+    def check(self, site: Site) -> str | None:
+        view = site.probe.program.view
+        match = self.match(site, view)
+        parts = view.site_of(match["op"]).parts
+        if sorted(row for rows in parts.values() for row in rows) != list(range(shape_of(match["op"])[-1])):
+            return "which of its rows make queries, keys and values is not found by dataflow"
+        return read_elsewhere(match, view, ("weight", "bias")) or super().check(site)
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        view = site.probe.program.view
+        match = self.match(site, view)
+        own = view.site_of(match["op"])
+        held = {name: str(match[name].target) for name in ("weight", "bias") if name in match}
+        parts = {name: _runs(rows) for name, rows in own.parts.items()}
+        return {"reads": held, "shape": list(own.shape), "layout": own.layout, "parts": parts}
+
+    def note(self, site: Site) -> str:
+        return ", ".join(f"{name} of {len(_rows(runs))}" for name, runs in site.decided["parts"].items())
+
+    def frees(self, site: Site) -> set[str]:
+        return set(site.decided["reads"].values())
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        shape, axis_of_rows = list(site.decided["shape"]), site.decided["layout"].index("o")
+        specs = {}
+        for part, runs in site.decided["parts"].items():
+            rows = _rows(runs)
+            shape[axis_of_rows] = len(rows)
+            specs[f"{part}.weight"] = TensorSpec(tuple(shape), self._filled(site, "weight", rows))
+            if "bias" in site.decided["reads"]:
+                specs[f"{part}.bias"] = TensorSpec((len(rows),), self._filled(site, "bias", rows))
+        order = _order(site)
+        if order is not None:
+            value = torch.tensor(order)
+            specs["order"] = TensorSpec((len(order),), trainable=False, dtype=torch.int64, value=value)
+        return specs
+
+    def _filled(self, site: Site, what: str, rows: list[int]) -> Callable[[Tensor], Any]:
+        along = site.decided["layout"].index("o") if what == "weight" else 0
+        name = site.decided["reads"][what]
+        return lambda tensor: tensor.copy_(site.probe.tensor(name).index_select(along, torch.tensor(rows)))
+
+    def tensor_names(self, site: Site) -> dict[str, str]:
+        owner = str(site.decided["reads"]["weight"]).rpartition(".")[0]
+        return {name: f"{owner}.{self.attribute}.{name}".lstrip(".") for name in self.tensors(site)}
+
+    def replacement(self, site: Site, match: Match, g: Rewriter) -> Sequence[fx.Node]:
+        made = [self._part(match, part, g) for part in site.decided["parts"]]
+        if match.pattern.name == _THIRDS:
+            return [_seen(match, node, g) for node in made]
+        order = _order(site)
+        both = g.model_op(aten.cat.default, made, -1)
+        return [both if order is None else g.model_op(aten.index_select.default, both, -1, g["order"])]
+
+    def _part(self, match: Match, part: str, g: Rewriter) -> fx.Node:
+        weight = g[f"{part}.weight"]
+        bias = g[f"{part}.bias"] if f"{part}.bias" in g.tensors else None
+        op = match["op"].target
+        args = (bias, match["x"], weight) if op is aten.addmm.default else (match["x"], weight, bias)
+        made = g.model_op(op, *args)
+        g.has_role(made, f"attn.{part}")
+        return made
+
+
+def _seen(match: Match, node: fx.Node, g: Rewriter) -> fx.Node:
+    """A part as the model views the whole, where it does: the same sizes but the last."""
+    view = match.get("view")
+    if view is None:
+        return node
+    return g.model_op(view.target, node, [*view.args[1][:-1], shape_of(node)[-1]])
+
+
+def _fused(view: View) -> tuple[Op, Op]:
+    """A linear map that makes several of queries, keys and values, in the two forms that hold a bias."""
+
+    def makes_several(made: Op) -> Op:
+        return made.named("op").where(lambda node: role_in(view, node) in _FUSED, "a fused projection")
+
+    x, weight = value("x"), stored("weight")
+    plain = ops.linear(x, weight, any_of(stored("bias"), None))
+    return makes_several(plain), makes_several(ops.addmm(stored("bias"), x, weight))
+
+
+def _in_thirds(view: View) -> Pattern:
+    def in_order(match: Match) -> str | None:
+        """Each part is one of the pieces, in their order. Of an op that is gone this was seen before."""
+        if is_gone(match["op"]):
+            return None
+        found = [row for rows in view.site_of(match["op"]).parts.values() for row in rows]
+        sizes = [shape_of(output)[-1] for output in match.outputs]
+        same = [len(rows) for rows in view.site_of(match["op"]).parts.values()] == sizes
+        return (
+            None
+            if same and found == list(range(sum(sizes)))
+            else "its pieces are not queries, keys and values"
+        )
+
+    whole = any_of(*_fused(view))
+    seen = any_of(ops["view", "reshape"](whole, ...).named("view"), whole)
+    pieces = ops["split", "split_with_sizes", "chunk"](seen, ..., axis(-1)).anchor()
+    return Pattern(_THIRDS, tuple(ops.getitem(pieces, number) for number in range(3)), in_order)
+
+
+def _whole(view: View) -> list[Pattern]:
+    return [Pattern("whole", (form,)) for form in _fused(view)]
+
+
+def _runs(rows: Sequence[int]) -> list[list[int]]:
+    """Rows as [first, one behind the last] of each run."""
+    groups = [[row for _, row in run] for _, run in groupby(enumerate(rows), lambda pair: pair[1] - pair[0])]
+    return [[run[0], run[-1] + 1] for run in groups]
+
+
+def _rows(runs: Sequence[Sequence[int]]) -> list[int]:
+    return [row for first, last in runs for row in range(first, last)]
+
+
+def _order(site: Site) -> list[int] | None:
+    """For each row of the fused weight its place among those of the parts; None where they are in order."""
+    rows = [row for runs in site.decided["parts"].values() for row in _rows(runs)]
+    places = sorted(range(len(rows)), key=rows.__getitem__)
+    return None if places == list(range(len(rows))) else places

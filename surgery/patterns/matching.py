@@ -1,0 +1,69 @@
+"""Where a pattern is in a graph, and where it nearly is.
+
+The nodes of a graph are indexed by op once. A pattern is looked for at the nodes of its anchor, by default the op that
+is rarest in this graph; each place is tried to the end (see surgery.patterns.attempt) and gives at most one match. So
+the work is that of the anchors, times the size of the pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from surgery.patterns.attempt import Attempt
+from surgery.patterns.expressions import Op, Pattern
+from surgery.patterns.found import Found, Match, NearMiss, OpIndex
+
+
+def find(index: OpIndex, *patterns: Pattern) -> Found:
+    """Every match of the patterns.
+
+    Of matches that share a node, that of the pattern which is named first is taken; of one pattern the one that ends
+    first in the graph, then the one with more nodes. The others are near misses.
+    """
+    order = index.order
+    misses: list[NearMiss] = []
+    taken: dict[fx.Node, Match] = {}
+    for pattern in patterns:
+        found: list[Match] = []
+        anchor = _anchor(pattern, index)
+        for node in index.of(anchor):
+            if node in taken:
+                continue
+            attempt = Attempt(pattern, index, anchor, node)
+            match = attempt.match()
+            if match is not None:
+                found.append(match)
+            elif attempt.live and attempt.deepest[0][0]:
+                misses.append(attempt.miss())
+        for match in sorted(found, key=lambda m: (order[m.nodes[-1]], -len(m.nodes))):
+            shared = next((n for n in match.nodes if n in taken), None)
+            if shared is None:
+                taken.update(dict.fromkeys(match.nodes, match))
+            elif match.anchor not in taken:
+                reason = f"it belongs to the match at {taken[shared].anchor.name}"
+                misses.append(NearMiss(match.anchor, shared, reason, len(match.nodes)))
+    matches = sorted(set(taken.values()), key=lambda m: order[m.anchor])
+    return Found(tuple(matches), _nearest((m for m in misses if m.anchor not in taken), index))
+
+
+def _nearest(misses: Iterable[NearMiss], index: OpIndex) -> tuple[NearMiss, ...]:
+    """Of several at one anchor the one that got furthest, in graph order."""
+    best: dict[fx.Node, NearMiss] = {}
+    for miss in misses:
+        known = best.get(miss.anchor)
+        if known is None or (miss.matched, miss.captured) > (known.matched, known.captured):
+            best[miss.anchor] = miss
+    return tuple(sorted(best.values(), key=lambda m: index.order[m.anchor]))
+
+
+def _anchor(pattern: Pattern, index: OpIndex) -> Op:
+    """The op to start at: the one that the pattern names, or the rarest of those that every match has."""
+    required = pattern.required
+    if not required:
+        raise ValueError(
+            f"pattern {pattern.name!r} has no op that every match has; write one outside of any_of"
+        )
+    named = next((op for op in required if op.is_anchor), None)
+    return named or min(required, key=lambda op: len(index.of(op)))
