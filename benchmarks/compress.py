@@ -12,8 +12,6 @@ after compression: what fine-tuning wins back is not in here.
 from __future__ import annotations
 
 import argparse
-import copy
-import importlib.util
 import sys
 import tempfile
 import warnings
@@ -28,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import surgery
+from benchmarks import quantizers
 from benchmarks.models import MissingPeer
 from benchmarks.subjects import ROOT, Subject, subjects
 from benchmarks.timing import Times, Variant, measure
@@ -61,28 +60,33 @@ class Result:
     failed: str = ""
 
 
-def _dynamic(subject: Subject, path: Path, plain: Path) -> float | None:
-    """Linear maps in integers; of convolutions, where there are any, the weights alone."""
-    passes: list[tuple[str, Mapping[str, Any]]] = [("quantize", {"format": "int8-dynamic"})]
-    if subject.conv:
-        passes.append(("quantize", {"format": "int8", "target": "conv", "as": "conv"}))
-    return _ours(*passes)(subject, path, plain)
+def _ours(name: str = "", **options: Any) -> Callable[[Subject, Path, Path], float | None]:
+    """A pass on the subject's target. What a format of linear maps leaves is made int8, as other quantizers do it."""
 
-
-def _ours(*passes: tuple[str, Mapping[str, Any]]) -> Callable[[Subject, Path, Path], float | None]:
     def make(subject: Subject, path: Path, _: Path) -> float | None:
         program = subject.program
         known = program.base.plugins.passes
-        for name, options in passes:
-            if name not in known:
-                raise MissingPeer(f"there is no pass {name!r} here")
-            given = {"target": subject.target, **options}
-            program = program.apply(known[name].cls.parse(given), data=subject.data, freeze_base=False)
-        added = program.journal.entries[len(program.journal.entries) - len(passes) :]
-        if any(name == "sparse" for name, _ in passes):
+        if name and name not in known:
+            raise MissingPeer(f"there is no pass {name!r} here")
+        target = subject.target if name == "quantize" else subject.products or subject.target
+        wanted = [(name, {"target": target, **options})] if name else []
+        if subject.rest and (name == "quantize" or (name == "int8-static" and not subject.products)):
+            wanted.append(("quantize", {"format": "int8", "target": subject.rest, "as": "rest"}))
+        for own, given in wanted:
+            program = program.apply(known[own].cls.parse(given), data=subject.data, freeze_base=False)
+        added = program.journal.entries[len(program.journal.entries) - len(wanted) :]
+        if name == "sparse":
             program = program.merge()
         program.export(path)
         return _covered(program, added, path)
+
+    return make
+
+
+def _theirs(write: Callable[[Subject, Path, Path], None]) -> Callable[[Subject, Path, Path], float | None]:
+    def make(subject: Subject, path: Path, plain: Path) -> float | None:
+        write(subject, path, plain)
+        return None
 
     return make
 
@@ -108,55 +112,22 @@ def _bytes(tensor: Any) -> float:
     return count * _BITS.get(tensor.data_type, 8 * kind.itemsize) / 8
 
 
-def _dynamic_of_onnxruntime(subject: Subject, path: Path, plain: Path) -> float | None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    prepared = path.with_suffix(".prepared.onnx")
-    quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
-    quantize_dynamic(str(prepared), str(path), weight_type=QuantType.QInt8, per_channel=True)
-    prepared.unlink()
-    return None
-
-
-def _nbits_of_onnxruntime(subject: Subject, path: Path, plain: Path) -> float | None:
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    quantizer = MatMulNBitsQuantizer(onnx.load(str(plain)), block_size=32, is_symmetric=True)
-    quantizer.process()
-    quantizer.model.save_model_to_file(str(path))
-    return None
-
-
-def _torchao(subject: Subject, path: Path, _: Path) -> float | None:
-    if importlib.util.find_spec("torchao") is None:
-        raise MissingPeer("torchao is not installed: pip install torchao")
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    module = subject.program.base.loaded.module
-    args, kwargs = subject.program.example_inputs
-    changed = copy.deepcopy(module).eval()
-    quantize_(changed, Int8WeightOnlyConfig())
-    shapes = subject.program.captured.dynamic_shapes
-    torch.onnx.export(
-        changed, args, str(path), kwargs=kwargs, dynamo=True, dynamic_shapes=shapes, verbose=False
-    )
-    return None
-
-
 FORMATS = [
     Format("fp32", _ours()),
-    Format("int8", _ours(("quantize", {"format": "int8"}))),
-    Format("int8-dynamic", _dynamic),
-    Format("int8-static", _ours(("int8-static", {}))),
-    Format("int4", _ours(("quantize", {"format": "int4"}))),
-    Format("int4, gptq", _ours(("quantize", {"format": "int4", "method": "gptq"}))),
-    Format("ternary", _ours(("quantize", {"format": "ternary"}))),
-    Format("2:4", _ours(("sparse", {"pattern": "2:4"}))),
-    Format("filters pruned by 1/3", _ours(("prune-filters", {"ratio": 1 / 3}))),
-    Format("onnxruntime quantize_dynamic", _dynamic_of_onnxruntime, peer=True),
-    Format("onnxruntime MatMulNBits", _nbits_of_onnxruntime, peer=True),
-    Format("torchao int8, torch.onnx", _torchao, peer=True),
+    Format("int8", _ours("quantize", format="int8")),
+    Format("int8-dynamic", _ours("quantize", format="int8-dynamic")),
+    Format("int8-static", _ours("int8-static")),
+    Format("int4", _ours("quantize", format="int4")),
+    Format("int4, gptq", _ours("quantize", format="int4", method="gptq")),
+    Format("ternary", _ours("quantize", format="ternary")),
+    Format("2:4", _ours("sparse", pattern="2:4")),
+    Format("2:4, wanda", _ours("sparse", pattern="2:4", criterion="wanda")),
+    Format("filters pruned by 1/3", _ours("prune-filters", ratio=1 / 3)),
+    Format("onnxruntime quantize_dynamic", _theirs(quantizers.dynamic), peer=True),
+    Format("onnxruntime quantize_static", _theirs(quantizers.static), peer=True),
+    Format("onnxruntime quantize_static, products", _theirs(quantizers.static_products), peer=True),
+    Format("onnxruntime MatMulNBits", _theirs(quantizers.nbits), peer=True),
+    Format("torchao int8, torch.onnx", _theirs(quantizers.torchao), peer=True),
 ]
 
 

@@ -28,7 +28,9 @@ WINDOW, WINDOWS, CALIBRATION = 128, 24, 8
 @dataclass(frozen=True)
 class Subject:
     """quality: of a file, larger is better where `up`. inputs: of a latency, by the number of rows. data: that
-    calibrated methods measure on, none of it among what quality is taken on. conv: its weights are convolutions."""
+    calibrated methods measure on, none of it among what quality is taken on. target: linear maps.
+    rest: tables or convolutions, which formats of linear maps leave; they are made int8 beside these. products: what
+    other passes act on, where it is more than the target."""
 
     name: str
     measure: str
@@ -38,7 +40,8 @@ class Subject:
     inputs: Callable[[int], dict[str, Tensor]]
     data: Sequence[tuple[tuple[Any, ...], dict[str, Tensor]]]
     up: bool = True
-    conv: bool = False
+    rest: str = ""
+    products: str = ""
     notes: tuple[str, ...] = field(default=())
 
     def loss(self, quality: float, reference: float) -> float:
@@ -70,6 +73,7 @@ def film() -> Subject:
         lambda file: film_sentiment.accuracy(file, reader, split.held_out),
         lambda rows: _named(program, reader(sorted(split.held_out, key=lambda s: len(s.text))[-rows:])),
         calibration,
+        rest="embed.token",
     )
 
 
@@ -138,6 +142,7 @@ def language_model() -> Subject:
         lambda rows: given(windows[:rows, :32]),
         data,
         up=False,
+        rest="embed.token,head",
         notes=("its weights come from a Q4_1 file: 4-bit rounding of them is a second one",),
     )
 
@@ -170,11 +175,12 @@ def digits() -> Subject:
         "CNN, digits",
         "accuracy",
         program,
-        "all",
+        "path:8,path:10",
         accuracy,
         lambda rows: {name: x[held[:rows]]},
         data,
-        conv=True,
+        rest="conv",
+        products="conv,path:8,path:10",
     )
 
 
