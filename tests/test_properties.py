@@ -95,6 +95,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("sparse", {"target": "all", "sparsity": 0.6}),
     ("sparse", {"target": "all-linear", "pattern": "2:4"}),
     ("sparse", {"target": "all-linear", "criterion": "wanda"}),
+    ("split-qkv", {}),
     ("share", {"target": "all-linear"}),
     ("sparse-tune", {"target": "all", "density": 0.2}),
     ("untie", {"target": "head"}),

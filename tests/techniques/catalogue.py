@@ -57,7 +57,7 @@ def _at_linears(name: str, **options: Any) -> Callable[[str], Pass]:
 
 def catalogue() -> list[Technique]:
     """In the order of the table."""
-    return [*_additive(), *_selective(), *_reparameterisation()]
+    return [*_additive(), *_selective(), *_reparameterisation(), *_patterns()]
 
 
 def _additive() -> list[Technique]:
@@ -184,6 +184,23 @@ def _reparameterisation() -> list[Technique]:
         Technique(
             "sparse-tune --by random", family, _at_linears("sparse-tune", density=0.05, by="random"), ALL
         ),
+    ]
+
+
+def _patterns() -> list[Technique]:
+    """The models' attention is one op already, and so is their GELU: those two say that there is nothing to fuse."""
+    family = "patterns"
+
+    def fuse_first(model: str) -> tuple[Pass, ...]:
+        return (of("fuse-qkv"),)
+
+    return [
+        Technique("fuse-qkv", family, _always("fuse-qkv"), TEXT),
+        Technique("split-qkv", family, _always("split-qkv"), TEXT, fuse_first),
+        Technique("fold-batchnorm", family, _always("fold-batchnorm"), ("resnet18",)),
+        Technique("fuse-rmsnorm", family, _always("fuse-rmsnorm"), ("smollm2", "t5", *SPARSE_AND_STATE)),
+        Technique("fuse-gelu", family, _always("fuse-gelu"), ()),
+        Technique("fuse-attention", family, _always("fuse-attention"), ()),
     ]
 
 
