@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -14,6 +14,9 @@ from surgery.dataflow import Dataflow, trace_origins
 from surgery.roles import Attention, Roles, find_roles
 from surgery.sites import Site, SiteIndex, SiteKey, is_aux, is_gone
 from surgery.weight_ops import Call, WeightOp, find_calls
+
+if TYPE_CHECKING:
+    from surgery.pruning import Coupling
 
 
 class View:
@@ -93,6 +96,13 @@ class View:
     def biases(self) -> dict[SiteKey, list[str]]:
         """Names of the parameters that are added as biases, by the site that they belong to."""
         return site_biases(self)
+
+    @cached_property
+    def coupling(self) -> Coupling:
+        """Which indices of which tensors have to go together."""
+        from surgery.pruning import Coupling
+
+        return Coupling(self.graph, self.names)
 
     def node(self, name: str) -> fx.Node:
         """The node of that name. KeyError where there is none."""

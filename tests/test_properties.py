@@ -89,6 +89,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("low-rank", {"target": "all-linear", "rank": 2}),
     ("quantize", {"target": "all-linear"}),
     ("quantize", {"target": "all", "format": "int4", "group": 0}),
+    ("prune-filters", {"ratio": 0.5}),
+    ("prune-filters", {"ratio": 0.25, "target": "all"}),
     ("share", {"target": "all-linear"}),
     ("sparse-tune", {"target": "all", "density": 0.2}),
     ("untie", {"target": "head"}),

@@ -18,6 +18,7 @@ from surgery.passes.lora import Lora
 from surgery.passes.low_rank import LowRank
 from surgery.passes.prefix import Prefix
 from surgery.passes.prompt import Prompt
+from surgery.passes.prune_filters import PruneFilters
 from surgery.passes.quantize import Quantize
 from surgery.passes.share import Share
 from surgery.passes.sparse_tune import SparseTune
@@ -30,6 +31,7 @@ def surgery_passes() -> list[type]:
     return [
         Lora,
         Quantize,
+        PruneFilters,
         Adapter,
         Freeze,
         LowRank,
@@ -67,6 +69,7 @@ __all__ = [
     "LowRank",
     "Prefix",
     "Prompt",
+    "PruneFilters",
     "Quantize",
     "Share",
     "SparseTune",
