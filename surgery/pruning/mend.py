@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any
@@ -16,6 +17,7 @@ from surgery.propagate.links import packet
 from surgery.propagate.sizes import hint
 from surgery.pruning.coupling import Coupling, Labels, kept_along, sizes_of, where
 from surgery.rewriter import Rewriter
+from surgery.sites import live_nodes
 
 aten = torch.ops.aten
 
@@ -37,28 +39,43 @@ def sizes_after(labels: Labels, sizes: list[int], keep: Tensor) -> list[int]:
 def mend(g: Rewriter, run: Coupling, keep: Tensor) -> None:
     """Give every node behind an exchanged tensor its new sizes. run: of the graph as it was."""
     changed = {n for n in g.graph.nodes if n.op == "get_attr" and n not in run.labels}
-    for node in list(g.graph.nodes):
+    labels = dict(run.labels)
+    before = {node: node.meta.get("val") for node in g.graph.nodes}
+    live = live_nodes(g.graph)
+    for node in [n for n in g.graph.nodes if n in live]:
         if node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
-            changed.add(node)
-            _Mend(g, run, keep, node).do()
+            fresh = _Mend(g, run, labels, keep, node, before).do()
+            changed |= {node, fresh}
+            before[fresh] = before[node]
+            if fresh is not node:
+                labels[fresh] = labels.get(node, [])
 
 
 class _Mend:
-    """One node."""
+    """One node. before: what values were."""
 
-    def __init__(self, g: Rewriter, run: Coupling, keep: Tensor, node: fx.Node) -> None:
-        self.g, self.run, self.keep, self.node = g, run, keep, node
+    def __init__(
+        self,
+        g: Rewriter,
+        run: Coupling,
+        labels: Mapping[fx.Node, Labels],
+        keep: Tensor,
+        node: fx.Node,
+        before: Mapping[fx.Node, Any],
+    ) -> None:
+        self.g, self.run, self.labels, self.keep, self.node, self.before = g, run, labels, keep, node, before
         self.draft = Draft.of(node)
-        self.split: list[int] | None = None  # sizes of parts that only `split_with_sizes` makes
+        self.instead: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None  # an op that takes its place
 
-    def do(self) -> None:
+    def do(self) -> fx.Node:
+        """The node with its new sizes, or what took its place."""
         node, wanted = self.node, self._wanted()
         self._sizes(packet(node.target), wanted)
         try:
-            if self.split is not None:
-                x, dim = node.args[0], self._dim()
+            if self.instead is not None:
+                op, args, kwargs = self.instead
                 with self.g.after(node):
-                    fresh = self.g.model_op(aten.split_with_sizes.default, x, self.split, dim)
+                    fresh = self.g.model_op(op, *args, **kwargs)
                 self.g.supersede(node, fresh)
                 node = fresh
             else:
@@ -72,6 +89,7 @@ class _Mend:
         for value, sizes in zip(got if isinstance(got, (list, tuple)) else [got], wanted, strict=False):
             if isinstance(value, Tensor) and sizes is not None and [hint(s) for s in value.shape] != sizes:
                 raise PassError(f"{where(self.node)} would give {tuple(value.shape)}, where {sizes} are left")
+        return node
 
     def _wanted(self) -> list[list[int] | None]:
         """Sizes of the node's results; None for one that is no tensor."""
@@ -79,7 +97,7 @@ class _Mend:
         if isinstance(value, (list, tuple)):
             parts = self.run.parts.get(self.node) or [[] for _ in value]
             return [self._after(v, part) for v, part in zip(value, parts, strict=True)]
-        return [self._after(value, self.run.labels.get(self.node, []))]
+        return [self._after(value, self.labels.get(self.node, []))]
 
     def _after(self, value: Any, labels: Labels) -> list[int] | None:
         if not isinstance(value, Tensor):
@@ -105,6 +123,8 @@ class _Mend:
             draft.args[1] = new[len(new) - len(draft.args[1]) :]
         elif name == "group_norm" and new is not None and draft.args[1] > 1:
             draft.args[1] = new[1] * draft.args[1] // sizes_of(self.node)[1]
+        elif name == "scaled_dot_product_attention":
+            self._scale()
         elif name.startswith("conv") and len(draft.args) > 6:
             at = 7 if "transpose" in name else 6
             if len(draft.args) > at and draft.args[at] > 1:
@@ -133,22 +153,31 @@ class _Mend:
             self.draft.args[1] = new
         elif name in ("split", "unsafe_split"):
             self.draft.args[1] = new[0]
-            even = new[:-1] == [new[0]] * (len(new) - 1) and new[-1] <= new[0]
-            self.split = None if even else new
+            self._unless(new[:-1] == [new[0]] * (len(new) - 1) and new[-1] <= new[0], new, dim)
         else:
-            self.split = None if new == [new[0]] * len(new) else new
+            self._unless(new == [new[0]] * len(new), new, dim)
+
+    def _unless(self, even: bool, sizes: list[int], dim: int) -> None:
+        if not even:
+            self.instead = aten.split_with_sizes.default, (self.node.args[0], sizes, dim), {}
+
+    def _scale(self) -> None:
+        """An attention that divides by the root of the width of its queries goes on to divide by what that was."""
+        query, kwargs = self.node.args[0], dict(self.node.kwargs)
+        before = hint(self.before[query].shape[-1])  # type: ignore[index]
+        if kwargs.get("scale") is None and before != sizes_of(query)[-1]:  # type: ignore[arg-type]
+            self.instead = self.node.target, self.node.args, {**kwargs, "scale": before**-0.5}
 
     def _slice(self, new: list[int]) -> None:
         x, dim = self.draft.args[0], int(self.draft.get(1, "dim", 0)) % len(new)
-        size = sizes_of(x)[dim]
         start, end = self.draft.get(2, "start"), self.draft.get(3, "end")
         kept = next(
-            (kept_along(one, self.keep, dim) for one in self.run.labels.get(x, ()) if one.shape[dim] > 1),
+            (kept_along(one, self.keep, dim) for one in self.labels.get(x, ()) if one.shape[dim] > 1),
             None,
         )
         if kept is None or bool(kept.all()):
             return
-        before = [0, *accumulate(kept.long().tolist())]
+        size, before = len(kept), [0, *accumulate(kept.long().tolist())]
         start = 0 if start is None else min(max(start + size if start < 0 else start, 0), size)
         self.draft.args = [x, dim, before[start], before[start] + new[dim]]
         if end is None or end >= size:

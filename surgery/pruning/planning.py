@@ -51,7 +51,7 @@ def _local(group: Group, site: Site, request: Request) -> int:
 
 
 def _what(site: Site, group: Group) -> str:
-    if site.role.startswith("attn") and rows_of(group, [str(site.weight)]) > 1:
+    if site.role.startswith("attn") and rows_of(group, [str(site.weight)]) > 3:
         return "heads"
     return "filters" if site.kind == CONV else "neurons" if site.role.startswith("mlp") else "units"
 
