@@ -24,9 +24,8 @@ APART = ("prune",)  # run where they are named: their peers are no part of the d
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all), {', '.join(APART)}"
-    )
+    known = f"of {', '.join(NAMES)} (default: all), {', '.join(APART)}"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=known)
     parser.add_argument("--quick", action="store_true", help="MiniLM only, small sizes, few rounds")
     parser.add_argument(
         "--threads", type=int, default=1, help="of torch and onnxruntime (1: CPU time is taken)"

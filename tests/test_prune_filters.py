@@ -26,6 +26,18 @@ from tests import torchvision_without_ops  # noqa: F401  (timm imports torchvisi
 from tests.models import attention, convnet, interleaved
 from tests.zoo.zoo import build
 
+CHEAP = (
+    "numerics",
+    "untouched",
+    "inserted",
+    "effect",
+    "second",
+    "weights",
+    "undo",
+    "gradients",
+    "held",
+    "input",
+)
 # The same products summed in another order: fp32 rounding over a few layers.
 SAME = 2e-6
 
@@ -235,6 +247,40 @@ def test_multiply_adds_are_counted():
         assert counted(base) - counted(pruned) == sites(pruned)[path]["macs"] > 0
 
 
+class Uneven(nn.Module):
+    """Halves of one projection that lead apart, and an attention of one head, whose width is its scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.a, self.b = nn.Linear(6, 16), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.q, self.k, self.v, self.out = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.fused(x).chunk(2, -1)
+        x = self.a(F.relu(first)) * self.b(F.relu(second))
+        mixed = F.scaled_dot_product_attention(*(make(x).unsqueeze(1) for make in (self.q, self.k, self.v)))
+        return self.out(mixed.squeeze(1))
+
+
+def test_ops_that_have_to_be_others():
+    """A chunk becomes a split of two sizes; an attention goes on to divide by the root of the width that it had."""
+    torch.manual_seed(0)
+    net = Uneven()
+    with torch.no_grad():
+        net.fused.weight[:6] *= 1e-3
+        net.a.weight[:, :6] *= 1e-3
+    base = surgery.capture(net, (torch.randn(2, 3, 6),))
+    pruned = base.apply(surgery.PruneFilters(ratio=0.4, scope="global"))
+    assert difference(masked(base, pruned), pruned.run()) <= SAME
+    sizes = [n.args[1] for n in pruned.graph.nodes if "split_with_sizes" in str(n.target)]
+    assert len(sizes) == 1
+    assert sizes[0][0] < sizes[0][1]
+    narrow = base.apply(surgery.PruneFilters(ratio=0.5, target="re:^[qk]$"))
+    assert narrow.tensors["q.prune-filters.weight"].shape == (2, 4)
+    assert difference(masked(base, narrow), narrow.run()) <= SAME
+    assert check_pass(surgery.PruneFilters(ratio=0.4, scope="global"), base, checks=CHEAP).ok
+
+
 # -- options
 
 
@@ -386,6 +432,66 @@ def test_adapters_and_codes_stand_on_what_is_left(tmp_path):
     assert report.parity.error <= 1e-5
     with pytest.raises(PassError, match="'quantize'"):
         quantized.apply(surgery.PruneFilters(target="mlp.*", label="again", ratio=0.5))
+
+
+class Digits(nn.Module):
+    """A small residual net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.block = nn.Sequential(
+            nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+        )  # fmt: skip
+        self.head = nn.Linear(16 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.block(x) + x)
+        return self.head(F.adaptive_max_pool2d(x, 2).flatten(1))
+
+
+def accuracy(module: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return float((module(x).argmax(1) == y).float().mean())
+
+
+def trained(module: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
+    module.train()
+    optimiser = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x), generator=generator).split(64):
+            optimiser.zero_grad()
+            F.cross_entropy(module(x[batch]), y[batch]).backward()
+            optimiser.step()
+    module.eval()
+
+
+def test_digits_are_read_again_after_fine_tuning(tmp_path):
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    y = torch.tensor(labels)
+    torch.manual_seed(0)
+    net = Digits()
+    trained(net, x[:1300], y[:1300], 6)
+    base = surgery.capture(net, (x[:4],), {"x": {0: "batch"}})
+    before = accuracy(base.module(), x[1300:], y[1300:])
+    assert before >= 0.9
+    pruned = base.apply(surgery.PruneFilters(ratio=0.5, importance="taylor"), data=[((x[:256],), {})])
+    assert pruned.count_parameters()[0] < 0.45 * base.count_parameters()[0]
+    fallen = accuracy(pruned.module(), x[1300:], y[1300:])
+    trained(pruned.module(), x[:1300], y[:1300], 4)
+    after = accuracy(pruned.module(), x[1300:], y[1300:])
+    assert fallen < after
+    assert after >= before - 0.03  # 15 of 497 images
+    pruned.save(tmp_path / "saved")
+    again = surgery.load(str(tmp_path / "saved"), base=base)
+    assert torch.equal(again.run(x[1300:1400]), pruned.run(x[1300:1400]))
+    assert accuracy(pruned.undo("prune-filters").module(), x[1300:], y[1300:]) == before
 
 
 def test_together_in_one_pipeline():
