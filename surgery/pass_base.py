@@ -415,6 +415,9 @@ class GraphPass(RewritePass):
         """Every place that this pass could act on, by dataflow, as the site that it is keyed to."""
         raise NotImplementedError
 
+    def finish(self, sites: Sequence[Site], g: Rewriter) -> None:
+        """Called once when all places have been rewritten, for what depends on all of them."""
+
     def find(self, view: View) -> list[Site]:
         """The candidates, or those of them that the target names."""
         found = self.candidates(view)

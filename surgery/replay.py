@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx, nn
 
@@ -48,7 +48,7 @@ def rewrite_entry(
     pass_: RewritePass,
     graph: fx.Graph,
     cache: MetaCache,
-    sites: Iterable[Site],
+    sites: Sequence[Site],
     tensors: Mapping[str, Tensor],
     view: View,
 ) -> None:
@@ -59,6 +59,8 @@ def rewrite_entry(
         rewriter = Rewriter(graph, cache, entry.id, record.tensors, tensors, entry.weight, view)
         act = rewriter.rewrite_once if isinstance(pass_, GraphPass) else rewriter.rewrite
         act(site, pass_.rewrite)
+    if isinstance(pass_, GraphPass) and sites:
+        pass_.finish(sites, rewriter)
 
 
 def live_entries(journal: Journal) -> list[Entry]:

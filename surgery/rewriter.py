@@ -273,6 +273,16 @@ class Rewriter:
         node.meta = {**node.meta, "val": self._cache.call(node.target, node.args, node.kwargs)}
         node.meta.pop("tensor_meta", None)
 
+    def exchange(self, node: fx.Node, name: str) -> None:
+        """Let all that reads a tensor of the model read one of the pass's, of another size, for good.
+
+        The ops stay; those behind it are given their sizes with `resize`.
+        """
+        assert self.call_ is not None
+        fresh = self._attribute(name)
+        fresh.meta[META] = {**fresh.meta[META], "wraps": node.name, "call": self.call_.node.name}
+        node.replace_all_uses_with(fresh)
+
     def refresh(self, vals: Mapping[fx.Node, Any]) -> None:
         """Give nodes other `val`s: those behind a value of another width (see surgery.outputs.follow)."""
         for node, val in vals.items():
@@ -404,14 +414,17 @@ class Rewriter:
 
     def __getitem__(self, name: str) -> fx.Node:
         if name not in self._attributes:
-            if name not in self._names:
-                raise PassError(f"{self._entry_id}: the pass declares no tensor {name!r}")
-            full = self._names[name]
-            with self.graph.inserting_before(self._first):
-                node = self.graph.create_node("get_attr", full, name=full.replace(".", "_"))
-            node.meta = {"val": self._cache.tensor(self._tensors[full]), META: self._provenance()}
-            self._attributes[name] = node
+            self._attributes[name] = self._attribute(name)
         return self._attributes[name]
+
+    def _attribute(self, name: str) -> fx.Node:
+        if name not in self._names:
+            raise PassError(f"{self._entry_id}: the pass declares no tensor {name!r}")
+        full = self._names[name]
+        with self.graph.inserting_before(self._first):
+            node = self.graph.create_node("get_attr", full, name=full.replace(".", "_"))
+        node.meta = {"val": self._cache.tensor(self._tensors[full]), META: self._provenance()}
+        return node
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert `op(*args, **kwargs)`; arguments may be graph values."""

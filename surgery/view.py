@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -15,6 +15,9 @@ from surgery.patterns.found import OpIndex
 from surgery.roles import Attention, Roles, find_roles
 from surgery.sites import Site, SiteIndex, SiteKey, is_aux, is_gone
 from surgery.weight_ops import Call, WeightOp, find_calls
+
+if TYPE_CHECKING:
+    from surgery.pruning import Coupling
 
 
 class View:
@@ -110,6 +113,13 @@ class View:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    @cached_property
+    def coupling(self) -> Coupling:
+        """Which indices of which tensors have to go together."""
+        from surgery.pruning import Coupling
+
+        return Coupling(self.graph, self.names)
 
     def node(self, name: str) -> fx.Node:
         """The node of that name. KeyError where there is none."""

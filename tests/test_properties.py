@@ -96,6 +96,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("sparse", {"target": "all-linear", "pattern": "2:4"}),
     ("sparse", {"target": "all-linear", "criterion": "wanda"}),
     ("split-qkv", {}),
+    ("prune-filters", {"ratio": 0.5}),
+    ("prune-filters", {"ratio": 0.25, "target": "all"}),
     ("share", {"target": "all-linear"}),
     ("sparse-tune", {"target": "all", "density": 0.2}),
     ("untie", {"target": "head"}),

@@ -25,6 +25,7 @@ from surgery.passes.lora import Lora
 from surgery.passes.low_rank import LowRank
 from surgery.passes.prefix import Prefix
 from surgery.passes.prompt import Prompt
+from surgery.passes.prune_filters import PruneFilters
 from surgery.passes.quantize import Quantize
 from surgery.passes.share import Share
 from surgery.passes.sparse import Sparse
@@ -42,6 +43,7 @@ def surgery_passes() -> list[type]:
         FakeQuant,
         Convert,
         Sparse,
+        PruneFilters,
         Adapter,
         Freeze,
         LowRank,
@@ -92,6 +94,7 @@ __all__ = [
     "LowRank",
     "Prefix",
     "Prompt",
+    "PruneFilters",
     "Quantize",
     "Share",
     "Sparse",

@@ -1,0 +1,101 @@
+"""What convolutions couple: channels that enter, channels that leave, and the groups that hold them apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from surgery.propagate.links import packet
+from surgery.pruning.coupling import Coupling, Labels, covered, sizes_of, where
+from surgery.pruning.products import Term, aligned, merge, product, split_letters
+
+
+def convolution(run: Coupling, node: fx.Node, given: dict[str, Any]) -> Labels:
+    x, weight, turned = given["input"], given["weight"], "transpose" in packet(node.target)
+    sizes, rank = sizes_of(x), len(sizes_of(weight))
+    if len(sizes) != rank:
+        return run.unknown(node, "its input has no batch")
+    for n in (x, weight):
+        for label in run.labels.get(n, ()):
+            run.keep_whole(label, range(2, rank), f"{where(node)} slides along it")
+    spatial, kernel = split_letters(rank - 2), split_letters(rank - 2).upper()
+    into, shape = ("io", [1, 0]) if turned else ("oi", [0, 1])
+    groups = given["groups"]
+    if groups == 1:
+        terms = [
+            Term(_on(run, x, {0, 1}), [*sizes[:2], *[1] * (rank - 2)], "bi" + spatial),
+            Term(_on(run, weight, {0, 1}), [*sizes_of(weight)[:2], *[1] * (rank - 2)], into + kernel),
+        ]
+        found = product(run, terms, "bo" + spatial, where(node))
+    else:
+        made, taken = (_axis(run, weight, axis) for axis in shape)
+        found = _grouped(run, node, x, made, taken, groups, turned)
+    bias = given["bias"]
+    if bias is None:
+        return found
+    own = sizes_of(node)
+    return merge(run, [(found, own), aligned(run, node, bias, at=1)], own, where(node), defer=True)
+
+
+def _on(run: Coupling, node: fx.Node, dims: set[int]) -> Labels:
+    return [label for label in run.labels.get(node, ()) if covered(label) <= dims]
+
+
+def _axis(run: Coupling, node: fx.Node, axis: int) -> Tensor | None:
+    return next((label.reshape(-1) for label in run.labels.get(node, ()) if covered(label) == {axis}), None)
+
+
+def _grouped(
+    run: Coupling,
+    node: fx.Node,
+    x: fx.Node,
+    made: Tensor | None,
+    taken: Tensor | None,
+    groups: int,
+    turned: bool,
+) -> Labels:
+    """Whole groups go, or the same places of each: what leaves more to choose from.
+
+    made, taken: the weight's atoms of channels made and taken in; of the first it has as many per group if `turned`,
+    of the second otherwise.
+    """
+    why = f"{where(node)} ties it to channels that cannot shrink"
+    here = _axis(run, x, 1)
+    for label in run.labels.get(x, ()):
+        if 1 in covered(label) and covered(label) != {1}:
+            run.freeze(label, f"{where(node)} takes channels of several dimensions")
+    rank, total = len(sizes_of(node)), sizes_of(x)[1]
+    inside, outside = total // groups, sizes_of(node)[1] // groups
+    entering = here.reshape(groups, inside) if here is not None else None
+    if turned:
+        inner = taken.reshape(groups, inside) if taken is not None else None
+        outer = made.expand(groups, outside) if made is not None else None
+        if entering is not None and inner is not None:
+            run.couple(entering, inner)
+    else:
+        inner = taken.expand(groups, inside) if taken is not None else None
+        outer = made.reshape(groups, outside) if made is not None else None
+    whole = groups >= max(inside, outside) and not turned
+    if entering is None and outer is not None and whole:
+        run.freeze(outer, why)
+    if whole:
+        if taken is not None:
+            run.freeze(taken, f"{where(node)} has it in every group")
+        if entering is not None and outer is not None:
+            first = entering[:, :1]
+            run.couple(entering, first)
+            run.couple(outer, first)
+        elif entering is not None:
+            run.freeze(entering, why)
+    else:
+        for side in (entering, outer):
+            if side is not None:
+                run.couple(side, side[:1])
+        if entering is not None and inner is not None:
+            run.couple(entering, inner)
+        elif entering is not None or inner is not None:
+            run.freeze(entering if entering is not None else inner, why)  # type: ignore[arg-type]
+    if outer is None:
+        return []
+    return [outer.reshape([1, -1, *[1] * (rank - 2)])]

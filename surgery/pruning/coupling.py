@@ -1,0 +1,399 @@
+"""Which indices of which tensors have to go together, found by sending their numbers through the graph.
+
+Every index along an axis of a tensor of the program is an *atom*. A value of the graph carries *labels*: arrays of
+atoms, of the value's rank, of size 1 along what they do not depend on. An element of a value is gone once an atom of
+one of its labels is. Layout ops move labels as they move values (they are run on them); products, sums and norms
+couple the atoms that meet in them (see surgery.pruning.rules). Atoms that are coupled are a *unit*: a filter, a
+neuron, a head with its rows of q, k and v and its columns of the output projection. Units that lie on the same axes,
+with as many indices on each, are a group: these can be ranked against each other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from surgery.propagate.links import tensors
+from surgery.propagate.sizes import Unclear, hint
+from surgery.sites import META, is_aux, live_nodes
+from surgery.weight_ops import module_path, parameter_of
+
+Labels = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a tensor of the program; its atoms are numbered from `first`."""
+
+    tensor: str
+    axis: int
+    first: int
+    size: int
+
+    @property
+    def atoms(self) -> Tensor:
+        return torch.arange(self.first, self.first + self.size)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that can be ranked against each other.
+
+    number: of the group. units: how many. axes: where they lie. atoms, unit: every index of theirs, and the unit
+    that it belongs to. mixed: the op that computes with all of them together (a norm, a mean), or empty. why: why none
+    of them can be removed, or empty.
+    """
+
+    number: int
+    units: int
+    axes: tuple[Axis, ...]
+    atoms: Tensor
+    unit: Tensor
+    mixed: str = ""
+    why: str = ""
+
+    def of(self, units: Tensor) -> Tensor:
+        """The atoms of some units."""
+        return self.atoms[torch.isin(self.unit, units)]
+
+    def on(self, axis: Axis) -> tuple[Tensor, Tensor]:
+        """Its indices on one of its axes, and their units."""
+        here = (self.atoms >= axis.first) & (self.atoms < axis.first + axis.size)
+        return self.atoms[here] - axis.first, self.unit[here]
+
+
+def covered(label: Tensor) -> set[int]:
+    """The dimensions that a label depends on."""
+    return {d for d, size in enumerate(label.shape) if size > 1}
+
+
+def shrunk(label: Tensor) -> Tensor:
+    """The label with size 1 along what it does not depend on."""
+    for d, size in enumerate(label.shape):
+        if size > 1:
+            first = label.narrow(d, 0, 1)
+            if label.stride(d) == 0 or bool((label == first).all()):
+                label = first
+    return label
+
+
+def first_of(label: Tensor, dims: Iterable[int]) -> Tensor:
+    """The label at index 0 of these dimensions, which stay, with size 1."""
+    for d in dims:
+        label = label.narrow(d, 0, 1)
+    return label
+
+
+def sizes_of(node: fx.Node) -> list[int]:
+    """The sizes of a value on the example. Raises Unclear where they depend on data."""
+    return [hint(size) for size in node.meta["val"].shape]
+
+
+def where(node: fx.Node) -> str:
+    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    return f"{name} in {module_path(node) or 'the model'}"
+
+
+def kept_along(label: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """Which indices along a dimension stay, where these atoms do."""
+    return keep[label].movedim(dim, 0).reshape(label.shape[dim], -1).any(1)
+
+
+def carries(node: fx.Node) -> str:
+    entry = node.meta[META]["entry"]
+    return f"it carries {entry!r}, made for the units that it has; prune before that, or undo {entry!r}"
+
+
+class Coupling:
+    """The analysis of one graph. names: parameter name -> all names of that tensor.
+
+    axes: of every tensor, by name. readers: the nodes that stand for it. labels: by node; parts: of each of several
+    results. unit_of: by atom, the least atom of its unit.
+    """
+
+    def __init__(self, graph: fx.Graph, names: Mapping[str, tuple[str, ...]]) -> None:
+        self.graph, self._names = graph, names
+        self.axes: dict[str, list[Axis | None]] = {}
+        self.readers: dict[str, list[fx.Node]] = defaultdict(list)
+        self.labels: dict[fx.Node, Labels] = {}
+        self.parts: dict[fx.Node, list[Labels]] = {}
+        self._count = 0
+        self._stays = torch.zeros(0, dtype=torch.bool)  # atoms of which it is known by now that they stay
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._frozen: list[tuple[Tensor, str]] = []
+        self._whole: list[tuple[Tensor, set[int], str]] = []
+        self._deferred: list[tuple[Tensor, Tensor, str]] = []
+        self._mixed: list[tuple[Tensor, str]] = []
+        self._joint: dict[tuple[int, ...], Tensor] = {}  # labels of several dimensions
+        live = live_nodes(graph)
+        for node in graph.nodes:
+            if node in live:
+                self._visit(node)
+        self.unit_of = torch.arange(self._count)
+        self._resolve()
+        self.groups = self._group()
+        self.group_of = torch.full((self._count,), -1)
+        for group in self.groups:
+            self.group_of[group.atoms] = group.number
+
+    def name(self, node: fx.Node) -> str:
+        """The first name of the tensor that a get_attr node reads."""
+        return self._names.get(str(node.target), (str(node.target),))[0]
+
+    def groups_along(self, node: fx.Node, dim: int) -> set[int]:
+        """Numbers of the groups that lie along a dimension of a value."""
+        found: set[int] = set()
+        for label in self.labels.get(node, ()):
+            if label.shape[dim % label.dim()] > 1:
+                found |= set(self.group_of[label.reshape(-1)].unique().tolist())
+        return found - {-1}
+
+    # -- what rules say
+
+    def couple(self, a: Tensor, b: Tensor) -> None:
+        """These go together, element by element, broadcast."""
+        a, b = torch.broadcast_tensors(a, b)
+        self._pairs.append((a.reshape(-1), b.reshape(-1)))
+
+    def freeze(self, label: Tensor, why: str) -> None:
+        self._frozen.append((label.reshape(-1), why))
+        self._stays[label.reshape(-1)] = True
+
+    def keep_whole(self, label: Tensor, dims: Iterable[int], why: str) -> None:
+        """Along these dimensions nothing may go; along others of the label it still may."""
+        dims = set(dims) & covered(label)
+        if dims == covered(label):
+            self.freeze(label, why)
+        elif dims:
+            self._whole.append((label, dims, why))
+
+    def defer(self, joint: Tensor, part: Tensor, why: str) -> None:
+        """They meet in an op; `part` depends on fewer dimensions, and is coupled if units lie along these."""
+        self._deferred.append((joint, part, why))
+
+    def mix(self, label: Tensor, op: str) -> None:
+        """The op computes with all of these together."""
+        self._mixed.append((label.reshape(-1), op))
+
+    def fresh(self, size: int, why: str) -> Tensor:
+        """Atoms of their own that never go."""
+        label = torch.arange(self._count, self._count + size)
+        self._number(size)
+        self.freeze(label, why)
+        return label
+
+    def _number(self, size: int) -> None:
+        self._count += size
+        if self._count > len(self._stays):
+            self._stays = torch.cat([self._stays, self._stays.new_zeros(self._count)])
+
+    def reduced(self, label: Tensor, dims: set[int], op: str) -> Tensor | None:
+        """What is left of a label where an op sums, averages or normalises over dimensions: of units along others,
+        each is taken whole."""
+        gone = dims & covered(label)
+        if not gone:
+            return label
+        left = first_of(label, gone)
+        if covered(label) - gone:
+            self.couple(label, left)
+            return left
+        self.mix(label, op)
+        return None
+
+    # -- the sweep
+
+    def _visit(self, node: fx.Node) -> None:
+        from surgery.pruning import rules
+
+        if node.op == "get_attr":
+            self.labels[node] = self._tensor(node)
+            return
+        if node.op == "output":
+            for operand in node.all_input_nodes:
+                for label in self.labels.get(operand, ()):
+                    self.freeze(label, "the model returns what it makes")
+            return
+        if node.op != "call_function" or not any(
+            self.labels.get(n) or any(self.parts.get(n, ())) for n in node.all_input_nodes
+        ):
+            return
+        if is_aux(node):
+            self.labels[node] = self.unknown(node, carries(node))
+            return
+        try:
+            found = rules.follow(self, node)
+        except Unclear as error:
+            found = self.unknown(node, str(error))
+        if found and isinstance(found[0], list):
+            self.parts[node] = [self._checked(node, part) for part in found]
+        else:
+            self.labels[node] = self._checked(node, found)  # type: ignore[arg-type]
+
+    def unknown(self, node: fx.Node, why: str) -> Labels:
+        """Nothing that enters the node may go, and nothing is known of what it gives."""
+        for operand in tensors((node.args, node.kwargs)):
+            for label in self.labels.get(operand, ()):
+                self.freeze(label, why if is_aux(node) else f"{where(node)}: {why}")
+        return []
+
+    def _checked(self, node: fx.Node, labels: Labels) -> Labels:
+        """Less what depends on nothing that could go: later ops see a dimension that cannot shrink."""
+        labels = [one for one in map(shrunk, labels) if covered(one) and not bool(self._stays[one].all())]
+        for label in labels:
+            if len(covered(label)) > 1:
+                self._joint.setdefault(_key(label), label)
+        return labels
+
+    def _tensor(self, node: fx.Node) -> Labels:
+        value, name = node.meta.get("val"), self.name(node)
+        if not isinstance(value, Tensor):
+            return []
+        if name not in self.axes:
+            axes: list[Axis | None] = []
+            for axis, size in enumerate(value.shape):
+                fixed = isinstance(size, int) and size > 1
+                axes.append(Axis(name, axis, self._count, size) if fixed else None)
+                self._number(size if fixed else 0)
+            self.axes[name] = axes
+        self.readers[name].append(node)
+        rank = value.dim()
+        if parameter_of(node) is not None:
+            self.freeze(torch.cat([a.atoms for a in self.axes[name] if a is not None]), carries(node))
+        return [
+            a.atoms.reshape([-1 if d == a.axis else 1 for d in range(rank)])
+            for a in self.axes[name]
+            if a is not None
+        ]
+
+    # -- units
+
+    def _resolve(self) -> None:
+        """Couple what was said, and choose the dimension along which the units of a joint label lie."""
+        self._join(self._pairs)
+        held = {_key(label): dims for label, dims, _ in self._whole}
+        # Those of which a dimension has to stay whole come first: the others follow them.
+        for key in sorted(self._joint, key=lambda one: one not in held):
+            self._choose(self._joint[key], held.get(key, set()))
+        for joint, part, why in self._deferred:
+            along = covered(shrunk(self.unit_of[joint]))
+            if along and along <= covered(part):
+                self._join([(joint.reshape(-1), part.expand(joint.shape).reshape(-1))])
+            else:
+                self.freeze(part, why)
+        for label, dims, why in self._whole:
+            if covered(shrunk(self.unit_of[label])) & dims:
+                self.freeze(label, why)
+
+    def _choose(self, label: Tensor, whole: set[int]) -> None:
+        """Units lie along one dimension of a label, so that what is left is a block: along the one that has most."""
+        units = self.unit_of[label]
+        dims = covered(shrunk(units))
+        if len(dims) < 2:
+            return
+        best: tuple[int, list[tuple[Tensor, Tensor]]] | None = None
+        for d in sorted(dims - whole):
+            rows = units.movedim(d, 0).reshape(units.shape[d], -1)
+            pairs = [(rows.reshape(-1), rows[:, :1].expand_as(rows).reshape(-1))]
+            count = len(_components(self.unit_of, pairs)[rows[:, 0]].unique())
+            if best is None or count > best[0]:
+                best = count, pairs
+        if best is None:
+            self.freeze(label, "none of the dimensions that its units lie along can shrink")
+        else:
+            self._join(best[1])
+
+    def _join(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        if pairs:
+            self.unit_of = _components(self.unit_of, pairs)
+
+    def _group(self) -> list[Group]:
+        axes = [axis for found in self.axes.values() for axis in found if axis is not None]
+        axis_of = torch.full((self._count,), -1)
+        for number, axis in enumerate(axes):
+            axis_of[axis.first : axis.first + axis.size] = number
+        atoms = torch.nonzero(axis_of >= 0).reshape(-1)
+        units, unit = self.unit_of[atoms].unique(return_inverse=True)
+        why = self._said(self._frozen)
+        alike: dict[tuple[bool, tuple[tuple[int, int], ...]], list[int]] = defaultdict(list)
+        lies: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        keys, counts = (unit * len(axes) + axis_of[atoms]).unique(return_counts=True)
+        for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
+            lies[key // len(axes)].append((key % len(axes), count))
+        frozen = torch.isin(units, torch.tensor(list(why), dtype=units.dtype)).tolist()
+        for number, signature in lies.items():
+            alike[frozen[number], tuple(signature)].append(number)
+        return self._from(axes, alike, atoms, unit, why)
+
+    def _from(
+        self,
+        axes: list[Axis],
+        alike: Mapping[tuple[bool, tuple[tuple[int, int], ...]], list[int]],
+        atoms: Tensor,
+        unit: Tensor,
+        why: Mapping[int, str],
+    ) -> list[Group]:
+        """Groups, cluster by cluster of the axes that depend on each other."""
+        dependency: nx.Graph = nx.Graph()
+        for _, signature in alike:
+            on = [number for number, _ in signature]
+            nx.add_path(dependency, on) if len(on) > 1 else dependency.add_node(on[0])
+        rank = {n: i for i, part in enumerate(nx.connected_components(dependency)) for n in part}
+        count = int(unit.max()) + 1 if len(unit) else 0
+        place, number_in = torch.full((count,), -1), torch.zeros(count, dtype=torch.long)
+        ordered = sorted(alike.items(), key=lambda item: (rank[item[0][1][0][0]], item[1][0]))
+        for number, (_, members) in enumerate(ordered):
+            place[members] = number
+            number_in[members] = torch.arange(len(members))
+        order = torch.argsort(place[unit], stable=True)
+        bounds = torch.bincount(place[unit], minlength=len(ordered)).cumsum(0).tolist()
+        mixed = self._said(self._mixed)
+        found = []
+        for number, ((_, signature), members) in enumerate(ordered):
+            here = order[(bounds[number - 1] if number else 0) : bounds[number]]
+            own = set(self.unit_of[atoms[here]].unique().tolist())
+            found.append(
+                Group(
+                    number,
+                    len(members),
+                    tuple(axes[n] for n, _ in signature),
+                    atoms[here],
+                    number_in[unit[here]],
+                    next((mixed[u] for u in sorted(own) if u in mixed), ""),
+                    next((why[u] for u in sorted(own) if u in why), ""),
+                )
+            )
+        return found
+
+    def _said(self, notes: Iterable[tuple[Tensor, str]]) -> dict[int, str]:
+        """What was said of units, by unit; the first of several."""
+        found: dict[int, str] = {}
+        for label, text in notes:
+            for unit in self.unit_of[label].unique().tolist():
+                found.setdefault(unit, text)
+        return found
+
+
+def _key(label: Tensor) -> tuple[int, ...]:
+    return (*label.shape, *label.reshape(-1).tolist())
+
+
+def _components(known: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The least member of what each is connected with. known: the same without these pairs."""
+    a = torch.cat([left for left, _ in pairs])
+    b = torch.cat([right for _, right in pairs])
+    least = known
+    while True:
+        lower = torch.minimum(least[a], least[b])
+        following = least.clone()
+        for side in (least[a], least[b], a, b):
+            following.scatter_reduce_(0, side, lower, "amin")
+        while not torch.equal(following, following[following]):
+            following = following[following]
+        if torch.equal(following, least):
+            return least
+        least = following

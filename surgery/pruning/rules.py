@@ -1,0 +1,305 @@
+"""How ops pass labels on, and what they couple. What no rule knows keeps all that enters it as it is, by name."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from surgery.dataflow import Rule as DataflowRule
+from surgery.dataflow import rule_of
+from surgery.propagate.links import is_broadcast, packet, tensors
+from surgery.pruning.convolutions import convolution
+from surgery.pruning.coupling import Coupling, Labels, covered, sizes_of, where
+from surgery.pruning.layout import (
+    Given,
+    Rule,
+    cat,
+    cut,
+    glu,
+    index,
+    index_select,
+    layout,
+    picks,
+    pixels,
+    stack,
+    view,
+)
+from surgery.pruning.products import Term, aligned, merge, product, split_letters
+from surgery.weight_ops import arguments
+
+
+def follow(run: Coupling, node: fx.Node) -> Labels | list[Labels]:
+    """Labels of the node, or of each of its results. Raises Unclear."""
+    name, given = packet(node.target), arguments(node)
+    if node.target is operator.getitem:
+        return _getitem(run, node)
+    rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
+    if rule is not None:
+        return rule(run, node, given)
+    if is_broadcast(node.target) or rule_of(node.target) is DataflowRule.NONLINEAR:
+        return pointwise(run, node, tensors((node.args, node.kwargs)))
+    return run.unknown(node, "what it does to units is not known")
+
+
+def pointwise(run: Coupling, node: fx.Node, operands: Sequence[fx.Node]) -> Labels:
+    return merge(run, [aligned(run, node, n) for n in operands], sizes_of(node), where(node), defer=True)
+
+
+def _same(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    return list(run.labels.get(node.args[0], ()))  # type: ignore[arg-type]
+
+
+def _getitem(run: Coupling, node: fx.Node) -> Labels:
+    source, index = node.args
+    parts = run.parts.get(source)  # type: ignore[arg-type]
+    return list(parts[index]) if parts else []  # type: ignore[index]
+
+
+# -- ops on some dimensions
+
+
+def _along(argument: str, what: str) -> Rule:
+    """An op of one tensor whose results along a dimension depend on all of it."""
+
+    def rule(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels]:
+        x, dim = node.args[0], given[argument]
+        labels = run.labels.get(x, [])  # type: ignore[arg-type]
+        for label in labels:
+            run.keep_whole(label, {dim % label.dim()}, f"{where(node)} {what}")
+        if isinstance(node.meta["val"], (list, tuple)):
+            return [list(labels) for _ in node.meta["val"]]
+        return list(labels)
+
+    return rule
+
+
+def _reduce(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels]:
+    x = node.args[0]
+    if "other" in given:  # the larger of two
+        return pointwise(run, node, tensors(node.args))
+    rank = len(sizes_of(x))  # type: ignore[arg-type]
+    dims = given.get("dim")
+    dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    gone = {d % rank for d in dims}
+    found = []
+    for label in run.labels.get(x, ()):  # type: ignore[arg-type]
+        left = run.reduced(label, gone, where(node))
+        if left is not None:
+            kept = (
+                left
+                if given.get("keepdim")
+                else left.reshape([s for d, s in enumerate(left.shape) if d not in gone])
+            )
+            found.append(kept)
+    results = node.meta["val"]
+    return [list(found) for _ in results] if isinstance(results, (list, tuple)) else found
+
+
+def _spatial(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels]:
+    """Pooling and resampling: channels are kept apart."""
+    (digit,) = re.findall(r"(\d)d", packet(node.target))
+    count = int(digit)
+    labels = run.labels.get(node.args[0], [])  # type: ignore[arg-type]
+    for label in labels:
+        run.keep_whole(label, range(label.dim() - count, label.dim()), f"{where(node)} works along it")
+    if isinstance(node.meta["val"], (list, tuple)):
+        return [list(labels) for _ in node.meta["val"]]
+    return list(labels)
+
+
+def _pad(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    labels = run.labels.get(node.args[0], [])  # type: ignore[arg-type]
+    for label in labels:
+        padded = range(label.dim() - len(given["pad"]) // 2, label.dim())
+        run.keep_whole(label, padded, f"{where(node)} pads it")
+    return list(labels)
+
+
+# -- norms
+
+
+def _channels(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    """Batch and instance norm: every channel by itself."""
+    held = tensors((node.args[1:], node.kwargs))
+    x = aligned(run, node, node.args[0])  # type: ignore[arg-type]
+    return merge(
+        run, [x, *(aligned(run, node, n, at=1) for n in held)], sizes_of(node), where(node), defer=True
+    )
+
+
+def _group_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    groups = given["num_groups"]
+    for label in run.labels.get(node.args[0], ()):  # type: ignore[arg-type]
+        if covered(label) != {1}:
+            run.freeze(label, f"{where(node)} normalises along it")
+        elif groups == 1:
+            run.mix(label, where(node))
+        else:
+            split = label.reshape(groups, -1)
+            run.couple(split, split[:, :1])
+    return _channels(run, node, given)
+
+
+def _layer_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    x, rank = node.args[0], len(sizes_of(node))
+    normed = set(range(rank - len(given["normalized_shape"]), rank))
+    for label in run.labels.get(x, ()):  # type: ignore[arg-type]
+        run.reduced(label, normed, where(node))
+    held = tensors((node.args[2:], node.kwargs))
+    operands = [aligned(run, node, n) for n in tensors([x, *held])]
+    return merge(run, operands, sizes_of(node), where(node), defer=True)
+
+
+# -- products
+
+
+def _term(run: Coupling, node: Any, letters: str) -> Term:
+    return Term(list(run.labels.get(node, ())), sizes_of(node), letters)
+
+
+def _linear(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    x, rank = _term(run, given["input"], ""), len(sizes_of(given["input"]))
+    batch = split_letters(rank - 1)
+    x = Term(x.labels, x.sizes, batch + "i")
+    found = product(run, [x, _term(run, given["weight"], "oi")], batch + "o", where(node))
+    return _plus(run, node, found, given["bias"])
+
+
+def _plus(run: Coupling, node: fx.Node, found: Labels, bias: Any) -> Labels:
+    if bias is None:
+        return found
+    sizes = sizes_of(node)
+    return merge(run, [(found, sizes), aligned(run, node, bias)], sizes, where(node), defer=True)
+
+
+def _matmul(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    names = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"), "matmul": ("self", "other")}
+    left, right = (given[name] for name in names.get(packet(node.target), ("self", "mat2")))
+    ranks = len(sizes_of(left)), len(sizes_of(right))
+    if min(ranks) < 2:
+        return run.unknown(node, "it is a product with a vector")
+    batch = split_letters(max(ranks) - 2)
+    terms = [
+        _term(run, n, batch[len(batch) - rank + 2 :] + last)
+        for n, rank, last in ((left, ranks[0], "xk"), (right, ranks[1], "ky"))
+    ]
+    found = product(run, terms, batch + "xy", where(node))
+    return _plus(run, node, found, given["self"] if packet(node.target) in ("addmm", "baddbmm") else None)
+
+
+def _einsum(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    equation = given["equation"].replace(" ", "")
+    if "..." in equation or "->" not in equation:
+        return run.unknown(node, f"its equation {equation!r} leaves letters out")
+    inputs, output = equation.split("->")
+    if any(len(set(letters)) < len(letters) for letters in inputs.split(",")):
+        return run.unknown(node, f"its equation {equation!r} takes a diagonal")
+    terms = [_term(run, n, letters) for n, letters in zip(given["tensors"], inputs.split(","), strict=True)]
+    return product(run, terms, output, where(node))
+
+
+def _attention(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    q, k, v = (given[name] for name in ("query", "key", "value"))
+    rank = len(sizes_of(q))
+    batch = split_letters(rank - 2)
+    terms = [_term(run, q, batch + "sd"), _term(run, k, batch + "td"), _term(run, v, batch + "te")]
+    if given.get("enable_gqa"):
+        for i in (1, 2):
+            terms[i] = _repeated(terms[i], terms[0].sizes[-3])
+    shape = [*terms[0].sizes[:-1], terms[1].sizes[-2]]
+    scores = product(run, terms[:2], batch + "st", where(node))
+    mask = given.get("attn_mask")
+    if isinstance(mask, fx.Node):
+        lead = [1] * (rank - len(sizes_of(mask)))
+        labels = [label.reshape([*lead, *label.shape]) for label in run.labels.get(mask, ())]
+        scores = merge(run, [(scores, shape), (labels, [*lead, *sizes_of(mask)])], shape, where(node))
+    for label in scores:
+        run.keep_whole(label, {rank - 1}, f"{where(node)} normalises along it")
+    return product(run, [Term(scores, shape, batch + "st"), terms[2]], batch + "se", where(node))
+
+
+def _repeated(term: Term, heads: int) -> Term:
+    """Each head of keys and values for its group of query heads."""
+    times = heads // term.sizes[-3]
+    labels = [one.repeat_interleave(times, -3) if one.shape[-3] > 1 else one for one in term.labels]
+    return Term(labels, [*term.sizes[:-3], heads, *term.sizes[-2:]], term.letters)
+
+
+def _embedding(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    rank, found = len(sizes_of(node)), []
+    for label in run.labels.get(given["weight"], ()):
+        if covered(label) == {0}:
+            run.freeze(label, f"{where(node)} looks up its rows")
+        else:
+            found.append(label.reshape([1] * (rank - 1) + [-1]))
+    return found
+
+
+def _prelu(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    slope = aligned(run, node, given["weight"], at=1)
+    x = aligned(run, node, given["self"])
+    return merge(run, [x, slope], sizes_of(node), where(node), defer=True)
+
+
+def _shape_only(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    """Its values do not depend on those of what it reads, but their number does."""
+    for label in run.labels.get(node.args[0], ()):  # type: ignore[arg-type]
+        run.freeze(label, f"{where(node)} is made in its size")
+    return []
+
+
+def _names(names: str, rule: Rule) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_RULES: dict[str, Rule] = {
+    **_names(
+        "dropout feature_dropout alpha_dropout to _to_copy type_as clone contiguous detach alias", _same
+    ),
+    **_names(
+        "lift_fresh_copy native_dropout zeros_like ones_like full_like empty_like rand_like randn_like", _same
+    ),
+    **_names("view reshape _unsafe_view view_copy flatten unflatten view_as reshape_as", view),
+    **_names(
+        "permute transpose t numpy_T mT movedim swapaxes unsqueeze squeeze expand expand_as repeat", layout
+    ),
+    **_names("repeat_interleave split split_with_sizes chunk narrow flip tensor_split unsafe_split", layout),
+    **_names("select unbind", picks("dim")),
+    **_names("roll", picks("dims")),
+    **_names("slice", cut),
+    **_names("index", index),
+    **_names("index_select", index_select),
+    **_names("cat concat", cat),
+    **_names("stack", stack),
+    **_names("pixel_shuffle", pixels),
+    **_names("softmax _softmax _safe_softmax log_softmax _log_softmax", _along("dim", "normalises along it")),
+    **_names("cumsum cumprod sort topk", _along("dim", "works along it")),
+    **_names("mean sum var std amax amin max min prod any all norm logsumexp argmax argmin", _reduce),
+    **_names("var_mean std_mean linalg_vector_norm", _reduce),
+    **{
+        f"{kind}_pool{n}d{more}": _spatial
+        for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp")
+        for n in (1, 2, 3)
+        for more in ("", "_with_indices")
+    },
+    **_names("upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d", _spatial),
+    **_names("_upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_linear1d", _spatial),
+    **_names("constant_pad_nd pad reflection_pad1d reflection_pad2d replication_pad2d", _pad),
+    **_names("glu", glu),
+    **_names("batch_norm instance_norm", _channels),
+    **_names("group_norm", _group_norm),
+    **_names("layer_norm rms_norm", _layer_norm),
+    **_names("linear", _linear),
+    **_names("matmul bmm mm addmm baddbmm", _matmul),
+    **_names("einsum", _einsum),
+    **_names("scaled_dot_product_attention", _attention),
+    **_names("conv1d conv2d conv3d conv_transpose1d conv_transpose2d", convolution),
+    **_names("embedding", _embedding),
+    **_names("prelu", _prelu),
+    **_names("new_zeros new_ones new_full new_empty", _shape_only),
+    **_names("sym_size sym_numel sym_stride _assert_tensor_metadata", lambda run, node, given: []),
+}
