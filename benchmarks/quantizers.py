@@ -27,7 +27,7 @@ def static(subject: Subject, path: Path, plain: Path, **options: Any) -> None:
     """onnxruntime's quantize_static, per channel, on the subject's calibration data."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    names = [value.name for value in onnx.load(str(plain), load_external_data=False).graph.input]
+    names = _inputs(plain)
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -60,7 +60,7 @@ def nbits(subject: Subject, path: Path, plain: Path) -> None:
     quantizer.model.save_model_to_file(str(path))
 
 
-def torchao(subject: Subject, path: Path, _: Path) -> None:
+def torchao(subject: Subject, path: Path, plain: Path) -> None:
     """torchao's weight-only int8 on the module, exported by torch.onnx."""
     if importlib.util.find_spec("torchao") is None:
         raise MissingPeer("torchao is not installed: pip install torchao")
@@ -71,7 +71,11 @@ def torchao(subject: Subject, path: Path, _: Path) -> None:
     quantize_(changed, Int8WeightOnlyConfig())
     shapes = subject.program.captured.dynamic_shapes
     given = {"kwargs": kwargs, "dynamo": True, "dynamic_shapes": shapes, "verbose": False}
-    torch.onnx.export(changed, args, str(path), **given)
+    torch.onnx.export(changed, args, str(path), input_names=_inputs(plain), **given)
+
+
+def _inputs(plain: Path) -> list[str]:
+    return [value.name for value in onnx.load(str(plain), load_external_data=False).graph.input]
 
 
 def _prepared(plain: Path, path: Path) -> Path:
