@@ -289,7 +289,8 @@ class Program:
                 )
         entries = [e for e in self.journal if e.id in gone]
         left = without(gone, self.journal)
-        if not any(e.kind == "rewrite" for e in left):
+        adapted = any(map(self._freezes, entries)) and not any(map(self._freezes, left))
+        if adapted or not any(e.kind == "rewrite" for e in left):
             left = [e for e in left if not e.auto]
         names = {n for e in left for n in e.tensor_names}
         tensors, changed = self.copies()
@@ -300,6 +301,11 @@ class Program:
             else:
                 (tensors if n in tensors else changed)[n] = nn.Parameter(tensors[before])
         return Program(self.base, journal, {n: t for n, t in tensors.items() if n in names}, changed)
+
+    def _freezes(self, entry: Entry) -> bool:
+        """Whether a pass had the base frozen."""
+        pass_ = replay.pass_of(entry, self.base.plugins) if entry.kind == "rewrite" else None
+        return bool(getattr(pass_, "freezes", False))
 
     def undo_all(self) -> Program:
         """The base, bit for bit."""
