@@ -13,6 +13,9 @@ whole model does with the removed units at zero (see tests/test_prune_filters.py
 
 from __future__ import annotations
 
+import contextlib
+import math
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +39,7 @@ from surgery.passes import PruneFilters
 
 RATIO = 0.5
 SAME = 1e-4
+LIMIT = 120  # seconds of wall time for one model of the peer: of some its search for groups does not end
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def _llama(layers: int) -> LoadedModel:
 
 
 def _vit_heads(model: nn.Module) -> dict[nn.Module, int]:
-    return {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv")}  # type: ignore[misc]
+    return {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}  # type: ignore[misc]
 
 
 def _vit_after(model: nn.Module) -> None:
@@ -162,7 +166,8 @@ def _compare(case: Case) -> Iterator[Row]:
 
 
 def _row(what: str, ours: float, theirs: float, note: str = "") -> Row:
-    return Row("prune", what, "Torch-Pruning", ours, theirs, ours / theirs, unit="of it", note=note)
+    ratio = None if math.isnan(theirs) else ours / theirs
+    return Row("prune", what, "Torch-Pruning", ours, theirs, ratio, unit="of it", note=note)
 
 
 def _ours(case: Case, target: str | None) -> tuple[Pruned, float]:
@@ -193,15 +198,35 @@ def _peer(case: Case) -> Pruned:
 
     before = sum(p.numel() for p in model.parameters()), _macs(forward)
     begun = time.process_time()
-    _prune(model, args, kwargs, case.heads(model))
+    try:
+        with _limited():
+            _prune(model, args, kwargs, case.heads(model))
+    except TimeoutError as problem:
+        return Pruned(math.nan, math.nan, time.process_time() - begun, str(problem))
     case.after(model)
     seconds = time.process_time() - begun
     left = sum(p.numel() for p in model.parameters()) / before[0]
     try:
         macs = _macs(forward) / before[1]
     except Exception as problem:
-        return Pruned(left, float("nan"), seconds, f"it does not run ({str(problem)[:60]})")
+        return Pruned(left, math.nan, seconds, f"it does not run ({str(problem)[:60]})")
     return Pruned(left, macs, seconds, _exported(model, args, kwargs, forward()))
+
+
+@contextlib.contextmanager
+def _limited() -> Iterator[None]:
+    """Raises TimeoutError where the block takes longer than LIMIT."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it has not ended after {LIMIT} s")
+
+    kept = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, kept)
 
 
 def _prune(model: nn.Module, args: Any, kwargs: Any, heads: dict[nn.Module, int]) -> None:
@@ -287,10 +312,10 @@ def _prunes(loaded: LoadedModel) -> None:
 def _peer_prunes(loaded: LoadedModel) -> None:
     model = loaded.module.eval()
     count = sum(p.numel() for p in model.parameters())
-    heads = _vit_heads(model)
-    _prune(model, loaded.args, dict(loaded.kwargs), heads)
+    with _limited():
+        _prune(model, loaded.args, dict(loaded.kwargs), _vit_heads(model))
     for module in model.modules():
-        if module in {m for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "head_dim")}:
+        if hasattr(module, "qkv") and hasattr(module, "head_dim"):
             module.num_heads = module.qkv.out_features // 3 // module.head_dim
     with torch.no_grad():
         model(*loaded.args, **loaded.kwargs)

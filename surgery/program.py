@@ -311,7 +311,8 @@ class Program:
             needed = replay.pass_of(entry, self.base.plugins).requires if entry.kind == "rewrite" else ()
             if needed and not any(e.pass_name in needed for e in left):
                 raise JournalError(f"{entry.id!r} stands on {name!r}; undo {entry.id!r} first")
-        if not any(e.kind == "rewrite" for e in left):
+        adapted = any(map(self._freezes, entries)) and not any(map(self._freezes, left))
+        if adapted or not any(e.kind == "rewrite" for e in left):
             left = [e for e in left if not e.auto]
         names = {n for e in left for n in e.tensor_names}
         tensors, changed = self.copies()
@@ -330,6 +331,11 @@ class Program:
                     f"later passes stand on what {name!r} made, and {error}; undo those first"
                 ) from None
         return undone
+
+    def _freezes(self, entry: Entry) -> bool:
+        """Whether a pass had the base frozen."""
+        pass_ = replay.pass_of(entry, self.base.plugins) if entry.kind == "rewrite" else None
+        return bool(getattr(pass_, "freezes", False))
 
     def undo_all(self) -> Program:
         """The base, bit for bit."""
