@@ -230,7 +230,7 @@ def test_every_group_by_itself():
         pruned = base.apply(surgery.PruneFilters(ratio=0.5, target=f"re:^{path}$"))
         assert difference(masked(base, pruned), pruned.run()) <= SAME, path
         saved = base.count_parameters()[0] - pruned.count_parameters()[0]
-        assert saved == sites(pruned)[path]["parameters"] > 0
+        assert saved == sites(pruned)[path]["saved"]["parameters"] > 0
 
 
 def test_multiply_adds_are_counted():
@@ -244,7 +244,7 @@ def test_multiply_adds_are_counted():
     base = surgery.capture(*branches())
     for path in ("stem", "expand", "joined"):
         pruned = base.apply(surgery.PruneFilters(ratio=0.5, target=f"re:^{path}$"))
-        assert counted(base) - counted(pruned) == sites(pruned)[path]["macs"] > 0
+        assert counted(base) - counted(pruned) == sites(pruned)[path]["saved"]["macs"] > 0
 
 
 class Uneven(nn.Module):
@@ -314,7 +314,7 @@ def test_a_stream_goes_where_it_is_named():
     assert not any("embed" in path for path in sites(inner))
     whole = base.apply(surgery.PruneFilters(ratio=0.5, target="all"))
     assert sites(whole)["bert.embeddings.word_embeddings"]["groups"] == [
-        {"what": "units", "units": 32, "removed": 16}
+        {"what": "units", "units": 32, "rows": 1, "removed": 16}
     ]
     assert whole.run()["logits"].shape == base.run()["logits"].shape
     named = base.apply(surgery.PruneFilters(ratio=0.5, target="embed.token"))

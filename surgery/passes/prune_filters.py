@@ -98,10 +98,14 @@ class PruneFilters(GraphPass):
         return found[site.key]
 
     def note(self, site: Site) -> str:
-        units = "; ".join(
-            f"{g['units']} {g['what']} → {g['units'] - g['removed']}" for g in site.decided["groups"]
+        units = []
+        for group in site.decided["groups"]:
+            each = f" of {group['rows']}" if group["rows"] > 1 and group["what"] != "heads" else ""
+            units.append(f"{group['units']} {group['what']}{each} → {group['units'] - group['removed']}")
+        saved = site.decided["saved"]
+        return (
+            f"{'; '.join(units)}; {saved['parameters']:,} parameters, {saved['macs']:,} multiply-adds fewer"
         )
-        return f"{units}; {site.decided['parameters']:,} parameters and {site.decided['macs']:,} multiply-adds fewer"
 
     def frees(self, site: Site) -> set[str]:
         return {known["name"] for known in site.decided["tensors"] if known["trains"]}

@@ -78,11 +78,20 @@ def decide(places: Sequence[Place], request: Request, probe: Probe) -> dict[Site
         parameters, macs = costs.saved(own, {group.number for group in place.groups})
         mine = [name for name, key in owner.items() if key == place.site.key]
         groups = [
-            {"what": _what(place.site, g), "units": g.units, "removed": len(going[g.number])}
+            {
+                "what": _what(place.site, g),
+                "units": g.units,
+                "rows": rows_of(g, [str(place.site.weight)]),
+                "removed": len(going[g.number]),
+            }
             for g in place.groups
         ]
         written = _written(run, mine, keep, view.names)
-        found[place.site.key] = {"groups": groups, "parameters": parameters, "macs": macs, **written}
+        found[place.site.key] = {
+            "groups": groups,
+            "saved": {"parameters": parameters, "macs": macs},
+            **written,
+        }
     return found
 
 
