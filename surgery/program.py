@@ -207,7 +207,7 @@ class Program:
         in_place: bool = False,
         verify: bool = True,
         quantized: How = "keep",
-        budget: float = 0.01,
+        budget: float = 0.1,
         data: Sequence[InputSet] = (),
     ) -> Program:
         """The program with its adapters folded into the base weights: original names, original nodes.
@@ -218,10 +218,10 @@ class Program:
         sees it). Raises PassError where nothing can be folded.
 
         quantized: what becomes of adapters on quantized weights. `keep`: their branches stay. `requantize`: new codes
-        of the weight with the adapters in it. `residual`: these, and a low-rank correction of what they round away.
-        `auto`: the first of requantize, a correction smaller than the adapters, and keep whose error of the op's
-        outputs on the data (the example inputs by default) is at most `budget`, over their norm. The journal says it
-        site by site.
+        of the weight with the adapters in it. `residual`: codes and a low-rank correction, of what new codes round away
+        or of the adapters beside the old ones. `auto`: the first of requantize, a correction smaller than the adapters,
+        and keep that loses at most `budget` of what the adapters add to the op's outputs on the data (the example
+        inputs by default). The journal says it site by site.
         """
         return merging.merge(self, in_place, verify, quantized, budget, data)
 

@@ -70,13 +70,16 @@ class Merged:
 def into_codes(program: Program, how: How, budget: float, ident: str, data: Sequence[InputSet]) -> Merged:
     """Put adapters into the codes that they stand on, where `how` and the budget let them.
 
-    budget: the largest error of an op's outputs on the data, over their norm, for `auto` and the rank of `residual`.
+    budget: of what the adapters add to an op's outputs on the data, the part that may be lost (error over norm), for
+    `auto` and the rank of `residual`. Over the outputs themselves an error may be small and yet all that was learned.
     ident: of the merge, which names its tensors. Nothing of the program is changed. Raises PassError.
     """
     if how not in get_args(How):
         raise PassError(f"merge: quantized is {how!r}; it is one of {', '.join(get_args(How))}")
     if not budget >= 0:
-        raise PassError(f"merge: the budget is {budget!r}; give a fraction of the outputs, such as 0.01")
+        raise PassError(
+            f"merge: the budget is {budget!r}; give a fraction of what the adapters add, such as 0.1"
+        )
     if not program.base.in_memory:
         raise PassError("merge: the weights are not in memory, so that no error can be measured")
     live = live_entries(program.journal)
@@ -143,37 +146,36 @@ class _Place:
             return replace(kept, why=why), {}
         wanted, given = self._wanted()
         scale = self._codes.scale
-        codes = self.pass_.encode(self.site, wanted)
-        codes = Codes(codes.codes, codes.scale.to(scale), codes.zero)
-        rest = self.layout.matrix(wanted - self.layout.decode(codes).to(wanted))
-        size, moved = self._norm(self.layout.matrix(wanted)), self._norm(self.layout.matrix(wanted - given))
+        codes = self._codes
+        if not torch.equal(wanted, given):
+            codes = self.pass_.encode(self.site, wanted)
+            codes = Codes(codes.codes, codes.scale.to(scale), codes.zero)
+        rest, added = (self.layout.matrix(wanted - w) for w in (self.layout.decode(codes).float(), given))
+        size, effect = (max(self._norm(m), 1e-30) for m in (self.layout.matrix(wanted), added))
         error = self._norm(rest)
-        made = {name: getattr(codes, name) for name in self.layout.names}
-        errors = {"requantize": error / size}
-        kept = replace(kept, errors=errors, lost=error / max(moved, 1e-30), of=self._of)
-        if how == "requantize" or (how == "auto" and error <= budget * size):
-            return replace(kept, how="requantize"), made
-        smallest = f"new codes move its {self._of} by {error / size:.2%}"
+        kept = replace(kept, errors={"requantize": error / size}, of=self._of)
+        if how == "requantize" or (how == "auto" and error <= budget * effect):
+            chosen = replace(kept, how="requantize", lost=error / effect)
+            return chosen, {name: getattr(codes, name) for name in self.layout.names}
+        lost = f"new codes lose {error / effect:.1%} of what it adds"
         if self.site.kind != LINEAR:
-            return replace(kept, why=f"{smallest}, and only linear maps have a low-rank correction"), {}
-        values, left, right = self._decomposed(rest)
-        tails = (
-            values.square().flip(0).cumsum(0).flip(0)
-        ).sqrt() / size  # the error with the first k left out
-        fits = (torch.cat([tails, tails.new_zeros(1)]) <= budget).nonzero()
-        rank = max(int(fits[0]), 1)
+            return replace(kept, why=f"{lost}, and only linear maps have a low-rank correction"), {}
+        # Beside new codes the correction is of what these round away; beside those that are there, of the adapters.
+        found = [
+            _Correction.of(held, self._decomposed(e)) for held, e in ((codes, rest), (self._codes, added))
+        ]
         most = self._values_of_adapters() // sum(rest.shape)
+        rank = min(correction.rank_within(budget * effect) for correction in found)
         if how == "residual":
             rank = min(rank, max(most, 1))
         elif rank >= most:
-            why = f"{smallest}, and a correction within {budget:.2%} takes rank {rank}, no less than the adapters"
+            why = f"{lost}, and a correction that loses {budget:.1%} takes rank {rank}, no less than the adapters"
             return replace(kept, why=why), {}
-        found = float(tails[rank]) if rank < len(tails) else 0.0
-        # Laid out as they are read from a file: products of others round otherwise.
-        made["left"] = (left[:, :rank] * values[:rank]).to(scale).contiguous()
-        made["right"] = right[:rank].to(scale).contiguous()
-        errors, lost = {**errors, "residual": found}, found * size / max(moved, 1e-30)
-        return replace(kept, how="residual", rank=rank, errors=errors, lost=lost), made
+        best = min(found, key=lambda correction: correction.left(rank))
+        made = {name: getattr(best.codes, name).clone() for name in self.layout.names}
+        made["left"], made["right"] = (factor.to(scale).contiguous() for factor in best.factors(rank))
+        errors = {**kept.errors, "residual": best.left(rank) / size}
+        return replace(kept, how="residual", rank=rank, errors=errors, lost=best.left(rank) / effect), made
 
     def _hindrance(self) -> str:
         if self.record.decided.get("correction"):
@@ -247,4 +249,31 @@ class _Place:
         damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp(min=1e-30))
         root = torch.linalg.cholesky(damped)
         left, values, right = torch.linalg.svd(rest.double() @ root, full_matrices=False)
-        return values, left, torch.linalg.solve_triangular(root, right, upper=False, left=False)
+        return left, values, torch.linalg.solve_triangular(root, right, upper=False, left=False)
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """Codes, and the factors of what they leave. tails: by rank, the error of the outputs that is left."""
+
+    codes: Codes
+    left_factor: Tensor
+    values: Tensor
+    right_factor: Tensor
+    tails: list[float]
+
+    @staticmethod
+    def of(codes: Codes, decomposed: tuple[Tensor, Tensor, Tensor]) -> _Correction:
+        squared = decomposed[1].square().flip(0).cumsum(0).flip(0)
+        return _Correction(codes, *decomposed, [*squared.sqrt().tolist(), 0.0])
+
+    def left(self, rank: int) -> float:
+        return self.tails[min(rank, len(self.tails) - 1)]
+
+    def rank_within(self, error: float) -> int:
+        """The smallest rank, at least 1, that leaves no more."""
+        return max(next(rank for rank, tail in enumerate(self.tails) if tail <= error), 1)
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(out, rank) and (rank, in)."""
+        return self.left_factor[:, :rank] * self.values[:rank], self.right_factor[:rank]

@@ -119,15 +119,15 @@ def apply(
     type=click.Choice(get_args(How)),
     default="keep",
     show_default=True,
-    help="Of adapters on quantized weights. requantize: new codes. residual: with a low-rank correction. auto: the "
-    "smaller of these within the --budget, else the branch stays.",
+    help="Of adapters on quantized weights. requantize: new codes. residual: codes and a low-rank correction. "
+    "auto: the smaller of these within the --budget, else the branch stays.",
 )
 @click.option(
     "--budget",
     type=click.FloatRange(0, min_open=False),
-    default=0.01,
+    default=0.1,
     show_default=True,
-    help="The largest error of an op's outputs on the data, over their norm.",
+    help="The part of what adapters add to an op's outputs on the data that may be lost.",
 )
 @data_option
 @standalone_option
