@@ -16,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,38 +132,34 @@ FORMATS = [
 
 
 def evaluate(subject: Subject, rounds: int) -> Iterator[Result]:
-    """Every format of a subject, fp32 first."""
+    """Every format of a subject, fp32 first. Raises what goes wrong in ours; a peer's failure is a result."""
     with tempfile.TemporaryDirectory() as folder:
-        files: dict[str, Path] = {}
-        covered: dict[str, float | None] = {}
+        made: dict[str, Result] = {}
+        models: dict[str, OnnxModel] = {}
         for number, format in enumerate(FORMATS):
             path = Path(folder, f"{number}.onnx")
             try:
-                covered[format.name] = format.make(subject, path, files.get("fp32", path))
-                files[format.name] = path
+                covered = format.make(subject, path, Path(folder, "0.onnx"))
+                model = OnnxModel(path, threads=torch.get_num_threads())
+                quality = subject.quality(model)
             except (SurgeryError, MissingPeer) as error:
                 yield Result(subject.name, format.name, format.peer, failed=str(error))
-            except Exception as error:  # a peer's failure is a result
+            except Exception as error:
                 if not format.peer:
                     raise
                 said = " ".join(str(error).split())[:160]
                 yield Result(subject.name, format.name, True, failed=f"{type(error).__name__}: {said}")
+            else:
+                models[format.name] = model
+                size = sum(f.stat().st_size for f in Path(folder).glob(f"{path.name}*"))
+                loss = subject.loss(quality, made["fp32"].quality) if made else 0.0
+                found = Result(subject.name, format.name, format.peer, size, covered, quality, loss)
+                made[format.name] = found
             print(f"  {subject.name}: {format.name}", file=sys.stderr, flush=True)
-        models = {name: OnnxModel(path, threads=torch.get_num_threads()) for name, path in files.items()}
         times = {rows: _times(models, subject.inputs(rows), rounds) for rows in ROWS}
-        qualities = {name: subject.quality(model) for name, model in models.items()}
-        for format in FORMATS:
-            if format.name in files:
-                yield Result(
-                    subject.name,
-                    format.name,
-                    format.peer,
-                    sum(f.stat().st_size for f in Path(folder).glob(f"{files[format.name].name}*")),
-                    covered[format.name],
-                    qualities[format.name],
-                    subject.loss(qualities[format.name], qualities["fp32"]),
-                    tuple(times[rows].median(format.name) / times[rows].median("fp32") for rows in ROWS),
-                )
+        for name, result in made.items():
+            ratios = tuple(times[rows].median(name) / times[rows].median("fp32") for rows in ROWS)
+            yield replace(result, ratios=ratios)
 
 
 def _times(models: Mapping[str, OnnxModel], inputs: dict[str, torch.Tensor], rounds: int) -> Times:

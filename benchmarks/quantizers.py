@@ -71,7 +71,9 @@ def torchao(subject: Subject, path: Path, plain: Path) -> None:
     quantize_(changed, Int8WeightOnlyConfig())
     shapes = subject.program.captured.dynamic_shapes
     given = {"kwargs": kwargs, "dynamo": True, "dynamic_shapes": shapes, "verbose": False}
-    torch.onnx.export(changed, args, str(path), input_names=_inputs(plain), **given)
+    names = onnx.load(str(plain), load_external_data=False).graph
+    outputs = [value.name for value in names.output]
+    torch.onnx.export(changed, args, str(path), input_names=_inputs(plain), output_names=outputs, **given)
 
 
 def _inputs(plain: Path) -> list[str]:
