@@ -20,7 +20,7 @@ from surgery.cli.reference import write_pages
 from surgery.cli.render import console, count, note_unfrozen, site_row, trainable_line
 from surgery.difference import diff as diff_programs
 from surgery.errors import SurgeryError
-from surgery.pass_base import RewritePass
+from surgery.pass_base import GraphPass, RewritePass
 from surgery.pattern_pass import PatternPass
 from surgery.pipeline import PassPlan, PlanReport, describe_options
 from surgery.plugins import Plugins
@@ -192,7 +192,8 @@ def plan(
                     if row.refusal
                     else Text(_note(planned.pass_, row), style="yellow")
                 )
-                shape = "×".join(map(str, row.site.shape))
+                # Of a pattern's value, which has no weight, what is fixed.
+                shape = "×".join(str(size) if isinstance(size, int) else "…" for size in row.site.shape)
                 table.add_row(
                     row.site.path,
                     row.site.role,
@@ -281,7 +282,7 @@ def _note(pass_: Any, row: Any) -> str:
     notes = [said] if said else []
     if row.site.tied:
         notes.append(f"tied to {', '.join(row.site.tied)}")
-    if len(row.site.calls) > 1:
+    if len(row.site.calls) > 1 and not isinstance(pass_, GraphPass):
         notes.append(f"called {len(row.site.calls)} times, one adapter")
     if row.site.decided.get("rows"):
         notes.append(f"parts {', '.join(row.site.decided['rows'])}")
@@ -318,7 +319,7 @@ def _plan_json(planned: PassPlan, why: bool) -> dict[str, Any]:
                 "path": row.site.path,
                 "role": row.site.role,
                 "kind": row.site.kind,
-                "shape": list(row.site.shape),
+                "shape": [size if isinstance(size, int) else None for size in row.site.shape],
                 "tied": list(row.site.tied),
                 "refusal": row.refusal,
                 "decided": dict(row.site.decided),

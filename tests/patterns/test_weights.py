@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 
 import onnx
 import pytest
@@ -12,9 +13,11 @@ from torch.nn import functional
 
 import surgery
 from surgery.api import JournalError, PassError
+from surgery.cli import main
 from surgery.numerics import observe
 from surgery.passes.fold_batchnorm import fold
 from surgery.testing import check_pass
+from tests.conftest import minilm_path
 from tests.models import attention, interleaved
 from tests.patterns.models import program
 from tests.techniques.catalogue import of
@@ -276,3 +279,12 @@ _QUICK = (
 )
 def test_conformance_whole(name, pass_name):
     check_pass(of(pass_name), program(name))
+
+
+def test_plan_for_machines(capsys):
+    """Sizes that are not fixed are null, and a place of several ops is no layer called so many times."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", f"hf:{minilm_path()}", "--pass", "fuse-qkv", "--json"])
+    assert ended.value.code == 0
+    (planned,) = json.loads(capsys.readouterr().out)
+    assert [site["shape"] for site in planned["sites"]] == [[None, None, 384]] * 6
