@@ -107,7 +107,7 @@ def test_nothing_learned_is_nothing_lost(encoder):
     assert observe(program.run(), merged.run()).equal
 
 
-@pytest.mark.parametrize("how", ["requantize", "residual"])
+@pytest.mark.parametrize("how", [pytest.param("requantize", marks=pytest.mark.slow), "residual"])
 def test_saved_loaded_exported_and_undone(how, encoder, tmp_path):
     program = adapted(encoder, "int4")
     merged = program.merge(quantized=how)

@@ -171,7 +171,10 @@ def test_saved_and_loaded_although_it_adds_no_tensor(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "pass_name", "there", "gone"),
-    [("gpt2", "fuse-gelu", "Gelu", "Tanh"), ("llama", "fuse-rmsnorm", "RMSNormalization", "ReduceMean")],
+    [
+        pytest.param("gpt2", "fuse-gelu", "Gelu", "Tanh", marks=pytest.mark.slow),
+        ("llama", "fuse-rmsnorm", "RMSNormalization", "ReduceMean"),
+    ],
 )
 def test_one_onnx_op_for_each(name, pass_name, there, gone, tmp_path):
     base = program(name)
@@ -195,6 +198,7 @@ def test_with_lora_beside_and_merged():
     assert observe(adapted.run(), other.run()).equal
 
 
+@pytest.mark.slow
 def test_conformance_of_fuse_gelu():
     report = check_pass(of("fuse-gelu"), program("gpt2"))
     assert not [o for o in report.outcomes if o.status == "failed"]

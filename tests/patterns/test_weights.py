@@ -213,6 +213,7 @@ def test_rows_that_are_interleaved_come_back_in_their_order(make):
     assert [r.path for r in only.journal.entries[-1].sites] == ["project.split-qkv.q"]
 
 
+@pytest.mark.slow
 def test_gpt2_reads_the_parts_in_the_place_of_its_split(tmp_path):
     base = program("gpt2")
     apart = base.apply(of("split-qkv"))
@@ -242,7 +243,12 @@ def test_adapters_come_after_and_shared_weights_stay():
 
 
 @pytest.mark.parametrize(
-    ("name", "pass_name"), [("timm:resnet18", "fold-batchnorm"), ("bert", "fuse-qkv"), ("gpt2", "split-qkv")]
+    ("name", "pass_name"),
+    [
+        pytest.param("timm:resnet18", "fold-batchnorm", marks=pytest.mark.slow),
+        ("bert", "fuse-qkv"),
+        ("gpt2", "split-qkv"),
+    ],
 )
 def test_conformance(name, pass_name):
     check_pass(of(pass_name), program(name), checks=_QUICK)

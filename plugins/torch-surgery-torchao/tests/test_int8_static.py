@@ -171,6 +171,7 @@ def digits() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return net.eval(), (images - 0.1307) / 0.3081, torch.tensor(given.target)
 
 
+@pytest.mark.slow
 def test_the_kit_on_minilm():
     report = check_pass(Int8Static(target="attn.*,mlp.*"), encoder())
     print(report)
