@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import pluggy
 
@@ -78,7 +78,7 @@ class Plugins:
                         f"two {plural} are named {cls.name!r}: one from {other.distribution!r}, one from "
                         f"{distribution!r}; uninstall one of them"
                     )
-                found[cls.name] = Info(cls, distribution, version)
+                found[cls.name] = Info(cast(T, cls), distribution, version)
         return found
 
     @cached_property

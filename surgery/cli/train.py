@@ -130,7 +130,7 @@ def train(
     rows = split(rows, share or 0.0, settings.seed)
     program = loader(model)
     out = console()
-    watchers: list[Watcher] = [] if as_json else [_Live(out)]
+    watchers: list[Watcher] = [] if as_json else [_Live(out, objective.metric)]
     if tensorboard:
         watchers.append(TensorBoard(run / "tensorboard"))
     loop = Loop(program, objective, rows, settings, run, find_tokenizer(program, tokenizer), watchers)
@@ -168,8 +168,8 @@ def _share(text: str) -> float | None:
 class _Live(Watcher):
     """Progress in the terminal: loss, rate of tokens, time left; a line for each evaluation and note."""
 
-    def __init__(self, out: Any) -> None:
-        self.out = out
+    def __init__(self, out: Any, metric: str) -> None:
+        self.out, self.metric = out, metric
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(bar_width=24),
@@ -180,7 +180,7 @@ class _Live(Watcher):
             TimeRemainingColumn(elapsed_when_finished=True),
             console=out,
         )
-        self.loss, self.tokens, self.time, self.score = float("nan"), 0, perf_counter(), ""
+        self.loss, self.tokens, self.time, self.score = float("nan"), 0.0, perf_counter(), ""
 
     def begun(self, step: int, steps: int) -> None:
         if step:
@@ -200,8 +200,8 @@ class _Live(Watcher):
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         said = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.progress.print(Text(f"step {step}: {said}{' (best)' if best else ''}"))
-        name, value = list(metrics.items())[-1]
-        self.score, self.time = f"{name} {value:.4g}", perf_counter()
+        self.score, self.time = f"{self.metric} {metrics[self.metric]:.4g}", perf_counter()
+        self.progress.update(self.task, score=self.score)
 
     def noted(self, step: int, sentence: str) -> None:
         self.progress.print(Text(f"step {step}: {sentence}", style="yellow"))

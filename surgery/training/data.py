@@ -89,7 +89,7 @@ def _load(name: str, files: Sequence[Path], **options: Any) -> Any:
         import datasets
     except ModuleNotFoundError:
         raise MissingExtraError("datasets", "train") from None
-    with quiet(datasets):
+    with quiet():
         try:
             return datasets.load_dataset(name, **options)
         except Exception as error:
@@ -99,8 +99,10 @@ def _load(name: str, files: Sequence[Path], **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def quiet(datasets: Any) -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars and no warnings of datasets."""
+    import datasets
+
     level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
@@ -135,7 +137,6 @@ class Examples:
 
 def make_examples(rows: Any, objective: Objective, setting: Setting) -> Examples:
     """The examples of all rows. Raises TrainingError for a row that is wrong, by its number, or if there are none."""
-    import datasets
 
     def of(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         made: list[dict[str, Any]] = []
@@ -148,7 +149,7 @@ def make_examples(rows: Any, objective: Objective, setting: Setting) -> Examples
         names = made[0] if made else {}
         return {name: [example[name] for example in made] for name in names}
 
-    with quiet(datasets):
+    with quiet():
         found = rows.map(
             of, batched=True, with_indices=True, remove_columns=rows.column_names, keep_in_memory=True,
             load_from_cache_file=False, new_fingerprint="examples",

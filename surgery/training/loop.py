@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from surgery.errors import MissingExtraError, TrainingError
 from surgery.program import Program
 from surgery.training.checkpoint import LOG, Checkpoints, State, Weights
-from surgery.training.data import Examples, Rows, make_examples
+from surgery.training.data import Examples, Rows, make_examples, quiet
 from surgery.training.nonfinite import first_bad
 from surgery.training.objective import Batch, Objective
 from surgery.training.regularize import penalty
@@ -75,7 +75,8 @@ class Loop:
         groups = program.parameter_groups(settings.lr, weight_decay=settings.weight_decay)
         self.penalties = [penalty(program, text) for text in settings.regularize]
         setting = Setting.of(program, tokenizer, settings.max_length)
-        self.setting = objective.prepared(_together(rows), setting)
+        with quiet():
+            self.setting = objective.prepared(_together(rows), setting)
         self.data = make_examples(rows.train, objective, self.setting)
         self.notes = _counted(self.setting, "")
         self.held_out: Examples | None = None
@@ -89,7 +90,7 @@ class Loop:
         self.weights = Weights(program)
         self.lrs = [group["lr"] for group in groups]
         self.accelerator = _accelerator(settings)
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+        optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=settings.lr)
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
         self.parameters = [p for group in groups for p in group["params"]]
         self.companions = objective.companions(program)
@@ -196,7 +197,7 @@ class Loop:
         for i, (batch, count) in enumerate(zip(batches, terms, strict=True)):
             value = self.objective.loss(self.model, batch)
             if not value.isfinite():
-                raise self._failure(f"the loss is {float(value):g}", step, chosen[i], batch)
+                raise self._failure(f"the loss is {float(value.detach()):g}", step, chosen[i], batch)
             share = value * (count / total)
             loss += share.detach()
             # What processes have is averaged, and each has its share of the sum.

@@ -52,7 +52,7 @@ class Objective(Configured):
 
     def named_columns(self, available: Sequence[str]) -> dict[str, str]:
         """The columns that are there, given or guessed."""
-        found = {}
+        found: dict[str, str] = {}
         for option, names in self.guesses.items():
             given = getattr(self, option)
             if given is not None and given not in available:
@@ -60,8 +60,9 @@ class Objective(Configured):
                 raise TrainingError(f"objective {self.name!r}: the data has no column {given!r}{hint}")
             lowered = {name.lower(): name for name in reversed(available)}
             guess = next((lowered[name] for name in names if name in lowered), None)
-            if given or guess:
-                found[option] = given or guess
+            column = given or guess
+            if column is not None:
+                found[option] = column
         return found
 
     def prepared(self, rows: Any, setting: Setting) -> Setting:

@@ -41,12 +41,15 @@ class Setting:
     @staticmethod
     def of(program: Program, tokenizer: Any = None, longest: int = 512) -> Setting:
         """The setting of a program, which may lower `longest`."""
-        captured, fixed = program.captured, None
+        captured = program.captured
+        fixed: int | None = None
         ids = captured.kwargs.get("input_ids")
         if ids is not None:
             axis = next((a for a in list_axes(captured) if (a.input, a.axis) == ("input_ids", 1)), None)
-            fixed = int(ids.shape[1]) if axis is None else None
-            longest = fixed if axis is None else min(longest, (axis.high - axis.offset) // axis.scale)
+            if axis is None:
+                longest = fixed = int(ids.shape[1])
+            else:
+                longest = min(longest, axis.high * axis.scale + axis.offset)
         if tokenizer is not None:
             longest = min(longest, tokenizer.model_max_length)
         widths = {

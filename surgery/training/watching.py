@@ -97,7 +97,8 @@ class TensorBoard(Watcher):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise MissingExtraError("tensorboard", "train") from None
-        self.folder, self.make, self.writer = folder, SummaryWriter, None
+        self.folder, self.make = folder, SummaryWriter
+        self.writer: Any = None
 
     def begun(self, step: int, steps: int) -> None:
         self.writer = self.make(str(self.folder), purge_step=step or None)

@@ -38,14 +38,9 @@ class MaskedLm(TokenObjective):
         return {}
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
-        read = setting.tokenizer
-        ids = read(text_of(row, setting), add_special_tokens=False)["input_ids"]
-        room = setting.longest - read.num_special_tokens_to_add()
-        if not ids:
-            setting.count("has no token and was left out")
-        for start in range(0, len(ids), room):
-            whole = read.build_inputs_with_special_tokens(ids[start : start + room])
-            yield {"input_ids": whole}
+        cut = {"truncation": True, "max_length": setting.longest, "return_overflowing_tokens": True}
+        for ids in setting.tokenizer(text_of(row, setting), **cut)["input_ids"]:
+            yield {"input_ids": ids}
 
     def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
         inputs = setting.pad(examples)
