@@ -102,6 +102,7 @@ def test_regression_has_the_error_and_the_correlation():
     assert found["pearson"] == pytest.approx(float(torch.corrcoef(torch.cat([said, labels], 1).T)[0, 1]))
 
 
+@pytest.mark.slow
 def test_classification_of_film_sentences(small, tmp_path):
     """Two layers of MiniLM, 720 sentences: better than chance on 180 others."""
     import sys
