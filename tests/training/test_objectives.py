@@ -194,3 +194,27 @@ def test_a_template_that_rewrites_what_went_before_is_refused(llama, tmp_path):
     template.write_text("{% if messages | length > 1 %}no {% endif %}{{ messages[0]['content'] }} a cat")
     with pytest.raises(TrainingError, match="cannot be told apart"):
         batch_of(llama, Sft(template=str(template)), path)
+
+
+def test_the_command_trains_and_saves(llama_folder, tmp_path, capsys):
+    """sft of all weights from the command line in bf16, and what it wrote loads as it was scored."""
+    rows = [{"prompt": "what is it", "response": answer} for answer in ("a red cat", "a red dog") * 8]
+    path = write(tmp_path / "data.jsonl", rows)
+    surgery.load(f"hf:{llama_folder}").apply(surgery.Full()).save(tmp_path / "adapted")
+    out = tmp_path / "trained"
+    command = ["train", str(tmp_path / "adapted"), "--objective", "sft", "--data", str(path), "-o", str(out)]
+    command += ["--precision", "bf16", "--steps", "6", "--batch", "4", "--lr", "1e-2", "--held-out", "0.25"]
+    command += ["--regularize", "l1=1e-6@attn.q", "--json"]
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    said = capsys.readouterr()
+    assert caught.value.code == 0, said.err
+    result = json.loads(said.out)
+    assert result["metrics"]["loss"] < result["before"]["loss"]
+    trained = surgery.load(str(out))
+    batch, _ = batch_of(trained, Sft(), path)
+    with torch.no_grad():
+        found = float(Sft().loss(trained.module(), batch))
+    # The held-out rows are like the rest; bf16 keeps three digits.
+    assert found == pytest.approx(result["metrics"]["loss"], rel=0.05)
+    assert not list((tmp_path / "trained.run").glob("step-*"))
