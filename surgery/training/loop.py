@@ -105,6 +105,7 @@ class Loop:
     def run(self, resume: bool) -> Result:
         """Train to the end, and leave the best weights in the program."""
         what = self._identity()
+        before = self.evaluate()
         if resume:
             self.checkpoints.check_same(what)
             state = self.checkpoints.read(self.weights, self.optimizer.optimizer)
@@ -117,15 +118,15 @@ class Loop:
         for note in self.notes if not state.step else ():
             self.watch.noted(0, note)
         try:
-            return self._go_on(state)
+            return self._go_on(state, before)
         finally:
             self.watch.ended()
             self.module.eval()
             self.accelerator.free_memory()
             type(self.accelerator.state)._reset_state()  # another training may want another precision
 
-    def _go_on(self, state: State) -> Result:
-        metrics = before = self.evaluate()
+    def _go_on(self, state: State, before: Mapping[str, float]) -> Result:
+        metrics = self.evaluate() if state.step else before
         every = self.settings.evaluate or self.an_epoch
         self.model.train()
         stopped = False
