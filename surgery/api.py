@@ -16,6 +16,7 @@ Algebra     low-rank: factor_shapes, branch, add_branch, add_rows, gather_index,
 Patterns    PatternPass; written with pattern, ops, value, constant, number, axis, any_of, maybe, stored, shape_of,
             dtype_of; looked for with find in an OpIndex: Pattern, Match, NearMiss, Found
 Models      LoadedModel, LoadOptions, from_module
+Objectives  Objective, Setting, TokenObjective
 Programs    Program, load, capture, Entry, Journal, PassReport, make_plugin_manager, Plugins
 Errors      SurgeryError and its kinds, nearest
 """
@@ -36,6 +37,7 @@ from surgery.errors import (
     PluginError,
     SurgeryError,
     TargetError,
+    TrainingError,
     nearest,
 )
 from surgery.hookspecs import hookimpl
@@ -90,6 +92,9 @@ from surgery.scaling import (
 )
 from surgery.selecting import Candidates
 from surgery.sites import Site
+from surgery.training.objective import Objective
+from surgery.training.setting import Setting
+from surgery.training.tokens import TokenObjective
 from surgery.view import View
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM, Call, WeightOp
 
@@ -120,6 +125,7 @@ __all__ = [
     "MissingExtraError",
     "NearMiss",
     "Numerics",
+    "Objective",
     "OpIndex",
     "Pass",
     "PassError",
@@ -137,11 +143,14 @@ __all__ = [
     "ScaleAxis",
     "SelectPass",
     "Selection",
+    "Setting",
     "Site",
     "Source",
     "SurgeryError",
     "TargetError",
     "TensorSpec",
+    "TokenObjective",
+    "TrainingError",
     "View",
     "WeightOp",
     "add_branch",

@@ -34,6 +34,10 @@ class ExportError(SurgeryError):
     """An export failed, or its result does not agree with the program."""
 
 
+class TrainingError(SurgeryError):
+    """An objective, its data or a checkpoint is wrong, or training cannot go on."""
+
+
 class PluginError(SurgeryError):
     """A plugin is broken, missing, or clashes with another."""
 

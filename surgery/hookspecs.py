@@ -16,6 +16,11 @@ def surgery_passes() -> list[type]:  # type: ignore[empty-body]
 
 
 @hookspec
+def surgery_objectives() -> list[type]:  # type: ignore[empty-body]
+    """Classes of objectives that this plugin adds, for `surgery train --objective`."""
+
+
+@hookspec
 def surgery_weight_ops() -> dict[Any, Any]:  # type: ignore[empty-body]
     """Ops that hold a weight: torch op overload -> `surgery.api.WeightOp`. Adapters then work on them."""
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor, fx
 
-from surgery.errors import PassError, nearest
+from surgery.configured import Configured
+from surgery.errors import PassError, SurgeryError
 from surgery.rewriter import Rewriter
 from surgery.sites import Site, SiteKey
 from surgery.target import select_sites
@@ -115,17 +116,16 @@ class MergeLonger(Protocol):
     def longer(self, weight: Tensor) -> Tensor: ...
 
 
-class Pass(BaseModel):
-    """Base of all passes. Unknown options are refused; instances are immutable and hashable.
+class Pass(Configured):
+    """Base of all passes; see Configured for its options.
 
     requires: names of passes, one of which has to be applied already. conflicts: name of a pass -> why the two
     cannot stand in one program. before: names of passes that this one has to precede; in one pipeline it is put
     before them, and a site that one of them holds already is refused.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-    name: ClassVar[str] = ""
+    kind: ClassVar[str] = "pass"
+    failure: ClassVar[type[SurgeryError]] = PassError
     numerics: ClassVar[Numerics] = EXACT
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[str, ...]] = ()
@@ -163,38 +163,6 @@ class Pass(BaseModel):
         The contract then holds for what it returned before; see surgery.numerics.shared.
         """
         return False
-
-    def options(self) -> dict[str, Any]:
-        """Every option, JSON-able: the journal must not depend on what a later version has for a default."""
-        return self.model_dump(mode="json", by_alias=True)
-
-    def given_options(self) -> dict[str, Any]:
-        """Options that differ from their defaults, JSON-able: what a person writes in a recipe."""
-        return self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
-
-    @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> Pass:
-        """An instance from untrusted options; PassError in one sentence for an unknown or wrong one."""
-        try:
-            return cls.model_validate(dict(options))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            if not problem["loc"]:  # what a validator says of several options together
-                raise PassError(
-                    f"pass {cls.name!r}: {problem['msg'].removeprefix('Value error, ')}"
-                ) from None
-            field = ".".join(str(part) for part in problem["loc"]) or cls.name
-            flag = "--" + field.replace("_", "-")
-            if problem["type"] == "extra_forbidden":
-                known = [f.alias or n for n, f in cls.model_fields.items()]
-                hint = nearest(field, known) or f"; it has {', '.join(sorted(known))}"
-                raise PassError(f"pass {cls.name!r} has no option {flag}{hint}") from None
-            shown = problem.get("input")
-            if field == "as":
-                raise PassError(
-                    f"pass {cls.name!r}: --as {shown!r} is no name; use letters, digits, - and _"
-                ) from None
-            raise PassError(f"pass {cls.name!r}: {flag} is {shown!r}: {problem['msg'].lower()}") from None
 
 
 class RewritePass(Pass):

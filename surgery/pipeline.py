@@ -13,6 +13,7 @@ from torch import Tensor, device, fx, random
 
 from surgery import replay, target
 from surgery.base import Base
+from surgery.configured import Configured
 from surgery.errors import PassError
 from surgery.graphs import copy_graph
 from surgery.journal import Entry, SiteRecord
@@ -431,8 +432,8 @@ def _device(program: Program, site: Site) -> device:
     return held.device if held is not None else device("cpu")
 
 
-def describe_options(pass_: type[Pass]) -> list[dict[str, Any]]:
-    """A pass's options from its schema: name, type, default, description."""
+def describe_options(pass_: type[Configured]) -> list[dict[str, Any]]:
+    """The options of a pass, say, from its schema: name, type, default, description."""
     rows = []
     for name, info in pass_.model_fields.items():
         annotation = info.annotation

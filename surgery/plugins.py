@@ -5,30 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import pluggy
 
 from surgery import hookspecs
-from surgery.errors import PassError, PluginError, SurgeryError, nearest
+from surgery.configured import Configured
+from surgery.errors import PassError, PluginError, SurgeryError, TrainingError, nearest
 from surgery.pass_base import Pass
+from surgery.training.objective import Objective
 from surgery.weight_ops import BUILTIN_WEIGHT_OPS, WeightOp
 
 GROUP = "surgery"
 CORE = "torch-surgery"
 
 
-@dataclass(frozen=True)
-class PassInfo:
-    """A registered pass and the distribution that it comes from."""
+T = TypeVar("T", bound=type[Configured])
 
-    cls: type[Pass]
+
+@dataclass(frozen=True)
+class Info(Generic[T]):
+    """A registered class and the distribution that it comes from."""
+
+    cls: T
     distribution: str
     version: str
 
     @property
     def name(self) -> str:
         return self.cls.name
+
+
+PassInfo = Info[type[Pass]]
+ObjectiveInfo = Info[type[Objective]]
 
 
 @dataclass
@@ -46,21 +55,30 @@ class Plugins:
     @cached_property
     def passes(self) -> dict[str, PassInfo]:
         """Passes by name. Raises PluginError where two distributions register one name."""
-        found: dict[str, PassInfo] = {}
-        for impl in self.implementations("surgery_passes"):
+        return self._named("surgery_passes", Pass, "passes")
+
+    @cached_property
+    def objectives(self) -> dict[str, ObjectiveInfo]:
+        """Objectives by name. Raises PluginError where two distributions register one name."""
+        return self._named("surgery_objectives", Objective, "objectives")
+
+    def _named(self, hook: str, base: T, plural: str) -> dict[str, Info[T]]:
+        """The classes that all plugins give for a hook, by name."""
+        found: dict[str, Info[T]] = {}
+        for impl in self.implementations(hook):
             distribution, version = self.distribution_of(impl)
             for cls in list(self.call(impl)):
-                if not (isinstance(cls, type) and issubclass(cls, Pass) and cls.name):
+                if not (isinstance(cls, type) and issubclass(cls, base) and cls.name):
                     raise PluginError(
-                        f"plugin {distribution!r} registers {cls!r}, which is no pass with a name"
+                        f"plugin {distribution!r} registers {cls!r}, which is no {base.kind} with a name"
                     )
                 other = found.get(cls.name)
                 if other is not None:
                     raise PluginError(
-                        f"two passes are named {cls.name!r}: one from {other.distribution!r}, one from "
+                        f"two {plural} are named {cls.name!r}: one from {other.distribution!r}, one from "
                         f"{distribution!r}; uninstall one of them"
                     )
-                found[cls.name] = PassInfo(cls, distribution, version)
+                found[cls.name] = Info(cast(T, cls), distribution, version)
         return found
 
     @cached_property
@@ -115,6 +133,13 @@ class Plugins:
         hint = nearest(name, self.passes) or f"; there are {', '.join(sorted(self.passes))}"
         raise PassError(f"there is no pass {name!r}{hint}")
 
+    def find_objective(self, name: str) -> ObjectiveInfo:
+        """The objective of that name; TrainingError with the nearest names."""
+        if name not in self.objectives:
+            hint = nearest(name, self.objectives) or f"; there are {', '.join(sorted(self.objectives))}"
+            raise TrainingError(f"there is no objective {name!r}{hint}")
+        return self.objectives[name]
+
 
 class _Builtins:
     @hookspecs.hookimpl
@@ -139,6 +164,7 @@ def make_plugin_manager(entry_points: bool = True, plugins: tuple[Any, ...] = ()
     """
     from surgery import passes
     from surgery.capture import loaders
+    from surgery.training import objectives
 
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
@@ -146,6 +172,7 @@ def make_plugin_manager(entry_points: bool = True, plugins: tuple[Any, ...] = ()
     for plugin, name in (
         (_Builtins(), "surgery.builtins"),
         (passes, "surgery.passes"),
+        (objectives, "surgery.objectives"),
         (loaders, "surgery.loaders"),
     ):
         manager.register(plugin, name=name)

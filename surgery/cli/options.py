@@ -59,7 +59,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 if not isinstance(size, int) or size < 1:
                     raise SurgeryError(f"--example {name}={size}: a size is a positive whole number")
             # What no file gives (a new head, a timm model) is the same in every command.
-            torch.manual_seed(kwargs.get("seed", 0))
+            torch.manual_seed(kwargs.get("seed") or 0)
             chosen = task or (recipe.task if recipe else None)
             merged = {**(recipe.model_kwargs if recipe else {}), **given}
             program = load(

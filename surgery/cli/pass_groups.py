@@ -1,34 +1,54 @@
-"""`--pass NAME --option value --pass NAME …`: options belong to the pass before them."""
+"""`--pass NAME --option value --pass NAME …`: options belong to the pass, or the objective, before them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 
+from surgery.configured import Configured
 from surgery.errors import PassError
 from surgery.pass_base import Pass
 from surgery.plugins import Plugins
 
 
-class PassCommand(click.Command):
-    """A command that takes pass groups; they arrive in `ctx.meta["passes"]` as (name, options) pairs."""
+class GroupCommand(click.Command):
+    """A command that takes groups of options; they arrive in `ctx.meta["groups"]` as (name, options) pairs.
+
+    flag: what begins a group.
+    """
+
+    flag = ""
+
+    def find(self, plugins: Plugins, name: str) -> type[Configured]:
+        """The class whose options a group has. Raises SurgeryError for an unknown name."""
+        raise NotImplementedError
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         plugins: Plugins = ctx.obj
         own = {opt: param for param in self.get_params(ctx) for opt in (*param.opts, *param.secondary_opts)}
-        rest, groups = split_groups(args, own, plugins)
-        ctx.meta["passes"] = groups
+        rest, groups = split_groups(args, own, self.flag, lambda name: self.find(plugins, name))
+        ctx.meta["groups"] = groups
         return super().parse_args(ctx, rest)
+
+
+class PassCommand(GroupCommand):
+    """A command that takes passes."""
+
+    flag = "--pass"
+
+    def find(self, plugins: Plugins, name: str) -> type[Configured]:
+        return plugins.find_pass(name).cls
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL --pass NAME [PASS OPTIONS] [--pass …] [OPTIONS]")
 
 
 def split_groups(
-    args: list[str], own: dict[str, click.Parameter], plugins: Plugins
+    args: list[str], own: dict[str, click.Parameter], begins: str, find: Callable[[str], type[Configured]]
 ) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-    """Separate pass groups from the command's own arguments."""
+    """Separate groups from the command's own arguments."""
     rest: list[str] = []
     groups: list[tuple[str, dict[str, Any]]] = []
     position = 0
@@ -47,18 +67,18 @@ def split_groups(
         position += 1
         flag, equals, inline = token.partition("=")
         text = inline if equals else None
-        if flag == "--pass":
+        if flag == begins:
             name = value_of(flag, text)
-            plugins.find_pass(name)
+            find(name)
             groups.append((name, {}))
         elif flag.startswith("--") and groups and flag not in own:
             name, options = groups[-1]
             key = flag[2:].replace("-", "_")
-            options[key] = True if _is_switch(plugins, name, key) and text is None else value_of(flag, text)
+            options[key] = True if _is_switch(find(name), key) and text is None else value_of(flag, text)
         else:
-            if flag.startswith("--") and flag not in own and flag != "--help" and "--pass" in args[position:]:
+            if flag.startswith("--") and flag not in own and flag != "--help" and begins in args[position:]:
                 raise PassError(
-                    f"{flag} stands before any --pass; options of a pass come after its --pass NAME"
+                    f"{flag} stands before any {begins}; options of a {begins[2:]} come after its {begins} NAME"
                 )
             rest.append(token)
             option = own.get(flag)
@@ -69,8 +89,8 @@ def split_groups(
     return rest, groups
 
 
-def _is_switch(plugins: Plugins, name: str, key: str) -> bool:
-    fields = plugins.find_pass(name).cls.model_fields
+def _is_switch(cls: type[Configured], key: str) -> bool:
+    fields = cls.model_fields
     field = fields.get(key) or next((f for f in fields.values() if f.alias == key), None)
     return field is not None and field.annotation is bool
 
@@ -78,4 +98,4 @@ def _is_switch(plugins: Plugins, name: str, key: str) -> bool:
 def parse_groups(ctx: click.Context) -> list[Pass]:
     """The pass instances of this command line. Raises PassError for a wrong option."""
     plugins: Plugins = ctx.obj
-    return [plugins.find_pass(name).cls.parse(options) for name, options in ctx.meta.get("passes", [])]
+    return [plugins.find_pass(name).cls.parse(options) for name, options in ctx.meta.get("groups", [])]

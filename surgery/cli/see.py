@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from surgery.errors import SurgeryError
 from surgery.pass_base import GraphPass, RewritePass
 from surgery.pattern_pass import PatternPass
 from surgery.pipeline import PassPlan, PlanReport, describe_options
-from surgery.plugins import Plugins
+from surgery.plugins import Info, Plugins
 from surgery.program import Program
 from surgery.recipe import Recipe, read_recipe
 from surgery.schedule import trained_values
@@ -101,36 +101,54 @@ def passes(plugins: Plugins, name: str | None, write: Path | None, as_json: bool
         console().print(f"wrote {len(write_pages(plugins, write))} pages into {write}")
         return
     if name is None:
-        listed = [
-            {
-                "name": info.name,
-                "distribution": info.distribution,
-                "version": info.version,
-                "about": _about(info.cls),
-            }
-            for info in sorted(plugins.passes.values(), key=lambda i: i.name)
-        ]
-        if as_json:
-            _print_json(listed)
-            return
-        table = Table("pass", "from", "what it does", box=None, header_style="bold")
-        for row in listed:
-            table.add_row(row["name"], f"{row['distribution']} {row['version']}", row["about"])
-        console().print(table)
+        list_registered(plugins.passes, "pass", as_json)
         return
     info = plugins.find_pass(name)
+    facts = ""
+    if issubclass(info.cls, RewritePass):
+        merges = "yes" if info.cls.mergeable else "no"
+        facts = f"works on: {', '.join(info.cls.on)}   numerics: {info.cls.numerics}   merges: {merges}"
+    show_registered(info, as_json, facts)
+
+
+def list_registered(found: Mapping[str, Info[Any]], kind: str, as_json: bool) -> None:
+    """Print passes, say, with the distribution each comes from."""
+    listed = [
+        {
+            "name": info.name,
+            "distribution": info.distribution,
+            "version": info.version,
+            "about": _about(info.cls),
+        }
+        for info in sorted(found.values(), key=lambda i: i.name)
+    ]
+    if as_json:
+        _print_json(listed)
+        return
+    table = Table(kind, "from", "what it does", box=None, header_style="bold")
+    for row in listed:
+        table.add_row(row["name"], f"{row['distribution']} {row['version']}", row["about"])
+    console().print(table)
+
+
+def show_registered(info: Info[Any], as_json: bool, facts: str = "") -> None:
+    """Print one of them with its options."""
     options = describe_options(info.cls)
     if as_json:
         _print_json(
-            {"name": name, "distribution": info.distribution, "options": options, "doc": info.cls.__doc__}
+            {
+                "name": info.name,
+                "distribution": info.distribution,
+                "options": options,
+                "doc": info.cls.__doc__,
+            }
         )
         return
     out = console()
-    out.print(Text(f"{name}", style="bold"), f"from {info.distribution} {info.version}")
+    out.print(Text(info.name, style="bold"), f"from {info.distribution} {info.version}")
     out.print(Text(_dedent(info.cls.__doc__ or "")))
-    if issubclass(info.cls, RewritePass):
-        merges = "yes" if info.cls.mergeable else "no"
-        out.print(f"works on: {', '.join(info.cls.on)}   numerics: {info.cls.numerics}   merges: {merges}")
+    if facts:
+        out.print(facts)
     table = Table("option", "type", "default", "", box=None, header_style="bold")
     for row in options:
         default = (

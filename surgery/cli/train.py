@@ -1,0 +1,226 @@
+"""Commands of training: train, objectives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any, get_args
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from surgery.cli.options import json_option, model_options, output_option, overwrite_option
+from surgery.cli.pass_groups import GroupCommand
+from surgery.cli.render import console, trainable_line
+from surgery.cli.see import list_registered, show_registered
+from surgery.configured import Configured
+from surgery.errors import SurgeryError, TrainingError
+from surgery.files import refuse_taken
+from surgery.pipeline import describe_options
+from surgery.plugins import Plugins
+from surgery.program import Program
+from surgery.training.checkpoint import Checkpoints
+from surgery.training.settings import Settings
+from surgery.training.watching import TensorBoard, Watcher
+
+
+class TrainCommand(GroupCommand):
+    """A command that takes an objective."""
+
+    flag = "--objective"
+
+    def find(self, plugins: Plugins, name: str) -> type[Configured]:
+        return plugins.find_objective(name).cls
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(
+            ctx.command_path, "MODEL --objective NAME [ITS OPTIONS] --data FILE… -o DIR [OPTIONS]"
+        )
+
+
+def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An option for each field of Settings; what was given arrives by the field's name, the rest as None."""
+    for row, (name, info) in reversed(
+        list(zip(describe_options(Settings), Settings.model_fields.items(), strict=True))
+    ):
+        several = name == "regularize"
+        choices = [c for c in get_args(info.annotation) if isinstance(c, str)]
+        kind: Any = click.Choice(choices) if choices else int if name == "seed" else str
+        about = row["description"][0].upper() + row["description"][1:]
+        shown = f" [default: {info.default}]" if info.default not in (None, ()) else ""
+        function = click.option(
+            row["option"],
+            name,
+            type=kind,
+            multiple=several,
+            metavar=None if choices else "TEXT" if several else "N",
+            help=f"{about}.{shown}",
+        )(function)
+    return function
+
+
+@click.command(cls=TrainCommand)
+@click.argument("model")
+@output_option
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="JSONL, CSV, Parquet or text files of one format, or a directory; may be repeated.",
+)
+@click.option(
+    "--held-out",
+    default="0.1",
+    show_default=True,
+    metavar="SHARE|FILE",
+    help="A share of the data, or a file, to score on; 0: none.",
+)
+@click.option("--tokenizer", metavar="DIR", help="A tokenizer in place of that which lies with the model.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of a run that was stopped.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's event files beside the log.")
+@settings_options
+@overwrite_option
+@json_option
+@model_options
+@click.pass_context
+def train(
+    ctx: click.Context,
+    model: str,
+    output: Path,
+    data: tuple[Path, ...],
+    held_out: str,
+    tokenizer: str | None,
+    resume: bool,
+    tensorboard: bool,
+    overwrite: bool,
+    as_json: bool,
+    plugins: Plugins,
+    loader: Callable[..., Program],
+    **given: Any,
+) -> None:
+    """Train what a program lets train, and save it. Options after --objective NAME belong to it.
+
+    Checkpoints and the log lie in DIR.run; --resume goes on there, to the weights that an uninterrupted run has.
+    """
+    from surgery.training.data import read_rows, split
+    from surgery.training.loop import Loop
+    from surgery.training.tokenizers import find_tokenizer
+
+    groups = ctx.meta["groups"]
+    if len(groups) != 1:
+        raise TrainingError("give one --objective NAME; `surgery objectives` lists them")
+    name, options = groups[0]
+    objective = plugins.find_objective(name).cls.parse(options)
+    settings = Settings.parse({key: value for key, value in given.items() if value not in (None, ())})
+    refuse_taken(output, overwrite)
+    run = output.with_name(output.name + ".run")
+    if Checkpoints(run).steps() and not resume:
+        if not overwrite:
+            raise SurgeryError(
+                f"{run} holds a run that was stopped; --resume goes on, --overwrite begins anew"
+            )
+        Checkpoints(run).clear()
+    share = _share(held_out)
+    rows = read_rows(data, () if share is not None else (Path(held_out),))
+    rows = split(rows, share or 0.0, settings.seed)
+    program = loader(model)
+    out = console()
+    watchers: list[Watcher] = [] if as_json else [_Live(out, objective.metric)]
+    if tensorboard:
+        watchers.append(TensorBoard(run / "tensorboard"))
+    loop = Loop(program, objective, rows, settings, run, find_tokenizer(program, tokenizer), watchers)
+    if not as_json:
+        out.print(f"{trainable_line(program)}; {len(loop.data):,} examples, {loop.steps:,} steps")
+    result = loop.run(resume)
+    program.save(output, overwrite=overwrite)
+    Checkpoints(run).clear()
+    if as_json:
+        click.echo(json.dumps({**vars(result), "path": str(output), "log": str(run / "log.jsonl")}))
+        return
+    if result.metrics:
+        moved = ", ".join(
+            f"{name} {result.before[name]:.4g} → {value:.4g}" for name, value in result.metrics.items()
+        )
+        out.print(f"held out: {moved}")
+    early = ", stopped early" if result.stopped else ""
+    which = (
+        f"the best of {result.steps} steps is {result.best}" if result.metrics else f"{result.steps} steps"
+    )
+    out.print(f"{which}{early}; wrote {output} (log: {run / 'log.jsonl'})")
+
+
+def _share(text: str) -> float | None:
+    """A share of the data as a number; None for what is a file."""
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    if not 0 <= share < 1:
+        raise TrainingError(f"--held-out {text}: give a share of the data below 1, or a file")
+    return share
+
+
+class _Live(Watcher):
+    """Progress in the terminal: loss, rate of tokens, time left; a line for each evaluation and note."""
+
+    def __init__(self, out: Any, metric: str) -> None:
+        self.out, self.metric = out, metric
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TextColumn("{task.fields[score]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=out,
+        )
+        self.loss, self.tokens, self.time, self.score = float("nan"), 0.0, perf_counter(), ""
+
+    def begun(self, step: int, steps: int) -> None:
+        if step:
+            self.out.print(f"going on from the checkpoint of step {step}")
+        self.task = self.progress.add_task(
+            "", total=steps, completed=step, loss=float("nan"), speed=0.0, score=""
+        )
+        self.progress.start()
+
+    def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
+        now = perf_counter()
+        speed, self.time = tokens / max(now - self.time, 1e-9), now
+        self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
+        self.tokens = speed if not self.tokens else 0.9 * self.tokens + 0.1 * speed
+        self.progress.update(self.task, completed=step, loss=self.loss, speed=self.tokens, score=self.score)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
+        said = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.progress.print(Text(f"step {step}: {said}{' (best)' if best else ''}"))
+        self.score, self.time = f"{self.metric} {metrics[self.metric]:.4g}", perf_counter()
+        self.progress.update(self.task, score=self.score)
+
+    def noted(self, step: int, sentence: str) -> None:
+        self.progress.print(Text(f"step {step}: {sentence}", style="yellow"))
+
+    def ended(self) -> None:
+        self.progress.stop()
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+@click.pass_obj
+def objectives(plugins: Plugins, name: str | None, as_json: bool) -> None:
+    """List objectives with the distribution each comes from, or one objective's options."""
+    if name is None:
+        list_registered(plugins.objectives, "objective", as_json)
+        return
+    info = plugins.find_objective(name)
+    show_registered(info, as_json, f"chooses the best by: {info.cls.metric}")
+
+
+COMMANDS = [train, objectives]

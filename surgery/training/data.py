@@ -1,0 +1,160 @@
+"""Rows of files and directories through `datasets`, and examples made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import MissingExtraError, SurgeryError, TrainingError
+from surgery.training.objective import Objective
+from surgery.training.setting import Row, Setting
+
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+HELD_OUT = ("validation", "valid", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to learn from (a datasets.Dataset), and rows held out or None."""
+
+    train: Any
+    held_out: Any = None
+
+
+def read_rows(files: Sequence[Path], held_out: Sequence[Path] = ()) -> Rows:
+    """The rows of files of one format, or of a directory, which may have a split of its own to hold out.
+
+    Raises TrainingError for what cannot be read or holds nothing, MissingExtraError without datasets.
+    """
+    if len(files) == 1 and files[0].is_dir():
+        splits = _load(str(files[0]), files)
+        names = [name for name in HELD_OUT if name in splits]
+        train = splits.get("train")
+        if train is None:
+            raise TrainingError(f"{files[0]} has no data to train on, only {', '.join(splits)}")
+        rows = Rows(train, splits[names[0]] if names else None)
+    else:
+        rows = Rows(_read_files(files))
+    if held_out:
+        rows = Rows(rows.train, _read_files(held_out))
+    for part in (rows.train, rows.held_out):
+        if part is not None and not len(part):
+            raise TrainingError(f"{', '.join(map(str, files))} holds no rows")
+    return rows
+
+
+def split(rows: Rows, share: float, seed: int) -> Rows:
+    """The rows with a share of them held out, where none are yet."""
+    if rows.held_out is not None or not share:
+        return rows
+    size = round(len(rows.train) * share)
+    if not size or size == len(rows.train):
+        raise TrainingError(
+            f"{share:g} of {len(rows.train)} rows is {size}: give more data, or another --held-out (0: none)"
+        )
+    parts = rows.train.train_test_split(test_size=size, seed=seed)
+    return Rows(parts["train"], parts["test"])
+
+
+def _read_files(files: Sequence[Path]) -> Any:
+    kinds = set()
+    for path in files:
+        if not path.is_file():
+            raise TrainingError(f"{path}: there is no such file")
+        if not path.stat().st_size:
+            raise TrainingError(f"{path} is empty")
+        if path.suffix not in FORMATS:
+            raise TrainingError(f"{path}: give {', '.join(FORMATS)} or a directory")
+        kinds.add(path.suffix)
+    if len(kinds) > 1:
+        raise TrainingError(f"the files are of several formats ({', '.join(sorted(kinds))}); give one")
+    (kind,) = kinds
+    more = {"sep": "\t"} if kind == ".tsv" else {}
+    return _load(FORMATS[kind], files, data_files=[str(path) for path in files], **more)["train"]
+
+
+def _load(name: str, files: Sequence[Path], **options: Any) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise MissingExtraError("datasets", "train") from None
+    with quiet():
+        try:
+            return datasets.load_dataset(name, **options)
+        except Exception as error:
+            cause = error.__cause__ or error  # datasets says where, and its cause what
+            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+            raise TrainingError(f"{', '.join(map(str, files))} cannot be read: {reason}") from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and no warnings of datasets."""
+    import datasets
+
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """examples: a datasets.Dataset of what the objective made of rows, `row` their numbers. sizes: of each."""
+
+    examples: Any
+    sizes: list[int]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, chosen: Sequence[int]) -> list[Row]:
+        return list(self.examples.__getitems__(list(chosen)))
+
+    def digest(self) -> str:
+        """sha256 of all of them, in order."""
+        found = hashlib.sha256()
+        for start in range(0, len(self), 1000):
+            found.update(repr(self[range(start, min(start + 1000, len(self)))]).encode())
+        return found.hexdigest()
+
+
+def make_examples(rows: Any, objective: Objective, setting: Setting) -> Examples:
+    """The examples of all rows. Raises TrainingError for a row that is wrong, by its number, or if there are none."""
+
+    def of(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+        made: list[dict[str, Any]] = []
+        for place, number in enumerate(numbers):
+            row = {name: values[place] for name, values in batch.items()}
+            try:
+                made += [{**example, "row": number} for example in objective.examples(row, setting)]
+            except SurgeryError as error:
+                raise type(error)(f"row {number}: {error}") from None
+        names = made[0] if made else {}
+        return {name: [example[name] for example in made] for name in names}
+
+    with quiet():
+        found = rows.map(
+            of, batched=True, with_indices=True, remove_columns=rows.column_names, keep_in_memory=True,
+            load_from_cache_file=False, new_fingerprint="examples",
+        )  # fmt: skip
+    if not len(found):
+        why = ", ".join(setting.counts)
+        raise TrainingError(f"none of {len(rows)} rows can be trained on: each {why}")
+    return Examples(found, [objective.size(example) for example in found])

@@ -1,0 +1,348 @@
+"""The loop: `accelerate` over a program's module, obeying its schedule, with checkpoints that continue bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils import _pytree as pytree
+
+from surgery.errors import MissingExtraError, TrainingError
+from surgery.program import Program
+from surgery.training.checkpoint import LOG, Checkpoints, State, Weights
+from surgery.training.data import Examples, Rows, make_examples, quiet
+from surgery.training.nonfinite import first_bad
+from surgery.training.objective import Batch, Objective
+from surgery.training.regularize import penalty
+from surgery.training.setting import Setting
+from surgery.training.settings import Settings
+from surgery.training.watching import LogFile, Watcher, Watchers
+
+
+@dataclass(frozen=True)
+class Result:
+    """steps: how many were done. best: of which step the program has the weights. metrics: of it on held-out data,
+    empty where there is none; before: the same at the start. stopped: whether for lack of patience."""
+
+    steps: int
+    best: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    before: Mapping[str, float] = field(default_factory=dict)
+    stopped: bool = False
+
+
+def train(
+    program: Program,
+    objective: Objective,
+    rows: Rows,
+    settings: Settings | None = None,
+    *,
+    folder: Path,
+    tokenizer: Any = None,
+    resume: bool = False,
+    watchers: Sequence[Watcher] = (),
+) -> Result:
+    """Train a program, in place: it has the weights of the best evaluation afterwards, or the last ones.
+
+    rows: see `read_rows` and `split`. folder: where checkpoints and the log go. resume: go on from the last checkpoint
+    there; program, data and options have to be the same. Raises TrainingError, PassError where nothing trains.
+    """
+    made = Loop(program, objective, rows, settings or Settings(), Path(folder), tokenizer, watchers)
+    return made.run(resume)
+
+
+class Loop:
+    """One training."""
+
+    def __init__(
+        self,
+        program: Program,
+        objective: Objective,
+        rows: Rows,
+        settings: Settings,
+        folder: Path,
+        tokenizer: Any,
+        watchers: Sequence[Watcher],
+    ) -> None:
+        self.program, self.objective, self.settings = program, objective, settings
+        groups = program.parameter_groups(settings.lr, weight_decay=settings.weight_decay)
+        self.penalties = [penalty(program, text) for text in settings.regularize]
+        setting = Setting.of(program, tokenizer, settings.max_length)
+        with quiet():
+            self.setting = objective.prepared(_together(rows), setting)
+        self.data = make_examples(rows.train, objective, self.setting)
+        self.notes = _counted(self.setting, "")
+        self.held_out: Examples | None = None
+        if rows.held_out is not None:
+            held = replace(self.setting, counts=type(self.setting.counts)())
+            self.held_out = make_examples(rows.held_out, objective, held)
+            self.notes += _counted(held, "held-out ")
+        self.checkpoints = Checkpoints(folder)
+        self.watch = Watchers([LogFile(folder / LOG), *watchers])
+        self.module = program.module()
+        self.weights = Weights(program)
+        self.lrs = [group["lr"] for group in groups]
+        self.accelerator = _accelerator(settings)
+        optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=settings.lr)
+        self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.companions = objective.companions(program)
+        self.ready: tuple[int, list[list[int]]] = (-1, [])
+        self.window = settings.accumulate * self.accelerator.num_processes
+        self.an_epoch = math.ceil(len(self._order(0)) / self.window)
+        self.steps = settings.steps or max(1, round(settings.epochs * self.an_epoch))
+        self.training: set[str] | None = None
+
+    # -- the whole
+
+    def run(self, resume: bool) -> Result:
+        """Train to the end, and leave the best weights in the program."""
+        what = self._identity()
+        before = self.evaluate()
+        if resume:
+            self.checkpoints.check_same(what)
+            state = self.checkpoints.read(self.weights, self.optimizer.optimizer)
+            if state.scaler and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state.scaler)
+        else:
+            self.checkpoints.begin(what)
+            state = State()
+        self.watch.begun(state.step, self.steps)
+        for note in self.notes if not state.step else ():
+            self.watch.noted(0, note)
+        try:
+            return self._go_on(state, before)
+        finally:
+            self.watch.ended()
+            self.module.eval()
+            self.accelerator.free_memory()
+            type(self.accelerator.state)._reset_state()  # another training may want another precision
+
+    def _go_on(self, state: State, before: Mapping[str, float]) -> Result:
+        metrics = self.evaluate() if state.step else before
+        every = self.settings.evaluate or self.an_epoch
+        self.model.train()
+        stopped = False
+        while state.step < self.steps and not stopped:
+            loss, tokens = self._step(state.step)
+            state.step += 1
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.watch.stepped(state.step, loss, rate, tokens)
+            last = state.step == self.steps
+            if self.held_out is not None and (state.step % every == 0 or last):
+                metrics = self.evaluate()
+                stopped = self._judge(state, metrics) and not last
+            elif not last and state.step % (self.settings.checkpoint or every):
+                continue
+            self._keep(state)
+        best = state.step
+        if state.best is not None and state.best != state.step:
+            best = state.best
+            self.weights.put(self.checkpoints.weights_of(best))
+            metrics = self.evaluate()
+        return Result(state.step, best, metrics, before, stopped)
+
+    def _judge(self, state: State, metrics: Mapping[str, float]) -> bool:
+        """Note an evaluation; whether it is time to stop."""
+        score = metrics[self.objective.metric]
+        sign = 1 if self.objective.larger else -1
+        better = state.score is None or sign * score > sign * state.score
+        if better:
+            state.best, state.score, state.stale = state.step, score, 0
+        else:
+            state.stale += 1
+        self.watch.evaluated(state.step, metrics, better)
+        return self.settings.patience is not None and state.stale >= self.settings.patience
+
+    def _keep(self, state: State) -> None:
+        scaler = self.accelerator.scaler
+        state.scaler = scaler.state_dict() if scaler is not None else None
+        if self.accelerator.is_main_process:
+            self.checkpoints.write(state, self.weights, self.optimizer.optimizer)
+        self.accelerator.wait_for_everyone()
+
+    def _identity(self) -> dict[str, Any]:
+        """What a resumed run has to have in common with the one that it goes on with."""
+        program = json.dumps([self.program.base.graph_hash, self.program.journal.to_json()], sort_keys=True)
+        return {
+            "objective": {"name": self.objective.name, **self.objective.options()},
+            "option": {**self.settings.options(), "processes": self.accelerator.num_processes},
+            "program": hashlib.sha256(program.encode()).hexdigest(),
+            "data": [part.digest() for part in (self.data, self.held_out) if part is not None],
+            "decided": dict(self.setting.decided),
+        }
+
+    # -- one step
+
+    def _step(self, step: int) -> tuple[float, int]:
+        """One update of the weights; the loss, and how many tokens it read."""
+        self._advance(step)
+        rate = self.settings.rate(step, self.steps)
+        for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
+            group["lr"] = lr * rate
+        chosen = self._batches(step)
+        batches = [
+            self._batch(self.data, rows, self._draw("batch", step, i)) for i, rows in enumerate(chosen)
+        ]
+        terms = [self.objective.terms(batch) for batch in batches]
+        total = int(self._summed(torch.tensor(float(sum(terms)))))
+        torch.manual_seed(self._number("dropout", step, self.accelerator.process_index))
+        loss = torch.zeros((), device=self.accelerator.device)
+        for i, (batch, count) in enumerate(zip(batches, terms, strict=True)):
+            value = self.objective.loss(self.model, batch)
+            if not value.isfinite():
+                raise self._failure(f"the loss is {float(value.detach()):g}", step, chosen[i], batch)
+            share = value * (count / total)
+            loss += share.detach()
+            # What processes have is averaged, and each has its share of the sum.
+            share = share * self.accelerator.num_processes
+            if i + 1 == len(batches):
+                for penalty in self.penalties:
+                    share = share + penalty()
+                self.accelerator.backward(share)
+            else:
+                with self.accelerator.no_sync(self.model):
+                    self.accelerator.backward(share)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
+            raise self._failure(f"the norm of the gradient is {float(norm):g}", step, chosen[-1], batches[-1])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(self._summed(loss)), int(self._summed(torch.tensor(float(sum(map(_tokens, batches))))))
+
+    def _advance(self, step: int) -> None:
+        """Let the schedule act, and say so when it does."""
+        epoch_wise = self.program.schedule.unit == "epoch"
+        paced = self.module.__dict__["_paced"]
+        done = [each.done for each in paced]
+        now = set(self.module.advance(step // self.an_epoch if epoch_wise else step))
+        if not now:
+            raise TrainingError(
+                f"nothing trains at step {step} of the program's schedule; give another --every"
+            )
+        if self.training is not None and now != self.training:
+            more, less = sorted(now - self.training), sorted(self.training - now)
+            said = [f"{len(more)} more parameters train ({more[0]}, …)"] if more else []
+            said += [f"{len(less)} stop ({less[0]}, …)"] if less else []
+            self.watch.noted(step, "; ".join(said))
+        self.training = now
+        for each, before in zip(paced, done, strict=True):
+            if each.done != before and before is not None:
+                self.watch.noted(step, f"{each.pass_.name} changed its tensors, to {each.done:.3g}")
+
+    def _batches(self, step: int) -> list[list[int]]:
+        """The numbers of the examples of each of this process's batches of a step."""
+        order = self._order(step // self.an_epoch)
+        start = step % self.an_epoch * self.window
+        ours = order[start : start + self.window][
+            self.accelerator.process_index :: self.accelerator.num_processes
+        ]
+        return ours or order[:1]
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        if self.ready[0] != epoch:
+            draw = self._draw("order", epoch)
+            self.ready = (epoch, self.objective.batches(self.data.sizes, self.settings.batch, draw))
+        return self.ready[1]
+
+    def _batch(self, data: Examples, chosen: Sequence[int], draw: Generator) -> Batch:
+        batch = self.objective.collate(data[chosen], self.setting, draw)
+        device = self.accelerator.device
+        batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+        with torch.no_grad():
+            return self.objective.complete(batch, self.companions)
+
+    def _number(self, *what: Any) -> int:
+        """A number that is drawn from the seed for one purpose."""
+        text = "/".join(map(str, (self.settings.seed, *what)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+    def _draw(self, *what: Any) -> Generator:
+        return Generator().manual_seed(self._number(*what, self.accelerator.process_index))
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """The sum over processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.accelerator.device), "sum")
+
+    def _failure(self, what: str, step: int, chosen: Sequence[int], batch: Batch) -> TrainingError:
+        with self.accelerator.autocast():
+            where = first_bad(self.module, batch)
+        rows = ", ".join(str(example["row"]) for example in self.data[chosen])
+        kept = self.checkpoints.steps()
+        left = (
+            f"the checkpoint of step {kept[-1]} is kept in {self.checkpoints.folder}"
+            if kept
+            else "no checkpoint was written before it"
+        )
+        return TrainingError(f"{what} at step {step + 1}, of rows {rows}; {where}; {left}")
+
+    # -- held-out data
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The objective's figures of the held-out data, or nothing where there is none."""
+        if self.held_out is None:
+            return {}
+        self.model.eval()
+        seen: list[dict[str, Tensor]] = []
+        for number, chosen in enumerate(self._shortest_first(self.held_out)):
+            if number % self.accelerator.num_processes == self.accelerator.process_index:
+                batch = self._batch(self.held_out, chosen, self._draw("held out", number))
+                observed = self.objective.observe(self.model, batch)
+                seen.append({name: tensor.cpu() for name, tensor in observed.items()})
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            seen = gather_object(seen)
+        self.model.train()
+        return self.objective.metrics({name: torch.cat([each[name] for each in seen]) for name in seen[0]})
+
+    def _shortest_first(self, data: Examples) -> Iterator[list[int]]:
+        order = sorted(range(len(data)), key=data.sizes.__getitem__)
+        size = self.settings.batch
+        return (order[i : i + size] for i in range(0, len(order), size))
+
+
+def _together(rows: Rows) -> Any:
+    """All rows, for what is decided of them."""
+    if rows.held_out is None:
+        return rows.train
+    from datasets import concatenate_datasets
+
+    try:
+        return concatenate_datasets([rows.train, rows.held_out])
+    except ValueError as error:
+        raise TrainingError(f"the held-out data has other columns than the rest: {error}") from None
+
+
+def _counted(setting: Setting, which: str) -> list[str]:
+    return [f"{which}rows: {count} {sentence}" for sentence, count in setting.counts.items()]
+
+
+def _tokens(batch: Batch) -> int:
+    """How many tokens a batch has, padding left out; of one without tokens, its rows."""
+    inputs = batch["inputs"]
+    if isinstance(inputs, Mapping) and "attention_mask" in inputs:
+        return int(inputs["attention_mask"].sum())
+    first = next(tensor for tensor in pytree.tree_leaves(inputs) if isinstance(tensor, Tensor))
+    return len(first)
+
+
+def _accelerator(settings: Settings) -> Any:
+    try:
+        from accelerate import Accelerator
+    except ModuleNotFoundError:
+        raise MissingExtraError("accelerate", "train") from None
+    return Accelerator(mixed_precision=settings.precision)
+
+
+__all__ = ["Loop", "Result", "train"]

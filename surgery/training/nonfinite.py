@@ -1,0 +1,49 @@
+"""Where numbers stop being numbers: the first node of a graph whose value holds NaN, or +inf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from surgery.graphs import flat_inputs
+from surgery.module import ProgramModule
+from surgery.training.objective import Batch
+
+
+def first_bad(module: ProgramModule, batch: Batch) -> str:
+    """The first node of the module's graph in its mode that is not finite, in words; or that there is none."""
+    found: list[str] = []
+
+    class Looking(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if not found and _bad(value):
+                found.append(_said(n))
+            return value
+
+    graph, inputs = module.graph_module(), batch["inputs"]
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    with torch.no_grad():
+        Looking(graph).run(*flat_inputs(graph, args, kwargs), enable_io_processing=False)
+    return found[0] if found else "every node of the graph is finite, so it is the loss itself"
+
+
+def _bad(value: Any) -> bool:
+    """-inf is no failure: masks of attention hold it."""
+    if isinstance(value, (tuple, list)):
+        return any(_bad(item) for item in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return bool(value.isnan().any() or value.isposinf().any())
+
+
+def _said(node: fx.Node) -> str:
+    if node.op == "get_attr":
+        return f"the weight {node.target} holds it already"
+    if node.op == "placeholder":
+        return f"the input {node.name!r} holds it already"
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    return f"the first bad node is {node.name} ({node.target}){f' in {path}' if path else ''}"

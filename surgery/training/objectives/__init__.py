@@ -1,0 +1,18 @@
+"""Built-in objectives, registered through the same hook as everybody's."""
+
+from __future__ import annotations
+
+from surgery.hookspecs import hookimpl
+from surgery.training.objectives.causal_lm import CausalLm
+from surgery.training.objectives.classification import Classification
+from surgery.training.objectives.masked_lm import MaskedLm
+from surgery.training.objectives.regression import Regression
+from surgery.training.objectives.sft import Sft
+
+
+@hookimpl
+def surgery_objectives() -> list[type]:
+    return [Classification, Regression, CausalLm, MaskedLm, Sft]
+
+
+__all__ = ["CausalLm", "Classification", "MaskedLm", "Regression", "Sft", "surgery_objectives"]

@@ -1,0 +1,48 @@
+"""causal-lm: each token from those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Generator
+
+from surgery.training.objective import Batch
+from surgery.training.setting import Row, Setting
+from surgery.training.texts import TEXT, text_of
+from surgery.training.tokens import TokenObjective, next_tokens
+
+
+class CausalLm(TokenObjective):
+    """Causal language modelling: the cross-entropy of each token given those before it, the mean over tokens.
+
+    On texts of a domain it is continued pretraining (Gururangan et al. 2020, arXiv:2004.10964). A text ends with the
+    tokenizer's end token, and one that is longer than --max-length is cut into pieces of that length; no piece holds
+    parts of two texts, so that nothing is predicted from another text. The figure is the perplexity, exp(loss).
+    """
+
+    name: ClassVar[str] = "causal-lm"
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
+
+    text: str | None = Field(None, description="column of the text")
+    end: bool = Field(True, description="put the tokenizer's end token behind each text")
+
+    def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
+        setting.need_tokenizer(self.name)
+        return {}
+
+    def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
+        ids = list(setting.tokenizer(text_of(row, setting))["input_ids"])
+        end = setting.tokenizer.eos_token_id
+        if self.end and end is not None and ids[-1:] != [end]:
+            ids.append(end)
+        if len(ids) < 2:
+            setting.count("has no two tokens and was left out")
+        for start in range(0, len(ids), setting.longest):
+            piece = ids[start : start + setting.longest]
+            if len(piece) > 1:
+                yield self.examples_of(piece, next_tokens(piece))
+
+    def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
+        return self.labelled(examples, setting)

@@ -1,0 +1,98 @@
+"""classification: one of several classes for a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from surgery.errors import TrainingError
+from surgery.training.objective import Batch, Objective, output, run
+from surgery.training.setting import Row, Setting
+from surgery.training.texts import TEXT, tokens
+
+
+class Classification(Objective):
+    """Classification: the cross-entropy of logits (batch × classes) with one label for each text.
+
+    Labels are whole numbers from 0, or names, which are numbered in their order; the program has to have an output of
+    at least as many classes. The figures are accuracy and macro-averaged F1; the best checkpoint is of the highest
+    accuracy.
+    """
+
+    name: ClassVar[str] = "classification"
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text": TEXT,
+        "label": ("label", "labels", "class", "target", "sentiment", "category", "y"),
+    }
+    metric: ClassVar[str] = "accuracy"
+    larger: ClassVar[bool] = True
+
+    text: str | None = Field(None, description="column of the text")
+    label: str | None = Field(None, description="column of the label")
+    output: str = Field("logits", description="the output of the model that holds the logits")
+    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
+
+    def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
+        setting.need_tokenizer(self.name)
+        column = setting.columns["label"]
+        classes, found = setting.width(self.output, self.name), rows.unique(column)
+        empty = next((i for i, value in enumerate(rows[column]) if value is None), None)
+        if empty is not None:
+            raise TrainingError(f"row {empty} has no {column!r}")
+        if all(isinstance(value, str) for value in found):
+            if len(found) > classes:
+                raise TrainingError(
+                    f"column {column!r} has {len(found)} labels, and the model's {self.output!r} {classes} classes; "
+                    f"put a wider one on with --pass head --labels {len(found)}"
+                )
+            return {"labels": sorted(found)}
+        for value in found:
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if not isinstance(value, int) or not 0 <= value < classes:
+                row = rows[column].index(value)
+                raise TrainingError(
+                    f"row {row}: {column} is {value!r}, and the model's {self.output!r} has the classes 0 to "
+                    f"{classes - 1}"
+                )
+        return {"labels": None}
+
+    def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
+        names, value = setting.decided["labels"], row[setting.columns["label"]]
+        yield {**tokens(row, setting), "label": names.index(value) if names else int(value)}
+
+    def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
+        return {"inputs": setting.pad(examples), "labels": torch.tensor([e["label"] for e in examples])}
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        logits = output(run(module, batch), self.output)
+        return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=self.smoothing)
+
+    def terms(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"logits": output(run(module, batch), self.output).float(), "labels": batch["labels"]}
+
+    def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
+        logits, labels = observed["logits"], observed["labels"]
+        said = logits.argmax(-1)
+        return {
+            "loss": float(F.cross_entropy(logits, labels, label_smoothing=self.smoothing)),
+            "accuracy": float((said == labels).double().mean()),
+            "f1": _macro_f1(said, labels),
+        }
+
+
+def _macro_f1(said: Tensor, labels: Tensor) -> float:
+    """The mean over classes that occur of 2·right / (said + there)."""
+    scores = []
+    for label in torch.cat([said, labels]).unique():
+        right = ((said == label) & (labels == label)).sum()
+        scores.append(2 * right / ((said == label).sum() + (labels == label).sum()))
+    return float(torch.stack(scores).double().mean())

@@ -1,0 +1,57 @@
+"""masked-lm: hidden tokens from those around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Generator
+
+from surgery.errors import TrainingError
+from surgery.training.objective import Batch
+from surgery.training.setting import Row, Setting
+from surgery.training.texts import TEXT, text_of
+from surgery.training.tokens import IGNORED, TokenObjective
+
+
+class MaskedLm(TokenObjective):
+    """Masked language modelling: the cross-entropy of tokens that are hidden (Devlin et al. 2019, arXiv:1810.04805).
+
+    A share of the tokens is chosen anew for each batch, special ones left out; of these 80% become the mask token, 10%
+    any token and 10% stay as they are. Long texts are cut into pieces of --max-length. On held-out data the choice is
+    the same at every evaluation. The figure is exp(loss).
+    """
+
+    name: ClassVar[str] = "masked-lm"
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
+
+    text: str | None = Field(None, description="column of the text")
+    share: float = Field(0.15, gt=0, lt=1, description="share of the tokens that is predicted")
+
+    def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
+        if setting.need_tokenizer(self.name).mask_token_id is None:
+            raise TrainingError(
+                "objective 'masked-lm': the tokenizer has no mask token; train with causal-lm"
+            )
+        return {}
+
+    def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
+        cut = {"truncation": True, "max_length": setting.longest, "return_overflowing_tokens": True}
+        for ids in setting.tokenizer(text_of(row, setting), **cut)["input_ids"]:
+            yield {"input_ids": ids}
+
+    def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
+        inputs = setting.pad(examples)
+        ids = inputs["input_ids"]
+        special = torch.isin(ids, torch.tensor(setting.tokenizer.all_special_ids))
+        chance = torch.rand(ids.shape, generator=draw).masked_fill(special, 2.0)
+        chosen = chance < self.share
+        if not chosen.any():  # a batch with nothing to predict would have no loss
+            chosen = chance == chance.min()
+        how = torch.rand(ids.shape, generator=draw)
+        other = torch.randint(0, len(setting.tokenizer), ids.shape, generator=draw)
+        hidden = torch.where(chosen & (how < 0.8), setting.tokenizer.mask_token_id, ids)
+        inputs["input_ids"] = torch.where(chosen & (how >= 0.9), other, hidden)
+        return {"inputs": inputs, "labels": torch.where(chosen, ids, IGNORED)}

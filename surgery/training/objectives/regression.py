@@ -1,0 +1,75 @@
+"""regression: a number, or several, for a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from surgery.errors import TrainingError
+from surgery.training.objective import Batch, Objective, output, run
+from surgery.training.setting import Row, Setting
+from surgery.training.texts import TEXT, tokens
+
+
+class Regression(Objective):
+    """Regression: the mean squared error of the outputs (batch × values) against numbers.
+
+    A column of one number, or of lists as long as the model's output. The figures are the mean squared error and
+    Pearson's correlation (the mean over values); the best checkpoint is of the smallest error.
+    """
+
+    name: ClassVar[str] = "regression"
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text": TEXT,
+        "label": ("label", "labels", "rating", "score", "target", "value", "y"),
+    }
+
+    text: str | None = Field(None, description="column of the text")
+    label: str | None = Field(None, description="column of the number")
+    output: str = Field("logits", description="the output of the model that is fitted")
+
+    def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
+        setting.need_tokenizer(self.name)
+        column, width = setting.columns["label"], setting.width(self.output, self.name)
+        for number, value in enumerate(rows[column]):
+            values = value if isinstance(value, list) else [value]
+            if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+                raise TrainingError(f"row {number}: {column} is {value!r}, which is no number")
+            if len(values) != width:
+                raise TrainingError(
+                    f"row {number}: {column} has {len(values)} numbers, and the model's {self.output!r} {width}; put "
+                    f"another on with --pass head --labels {len(values)}"
+                )
+        return {}
+
+    def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
+        value = row[setting.columns["label"]]
+        yield {
+            **tokens(row, setting),
+            "label": [float(v) for v in (value if isinstance(value, list) else [value])],
+        }
+
+    def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
+        return {"inputs": setting.pad(examples), "labels": torch.tensor([e["label"] for e in examples])}
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        return F.mse_loss(output(run(module, batch), self.output).float(), batch["labels"])
+
+    def terms(self, batch: Batch) -> int:
+        return batch["labels"].numel()
+
+    def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"said": output(run(module, batch), self.output).float(), "labels": batch["labels"]}
+
+    def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
+        said, labels = observed["said"].double(), observed["labels"].double()
+        a, b = said - said.mean(0), labels - labels.mean(0)
+        scale = (a.square().sum(0) * b.square().sum(0)).sqrt()
+        pearson = torch.where(scale > 0, (a * b).sum(0) / scale, 0.0)
+        return {"loss": float(F.mse_loss(said, labels)), "pearson": float(pearson.mean())}

@@ -1,0 +1,119 @@
+"""sft: the answers of dialogues, given what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import Generator
+
+from surgery.errors import TrainingError
+from surgery.training.objective import Batch
+from surgery.training.setting import Row, Setting
+from surgery.training.tokens import IGNORED, TokenObjective, next_tokens
+
+Message = dict[str, str]
+
+
+class Sft(TokenObjective):
+    """Supervised fine-tuning on instructions (Ouyang et al. 2022, arXiv:2203.02155): the cross-entropy of the tokens of
+    answers alone, each given all before it, the mean over these tokens.
+
+    Rows are dialogues, a column of lists of {role, content}; or a prompt (with --context behind it, where a row has
+    one) and a response. The tokenizer's chat template makes tokens of them, or that of a file. What the template puts
+    before an answer is no part of it; what ends the answer is. A dialogue is one example, cut at --max-length; one
+    whose answers are all behind that is left out, and the number of these is said. Nothing is packed.
+    """
+
+    name: ClassVar[str] = "sft"
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "messages": ("messages", "conversation", "conversations", "dialogue"),
+        "prompt": ("prompt", "instruction", "question"),
+        "context": ("context", "input"),
+        "response": ("response", "output", "answer", "completion", "chosen"),
+    }
+
+    messages: str | None = Field(None, description="column of whole dialogues")
+    prompt: str | None = Field(None, description="column of the instruction")
+    context: str | None = Field(None, description="column of what the instruction is about")
+    response: str | None = Field(None, description="column of the answer")
+    template: str | None = Field(
+        None, description="file with a chat template (Jinja) in place of the tokenizer's"
+    )
+
+    def columns(self, available: Sequence[str]) -> dict[str, str]:
+        found = self.named_columns(available)
+        if "messages" in found and self.prompt is None:
+            return {"messages": found["messages"]}
+        if not {"prompt", "response"} <= found.keys():
+            raise TrainingError(
+                f"objective 'sft': no columns look like dialogues, or like prompt and response; the data has "
+                f"{', '.join(available)}; name them with --messages, or --prompt and --response"
+            )
+        return {name: column for name, column in found.items() if name != "messages"}
+
+    def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
+        template = setting.need_tokenizer(self.name).chat_template
+        if self.template is not None:
+            try:
+                template = Path(self.template).read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise TrainingError(f"--template {self.template} cannot be read: {error}") from None
+        if not template:
+            raise TrainingError(
+                "objective 'sft': the tokenizer has no chat template; give one with --template FILE"
+            )
+        return {"template": template}
+
+    def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
+        messages = self._dialogue(row, setting)
+        ids: list[int] = []
+        labels: list[int] = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self._tokens(messages[:number], setting, add_generation_prompt=True)
+            whole = self._tokens(messages[: number + 1], setting)
+            if asked[: len(ids)] != ids or whole[: len(asked)] != asked:
+                raise TrainingError(
+                    "objective 'sft': the chat template writes the start of a dialogue in another way once there is "
+                    "more of it, so that answers cannot be told apart; give another with --template FILE"
+                )
+            labels += [IGNORED] * (len(asked) - len(ids)) + whole[len(asked) :]
+            ids = whole
+        ids, labels = ids[: setting.longest], next_tokens(labels[: setting.longest])
+        if all(label == IGNORED for label in labels):
+            setting.count(f"has no answer within {setting.longest} tokens and was left out")
+        else:
+            yield self.examples_of(ids, labels)
+
+    def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
+        return self.labelled(examples, setting)
+
+    def _dialogue(self, row: Row, setting: Setting) -> list[Message]:
+        columns = setting.columns
+        if "messages" in columns:
+            messages = row[columns["messages"]]
+            good = isinstance(messages, list) and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages
+            )
+            if not good:
+                raise TrainingError(
+                    f"column {columns['messages']!r} holds no list of messages with a role and a content"
+                )
+            return [{"role": m["role"], "content": m["content"]} for m in messages]
+        texts = {name: row[column] for name, column in columns.items()}
+        for name, text in texts.items():
+            if not isinstance(text, str) and not (name == "context" and text is None):
+                raise TrainingError(f"column {columns[name]!r} holds {text!r}, which is no text")
+        question = f"{texts['prompt']}\n\n{texts.get('context') or ''}".strip()
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": texts["response"]}]
+
+    def _tokens(self, messages: list[Message], setting: Setting, **how: bool) -> list[int]:
+        template = setting.decided["template"]
+        read = setting.tokenizer
+        text = read.apply_chat_template(messages, chat_template=template, tokenize=False, **how)
+        return list(read(text, add_special_tokens=False)["input_ids"])

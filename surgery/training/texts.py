@@ -1,0 +1,27 @@
+"""Texts of rows as tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from surgery.errors import TrainingError
+from surgery.training.setting import Row, Setting
+
+TEXT = ("text", "sentence", "content", "review", "document", "article", "body")
+
+
+def text_of(row: Row, setting: Setting, option: str = "text") -> str:
+    """The text of a row. Raises TrainingError for one that is none."""
+    column = setting.columns[option]
+    if not isinstance(row[column], str):
+        raise TrainingError(f"column {column!r} holds {row[column]!r}, which is no text")
+    return row[column]
+
+
+def tokens(row: Row, setting: Setting) -> dict[str, Any]:
+    """The model's inputs for the text of a row, cut to the longest that it may be."""
+    made = setting.tokenizer(text_of(row, setting), truncation=False)
+    if len(made["input_ids"]) > setting.longest:
+        setting.count(f"is longer than {setting.longest} tokens and was cut")
+        made = setting.tokenizer(text_of(row, setting), truncation=True, max_length=setting.longest)
+    return {name: made[name] for name in ("input_ids", "token_type_ids") if name in made}

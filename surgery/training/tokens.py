@@ -1,0 +1,53 @@
+"""Cross-entropy of tokens, which the objectives of language models share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgery.training.objective import Batch, Objective, output, run
+from surgery.training.setting import Row, Setting, padded
+
+IGNORED = -100
+
+
+class TokenObjective(Objective):
+    """Objectives whose batches have `labels`, a token or IGNORED at every place of the output that predicts it."""
+
+    def examples_of(self, ids: Sequence[int], labels: Sequence[int]) -> Row:
+        return {"input_ids": list(ids), "labels": list(labels)}
+
+    def labelled(self, examples: Sequence[Row], setting: Setting) -> Batch:
+        inputs = setting.pad(examples)
+        length = inputs["input_ids"].shape[1]
+        return {"inputs": inputs, "labels": padded([e["labels"] for e in examples], IGNORED, length)}
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self._summed(module, batch) / self.terms(batch)
+
+    def _summed(self, module: nn.Module, batch: Batch) -> Tensor:
+        logits, labels = output(run(module, batch), "logits"), batch["labels"]
+        # Half-precision sums of many small terms would lose the last of them.
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+
+    def terms(self, batch: Batch) -> int:
+        return max(1, int((batch["labels"] != IGNORED).sum()))
+
+    def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        summed = self._summed(module, batch).double().reshape(1)
+        return {"summed": summed, "terms": torch.tensor([self.terms(batch)], device=summed.device)}
+
+    def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
+        mean = float(observed["summed"].sum() / observed["terms"].sum())
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+
+def next_tokens(labels: Sequence[int]) -> list[int]:
+    """Each token's label at the place before it, from which it is predicted."""
+    return [*labels[1:], IGNORED]

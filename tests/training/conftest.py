@@ -1,0 +1,52 @@
+"""A tiny llama with a tokenizer of its own, saved as transformers does, and data for it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests import tiny
+
+WORDS = [
+    *("<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":", "the", "cat", "dog", "sees", "a", "red"),
+    *("green", "tree", "and", "says", "yes", "no", "what", "is", "it"),
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny.llama()).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    read = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    read.chat_template = TEMPLATE
+    read.save_pretrained(folder)
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Sentences whose words follow from one another."""
+    animals, colours = ("cat", "dog"), ("red", "green")
+    rows = [
+        {"text": f"the {animals[i % 2]} sees a {colours[i % 2]} tree" + " and says yes" * (i % 3)}
+        for i in range(48)
+    ]
+    return write(tmp_path / "texts.jsonl", rows)
