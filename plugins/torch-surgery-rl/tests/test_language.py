@@ -137,10 +137,11 @@ def test_a_models_own_settings_for_generation_are_not_obeyed_and_kept(base):
 # -- reference and value head
 
 
-def test_the_reference_is_the_program_without_its_adapter_in_the_same_storage(base):
+def test_the_reference_is_the_program_without_its_adapter_in_the_same_storage(tmp_path):
+    base = surgery.load(saved(tmp_path))
     program = adapted(base)
     policy, reference = program.module(), program.without("lora", "head").module()
-    own = {p.untyped_storage().data_ptr() for p in base.base.tensors.values()}
+    own = {p.untyped_storage().data_ptr() for p in base.base.loaded.module.parameters()}
     assert {p.untyped_storage().data_ptr() for p in reference.parameters()} == own
     held = {p.untyped_storage().data_ptr() for p in policy.parameters() if not p.requires_grad}
     assert held == own
@@ -244,10 +245,10 @@ def test_trpo_raises_the_reward_and_keeps_to_its_bound(base):
     program = base.apply(surgery.Lora(target="attn.*,mlp.*", rank=4, alpha=8), VALUE)
     policy = LanguagePolicy(program.module())
     live = program.without("head").live()
-    trpo, reward = TRPO(max_kl=0.03, damping=0.01, iterations=6, minibatch=16), on_tokens(share)
+    trpo, reward = TRPO(max_kl=0.03, damping=0.01, iterations=6, minibatch=48), on_tokens(share)
     optimizer, means = None, []
     for _ in range(15):
-        rollout = roll_out(live, PROMPTS, 8)
+        rollout = roll_out(live, PROMPTS * 4, 8)
         scores = score(reward, rollout)
         experience, _ = collected(policy, policy, rollout, scores, 0.0)
         optimizer = optimizer or torch.optim.Adam(trpo.value_parameters(policy, experience), lr=1e-2)
@@ -259,7 +260,36 @@ def test_trpo_raises_the_reward_and_keeps_to_its_bound(base):
         assert kl == pytest.approx(seen["kl"], abs=1e-6)
         trpo.fit_values(policy, experience, optimizer)
         means.append(float(scores.mean()))
-    assert sum(means[-3:]) / 3 > means[0] + 0.2
+    # From 0.02 to 0.28; the standard error of a mean of 96 responses is 0.02.
+    assert sum(means[-3:]) / 3 > means[0] + 0.15
+
+
+def test_fisher_vector_products_of_a_program_are_those_of_the_explicit_matrix(tmp_path):
+    """Over an adapter's parameters, through attention, in float64; the explicit one a gradient for each action."""
+    base = surgery.load(saved(tmp_path), model_kwargs={"dtype": "float64"})
+    program = base.apply(surgery.Lora(target="attn.q,mlp.up", rank=1), VALUE)
+    policy = LanguagePolicy(program.module())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in program.tensors.items():
+            if name.endswith("lora.B"):
+                tensor.normal_(std=0.1)
+    rollout = roll_out(program.without("head").live(), PROMPTS[:3], 3)
+    experience, _ = collected(policy, policy, rollout, torch.zeros(3), 0.0)
+    parameters = [p for name, p in policy.named_parameters() if name.endswith((".A", ".B"))]
+    assert len(parameters) == 8
+    logits, _ = policy(**rollout.inputs)
+    assert logits.dtype == torch.float64
+    known = logits[rollout.mask].log_softmax(-1)
+    fisher = 0
+    for log_prob in known.flatten():
+        slopes = torch.autograd.grad(log_prob, parameters, retain_graph=True)
+        slope = torch.cat([s.flatten() for s in slopes])
+        fisher = fisher + log_prob.exp().detach() * torch.outer(slope, slope) / len(known)
+    product = TRPO(damping=0.0, minibatch=2).fisher(policy, experience, parameters)
+    for vector in torch.randn(3, len(fisher), dtype=torch.float64):
+        expected = fisher @ vector
+        torch.testing.assert_close(product(vector), expected, atol=1e-5 * float(expected.norm()), rtol=0)
 
 
 def test_trpo_goes_through_quantized_weights(base):
@@ -313,7 +343,7 @@ def test_rewards_of_texts_and_of_programs(base, tmp_path):
             tokens = [t for t in tokens if t > 2 or reader is None]
             alone = judge.base.loaded.module(torch.tensor([tokens])).logits[0].log_softmax(-1)[1]
             # float32, padded and not
-            assert float(found[row]) == pytest.approx(float(alone), abs=1e-5)
+            assert float(found[row]) == pytest.approx(float(alone.detach()), abs=1e-5)
     with pytest.raises(SurgeryError, match=r"gives \(3, 3\); it has to give rows × 1, or"):
         score(of_program(judge), rollout)
     with pytest.raises(SurgeryError, match="no label 3: there are 3"):

@@ -70,13 +70,14 @@ class LanguagePolicy(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits N × T × vocabulary, in float32, and values N × T, at positions N × T."""
+        """Logits N × T × vocabulary and values N × T at positions N × T, in float32 at least."""
         uncached = {"use_cache": False} if hasattr(self.module, "generate") else {}
         outputs = self.module(input_ids=input_ids, attention_mask=attention_mask, **uncached)
         rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
-        logits = outputs["logits"][rows, positions].float() / self.temperature
+        wide = torch.promote_types(outputs["logits"].dtype, torch.float32)
+        logits = outputs["logits"][rows, positions].to(wide) / self.temperature
         values = outputs.get(self.value)
-        return logits, None if values is None else values.squeeze(-1)[rows, positions].float()
+        return logits, None if values is None else values.squeeze(-1)[rows, positions].to(wide)
 
 
 @torch.no_grad()
