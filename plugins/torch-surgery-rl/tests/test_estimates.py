@@ -96,6 +96,7 @@ def test_bad_experience_is_refused_in_a_line():
         ({"values": infinite}, "the value of row 0, step 6 is inf"),
         ({"log_probs": infinite}, "the log-probability of row 0, step 6 is inf"),
         ({"values": None}, "gives no values; graft a value head with surgery.Head"),
+        ({"mask": mask.long()}, "the mask is of torch.int64"),
         ({"gamma": 1.5}, "gamma is 1.5"),
         ({"rewards": rewards[:, :3]}, "rows × steps of one shape"),
     ):

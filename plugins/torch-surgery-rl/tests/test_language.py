@@ -245,9 +245,9 @@ def test_trpo_raises_the_reward_and_keeps_to_its_bound(base):
     program = base.apply(surgery.Lora(target="attn.*,mlp.*", rank=4, alpha=8), VALUE)
     policy = LanguagePolicy(program.module())
     live = program.without("head").live()
-    trpo, reward = TRPO(max_kl=0.03, damping=0.01, iterations=6, minibatch=48), on_tokens(share)
+    trpo, reward = TRPO(max_kl=0.03, damping=0.01, iterations=5, minibatch=48), on_tokens(share)
     optimizer, means = None, []
-    for _ in range(15):
+    for _ in range(13):
         rollout = roll_out(live, PROMPTS * 4, 8)
         scores = score(reward, rollout)
         experience, _ = collected(policy, policy, rollout, scores, 0.0)
@@ -260,7 +260,7 @@ def test_trpo_raises_the_reward_and_keeps_to_its_bound(base):
         assert kl == pytest.approx(seen["kl"], abs=1e-6)
         trpo.fit_values(policy, experience, optimizer)
         means.append(float(scores.mean()))
-    # From 0.02 to 0.28; the standard error of a mean of 96 responses is 0.02.
+    # From 0.02 to 0.23; the standard error of a mean of 96 responses is 0.02.
     assert sum(means[-3:]) / 3 > means[0] + 0.15
 
 
@@ -365,6 +365,11 @@ def test_bad_input_is_refused_in_a_line(base):
         (lambda: roll_out(live, [], 4), "no prompts"),
         (lambda: roll_out(live, [[5], []], 4), "prompt 1 is empty"),
         (lambda: roll_out(live, ["a"], 4), "need a tokenizer"),
+        (
+            lambda: roll_out(live, [[5] * 60], 5),
+            "60 tokens and 5 new ones are more than the model's 64 positions",
+        ),
+        (lambda: roll_out(base.module(), [[5]], 4), "no causal language model that generates"),
         (lambda: roll_out(live, [[5]], 0), "every response would be empty"),
         (
             lambda: collected(policy, policy, rollout, torch.zeros(3), 0.1),

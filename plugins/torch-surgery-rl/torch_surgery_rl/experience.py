@@ -56,6 +56,8 @@ class Experience:
                 "head_name='value', pool='none')"
             )
         same_shape(actions=actions, mask=mask, rewards=rewards, log_probs=log_probs, values=values)
+        if mask.dtype != torch.bool:
+            raise SurgeryError(f"the mask is of {mask.dtype}, and has to be of torch.bool")
         empty = (~mask.any(1)).nonzero().flatten().tolist()
         if empty or not len(mask):
             raise SurgeryError(f"row {empty[0]} has no action (an empty response)" if empty else "no rows")

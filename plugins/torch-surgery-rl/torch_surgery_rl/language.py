@@ -102,13 +102,22 @@ def roll_out(
         raise SurgeryError("there are no prompts to respond to")
     if max_new_tokens < 1:
         raise SurgeryError(f"max_new_tokens is {max_new_tokens}, so every response would be empty")
-    known = model.generation_config
+    known = getattr(model, "generation_config", None)
+    if known is None or model.config.is_encoder_decoder:
+        raise SurgeryError(
+            f"{type(model).__name__} is no causal language model that generates; roll_out takes program.live() of one"
+        )
     ends = known.eos_token_id if eos is None else eos
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     pad = known.pad_token_id if pad is None else pad
     pad = (ends or [0])[0] if pad is None else pad
     device = next(model.parameters()).device
     longest = max(map(len, rows))
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise SurgeryError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's {limit} positions"
+        )
     padded = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
     there = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     plain = type(known)(

@@ -74,8 +74,8 @@ class PPO:
     ) -> dict[str, float]:
         """Train the policy on a batch of experience; returns the means of `loss`'s parts over the steps taken.
 
-        generator: of the order of the rows. Raises SurgeryError where nothing trains, and for a loss that is not
-        finite, before it changes anything.
+        generator: of the order of the rows. Raises SurgeryError where nothing trains, and for a loss or a gradient
+        that is not finite, before that minibatch changes anything.
         """
         ours = {id(parameter) for parameter in trained(policy)}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

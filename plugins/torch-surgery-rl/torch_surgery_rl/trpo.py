@@ -69,15 +69,19 @@ class TRPO:
             full = (2 * self.max_kl / bend) ** 0.5 * direction
             promised = float(gradient @ full)
             start = [parameter.detach().clone() for parameter in parameters]
-            part = 1.0
-            for _ in range(self.backtracks):
-                _move(parameters, start, part * full)
-                reached, kl = self._measure(policy, experience, old)
-                grown = reached - surrogate
-                if kl <= self.max_kl and grown > 0 and grown >= self.improvement * part * promised:
-                    return {"kl": kl, "improvement": grown, "step": part}
-                part *= self.shrink
-            _move(parameters, start, torch.zeros_like(full))
+            part, accepted = 1.0, False
+            try:
+                for _ in range(self.backtracks):
+                    _put(parameters, start, part * full)
+                    reached, kl = self._measure(policy, experience, old)
+                    grown = reached - surrogate
+                    accepted = kl <= self.max_kl and grown > 0 and grown >= self.improvement * part * promised
+                    if accepted:
+                        return {"kl": kl, "improvement": grown, "step": part}
+                    part *= self.shrink
+            finally:
+                if not accepted:
+                    _put(parameters, start)
             return {"kl": 0.0, "improvement": 0.0, "step": 0.0}
 
     def fisher(
@@ -226,7 +230,10 @@ def _split(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _move(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], step: Tensor) -> None:
-    """Put the parameters a step away from where they started, in their own storage."""
-    for parameter, origin, piece in zip(parameters, start, _split(step, parameters), strict=True):
-        parameter.copy_(origin + piece)
+def _put(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], step: Tensor | None = None) -> None:
+    """Put the parameters where they started or a step away from there, in their own storage."""
+    ends = start
+    if step is not None:
+        ends = [origin + piece for origin, piece in zip(start, _split(step, parameters), strict=True)]
+    for parameter, end in zip(parameters, ends, strict=True):
+        parameter.copy_(end)
