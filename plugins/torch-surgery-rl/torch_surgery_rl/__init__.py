@@ -1,0 +1,33 @@
+"""Reinforcement learning of programs: PPO and TRPO, advantages, KL penalties, rollouts of language models."""
+
+from torch_surgery_rl.estimates import gae, masked_mean, whiten
+from torch_surgery_rl.experience import Experience, evaluate
+from torch_surgery_rl.kl import AdaptiveKL, categorical_kl, penalized_rewards, sequence_kl
+from torch_surgery_rl.language import LanguagePolicy, Rollout, roll_out
+from torch_surgery_rl.policy import trained
+from torch_surgery_rl.ppo import PPO
+from torch_surgery_rl.reward import of_program, on_texts, on_tokens, score
+from torch_surgery_rl.trpo import TRPO, conjugate_gradient
+
+__all__ = [
+    "PPO",
+    "TRPO",
+    "AdaptiveKL",
+    "Experience",
+    "LanguagePolicy",
+    "Rollout",
+    "categorical_kl",
+    "conjugate_gradient",
+    "evaluate",
+    "gae",
+    "masked_mean",
+    "of_program",
+    "on_texts",
+    "on_tokens",
+    "penalized_rewards",
+    "roll_out",
+    "score",
+    "sequence_kl",
+    "trained",
+    "whiten",
+]

@@ -1,0 +1,160 @@
+"""Language models as policies: rollouts with a cache, and their log-probabilities by the program that trains."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.api import SurgeryError
+from torch_surgery_rl.policy import evaluating
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts and sampled responses, N rows.
+
+    input_ids, attention_mask: N × L, each row a prompt and its response, padded on the right, so that positions count
+    from the first token for every kind of model. prompt_lengths: N. actions, mask: N × T, the tokens sampled, up to
+    the first end of sequence, which is an action too.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompt_lengths: Tensor
+    actions: Tensor
+    mask: Tensor
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a LanguagePolicy is called with."""
+        steps = torch.arange(self.actions.shape[1], device=self.actions.device)
+        positions = self.prompt_lengths.unsqueeze(1) - 1 + steps
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "positions": positions.clamp(max=self.input_ids.shape[1] - 1),
+        }
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The tokens of the prompts."""
+        lengths = self.prompt_lengths.tolist()
+        return [row[:n] for row, n in zip(self.input_ids.tolist(), lengths, strict=True)]
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """The tokens of the responses."""
+        lengths = self.mask.sum(1).tolist()
+        return [row[:n] for row, n in zip(self.actions.tolist(), lengths, strict=True)]
+
+
+class LanguagePolicy(nn.Module):
+    """A causal language model as a policy: a state is what stands before a token, an action the token.
+
+    module: of a program (`program.module()`), or a live transformers model. value: the output that a value head gave
+    (surgery.Head(mode="add", labels=1, head_name="value", pool="none")); without it, values are None. temperature:
+    the logits are divided by it, as they were in sampling.
+    """
+
+    def __init__(self, module: nn.Module, *, value: str = "logits_value", temperature: float = 1.0) -> None:
+        super().__init__()
+        self.module = module
+        self.value = value
+        self.temperature = temperature
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits N × T × vocabulary and values N × T at positions N × T, in float32 at least."""
+        uncached = {"use_cache": False} if hasattr(self.module, "generate") else {}
+        outputs = self.module(input_ids=input_ids, attention_mask=attention_mask, **uncached)
+        rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
+        wide = torch.promote_types(outputs["logits"].dtype, torch.float32)
+        logits = outputs["logits"][rows, positions].to(wide) / self.temperature
+        values = outputs.get(self.value)
+        return logits, None if values is None else values.squeeze(-1)[rows, positions].to(wide)
+
+
+@torch.no_grad()
+def roll_out(
+    model: Any,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    tokenizer: Any = None,
+    temperature: float = 1.0,
+    eos: int | Sequence[int] | None = None,
+    pad: int | None = None,
+) -> Rollout:
+    """Sample a response to each prompt from a live model (`program.live()`), with its cache.
+
+    prompts: texts, for which the tokenizer is needed, or tokens. eos, pad: by default what the model's generation
+    configuration says. Nothing else of that is obeyed (top_k, penalties): tokens come from the policy's own
+    distribution, as log-probabilities of them have to. Draws from torch's global generator.
+    """
+    rows = [_tokens(prompt, number, tokenizer) for number, prompt in enumerate(prompts)]
+    if not rows:
+        raise SurgeryError("there are no prompts to respond to")
+    if max_new_tokens < 1:
+        raise SurgeryError(f"max_new_tokens is {max_new_tokens}, so every response would be empty")
+    known = getattr(model, "generation_config", None)
+    if known is None or model.config.is_encoder_decoder:
+        raise SurgeryError(
+            f"{type(model).__name__} is no causal language model that generates; roll_out takes program.live() of one"
+        )
+    ends = known.eos_token_id if eos is None else eos
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    pad = known.pad_token_id if pad is None else pad
+    pad = (ends or [0])[0] if pad is None else pad
+    device = next(model.parameters()).device
+    longest = max(map(len, rows))
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise SurgeryError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's {limit} positions"
+        )
+    padded = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    there = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    plain = type(known)(
+        do_sample=True, top_k=0, top_p=1.0, temperature=temperature, max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None, pad_token_id=pad, use_cache=True,
+    )  # fmt: skip
+    with _configured(model, plain), evaluating(model):
+        actions = model.generate(padded, attention_mask=there)[:, longest:]
+    ended = torch.isin(actions, torch.tensor(ends, device=device, dtype=actions.dtype))
+    mask = ended.cumsum(1) - ended.long() == 0  # nothing before it has ended the row
+    whole = [row + got[keep].tolist() for row, got, keep in zip(rows, actions, mask, strict=True)]
+    length = max(map(len, whole))
+    return Rollout(
+        torch.tensor([row + [pad] * (length - len(row)) for row in whole], device=device),
+        torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in whole], device=device),
+        torch.tensor([len(row) for row in rows], device=device),
+        torch.where(mask, actions, pad),
+        mask,
+    )
+
+
+def _tokens(prompt: Any, number: int, tokenizer: Any) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise SurgeryError("prompts that are texts need a tokenizer")
+        prompt = tokenizer(prompt)["input_ids"]
+    tokens = [int(token) for token in prompt]
+    if not tokens:
+        raise SurgeryError(f"prompt {number} is empty; a response needs a token to follow")
+    return tokens
+
+
+@contextlib.contextmanager
+def _configured(model: Any, config: Any) -> Iterator[None]:
+    """generate() fills what a given configuration leaves open from the model's own, so this takes its place."""
+    known, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = known

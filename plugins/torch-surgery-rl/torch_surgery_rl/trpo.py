@@ -1,0 +1,239 @@
+"""Trust region policy optimisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from surgery.api import SurgeryError
+from torch_surgery_rl.estimates import masked_mean
+from torch_surgery_rl.experience import Experience
+from torch_surgery_rl.kl import categorical_kl
+from torch_surgery_rl.policy import evaluating, log_probs_of, trained
+
+
+@dataclass(frozen=True)
+class TRPO:
+    """TRPO (Schulman et al. 2015, arXiv:1502.05477): the step that improves the surrogate most within a KL bound.
+
+        maximise L(θ) = mean π_θ(a|s) / π_old(a|s) · A  subject to  mean KL(π_old ‖ π_θ) ≤ δ (`max_kl`)
+
+    The direction x solves (F + damping · I) x = ∇L by conjugate gradients on products with the Fisher matrix F, which
+    is the Hessian of the mean KL at θ_old. The step starts at sqrt(2δ / xᵀ(F + damping · I)x) · x and is cut by
+    `shrink` until the KL, measured, is within the bound and the surrogate has grown by at least `improvement` of what
+    its gradient promises; where it is not after `backtracks` tries, the policy stays as it was, bit for bit.
+
+    The mean is over all actions of the batch, with every action that could have been taken in the KL, and dropout is
+    off. What trains and does not reach the logits (a value head) is left alone: fit that with `fit_values`.
+    minibatch: rows in memory at a time; a batch is always used whole.
+    """
+
+    max_kl: float = 0.01
+    damping: float = 0.1
+    iterations: int = 10
+    backtracks: int = 15
+    shrink: float = 0.7
+    improvement: float = 0.1
+    minibatch: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("max_kl", "iterations", "backtracks", "minibatch"):
+            if getattr(self, name) <= 0:
+                raise SurgeryError(f"TRPO: {name} is {getattr(self, name)}, and has to be above 0")
+        for name in ("shrink", "improvement"):
+            if not 0 < getattr(self, name) < 1:
+                raise SurgeryError(f"TRPO: {name} is {getattr(self, name)}, and is between 0 and 1")
+        if self.damping < 0:
+            raise SurgeryError(f"TRPO: damping is {self.damping}, and is not below 0")
+
+    def update(self, policy: nn.Module, experience: Experience) -> dict[str, float]:
+        """One step of the policy on a batch of experience.
+
+        Returns the mean KL of it, how much the surrogate grew, and which part of the full step was taken (0: none).
+        Raises SurgeryError where nothing that trains reaches the logits, and for a gradient that is not finite.
+        """
+        with evaluating(policy):
+            parameters, gradient, surrogate, old = self._gradient(policy, experience)
+            curvature = self.fisher(policy, experience, parameters)
+            direction = conjugate_gradient(curvature, gradient, self.iterations)
+            bend = float(direction @ curvature(direction))
+            if not math.isfinite(bend):
+                raise SurgeryError(f"the curvature of TRPO's KL is {bend}; the policy is as it was")
+            if bend <= 0:  # the gradient is zero
+                return {"kl": 0.0, "improvement": 0.0, "step": 0.0}
+            full = (2 * self.max_kl / bend) ** 0.5 * direction
+            promised = float(gradient @ full)
+            start = [parameter.detach().clone() for parameter in parameters]
+            part, accepted = 1.0, False
+            try:
+                for _ in range(self.backtracks):
+                    _put(parameters, start, part * full)
+                    reached, kl = self._measure(policy, experience, old)
+                    grown = reached - surrogate
+                    accepted = kl <= self.max_kl and grown > 0 and grown >= self.improvement * part * promised
+                    if accepted:
+                        return {"kl": kl, "improvement": grown, "step": part}
+                    part *= self.shrink
+            finally:
+                if not accepted:
+                    _put(parameters, start)
+            return {"kl": 0.0, "improvement": 0.0, "step": 0.0}
+
+    def fisher(
+        self, policy: nn.Module, experience: Experience, parameters: Sequence[nn.Parameter]
+    ) -> Callable[[Tensor], Tensor]:
+        """v → (F + damping · I) v, by differentiating the mean KL from the policy to itself twice."""
+        count = experience.mask.sum()
+
+        def product(vector: Tensor) -> Tensor:
+            total = self.damping * vector
+            pieces = _split(vector, parameters)
+            for part in experience.chunks(self.minibatch):
+                # The fused attention kernels have no second derivative.
+                with sdpa_kernel(SDPBackend.MATH):
+                    logits, _ = policy(**part.inputs)
+                    new = logits.log_softmax(-1)
+                    kl = torch.where(part.mask, categorical_kl(new.detach(), new), 0).sum() / count
+                    slope = torch.autograd.grad(
+                        kl, parameters, create_graph=True, allow_unused=True, materialize_grads=True
+                    )
+                    along = sum((s * v).sum() for s, v in zip(slope, pieces, strict=True))
+                    bent = torch.autograd.grad(along, parameters, allow_unused=True, materialize_grads=True)
+                total = total + _flat(bent)
+            return total
+
+        return product
+
+    def fit_values(
+        self, policy: nn.Module, experience: Experience, optimizer: torch.optim.Optimizer, *, epochs: int = 4
+    ) -> float:
+        """Fit the values to the returns by least squares; returns the mean squared error of the last epoch.
+
+        optimizer: of what trains and does not reach the logits (`value_parameters`): anything else would move the
+        policy out of its bound, and is refused.
+        """
+        allowed = {id(parameter) for parameter in self.value_parameters(policy, experience)}
+        if any(id(p) not in allowed for group in optimizer.param_groups for p in group["params"]):
+            raise SurgeryError(
+                "the optimizer of the values would move what the policy depends on, past the KL bound; give it "
+                "TRPO().value_parameters(policy, experience)"
+            )
+        with evaluating(policy):
+            for _ in range(epochs):
+                errors = []
+                for part in experience.chunks(self.minibatch):
+                    _, values = policy(**part.inputs)
+                    error = masked_mean((values - part.returns) ** 2, part.mask)
+                    optimizer.zero_grad()
+                    error.backward()
+                    optimizer.step()
+                    errors.append(error.detach())
+        return float(torch.stack(errors).mean())
+
+    def value_parameters(self, policy: nn.Module, experience: Experience) -> list[nn.Parameter]:
+        """What trains and is not the policy's: the value head. Raises SurgeryError where that is nothing."""
+        parameters = trained(policy)
+        logits, _ = policy(**experience.rows(slice(0, 1)).inputs)
+        reached = _reached(logits.sum(), parameters)
+        found = [p for p, reaches in zip(parameters, reached, strict=True) if not reaches]
+        if not found:
+            raise SurgeryError("the policy has no parameter that trains for its values alone")
+        return found
+
+    def _gradient(
+        self, policy: nn.Module, experience: Experience
+    ) -> tuple[list[nn.Parameter], Tensor, float, list[Tensor]]:
+        """The parameters of the policy, the surrogate's gradient and value, and the log-probabilities of all actions
+        (a tensor for each minibatch)."""
+        parameters, count = trained(policy), experience.mask.sum()
+        gradient, surrogate, old = None, 0.0, []
+        for part in experience.chunks(self.minibatch):
+            logits, _ = policy(**part.inputs)
+            if gradient is None:
+                reached = _reached(logits.sum(), parameters)
+                parameters = [p for p, reaches in zip(parameters, reached, strict=True) if reaches]
+                if not parameters:
+                    raise SurgeryError("no parameter that trains reaches the policy's logits")
+            value = _surrogate(logits, part) / count
+            slope = _flat(torch.autograd.grad(value, parameters))
+            gradient = slope if gradient is None else gradient + slope
+            surrogate += float(value.detach())
+            old.append(logits.detach().log_softmax(-1))
+        assert gradient is not None
+        if not gradient.isfinite().all():
+            raise SurgeryError("the gradient of TRPO's surrogate is not finite; the policy is as it was")
+        return parameters, gradient, surrogate, old
+
+    @torch.no_grad()
+    def _measure(
+        self, policy: nn.Module, experience: Experience, old: Sequence[Tensor]
+    ) -> tuple[float, float]:
+        """The surrogate and the mean KL from the old policy, where the parameters stand now."""
+        count, surrogate, kl = experience.mask.sum(), 0.0, 0.0
+        for part, before in zip(experience.chunks(self.minibatch), old, strict=True):
+            logits, _ = policy(**part.inputs)
+            surrogate += float(_surrogate(logits, part) / count)
+            moved = categorical_kl(before, logits.log_softmax(-1))
+            kl += float(torch.where(part.mask, moved, 0).sum() / count)
+        return surrogate, kl
+
+
+def conjugate_gradient(
+    product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
+) -> Tensor:
+    """x with A x = b, of a positive definite A that is known by its products; until |b − A x|² is small over |b|²."""
+    x, residual = torch.zeros_like(b), b.clone()
+    direction, square = residual.clone(), residual @ residual
+    enough = tolerance * square
+    for _ in range(iterations):
+        if square <= enough:
+            break
+        ahead = product(direction)
+        bend = direction @ ahead
+        if bend <= 0:  # without damping, where the matrix is singular
+            break
+        length = square / bend
+        x = x + length * direction
+        residual = residual - length * ahead
+        before, square = square, residual @ residual
+        direction = residual + square / before * direction
+    return x
+
+
+def _surrogate(logits: Tensor, part: Experience) -> Tensor:
+    ratio = torch.where(part.mask, log_probs_of(logits, part.actions) - part.log_probs, 0).exp()
+    return torch.where(part.mask, ratio * part.advantages, 0).sum()
+
+
+def _reached(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[bool]:
+    """Of each parameter, whether a value depends on it."""
+    if not value.requires_grad:
+        return [False] * len(parameters)
+    slope = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return [s is not None for s in slope]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector, in float32 at least: conjugate gradients need it."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def _split(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    pieces = vector.split([p.numel() for p in parameters])
+    return [piece.view_as(p).to(p.dtype) for piece, p in zip(pieces, parameters, strict=True)]
+
+
+@torch.no_grad()
+def _put(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], step: Tensor | None = None) -> None:
+    """Put the parameters where they started or a step away from there, in their own storage."""
+    ends = start
+    if step is not None:
+        ends = [origin + piece for origin, piece in zip(start, _split(step, parameters), strict=True)]
+    for parameter, end in zip(parameters, ends, strict=True):
+        parameter.copy_(end)
