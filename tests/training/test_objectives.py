@@ -76,9 +76,8 @@ def test_causal_lm_cuts_texts_and_mixes_none(llama, tmp_path):
     texts = ["the cat sees a red tree and says yes", "no"]
     batch, setting = batch_of(llama, CausalLm(), write(tmp_path / "t.jsonl", [{"text": t} for t in texts]), 4)
     rows = [row[row != 0].tolist() for row in batch["inputs"]["input_ids"]]
-    assert [setting.tokenizer.decode(row) for row in rows] == [
-        "the cat sees a", "red tree and says", "yes</s>", "no</s>",
-    ] or [len(row) for row in rows] == [4, 4, 2, 2]  # fmt: skip
+    assert [len(row) for row in rows] == [4, 4, 2, 2]
+    assert setting.tokenizer.decode(rows[3]).startswith("no")
 
 
 def test_masked_lm_hides_tokens_but_no_special_ones(small, tmp_path):
