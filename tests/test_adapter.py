@@ -103,6 +103,7 @@ def test_dropout_only_in_train_mode(two_layers, randomise):
     assert not torch.equal(module(**inputs)["last_hidden_state"], module(**inputs)["last_hidden_state"])
 
 
+@pytest.mark.slow
 def test_conformance():
     kept_whole(check_pass(Adapter(size=6), program("vit")))
 

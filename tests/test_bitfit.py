@@ -261,6 +261,7 @@ def test_the_whole_kit(options):
         assert "3 tensors by name" in report.passed["onnx"]
 
 
+@pytest.mark.slow
 def test_the_whole_kit_on_t5():
     report = check_pass(surgery.Bitfit(add_missing=True, target="attn.q,attn.v,mlp.down"), model("t5"))
     assert report.ok
