@@ -35,7 +35,7 @@ class Quantize(CodesPass):
 
     The codes are stored, never computed again. The op goes on as it was, and reads the weight that they give, so every
     adapter stands on it as on the base: only the adapter has gradients (QLoRA). An adapter is folded into codes by
-    `merge --budget`, where the outputs allow it. In ONNX int8 and int4 are DequantizeLinear, whose weight onnxruntime
+    `merge --quantized`, where a budget allows it. In ONNX int8 and int4 are DequantizeLinear, whose weight onnxruntime
     keeps in its bits and fuses (MatMulNBits), and int8-dynamic is DynamicQuantizeLinear and MatMulInteger; a
     table of embeddings is looked up in its codes. Undo gives W back bit for bit. Where W is read in another place too
     it stays there, and nothing is saved. Zeros of `sparse` stay zero, for every format that has one. The outputs
