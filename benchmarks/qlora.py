@@ -70,10 +70,9 @@ def one(kind: str, out: Path, quick: bool) -> dict[str, Any]:
     tutor, rows, held_rows = example.lessons(options)
     learn, held = tutor.dialogues(rows), tutor.dialogues(held_rows)[: options.held_out]
     program = smollm2().program()
-    found: dict[str, Any] = {"base": kind, "before": tutor.perplexity(program.graph_module, held)}
     if kind != "fp32":
         program = program.apply(surgery.Quantize(target="attn.*,mlp.*", format=kind))
-        found["before"] = tutor.perplexity(program.graph_module, held)
+    found: dict[str, Any] = {"base": kind, "before": tutor.perplexity(program.graph_module, held)}
     adapted = program.apply(surgery.Lora(target="attn.*", rank=8, alpha=16))
     module = adapted.module().train()
     if kind != "fp32":

@@ -346,6 +346,11 @@ class Program:
         check_present(self, "undo")
         return Program(self.base)
 
+    @property
+    def modules_made(self) -> tuple[nn.Module, ...]:
+        """What runs this program so far."""
+        return tuple(m for m in (self._module, self._runner and self._runner[1]) if m is not None)
+
     def release(self) -> int:
         """Give back the memory of base weights that nothing of this program reads (quantized ones, say), in bytes.
 

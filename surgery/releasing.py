@@ -33,8 +33,12 @@ def release(program: Program) -> int:
             continue
         assert isinstance(tensor, nn.Parameter)
         freed += tensor.nbytes
-        tensor.data = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+        nothing = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+        tensor.data = nothing
         base.released.update(group)
+        for module in program.modules_made:  # theirs are views of the same memory
+            for own in group:
+                module.get_parameter(own).data = nothing
     return freed
 
 
