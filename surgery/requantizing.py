@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -232,24 +233,27 @@ class _Place:
     def _of(self) -> str:
         return "outputs" if self.site.kind == LINEAR else "weight"
 
+    @cached_property
     def _products(self) -> Tensor | None:
         return self.probe.products(self.site) if self.site.kind == LINEAR else None
 
+    @cached_property
+    def _root(self) -> Tensor:
+        assert self._products is not None
+        damped = self._products.clone()
+        damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp(min=1e-30))
+        return torch.linalg.cholesky(damped)
+
     def _norm(self, matrix: Tensor) -> float:
-        products, wide = self._products(), matrix.double()
-        squared = (wide @ products * wide).sum() if products is not None else wide.square().sum()
+        wide = matrix.double()
+        squared = wide.square().sum() if self._products is None else (wide @ self._products * wide).sum()
         return float(squared.clamp(min=0).sqrt())
 
     def _decomposed(self, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Singular values of E X, and factors with E = left · diag(values) · right (Zhang et al. 2024,
         arXiv:2410.06040): of every rank the correction that leaves the least error of the outputs."""
-        products = self._products()
-        assert products is not None
-        damped = products.clone()
-        damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp(min=1e-30))
-        root = torch.linalg.cholesky(damped)
-        left, values, right = torch.linalg.svd(rest.double() @ root, full_matrices=False)
-        return left, values, torch.linalg.solve_triangular(root, right, upper=False, left=False)
+        left, values, right = torch.linalg.svd(rest.double() @ self._root, full_matrices=False)
+        return left, values, torch.linalg.solve_triangular(self._root, right, upper=False, left=False)
 
 
 @dataclass(frozen=True)

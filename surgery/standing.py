@@ -44,6 +44,11 @@ def replaced_by(node: fx.Node) -> str | None:
     return entry if entry and node not in live_nodes(node.graph) else None
 
 
+def replaced_at(site: Site) -> str | None:
+    """The entry that put another op in the place of one of a site's, or None."""
+    return next((entry for entry in (replaced_by(call.node) for call in site.calls) if entry), None)
+
+
 def _outer(node: fx.Node) -> fx.Node:
     """The next value that was put round this one, or in its place; see `tail`."""
     found = next((u for u in node.users if u.meta.get(META, {}).get("wraps") == node.name), None)

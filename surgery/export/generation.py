@@ -33,9 +33,10 @@ from surgery.export.failure import first_line
 from surgery.export.finish import finish
 from surgery.export.generator import open_generator, sliding_window, whole_cache
 from surgery.export.onnx_file import quiet
+from surgery.export.opset import opset_for
 from surgery.export.parity import difference, scale_of, tolerance_of
 from surgery.export.program import check_written, provenance_of
-from surgery.export.quantized import Weight, check_kept, opset_for
+from surgery.export.quantized import Weight, check_kept
 from surgery.export.runtime import adapter_file
 from surgery.files import staged_directory
 from surgery.hf_format import write_companions

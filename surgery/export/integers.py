@@ -59,7 +59,7 @@ class Rounded:
         )
         if kind != self.ir.DataType.FLOAT:
             value = add("Cast", [value], to=int(kind))
-        self._put(node, value)
+        take_over(self.model, node, value)
 
     def finish(self) -> None:
         """What is left reads floats."""
@@ -70,16 +70,9 @@ class Rounded:
                 kind = node.inputs[0].dtype or self.ir.DataType.FLOAT
                 if kind != self.ir.DataType.FLOAT:
                     value = self._add(node, "Cast", [value], to=int(kind))
-                self._put(node, value)
+                take_over(self.model, node, value)
             else:
                 self.model.graph.remove(node, safe=True)
-
-    def _put(self, node: Any, value: Any) -> None:
-        old = node.outputs[0]
-        name, value.type, value.shape = old.name, old.type, old.shape
-        old.replace_all_uses_with(value, replace_graph_outputs=True)
-        self.model.graph.remove(node, safe=True)
-        value.name = name  # an output of the model keeps its own
 
     def _quantized(self, node: Any) -> tuple[Any, Any, Any]:
         x = node.inputs[0]
@@ -98,3 +91,13 @@ class Rounded:
         made.metadata_props.update(anchor.metadata_props)
         self.model.graph.insert_before(anchor, [made])
         return made.outputs[0]
+
+
+def take_over(model: Any, node: Any, value: Any) -> None:
+    """Let a value have the place, the name and the provenance of what a node gives, which goes."""
+    old = node.outputs[0]
+    name, value.type, value.shape = old.name, old.type, old.shape
+    value.producer().metadata_props.update(node.metadata_props)
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    value.name = name  # an output of the model keeps its own

@@ -24,7 +24,7 @@ import torch
 from surgery.errors import ExportError
 from surgery.export import keys
 from surgery.export.extra import require
-from surgery.export.integers import Rounded
+from surgery.export.integers import Rounded, take_over
 from surgery.quantizing.codes import FORMATS, NF4, decode, unpack
 from surgery.quantizing.op import dequantize
 
@@ -229,17 +229,8 @@ class _Lowered:
                 axis = self._constant("axis", np.array([0], dtype=np.int64))
                 value = self._add("Unsqueeze", [value, axis], like=gemm)
                 value = self._add("Squeeze", [self._add("Add", [value, bias], like=gemm), axis], like=gemm)
-            self._take_over(gemm, value)
+            take_over(self.model, gemm, value)
         self.anchor = self.node
-
-    def _take_over(self, node: Any, value: Any) -> None:
-        """Let a value have the place and the name of what a node gives."""
-        old, last = node.outputs[0], value.producer()
-        name, value.shape, value.type = old.name, old.shape, old.type
-        last.metadata_props.update(node.metadata_props)
-        old.replace_all_uses_with(value, replace_graph_outputs=True)
-        self.model.graph.remove(node, safe=True)
-        value.name = name
 
     def _matrix(self, across: bool) -> Any:
         """The dequantized matrix (rows, K), or transposed."""

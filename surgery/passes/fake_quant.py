@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
 from torch import Tensor, fx
 
-from surgery.pass_base import MergeOp, Numerics, RewritePass, changes
-from surgery.passes.quantize import DYNAMIC, check_options, stored_format
-from surgery.quantizing import fake_quantize, round_activation
+from surgery.pass_base import MergeOp, Numerics, changes
+from surgery.quantizing import fake_quantize
 from surgery.quantizing.checks import hindrance
+from surgery.quantizing.formats import FormatPass
 from surgery.quantizing.layout import Layout
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
 
 
-class FakeQuant(RewritePass):
+class FakeQuant(FormatPass):
     """Quantization-aware training: W is rounded to codes and back in every forward; its gradient passes straight on.
 
     The formats are those of `quantize`, and rounded alike; scales follow the weights as they train. The
@@ -41,43 +40,20 @@ class FakeQuant(RewritePass):
         fake_quantize._opoverload: "weights rounded as in training have no op in ONNX; apply --pass convert, or merge"
     }
 
-    format: Literal["int8", "int8-dynamic", "int4", "nf4", "ternary", "binary"] = Field(
-        "int8", description="what the weights are rounded to"
-    )
-    group: int | None = Field(
-        None,
-        ge=0,
-        description="values of a row that share a scale; 0: all (default: int4 32, nf4 64, else all)",
-    )
-    asymmetric: bool = Field(False, description="with int4: a zero point for each group")
-
-    @model_validator(mode="after")
-    def _together(self) -> FakeQuant:
-        check_options(self.name, self.format, self.group, self.asymmetric)
-        return self
-
-    @property
-    def rounding(self) -> tuple[Any, ...]:
-        return (round_activation._opoverload,) if self.format == DYNAMIC else ()
-
-    def layout(self, site: Site) -> Layout:
-        return Layout.of(site, stored_format(self.format), self.group, self.asymmetric)
-
     def check(self, site: Site) -> str | None:
-        return hindrance(site, self.layout(site), self.format == DYNAMIC)
+        return hindrance(site, self.layout(site), self.dynamic)
 
     @property
     def detaches(self) -> str:
         return "rounding has no slope: its gradient is taken to be that of the weight"
 
     def keeps(self, site: Site) -> str | None:
-        if self.format == DYNAMIC:
+        if self.dynamic:
             return "what enters is rounded at run time, which no weight holds; convert it"
         return None
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
-        if self.format == DYNAMIC:
-            g.replace_input(lambda x: g.call(round_activation._opoverload, x))
+        self.round_input(g)
         own = _arguments(self.layout(site))
         g.swap_weight(lambda weight: g.call(fake_quantize._opoverload, weight, *own))
         return None

@@ -16,7 +16,7 @@ from surgery.pass_base import EXACT, MergeFrom, MergeOp, Numerics, RewritePass, 
 from surgery.rewriter import Rewriter
 from surgery.scaling import part_index
 from surgery.sites import Site
-from surgery.standing import replaced_by
+from surgery.standing import replaced_at
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Lora(RewritePass):
         option = "--dora" if self.dora else "--init pissa"
         if site.packed:
             return f"its weight is packed for {site.op}, and {option} computes with it; leave {option} out"
-        gone = next((entry for entry in (replaced_by(c.node) for c in site.calls) if entry), None)
+        gone = replaced_at(site)
         if gone:
             return f"{gone} has put another op in its place; leave {option} out, or undo {gone!r}"
         if self.dora:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from surgery.errors import PassError
 from surgery.pass_base import Numerics, changes
-from surgery.quantizing import round_activation
 from surgery.quantizing.checks import hindrance
 from surgery.quantizing.codes import Codes
-from surgery.quantizing.layout import Layout
+from surgery.quantizing.formats import DYNAMIC, FormatPass
 from surgery.quantizing.stored import CodesPass
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
 from surgery.weight_ops import LINEAR
 
-DYNAMIC = "int8-dynamic"
 
-
-class Quantize(CodesPass):
+class Quantize(FormatPass, CodesPass):
     """Quantized weights: W becomes scale × (code − zero), rounded to nearest; activations stay as they are.
 
     `--format int8`: symmetric, one scale for each output (a row). `int8-dynamic`: the same, and what enters the op is
@@ -45,62 +42,28 @@ class Quantize(CodesPass):
     name: ClassVar[str] = "quantize"
     numerics: ClassVar[Numerics] = changes("weights are rounded to few bits")
 
-    format: Literal["int8", "int8-dynamic", "int4", "nf4", "ternary", "binary"] = Field(
-        "int8", description="what codes mean"
-    )
-    group: int | None = Field(
-        None,
-        ge=0,
-        description="values of a row that share a scale; 0: all (default: int4 32, nf4 64, else all)",
-    )
     method: Literal["nearest", "gptq"] = Field(
         "nearest",
         description="round to nearest, or make up for errors on the data (linear maps, int8 and int4)",
     )
-    asymmetric: bool = Field(False, description="with int4: a zero point for each group")
 
     @model_validator(mode="after")
     def _together(self) -> Quantize:
-        check_options(self.name, self.format, self.group, self.asymmetric)
         if self.method == "gptq" and self.format not in ("int8", DYNAMIC, "int4"):
             raise PassError(f"pass 'quantize': --method gptq is for int8 and int4, and this is {self.format}")
         return self
-
-    @property
-    def rounding(self) -> tuple[Any, ...]:
-        return (round_activation._opoverload,) if self.format == DYNAMIC else ()
-
-    def layout(self, site: Site) -> Layout:
-        return Layout.of(site, stored_format(self.format), self.group, self.asymmetric)
 
     def check(self, site: Site) -> str | None:
         if self.method == "gptq" and site.kind != LINEAR:
             return f"--method gptq is for linear maps, and this is a {site.kind} weight; quantize it in another pass"
         if self.method == "gptq" and not site.probe.program.base.in_memory:
             return "its weight is not in memory, and gptq has to read it"
-        return hindrance(site, self.layout(site), self.format == DYNAMIC, self.method == "gptq")
+        return hindrance(site, self.layout(site), self.dynamic, self.method == "gptq")
 
     def encode(self, site: Site, weight: Tensor) -> Codes:
         products = site.probe.products(site) if self.method == "gptq" else None
         return self.layout(site).encode(weight, products)
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
-        if self.format == DYNAMIC:
-            g.replace_input(lambda x: g.call(round_activation._opoverload, x))
+        self.round_input(g)
         return super().rewrite(site, g)
-
-
-def stored_format(format: str) -> str:
-    """The format of the codes."""
-    return "int8" if format == DYNAMIC else format
-
-
-def check_options(name: str, format: str, group: int | None, asymmetric: bool) -> None:
-    """Raises PassError for options that do not go together."""
-    if asymmetric and format != "int4":
-        raise PassError(
-            f"pass {name!r}: --asymmetric is for int4, and {format} has no zero point; leave it out"
-        )
-    if format in ("ternary", DYNAMIC) and group:
-        one = "one scale for the whole weight" if format == "ternary" else "one scale for each row"
-        raise PassError(f"pass {name!r}: {format} has {one}; leave out --group")

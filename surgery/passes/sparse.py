@@ -18,7 +18,7 @@ from surgery.sites import Site
 from surgery.sparsity import Layout, Pattern, choose, count
 from surgery.sparsity.activations import norms, output_error
 from surgery.sparsity.masks import Scope, above
-from surgery.standing import adapted_by, replaced_by, weight_given_by, weight_reader
+from surgery.standing import adapted_by, replaced_at, weight_given_by, weight_reader
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
 
 aten = torch.ops.aten
@@ -151,7 +151,7 @@ class Sparse(RewritePass):
             return f"its weight is computed from {', '.join(site.computed_from)}; target those"
         if site.packed or not site.dtype.is_floating_point:
             return "its weight is packed or no floating-point one; make it sparse before it is quantized"
-        gone = next((entry for entry in (replaced_by(c.node) for c in site.calls) if entry), None)
+        gone = replaced_at(site)
         if gone:
             return f"{gone!r} has put another op in its place; undo that first, or leave the site out"
         _, current = weight_reader(site.calls[0])

@@ -14,7 +14,7 @@ from surgery.errors import PassError
 from surgery.pass_base import MergeOp, RewritePass, TensorSpec
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
-from surgery.standing import replaced_by, weight_given_by, weight_reader
+from surgery.standing import replaced_at, weight_given_by, weight_reader
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
 
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ class SparseTune(RewritePass):
             return f"its weight is computed from {', '.join(site.computed_from)}; target those"
         if site.packed or not site.dtype.is_floating_point:
             return "its weight is packed or no floating-point one; there is no value to add to"
-        gone = next((entry for entry in (replaced_by(c.node) for c in site.calls) if entry), None)
+        gone = replaced_at(site)
         if gone:
             return f"{gone!r} has put another op in its place; undo that first, or leave the site out"
         if self.count is not None and self.count > (there := self._room(site)):

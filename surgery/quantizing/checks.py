@@ -7,7 +7,7 @@ import torch
 from surgery.quantizing.layout import Layout
 from surgery.quantizing.op import dequantize, fake_quantize
 from surgery.sites import Site
-from surgery.standing import replaced_by, weight_reader
+from surgery.standing import replaced_at, weight_reader
 from surgery.weight_ops import CONV, LINEAR, parameter_of
 
 
@@ -17,7 +17,7 @@ def hindrance(site: Site, layout: Layout, dynamic: bool, calibrated: bool = Fals
         return f"its weight is computed from {', '.join(site.computed_from)}; target those"
     if site.packed or not site.dtype.is_floating_point:
         return "its weight is packed or no floating-point one already"
-    gone = next((entry for entry in (replaced_by(c.node) for c in site.calls) if entry), None)
+    gone = replaced_at(site)
     if gone:
         return f"{gone!r} has put another op in its place; quantize before it, or leave the site out"
     _, current = weight_reader(site.calls[0])

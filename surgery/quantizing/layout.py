@@ -58,11 +58,6 @@ class Layout:
         """(rows, columns) of a weight as stored."""
         return weight.permute(self.order).reshape(self.rows, -1)
 
-    def weight(self, matrix: Tensor) -> Tensor:
-        """The reverse of `matrix`."""
-        back = [self.order.index(axis) for axis in range(len(self.order))]
-        return matrix.reshape([self.shape[axis] for axis in self.order]).permute(back).contiguous()
-
     def encode(self, weight: Tensor, products: Tensor | None = None) -> Codes:
         """To nearest; with the XᵀX of what enters (columns × columns), by GPTQ."""
         matrix = self.matrix(weight)

@@ -1,0 +1,59 @@
+"""What passes have in common that round weights to a format: their options, and the rounding of what enters."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from surgery.errors import PassError
+from surgery.pass_base import RewritePass
+from surgery.quantizing.layout import Layout
+from surgery.quantizing.op import round_activation
+from surgery.rewriter import Rewriter
+from surgery.sites import Site
+
+DYNAMIC = "int8-dynamic"
+
+
+class FormatPass(RewritePass):
+    """Weights in a format; with `int8-dynamic` what enters their ops is rounded too."""
+
+    format: Literal["int8", "int8-dynamic", "int4", "nf4", "ternary", "binary"] = Field(
+        "int8", description="what the weights are rounded to"
+    )
+    group: int | None = Field(
+        None,
+        ge=0,
+        description="values of a row that share a scale; 0: all (default: int4 32, nf4 64, else all)",
+    )
+    asymmetric: bool = Field(False, description="with int4: a zero point for each group")
+
+    @model_validator(mode="after")
+    def _fit(self) -> FormatPass:
+        if self.asymmetric and self.format != "int4":
+            raise PassError(
+                f"pass {self.name!r}: --asymmetric is for int4, and {self.format} has no zero point; leave it out"
+            )
+        if self.format in ("ternary", DYNAMIC) and self.group:
+            one = "one scale for the whole weight" if self.format == "ternary" else "one scale for each row"
+            raise PassError(f"pass {self.name!r}: {self.format} has {one}; leave out --group")
+        return self
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether what enters is rounded."""
+        return self.format == DYNAMIC
+
+    @property
+    def rounding(self) -> tuple[Any, ...]:
+        return (round_activation._opoverload,) if self.dynamic else ()
+
+    def layout(self, site: Site) -> Layout:
+        """How the site's weight is coded."""
+        return Layout.of(site, "int8" if self.dynamic else self.format, self.group, self.asymmetric)
+
+    def round_input(self, g: Rewriter) -> None:
+        """Round what enters the op, where the format says so."""
+        if self.dynamic:
+            g.replace_input(lambda x: g.call(round_activation._opoverload, x))
