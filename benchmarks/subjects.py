@@ -105,9 +105,15 @@ def lee() -> Subject:
 
     texts = [paragraph[i : i + 500] for paragraph in wiki()[:8] for i in range(0, 2000, 500)]
     data = [((), read(texts[i : i + 8])) for i in range(0, 32, 8)]
-    target = "attn.*,mlp.*"
     return Subject(
-        "MiniLM, lee", "Pearson", program, target, quality, lambda rows: read(documents[:rows]), data
+        "MiniLM, lee",
+        "Pearson",
+        program,
+        "attn.*,mlp.*",
+        quality,
+        lambda rows: read(documents[:rows]),
+        data,
+        rest="embed.token",
     )
 
 
