@@ -9,8 +9,8 @@ from torch import nn
 import surgery
 from surgery.errors import PassError
 from tests.models import convnet
+from tests.overfitting import falling_loss
 from tests.techniques.models import program
-from tests.training import falling_loss
 
 
 @pytest.mark.parametrize(("name", "causal"), [("vit", False), ("mixtral", True)])

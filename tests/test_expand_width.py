@@ -8,7 +8,7 @@ from torch import nn
 
 import surgery
 from surgery.errors import PassError
-from tests.training import falling_loss
+from tests.overfitting import falling_loss
 
 
 def mlp(between: nn.Module | None = None) -> surgery.Program:
