@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -49,14 +50,14 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
         several = name == "regularize"
         choices = [c for c in get_args(info.annotation) if isinstance(c, str)]
         kind: Any = click.Choice(choices) if choices else int if name == "seed" else str
+        flag = info.annotation is bool
         about = row["description"][0].upper() + row["description"][1:]
-        shown = f" [default: {info.default}]" if info.default not in (None, ()) else ""
+        shown = f" [default: {info.default}]" if info.default not in (None, (), False) else ""
         function = click.option(
             row["option"],
             name,
-            type=kind,
-            multiple=several,
-            metavar=None if choices else "TEXT" if several else "N",
+            **({"is_flag": True} if flag else {"type": kind, "multiple": several}),
+            metavar=None if choices or flag else "TEXT" if several else "N",
             help=f"{about}.{shown}",
         )(function)
     return function
@@ -116,27 +117,31 @@ def train(
         raise TrainingError("give one --objective NAME; `surgery objectives` lists them")
     name, options = groups[0]
     objective = plugins.find_objective(name).cls.parse(options)
-    settings = Settings.parse({key: value for key, value in given.items() if value not in (None, ())})
+    settings = Settings.parse({key: value for key, value in given.items() if value not in (None, (), False)})
     refuse_taken(output, overwrite)
+    is_main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun or accelerate launch
     run = output.with_name(output.name + ".run")
     if Checkpoints(run).steps() and not resume:
         if not overwrite:
             raise SurgeryError(
                 f"{run} holds a run that was stopped; --resume goes on, --overwrite begins anew"
             )
-        Checkpoints(run).clear()
+        if is_main:
+            Checkpoints(run).clear()
     share = _share(held_out)
     rows = read_rows(data, () if share is not None else (Path(held_out),))
     rows = split(rows, share or 0.0, settings.seed)
     program = loader(model)
     out = console()
-    watchers: list[Watcher] = [] if as_json else [_Live(out, objective.metric)]
-    if tensorboard:
+    watchers: list[Watcher] = [] if as_json or not is_main else [_Live(out, objective.metric)]
+    if tensorboard and is_main:
         watchers.append(TensorBoard(run / "tensorboard"))
     loop = Loop(program, objective, rows, settings, run, find_tokenizer(program, tokenizer), watchers)
-    if not as_json:
+    if is_main and not as_json:
         out.print(f"{trainable_line(program)}; {len(loop.data):,} examples, {loop.steps:,} steps")
     result = loop.run(resume)
+    if not is_main:
+        return
     program.save(output, overwrite=overwrite)
     Checkpoints(run).clear()
     if as_json:

@@ -49,7 +49,7 @@ class State:
         self._hold(program.base)
 
     @contextlib.contextmanager
-    def held(self, block: str) -> Iterator[None]:
+    def within(self, block: str) -> Iterator[None]:
         """While a block runs, whose end puts back what was before it."""
         before, self._block = self._block, block
         try:
@@ -146,7 +146,7 @@ class State:
 
         Raises PassError where the model is in shards, which other tensors would put an end to.
         """
-        if any(_is_shard(p) for p in model.parameters()):
+        if any(is_shard(p) for p in model.parameters()):
             raise PassError(
                 "the model's parameters are shards of several processes; change it before it is sharded, or save it "
                 "and load what was saved"
@@ -261,16 +261,24 @@ class State:
         """Let the program have the values of what stands in the model in the place of its tensors: shards, in fully
         sharded training. Every process has to call it. Returns whether there were shards."""
         program, sharded = self.program, False
-        held: dict[str, Tensor] = {n: t for n, t in program.changed.items() if isinstance(t, nn.Parameter)}
-        held.update({n: program.tensors[full] for n, full in self._places(self._pieces(program)).items()})
-        for name, tensor in held.items():
-            there = get(model, name)
+        at = self.places(program)
+        own: dict[str, Tensor] = {n: t for n, t in program.changed.items() if isinstance(t, nn.Parameter)}
+        own.update({name: program.tensors[name] for name in at})
+        for name, tensor in own.items():
+            there = get(model, at.get(name, name))
             if there is tensor:
                 continue
-            sharded = sharded or _is_shard(there)
+            sharded = sharded or is_shard(there)
             with torch.no_grad():
-                tensor.copy_(there.full_tensor() if _is_shard(there) else there)
+                tensor.copy_(there.full_tensor() if is_shard(there) else there)
         return sharded
+
+    def places(self, program: Program) -> dict[str, str]:
+        """Name of an inserted tensor -> where a layer of the model holds it (the first, where several do)."""
+        at: dict[str, str] = {}
+        for place, full in self._places(self._pieces(program)).items():
+            at.setdefault(full, place)
+        return at
 
     def _places(self, pieces: Mapping[str, list[Piece]]) -> dict[str, str]:
         """Where the model holds an inserted tensor -> its name in the program."""
@@ -294,7 +302,8 @@ class State:
             program.module()  # puts the hooks on what trains in part
 
 
-def _is_shard(tensor: Any) -> bool:
+def is_shard(tensor: Any) -> bool:
+    """Whether a tensor is a part of one that several processes hold."""
     return hasattr(tensor, "full_tensor")
 
 

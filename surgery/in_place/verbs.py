@@ -158,7 +158,7 @@ def using(model: nn.Module, *names: str, weights: Mapping[str, float] | None = N
     before = state.program
     state.adopt(model, _sharing(before.only(*names).weighted(weights or {}), before))
     try:
-        with state.held("using"):
+        with state.within("using"):
             yield model
     finally:
         state.adopt(model, before)
@@ -175,7 +175,7 @@ def mixed_batch(model: nn.Module, adapters: Sequence[str | Sequence[str] | None]
     if isinstance(adapters, str):
         raise PassError(f"mixed_batch takes a choice for each row; give a list, such as [{adapters!r}, None]")
     state = _known(model)
-    with state.held("mixed_batch"), rows_of(model, state, list(adapters)):
+    with state.within("mixed_batch"), rows_of(model, state, list(adapters)):
         yield model
 
 

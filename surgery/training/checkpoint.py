@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from surgery.errors import TrainingError
 from surgery.files import staged_directory, write_text
+from surgery.in_place.state import is_shard
 from surgery.program import Program
+from surgery.training.body import Body, shard_like
 
 RUN, LOG = "run.json", "log.jsonl"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -43,13 +45,13 @@ class State:
 
 
 class Weights:
-    """All that training changes in a program's module: what trains, buffers, and tensors that passes change."""
+    """All that training changes in a program: what trains, buffers, and tensors that passes change."""
 
-    def __init__(self, program: Program) -> None:
-        self.program, self.module = program, program.module()
+    def __init__(self, program: Program, body: Body | None = None) -> None:
+        self.program, self.body = program, body or Body(program, "graph")
         paced = {
             full
-            for each in self.module.__dict__["_paced"]
+            for each in self.body.module.__dict__["_paced"]
             for record in each.sites
             for full in record.tensors.values()
         }
@@ -62,23 +64,16 @@ class Weights:
         ]
 
     def now(self) -> dict[str, Tensor]:
-        """Copies, on the CPU."""
-        tensors = self.module.state_dict(keep_vars=True)
-        tensors.update(self.module.named_buffers(remove_duplicate=False))
-        return {
-            name: tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name in self.names
-        }
+        """Copies, on the CPU. Of sharded ones every process has to ask."""
+        return {name: _copied(tensor) for name, tensor in self.body.pull(self.names).items()}
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Into the module, and into the program, whose buffers another device would part from the module's."""
-        tensors = self.module.state_dict(keep_vars=True)
-        tensors.update(self.module.named_buffers(remove_duplicate=False))
+        """Into the program, and into what runs."""
         held = {**self.program.changed, **self.program.tensors}
         for name in self.names:
-            tensors[name].copy_(values[name])
             held[name].copy_(values[name])
+        self.body.push(self.names)
 
 
 class Checkpoints:
@@ -123,14 +118,20 @@ class Checkpoints:
                 f"same, or leave out --resume"
             )
 
-    def write(self, state: State, weights: Weights, optimizer: Any) -> None:
-        """Write a checkpoint, then remove those that are neither this one nor the best."""
+    def write(self, state: State, weights: Weights, optimizer: Any, writes: bool = True) -> None:
+        """Write a checkpoint, then remove those that are neither this one nor the best.
+
+        writes: whether this process is the one that does; of shards every process gives its own.
+        """
         path = self.path(state.step)
+        now, moments = weights.now(), dict(_moments(optimizer))
+        if not writes:
+            return
         if path.exists():  # of a run that was stopped between this and its removal
             shutil.rmtree(path)
         with staged_directory(path) as folder:
-            save_file(weights.now(), folder / WEIGHTS)
-            save_file(dict(_moments(optimizer)), folder / OPTIMIZER)
+            save_file(now, folder / WEIGHTS)
+            save_file(moments, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(asdict(state)))
         for step in self.steps():
             if step not in (state.step, state.best):
@@ -162,13 +163,19 @@ def _named(optimizer: Any) -> Iterable[tuple[str, nn.Parameter]]:
 def _moments(optimizer: Any) -> Iterable[tuple[str, Tensor]]:
     for name, parameter in _named(optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
-            yield f"{key}:{name}", value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            yield f"{key}:{name}", _copied(value.full_tensor() if is_shard(value) else value)
 
 
 def _put_moments(optimizer: Any, stored: Mapping[str, Tensor]) -> None:
     parameters = dict(_named(optimizer))
     for full, value in stored.items():
         key, _, name = full.partition(":")
-        # AdamW counts its steps on the CPU; moments lie beside their parameter.
-        device = "cpu" if not value.dim() else parameters[name].device
-        optimizer.state[parameters[name]][key] = value.clone().to(device)
+        parameter = parameters[name]
+        if not value.dim():  # AdamW counts its steps on the CPU
+            optimizer.state[parameter][key] = value.clone()
+        else:  # moments lie beside their parameter, and are in shards where it is
+            optimizer.state[parameter][key] = shard_like(value.clone().to(parameter.device), parameter)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.errors import MissingExtraError, TrainingError
+from surgery.in_place.state import is_shard
 from surgery.program import Program
+from surgery.training.body import Body
 from surgery.training.checkpoint import LOG, Checkpoints, State, Weights
 from surgery.training.data import Examples, Rows, make_examples, quiet
 from surgery.training.nonfinite import first_bad
@@ -85,14 +88,16 @@ class Loop:
             self.held_out = make_examples(rows.held_out, objective, held)
             self.notes += _counted(held, "held-out ")
         self.checkpoints = Checkpoints(folder)
-        self.watch = Watchers([LogFile(folder / LOG), *watchers])
-        self.module = program.module()
-        self.weights = Weights(program)
+        self.body = Body(program, settings.form, settings.checkpointing)
+        self.module = self.body.module
+        self.notes += [self.body.note] if self.body.note else []
+        self.weights = Weights(program, self.body)
         self.lrs = [group["lr"] for group in groups]
         self.accelerator = _accelerator(settings)
+        self.watch = Watchers([LogFile(folder / LOG), *watchers] if self.accelerator.is_main_process else [])
         optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=settings.lr)
-        self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
-        self.parameters = [p for group in groups for p in group["params"]]
+        self.model, self.optimizer = self.accelerator.prepare(self.body.model, optimizer)
+        self._check_shards()
         self.companions = objective.companions(program)
         self.ready: tuple[int, list[list[int]]] = (-1, [])
         self.window = settings.accumulate * self.accelerator.num_processes
@@ -112,7 +117,8 @@ class Loop:
             if state.scaler and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state.scaler)
         else:
-            self.checkpoints.begin(what)
+            if self.accelerator.is_main_process:
+                self.checkpoints.begin(what)
             state = State()
         self.watch.begun(state.step, self.steps)
         for note in self.notes if not state.step else ():
@@ -121,7 +127,10 @@ class Loop:
             return self._go_on(state, before)
         finally:
             self.watch.ended()
+            self.body.model.eval()
             self.module.eval()
+            if not self.body.sharded:
+                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.accelerator.free_memory()
             type(self.accelerator.state)._reset_state()  # another training may want another precision
 
@@ -147,7 +156,25 @@ class Loop:
             best = state.best
             self.weights.put(self.checkpoints.weights_of(best))
             metrics = self.evaluate()
+        else:
+            self.body.pull(self.weights.names)
         return Result(state.step, best, metrics, before, stopped)
+
+    def _check_shards(self) -> None:
+        """Raises TrainingError for what acts on whole parameters, where these are shards."""
+        if not self.body.sharded:
+            return
+        schedule = self.program.schedule
+        for what, there in (
+            ("a schedule that changes what trains", schedule.changes),
+            ("parameters of which some values train", schedule.masks),
+            ("a pass that changes its tensors as the training goes on", self.module.__dict__["_paced"]),
+            ("--regularize", self.penalties),
+        ):
+            if there:
+                raise TrainingError(
+                    f"{what} needs whole parameters, and fully sharded ones are in parts; train with data parallelism"
+                )
 
     def _judge(self, state: State, metrics: Mapping[str, float]) -> bool:
         """Note an evaluation; whether it is time to stop."""
@@ -164,8 +191,8 @@ class Loop:
     def _keep(self, state: State) -> None:
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler is not None else None
-        if self.accelerator.is_main_process:
-            self.checkpoints.write(state, self.weights, self.optimizer.optimizer)
+        main = self.accelerator.is_main_process
+        self.checkpoints.write(state, self.weights, self.optimizer.optimizer, main)
         self.accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:
@@ -173,7 +200,11 @@ class Loop:
         program = json.dumps([self.program.base.graph_hash, self.program.journal.to_json()], sort_keys=True)
         return {
             "objective": {"name": self.objective.name, **self.objective.options()},
-            "option": {**self.settings.options(), "processes": self.accelerator.num_processes},
+            "option": {
+                **self.settings.options(),
+                "processes": self.accelerator.num_processes,
+                "runs": self.body.form,
+            },
             "program": hashlib.sha256(program.encode()).hexdigest(),
             "data": [part.digest() for part in (self.data, self.held_out) if part is not None],
             "decided": dict(self.setting.decided),
@@ -188,17 +219,24 @@ class Loop:
         for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
             group["lr"] = lr * rate
         chosen = self._batches(step)
-        batches = [
-            self._batch(self.data, rows, self._draw("batch", step, i)) for i, rows in enumerate(chosen)
+        batches = [self._batch(self.data, rows, self._draw("batch", step, place)) for place, rows in chosen]
+        # A process without a batch of its own runs another's, which does not count: shards are gathered by all.
+        counted = [place < len(self._order(step // self.an_epoch)) for place, _ in chosen]
+        terms = [
+            self.objective.terms(batch) if real else 0 for batch, real in zip(batches, counted, strict=True)
         ]
-        terms = [self.objective.terms(batch) for batch in batches]
         total = int(self._summed(torch.tensor(float(sum(terms)))))
         torch.manual_seed(self._number("dropout", step, self.accelerator.process_index))
         loss = torch.zeros((), device=self.accelerator.device)
         for i, (batch, count) in enumerate(zip(batches, terms, strict=True)):
             value = self.objective.loss(self.model, batch)
             if not value.isfinite():
-                raise self._failure(f"the loss is {float(value.detach()):g}", step, chosen[i], batch)
+                raise self._failure(f"the loss is {float(value.detach()):g}", step, chosen[i][1], batch)
+            if not value.requires_grad:
+                raise TrainingError(
+                    f"nothing that trains reaches the loss of {self.objective.name}; let something train that it "
+                    f"reads, or give the output that it is to read"
+                )
             share = value * (count / total)
             loss += share.detach()
             # What processes have is averaged, and each has its share of the sum.
@@ -210,12 +248,21 @@ class Loop:
             else:
                 with self.accelerator.no_sync(self.model):
                     self.accelerator.backward(share)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
-        if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
-            raise self._failure(f"the norm of the gradient is {float(norm):g}", step, chosen[-1], batches[-1])
+        norm = self._clip()
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            said = f"the norm of the gradient is {norm:g}"
+            raise self._failure(said, step, chosen[-1][1], batches[-1])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(self._summed(loss)), int(self._summed(torch.tensor(float(sum(map(_tokens, batches))))))
+        tokens = sum(_tokens(batch) for batch, real in zip(batches, counted, strict=True) if real)
+        return float(self._summed(loss)), int(self._summed(torch.tensor(float(tokens))))
+
+    def _clip(self) -> float:
+        """Scale the gradients down to the largest norm that is allowed; the norm that they had."""
+        self.accelerator.unscale_gradients()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm: Any = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
+        return float(norm.full_tensor() if is_shard(norm) else norm)
 
     def _advance(self, step: int) -> None:
         """Let the schedule act, and say so when it does."""
@@ -237,14 +284,19 @@ class Loop:
             if each.done != before and before is not None:
                 self.watch.noted(step, f"{each.pass_.name} changed its tensors, to {each.done:.3g}")
 
-    def _batches(self, step: int) -> list[list[int]]:
-        """The numbers of the examples of each of this process's batches of a step."""
-        order = self._order(step // self.an_epoch)
+    def _batches(self, step: int) -> list[tuple[int, list[int]]]:
+        """This process's batches of a step: the place of each in the epoch, and the numbers of its examples.
+
+        Every process has as many; the place of one that is not there is past the end.
+        """
+        order, processes = self._order(step // self.an_epoch), self.accelerator.num_processes
         start = step % self.an_epoch * self.window
-        ours = order[start : start + self.window][
-            self.accelerator.process_index :: self.accelerator.num_processes
+        end = min(start + self.window, len(order))
+        rounds = math.ceil((end - start) / processes)
+        places = range(start + self.accelerator.process_index, start + rounds * processes, processes)
+        return [
+            (place, order[place]) if place < end else (len(order) + place, order[start]) for place in places
         ]
-        return ours or order[:1]
 
     def _order(self, epoch: int) -> list[list[int]]:
         if self.ready[0] != epoch:
@@ -265,7 +317,7 @@ class Loop:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
     def _draw(self, *what: Any) -> Generator:
-        return Generator().manual_seed(self._number(*what, self.accelerator.process_index))
+        return Generator().manual_seed(self._number(*what))
 
     def _summed(self, value: Tensor) -> Tensor:
         """The sum over processes."""
@@ -274,8 +326,12 @@ class Loop:
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum")
 
     def _failure(self, what: str, step: int, chosen: Sequence[int], batch: Batch) -> TrainingError:
-        with self.accelerator.autocast():
-            where = first_bad(self.module, batch)
+        if self.body.sharded:
+            where = "in which of its parameters' shards is not looked for"
+        else:
+            self.module.train().to(self.accelerator.device)
+            with self.accelerator.autocast():
+                where = first_bad(self.module, batch)
         rows = ", ".join(str(example["row"]) for example in self.data[chosen])
         kept = self.checkpoints.steps()
         left = (
@@ -294,10 +350,13 @@ class Loop:
             return {}
         self.model.eval()
         seen: list[dict[str, Tensor]] = []
-        for number, chosen in enumerate(self._shortest_first(self.held_out)):
-            if number % self.accelerator.num_processes == self.accelerator.process_index:
-                batch = self._batch(self.held_out, chosen, self._draw("held out", number))
-                observed = self.objective.observe(self.model, batch)
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        order = list(self._shortest_first(self.held_out))
+        for start in range(0, len(order), processes):
+            number = min(start + index, len(order) - 1)  # shards are gathered by all
+            batch = self._batch(self.held_out, order[number], self._draw("held out", number))
+            observed = self.objective.observe(self.model, batch)
+            if number == start + index:
                 seen.append({name: tensor.cpu() for name, tensor in observed.items()})
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -339,10 +398,21 @@ def _tokens(batch: Batch) -> int:
 
 def _accelerator(settings: Settings) -> Any:
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
     except ModuleNotFoundError:
         raise MissingExtraError("accelerate", "train") from None
-    return Accelerator(mixed_precision=settings.precision)
+    # What trains may change along a schedule, or be a head that a batch leaves out.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    cpu = (
+        not torch.accelerator.is_available()
+    )  # accelerate looks for processes on CPUs only where it is told to
+    made = Accelerator(mixed_precision=settings.precision, cpu=cpu, kwargs_handlers=[unused])
+    if made.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise TrainingError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes, of which accelerate makes {made.num_processes}; "
+            f"see `accelerate env`"
+        )
+    return made
 
 
 __all__ = ["Loop", "Result", "train"]

@@ -29,6 +29,14 @@ class Settings(Configured):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, of weight matrices")
     clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: any")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision of the forward pass")
+    form: Literal["auto", "live", "graph"] = Field(
+        "auto",
+        description="what runs: the live transformers model, or the program's graph (auto: live where that can hold "
+        "the passes)",
+    )
+    checkpointing: bool = Field(
+        False, description="gradient checkpointing of the live model: less memory, more time"
+    )
     max_length: int = Field(512, gt=1, description="most tokens of an example")
     evaluate: int | None = Field(None, gt=0, description="steps between evaluations (default: an epoch)")
     patience: int | None = Field(

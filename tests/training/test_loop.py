@@ -20,7 +20,7 @@ from surgery.training.loop import train
 from surgery.training.objectives import CausalLm
 from surgery.training.settings import Settings
 from surgery.training.tokenizers import find_tokenizer
-from surgery.training.watching import read_log
+from surgery.training.watching import TensorBoard, read_log
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -179,3 +179,30 @@ def test_an_objective_of_a_plugin_with_a_companion(base, texts, tmp_path):
     fit(program, found.cls(), texts, tmp_path / "run", steps=20, held_out=0.0)
     losses = [row["loss"] for row in read_log(tmp_path / "run" / "log.jsonl") if "lr" in row]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_tensorboard_reads_what_was_logged(base, texts, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    program = base.apply(surgery.Lora(target="attn.*", rank=4))
+    rows = split(read_rows([texts]), 0.25, 0)
+    settings = Settings(batch=4, steps=4, evaluate=2, max_length=32)
+    watchers = [TensorBoard(tmp_path / "events")]
+    train(
+        program,
+        CausalLm(),
+        rows,
+        settings,
+        folder=tmp_path / "run",
+        tokenizer=find_tokenizer(program),
+        watchers=watchers,
+    )
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
+        losses, rel=1e-6
+    )  # fp32 there
+    held = [row["held_out"]["loss"] for row in log if "held_out" in row]
+    assert [event.value for event in events.Scalars("held_out/loss")] == pytest.approx(held, rel=1e-6)
