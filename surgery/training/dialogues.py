@@ -13,7 +13,7 @@ from surgery.training.tokens import IGNORED
 Message = dict[str, str]
 
 
-def find_template(objective: str, given: str | None, setting: Setting, instead: str = "") -> str:
+def chat_template(objective: str, given: str | None, setting: Setting, instead: str = "") -> str:
     """The chat template of a file, or the tokenizer's. instead: what else a person can say where there is none.
 
     Raises TrainingError where there is none, or the program reads no tokens.
@@ -42,7 +42,7 @@ def messages_of(value: Any, column: str) -> list[Message]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def said(value: Any, role: str, column: str) -> list[Message]:
+def messages_in(value: Any, role: str, column: str) -> list[Message]:
     """The messages of a column of texts, each of which one of that role said, or of messages."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -53,7 +53,7 @@ def said(value: Any, role: str, column: str) -> list[Message]:
     return messages_of(value, column)
 
 
-def tokenized(messages: Sequence[Message], setting: Setting, **how: bool) -> list[int]:
+def chat_tokens(messages: Sequence[Message], setting: Setting, **how: bool) -> list[int]:
     """Tokens of messages by the template that was decided on."""
     read = setting.tokenizer
     template = setting.decided["template"]
@@ -74,8 +74,8 @@ def answered(
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or number < start:
             continue
-        asked = tokenized(messages[:number], setting, add_generation_prompt=True)
-        whole = tokenized(messages[: number + 1], setting)
+        asked = chat_tokens(messages[:number], setting, add_generation_prompt=True)
+        whole = chat_tokens(messages[: number + 1], setting)
         if asked[: len(ids)] != ids or whole[: len(asked)] != asked:
             raise TrainingError(
                 f"objective {objective!r}: the chat template writes the start of a dialogue in another way once there "

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from surgery.errors import TrainingError
-from surgery.training.dialogues import Message, answered, find_template, said
+from surgery.training.dialogues import Message, answered, chat_template, messages_in
 from surgery.training.objective import Batch, Objective
 from surgery.training.setting import Row, Setting, padded
 from surgery.training.tokens import IGNORED, next_tokens
@@ -48,7 +48,7 @@ class PairObjective(Objective):
         if self.plain:
             setting.need_tokenizer(self.name)
             return {"template": None}
-        return {"template": find_template(self.name, self.template, setting, ", or say --plain")}
+        return {"template": chat_template(self.name, self.template, setting, ", or say --plain")}
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
         prompt, *answers = self._messages(row, setting)
@@ -89,9 +89,11 @@ class PairObjective(Objective):
         """What was asked, and the better and the worse answer; the prompt is what both begin with where no column
         holds it."""
         columns = setting.columns
-        chosen, rejected = (said(row[columns[k]], "assistant", columns[k]) for k in ("chosen", "rejected"))
+        chosen, rejected = (
+            messages_in(row[columns[k]], "assistant", columns[k]) for k in ("chosen", "rejected")
+        )
         if "prompt" in columns:
-            prompt = said(row[columns["prompt"]], "user", columns["prompt"])
+            prompt = messages_in(row[columns["prompt"]], "user", columns["prompt"])
         else:
             shared = 0
             while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Generator
 
 from surgery.errors import TrainingError
-from surgery.training.dialogues import Message, answered, find_template, messages_of
+from surgery.training.dialogues import Message, answered, chat_template, messages_of
 from surgery.training.objective import Batch
 from surgery.training.setting import Row, Setting
 from surgery.training.tokens import IGNORED, TokenObjective, next_tokens
@@ -53,7 +53,7 @@ class Sft(TokenObjective):
         return {name: column for name, column in found.items() if name != "messages"}
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
-        return {"template": find_template(self.name, self.template, setting)}
+        return {"template": chat_template(self.name, self.template, setting)}
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
         ids, labels = answered(self._dialogue(row, setting), setting, self.name)
