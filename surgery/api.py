@@ -16,7 +16,8 @@ Algebra     low-rank: factor_shapes, branch, add_branch, add_rows, gather_index,
 Patterns    PatternPass; written with pattern, ops, value, constant, number, axis, any_of, maybe, stored, shape_of,
             dtype_of; looked for with find in an OpIndex: Pattern, Match, NearMiss, Found
 Models      LoadedModel, LoadOptions, from_module
-Objectives  Objective, Setting, TokenObjective
+Objectives  Objective, OnPolicy, TokenObjective, Setting; reference_of, find_tokenizer, imported
+            dialogues: chat_template, chat_tokens, messages_in; the loop: train, Settings, read_rows, split
 Programs    Program, load, capture, Entry, Journal, PassReport, make_plugin_manager, Plugins
 Errors      SurgeryError and its kinds, nearest
 """
@@ -26,6 +27,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from surgery.capture import LoadedModel, LoadOptions, from_module
+from surgery.capture.py import imported
 from surgery.combination import Combination, Place, Source
 from surgery.errors import (
     CaptureError,
@@ -92,8 +94,14 @@ from surgery.scaling import (
 )
 from surgery.selecting import Candidates
 from surgery.sites import Site
-from surgery.training.objective import Objective
+from surgery.training.data import read_rows, split
+from surgery.training.dialogues import chat_template, chat_tokens, messages_in
+from surgery.training.loop import train
+from surgery.training.objective import Objective, OnPolicy
+from surgery.training.reference import reference_of
 from surgery.training.setting import Setting
+from surgery.training.settings import Settings
+from surgery.training.tokenizers import find_tokenizer
 from surgery.training.tokens import TokenObjective
 from surgery.view import View
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM, Call, WeightOp
@@ -126,6 +134,7 @@ __all__ = [
     "NearMiss",
     "Numerics",
     "Objective",
+    "OnPolicy",
     "OpIndex",
     "Pass",
     "PassError",
@@ -144,6 +153,7 @@ __all__ = [
     "SelectPass",
     "Selection",
     "Setting",
+    "Settings",
     "Site",
     "Source",
     "SurgeryError",
@@ -161,26 +171,35 @@ __all__ = [
     "capture",
     "changes",
     "channels",
+    "chat_template",
+    "chat_tokens",
     "constant",
     "dtype_of",
     "factor_shapes",
     "find",
+    "find_tokenizer",
     "from_module",
     "gather_index",
     "hookimpl",
+    "imported",
     "load",
     "make_plugin_manager",
     "maybe",
+    "messages_in",
     "nearest",
     "number",
     "ones_elsewhere",
     "ops",
     "part_index",
     "pattern",
+    "read_rows",
+    "reference_of",
     "rounded",
     "scale_input",
     "scale_output",
     "shape_of",
+    "split",
     "stored",
+    "train",
     "value",
 ]

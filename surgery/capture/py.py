@@ -30,7 +30,7 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
     module_name, colon, attribute = ref.removeprefix(PREFIX).partition(":")
     if not colon or not module_name or not attribute:
         raise LoadError(f"{ref}: write py:package.module:callable")
-    factory = _find(ref, module_name, attribute)
+    factory = imported(ref, module_name, attribute)
     if not callable(factory):
         raise LoadError(f"{ref}: {attribute} is a {type(factory).__name__}, not a callable")
     try:
@@ -53,7 +53,8 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
     )
 
 
-def _find(ref: str, module_name: str, attribute: str) -> Any:
+def imported(ref: str, module_name: str, attribute: str) -> Any:
+    """What a module on the path, or in the current directory, has under a dotted name. Raises LoadError."""
     here = os.getcwd()
     added = here not in sys.path and "" not in sys.path
     if added:

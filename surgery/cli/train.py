@@ -202,6 +202,11 @@ class _Live(Watcher):
         self.tokens = speed if not self.tokens else 0.9 * self.tokens + 0.1 * speed
         self.progress.update(self.task, completed=step, loss=self.loss, speed=self.tokens, score=self.score)
 
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        if self.metric in figures:
+            self.score = f"{self.metric} {figures[self.metric]:.4g}"
+            self.progress.update(self.task, score=self.score)
+
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         said = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self.progress.print(Text(f"step {step}: {said}{' (best)' if best else ''}"))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 @dataclass
 class State:
     """step: how many are done. best: the step of the best evaluation, and score: its metric. stale: evaluations since
-    then. scaler: of the gradient, in fp16."""
+    then. scaler: of the gradient, in fp16. kept: what the objective goes on with."""
 
     step: int = 0
     best: int | None = None
     score: float | None = None
     stale: int = 0
     scaler: dict[str, Any] | None = None
+    kept: dict[str, float] = field(default_factory=dict)
 
 
 class Weights:

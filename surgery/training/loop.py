@@ -15,14 +15,14 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.errors import MissingExtraError, TrainingError
+from surgery.errors import MissingExtraError, SurgeryError, TrainingError
 from surgery.in_place.state import is_shard
 from surgery.program import Program
 from surgery.training.body import Body
 from surgery.training.checkpoint import LOG, Checkpoints, State, Weights
 from surgery.training.data import Examples, Rows, make_examples, quiet
 from surgery.training.nonfinite import first_bad
-from surgery.training.objective import Batch, Objective
+from surgery.training.objective import Batch, Objective, OnPolicy
 from surgery.training.regularize import penalty
 from surgery.training.setting import Setting
 from surgery.training.settings import Settings
@@ -75,6 +75,8 @@ class Loop:
         watchers: Sequence[Watcher],
     ) -> None:
         self.program, self.objective, self.settings = program, objective, settings
+        if isinstance(objective, OnPolicy):
+            _check_on_policy(objective, settings)
         groups = program.parameter_groups(settings.lr, weight_decay=settings.weight_decay)
         self.penalties = [penalty(program, text) for text in settings.regularize]
         setting = Setting.of(program, tokenizer, settings.max_length)
@@ -104,6 +106,9 @@ class Loop:
         self.an_epoch = math.ceil(len(self._order(0)) / self.window)
         self.steps = settings.steps or max(1, round(settings.epochs * self.an_epoch))
         self.training: set[str] | None = None
+        self.kept: dict[str, float] = {}
+        if isinstance(objective, OnPolicy) and self.accelerator.num_processes > 1:
+            raise _on_policy(objective, "more than one process")
 
     # -- the whole
 
@@ -137,7 +142,8 @@ class Loop:
     def _go_on(self, state: State, before: Mapping[str, float]) -> Result:
         metrics = self.evaluate() if state.step else before
         every = self.settings.evaluate or self.an_epoch
-        self.model.train()
+        self.kept = state.kept
+        self.model.train(not isinstance(self.objective, OnPolicy))
         stopped = False
         while state.step < self.steps and not stopped:
             loss, tokens = self._step(state.step)
@@ -222,6 +228,8 @@ class Loop:
         batches = [self._batch(self.data, rows, self._draw("batch", step, place)) for place, rows in chosen]
         # A process without a batch of its own runs another's, which does not count: shards are gathered by all.
         counted = [place < len(self._order(step // self.an_epoch)) for place, _ in chosen]
+        if isinstance(self.objective, OnPolicy):
+            return self._improve(step, chosen[0][1], batches[0])
         terms = [
             self.objective.terms(batch) if real else 0 for batch, real in zip(batches, counted, strict=True)
         ]
@@ -263,6 +271,19 @@ class Loop:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm: Any = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
         return float(norm.full_tensor() if is_shard(norm) else norm)
+
+    def _improve(self, step: int, chosen: Sequence[int], batch: Batch) -> tuple[float, int]:
+        """One step of an objective that learns from what the program has just done."""
+        assert isinstance(self.objective, OnPolicy)
+        clip = self.settings.clip or math.inf
+        try:
+            figures = self.objective.improve(self.model, batch, self.optimizer, clip, self.kept)
+        except SurgeryError as error:
+            raise self._failure(str(error), step, chosen, batch) from None
+        self.optimizer.zero_grad()
+        loss = figures.pop("loss")
+        self.watch.measured(step + 1, figures)
+        return loss, _tokens(batch)
 
     def _advance(self, step: int) -> None:
         """Let the schedule act, and say so when it does."""
@@ -362,13 +383,31 @@ class Loop:
             from accelerate.utils import gather_object
 
             seen = gather_object(seen)
-        self.model.train()
+        self.model.train(not isinstance(self.objective, OnPolicy))
         return self.objective.metrics({name: torch.cat([each[name] for each in seen]) for name in seen[0]})
 
     def _shortest_first(self, data: Examples) -> Iterator[list[int]]:
         order = sorted(range(len(data)), key=data.sizes.__getitem__)
         size = self.settings.batch
         return (order[i : i + size] for i in range(0, len(order), size))
+
+
+def _check_on_policy(objective: OnPolicy, settings: Settings) -> None:
+    """Raises TrainingError for settings of the descent of a loss."""
+    for what, given in (
+        ("--accumulate", settings.accumulate > 1),
+        ("--regularize", bool(settings.regularize)),
+        (f"--precision {settings.precision}", settings.precision != "no"),
+    ):
+        if given:
+            raise _on_policy(objective, what)
+
+
+def _on_policy(objective: OnPolicy, what: str) -> TrainingError:
+    return TrainingError(
+        f"objective {objective.name!r} learns from what the program does, in one process and in the precision of its "
+        f"weights; leave out {what}"
+    )
 
 
 def _together(rows: Rows) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from surgery.configured import Configured
 from surgery.errors import SurgeryError, TrainingError, nearest
@@ -118,7 +119,26 @@ class Objective(Configured):
         raise NotImplementedError
 
     def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
-        """Figures of the held-out data, `loss` among them."""
+        """Figures of the held-out data, `loss` and `metric` among them."""
+        raise NotImplementedError
+
+
+class OnPolicy(Objective):
+    """Objectives that learn from what the program does: `complete` acts with it, and a step is `improve`, once.
+
+    Both see the program in eval mode, because under dropout what acted and what learns would be two policies. Their
+    metrics need no `loss`.
+    """
+
+    def improve(
+        self, module: nn.Module, batch: Batch, optimizer: Optimizer, clip: float, kept: dict[str, float]
+    ) -> dict[str, float]:
+        """Change the weights after one batch; returns figures of it, `loss` among them.
+
+        optimizer: of all that trains, at the step's learning rate. clip: largest norm of the gradient, or infinity.
+        kept: numbers that go on from step to step, for the objective to change; empty at the first one.
+        Raises SurgeryError for what is not finite.
+        """
         raise NotImplementedError
 
 

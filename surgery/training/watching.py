@@ -19,6 +19,9 @@ class Watcher:
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
         """So many steps are done. rate: the learning rate of the last. tokens: what it read."""
 
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        """What an objective says of its own step beside the loss."""
+
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         """Held-out data was scored."""
 
@@ -42,6 +45,10 @@ class Watchers(Watcher):
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
         for each in self.watchers:
             each.stepped(step, loss, rate, tokens)
+
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        for each in self.watchers:
+            each.measured(step, figures)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         for each in self.watchers:
@@ -69,6 +76,9 @@ class LogFile(Watcher):
 
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
         self._write({"step": step, "loss": loss, "lr": rate, "tokens": tokens})
+
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        self._write({"step": step, "figures": dict(figures)})
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         self._write({"step": step, "held_out": dict(metrics), "best": best})
@@ -106,6 +116,10 @@ class TensorBoard(Watcher):
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
         self.writer.add_scalar("train/loss", loss, step)
         self.writer.add_scalar("train/lr", rate, step)
+
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(f"train/{name}", value, step)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         for name, value in metrics.items():

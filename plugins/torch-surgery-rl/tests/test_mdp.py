@@ -212,6 +212,18 @@ def test_where_nothing_improves_the_policy_stays_bit_for_bit():
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
 
 
+def test_values_are_fitted_without_the_policy():
+    """With an optimizer of all there is, that decays weights and has momentum."""
+    policy, experience = net()
+    before = copy.deepcopy(policy.state_dict())
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.05, weight_decay=0.1)
+    first = TRPO().fit_values(policy, experience, optimizer, epochs=1)
+    last = TRPO().fit_values(policy, experience, optimizer, epochs=60)
+    assert last < 0.8 * first
+    moved = {name for name, tensor in policy.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"value.weight", "value.bias"}
+
+
 def test_ppos_loss_is_the_papers():
     ppo = PPO(clip=0.2, value_clip=0.5, value_weight=0.5, entropy_weight=0.1)
     ratios = torch.tensor([[1.5, 1.1, 0.5, 0.5, 9.0]])
@@ -252,7 +264,7 @@ def test_bad_input_is_refused_in_a_line():
         (lambda: PPO().update(policy, experience, other), "the optimizer has none of the parameters"),
         (lambda: PPO().update(policy, wild, own), "the loss of PPO is nan in epoch 0"),
         (lambda: TRPO().update(policy, wild), "gradient of TRPO's surrogate is not finite"),
-        (lambda: TRPO().fit_values(policy, experience, own), "past the KL bound"),
+        (lambda: TRPO().fit_values(policy, experience, other), "nothing of the value head"),
         (lambda: PPO(clip=0), "clip is 0"),
         (lambda: TRPO(max_kl=-1), "max_kl is -1"),
         (lambda: TRPO(shrink=1.0), "shrink is 1.0"),

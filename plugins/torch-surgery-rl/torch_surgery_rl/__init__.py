@@ -1,9 +1,12 @@
 """Reinforcement learning of programs: PPO and TRPO, advantages, KL penalties, rollouts of language models."""
 
+from surgery.api import hookimpl
 from torch_surgery_rl.estimates import gae, masked_mean, whiten
-from torch_surgery_rl.experience import Experience, evaluate
+from torch_surgery_rl.experience import Experience, compare, evaluate
+from torch_surgery_rl.judge import Judge
 from torch_surgery_rl.kl import AdaptiveKL, categorical_kl, penalized_rewards, sequence_kl
 from torch_surgery_rl.language import LanguagePolicy, Rollout, roll_out
+from torch_surgery_rl.objectives import PpoObjective, TrpoObjective
 from torch_surgery_rl.policy import trained
 from torch_surgery_rl.ppo import PPO
 from torch_surgery_rl.reward import of_program, on_texts, on_tokens, score
@@ -14,9 +17,13 @@ __all__ = [
     "TRPO",
     "AdaptiveKL",
     "Experience",
+    "Judge",
     "LanguagePolicy",
+    "PpoObjective",
     "Rollout",
+    "TrpoObjective",
     "categorical_kl",
+    "compare",
     "conjugate_gradient",
     "evaluate",
     "gae",
@@ -28,6 +35,12 @@ __all__ = [
     "roll_out",
     "score",
     "sequence_kl",
+    "surgery_objectives",
     "trained",
     "whiten",
 ]
+
+
+@hookimpl
+def surgery_objectives() -> list[type]:
+    return [PpoObjective, TrpoObjective]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.api import SurgeryError
 from torch_surgery_rl.estimates import gae, same_shape, whiten
+from torch_surgery_rl.kl import categorical_kl
 from torch_surgery_rl.policy import evaluating, log_probs_of
 
 
@@ -102,3 +103,34 @@ def evaluate(
             log_probs.append(log_probs_of(logits, actions[part]))
             values.append(value)
     return torch.cat(log_probs), None if values[0] is None else torch.cat(values)
+
+
+@torch.no_grad()
+def compare(
+    policy: nn.Module,
+    reference: nn.Module,
+    inputs: Mapping[str, Tensor],
+    actions: Tensor,
+    mask: Tensor,
+    *,
+    rows: int = 32,
+) -> dict[str, Tensor | None]:
+    """A policy beside its reference, both in eval mode, in one pass of each.
+
+    log_probs, values: of the policy, as `evaluate` gives them. reference: log-probabilities of the actions under it.
+    kl: of each row, KL(policy ‖ reference) summed over its steps, with every action that could have been taken.
+    """
+    found: dict[str, list[Tensor]] = {"log_probs": [], "values": [], "reference": [], "kl": []}
+    with evaluating(policy), evaluating(reference):
+        for start in range(0, len(actions), rows):
+            part = slice(start, start + rows)
+            given = {name: tensor[part] for name, tensor in inputs.items()}
+            logits, values = policy(**given)
+            before, _ = reference(**given)
+            found["log_probs"].append(log_probs_of(logits, actions[part]))
+            found["reference"].append(log_probs_of(before, actions[part]))
+            if values is not None:
+                found["values"].append(values)
+            kl = categorical_kl(logits.log_softmax(-1), before.log_softmax(-1))
+            found["kl"].append(torch.where(mask[part], kl, 0).sum(1))
+    return {name: torch.cat(parts) if parts else None for name, parts in found.items()}

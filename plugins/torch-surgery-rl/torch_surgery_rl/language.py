@@ -77,7 +77,14 @@ class LanguagePolicy(nn.Module):
         wide = torch.promote_types(outputs["logits"].dtype, torch.float32)
         logits = outputs["logits"][rows, positions].to(wide) / self.temperature
         values = outputs.get(self.value)
-        return logits, None if values is None else values.squeeze(-1)[rows, positions].to(wide)
+        if values is None:
+            return logits, None
+        if values.shape != (*input_ids.shape, 1):
+            raise SurgeryError(
+                f"{self.value!r} has the shape {tuple(values.shape)}, and has to be one value for each token; graft "
+                f"the head with pool='none'"
+            )
+        return logits, values.squeeze(-1)[rows, positions].to(wide)
 
 
 @torch.no_grad()

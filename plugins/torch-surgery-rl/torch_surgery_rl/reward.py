@@ -49,12 +49,15 @@ def of_program(
     tokenizer: Any = None,
     reader: Any = None,
     output: str = "logits",
+    whole: bool = True,
     rows: int = 32,
 ) -> Reward:
     """The reward that a program gives to prompt and response: its one score, or the log-probability of a label.
 
+    Of a program with a score, or labels, for each token, that of the last one counts.
+
     With the policy's own tokens, or, where `reader` (the program's tokenizer) is given, with the text that `tokenizer`
-    (the policy's) makes of them. rows: how many at a time.
+    (the policy's) makes of them; whole: or of the response alone. rows: how many at a time.
     """
     if reader is not None and tokenizer is None:
         raise SurgeryError(
@@ -66,8 +69,9 @@ def of_program(
         if reader is None:
             inputs = {"input_ids": rollout.input_ids, "attention_mask": rollout.attention_mask}
         else:
-            whole = [a + b for a, b in zip(rollout.prompts, rollout.responses, strict=True)]
-            read = reader(_texts(whole, tokenizer), padding=True, truncation=True, return_tensors="pt")
+            asked = rollout.prompts if whole else [[] for _ in rollout.prompts]
+            said = [a + b for a, b in zip(asked, rollout.responses, strict=True)]
+            read = reader(_texts(said, tokenizer), padding=True, truncation=True, return_tensors="pt")
             inputs = {name: tensor.to(rollout.actions.device) for name, tensor in read.items()}
         inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
         missing = [name for name in needed if name not in inputs]
@@ -76,7 +80,11 @@ def of_program(
         found = []
         for start in range(0, len(rollout.actions), rows):
             given = program.run(**{name: inputs[name][start : start + rows] for name in needed})
-            found.append(_judged(given[output] if isinstance(given, dict) else given, label))
+            logits = given[output] if isinstance(given, dict) else given
+            if logits.dim() == 3:
+                last = inputs["attention_mask"][start : start + rows].sum(1) - 1
+                logits = logits[torch.arange(len(logits), device=logits.device), last]
+            found.append(_judged(logits, label))
         return torch.cat(found)
 
     return reward

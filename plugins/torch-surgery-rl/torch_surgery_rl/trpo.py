@@ -114,14 +114,13 @@ class TRPO:
     ) -> float:
         """Fit the values to the returns by least squares; returns the mean squared error of the last epoch.
 
-        optimizer: of what trains and does not reach the logits (`value_parameters`): anything else would move the
-        policy out of its bound, and is refused.
+        Only what does not reach the logits is moved (`value_parameters`), whatever else the optimizer has: anything
+        more would take the policy out of its bound.
         """
-        allowed = {id(parameter) for parameter in self.value_parameters(policy, experience)}
-        if any(id(p) not in allowed for group in optimizer.param_groups for p in group["params"]):
+        own = self.value_parameters(policy, experience)
+        if {id(p) for group in optimizer.param_groups for p in group["params"]}.isdisjoint(map(id, own)):
             raise SurgeryError(
-                "the optimizer of the values would move what the policy depends on, past the KL bound; give it "
-                "TRPO().value_parameters(policy, experience)"
+                "the optimizer has nothing of the value head; give it TRPO().value_parameters(policy, experience)"
             )
         with evaluating(policy):
             for _ in range(epochs):
@@ -130,7 +129,7 @@ class TRPO:
                     _, values = policy(**part.inputs)
                     error = masked_mean((values - part.returns) ** 2, part.mask)
                     optimizer.zero_grad()
-                    error.backward()
+                    error.backward(inputs=own)
                     optimizer.step()
                     errors.append(error.detach())
         return float(torch.stack(errors).mean())

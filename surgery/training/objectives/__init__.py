@@ -5,14 +5,25 @@ from __future__ import annotations
 from surgery.hookspecs import hookimpl
 from surgery.training.objectives.causal_lm import CausalLm
 from surgery.training.objectives.classification import Classification
+from surgery.training.objectives.dpo import Dpo
 from surgery.training.objectives.masked_lm import MaskedLm
 from surgery.training.objectives.regression import Regression
+from surgery.training.objectives.reward import Reward
 from surgery.training.objectives.sft import Sft
 
 
 @hookimpl
 def surgery_objectives() -> list[type]:
-    return [Classification, Regression, CausalLm, MaskedLm, Sft]
+    return [Classification, Regression, CausalLm, MaskedLm, Sft, Reward, Dpo]
 
 
-__all__ = ["CausalLm", "Classification", "MaskedLm", "Regression", "Sft", "surgery_objectives"]
+__all__ = [
+    "CausalLm",
+    "Classification",
+    "Dpo",
+    "MaskedLm",
+    "Regression",
+    "Reward",
+    "Sft",
+    "surgery_objectives",
+]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Generator
 
 from surgery.errors import TrainingError
+from surgery.training.dialogues import Message, answered, chat_template, messages_of
 from surgery.training.objective import Batch
 from surgery.training.setting import Row, Setting
 from surgery.training.tokens import IGNORED, TokenObjective, next_tokens
-
-Message = dict[str, str]
 
 
 class Sft(TokenObjective):
@@ -55,34 +53,10 @@ class Sft(TokenObjective):
         return {name: column for name, column in found.items() if name != "messages"}
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
-        template = setting.need_tokenizer(self.name).chat_template
-        if self.template is not None:
-            try:
-                template = Path(self.template).read_text()
-            except (OSError, UnicodeDecodeError) as error:
-                raise TrainingError(f"--template {self.template} cannot be read: {error}") from None
-        if not template:
-            raise TrainingError(
-                "objective 'sft': the tokenizer has no chat template; give one with --template FILE"
-            )
-        return {"template": template}
+        return {"template": chat_template(self.name, self.template, setting)}
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
-        messages = self._dialogue(row, setting)
-        ids: list[int] = []
-        labels: list[int] = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            asked = self._tokens(messages[:number], setting, add_generation_prompt=True)
-            whole = self._tokens(messages[: number + 1], setting)
-            if asked[: len(ids)] != ids or whole[: len(asked)] != asked:
-                raise TrainingError(
-                    "objective 'sft': the chat template writes the start of a dialogue in another way once there is "
-                    "more of it, so that answers cannot be told apart; give another with --template FILE"
-                )
-            labels += [IGNORED] * (len(asked) - len(ids)) + whole[len(asked) :]
-            ids = whole
+        ids, labels = answered(self._dialogue(row, setting), setting, self.name)
         ids, labels = ids[: setting.longest], next_tokens(labels[: setting.longest])
         if all(label == IGNORED for label in labels):
             setting.count(f"has no answer within {setting.longest} tokens and was left out")
@@ -95,25 +69,10 @@ class Sft(TokenObjective):
     def _dialogue(self, row: Row, setting: Setting) -> list[Message]:
         columns = setting.columns
         if "messages" in columns:
-            messages = row[columns["messages"]]
-            good = isinstance(messages, list) and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in messages
-            )
-            if not good:
-                raise TrainingError(
-                    f"column {columns['messages']!r} holds no list of messages with a role and a content"
-                )
-            return [{"role": m["role"], "content": m["content"]} for m in messages]
+            return messages_of(row[columns["messages"]], columns["messages"])
         texts = {name: row[column] for name, column in columns.items()}
         for name, text in texts.items():
             if not isinstance(text, str) and not (name == "context" and text is None):
                 raise TrainingError(f"column {columns[name]!r} holds {text!r}, which is no text")
         question = f"{texts['prompt']}\n\n{texts.get('context') or ''}".strip()
         return [{"role": "user", "content": question}, {"role": "assistant", "content": texts["response"]}]
-
-    def _tokens(self, messages: list[Message], setting: Setting, **how: bool) -> list[int]:
-        template = setting.decided["template"]
-        read = setting.tokenizer
-        text = read.apply_chat_template(messages, chat_template=template, tokenize=False, **how)
-        return list(read(text, add_special_tokens=False)["input_ids"])

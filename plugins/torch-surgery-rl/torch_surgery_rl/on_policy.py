@@ -1,0 +1,200 @@
+"""What `ppo` and `trpo` have in common as objectives of `surgery train`: they roll out, are rewarded, and improve."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
+
+from surgery.api import (
+    Field,
+    OnPolicy,
+    Program,
+    Setting,
+    TrainingError,
+    chat_template,
+    chat_tokens,
+    messages_in,
+    reference_of,
+)
+from torch_surgery_rl.estimates import masked_mean
+from torch_surgery_rl.experience import Experience, compare
+from torch_surgery_rl.judge import Judge
+from torch_surgery_rl.kl import AdaptiveKL, penalized_rewards
+from torch_surgery_rl.language import LanguagePolicy, roll_out
+from torch_surgery_rl.policy import evaluating
+
+Batch = dict[str, Any]
+
+
+class LanguageObjective(OnPolicy):
+    """Prompts in, and out of the policy's own responses a better policy. A batch is so many prompts; `complete` samples
+    a response to each from the live program, with its cache, has it judged, and compares it with the reference policy,
+    which is the program without what trains, in the same storage.
+    """
+
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "prompt": ("prompt", "instruction", "question", "text", "conversations", "messages")
+    }
+    metric: ClassVar[str] = "reward"
+    larger: ClassVar[bool] = True
+
+    prompt: str | None = Field(
+        None, description="column of what is responded to: texts, or lists of messages"
+    )
+    template: str | None = Field(
+        None, description="file with a chat template (Jinja) in place of the tokenizer's"
+    )
+    plain: bool = Field(False, description="no chat template: a response continues the prompt's text")
+    reward: str = Field(
+        "",
+        description="what judges: a directory or reference of a program with one score or with classes, or "
+        "MODULE:FUNCTION of lists of prompts and of responses",
+    )
+    reward_class: int | None = Field(
+        None, ge=0, description="the class of the judging program whose log-probability is the reward"
+    )
+    reads: Literal["whole", "response"] = Field(
+        "whole", description="what a program with a tokenizer of its own judges: with its prompt, or without"
+    )
+    new_tokens: int = Field(32, gt=0, description="most tokens of a response")
+    temperature: float = Field(1.0, gt=0, description="of sampling, and of the policy")
+    kl: float = Field(0.05, ge=0, description="penalty of each token's log-ratio to the reference policy")
+    kl_target: float | None = Field(
+        None, gt=0, description="KL of a response to which the penalty adapts (default: it does not)"
+    )
+    kl_gain: float = Field(0.1, gt=0, description="how fast it adapts")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
+    lam: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation")
+    value: str = Field("logits_value", description="the output that is the value of each token")
+    minibatch: int = Field(8, gt=0, description="responses in memory at a time")
+
+    # -- data
+
+    def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
+        setting.need_tokenizer(self.name)
+        if setting.widths.get(self.value) != 1:
+            raise TrainingError(
+                f"objective {self.name!r}: the model has no output {self.value!r} of one value for each token; put one "
+                f"on with --pass head --mode add --labels 1 --head-name value --pool none --init zero"
+            )
+        if "logits" not in setting.widths or setting.fixed is not None:
+            raise TrainingError(f"objective {self.name!r} is of language models that take any length")
+        if self.plain:
+            return {"template": None}
+        return {"template": chat_template(self.name, self.template, setting, ", or say --plain")}
+
+    def examples(self, row: Mapping[str, Any], setting: Setting) -> Iterable[dict[str, Any]]:
+        column = setting.columns["prompt"]
+        asked = messages_in(row[column], "user", column)
+        if setting.decided["template"] is None:
+            ids = list(setting.tokenizer("".join(m["content"] for m in asked))["input_ids"])
+        else:
+            ids = chat_tokens(asked, setting, add_generation_prompt=True)
+        if not ids:
+            setting.count("is empty and was left out")
+        elif len(ids) + self.new_tokens > setting.longest:
+            setting.count(f"leaves no {self.new_tokens} of {setting.longest} tokens and was left out")
+        else:
+            yield {"input_ids": ids}
+
+    def collate(self, examples: Sequence[Mapping[str, Any]], setting: Setting, draw: Generator) -> Batch:
+        return {
+            "inputs": setting.pad(examples),
+            "prompts": [list(example["input_ids"]) for example in examples],
+            "reader": setting.tokenizer,
+            "seed": int(torch.randint(2**62, (), generator=draw)),
+        }
+
+    def terms(self, batch: Batch) -> int:
+        return len(batch["prompts"])
+
+    # -- acting
+
+    def companions(self, program: Program) -> Mapping[str, nn.Module]:
+        """live: what samples. policy: the module that trains. reference: what it was. judge: what it is to please."""
+        heads = [e.id for e in program.journal if e.pass_name == "head" and e.options.get("mode") == "add"]
+        return {
+            "live": program.without(*heads).live(),
+            "policy": program.module(),
+            "reference": reference_of(program).graph_module,
+            "judge": Judge.of(self.reward, self.reward_class, self.reads),
+        }
+
+    @torch.no_grad()
+    def complete(self, batch: Batch, companions: Mapping[str, nn.Module]) -> Batch:
+        read, live = batch["reader"], companions["live"]
+        ends = _numbers(live.generation_config.eos_token_id) + _numbers(read.eos_token_id)
+        with torch.random.fork_rng():
+            torch.manual_seed(batch["seed"])
+            rollout = roll_out(
+                live, batch["prompts"], self.new_tokens, temperature=self.temperature,
+                eos=list(dict.fromkeys(ends)), pad=read.pad_token_id,
+            )  # fmt: skip
+        scores = companions["judge"](rollout, read)
+        seen = compare(
+            self.policy(companions["policy"]), self.policy(companions["reference"]), rollout.inputs, rollout.actions,
+            rollout.mask, rows=self.minibatch,
+        )  # fmt: skip
+        inputs = {name: rollout.inputs[name] for name in ("input_ids", "attention_mask")}
+        return {**batch, "inputs": inputs, "rollout": rollout, "scores": scores, **seen}
+
+    def policy(self, module: nn.Module) -> LanguagePolicy:
+        """A module as a policy."""
+        return LanguagePolicy(module, value=self.value, temperature=self.temperature)
+
+    def experience(self, batch: Batch, coefficient: float | None = None) -> Experience:
+        """What a completed batch teaches under a penalty of the log-ratio (by default, that at the start)."""
+        rollout, taken = batch["rollout"], batch["log_probs"]
+        beta = self.kl if coefficient is None else coefficient
+        rewards = penalized_rewards(batch["scores"], taken, batch["reference"], rollout.mask, beta)
+        return Experience.of(
+            rollout.inputs, rollout.actions, rollout.mask, rewards, taken, batch["values"], gamma=self.gamma,
+            lam=self.lam,
+        )  # fmt: skip
+
+    # -- learning
+
+    def improve(
+        self, module: nn.Module, batch: Batch, optimizer: Optimizer, clip: float, kept: dict[str, float]
+    ) -> dict[str, float]:
+        coefficient = kept.setdefault("kl_coefficient", self.kl)
+        experience, policy = self.experience(batch, coefficient), self.policy(module)
+        with evaluating(policy):
+            done = self.update(policy, experience, optimizer, clip, batch["seed"])
+        kl, mask = float(batch["kl"].mean()), experience.mask
+        if self.kl_target is not None:
+            kept["kl_coefficient"] = AdaptiveKL(coefficient, self.kl_target, self.kl_gain).update(kl)
+        return {
+            "reward": float(batch["scores"].mean()),
+            "kl": kl,
+            "kl_coefficient": coefficient,
+            "value_error": float(masked_mean((experience.values - experience.returns) ** 2, mask)),
+            "length": float(mask.sum(1).double().mean()),
+            **done,
+        }
+
+    @abstractmethod
+    def update(
+        self, policy: LanguagePolicy, experience: Experience, optimizer: Optimizer, clip: float, seed: int
+    ) -> dict[str, float]:
+        """Change the policy; figures of how, `loss` among them."""
+
+    # -- held-out prompts
+
+    def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"reward": batch["scores"], "kl": batch["kl"], "length": batch["rollout"].mask.sum(1)}
+
+    def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
+        """The mean reward, KL to the reference policy and length of a response."""
+        return {name: float(values.double().mean()) for name, values in observed.items()}
+
+
+def _numbers(tokens: int | Sequence[int] | None) -> list[int]:
+    if tokens is None:
+        return []
+    return [tokens] if isinstance(tokens, int) else list(tokens)

@@ -1,0 +1,87 @@
+"""dpo: the better of two answers to a prompt becomes likelier, against a reference policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from surgery.training.objective import Batch, output, run
+from surgery.training.pairs import PairObjective, pair_accuracy
+from surgery.training.reference import copy_of, reference_of
+from surgery.training.tokens import IGNORED
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+
+class Dpo(PairObjective):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290). With the log-ratio of an answer
+    ρ(y) = log π(y|x) − log π_ref(y|x), a sum over its tokens, and h = ρ(y_chosen) − ρ(y_rejected),
+
+        sigmoid   L = −(1 − ε) log σ(β h) − ε log σ(−β h)
+        ipo       L = (h' − 1 / 2β)², h' as h with means over the tokens (Azar et al. 2023, arXiv:2310.12036)
+
+    ε is the share of pairs whose labels are wrong (cDPO; --smoothing). π_ref is the same program with what trains left
+    out, in the same storage: without its adapters, or with the base's own weights where `full` and the like let them
+    train; `--reference start` keeps a copy of what trains instead, as it is when training begins (of an adapter that
+    was tuned on answers before, say). Rows are those of `reward`. The figures are the loss, how often the better
+    answer has the higher implicit reward β ρ (accuracy; a tie, such as all are at the start, is half of one), and by
+    how much (margin).
+    """
+
+    name: ClassVar[str] = "dpo"
+
+    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
+    smoothing: float = Field(0.0, ge=0, lt=0.5, description="sigmoid: share of wrong labels to reckon with")
+    kind_of_loss: Literal["sigmoid", "ipo"] = Field("sigmoid", alias="loss", description="of a pair")
+    reference: Literal["base", "start"] = Field(
+        "base", description="policy to stay near: the program without what trains, or a copy of its start"
+    )
+
+    def companions(self, program: Program) -> Mapping[str, nn.Module]:
+        kept = reference_of(program) if self.reference == "base" else copy_of(program)
+        return {"reference": kept.graph_module}
+
+    def complete(self, batch: Batch, companions: Mapping[str, nn.Module]) -> Batch:
+        return {**batch, "reference": self.log_probs(companions["reference"], batch)}
+
+    def log_probs(self, module: nn.Module, batch: Batch) -> Tensor:
+        """log π of each row's answer, the sum over its tokens."""
+        logits, labels = output(run(module, batch), "logits"), batch["labels"]
+        rows, places = torch.nonzero(labels != IGNORED, as_tuple=True)
+        # Only where an answer is: a product of all tokens with the vocabulary is the largest tensor of a step.
+        found = -F.cross_entropy(logits[rows, places].float(), labels[rows, places], reduction="none")
+        return torch.zeros(len(labels), device=found.device).index_add(0, rows, found)
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self._losses(self._ratios(module, batch), batch).mean()
+
+    def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        ratios = self._ratios(module, batch)
+        chosen, rejected = ratios.chunk(2)
+        return {"losses": self._losses(ratios, batch), "margin": self.beta * (chosen - rejected)}
+
+    def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
+        losses, margin = observed["losses"].double(), observed["margin"].double()
+        return {
+            "loss": float(losses.mean()),
+            "accuracy": pair_accuracy(margin),
+            "margin": float(margin.mean()),
+        }
+
+    def _ratios(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self.log_probs(module, batch) - batch["reference"]
+
+    def _losses(self, ratios: Tensor, batch: Batch) -> Tensor:
+        if self.kind_of_loss == "ipo":
+            means = ratios / (batch["labels"] != IGNORED).sum(1)
+            chosen, rejected = means.chunk(2)
+            return (chosen - rejected - 1 / (2 * self.beta)).square()
+        chosen, rejected = ratios.chunk(2)
+        margin = self.beta * (chosen - rejected)
+        return -(1 - self.smoothing) * F.logsigmoid(margin) - self.smoothing * F.logsigmoid(-margin)

@@ -1,0 +1,129 @@
+"""Pairs of answers to one prompt, of which people preferred one: what `reward` and `dpo` learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+
+from surgery.errors import TrainingError
+from surgery.training.dialogues import Message, answered, chat_template, messages_in
+from surgery.training.objective import Batch, Objective
+from surgery.training.setting import Row, Setting, padded
+from surgery.training.tokens import IGNORED, next_tokens
+
+
+class PairObjective(Objective):
+    """Objectives of pairs. A batch of B pairs has 2 B rows, those chosen first; `labels` as in TokenObjective, and
+    `last`, the place of each row's last token."""
+
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "prompt": ("prompt", "instruction", "question", "conversations", "messages"),
+        "chosen": ("chosen", "preferred", "accepted"),
+        "rejected": ("rejected", "dispreferred", "refused"),
+    }
+
+    prompt: str | None = Field(None, description="column of what was asked: texts, or lists of messages")
+    chosen: str | None = Field(None, description="column of the better answer: texts, or messages")
+    rejected: str | None = Field(None, description="column of the worse answer")
+    template: str | None = Field(
+        None, description="file with a chat template (Jinja) in place of the tokenizer's"
+    )
+    plain: bool = Field(False, description="no chat template: an answer continues the prompt's text")
+
+    def columns(self, available: Sequence[str]) -> dict[str, str]:
+        found = self.named_columns(available)
+        for option in ("chosen", "rejected"):
+            if option not in found:
+                raise TrainingError(
+                    f"objective {self.name!r}: no column looks like the {option} answer; the data has "
+                    f"{', '.join(available)}; name one with --{option}"
+                )
+        return found
+
+    def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
+        if self.plain:
+            setting.need_tokenizer(self.name)
+            return {"template": None}
+        return {"template": chat_template(self.name, self.template, setting, ", or say --plain")}
+
+    def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
+        prompt, *answers = self._messages(row, setting)
+        made: dict[str, list[int]] = {}
+        for kind, answer in zip(("chosen", "rejected"), answers, strict=True):
+            ids, labels = self._tokens(prompt, answer, setting)
+            if len(ids) > setting.longest:
+                setting.count(f"has a {kind} answer that ends behind {setting.longest} tokens and was cut")
+            made[kind], labels = ids[: setting.longest], next_tokens(labels[: setting.longest])
+            made[f"{kind}_labels"] = labels
+        if any(all(label == IGNORED for label in made[f"{kind}_labels"]) for kind in ("chosen", "rejected")):
+            setting.count(f"has no answer within {setting.longest} tokens and was left out")
+        elif made["chosen"] == made["rejected"]:
+            setting.count(
+                f"has two answers that do not differ within {setting.longest} tokens and was left out"
+            )
+        else:
+            yield made
+
+    def size(self, example: Row) -> int:
+        return max(len(example["chosen"]), len(example["rejected"]))
+
+    def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
+        kinds = ("chosen", "rejected")
+        rows = [{"input_ids": e[kind], "labels": e[f"{kind}_labels"]} for kind in kinds for e in examples]
+        inputs = setting.pad(rows)
+        length = inputs["input_ids"].shape[1]
+        return {
+            "inputs": inputs,
+            "labels": padded([row["labels"] for row in rows], IGNORED, length),
+            "last": torch.tensor([len(row["input_ids"]) - 1 for row in rows]),
+        }
+
+    def terms(self, batch: Batch) -> int:
+        return len(batch["labels"]) // 2
+
+    def _messages(self, row: Row, setting: Setting) -> tuple[list[Message], list[Message], list[Message]]:
+        """What was asked, and the better and the worse answer; the prompt is what both begin with where no column
+        holds it."""
+        columns = setting.columns
+        chosen, rejected = (
+            messages_in(row[columns[k]], "assistant", columns[k]) for k in ("chosen", "rejected")
+        )
+        if "prompt" in columns:
+            prompt = messages_in(row[columns["prompt"]], "user", columns["prompt"])
+        else:
+            shared = 0
+            while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+                shared += 1
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        for name, messages in (("chosen", chosen), ("rejected", rejected)):
+            if not messages or messages[0]["role"] != "assistant":
+                raise TrainingError(
+                    f"column {columns[name]!r} holds no answer: its first message behind the prompt is not the "
+                    f"assistant's"
+                )
+        return prompt, chosen, rejected
+
+    def _tokens(
+        self, prompt: list[Message], answer: list[Message], setting: Setting
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of both, up to the token that ends the answer: what a policy would have sampled; and the labels."""
+        read, end = setting.tokenizer, setting.tokenizer.eos_token_id
+        if setting.decided["template"] is None:
+            asked = list(read("".join(m["content"] for m in prompt))["input_ids"])
+            text = "".join(m["content"] for m in answer)
+            ids = [*read(text, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
+            return asked + ids, [IGNORED] * len(asked) + ids
+        ids, labels = answered([*prompt, *answer], setting, self.name, len(prompt))
+        if end in labels:
+            length = len(labels) - labels[::-1].index(end)
+            ids, labels = ids[:length], labels[:length]
+        return ids, labels
+
+
+def pair_accuracy(margin: Tensor) -> float:
+    """The share of pairs whose margin is above 0; a tie is half of one, which is what chance makes of it."""
+    return float((margin > 0).double().mean() + (margin == 0).double().mean() / 2)
