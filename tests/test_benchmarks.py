@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SLOW = pytest.mark.slow  # two minutes: every benchmark, in small
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,6 +27,7 @@ def quick(tmp_path_factory):
     return done.stdout, json.loads(out.read_text())
 
 
+@SLOW
 def test_every_benchmark_gives_ratios(quick):
     shown, found = quick
     assert found["quick"]
@@ -54,6 +56,7 @@ def test_every_benchmark_gives_ratios(quick):
     assert "MiniLM: LoRA step" in shown
 
 
+@SLOW
 def test_losses_agree_and_a_merge_adds_no_node(quick):
     rows = {(row["what"], row["peer_name"]): row for row in quick[1]["rows"]}
     assert "losses agree" in rows["MiniLM: LoRA step", "PEFT"]["note"]

@@ -256,8 +256,16 @@ def test_every_call_of_a_shared_layer_has_a_prefix(randomise):
     assert close(program.run(), expected)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "xglm", "bloom", "gpt2"])
-@pytest.mark.parametrize("options", [{}, {"positions": "shift"}, {"gate": True}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(
+            name, options, marks=[pytest.mark.slow] if options and name not in ("llama", "t5") else []
+        )
+        for name in ("bert", "llama", "t5", "xglm", "bloom", "gpt2")
+        for options in ({}, {"positions": "shift"}, {"gate": True})
+    ],
+)
 def test_eager_and_fused_attention_agree(name, options, randomise):
     """The same model with the same prefix, traced with scaled_dot_product_attention and with products."""
     module, ways, refused = zoo.module(name), {}, []

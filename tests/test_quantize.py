@@ -242,10 +242,10 @@ def test_adapters_stand_on_codes(name, encoder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"format": "int8"}, {"MatMulNBits": 12}),
         ({"format": "int4"}, {"MatMulNBits": 12}),
-        ({"format": "int4", "asymmetric": True}, {"MatMulNBits": 12}),
-        ({"format": "nf4"}, {"DequantizeLinear": 12}),
+        pytest.param({"format": "int8"}, {"MatMulNBits": 12}, marks=pytest.mark.slow),
+        pytest.param({"format": "int4", "asymmetric": True}, {"MatMulNBits": 12}, marks=pytest.mark.slow),
+        pytest.param({"format": "nf4"}, {"DequantizeLinear": 12}, marks=pytest.mark.slow),
         ({"format": "int8-dynamic"}, {"DynamicQuantizeMatMul": 6, "MatMulIntegerToFloat": 6}),
     ],
 )

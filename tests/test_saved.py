@@ -52,6 +52,7 @@ def test_another_process_gives_the_same_bits_for_a_random_head(minilm, tmp_path,
     assert set(stored) == {"classifier.weight", "classifier.bias"}
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bits_for_timm(tmp_path, randomise):
     pytest.importorskip("timm")
     torch.manual_seed(11)

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 import surgery
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # the quick suite has two processes in tests/training/test_several.py
 # fp32: the mean over two halves of a batch in the place of the mean over the whole, through six steps of Adam, whose
 # first steps are the sign of a gradient.
 TOLERANCE = 1e-5
