@@ -73,7 +73,7 @@ def film() -> Subject:
         lambda file: film_sentiment.accuracy(file, reader, split.held_out),
         lambda rows: _named(program, reader(sorted(split.held_out, key=lambda s: len(s.text))[-rows:])),
         calibration,
-        rest="embed.token",
+        rest="embed.*,head",
     )
 
 
@@ -113,7 +113,7 @@ def lee() -> Subject:
         quality,
         lambda rows: read(documents[:rows]),
         data,
-        rest="embed.token",
+        rest="embed.*,head",
     )
 
 
