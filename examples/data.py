@@ -5,6 +5,8 @@
     wiki                               30 articles of Wikipedia (the same, from the Wikipedia dump, CC BY-SA)
     lee                                50 documents, the similarity of each pair rated by people (gensim's test data)
 
+    python examples/data.py NAME FILE.jsonl    writes a set as rows that `surgery train` reads
+
 The cache is $SURGERY_CACHE, or ~/.cache/torch-surgery.
 """
 
@@ -171,3 +173,35 @@ def batches(count: int, size: int, lengths: list[int], rng: random.Random) -> It
     ready = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
     rng.shuffle(ready)
     yield from ready
+
+
+def rows(name: str) -> list[dict[str, object]]:
+    """A set as rows with the columns that objectives look for. Raises DataError for another name."""
+    if name in DOMAINS:
+        split = sentiment(name)
+        return [{"text": s.text, "label": s.label} for s in (*split.train, *split.held_out)]
+    if name == "alpaca_en":
+        return [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()]
+    if name == "wiki":
+        return [{"text": article} for article in wiki()]
+    raise DataError(f"there is no set {name!r}; there are {', '.join(DOMAINS)}, alpaca_en, wiki")
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2:
+        print("usage: python examples/data.py NAME FILE.jsonl", file=sys.stderr)
+        return 2
+    name, target = arguments[0], Path(arguments[1])
+    try:
+        lines = [json.dumps(row) + "\n" for row in rows(name)]
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("".join(lines))
+    print(f"{len(lines):,} rows of {name} in {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -33,10 +33,10 @@ def cli() -> None:
 
 
 def _build() -> click.Group:
-    from surgery.cli import change, peft, see, ship, train
+    from surgery.cli import change, peft, run, see, ship, train
     from surgery.plugins import make_plugin_manager
 
-    for module in (see, change, ship, peft, train):
+    for module in (see, change, ship, peft, train, run):
         for command in module.COMMANDS:
             cli.add_command(command)
     plugins = make_plugin_manager()

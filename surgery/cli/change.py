@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import click
+from rich.console import Console
 from rich.text import Text
 
 from surgery.cli.data import data_option, read_data
@@ -25,6 +26,7 @@ from surgery.combining import combine as combine_
 from surgery.errors import SurgeryError
 from surgery.files import refuse_taken
 from surgery.hf_format import write_hf
+from surgery.journal import Entry
 from surgery.plugins import Plugins
 from surgery.program import Program
 from surgery.recipe import write_recipe
@@ -86,7 +88,14 @@ def apply(
             save_recipe.unlink(missing_ok=True)
         raise
     out = console()
-    for report in result.reports[-(len(wanted.passes) + 1) :]:
+    tell_applied(out, program, result)
+    note_unfrozen(out, wanted.passes, wanted.freeze_base)
+    out.print(f"{trainable_line(result)}; wrote {output}")
+
+
+def tell_applied(out: Console, before: Program, result: Program) -> None:
+    """A line for each pass that was applied since, and for a freeze that the pipeline put before them."""
+    for report in result.reports[len(before.reports) :]:
         entry, planned = report.entry, report.plan
         line = Text(f"{entry.id}: ", style="bold")
         if entry.kind == "rewrite":
@@ -101,8 +110,6 @@ def apply(
             out.print(Text(f"  refused {row.site.path}: {row.refusal}", style="yellow"))
         for sentence in planned.notes:
             out.print(Text(f"  note: {sentence}", style="yellow"))
-    note_unfrozen(out, wanted.passes, wanted.freeze_base)
-    out.print(f"{trainable_line(result)}; wrote {output}")
 
 
 @click.command()
@@ -163,6 +170,12 @@ def merge(
     else:
         merged.save(output, standalone=standalone, overwrite=overwrite)
     out = console()
+    tell_merged(out, merged, entry)
+    out.print(f"wrote {output}" + (" (a transformers directory)" if format_ == "hf" else ""))
+
+
+def tell_merged(out: Console, merged: Program, entry: Entry | None) -> None:
+    """What a merge did; entry: its own, or None where there was none to do."""
     if entry is None:
         out.print("no adapter to fold; the base's weights as they were trained")
     else:
@@ -178,7 +191,6 @@ def merge(
             out.print(choices_table(entry.options["choices"]))
         for name, why in entry.options.get("kept", {}).items():
             out.print(Text(f"  kept {name}: {why}", style="yellow"))
-    out.print(f"wrote {output}" + (" (a transformers directory)" if format_ == "hf" else ""))
 
 
 @click.command()

@@ -263,18 +263,26 @@ def wanted_recipe(
     """Model and passes from the command line and the recipe together; the command line wins."""
     given = parse_groups(ctx)
     read = read_recipe(recipe, plugins) if recipe is not None else Recipe(())
+    if read.later:
+        said = f"{', '.join(read.later)} of {recipe} {'are' if len(read.later) > 1 else 'is'} left out here"
+        click.echo(f"note: {said}; surgery run carries them out", err=True)
     reference = model or read.model
     if reference is None:
         raise click.UsageError("no MODEL was given, and no recipe names one")
-    if model is None and reference.startswith("py:"):
-        raise SurgeryError(
-            f"recipe {recipe} names code, {reference}; to run that code, name it again as MODEL"
-        )
+    refuse_code(model, reference, recipe)
     passes_ = (*read.passes, *given)
     if not passes_:
         raise click.UsageError("no pass was given: add --pass NAME or --recipe FILE; see `surgery passes`")
     chosen = freeze_base if freeze_base is not None else read.freeze_base
     return Recipe(passes_, reference, read.task, read.model_kwargs, chosen)
+
+
+def refuse_code(model: str | None, reference: str, recipe: Path | None) -> None:
+    """Raise SurgeryError where a recipe names code to run that the command line does not name."""
+    if model is None and reference.startswith("py:"):
+        raise SurgeryError(
+            f"recipe {recipe} names code, {reference}; to run that code, name it again as MODEL"
+        )
 
 
 def _plan_title(planned: PassPlan) -> Text:

@@ -20,6 +20,7 @@ from surgery.program import Program
 if TYPE_CHECKING:
     from surgery.export.adaptable import AdaptableReport
     from surgery.export.generation import GenerationReport
+    from surgery.export.onnx_file import ExportReport
 
 
 @click.command()
@@ -79,15 +80,19 @@ def export(
         made = program.export_generation(
             output, opset=opset, adapters_as_inputs=adapters_as_inputs, seed=seed, overwrite=overwrite
         )
-        _tell_generation(made, as_json)
+        tell_generation(made, as_json)
         return
     if adapters_as_inputs:
         adaptable = program.export_adaptable(
             output, opset=opset, external_data=external_data, seed=seed, overwrite=overwrite
         )
-        _tell_adaptable(adaptable, as_json)
+        tell_adaptable(adaptable, as_json)
         return
     report = program.export(output, opset=opset, external_data=external_data, seed=seed)
+    tell_exported(report, output, as_json)
+
+
+def tell_exported(report: ExportReport, output: Path, as_json: bool) -> None:
     parity = report.parity
     if as_json:
         click.echo(
@@ -116,7 +121,7 @@ def export(
     out.print(f"wrote {output}: {report.size / 1e6:.1f} MB, {report.nodes} nodes, opset {report.opset}")
 
 
-def _tell_generation(made: GenerationReport, as_json: bool) -> None:
+def tell_generation(made: GenerationReport, as_json: bool) -> None:
     if as_json:
         plain = {
             **vars(made),
@@ -139,7 +144,7 @@ def _tell_generation(made: GenerationReport, as_json: bool) -> None:
     out.print(f"wrote {made.path}/: {made.size / 1e6:.1f} MB, {nodes}, opset {made.opset}")
 
 
-def _tell_adaptable(made: AdaptableReport, as_json: bool) -> None:
+def tell_adaptable(made: AdaptableReport, as_json: bool) -> None:
     model = made.model
     if as_json:
         adapters = {

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -24,8 +24,13 @@ from surgery.pipeline import describe_options
 from surgery.plugins import Plugins
 from surgery.program import Program
 from surgery.training.checkpoint import Checkpoints
+from surgery.training.lesson import HELD_OUT, Lesson
 from surgery.training.settings import Settings
 from surgery.training.watching import TensorBoard, Watcher
+
+if TYPE_CHECKING:
+    from surgery.training.data import Rows
+    from surgery.training.loop import Result
 
 
 class TrainCommand(GroupCommand):
@@ -76,7 +81,7 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--held-out",
-    default="0.1",
+    default=HELD_OUT,
     show_default=True,
     metavar="SHARE|FILE",
     help="A share of the data, or a file, to score on; 0: none.",
@@ -108,45 +113,72 @@ def train(
 
     Checkpoints and the log lie in DIR.run; --resume goes on there, to the weights that an uninterrupted run has.
     """
-    from surgery.training.data import read_rows, split
-    from surgery.training.loop import Loop
-    from surgery.training.tokenizers import find_tokenizer
-
     groups = ctx.meta["groups"]
     if len(groups) != 1:
         raise TrainingError("give one --objective NAME; `surgery objectives` lists them")
     name, options = groups[0]
-    objective = plugins.find_objective(name).cls.parse(options)
-    settings = Settings.parse({key: value for key, value in given.items() if value not in (None, (), False)})
+    own = {"objective": {**options, "name": name}, "data": data, "held_out": held_out, "tokenizer": tokenizer}
+    lesson = Lesson.parse({**given, **own}, plugins)
     refuse_taken(output, overwrite)
-    is_main = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun or accelerate launch
+    checkpoints = begin(output, resume, overwrite)
+    rows = lesson.rows()
+    result = teach(loader(model), lesson, rows, output, resume, overwrite, tensorboard, as_json)
+    if result is not None and as_json:
+        click.echo(json.dumps({**vars(result), "path": str(output), "log": str(checkpoints / "log.jsonl")}))
+
+
+def begin(output: Path, resume: bool, overwrite: bool) -> Path:
+    """Where the checkpoints of a training to `output` lie; those of an earlier one are in the way, or removed."""
     run = output.with_name(output.name + ".run")
     if Checkpoints(run).steps() and not resume:
         if not overwrite:
             raise SurgeryError(
                 f"{run} holds a run that was stopped; --resume goes on, --overwrite begins anew"
             )
-        if is_main:
+        if _is_main():
             Checkpoints(run).clear()
-    share = _share(held_out)
-    rows = read_rows(data, () if share is not None else (Path(held_out),))
-    rows = split(rows, share or 0.0, settings.seed)
-    program = loader(model)
-    out = console()
-    watchers: list[Watcher] = [] if as_json or not is_main else [_Live(out, objective.metric)]
-    if tensorboard and is_main:
+    return run
+
+
+def teach(
+    program: Program,
+    lesson: Lesson,
+    rows: Rows,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    tensorboard: bool,
+    quietly: bool,
+) -> Result | None:
+    """Train a program, in place, and save it; what came of it is printed (unless quietly) by the main process, which
+    alone gets it."""
+    from surgery.training.loop import Loop
+    from surgery.training.tokenizers import find_tokenizer
+
+    out, run = console(), output.with_name(output.name + ".run")
+    watchers: list[Watcher] = [] if quietly or not _is_main() else [_Live(out, lesson.objective.metric)]
+    if tensorboard and _is_main():
         watchers.append(TensorBoard(run / "tensorboard"))
-    loop = Loop(program, objective, rows, settings, run, find_tokenizer(program, tokenizer), watchers)
-    if is_main and not as_json:
+    tokenizer = find_tokenizer(program, lesson.tokenizer)
+    loop = Loop(program, lesson.objective, rows, lesson.settings, run, tokenizer, watchers)
+    if _is_main() and not quietly:
         out.print(f"{trainable_line(program)}; {len(loop.data):,} examples, {loop.steps:,} steps")
     result = loop.run(resume)
-    if not is_main:
-        return
+    if not _is_main():
+        return None
     program.save(output, overwrite=overwrite)
     Checkpoints(run).clear()
-    if as_json:
-        click.echo(json.dumps({**vars(result), "path": str(output), "log": str(run / "log.jsonl")}))
-        return
+    if not quietly:
+        _tell(out, result, output, run)
+    return result
+
+
+def _is_main() -> bool:
+    """Of the processes of torchrun or accelerate launch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tell(out: Any, result: Result, output: Path, run: Path) -> None:
     if result.metrics:
         moved = ", ".join(
             f"{name} {result.before[name]:.4g} → {value:.4g}" for name, value in result.metrics.items()
@@ -157,17 +189,6 @@ def train(
         f"the best of {result.steps} steps is {result.best}" if result.metrics else f"{result.steps} steps"
     )
     out.print(f"{which}{early}; wrote {output} (log: {run / 'log.jsonl'})")
-
-
-def _share(text: str) -> float | None:
-    """A share of the data as a number; None for what is a file."""
-    try:
-        share = float(text)
-    except ValueError:
-        return None
-    if not 0 <= share < 1:
-        raise TrainingError(f"--held-out {text}: give a share of the data below 1, or a file")
-    return share
 
 
 class _Live(Watcher):
