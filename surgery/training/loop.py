@@ -115,6 +115,9 @@ class Loop:
     def run(self, resume: bool) -> Result:
         """Train to the end, and leave the best weights in the program."""
         what = self._identity()
+        self.model.eval()
+        first = self._batch(self.data, self._order(0)[0], self._draw("batch", 0, 0))
+        self.objective.check(self.model, first, self.body.form)
         before = self.evaluate()
         if resume:
             self.checkpoints.check_same(what)
@@ -352,7 +355,7 @@ class Loop:
         else:
             self.module.train().to(self.accelerator.device)
             with self.accelerator.autocast():
-                where = first_bad(self.module, batch)
+                where = first_bad(self.module, self.objective.unpacked(batch))
         rows = ", ".join(str(example["row"]) for example in self.data[chosen])
         kept = self.checkpoints.steps()
         left = (
@@ -431,6 +434,8 @@ def _tokens(batch: Batch) -> int:
     inputs = batch["inputs"]
     if isinstance(inputs, Mapping) and "attention_mask" in inputs:
         return int(inputs["attention_mask"].sum())
+    if isinstance(inputs, Mapping) and "position_ids" in inputs:  # packed: there is no padding
+        return int(inputs["input_ids"].numel())
     first = next(tensor for tensor in pytree.tree_leaves(inputs) if isinstance(tensor, Tensor))
     return len(first)
 

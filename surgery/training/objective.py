@@ -106,6 +106,16 @@ class Objective(Configured):
         """The batch with what companions say of it; runs without gradients."""
         return batch
 
+    def check(self, module: nn.Module, batch: Batch, form: str) -> None:
+        """Look at what is to train, in eval mode with its first batch; form: "live" or "graph".
+
+        Raises TrainingError where it cannot be trained in this way.
+        """
+
+    def unpacked(self, batch: Batch) -> Batch:
+        """The batch as the program's graph takes it."""
+        return batch
+
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """The mean over `terms(batch)` terms, to be minimised."""
         raise NotImplementedError

@@ -9,12 +9,13 @@ from pydantic import Field
 from torch import Generator
 
 from surgery.training.objective import Batch
+from surgery.training.packing import PackingObjective
 from surgery.training.setting import Row, Setting
 from surgery.training.texts import TEXT, text_of
-from surgery.training.tokens import TokenObjective, next_tokens
+from surgery.training.tokens import next_tokens
 
 
-class CausalLm(TokenObjective):
+class CausalLm(PackingObjective):
     """Causal language modelling: the cross-entropy of each token given those before it, the mean over tokens.
 
     On texts of a domain it is continued pretraining (Gururangan et al. 2020, arXiv:2004.10964). A text ends with the

@@ -11,18 +11,19 @@ from torch import Generator
 from surgery.errors import TrainingError
 from surgery.training.dialogues import Message, answered, chat_template, messages_of
 from surgery.training.objective import Batch
+from surgery.training.packing import PackingObjective
 from surgery.training.setting import Row, Setting
-from surgery.training.tokens import IGNORED, TokenObjective, next_tokens
+from surgery.training.tokens import IGNORED, next_tokens
 
 
-class Sft(TokenObjective):
+class Sft(PackingObjective):
     """Supervised fine-tuning on instructions (Ouyang et al. 2022, arXiv:2203.02155): the cross-entropy of the tokens of
     answers alone, each given all before it, the mean over these tokens.
 
     Rows are dialogues, a column of lists of {role, content}; or a prompt (with --context behind it, where a row has
     one) and a response. The tokenizer's chat template makes tokens of them, or that of a file. What the template puts
     before an answer is no part of it; what ends the answer is. A dialogue is one example, cut at --max-length; one
-    whose answers are all behind that is left out, and the number of these is said. Nothing is packed.
+    whose answers are all behind that is left out, and the number of these is said.
     """
 
     name: ClassVar[str] = "sft"
