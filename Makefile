@@ -42,6 +42,7 @@ techniques: $(READY)
 
 docs: $(READY)
 	$(BIN)/surgery passes --write docs/passes
+	$(BIN)/surgery objectives --write docs/objectives
 
 lint: $(READY)
 	$(BIN)/ruff check .

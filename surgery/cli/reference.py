@@ -1,22 +1,23 @@
-"""A page of reference for each pass, in Markdown, from its docstring and its options."""
+"""A page of reference for each pass and each objective, in Markdown, from its docstring and its options."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from surgery.files import write_text
 from surgery.pass_base import GraphPass, RewritePass, SelectPass
 from surgery.pipeline import describe_options
-from surgery.plugins import PassInfo, Plugins
+from surgery.plugins import Info, ObjectiveInfo, PassInfo, Plugins
 
 
 def page(info: PassInfo) -> str:
     """What `surgery passes NAME` says, as a page."""
     cls = info.cls
-    lines = [f"# {info.name}", "", inspect.cleandoc(cls.__doc__ or ""), ""]
-    facts = [f"From `{info.distribution}`."]
+    facts = []
     if issubclass(cls, SelectPass):
         facts.append("It selects what trains and changes no graph.")
     elif issubclass(cls, RewritePass):
@@ -34,8 +35,26 @@ def page(info: PassInfo) -> str:
         if names:
             facts.append(f"{word} {', '.join(f'`{name}`' for name in names)}.")
     facts += [f"Not with `{name}`: {why}." for name, why in cls.conflicts.items()]
-    lines += [" ".join(facts), "", "| option | type | default | |", "|---|---|---|---|"]
-    for row in describe_options(cls):
+    return _page(info, facts)
+
+
+def objective_page(info: ObjectiveInfo) -> str:
+    """What `surgery objectives NAME` says, as a page."""
+    cls = info.cls
+    facts = [f"The best checkpoint is that of the {'largest' if cls.larger else 'smallest'} {cls.metric}."]
+    if cls.guesses:
+        guessed = "; ".join(
+            f"`--{option.replace('_', '-')}`: {', '.join(names)}" for option, names in cls.guesses.items()
+        )
+        facts.append(f"Columns that are looked for where none is named: {guessed}.")
+    return _page(info, facts)
+
+
+def _page(info: Info[Any], facts: Sequence[str]) -> str:
+    lines = [f"# {info.name}", "", inspect.cleandoc(info.cls.__doc__ or ""), ""]
+    lines += [" ".join([f"From `{info.distribution}`.", *facts]), ""]
+    lines += ["| option | type | default | |", "|---|---|---|---|"]
+    for row in describe_options(info.cls):
         default = (
             "required" if row["required"] else "" if row["default"] in (None, "") else f"`{row['default']}`"
         )
@@ -49,10 +68,10 @@ def _escape(text: str) -> str:
     return re.sub(r"\|", r"\\|", str(text))
 
 
-def index(plugins: Plugins) -> str:
-    """The list of passes, with the first sentence of each."""
-    rows = ["# Passes", "", "Written by `make docs` from the docstrings.", ""]
-    for info in sorted(plugins.passes.values(), key=lambda i: i.name):
+def _index(title: str, registered: Mapping[str, Info[Any]]) -> str:
+    """The list of what is registered, with the first sentence of each."""
+    rows = [f"# {title}", "", "Written by `make docs` from the docstrings.", ""]
+    for info in sorted(registered.values(), key=lambda i: i.name):
         paragraph = inspect.cleandoc(info.cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
         first = re.split(r"(?<=[^l]\.) (?=[A-Z`])", paragraph)[0]  # not behind "et al."
         rows.append(f"- [`{info.name}`]({info.name}.md): {first}")
@@ -60,14 +79,20 @@ def index(plugins: Plugins) -> str:
 
 
 def pages(plugins: Plugins) -> dict[str, str]:
-    """Every page by file name."""
+    """Every page of a pass by file name, with the list of them."""
     found = {f"{info.name}.md": page(info) for info in plugins.passes.values()}
-    return {"README.md": index(plugins), **found}
+    return {"README.md": _index("Passes", plugins.passes), **found}
 
 
-def write_pages(plugins: Plugins, folder: Path) -> list[Path]:
-    """Write every page into a folder. Raises SurgeryError where it cannot be written."""
+def objective_pages(plugins: Plugins) -> dict[str, str]:
+    """Every page of an objective by file name, with the list of them."""
+    found = {f"{info.name}.md": objective_page(info) for info in plugins.objectives.values()}
+    return {"README.md": _index("Objectives", plugins.objectives), **found}
+
+
+def write_pages(made: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write pages into a folder. Raises SurgeryError where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in pages(plugins).items():
+    for name, text in made.items():
         write_text(folder / name, text)
-    return [folder / name for name in pages(plugins)]
+    return [folder / name for name in made]

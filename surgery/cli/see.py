@@ -16,7 +16,7 @@ from rich.tree import Tree
 from surgery.cli.data import data_option, read_data
 from surgery.cli.options import json_option, model_options
 from surgery.cli.pass_groups import PassCommand, parse_groups
-from surgery.cli.reference import write_pages
+from surgery.cli.reference import pages, write_pages
 from surgery.cli.render import console, count, note_unfrozen, site_row, trainable_line
 from surgery.difference import diff as diff_programs
 from surgery.errors import SurgeryError
@@ -88,17 +88,20 @@ def _site_text(program: Program, site: Any, leaf: str) -> Text:
     return text
 
 
-@click.command()
-@click.argument("name", required=False)
-@click.option(
+write_option = click.option(
     "--write", type=click.Path(path_type=Path), metavar="DIR", help="Write a page of reference for each."
 )
+
+
+@click.command()
+@click.argument("name", required=False)
+@write_option
 @json_option
 @click.pass_obj
 def passes(plugins: Plugins, name: str | None, write: Path | None, as_json: bool) -> None:
     """List passes with the distribution each comes from, or one pass's options."""
     if write is not None:
-        console().print(f"wrote {len(write_pages(plugins, write))} pages into {write}")
+        console().print(f"wrote {len(write_pages(pages(plugins), write))} pages into {write}")
         return
     if name is None:
         list_registered(plugins.passes, "pass", as_json)

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from surgery.cli.options import json_option, model_options, output_option, overwrite_option
 from surgery.cli.pass_groups import GroupCommand
+from surgery.cli.reference import objective_pages, write_pages
 from surgery.cli.render import console, trainable_line
-from surgery.cli.see import list_registered, show_registered
+from surgery.cli.see import list_registered, show_registered, write_option
 from surgery.configured import Configured
 from surgery.errors import SurgeryError, TrainingError
 from surgery.files import refuse_taken
@@ -243,10 +244,14 @@ class _Live(Watcher):
 
 @click.command()
 @click.argument("name", required=False)
+@write_option
 @json_option
 @click.pass_obj
-def objectives(plugins: Plugins, name: str | None, as_json: bool) -> None:
+def objectives(plugins: Plugins, name: str | None, write: Path | None, as_json: bool) -> None:
     """List objectives with the distribution each comes from, or one objective's options."""
+    if write is not None:
+        console().print(f"wrote {len(write_pages(objective_pages(plugins), write))} pages into {write}")
+        return
     if name is None:
         list_registered(plugins.objectives, "objective", as_json)
         return
