@@ -19,7 +19,11 @@ from benchmarks.models import MissingPeer
 from benchmarks.timing import Row
 
 NAMES = ("match", "step", "in_place", "merge", "onnx_latency", "generation")
-APART = ("patterns", "prune")  # run where they are named: long, or with peers that the set-up does not have
+APART = (
+    "patterns",
+    "prune",
+    "training",
+)  # run where they are named: long, or with peers that the set-up does not have
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -115,7 +115,8 @@ class _Stages:
             program = work()
             save(program, path)
         self.done.append(name)
-        self._say(f"{path} is there" if there else f"{trainable_line(program)}; wrote {path}")
+        trains = f"{trainable_line(program)}; " if name == "adapted" and not there else ""
+        self._say(f"{path} is there" if there else f"{trains}wrote {path}")
         if save is write_hf:
             return self.loader(f"hf:{path}", self.wanted)
         return self._load(path) if there else program
