@@ -1,10 +1,11 @@
 """`make techniques`: every technique of the catalogue on eight models, each cell the outcome of the conformance kit.
 
-    python -m tests.techniques [--only NAME,…] [--models NAME,…] [--workers 2] [--resume] [--renew]
+    python -m tests.techniques [--only NAME,…] [--models NAME,…] [--workers 2] [--resume | --missing]
 
-About an hour on two cores; --resume goes on where an earlier run of the same sources stopped, --renew makes what
---only and --models name again and keeps all other cells, of whatever sources: the page says how many are of which.
-Writes docs/techniques.md and out/techniques.json; exit code 1 where a mandatory cell is not a pass.
+Hours on two cores, so cells are kept in docs/techniques.json as they are made, and those not asked for stay, of
+whatever sources: the page says how many are of which. --resume makes only those that are not there of these sources,
+--missing those that are not there at all. Writes docs/techniques.md once every cell is there; exit code 1 where a
+mandatory one is not a pass.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TITLES = {
     "minilm": "MiniLM", "smollm2": "SmolLM2", "t5": "T5", "vit": "ViT", "resnet18": "ResNet-18",
     "wav2vec2": "wav2vec2", "mixtral": "Mixtral", "mamba": "Mamba",
 }  # fmt: skip
-PAGE, KEPT = Path("docs/techniques.md"), Path("out/techniques.json")
+PAGE, KEPT = Path("docs/techniques.md"), Path("docs/techniques.json")
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,10 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def table(techniques: list[Technique], models: list[str], workers: int, known: list[Cell]) -> list[Cell]:
-    """Every cell; those that are known are not made again."""
+def table(wanted: list[tuple[str, str]], workers: int, kept: dict[tuple[str, str], Cell]) -> None:
+    """Make cells, and put them among those that are kept."""
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
-    there = {(c.technique, c.model): c for c in known}
-    every = [(technique.name, model) for model in models for technique in techniques]
-    wanted = [pair for pair in every if pair not in there]
     for job in [*wanted, *[None] * workers]:
         jobs.put(job)
     processes = [context.Process(target=_work, args=(jobs, results)) for _ in range(workers)]
@@ -123,8 +121,8 @@ def table(techniques: list[Technique], models: list[str], workers: int, known: l
         process.start()
     for number in range(len(wanted)):
         done = results.get()
-        there[done.technique, done.model] = done
-        _keep(list(there.values()))
+        kept[done.technique, done.model] = done
+        _keep(list(kept.values()))
         said = done.detail if done.outcome != "passed" else f"{done.passed} checks"
         print(
             f"{number + 1:3}/{len(wanted)} {done.technique:<32} {done.model:<9} {done.seconds:5.0f} s  "
@@ -133,7 +131,6 @@ def table(techniques: list[Technique], models: list[str], workers: int, known: l
         )
     for process in processes:
         process.join()
-    return [there[pair] for pair in every]
 
 
 def _keep(cells: list[Cell]) -> None:
@@ -141,12 +138,12 @@ def _keep(cells: list[Cell]) -> None:
     KEPT.write_text(json.dumps({"cells": [asdict(c) for c in cells]}, indent=1))
 
 
-def _kept(of_any: bool = False) -> list[Cell]:
-    """The cells of an earlier run; failed ones, and (but for of_any) those of other sources, left out."""
+def _kept() -> dict[tuple[str, str], Cell]:
+    """The cells of earlier runs."""
     if not KEPT.exists():
-        return []
+        return {}
     cells = [Cell(**row) for row in json.loads(KEPT.read_text())["cells"]]
-    return [c for c in cells if of_any or (c.sources == sources() and c.outcome != "failed")]
+    return {(c.technique, c.model): c for c in cells}
 
 
 def markdown(techniques: list[Technique], models: list[str], cells: list[Cell]) -> str:
@@ -159,7 +156,7 @@ def markdown(techniques: list[Technique], models: list[str], cells: list[Cell]) 
         f"Written by `make techniques` on {date.today()}; no cell is written by hand. Sources (first digits of their",
         f"hash, number of cells): {', '.join(f'{h[:8]} {n}' for h, n in made.most_common())}. A number is how many",
         "checks of `surgery.testing.check_pass` a technique passed on a model (n/a: not applicable, with the reason in",
-        "`out/techniques.json`); *refused* is the pass's own refusal, listed below. MiniLM and SmolLM2 are the real",
+        "`techniques.json`); *refused* is the pass's own refusal, listed below. MiniLM and SmolLM2 are the real",
         "checkpoints cut to their first two layers, ResNet-18 is timm's at full size with random weights, the others",
         "tiny and random. A cell in which the technique has to work is marked •.",
         "",
@@ -195,35 +192,39 @@ def main() -> int:
     parser.add_argument("--models", default="", help="models, comma-separated (all by default)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
-        "--resume", action="store_true", help="keep the cells of an earlier run of the same sources"
+        "--resume", action="store_true", help="keep cells that did not fail, of these sources"
     )
-    parser.add_argument(
-        "--renew", action="store_true", help="make the named cells again, and keep all others"
-    )
+    parser.add_argument("--missing", action="store_true", help="keep cells that did not fail, of any sources")
     asked = parser.parse_args()
     only = [name.strip() for name in asked.only.split(",") if name.strip()]
     models = [name.strip() for name in asked.models.split(",") if name.strip()] or list(MODELS)
     techniques = [t for t in catalogue() if not only or t.name in only or t.name.split()[0] in only]
-    known = _kept(of_any=True) if asked.renew else _kept() if asked.resume else []
-    if asked.renew:
-        known = [c for c in known if c.technique not in {t.name for t in techniques} or c.model not in models]
-        techniques, models = catalogue(), list(MODELS)
-    cells = table(techniques, models, asked.workers, known)
-    _keep(cells)
+    every = [(technique.name, model) for model in MODELS for technique in catalogue()]
+    kept = {pair: cell for pair, cell in _kept().items() if pair in every}
+    now = sources()
+
+    def stays(cell: Cell | None) -> bool:
+        if cell is None or cell.outcome == "failed":
+            return False
+        return asked.missing or (asked.resume and cell.sources == now)
+
+    names = {technique.name for technique in techniques}
+    wanted = [pair for pair in every if pair[0] in names and pair[1] in models and not stays(kept.get(pair))]
+    table(wanted, asked.workers, kept)
+    techniques, models = catalogue(), list(MODELS)
+    cells = [kept[pair] for pair in every if pair in kept]
     missing = [
         c for t in techniques for c in cells
         if c.technique == t.name and c.model in t.mandatory and c.outcome != "passed"
     ]  # fmt: skip
     failed = [c for c in cells if c.outcome == "failed" and c not in missing]
-    if len(cells) == len(catalogue()) * len(MODELS):
+    if len(cells) == len(every):
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(markdown(techniques, models, cells))
         print(f"wrote {PAGE}")
     counts = {kind: sum(c.outcome == kind for c in cells) for kind in ("passed", "refused", "failed")}
-    print(
-        f"{len(techniques)} techniques on {len(models)} models: "
-        + ", ".join(f"{n} {k}" for k, n in counts.items())
-    )
+    said = ", ".join(f"{n} {k}" for k, n in counts.items())
+    print(f"{len(cells)} of {len(every)} cells: {said}")
     for c in [*missing, *failed]:
         print(f"  {c.technique} on {c.model}: {c.outcome}: {c.detail}")
     return 1 if missing or failed else 0
