@@ -9,6 +9,7 @@ import json
 import math
 import sys
 import warnings
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from rich.table import Table
 from benchmarks.models import MissingPeer
 from benchmarks.timing import Row
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("match", "step", "in_place", "merge", "onnx_latency", "generation")
 APART = (
     "patterns",
@@ -35,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         "--threads", type=int, default=1, help="of torch and onnxruntime (1: CPU time is taken)"
     )
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks.json"))
+    parser.add_argument("--write", action="store_true", help="write a page of each into benchmarks/ too")
     asked = parser.parse_args(argv)
     unknown = [name for name in asked.names if name not in (*NAMES, *APART)]
     if unknown:
@@ -53,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         except MissingPeer as error:
             missing.append(f"{name}: {error}")
     _print(rows, asked.threads)
+    for name in dict.fromkeys(row.benchmark for row in rows) if asked.write else ():
+        page = _page(name, [row for row in rows if row.benchmark == name], asked.threads)
+        (ROOT / "benchmarks" / f"{name}.md").write_text(page)
     for line in missing:
         print(line, file=sys.stderr)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +85,29 @@ def _print(rows: list[Row], threads: int) -> None:
         met = {None: "", True: "yes", False: "no"}[row.met]
         table.add_row(row.what, _value(row.ours, row.unit), peer, ratio, spread, aim, met, row.note)
     Console(width=None if sys.stdout.isatty() else 190).print(table)
+
+
+def _page(name: str, rows: list[Row], threads: int) -> str:
+    """The rows of one benchmark, in Markdown."""
+    clock = "CPU time of one thread" if threads == 1 else f"wall time, {threads} threads"
+    about = (importlib.import_module(f"benchmarks.{name}").__doc__ or "").strip()
+    lines = [
+        f"# {name}",
+        "",
+        f"`python -m benchmarks {name} --write` wrote this page on {date.today()}.",
+        "",
+        about,
+    ]
+    lines += ["", f"Medians of interleaved rounds, {clock}; ratio: ours over the peer's, with quartiles.", ""]
+    lines += ["| what | ours | peer | ratio | quartiles | aim | note |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
+        spread = "" if row.low is None or row.high is None else f"{row.low:.3g}–{row.high:.3g}"
+        aim = "" if row.aim is None else f"≤ {row.aim:.3g}: {'met' if row.met else '**missed**'}"
+        peer = f"{_value(row.peer, row.unit)} {row.peer_name}".strip()
+        cells = (row.what, _value(row.ours, row.unit), peer, ratio, spread, aim, row.note)
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _value(value: float | None, unit: str) -> str:

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import warnings
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,49 @@ def one(kind: str, out: Path, quick: bool) -> dict[str, Any]:
     return found
 
 
+Lines = tuple[str, tuple[str, ...], list[list[str]]]
+
+
+def _trained(results: list[dict[str, Any]]) -> Lines:
+    header = ("base", "perplexity", "trained", "last loss", "loaded", "peak", "CPU seconds")
+    lines = []
+    for row in results:
+        memory = [f"{row[name]:,.0f} MB" for name in ("loaded", "peak")]
+        scores = [f"{row[name]:.3f}" for name in ("before", "after", "loss")]
+        lines.append([row["base"], *scores, *memory, f"{row['seconds']:.0f}"])
+    return "LoRA on SmolLM2", header, lines
+
+
+def _merged(results: list[dict[str, Any]]) -> Lines:
+    title = f"Merged into the codes (budget: {BUDGET:.0%} of what the adapter adds)"
+    header = ("base", "way", "perplexity", "sites", "mean error", "worst", "lost of the adapter")
+    lines = []
+    for row in results:
+        for way, found in row["merged"].items():
+            if "refused" in found:
+                lines.append([row["base"], way, found["refused"][:90], "", "", "", ""])
+                continue
+            said = ", ".join(f"{count} {how}" for how, count in found.get("how", {}).items())
+            errors = [f"{found[name]:.2%}" if name in found else "" for name in ("mean", "worst", "lost")]
+            lines.append([row["base"], way, f"{found['perplexity']:.3f}", said, *errors])
+    return title, header, lines
+
+
+def _page(*tables: Lines) -> str:
+    said = ["# QLoRA", "", f"`python -m benchmarks.qlora --write` wrote this page on {date.today()}.", ""]
+    said += [(__doc__ or "").strip(), ""]
+    for title, header, lines in tables:
+        said += [f"## {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        said += [f"| {' | '.join(line)} |" for line in lines] + [""]
+    return "\n".join(said)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.qlora", description=(__doc__ or "").split(":")[0]
     )
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/qlora.md")
     parser.add_argument("--one", choices=BASES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args(argv)
@@ -146,27 +185,13 @@ def main(argv: list[str] | None = None) -> int:
             subprocess.run([*line, *(["--quick"] if asked.quick else [])], check=True, cwd=ROOT)
             results.append(json.loads(out.read_text()))
     console = Console(width=None if sys.stdout.isatty() else 150)
-    table = Table(
-        "base", "perplexity", "trained", "last loss", "loaded", "peak", "CPU seconds", title="LoRA on SmolLM2"
-    )
-    for row in results:
-        memory = [f"{row[name]:,.0f} MB" for name in ("loaded", "peak")]
-        scores = [f"{row[name]:.3f}" for name in ("before", "after", "loss")]
-        table.add_row(row["base"], *scores, *memory, f"{row['seconds']:.0f}")
-    console.print(table)
-    title = f"merged into the codes (budget: {BUDGET:.0%} of what the adapter adds)"
-    table = Table(
-        "base", "way", "perplexity", "sites", "mean error", "worst", "lost of the adapter", title=title
-    )
-    for row in results:
-        for way, found in row["merged"].items():
-            if "refused" in found:
-                table.add_row(row["base"], way, f"[yellow]{found['refused'][:90]}[/yellow]")
-                continue
-            said = ", ".join(f"{count} {how}" for how, count in found.get("how", {}).items())
-            errors = [f"{found[name]:.2%}" if name in found else "" for name in ("mean", "worst", "lost")]
-            table.add_row(row["base"], way, f"{found['perplexity']:.3f}", said, *errors)
-    console.print(table)
+    for title, header, lines in (_trained(results), _merged(results)):
+        table = Table(*header, title=title)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    if asked.write:
+        (ROOT / "benchmarks" / "qlora.md").write_text(_page(_trained(results), _merged(results)))
     return 0
 
 
