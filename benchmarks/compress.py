@@ -12,11 +12,12 @@ after compression: what fine-tuning wins back is not in here.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from surgery.errors import SurgeryError
 from surgery.export.runtime import OnnxModel
 
 ROWS = (1, 16)
+KEPT = ROOT / "benchmarks" / "compress.json"
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,18 @@ def markdown(results: list[Result], measures: Mapping[str, str], threads: int) -
     return "\n".join(lines)
 
 
+def _write(results: list[Result], measures: Mapping[str, str], threads: int) -> None:
+    """The page, with what it held of other subjects."""
+    kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {"results": [], "measures": {}}
+    all_measures = {**kept["measures"], **measures}
+    others = [Result(**row) for row in kept["results"] if row["subject"] not in measures]
+    every = [*others, *results]
+    KEPT.write_text(
+        json.dumps({"measures": all_measures, "results": [asdict(row) for row in every]}, indent=1)
+    )
+    (ROOT / "benchmarks" / "compress.md").write_text(markdown(every, all_measures, threads))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compress", description=(__doc__ or "").split(":")[0]
@@ -222,7 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the digits only, few rounds")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="digits, lee, film, smollm2")
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime (1: CPU time is taken)")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/compress.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write benchmarks/compress.md, other subjects as they were in it"
+    )
     asked = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(asked.threads)
@@ -243,11 +259,11 @@ def main(argv: list[str] | None = None) -> int:
         found = list(evaluate(made, 3 if asked.quick else 15))
         order = [format.name for format in FORMATS]
         results += sorted(found, key=lambda row: order.index(row.format))
+        if asked.write:
+            _write(results, measures, asked.threads)
     Console(width=None if sys.stdout.isatty() else 150).print(table(results, measures))
     for line in missing:
         print(line, file=sys.stderr)
-    if asked.write:
-        (ROOT / "benchmarks" / "compress.md").write_text(markdown(results, measures, asked.threads))
     return 1 if missing else 0
 
 
