@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             missing.append(str(error))
             continue
         measures[made.name] = "; ".join([made.measure, *made.notes])
-        found = list(evaluate(made, 3 if asked.quick else 15))
+        found = list(evaluate(made, 3 if asked.quick else 7))
         order = [format.name for format in FORMATS]
         results += sorted(found, key=lambda row: order.index(row.format))
         if asked.write:
