@@ -125,3 +125,15 @@ def test_training_makes_up_for_ternary_weights():
     assert accuracy(after) < accuracy(floats) - 0.03
     assert accuracy(converted) > accuracy(after) + 0.03
     assert observe(aware.run(x[held]), converted.run(x[held])).equal
+
+
+def test_the_kit_on_a_tied_weight_that_is_not_rounded():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)
+    ).eval()
+    module[2].weight = module[0].weight
+    base = surgery.capture(module, (torch.randn(4, 32),))
+    rounded = base.apply(surgery.FakeQuant(target="path:4", format="int8"))
+    report = check_pass(surgery.Convert(), rounded, checks=("tied",))
+    assert report.skipped["tied"] == "the pass passes tied weights over"

@@ -165,7 +165,12 @@ def tied(case: Case) -> str:
     here = case.pass_.model_copy(update={"target": exactly(sites)})
     plan = case.program.plan(here, freeze_base=False).passes[-1]
     if not plan.accepted:
-        raise Skip(f"{plan.refused[0].site.path} is tied, and refused: {plan.refused[0].refusal}")
+        first = next(iter(plan.refused), None)
+        raise Skip(
+            f"{first.site.path} is tied, and refused: {first.refusal}"
+            if first
+            else "the pass passes tied weights over"
+        )
     adapted = case.fresh(here)
     for planned in plan.accepted:
         _still_tied(case, adapted, planned.site)
