@@ -23,6 +23,7 @@ from surgery.training.setting import Row, Setting
 
 if TYPE_CHECKING:
     from surgery.program import Program
+    from surgery.training.data import Examples
 
 Batch = dict[str, Any]
 
@@ -86,6 +87,13 @@ class Objective(Configured):
         """How long an example is: batches are of similar length, so that little is padding."""
         return len(example.get("input_ids", ()))
 
+    def epoch(self, data: Examples, batch: int, draw: Generator | None) -> list[list[int]]:
+        """The numbers of the examples of each batch: of an epoch, or (draw None) of all held-out ones, shortest first."""
+        if draw is not None:
+            return self.batches(data.sizes, batch, draw)
+        order = sorted(range(len(data)), key=data.sizes.__getitem__)
+        return [order[i : i + batch] for i in range(0, len(order), batch)]
+
     def batches(self, sizes: Sequence[int], batch: int, draw: Generator) -> list[list[int]]:
         """One epoch: the numbers of the examples of each batch. sizes: of all of them."""
         order = torch.randperm(len(sizes), generator=draw).tolist()
@@ -99,11 +107,12 @@ class Objective(Configured):
         raise NotImplementedError
 
     def companions(self, program: Program) -> Mapping[str, nn.Module]:
-        """Other modules that it reads beside the one that trains: a teacher, the program without its adapters."""
+        """Other modules that it reads beside the one that trains: a teacher, the program without its adapters; and what
+        it learns itself (see surgery.training.learned)."""
         return {}
 
     def complete(self, batch: Batch, companions: Mapping[str, nn.Module]) -> Batch:
-        """The batch with what companions say of it; runs without gradients."""
+        """The batch with what companions say of it, and with what is learned; runs without gradients."""
         return batch
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
