@@ -5,6 +5,7 @@ from __future__ import annotations
 from surgery.hookspecs import hookimpl
 from surgery.training.objectives.causal_lm import CausalLm
 from surgery.training.objectives.classification import Classification
+from surgery.training.objectives.contrastive import Contrastive
 from surgery.training.objectives.dpo import Dpo
 from surgery.training.objectives.masked_lm import MaskedLm
 from surgery.training.objectives.regression import Regression
@@ -14,12 +15,13 @@ from surgery.training.objectives.sft import Sft
 
 @hookimpl
 def surgery_objectives() -> list[type]:
-    return [Classification, Regression, CausalLm, MaskedLm, Sft, Reward, Dpo]
+    return [Classification, Regression, CausalLm, MaskedLm, Sft, Reward, Dpo, Contrastive]
 
 
 __all__ = [
     "CausalLm",
     "Classification",
+    "Contrastive",
     "Dpo",
     "MaskedLm",
     "Regression",
