@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
@@ -24,7 +24,10 @@ from surgery.pipeline import describe_options
 from surgery.plugins import Plugins
 from surgery.program import Program
 from surgery.training.checkpoint import Checkpoints
+from surgery.training.data import Rows, read_rows, split
+from surgery.training.objective import Objective
 from surgery.training.settings import Settings
+from surgery.training.tables import joined
 from surgery.training.watching import TensorBoard, Watcher
 
 
@@ -70,9 +73,9 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--data",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="JSONL, CSV, Parquet or text files of one format, or a directory; may be repeated.",
+    metavar="[NAME=]FILE",
+    help="JSONL, CSV, Parquet or text files of one format, or a directory; may be repeated. NAME: of the task that "
+    "learns from it, where there are several.",
 )
 @click.option(
     "--held-out",
@@ -93,7 +96,7 @@ def train(
     ctx: click.Context,
     model: str,
     output: Path,
-    data: tuple[Path, ...],
+    data: tuple[str, ...],
     held_out: str,
     tokenizer: str | None,
     resume: bool,
@@ -108,7 +111,6 @@ def train(
 
     Checkpoints and the log lie in DIR.run; --resume goes on there, to the weights that an uninterrupted run has.
     """
-    from surgery.training.data import read_rows, split
     from surgery.training.loop import Loop
     from surgery.training.tokenizers import find_tokenizer
 
@@ -128,9 +130,7 @@ def train(
             )
         if is_main:
             Checkpoints(run).clear()
-    share = _share(held_out)
-    rows = read_rows(data, () if share is not None else (Path(held_out),))
-    rows = split(rows, share or 0.0, settings.seed)
+    rows = _rows(data, held_out, objective, settings.seed)
     program = loader(model)
     out = console()
     watchers: list[Watcher] = [] if as_json or not is_main else [_Live(out, objective.metric)]
@@ -157,6 +157,27 @@ def train(
         f"the best of {result.steps} steps is {result.best}" if result.metrics else f"{result.steps} steps"
     )
     out.print(f"{which}{early}; wrote {output} (log: {run / 'log.jsonl'})")
+
+
+def _rows(data: Sequence[str], held_out: str, objective: Objective, seed: int) -> Rows:
+    """The rows of all files, some of them held out; of an objective of several data sets, of all of these."""
+    share = _share(held_out)
+    if not objective.several:
+        rows = read_rows([Path(name) for name in data], () if share is not None else (Path(held_out),))
+        return split(rows, share or 0.0, seed)
+    if share is None:
+        raise TrainingError(
+            f"--held-out {held_out}: of several data sets give a share, or directories that have splits of their own"
+        )
+    files: dict[str, list[Path]] = {}
+    for text in data:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise TrainingError(
+                f"--data {text}: objective {objective.name!r} reads several; write NAME={text}"
+            )
+        files.setdefault(name, []).append(Path(path))
+    return joined({name: split(read_rows(paths), share, seed) for name, paths in files.items()})
 
 
 def _share(text: str) -> float | None:
