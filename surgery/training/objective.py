@@ -33,6 +33,7 @@ class Objective(Configured):
 
     guesses: options that name a column -> names under which it is looked for where the option is not given. metric:
     of what `metrics` gives, that by which the best checkpoint is chosen; larger: whether more of it is better.
+    several: whether its rows are those of several data sets, by name (see surgery.training.tables).
     """
 
     kind: ClassVar[str] = "objective"
@@ -40,6 +41,7 @@ class Objective(Configured):
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     metric: ClassVar[str] = "loss"
     larger: ClassVar[bool] = False
+    several: ClassVar[bool] = False
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
         """The column for each option in `guesses`. Raises TrainingError where one is missing."""
@@ -88,7 +90,7 @@ class Objective(Configured):
         return len(example.get("input_ids", ()))
 
     def epoch(self, data: Examples, batch: int, draw: Generator | None) -> list[list[int]]:
-        """The numbers of the examples of each batch: of an epoch, or (draw None) of all held-out ones, shortest first."""
+        """The numbers of the examples of each batch: of an epoch, or (draw None) of all held-out, shortest first."""
         if draw is not None:
             return self.batches(data.sizes, batch, draw)
         order = sorted(range(len(data)), key=data.sizes.__getitem__)

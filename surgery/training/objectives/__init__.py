@@ -8,6 +8,7 @@ from surgery.training.objectives.classification import Classification
 from surgery.training.objectives.contrastive import Contrastive
 from surgery.training.objectives.dpo import Dpo
 from surgery.training.objectives.masked_lm import MaskedLm
+from surgery.training.objectives.multi_task import MultiTask
 from surgery.training.objectives.regression import Regression
 from surgery.training.objectives.reward import Reward
 from surgery.training.objectives.sft import Sft
@@ -15,7 +16,7 @@ from surgery.training.objectives.sft import Sft
 
 @hookimpl
 def surgery_objectives() -> list[type]:
-    return [Classification, Regression, CausalLm, MaskedLm, Sft, Reward, Dpo, Contrastive]
+    return [Classification, Regression, CausalLm, MaskedLm, Sft, Reward, Dpo, Contrastive, MultiTask]
 
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Contrastive",
     "Dpo",
     "MaskedLm",
+    "MultiTask",
     "Regression",
     "Reward",
     "Sft",

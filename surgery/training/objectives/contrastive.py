@@ -34,11 +34,12 @@ class Contrastive(Objective):
     the nearest text of the batch that is farther than p (semi-hard), or the farthest where none is. Of several
     processes each has the negatives of its own batch.
 
-    e is the output, pooled over tokens where it has these: `last_hidden_state`, or a projection that a pass grafted
-    (`--pass head --mode add --head-name proj --labels 128 --pool mean`, then `--vector logits_proj`; with `--pass expand
-    --side dense --target path:head_proj --activation gelu` behind it, a non-linear one). The figures are the loss, from whose smallest value the best checkpoint is, how often an anchor's own positive is the nearest of
-    all held-out ones (accuracy), and the mean of one over its rank (mrr). For simcse these are of the views of
-    dropout, or, where a column holds positives, of the pairs: infonce of them without dropout.
+    e is the output, pooled over tokens where it has these: `last_hidden_state`, or a projection that passes grafted
+    (`--pass head --mode add --head-name proj --labels 128 --pool mean`, then `--vector logits_proj`; with `--pass
+    expand --side dense --target path:head_proj --activation gelu` behind it, a non-linear one). The figures are the
+    loss, from whose smallest value the best checkpoint is, how often an anchor's own positive is the nearest of all
+    held-out ones (accuracy), and the mean of one over its rank (mrr). For simcse these are of the views of dropout,
+    or, where a column holds positives, of the pairs: infonce of them without dropout.
     """
 
     name: ClassVar[str] = "contrastive"
