@@ -54,13 +54,11 @@ def taught(teacher):
 
 
 @pytest.fixture(autouse=True)
-def once(request, monkeypatch):
-    """The teacher is captured once for most tests."""
-    if "command" not in request.node.name:
-        teacher, taught, load = *map(request.getfixturevalue, ("teacher", "taught")), surgery.load
-        monkeypatch.setattr(
-            "surgery.loading.load", lambda ref, **more: taught if ref == teacher else load(ref, **more)
-        )
+def known(teacher, taught, monkeypatch):
+    """Programs that are loaded once, by their reference; a test may add others."""
+    programs, load = {teacher: taught}, surgery.load
+    monkeypatch.setattr("surgery.loading.load", lambda ref, **more: programs.get(ref) or load(ref, **more))
+    return programs
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +155,13 @@ def test_attention_scores(student, teacher, taught, texts):
             objective.loss(Body(student, "live").model, batch)
 
 
-def test_a_language_model_is_taught_where_its_labels_are(llama_folder, tmp_path):
+def test_a_language_model_is_taught_where_its_labels_are(llama_folder, tmp_path, known):
     program = surgery.load(f"hf:{llama_folder}")
     moved = program.apply(surgery.Lora(target="attn.*", rank=2))
     for name, tensor in moved.tensors.items():
         tensor.data.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
-    moved.save(tmp_path / "teacher")
-    objective = Distill(teacher=str(tmp_path / "teacher"), of="causal-lm", alpha=0.5)
+    known["moved"] = moved
+    objective = Distill(teacher="moved", of="causal-lm", alpha=0.5)
     batch, _ = batch_of(program, objective, write(tmp_path / "t.jsonl", KINDS))
     at = batch["labels"] != IGNORED
     with torch.no_grad():
@@ -208,9 +206,9 @@ def test_a_smaller_program_learns_and_resumes_bit_for_bit(student, teacher, text
     assert logs[0] == logs[1]
 
 
-def test_the_command_saves_the_student_alone(student, teacher, texts, tmp_path, capsys):
-    student.save(tmp_path / "student")
-    line = ["train", str(tmp_path / "student"), "--objective", "distill", "--teacher", teacher, "--of"]
+def test_the_command_saves_the_student_alone(student, teacher, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: student.apply(surgery.Full()))
+    line = ["train", "hf:small", "--objective", "distill", "--teacher", teacher, "--of"]
     line += ["classification,text=text", "--hint", HINT[0], "--attention", ATTENTION[0], "--data", str(texts)]
     line += ["--form", "graph", "--steps", "2", "--held-out", "0.25", "--json", "-o", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as caught:
@@ -248,7 +246,7 @@ def test_wrong_options(options, said):
     assert said in str(caught.value)
 
 
-def test_teachers_and_places_that_do_not_suit(student, teacher, taught, texts, tmp_path, bert_folder):
+def test_teachers_and_places_that_do_not_suit(student, teacher, taught, known, texts, tmp_path, bert_folder):
     def refused(**options):
         with pytest.raises(TrainingError) as caught:
             batch_of(student, Distill(**{"teacher": teacher, **options}), texts)
@@ -268,11 +266,8 @@ def test_teachers_and_places_that_do_not_suit(student, teacher, taught, texts, t
     assert "the teacher's 'dense' is " in refused(hint=("encoder.layer.0=dense",))
     assert "the values have 3 and 2 axes" in refused(hint=("bert.encoder.layer.0=bert.pooler",))
     assert "holds 2 ops scaled_dot_product_attention" in refused(attention=("encoder.layer.0=encoder",))
-    wider = taught.apply(surgery.Head(mode="replace", labels=3))
-    wider.save(tmp_path / "wider")
-    assert "the teacher's 'logits' has 3 classes, and the program's 2; give" in refused(
-        teacher=str(tmp_path / "wider")
-    )
+    known["wider"] = taught.apply(surgery.Head(mode="replace", labels=3))
+    assert "the teacher's 'logits' has 3 classes, and the program's 2; give" in refused(teacher="wider")
     encoder = refused(teacher=f"hf:{bert_folder}")
     assert (
         "the teacher has no output 'logits'; it gives last_hidden_state, pooler_output; load it with"

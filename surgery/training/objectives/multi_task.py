@@ -166,7 +166,8 @@ class MultiTask(Objective):
         ready: list[list[int]] = []
         for name, count in self.shares({n: len(numbers) for n, numbers in places.items()}, batch).items():
             numbers, objective = places[name], self.tasks[name]
-            sizes, chosen = [data.sizes[i] for i in numbers], []
+            sizes = [data.sizes[i] for i in numbers]
+            chosen: list[list[int]] = []
             while len(chosen) < count:
                 chosen += objective.batches(sizes, batch, draw)
             ready += [[numbers[i] for i in each] for each in chosen[:count]]
