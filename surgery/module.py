@@ -108,7 +108,10 @@ class ProgramModule(nn.Module):
         return compiled[training]
 
     def variant(self, training: bool, change: Callable[[fx.Graph], None]) -> fx.GraphModule:
-        """A mode's graph with something changed in a copy of it, over the same tensors."""
+        """A mode's graph with something changed in a copy of it, over the same tensors.
+
+        Quantized weights are kept until the backward pass there: what is recomputed could not be read.
+        """
         plain = self.graph_module(training)
         graph = copy_graph(plain.graph)
         change(graph)
