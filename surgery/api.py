@@ -17,7 +17,8 @@ Patterns    PatternPass; written with pattern, ops, value, constant, number, axi
             dtype_of; looked for with find in an OpIndex: Pattern, Match, NearMiss, Found
 Models      LoadedModel, LoadOptions, from_module
 Objectives  Objective, OnPolicy, TokenObjective, Setting; reference_of, find_tokenizer, imported
-            dialogues: chat_template, chat_tokens, messages_in; the loop: train, Settings, read_rows, split
+            tensors of its own: Learned, among its companions under LEARNED
+            dialogues: chat_template, chat_tokens, messages_in; the loop: train, Settings, read_rows, split, joined
 Programs    Program, load, capture, Entry, Journal, PassReport, make_plugin_manager, Plugins
 Errors      SurgeryError and its kinds, nearest
 """
@@ -96,11 +97,13 @@ from surgery.selecting import Candidates
 from surgery.sites import Site
 from surgery.training.data import read_rows, split
 from surgery.training.dialogues import chat_template, chat_tokens, messages_in
+from surgery.training.learned import LEARNED, Learned
 from surgery.training.loop import train
 from surgery.training.objective import Objective, OnPolicy
 from surgery.training.reference import reference_of
 from surgery.training.setting import Setting
 from surgery.training.settings import Settings
+from surgery.training.tables import joined
 from surgery.training.tokenizers import find_tokenizer
 from surgery.training.tokens import TokenObjective
 from surgery.view import View
@@ -111,6 +114,7 @@ __all__ = [
     "EMBEDDING",
     "EXACT",
     "EXPERTS",
+    "LEARNED",
     "LINEAR",
     "NORM",
     "AddLowRank",
@@ -125,6 +129,7 @@ __all__ = [
     "GraphPass",
     "Journal",
     "JournalError",
+    "Learned",
     "LoadError",
     "LoadOptions",
     "LoadedModel",
@@ -182,6 +187,7 @@ __all__ = [
     "gather_index",
     "hookimpl",
     "imported",
+    "joined",
     "load",
     "make_plugin_manager",
     "maybe",

@@ -40,7 +40,7 @@ class Configured(BaseModel):
             problem = error.errors()[0]
             if not problem["loc"]:  # what a validator says of several options together
                 raise cls.failure(f"{title}: {problem['msg'].removeprefix('Value error, ')}") from None
-            field = ".".join(str(part) for part in problem["loc"])
+            field = ".".join(part for part in problem["loc"] if isinstance(part, str))
             flag = "--" + field.replace("_", "-")
             if problem["type"] == "extra_forbidden":
                 known = [f.alias or n for n, f in cls.model_fields.items()]
@@ -51,4 +51,6 @@ class Configured(BaseModel):
                 raise cls.failure(
                     f"{title}: --as {shown!r} is no name; use letters, digits, - and _"
                 ) from None
-            raise cls.failure(f"{title}: {flag} is {shown!r}: {problem['msg'].lower()}") from None
+            said = problem["msg"].removeprefix("Value error, ")
+            said = said if said != problem["msg"] else said.lower()
+            raise cls.failure(f"{title}: {flag} is {shown!r}: {said}") from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from surgery.graphs import without_replaced
+from surgery.graphs import copy_graph, without_replaced
 from surgery.quantizing.op import dequantize
 from surgery.quantizing.recompute import recomputed
 from surgery.schedule import Clock, Paced, Schedule
@@ -101,19 +101,30 @@ class ProgramModule(nn.Module):
             for node in graph.nodes:  # submodules of higher-order ops
                 if node.op == "get_attr" and not _has(self, node.target):
                     _attach(self, node.target, get(source, node.target))
-            module = fx.GraphModule(self, without_replaced(graph), class_name=self.__dict__["_title"])
-            module.__dict__.update(
-                _parameters=self._parameters, _buffers=self._buffers, _modules=self._modules
-            )
-            for spec in ("_in_spec", "_out_spec"):
-                if hasattr(source, spec) and not hasattr(
-                    module, spec
-                ):  # the graph's own where it adds an output
-                    module.__dict__[spec] = getattr(source, spec)
+            module = self._over(without_replaced(graph), source)
             if any(node.target is dequantize._opoverload for node in graph.nodes):
                 module.__dict__["forward"] = recomputed(module.forward)
             compiled[training] = module
         return compiled[training]
+
+    def variant(self, training: bool, change: Callable[[fx.Graph], None]) -> fx.GraphModule:
+        """A mode's graph with something changed in a copy of it, over the same tensors.
+
+        Quantized weights are kept until the backward pass there: what is recomputed could not be read.
+        """
+        plain = self.graph_module(training)
+        graph = copy_graph(plain.graph)
+        change(graph)
+        return self._over(graph, plain)
+
+    def _over(self, graph: fx.Graph, source: fx.GraphModule) -> fx.GraphModule:
+        """A graph over this module's tensors."""
+        module = fx.GraphModule(self, graph, class_name=self.__dict__["_title"])
+        module.__dict__.update(_parameters=self._parameters, _buffers=self._buffers, _modules=self._modules)
+        for spec in ("_in_spec", "_out_spec"):
+            if hasattr(source, spec) and not hasattr(module, spec):  # the graph's own where it adds an output
+                module.__dict__[spec] = getattr(source, spec)
+        return module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.graph_module()(*args, **kwargs)

@@ -94,6 +94,10 @@ def test_a_stopped_run_goes_on(recipe, tmp_path, capsys, monkeypatch):
         ({"train": {"objective": "causal-lm"}}, "'train': 'data' is a file or a directory"),
         ({"train": {**TRAIN, "data": "x.txt", "rate": 1}}, "'train': training has no option --rate"),
         ({"train": ["sft"]}, "'train' must be a mapping"),
+        (
+            {"train": {**TRAIN, "data": {"a": "x.txt"}}},
+            "'data' names data sets, and objective 'causal-lm' reads one",
+        ),
         ({"merge": {"quantised": "auto"}}, "recipe's merge has no option --quantised"),
         ({"export": {"file": "../x.onnx"}}, "is to be a name in the directory of the run"),
         ({"export": 3}, "'export' must be a mapping of options, or true"),
@@ -121,9 +125,18 @@ def test_what_is_there_is_not_replaced(recipe, tmp_path, capsys):
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
-def test_written_and_read_back(recipe, tmp_path):
+SEVERAL = {
+    "objective": {"name": "multi-task", "task": {"a": "causal-lm", "b": "causal-lm,end=false"}},
+    "data": {"a": "a.jsonl", "b": ["b.jsonl", "c.jsonl"]},
+}
+
+
+@pytest.mark.parametrize("train", [None, SEVERAL], ids=["one", "several"])
+def test_written_and_read_back(train, recipe, tmp_path):
     plugins = make_plugin_manager()
-    read = read_recipe(recipe(), plugins)
+    read = read_recipe(recipe(**({"train": train} if train else {})), plugins)
+    assert read.train is not None
+    assert len(read.train.data) == (2 if train else 1)
     write_recipe(tmp_path / "again.yaml", read)
     assert read_recipe(tmp_path / "again.yaml", plugins) == read
 

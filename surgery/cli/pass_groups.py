@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_origin
 
 import click
+from pydantic.fields import FieldInfo
 
 from surgery.configured import Configured
 from surgery.errors import PassError
@@ -48,7 +49,7 @@ class PassCommand(GroupCommand):
 def split_groups(
     args: list[str], own: dict[str, click.Parameter], begins: str, find: Callable[[str], type[Configured]]
 ) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-    """Separate groups from the command's own arguments."""
+    """Separate groups from the command's own arguments. An option that both have is the group's that it stands in."""
     rest: list[str] = []
     groups: list[tuple[str, dict[str, Any]]] = []
     position = 0
@@ -71,10 +72,14 @@ def split_groups(
             name = value_of(flag, text)
             find(name)
             groups.append((name, {}))
-        elif flag.startswith("--") and groups and flag not in own:
+        elif flag.startswith("--") and groups and (flag not in own or _field(find(groups[-1][0]), flag)):
             name, options = groups[-1]
             key = flag[2:].replace("-", "_")
-            options[key] = True if _is_switch(find(name), key) and text is None else value_of(flag, text)
+            field = _field(find(name), flag)
+            switch = field is not None and field.annotation is bool
+            value: Any = True if switch and text is None else value_of(flag, text)
+            several = field is not None and get_origin(field.annotation) is tuple
+            options[key] = (*options.get(key, ()), value) if several else value
         else:
             if flag.startswith("--") and flag not in own and flag != "--help" and begins in args[position:]:
                 raise PassError(
@@ -89,10 +94,10 @@ def split_groups(
     return rest, groups
 
 
-def _is_switch(cls: type[Configured], key: str) -> bool:
-    fields = cls.model_fields
-    field = fields.get(key) or next((f for f in fields.values() if f.alias == key), None)
-    return field is not None and field.annotation is bool
+def _field(cls: type[Configured], flag: str) -> FieldInfo | None:
+    """The field that an option is of."""
+    fields, key = cls.model_fields, flag[2:].replace("-", "_")
+    return fields.get(key) or next((f for f in fields.values() if f.alias == key), None)
 
 
 def parse_groups(ctx: click.Context) -> list[Pass]:

@@ -76,9 +76,9 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--data",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="JSONL, CSV, Parquet or text files of one format, or a directory; may be repeated.",
+    metavar="[NAME=]FILE",
+    help="JSONL, CSV, Parquet or text files of one format, or a directory; may be repeated. NAME: of the task that "
+    "learns from it, where there are several.",
 )
 @click.option(
     "--held-out",
@@ -99,7 +99,7 @@ def train(
     ctx: click.Context,
     model: str,
     output: Path,
-    data: tuple[Path, ...],
+    data: tuple[str, ...],
     held_out: str,
     tokenizer: str | None,
     resume: bool,

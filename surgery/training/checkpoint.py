@@ -46,10 +46,14 @@ class State:
 
 
 class Weights:
-    """All that training changes in a program: what trains, buffers, and tensors that passes change."""
+    """All that training changes: in a program what trains, buffers, and tensors that passes change; and beside it the
+    tensors that an objective learns."""
 
-    def __init__(self, program: Program, body: Body | None = None) -> None:
+    def __init__(
+        self, program: Program, body: Body | None = None, learned: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.program, self.body = program, body or Body(program, "graph")
+        self.learned = dict(learned or {})
         paced = {
             full
             for each in self.body.module.__dict__["_paced"]
@@ -66,14 +70,17 @@ class Weights:
 
     def now(self) -> dict[str, Tensor]:
         """Copies, on the CPU. Of sharded ones every process has to ask."""
-        return {name: _copied(tensor) for name, tensor in self.body.pull(self.names).items()}
+        held = {**self.body.pull(self.names), **self.learned}
+        return {name: _copied(tensor) for name, tensor in held.items()}
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Into the program, and into what runs."""
+        """Into the program, into what runs, and into what is learned beside it."""
         held = {**self.program.changed, **self.program.tensors}
         for name in self.names:
             held[name].copy_(values[name])
+        for name, tensor in self.learned.items():
+            tensor.copy_(values[name])
         self.body.push(self.names)
 
 
@@ -170,7 +177,7 @@ def _moments(optimizer: Any) -> Iterable[tuple[str, Tensor]]:
 def _put_moments(optimizer: Any, stored: Mapping[str, Tensor]) -> None:
     parameters = dict(_named(optimizer))
     for full, value in stored.items():
-        key, _, name = full.partition(":")
+        key, _, name = full.partition(":")  # a name may hold another
         parameter = parameters[name]
         if not value.dim():  # AdamW counts its steps on the CPU
             optimizer.state[parameter][key] = value.clone()

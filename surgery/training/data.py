@@ -67,6 +67,18 @@ def split(rows: Rows, share: float, seed: int) -> Rows:
     return Rows(parts["train"], parts["test"])
 
 
+def together(rows: Rows) -> Any:
+    """All rows, for what is decided of them."""
+    if rows.held_out is None:
+        return rows.train
+    from datasets import concatenate_datasets
+
+    try:
+        return concatenate_datasets([rows.train, rows.held_out])
+    except ValueError as error:
+        raise TrainingError(f"the held-out data has other columns than the rest: {error}") from None
+
+
 def _read_files(files: Sequence[Path]) -> Any:
     kinds = set()
     for path in files:

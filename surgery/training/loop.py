@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from surgery.in_place.state import is_shard
 from surgery.program import Program
 from surgery.training.body import Body
 from surgery.training.checkpoint import LOG, Checkpoints, State, Weights
-from surgery.training.data import Examples, Rows, make_examples, quiet
+from surgery.training.data import Examples, Rows, make_examples, quiet, together
+from surgery.training.learned import train_learned
 from surgery.training.nonfinite import first_bad
 from surgery.training.objective import Batch, Objective, OnPolicy
 from surgery.training.regularize import penalty
@@ -81,7 +82,7 @@ class Loop:
         self.penalties = [penalty(program, text) for text in settings.regularize]
         setting = Setting.of(program, tokenizer, settings.max_length)
         with quiet():
-            self.setting = objective.prepared(_together(rows), setting)
+            self.setting = objective.prepared(together(rows), setting)
         self.data = make_examples(rows.train, objective, self.setting)
         self.notes = _counted(self.setting, "")
         self.held_out: Examples | None = None
@@ -93,14 +94,17 @@ class Loop:
         self.body = Body(program, settings.form, settings.checkpointing)
         self.module = self.body.module
         self.notes += [self.body.note] if self.body.note else []
-        self.weights = Weights(program, self.body)
-        self.lrs = [group["lr"] for group in groups]
         self.accelerator = _accelerator(settings)
         self.watch = Watchers([LogFile(folder / LOG), *watchers] if self.accelerator.is_main_process else [])
         optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=settings.lr)
         self.model, self.optimizer = self.accelerator.prepare(self.body.model, optimizer)
         self._check_shards()
-        self.companions = objective.companions(program)
+        with torch.random.fork_rng():
+            torch.manual_seed(self._number("companions"))
+            self.companions = objective.companions(program)
+        learned = train_learned(self.companions, self.accelerator, self.optimizer, settings.lr)
+        self.lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.weights = Weights(program, self.body, learned)
         self.ready: tuple[int, list[list[int]]] = (-1, [])
         self.window = settings.accumulate * self.accelerator.num_processes
         self.an_epoch = math.ceil(len(self._order(0)) / self.window)
@@ -325,7 +329,7 @@ class Loop:
     def _order(self, epoch: int) -> list[list[int]]:
         if self.ready[0] != epoch:
             draw = self._draw("order", epoch)
-            self.ready = (epoch, self.objective.batches(self.data.sizes, self.settings.batch, draw))
+            self.ready = (epoch, self.objective.epoch(self.data, self.settings.batch, draw))
         return self.ready[1]
 
     def _batch(self, data: Examples, chosen: Sequence[int], draw: Generator) -> Batch:
@@ -375,7 +379,7 @@ class Loop:
         self.model.eval()
         seen: list[dict[str, Tensor]] = []
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        order = list(self._shortest_first(self.held_out))
+        order = self.objective.epoch(self.held_out, self.settings.batch, None)
         for start in range(0, len(order), processes):
             number = min(start + index, len(order) - 1)  # shards are gathered by all
             batch = self._batch(self.held_out, order[number], self._draw("held out", number))
@@ -387,12 +391,10 @@ class Loop:
 
             seen = gather_object(seen)
         self.model.train(not isinstance(self.objective, OnPolicy))
-        return self.objective.metrics({name: torch.cat([each[name] for each in seen]) for name in seen[0]})
-
-    def _shortest_first(self, data: Examples) -> Iterator[list[int]]:
-        order = sorted(range(len(data)), key=data.sizes.__getitem__)
-        size = self.settings.batch
-        return (order[i : i + size] for i in range(0, len(order), size))
+        names = dict.fromkeys(name for each in seen for name in each)
+        return self.objective.metrics(
+            {name: torch.cat([each[name] for each in seen if name in each]) for name in names}
+        )
 
 
 def _check_on_policy(objective: OnPolicy, settings: Settings) -> None:
@@ -411,18 +413,6 @@ def _on_policy(objective: OnPolicy, what: str) -> TrainingError:
         f"objective {objective.name!r} learns from what the program does, in one process and in the precision of its "
         f"weights; leave out {what}"
     )
-
-
-def _together(rows: Rows) -> Any:
-    """All rows, for what is decided of them."""
-    if rows.held_out is None:
-        return rows.train
-    from datasets import concatenate_datasets
-
-    try:
-        return concatenate_datasets([rows.train, rows.held_out])
-    except ValueError as error:
-        raise TrainingError(f"the held-out data has other columns than the rest: {error}") from None
 
 
 def _counted(setting: Setting, which: str) -> list[str]:

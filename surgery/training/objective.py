@@ -23,6 +23,7 @@ from surgery.training.setting import Row, Setting
 
 if TYPE_CHECKING:
     from surgery.program import Program
+    from surgery.training.data import Examples
 
 Batch = dict[str, Any]
 
@@ -32,6 +33,7 @@ class Objective(Configured):
 
     guesses: options that name a column -> names under which it is looked for where the option is not given. metric:
     of what `metrics` gives, that by which the best checkpoint is chosen; larger: whether more of it is better.
+    several: whether its rows are those of several data sets, by name (see surgery.training.tables).
     """
 
     kind: ClassVar[str] = "objective"
@@ -39,6 +41,7 @@ class Objective(Configured):
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     metric: ClassVar[str] = "loss"
     larger: ClassVar[bool] = False
+    several: ClassVar[bool] = False
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
         """The column for each option in `guesses`. Raises TrainingError where one is missing."""
@@ -86,6 +89,13 @@ class Objective(Configured):
         """How long an example is: batches are of similar length, so that little is padding."""
         return len(example.get("input_ids", ()))
 
+    def epoch(self, data: Examples, batch: int, draw: Generator | None) -> list[list[int]]:
+        """The numbers of the examples of each batch: of an epoch, or (draw None) of all held-out, shortest first."""
+        if draw is not None:
+            return self.batches(data.sizes, batch, draw)
+        order = sorted(range(len(data)), key=data.sizes.__getitem__)
+        return [order[i : i + batch] for i in range(0, len(order), batch)]
+
     def batches(self, sizes: Sequence[int], batch: int, draw: Generator) -> list[list[int]]:
         """One epoch: the numbers of the examples of each batch. sizes: of all of them."""
         order = torch.randperm(len(sizes), generator=draw).tolist()
@@ -99,11 +109,12 @@ class Objective(Configured):
         raise NotImplementedError
 
     def companions(self, program: Program) -> Mapping[str, nn.Module]:
-        """Other modules that it reads beside the one that trains: a teacher, the program without its adapters."""
+        """Other modules that it reads beside the one that trains: a teacher, the program without its adapters; and what
+        it learns itself (see surgery.training.learned)."""
         return {}
 
     def complete(self, batch: Batch, companions: Mapping[str, nn.Module]) -> Batch:
-        """The batch with what companions say of it; runs without gradients."""
+        """The batch with what companions say of it, and with what is learned; runs without gradients."""
         return batch
 
     def check(self, module: nn.Module, batch: Batch, form: str) -> None:

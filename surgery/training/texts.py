@@ -18,10 +18,10 @@ def text_of(row: Row, setting: Setting, option: str = "text") -> str:
     return row[column]
 
 
-def tokens(row: Row, setting: Setting) -> dict[str, Any]:
+def tokens(row: Row, setting: Setting, option: str = "text") -> dict[str, Any]:
     """The model's inputs for the text of a row, cut to the longest that it may be."""
-    made = setting.tokenizer(text_of(row, setting), truncation=False)
+    made = setting.tokenizer(text_of(row, setting, option), truncation=False)
     if len(made["input_ids"]) > setting.longest:
         setting.count(f"is longer than {setting.longest} tokens and was cut")
-        made = setting.tokenizer(text_of(row, setting), truncation=True, max_length=setting.longest)
+        made = setting.tokenizer(text_of(row, setting, option), truncation=True, max_length=setting.longest)
     return {name: made[name] for name in ("input_ids", "token_type_ids") if name in made}

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests import tiny
 
@@ -26,6 +26,26 @@ def llama_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     LlamaForCausalLM(tiny.llama()).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory):
+    """An encoder of two layers of 32 features, with dropout."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    BertModel(bert_config()).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def bert_config(**more):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    return BertConfig(**{"vocab_size": 101, "max_position_embeddings": 64, **sizes, **more})
+
+
+def save_tokenizer(folder):
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     read = PreTrainedTokenizerFast(
@@ -33,7 +53,6 @@ def llama_folder(tmp_path_factory):
     )
     read.chat_template = TEMPLATE
     read.save_pretrained(folder)
-    return folder
 
 
 def write(path, rows):

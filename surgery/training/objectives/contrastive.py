@@ -1,0 +1,225 @@
+"""contrastive: texts that belong together become neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from surgery.errors import TrainingError
+from surgery.training.embeddings import Pooling, embedded, retrieval, similarities
+from surgery.training.objective import Batch, Objective, run
+from surgery.training.setting import Row, Setting
+from surgery.training.texts import TEXT, tokens
+
+ROLES = ("anchor", "positive", "negative")
+
+
+class Contrastive(Objective):
+    """Contrastive learning of one vector e for each text, from pairs of texts (a, p), or triples with a text n that
+    does not belong to a. With the similarity s (the cosine, or --similarity dot) of their vectors over the temperature,
+
+        infonce   L = −mean log (exp s(a, p) / Σ_c exp s(a, c))
+        triplet   L = mean max(0, ‖a − p‖² − ‖a − n‖² + margin), of vectors of length one
+
+    infonce (van den Oord et al. 2018, arXiv:1807.03748; as a ranking loss of in-batch negatives Henderson et al. 2017,
+    arXiv:1705.00652) has all positives of the batch, and its negatives, as candidates c; one that has the same text as
+    p, or is the positive of the same text as a, is no negative. --symmetric adds the same from the positives' side.
+    `--loss simcse` (Gao et al. 2021, arXiv:2104.08821) is infonce of texts alone, each of which goes through the model
+    twice, so that dropout makes the two vectors. triplet (Schroff et al. 2015, arXiv:1503.03832) of pairs alone takes
+    the nearest text of the batch that is farther than p (semi-hard), or the farthest where none is. Of several
+    processes each has the negatives of its own batch.
+
+    e is the output, pooled over tokens where it has these: `last_hidden_state`, or a projection that passes grafted
+    (`--pass head --mode add --head-name proj --labels 128 --pool mean`, then `--vector logits_proj`; with `--pass
+    expand --side dense --target path:head_proj --activation gelu` behind it, a non-linear one). The figures are the
+    loss, from whose smallest value the best checkpoint is, how often an anchor's own positive is the nearest of all
+    held-out ones (accuracy), and the mean of one over its rank (mrr). For simcse these are of the views of dropout,
+    or, where a column holds positives, of the pairs: infonce of them without dropout.
+    """
+
+    name: ClassVar[str] = "contrastive"
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "anchor": ("anchor", "text1", "sentence1", "query", "question", "premise", "prompt", "instruction", *TEXT),
+        "positive": ("positive", "text2", "sentence2", "answer", "response", "entailment", "output", "paraphrase"),
+        "negative": ("negative", "hard_negative", "text3", "sentence3", "contradiction"),
+    }  # fmt: skip
+
+    anchor: str | None = Field(None, description="column of the text")
+    positive: str | None = Field(None, description="column of a text that belongs to it")
+    negative: str | None = Field(None, description="column of a text that does not, where there is one")
+    kind_of_loss: Literal["infonce", "simcse", "triplet"] = Field(
+        "infonce", alias="loss", description="of a batch"
+    )
+    temperature: float = Field(0.05, gt=0, description="infonce, simcse: what similarities are divided by")
+    margin: float = Field(0.2, gt=0, description="triplet: how much farther the negative is to be")
+    similarity: Literal["cos", "dot"] = Field("cos", description="infonce, simcse: the cosine or the product")
+    symmetric: bool = Field(False, description="infonce: positives look for their anchors too")
+    pooling: Pooling = Field(
+        "mean", description="of an output of tokens: the mean of those there, or the first"
+    )
+    vector: str = Field("last_hidden_state", description="the output of the model that is e")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Contrastive:
+        if self.symmetric and self.kind_of_loss != "infonce":
+            raise ValueError(f"--symmetric is of --loss infonce, and this is {self.kind_of_loss}")
+        if self.similarity == "dot" and self.kind_of_loss == "triplet":
+            raise ValueError("--similarity dot is of infonce and simcse; triplet has vectors of length one")
+        if self.negative is not None and self.kind_of_loss == "simcse":
+            raise ValueError("--loss simcse is of texts alone; leave out --negative, or take --loss infonce")
+        return self
+
+    # -- data
+
+    def columns(self, available: Sequence[str]) -> dict[str, str]:
+        found = self.named_columns(available)
+        if self.kind_of_loss == "simcse":
+            found.pop("negative", None)
+        for option in ("anchor", "positive"):
+            if option not in found and not (option == "positive" and self.kind_of_loss == "simcse"):
+                raise TrainingError(
+                    f"objective {self.name!r}: no column looks like the {option}; the data has "
+                    f"{', '.join(available)}; name one with --{option}"
+                    + (", or take --loss simcse for texts alone" if option == "positive" else "")
+                )
+        return found
+
+    def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
+        setting.need_tokenizer(self.name)
+        named = "vector" in self.model_fields_set
+        if self.vector not in setting.widths and (named or len(setting.widths) != 1):
+            raise TrainingError(
+                f"objective {self.name!r}: the model has no output {self.vector!r}; it gives "
+                f"{', '.join(setting.widths)}; name one with --vector, or put one on with --pass head --mode add "
+                f"--pool mean"
+            )
+        return {"roles": [role for role in ROLES if role in setting.columns]}
+
+    def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
+        yield {
+            role: tokens(row, setting, role)["input_ids"]
+            for role in setting.decided["roles"]
+        }  # fmt: skip
+
+    def size(self, example: Row) -> int:
+        return max(len(example[role]) for role in ROLES if role in example)
+
+    def batches(self, sizes: Sequence[int], batch: int, draw: Generator) -> list[list[int]]:
+        if batch < 2 and self.kind_of_loss != "triplet":
+            raise TrainingError(
+                f"--loss {self.kind_of_loss} takes its negatives from the batch; give a --batch of 2 or more"
+            )
+        return super().batches(sizes, batch, draw)
+
+    def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
+        roles, texts = setting.decided["roles"], [list(e["anchor"]) for e in examples]
+        parts = {role: [list(e[role]) for e in examples] for role in roles}
+        pairs = "positive" in roles
+        return {
+            "inputs": setting.pad([{"input_ids": ids} for role in roles for ids in parts[role]]),
+            "roles": roles,
+            "false": _false_negatives(texts, parts["positive"], parts.get("negative", [])) if pairs else None,
+            "alone": _false_negatives(texts, texts, []),
+            "seed": int(torch.randint(2**62, (), generator=draw)),
+        }
+
+    def terms(self, batch: Batch) -> int:
+        return len(batch["alone"])
+
+    # -- losses
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        if self.kind_of_loss == "simcse":
+            views = self._views(module, batch)
+            if module.training and torch.equal(*views):
+                raise TrainingError(
+                    "--loss simcse: the two views of a text are the same, for nothing in the model drops out; load it "
+                    "with dropout (--model-kwargs), or give pairs and --loss infonce"
+                )
+            return self._infonce(*views, None, batch["alone"])
+        return self._of_pairs(self._vectors(module, batch), batch)
+
+    def _vectors(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Those of each role."""
+        found = embedded(run(module, batch), self.vector, self.pooling, batch)
+        return dict(zip(batch["roles"], found.chunk(len(batch["roles"])), strict=True))
+
+    def _views(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Two vectors for each anchor, of one run over both."""
+        count = self.terms(batch)
+        inputs = {name: values[:count].repeat(2, 1) for name, values in batch["inputs"].items()}
+        twice = {"inputs": inputs}
+        first, second = embedded(run(module, twice), self.vector, self.pooling, twice).chunk(2)
+        return first, second
+
+    def _of_pairs(self, vectors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        anchors, positives, negatives = vectors["anchor"], vectors["positive"], vectors.get("negative")
+        if self.kind_of_loss == "triplet":
+            return self._triplet(anchors, positives, negatives, batch["false"])
+        found = self._infonce(anchors, positives, negatives, batch["false"])
+        if not self.symmetric:
+            return found
+        return (found + self._infonce(positives, anchors, None, batch["false"][:, : len(anchors)].T)) / 2
+
+    def _infonce(self, a: Tensor, p: Tensor, n: Tensor | None, false: Tensor) -> Tensor:
+        candidates = p if n is None else torch.cat([p, n])
+        scores = similarities(a, candidates, self.similarity) / self.temperature
+        scores = scores.masked_fill(false, -torch.inf)
+        return F.cross_entropy(scores, torch.arange(len(a), device=a.device))
+
+    def _triplet(self, a: Tensor, p: Tensor, n: Tensor | None, false: Tensor) -> Tensor:
+        a, p = F.normalize(a, dim=-1), F.normalize(p, dim=-1)
+        near = (a - p).square().sum(-1)
+        if n is not None:
+            far = (a - F.normalize(n, dim=-1)).square().sum(-1)
+        else:
+            far = _semi_hard(near, 2 - 2 * a @ p.T, false)
+        return F.relu(near - far + self.margin).mean()
+
+    # -- held-out data
+
+    def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if self.kind_of_loss == "simcse" and "positive" not in batch["roles"]:
+            with torch.random.fork_rng():
+                torch.manual_seed(batch["seed"])
+                module.train()
+                a, p = self._views(module, batch)
+                module.eval()
+            loss = self._infonce(a, p, None, batch["alone"])
+        else:
+            vectors = self._vectors(module, batch)
+            a, p = vectors["anchor"], vectors["positive"]
+            loss = self._of_pairs(vectors, batch)
+        return {"anchors": a, "positives": p, "losses": loss.expand(len(a))}
+
+    def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
+        kind = "cos" if self.kind_of_loss == "triplet" else self.similarity
+        found = retrieval(observed["anchors"], observed["positives"], kind)
+        return {"loss": float(observed["losses"].double().mean()), **found}
+
+
+def _false_negatives(
+    anchors: list[list[int]], positives: list[list[int]], negatives: list[list[int]]
+) -> Tensor:
+    """Which candidate (positives, then negatives) is no negative of which anchor, its own positive aside."""
+    rows = []
+    for i, (anchor, positive) in enumerate(zip(anchors, positives, strict=True)):
+        same = [j != i and (positives[j] == positive or anchors[j] == anchor) for j in range(len(positives))]
+        rows.append([*same, *(text == positive for text in negatives)])
+    return torch.tensor(rows)
+
+
+def _semi_hard(near: Tensor, distances: Tensor, false: Tensor) -> Tensor:
+    """For each anchor the least distance above `near`, or the largest, of what is a negative of it; of one that has
+    none, one that costs nothing."""
+    own = torch.eye(len(near), dtype=torch.bool, device=near.device)
+    out = own | false[:, : len(near)]
+    beyond = distances.masked_fill(out | (distances <= near.unsqueeze(1)), torch.inf).amin(1)
+    farthest = distances.masked_fill(out, -torch.inf).amax(1)
+    far = torch.where(beyond.isinf(), farthest, beyond)
+    return torch.where(far.isinf(), torch.full_like(far, torch.inf), far)

@@ -1,0 +1,367 @@
+"""distill: a program learns what a larger one says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from surgery.errors import LoadError, TrainingError
+from surgery.training.learned import LEARNED, Learned
+from surgery.training.nested import Nested, nested_of, score_of
+from surgery.training.objective import Batch, Objective, output, run
+from surgery.training.objectives.regression import Regression
+from surgery.training.setting import Row, Setting
+from surgery.training.taps import Taps
+from surgery.training.texts import TEXT, tokens
+from surgery.training.tokenizers import find_tokenizer
+from surgery.training.tokens import IGNORED
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+    from surgery.training.data import Examples
+
+
+class Distill(Objective):
+    """Distillation (Hinton et al. 2015, arXiv:1503.02531): with the logits z of the program and z' of its teacher,
+
+        L = (1 − α) · hard + α · T² · KL(softmax(z' / T) ‖ softmax(z / T)) + w · Σ hints
+
+    hard is the loss of --of, another objective with options of its own (`--of classification,label=stars`,
+    `causal-lm`, `sft`, …), whose rows and figures these are too; of texts without labels it is `--of unlabelled`, with
+    --alpha 1. Logits of tokens count where there is a label. Of regression the soft term is the squared distance.
+
+    --teacher is a directory that surgery saved, or any reference that it loads (`hf:DIR`, with --teacher-task
+    text-classification); it reads the same tokens, runs without gradients in eval mode, and is not saved. The program
+    may be smaller: layers taken out by model_kwargs, or pruned.
+
+    `--hint STUDENT=TEACHER` lets what a module of the program gives come near what one of the teacher's does (FitNets,
+    Romero et al. 2015, arXiv:1412.6550; TinyBERT, Jiao et al. 2020, arXiv:1909.10351): the squared distance, the mean
+    over features and over tokens that are there; where widths differ, of a linear map of it that is learned beside the
+    program, kept in checkpoints, and not saved. `--attention STUDENT=TEACHER` does so for the attention scores, q kᵀ
+    before the softmax, of modules with as many heads (as TinyBERT; the program then trains as its graph). Names are
+    module paths, their ends, or targets of one site.
+
+    The figures are those of --of, with its loss as `hard`; soft, hints; agreement, how often both choose the same
+    class; what the teacher itself reaches, as teacher/accuracy; and score, by whose highest value the best checkpoint
+    is chosen: the figure by which --of chooses (negative where less is better), and the agreement without labels.
+    """
+
+    name: ClassVar[str] = "distill"
+    metric: ClassVar[str] = "score"
+    larger: ClassVar[bool] = True
+
+    teacher: str = Field("", description="a directory that surgery saved, or a reference such as hf:DIR")
+    teacher_task: str | None = Field(None, description="transformers task to load the teacher for")
+    of: str = Field(
+        "classification", description="OBJECTIVE[,OPTION=VALUE…] of the labels; unlabelled: there are none"
+    )
+    temperature: float = Field(2.0, gt=0, description="T, which softens both distributions")
+    alpha: float = Field(0.5, ge=0, le=1, description="share of the soft targets; 1: no hard labels")
+    hint: tuple[str, ...] = Field((), description="STUDENT=TEACHER, modules of like values; may be repeated")
+    attention: tuple[str, ...] = Field((), description="STUDENT=TEACHER, modules of like attention scores")
+    hint_weight: float = Field(1.0, gt=0, description="w, of each hint")
+
+    @field_validator("hint", "attention", mode="before")
+    @classmethod
+    def _pairs(cls, given: Any) -> Any:
+        pairs = (given,) if isinstance(given, str) else tuple(given)
+        for text in pairs:
+            if not isinstance(text, str) or not all(text.partition("=")):
+                raise ValueError("write STUDENT=TEACHER, a module of each")
+        return pairs
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Distill:
+        if not self.teacher:
+            raise ValueError(
+                "give a --teacher: a directory that surgery saved, or a reference such as hf:DIR"
+            )
+        if nested_of(self.of)["objective"] == Unlabelled.name and self.alpha != 1:
+            raise ValueError("--of unlabelled has no hard labels to mix with; give --alpha 1")
+        return self
+
+    @cached_property
+    def base(self) -> Objective:
+        """The objective of the hard labels."""
+        made = nested_of(self.of)
+        if made["objective"] == Unlabelled.name:
+            return Unlabelled.parse(dict(made["options"]))
+        return Nested(**made).made("--of")
+
+    @cached_property
+    def loaded(self) -> Program:
+        """The teacher. Raises TrainingError."""
+        from surgery.loading import load
+
+        try:
+            return load(self.teacher, task=self.teacher_task)
+        except LoadError as error:
+            raise TrainingError(f"--teacher {self.teacher}: {error}") from None
+
+    @property
+    def output(self) -> str:
+        """The output that both are compared by."""
+        return getattr(self.base, "output", "logits")
+
+    # -- data, which is that of the hard labels
+
+    def prepared(self, rows: Any, setting: Setting) -> Setting:
+        own, name = self.base.prepared(rows, setting), self.output
+        theirs = Setting.of(self.loaded, find_tokenizer(self.loaded), setting.longest)
+        width = setting.width(name, self.name)
+        given = theirs.widths.get(
+            name, next(iter(theirs.widths.values())) if len(theirs.widths) == 1 else None
+        )
+        if given is None:
+            raise TrainingError(
+                f"the teacher has no output {name!r}; it gives {', '.join(theirs.widths)}; load it with --teacher-task"
+            )
+        if given != width:
+            raise TrainingError(
+                f"the teacher's {name!r} has {given} classes, and the program's {width}; give the program as many with "
+                f"--pass head --labels {given}"
+            )
+        more = [each for each in theirs.inputs if each not in setting.inputs]
+        if more:
+            raise TrainingError(
+                f"the teacher takes {more[0]!r}, and the program {', '.join(setting.inputs)}; take one that reads the "
+                f"same"
+            )
+        if theirs.tokenizer is not None and theirs.tokenizer.get_vocab() != setting.tokenizer.get_vocab():
+            raise TrainingError(
+                "the teacher's tokenizer is another than the program's; take one that reads the same"
+            )
+        if theirs.fixed not in (None, setting.fixed):
+            raise TrainingError(
+                f"the teacher takes {theirs.fixed} tokens and no other number; take one that takes any length"
+            )
+        return replace(own, longest=min(own.longest, theirs.longest))
+
+    def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
+        return self.base.examples(row, setting)
+
+    def size(self, example: Row) -> int:
+        return self.base.size(example)
+
+    def epoch(self, data: Examples, batch: int, draw: Generator | None) -> list[list[int]]:
+        return self.base.epoch(data, batch, draw)
+
+    def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
+        return self.base.collate(examples, setting, draw)
+
+    def terms(self, batch: Batch) -> int:
+        return self.base.terms(batch)
+
+    # -- the teacher
+
+    def companions(self, program: Program) -> Mapping[str, nn.Module]:
+        teacher = Teacher(self.loaded, program, _split(self.hint), _split(self.attention), self.output)
+        maps = teacher.maps()
+        return {"teacher": teacher, LEARNED: maps} if maps.linear else {"teacher": teacher}
+
+    def complete(self, batch: Batch, companions: Mapping[str, nn.Module]) -> Batch:
+        teacher = companions["teacher"]
+        assert isinstance(teacher, Teacher)
+        return {**batch, "teacher": teacher(batch), "taps": teacher.student, LEARNED: companions.get(LEARNED)}
+
+    # -- losses
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        return self._terms(self._outputs(module, batch), batch)["loss"]
+
+    def _outputs(self, module: nn.Module, batch: Batch) -> Any:
+        """One run of the module, of which the taps keep what the hints need."""
+        with batch["taps"].watching(module):
+            return run(module, batch)
+
+    def _terms(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """The loss and its parts."""
+        logits, taught = self._counted(outputs, batch)
+        soft = self._soft(logits, taught)
+        hard = self.base.loss(_Given(outputs), batch) if self.alpha < 1 else torch.zeros_like(soft)
+        found = {"soft": soft, "loss": (1 - self.alpha) * hard + self.alpha * soft}
+        hints = self._hints(batch)
+        if hints:
+            found["hints"] = torch.stack(hints).sum()
+            found["loss"] = found["loss"] + self.hint_weight * found["hints"]
+        return found
+
+    def _counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits of the program and of the teacher, a row for each term."""
+        logits, taught = output(outputs, self.output).float(), batch["teacher"]["logits"].float()
+        labels = batch.get("labels")
+        if logits.dim() == 3 and labels is not None:
+            at = labels != IGNORED
+            return logits[at], taught[at]
+        return logits, taught
+
+    def _soft(self, logits: Tensor, taught: Tensor) -> Tensor:
+        if isinstance(self.base, Regression):
+            return F.mse_loss(logits, taught)
+        there, here = (
+            F.log_softmax(taught / self.temperature, -1),
+            F.log_softmax(logits / self.temperature, -1),
+        )
+        return F.kl_div(here, there, log_target=True, reduction="batchmean") * self.temperature**2
+
+    def _hints(self, batch: Batch) -> list[Tensor]:
+        seen, taps = batch["inputs"].get("attention_mask"), batch["taps"]
+        found = []
+        for i, (own, wanted) in enumerate(zip(taps.hidden(), batch["teacher"]["hidden"], strict=True)):
+            maps = batch[LEARNED]
+            own = maps(i, own.float()) if maps is not None else own.float()
+            distance = (own - wanted.float()).square().mean(-1)
+            whole = seen is None or distance.shape != seen.shape
+            found.append(distance.mean() if whole else (distance * seen).sum() / seen.sum())
+        for (own, at), (wanted, _) in zip(taps.scores(), batch["teacher"]["scores"], strict=True):
+            distance = (own - wanted).square()
+            there = torch.ones_like(distance, dtype=torch.bool)
+            if seen is not None:
+                there = there & seen.bool()[:, None, :, None] & seen.bool()[:, None, None, :]
+            there = there if at is None else there & at
+            found.append(distance[there].mean())
+        return found
+
+    # -- held-out data
+
+    def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        outputs = self._outputs(module, batch)
+        logits, taught = self._counted(outputs, batch)
+        seen = {f"own/{name}": value for name, value in self.base.observe(_Given(outputs), batch).items()}
+        said = self.base.observe(_Given({self.output: batch["teacher"]["logits"]}), batch)
+        seen.update({f"teacher/{name}": value for name, value in said.items()})
+        seen.update(
+            {name: value.expand(self.terms(batch)) for name, value in self._terms(outputs, batch).items()}
+        )
+        if not isinstance(self.base, Regression):
+            seen["agreement"] = logits.argmax(-1) == taught.argmax(-1)
+        return seen
+
+    def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
+        figures = self.base.metrics(_under("own/", observed))
+        if "loss" in figures:
+            figures["hard"] = figures.pop("loss")
+        means = {name: float(v.double().mean()) for name, v in observed.items() if "/" not in name}
+        figures.update(means)
+        taught = self.base.metrics(_under("teacher/", observed))
+        if self.base.metric in taught:
+            figures[f"teacher/{self.base.metric}"] = taught[self.base.metric]
+        known = {**figures, "loss": figures["hard"]} if "hard" in figures else figures
+        return {**figures, "score": score_of(self.base, known)}
+
+
+class Teacher(nn.Module):
+    """A program that says what another should: its logits, and what some of its modules give."""
+
+    def __init__(
+        self,
+        program: Program,
+        student: Program,
+        hints: Sequence[tuple[str, str]] = (),
+        attentions: Sequence[tuple[str, str]] = (),
+        name: str = "logits",
+    ) -> None:
+        super().__init__()
+        self.module, self.inputs, self.name = program.module().eval(), list(program.captured.kwargs), name
+        own, theirs = [a for a, _ in hints], [b for _, b in hints]
+        self.student = Taps(student, own, [a for a, _ in attentions], "program")
+        self.taps = Taps(program, theirs, [b for _, b in attentions], "teacher")
+        for a, b in zip(self.student.modules, self.taps.modules, strict=True):
+            ranks = self.student.ends[a].dim(), self.taps.ends[b].dim()
+            if ranks[0] != ranks[1]:
+                raise TrainingError(
+                    f"--hint {a}={b}: the values have {ranks[0]} and {ranks[1]} axes; name alike ones"
+                )
+        for a, b in zip(self.student.attentions, self.taps.attentions, strict=True):
+            heads = self.student.heads[a], self.taps.heads[b]
+            if heads[0] != heads[1]:
+                raise TrainingError(
+                    f"--attention {a}={b}: there are {heads[0]} and {heads[1]} heads; scores are compared head by head"
+                )
+
+    def maps(self) -> WidthMaps:
+        """What has to be learned to compare values of different widths."""
+        pairs = zip(self.student.modules, self.taps.modules, strict=True)
+        return WidthMaps([(self.student.ends[a].shape[-1], self.taps.ends[b].shape[-1]) for a, b in pairs])
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> dict[str, Any]:
+        inputs = batch["inputs"]
+        self.to(next(iter(inputs.values())).device)
+        with self.taps.watching(self.module):
+            outputs = self.module(**{name: inputs[name] for name in self.inputs})
+        return {
+            "logits": output(outputs, self.name),
+            "hidden": self.taps.hidden(),
+            "scores": self.taps.scores(),
+        }
+
+
+class WidthMaps(Learned):
+    """A linear map for each pair of widths that differ."""
+
+    def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.linear = nn.ModuleDict(
+            {str(i): nn.Linear(a, b, bias=False) for i, (a, b) in enumerate(widths) if a != b}
+        )
+
+    def forward(self, number: int, value: Tensor) -> Tensor:
+        return self.linear[str(number)](value) if str(number) in self.linear else value
+
+
+class Unlabelled(Objective):
+    """Texts without labels, of which a teacher says what there is to learn."""
+
+    name: ClassVar[str] = "unlabelled"
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
+    metric: ClassVar[str] = "agreement"
+    larger: ClassVar[bool] = True
+
+    text: str | None = Field(None, description="column of the text")
+    output: str = Field("logits", description="the output of the model that learns")
+
+    def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
+        setting.need_tokenizer(self.name)
+        return {}
+
+    def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
+        yield tokens(row, setting)
+
+    def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
+        return {"inputs": setting.pad(examples)}
+
+    def terms(self, batch: Batch) -> int:
+        return len(batch["inputs"]["input_ids"])
+
+    def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+    def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
+        return {}
+
+
+class _Given(nn.Module):
+    """Gives what another module has given."""
+
+    def __init__(self, outputs: Any) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.outputs
+
+
+def _split(pairs: Sequence[str]) -> list[tuple[str, str]]:
+    return [(a, b) for a, _, b in (text.partition("=") for text in pairs)]
+
+
+def _under(prefix: str, observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): v for key, v in observed.items() if key.startswith(prefix)}
