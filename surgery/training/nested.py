@@ -52,6 +52,10 @@ class Nested(BaseModel):
             found: Objective = cls.parse({**known, **options})
         except TrainingError as error:
             raise TrainingError(f"{whose}: {error}") from None
+        if getattr(found, "packing", False):
+            raise TrainingError(
+                f"{whose}: {self.objective} packs only where it trains alone; leave out packing"
+            )
         return found
 
 

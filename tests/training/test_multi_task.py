@@ -216,6 +216,7 @@ WRONG = [
 BAD = [
     (["kind=clasification"], "there is no objective 'clasification'; did you mean 'classification'"),
     (["kind=classification,lable=x"], "task 'kind': objective 'classification' has no option --lable; did you mean"),
+    (["kind=sft,packing=true"], "task 'kind': sft packs only where it trains alone; leave out packing"),
     (["kind=dpo"], "task 'kind': dpo is no part of another objective; train with it alone"),
     (["kind=classification"], "there is no task 'rating' for the data of that name; there are kind"),
     ([*TASKS, "third=classification"], "task 'third' has no data; give --data third=FILE (there is kind, rating)"),
