@@ -45,29 +45,8 @@ def run(capsys, *line, code=0):
     return said.out if not code else said.err
 
 
-def test_from_base_to_onnx(recipe, tmp_path, capsys):
-    out = tmp_path / "out"
-    said = run(capsys, recipe(), "-o", out)
-    assert {p.name for p in out.iterdir()} >= {
-        "recipe.yaml", "adapted", "trained", "trained.run", "merged", "finished", "lm.onnx",
-    }  # fmt: skip
-    for stage in ("lora: ", "held out: loss", "folded lora into", "quantize: ", "parity in onnxruntime"):
-        assert stage in said, stage
-    trained, finished = surgery.load(str(out / "trained")), surgery.load(str(out / "finished"))
-    assert [e.id for e in trained.journal] == ["freeze", "lora"]
-    assert any(t.abs().max() > 0 for n, t in trained.tensors.items() if n.endswith(".lora.B"))
-    assert [e.id for e in finished.journal] == ["quantize"]  # on the merged model
-    held = {t.name for t in onnx.load(out / "lm.onnx").graph.initializer}
-    assert any(name.endswith(".quantize.codes") for name in held)
-    assert not any(".lora." in name for name in held)
-    line = run(capsys, recipe(), "-o", out, code=2)
-    assert "holds a run; --resume goes on, --overwrite begins anew" in line
-    line = run(capsys, recipe(merge=None), "-o", out, "--resume", code=2)
-    assert "was begun with another recipe" in line
-
-
-def test_a_stopped_run_goes_on(recipe, tmp_path, capsys, monkeypatch):
-    out, path = tmp_path / "out", recipe(finish=None)
+def test_from_base_to_onnx_with_a_stop_between(recipe, tmp_path, capsys, monkeypatch):
+    out, path = tmp_path / "out", recipe()
     with monkeypatch.context() as patch:
 
         def full(*_, **__):
@@ -76,14 +55,28 @@ def test_a_stopped_run_goes_on(recipe, tmp_path, capsys, monkeypatch):
         patch.setattr(Program, "export", full)
         line = run(capsys, path, "-o", out, code=2)
     assert "the disk is full (finished in" in line
-    assert "adapted, trained, merged; --resume goes on)" in line
+    assert "adapted, trained, merged, finished; --resume goes on)" in line
     assert not (out / "lm.onnx").exists()
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    found = json.loads(run(capsys, path, "-o", out, "--resume", "--json").splitlines()[-1])
+    line = run(capsys, path, "-o", out, code=2)
+    assert "holds a run; --resume goes on, --overwrite begins anew" in line
+    line = run(capsys, recipe(merge=None), "-o", out, "--resume", code=2)
+    assert "was begun with another recipe" in line
+
+    found = json.loads(run(capsys, recipe(), "-o", out, "--resume", "--json").splitlines()[-1])
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    assert found["stages"] == ["adapted", "trained", "merged"]
-    assert found["onnx"]["parity"] <= 1e-5  # fp32, two layers
-    assert "adapted" in run(capsys, path, "-o", out, "--overwrite")
+    assert found["stages"] == ["adapted", "trained", "merged", "finished"]
+    assert found["onnx"]["parity"] <= 1e-5  # fp32 and the same codes
+    assert {p.name for p in out.iterdir()} >= {
+        "recipe.yaml", "adapted", "trained", "trained.run", "merged", "finished", "lm.onnx",
+    }  # fmt: skip
+    trained, finished = surgery.load(str(out / "trained")), surgery.load(str(out / "finished"))
+    assert [e.id for e in trained.journal] == ["freeze", "lora"]
+    assert any(t.abs().max() > 0 for n, t in trained.tensors.items() if n.endswith(".lora.B"))
+    assert [e.id for e in finished.journal] == ["quantize"]  # on the merged model
+    held = {t.name for t in onnx.load(out / "lm.onnx").graph.initializer}
+    assert any(name.endswith(".quantize.codes") for name in held)
+    assert not any(".lora." in name for name in held)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +105,14 @@ def test_a_wrong_recipe_is_one_line(changed, said, recipe, tmp_path, capsys):
 
 
 def test_code_is_named_by_whoever_runs_it(recipe, tmp_path, capsys):
-    path = recipe(model="py:tests.models:attention", train=None, finish=None, merge=None)
+    path = recipe(model="py:tests.models:attention", train=None, finish=None)
     assert "names code" in run(capsys, path, "-o", tmp_path / "out", code=2)
-    assert "parity" in run(capsys, path, "py:tests.models:attention", "-o", tmp_path / "out")
+    line = path, "py:tests.models:attention", "-o", tmp_path / "out"
+    said = run(capsys, *line)
+    for stage in ("adapted", "lora: ", "folded lora into", "parity in onnxruntime"):
+        assert stage in said, stage
+    assert "is there" in run(capsys, *line, "--resume")
+    assert "is there" not in run(capsys, *line, "--overwrite")
 
 
 def test_what_is_there_is_not_replaced(recipe, tmp_path, capsys):
