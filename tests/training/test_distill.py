@@ -155,6 +155,7 @@ def test_attention_scores(student, teacher, taught, texts):
             objective.loss(Body(student, "live").model, batch)
 
 
+@pytest.mark.slow
 def test_a_language_model_is_taught_where_its_labels_are(llama_folder, tmp_path, known):
     program = surgery.load(f"hf:{llama_folder}")
     moved = program.apply(surgery.Lora(target="attn.*", rank=2))

@@ -148,7 +148,10 @@ def test_the_reward_of_held_out_prompts_rises_at_bounded_kl(objective, steps, ba
         assert any(row["clipped"] > 0 for row in seen)
 
 
-@pytest.mark.parametrize("objective", [PpoObjective(**PPO_OPTIONS), TrpoObjective(**TRPO_OPTIONS)])
+@pytest.mark.parametrize(
+    "objective",
+    [PpoObjective(**PPO_OPTIONS), pytest.param(TrpoObjective(**TRPO_OPTIONS), marks=pytest.mark.slow)],
+)
 def test_resumed_it_has_the_same_weights(objective, base, prompts, tmp_path, rewards):
     """Stopped inside a step, with an adapted penalty and moments of the optimizer in the checkpoint."""
     options = {"steps": 6, "checkpoint": 2, "held_out": 0.0, "batch": 12}
