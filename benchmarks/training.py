@@ -1,7 +1,7 @@
 """`surgery train` against PEFT with transformers' Trainer: `python -m benchmarks training` (not part of `make bench`).
 
-LoRA of rank 8 on the attention of SmolLM2 (--quick: a tiny llama's worth of it, MiniLM has no text to give), on
-alpaca_en's answers, in fp32: the same factors at the start, the same batches in the same order, AdamW at a constant
+LoRA of rank 8 on the attention of SmolLM2 (--quick: three steps of two examples), on alpaca_en's answers, in fp32:
+the same factors at the start, the same batches in the same order, AdamW at a constant
 rate. Trained in turns, whole runs; a step's time is from the end of one to the end of the next, and the benchmark stops
 where the losses of any step differ by more than SAME.
 """

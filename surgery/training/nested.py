@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor
 
 from surgery.errors import TrainingError
 from surgery.training.objective import Objective, OnPolicy
@@ -71,6 +73,11 @@ def nested_of(text: str) -> dict[str, Any]:
     if not name or "=" in name:
         raise ValueError("an objective's name comes first: OBJECTIVE,OPTION=VALUE,…")
     return {"objective": name, "options": tuple(options)}
+
+
+def under(prefix: str, observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was observed of one of several objectives, by its own names."""
+    return {key.removeprefix(prefix): value for key, value in observed.items() if key.startswith(prefix)}
 
 
 def score_of(objective: Objective, figures: dict[str, float]) -> float:

@@ -9,6 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from surgery.training.data import make_examples, read_rows
+from surgery.training.setting import Setting
+from surgery.training.tokenizers import find_tokenizer
 from tests import tiny
 
 WORDS = [
@@ -58,6 +61,13 @@ def save_tokenizer(folder):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def prepared(program, objective, path, longest=32):
+    """What an objective makes of a file of rows: its examples, and the setting."""
+    rows = read_rows([path]).train
+    setting = objective.prepared(rows, Setting.of(program, find_tokenizer(program), longest))
+    return make_examples(rows, objective, setting), setting
 
 
 @pytest.fixture

@@ -11,13 +11,12 @@ import torch
 from torch.nn import functional as F
 
 import surgery
-from surgery.api import Setting, TrainingError
+from surgery.api import TrainingError
 from surgery.cli import main
-from surgery.training.data import make_examples, read_rows
 from surgery.training.embeddings import retrieval
 from surgery.training.objectives import Contrastive
 from surgery.training.tokenizers import find_tokenizer
-from tests.training.conftest import write
+from tests.training.conftest import prepared, write
 from tests.training.test_loop import fit
 
 PAIRS = [
@@ -33,9 +32,7 @@ def bert(bert_folder):
 
 
 def batch_of(program, objective, path):
-    rows = read_rows([path]).train
-    setting = objective.prepared(rows, Setting.of(program, find_tokenizer(program), 32))
-    examples = make_examples(rows, objective, setting)
+    examples, setting = prepared(program, objective, path)
     return objective.collate(examples[range(len(examples))], setting, torch.Generator().manual_seed(0))
 
 

@@ -9,12 +9,9 @@ from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCau
 import surgery
 from surgery.api import TrainingError
 from surgery.training.body import Body
-from surgery.training.data import make_examples, read_rows
 from surgery.training.objectives import CausalLm, Sft
-from surgery.training.setting import Setting
-from surgery.training.tokenizers import find_tokenizer
 from surgery.training.watching import read_log
-from tests.training.conftest import write
+from tests.training.conftest import prepared, write
 from tests.training.test_loop import fit
 
 
@@ -37,10 +34,7 @@ def with_lora(base):
 
 
 def batch_of(program, objective, data, count=5):
-    setting = Setting.of(program, find_tokenizer(program), 32)
-    rows = read_rows([data]).train
-    setting = objective.prepared(rows, setting)
-    examples = make_examples(rows, objective, setting)
+    examples, setting = prepared(program, objective, data)
     return objective.collate(examples[range(count)], setting, torch.Generator())
 
 

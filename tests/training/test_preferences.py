@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery
-from surgery.api import Program, Setting, TrainingError
+from surgery.api import Program, TrainingError
 from surgery.cli import main
-from surgery.training.data import make_examples, read_rows, split
+from surgery.training.data import read_rows, split
 from surgery.training.loop import train
 from surgery.training.objectives import Dpo, Reward
 from surgery.training.settings import Settings
 from surgery.training.tokenizers import find_tokenizer
 from surgery.training.tokens import IGNORED
-from tests.training.conftest import write
+from tests.training.conftest import prepared, write
 
 SCORE = surgery.Head(mode="add", labels=1, head_name="reward", pool="last")
 PAIRS = [
@@ -32,12 +32,6 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def llama(llama_folder):
     return surgery.load(f"hf:{llama_folder}")
-
-
-def prepared(program, objective, path, longest=32):
-    rows = read_rows([path]).train
-    setting = objective.prepared(rows, Setting.of(program, find_tokenizer(program), longest))
-    return make_examples(rows, objective, setting), setting
 
 
 def batch_of(program, objective, path, longest=32, chosen=None):

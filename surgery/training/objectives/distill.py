@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from surgery.errors import LoadError, TrainingError
 from surgery.training.learned import LEARNED, Learned
-from surgery.training.nested import Nested, nested_of, score_of
+from surgery.training.nested import Nested, nested_of, score_of, under
 from surgery.training.objective import Batch, Objective, output, run
 from surgery.training.objectives.regression import Regression
 from surgery.training.setting import Row, Setting
@@ -245,12 +245,12 @@ class Distill(Objective):
         return seen
 
     def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
-        figures = self.base.metrics(_under("own/", observed))
+        figures = self.base.metrics(under("own/", observed))
         if "loss" in figures:
             figures["hard"] = figures.pop("loss")
         means = {name: float(v.double().mean()) for name, v in observed.items() if "/" not in name}
         figures.update(means)
-        taught = self.base.metrics(_under("teacher/", observed))
+        taught = self.base.metrics(under("teacher/", observed))
         if self.base.metric in taught:
             figures[f"teacher/{self.base.metric}"] = taught[self.base.metric]
         known = {**figures, "loss": figures["hard"]} if "hard" in figures else figures
@@ -361,7 +361,3 @@ class _Given(nn.Module):
 
 def _split(pairs: Sequence[str]) -> list[tuple[str, str]]:
     return [(a, b) for a, _, b in (text.partition("=") for text in pairs)]
-
-
-def _under(prefix: str, observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): v for key, v in observed.items() if key.startswith(prefix)}

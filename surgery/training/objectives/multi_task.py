@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from surgery.errors import SurgeryError, TrainingError, nearest
 from surgery.training.learned import LEARNED, Learned
-from surgery.training.nested import Nested, nested_of, score_of
+from surgery.training.nested import Nested, nested_of, score_of, under
 from surgery.training.objective import Batch, Objective
 from surgery.training.objectives.regression import Regression
 from surgery.training.setting import Row, Setting
@@ -226,11 +226,7 @@ class MultiTask(Objective):
     def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
         figures, losses, scores = {}, [], []
         for name, objective in self.tasks.items():
-            own = {
-                key.removeprefix(f"{name}/"): value
-                for key, value in observed.items()
-                if key.startswith(f"{name}/")
-            }
+            own = under(f"{name}/", observed)
             weight = own.pop("", None)
             found = objective.metrics(own)
             losses.append(found["loss"])
