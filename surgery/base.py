@@ -10,6 +10,7 @@ from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,8 +27,9 @@ class Base:
 
     loaded: module and inputs. captured: its eval graph. ref, options: how to find it again ("" for a module
     given from Python). in_memory: False where the weights are fake. consumed: merged in place. released: names of
-    weights that were given back to the system. hindrance: why a site cannot be rewritten although a pass accepts it
-    (in a live module), or None.
+    weights that were given back to the system. shells: the parameters that programs made over the memory of a base
+    weight, by its name and their id, while they live. hindrance: why a site cannot be rewritten although a pass
+    accepts it (in a live module), or None.
     """
 
     loaded: LoadedModel
@@ -37,6 +39,7 @@ class Base:
     options: LoadOptions = field(default_factory=LoadOptions)
     consumed: bool = False
     released: set[str] = field(default_factory=set)
+    shells: WeakValueDictionary[tuple[str, int], nn.Parameter] = field(default_factory=WeakValueDictionary)
     hindrance: Callable[[Site], str | None] | None = None
     _train: Captured | None = None
 

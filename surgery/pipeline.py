@@ -141,7 +141,9 @@ def plan(
             plans.append(planned)
             if planned.accepted and _is_seen(pass_, [p for p, _ in complete[index + 1 :]]):
                 program = apply(program, [pass_], False, False, data)
+                probe.clear()
                 probe = Probe(program, data)
+    probe.clear()
     return PlanReport(tuple(plans))
 
 
@@ -285,7 +287,8 @@ def apply(
     reference: Any = None  # the outputs that a rewrite is held to, run when one needs them
     for pass_, auto in _complete(program, passes, freeze_base):
         begun = perf_counter()
-        planned = _plan_pass(program, pass_, auto, Probe(program, data))
+        probe = Probe(program, data)
+        planned = _plan_pass(program, pass_, auto, probe)
         entry = entry_of(program, planned)
         kept = {entry.before[name]: value for name, value in trained_before(program, entry).items()}
         if isinstance(pass_, RewritePass):
@@ -327,6 +330,7 @@ def apply(
         plugins = program.base.plugins
         for impl in plugins.implementations("surgery_after_pass"):
             plugins.call(impl, program=adapted, result=report)
+        probe.clear()
         program = adapted
     return program
 

@@ -60,6 +60,12 @@ class Probe:
     def forget(self, key: Hashable) -> None:
         self._made.pop(key, None)
 
+    def clear(self) -> None:
+        """Forget all that was read and measured: the sites of a report know their probe, and would keep it alive."""
+        self._state = None
+        for found in (self._squared, self._products, self._made):
+            found.clear()
+
     def stored(self, site: Site) -> Tensor:
         """The weight that the site's op reads now: the parameter, or what a pass put in its place."""
         from surgery.standing import weight_reader

@@ -346,11 +346,6 @@ class Program:
         check_present(self, "undo")
         return Program(self.base)
 
-    @property
-    def modules_made(self) -> tuple[nn.Module, ...]:
-        """What runs this program so far."""
-        return tuple(m for m in (self._module, self._runner and self._runner[1]) if m is not None)
-
     def release(self) -> int:
         """Give back the memory of base weights that nothing of this program reads (quantized ones, say), in bytes.
 
@@ -449,7 +444,9 @@ class Program:
         if canonical in held:
             return held[canonical]
         if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(tensor.detach(), requires_grad=False)
+            shell = nn.Parameter(tensor.detach(), requires_grad=False)
+            self.base.shells[canonical, id(shell)] = shell
+            return shell
         return tensor
 
     def own(self) -> None:

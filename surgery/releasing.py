@@ -36,9 +36,9 @@ def release(program: Program) -> int:
         nothing = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
         tensor.data = nothing
         base.released.update(group)
-        for module in program.modules_made:  # theirs are views of the same memory
-            for own in group:
-                module.get_parameter(own).data = nothing
+    for (name, _), shell in list(base.shells.items()):
+        if name in base.released:
+            shell.data = base.tensors[name].data
     return freed
 
 

@@ -109,6 +109,10 @@ def leaves(value):
     ]
 
 
+# fp32 sums that a kernel takes in another order: the largest seen, on another machine, was 1.2e-6.
+REORDERED = 5e-6
+
+
 def assert_equal(got, expected, tolerance=0.0):
     got, expected = leaves(got), leaves(expected)
     assert [x.shape for x in got] == [x.shape for x in expected]
@@ -201,7 +205,7 @@ def test_exports_again(name):
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):
         program = torch.export.export(edited, (), dict(captured.kwargs), dynamic_shapes=shapes, strict=False)
     _, kwargs = fresh_inputs(captured, {"batch": 5, "seq": 13})
-    assert_equal(program.module()(**kwargs), edited(**kwargs), 1e-6)
+    assert_equal(program.module()(**kwargs), edited(**kwargs), REORDERED)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "deberta-v2", "glm"])
@@ -219,7 +223,7 @@ def test_inputs_of_fixed_length(name):
         args, kwargs = fresh_inputs(captured, {"batch": batch})
         with torch.no_grad():
             expected = module(*args, **longer(kwargs, names, more, front=False))
-        assert_equal(edited(*args, **kwargs), expected, 1e-6)
+        assert_equal(edited(*args, **kwargs), expected, REORDERED)
     check_metas(edited, captured, {"batch": 3})
 
 
@@ -244,7 +248,7 @@ def test_tokens_behind_the_embedding_with_a_longer_mask():
         expected = module(
             inputs_embeds=torch.cat([prompt.expand(3, -1, -1), vectors], 1), attention_mask=mask
         )
-        assert_equal(edited(**kwargs), {"logits": expected.logits}, 1e-6)
+        assert_equal(edited(**kwargs), {"logits": expected.logits}, REORDERED)
 
 
 # -- tokens that are put into the stream and taken out again
@@ -290,7 +294,7 @@ def test_tokens_in_the_stream(name, first, last):
     for batch in (2, 5):
         args, kwargs = fresh_inputs(captured, {"batch": batch})
         with torch.no_grad():
-            assert_equal(edited(*args, **kwargs), module(*args, **kwargs), 1e-6)
+            assert_equal(edited(*args, **kwargs), module(*args, **kwargs), REORDERED)
     check_metas(edited, captured, {}, {"batch": 3})
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from torch import nn
 
 import surgery
 from surgery.errors import JournalError
@@ -73,6 +76,23 @@ def test_weights_given_back(adapted, tmp_path):
         adapted.without("quantize").run()
     loaded = surgery.load(str(tmp_path / "again")).undo("lora").undo("quantize")
     assert all(bool(torch.isfinite(t).all()) for t in loaded.base.tensors.values() if t.is_floating_point())
+
+
+def test_no_view_of_the_memory_is_left(adapted):
+    """Nor one in an earlier program, in what verified it, or in the report of a pass: one alone would keep it all."""
+    earlier = adapted.without("lora")
+    earlier.run()
+    assert adapted.reports
+    names = {r.key.owner for r in adapted.journal.find("quantize")[0].sites}
+    memory = {adapted.base.tensors[name].data_ptr() for name in names}
+    gc.collect()
+    plain = [
+        o for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter) and o.device.type == "cpu"
+    ]
+    views = [tensor for tensor in plain if tensor.data_ptr() in memory]
+    assert len(views) >= 2 * len(names)
+    adapted.release()
+    assert all(view.untyped_storage().nbytes() == 4 for view in views)
 
 
 def test_live_layers_make_theirs_again(adapted, monkeypatch):
