@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,12 @@ KEPT = ROOT / "benchmarks" / "compress.json"
 class Format:
     """make: writes the file of a subject to a path, fp32's beside it, and returns the share of bytes of what it covers.
 
-    peer: it is not ours."""
+    peer: it is not ours. config: of the session it runs in."""
 
     name: str
     make: Callable[[Subject, Path, Path], float | None]
     peer: bool = False
+    config: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,16 @@ def _ours(name: str = "", **options: Any) -> Callable[[Subject, Path, Path], flo
         known = program.base.plugins.passes
         if name and name not in known:
             raise MissingPeer(f"there is no pass {name!r} here")
-        target = subject.target if name == "quantize" else subject.products or subject.target
-        wanted = [(name, {"target": target, **options})] if name else []
-        if subject.rest and (name == "quantize" or (name == "int8-static" and not subject.products)):
-            wanted.append(("quantize", {"format": "int8", "target": subject.rest, "as": "rest"}))
+        targets = [subject.target if name == "quantize" else subject.products or subject.target]
+        rest = (
+            [subject.rest] if name == "quantize" or (name == "int8-static" and not subject.products) else []
+        )
+        if rest:
+            rounds = name == "int8-static" or options.get("format") == "int8-dynamic"
+            (targets if rounds else rest).append(subject.head)
+        wanted = [(name, {"target": _joined(targets), **options})] if name else []
+        if _joined(rest):
+            wanted.append(("quantize", {"format": "int8", "target": _joined(rest), "as": "rest"}))
         for own, given in wanted:
             program = program.apply(known[own].cls.parse(given), data=subject.data, freeze_base=False)
         added = program.journal.entries[len(program.journal.entries) - len(wanted) :]
@@ -81,10 +88,14 @@ def _ours(name: str = "", **options: Any) -> Callable[[Subject, Path, Path], flo
             program = program.merge()
         program.export(path)
         return (
-            None if name == "prune-filters" else _covered(program, added, path)
+            None if name == "prune-filters" else _covered(program, added[:1], path)
         )  # a group is more than its site
 
     return make
+
+
+def _joined(targets: Sequence[str]) -> str:
+    return ",".join(filter(None, targets))
 
 
 def _theirs(write: Callable[[Subject, Path, Path], None]) -> Callable[[Subject, Path, Path], float | None]:
@@ -96,7 +107,7 @@ def _theirs(write: Callable[[Subject, Path, Path], None]) -> Callable[[Subject, 
 
 
 def _covered(program: surgery.Program, added: Sequence[Any], path: Path) -> float | None:
-    """Bytes in the file of what entries added, over those of the weights at their sites."""
+    """Bytes in the file of what a format added, over those of the weights at its sites; not what `rest` added."""
     names = {full for entry in added for record in entry.sites for full in record.tensors.values()}
     held = {t.name: t for t in onnx.load(str(path), load_external_data=False).graph.initializer}
     sizes = [_bytes(held[name]) for name in names if name in held]
@@ -116,13 +127,17 @@ def _bytes(tensor: Any) -> float:
     return count * _BITS.get(tensor.data_type, 8 * kind.itemsize) / 8
 
 
+# What onnxruntime's own quantizer writes into the file; for a fused DequantizeLinear it is the session's to say.
+FP32_SUMS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+
 FORMATS = [
     Format("fp32", _ours()),
     Format("int8", _ours("quantize", format="int8")),
     Format("int8-dynamic", _ours("quantize", format="int8-dynamic")),
     Format("int8-static", _ours("int8-static")),
     Format("int4", _ours("quantize", format="int4")),
-    Format("int4, gptq", _ours("quantize", format="int4", method="gptq")),
+    Format("int4, fp32 sums", _ours("quantize", format="int4"), config=FP32_SUMS),
+    Format("int4, gptq, fp32 sums", _ours("quantize", format="int4", method="gptq"), config=FP32_SUMS),
     Format("ternary", _ours("quantize", format="ternary")),
     Format("2:4", _ours("sparse", pattern="2:4")),
     Format("2:4, wanda", _ours("sparse", pattern="2:4", criterion="wanda")),
@@ -144,7 +159,7 @@ def evaluate(subject: Subject, rounds: int) -> Iterator[Result]:
             path = Path(folder, f"{number}.onnx")
             try:
                 covered = format.make(subject, path, Path(folder, "0.onnx"))
-                model = OnnxModel(path, threads=torch.get_num_threads())
+                model = OnnxModel(path, threads=torch.get_num_threads(), config=format.config)
                 quality = subject.quality(model)
             except (SurgeryError, MissingPeer) as error:
                 yield Result(subject.name, format.name, format.peer, failed=str(error))

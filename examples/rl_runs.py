@@ -1,0 +1,130 @@
+"""Teach SmolLM2 by preferences and rewards, by `surgery train`, on real data.
+
+python examples/rl_runs.py                       all of them
+python examples/rl_runs.py sentiment --quick     one, with little data, to see that it works
+
+preferences   300 dialogues of which people preferred one answer: a reward model, DPO, and PPO by that reward model
+sentiment     a policy learns to go on with film sentences so that the demo's classifier finds them positive: PPO and
+              TRPO, three seeds each (needs out/film/adapted, which `make demo` makes)
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data import dpo_en, sentiment
+from loop import console
+from training_runs import LORA, Runs, main, smollm2
+
+FILM = Path("out/film/adapted")
+VALUE = [
+    "--pass",
+    "head",
+    "--mode",
+    "add",
+    "--labels",
+    "1",
+    "--head-name",
+    "value",
+    "--pool",
+    "none",
+    "--init",
+    "zero",
+]
+REWARD = ["--pass", "head", "--mode", "add", "--labels", "1", "--head-name", "reward", "--pool", "last"]
+SEEDS = (0, 1, 2)
+MAX_KL = 0.01  # of a token, in one step of TRPO
+
+
+def preferences(runs: Runs) -> None:
+    rows = dpo_en()
+    learn, held = runs.write("pairs-train", rows[:240]), runs.write("pairs-held-out", rows[240:])
+    reference, *kind = smollm2()
+    pairs = ("--data", learn, "--held-out", held, "--max-length", "384", "--batch", "4")
+    judge = runs.apply(reference, "judge", *kind, *REWARD, *LORA)
+    shown = ["accuracy", "margin", "loss"]
+    runs.train(judge, "reward", "--objective", "reward", *pairs, "--epochs", "2", "--lr", "2e-4", show=shown)
+    plain = runs.apply(reference, "dpo start", *kind, *LORA)
+    runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "2", "--lr", "1e-4", show=shown)
+    policy = runs.apply(reference, "policy", *kind, *VALUE, *LORA)
+    asked = (
+        "--data",
+        learn,
+        "--held-out",
+        held,
+        "--max-length",
+        "384",
+        "--batch",
+        "16",
+        "--new-tokens",
+        "32",
+    )
+    goal = ("--reward", runs.out / "reward", "--kl", "0.05", "--kl-target", "4")
+    runs.train(
+        policy, "rlhf", "--objective", "ppo", *asked, *goal, "--steps", "16", "--lr", "1e-4",
+        "--evaluate", "8", show=["reward", "kl"],
+    )  # fmt: skip
+
+
+def sentiment_runs(runs: Runs) -> None:
+    if not FILM.is_dir():
+        raise SystemExit(f"the classifier is made by the demo: run `make demo` first ({FILM} is missing)")
+    split = sentiment("film")
+    learn, held = (
+        runs.write(name, [{"prompt": " ".join(s.text.split()[:6])} for s in sentences])
+        for name, sentences in (("openings", split.train[:2000]), ("openings-held-out", split.held_out[:64]))
+    )
+    reference, *kind = smollm2()
+    policy = runs.apply(reference, "speaker", *kind, *VALUE, *LORA)
+    given = ("--data", learn, "--held-out", held, "--plain", "--reward", FILM, "--reward-class", "1")
+    length = (
+        "--new-tokens",
+        "20",
+        "--max-length",
+        "64",
+        "--batch",
+        "32",
+        "--steps",
+        "20",
+        "--evaluate",
+        "10",
+    )
+    for method, own in (
+        ("ppo", ("--lr", "1e-4", "--kl", "0.05", "--kl-target", "3", "--inner-epochs", "2")),
+        ("trpo", ("--lr", "1e-3", "--max-kl", str(MAX_KL), "--kl", "0.05")),
+    ):
+        ends = []
+        for seed in SEEDS:
+            name = f"{method} {seed}"
+            words = ("--objective", method, *given, *length, *own, "--seed", str(seed))
+            ends.append(runs.train(policy, name, *words, show=["reward", "kl"]))
+            steps = updates(runs.out / f"{name}.run" / "log.jsonl")
+            if steps:
+                console.print(
+                    f"    KL of a token by update: {' '.join(f'{kl:.4f}' for kl in steps)}", highlight=False
+                )
+            if method == "trpo" and max(steps, default=0.0) > MAX_KL:
+                raise SystemExit(f"an update went over its bound: {max(steps)} > {MAX_KL}")
+        rewards, kls = ([end[key] for end in ends] for key in ("reward", "kl"))
+        console.print(
+            f"    {method}: reward {statistics.mean(rewards):.3f} ± {statistics.stdev(rewards):.3f}, "
+            f"KL of a response at most {max(kls):.2f}\n",
+            highlight=False,
+        )
+
+
+def updates(log: Path) -> list[float]:
+    """The KL of each update, for a token, from the log of a run."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [float(line["update_kl"]) for line in lines if "update_kl" in line]
+
+
+RUNS: dict[str, Callable[[Runs], Any]] = {"preferences": preferences, "sentiment": sentiment_runs}
+
+
+if __name__ == "__main__":
+    main(RUNS, __doc__)
