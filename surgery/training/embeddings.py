@@ -14,10 +14,12 @@ Pooling = Literal["mean", "cls"]
 
 
 def embedded(outputs: Any, name: str, pooling: Pooling, batch: Batch) -> Tensor:
-    """Rows × features of an output of tokens, or of one that has one vector for each row already."""
+    """Rows × features of an output of tokens, of feature maps (their mean), or of one vector for each row."""
     states = output(outputs, name).float()
     if states.dim() == 2:
         return states
+    if states.dim() == 4:
+        return states.mean((2, 3))
     if pooling == "cls":
         return states[:, 0]
     seen = batch["inputs"].get("attention_mask")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.capture.shapes import list_axes
+from surgery.capture.shapes import input_names, list_axes
 from surgery.errors import TrainingError
 from surgery.outputs import named_outputs
+from surgery.training.images import Images
 
 if TYPE_CHECKING:
     from surgery.program import Program
@@ -25,8 +26,9 @@ class Setting:
     """inputs: the program's inputs by name, as in its example. widths: the last axis of each of its outputs.
 
     longest: the most tokens of an example. fixed: the one length that the program takes, or None. tokenizer: None
-    where there is none. columns: option -> column of the data. decided: what the objective decided of the data.
-    counts: sentences about rows -> of how many they are true.
+    where there is none. images: how the program takes images, where these are its one input. columns: option -> column
+    of the data. decided: what the objective decided of the data. counts: sentences about rows -> of how many they are
+    true.
     """
 
     inputs: Mapping[str, Tensor]
@@ -34,6 +36,7 @@ class Setting:
     longest: int
     fixed: int | None = None
     tokenizer: Any = None
+    images: Images | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     decided: Mapping[str, Any] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -57,11 +60,22 @@ class Setting:
             for name, node in named_outputs(program.graph).items()
             if getattr(node.meta.get("val"), "ndim", 0) and isinstance(node.meta["val"].shape[-1], int)
         }
-        return Setting(dict(captured.kwargs), widths, longest, fixed, tokenizer)
+        inputs = dict(zip(input_names(captured), [*captured.args, *captured.kwargs.values()], strict=True))
+        images = None
+        if len(inputs) == 1:
+            ((name, only),) = inputs.items()
+            if isinstance(only, Tensor) and only.dim() == 4 and only.is_floating_point():
+                images = Images.of(program, name, only)
+        return Setting(inputs, widths, longest, fixed, tokenizer, images)
 
     def count(self, sentence: str) -> None:
         """Remember that something is true of one more row."""
         self.counts[sentence] += 1
+
+    def need_reader(self, objective: str) -> None:
+        """Raises TrainingError where the program reads neither images, nor tokens that there is a tokenizer for."""
+        if self.images is None:
+            self.need_tokenizer(objective)
 
     def need_tokenizer(self, objective: str) -> Any:
         """The tokenizer. Raises TrainingError where there is none, or the program reads no tokens."""
@@ -85,7 +99,9 @@ class Setting:
         )
 
     def pad(self, examples: Sequence[Row]) -> dict[str, Tensor]:
-        """The program's inputs of tokenized examples, padded on the right to the longest."""
+        """The program's inputs of examples: tokens, padded on the right to the longest, or images (`pixels`)."""
+        if self.images is not None:
+            return self.images.inputs(self.images.pixels([example["pixels"] for example in examples]))
         length = self.fixed or max(len(example["input_ids"]) for example in examples)
         made = {}
         for name in self.inputs:

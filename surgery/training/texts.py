@@ -1,13 +1,23 @@
-"""Texts of rows as tokens."""
+"""What rows hold as what a model reads: texts as tokens, and images."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from surgery.errors import TrainingError
+from surgery.training.images import IMAGE
 from surgery.training.setting import Row, Setting
 
 TEXT = ("text", "sentence", "content", "review", "document", "article", "body")
+TEXT_OR_IMAGE = (*TEXT, *IMAGE)
+
+
+def read(row: Row, setting: Setting, option: str = "text") -> dict[str, Any]:
+    """What an example holds of a row for `Setting.pad`: the tokens of its text, or its image, as the model reads."""
+    if setting.images is None:
+        return tokens(row, setting, option)
+    column = setting.columns[option]
+    return {"pixels": setting.images.read(row[column], column)}
 
 
 def text_of(row: Row, setting: Setting, option: str = "text") -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from surgery.errors import TrainingError
 from surgery.training.objective import Batch, Objective, output, run
 from surgery.training.setting import Row, Setting
-from surgery.training.texts import TEXT, tokens
+from surgery.training.texts import TEXT_OR_IMAGE, read
 
 
 class Classification(Objective):
@@ -26,19 +26,19 @@ class Classification(Objective):
 
     name: ClassVar[str] = "classification"
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "text": TEXT,
+        "text": TEXT_OR_IMAGE,
         "label": ("label", "labels", "class", "target", "sentiment", "category", "y"),
     }
     metric: ClassVar[str] = "accuracy"
     larger: ClassVar[bool] = True
 
-    text: str | None = Field(None, description="column of the text")
+    text: str | None = Field(None, description="column of the text, or of the image")
     label: str | None = Field(None, description="column of the label")
     output: str = Field("logits", description="the output of the model that holds the logits")
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
-        setting.need_tokenizer(self.name)
+        setting.need_reader(self.name)
         column = setting.columns["label"]
         classes, found = setting.width(self.output, self.name), rows.unique(column)
         empty = next((i for i, value in enumerate(rows[column]) if value is None), None)
@@ -64,7 +64,7 @@ class Classification(Objective):
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
         names, value = setting.decided["labels"], row[setting.columns["label"]]
-        yield {**tokens(row, setting), "label": names.index(value) if names else int(value)}
+        yield {**read(row, setting), "label": names.index(value) if names else int(value)}
 
     def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
         return {"inputs": setting.pad(examples), "labels": torch.tensor([e["label"] for e in examples])}

@@ -1,4 +1,4 @@
-"""contrastive: texts that belong together become neighbours."""
+"""contrastive: texts or images that belong together become neighbours."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch.nn import functional as F
 
 from surgery.errors import TrainingError
 from surgery.training.embeddings import Pooling, embedded, retrieval, similarities
+from surgery.training.images import IMAGE, views
 from surgery.training.objective import Batch, Objective, run
 from surgery.training.setting import Row, Setting
-from surgery.training.texts import TEXT, tokens
+from surgery.training.texts import TEXT, read
 
 ROLES = ("anchor", "positive", "negative")
+ALONE = ("simcse", "simclr")  # the second vector is of the anchor too
 
 
 class Contrastive(Objective):
-    """Contrastive learning of one vector e for each text, from pairs of texts (a, p), or triples with a text n that
-    does not belong to a. With the similarity s (the cosine, or --similarity dot) of their vectors over the temperature,
+    """Contrastive learning of one vector e for each text or image, from pairs (a, p), or triples with an n that does
+    not belong to a. With the similarity s (the cosine, or --similarity dot) of their vectors over the temperature,
 
         infonce   L = −mean log (exp s(a, p) / Σ_c exp s(a, c))
         triplet   L = mean max(0, ‖a − p‖² − ‖a − n‖² + margin), of vectors of length one
@@ -30,7 +32,9 @@ class Contrastive(Objective):
     arXiv:1705.00652) has all positives of the batch, and its negatives, as candidates c; one that has the same text as
     p, or is the positive of the same text as a, is no negative. --symmetric adds the same from the positives' side.
     `--loss simcse` (Gao et al. 2021, arXiv:2104.08821) is infonce of texts alone, each of which goes through the model
-    twice, so that dropout makes the two vectors. triplet (Schroff et al. 2015, arXiv:1503.03832) of pairs alone takes
+    twice, so that dropout makes the two vectors. `--loss simclr` (Chen et al. 2020, arXiv:2002.05709) is of images
+    alone: of each two views are drawn (a part of it, mirrored or not, in another light), and all other views of the
+    batch are negatives of both. triplet (Schroff et al. 2015, arXiv:1503.03832) of pairs alone takes
     the nearest text of the batch that is farther than p (semi-hard), or the farthest where none is. Of several
     processes each has the negatives of its own batch.
 
@@ -39,25 +43,33 @@ class Contrastive(Objective):
     expand --side dense --target path:head_proj --activation gelu` behind it, a non-linear one). The figures are the
     loss, from whose smallest value the best checkpoint is, how often an anchor's own positive is the nearest of all
     held-out ones (accuracy), and the mean of one over its rank (mrr). For simcse these are of the views of dropout,
-    or, where a column holds positives, of the pairs: infonce of them without dropout.
+    or, where a column holds positives, of the pairs: infonce of them without dropout. For simclr of two views.
     """
 
     name: ClassVar[str] = "contrastive"
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "anchor": ("anchor", "text1", "sentence1", "query", "question", "premise", "prompt", "instruction", *TEXT),
+        "anchor": (
+            "anchor", "text1", "sentence1", "query", "question", "premise", "prompt", "instruction", *TEXT, *IMAGE,
+        ),
         "positive": ("positive", "text2", "sentence2", "answer", "response", "entailment", "output", "paraphrase"),
         "negative": ("negative", "hard_negative", "text3", "sentence3", "contradiction"),
     }  # fmt: skip
 
-    anchor: str | None = Field(None, description="column of the text")
-    positive: str | None = Field(None, description="column of a text that belongs to it")
-    negative: str | None = Field(None, description="column of a text that does not, where there is one")
-    kind_of_loss: Literal["infonce", "simcse", "triplet"] = Field(
+    anchor: str | None = Field(None, description="column of the text, or of the image")
+    positive: str | None = Field(None, description="column of one that belongs to it")
+    negative: str | None = Field(None, description="column of one that does not, where there is one")
+    kind_of_loss: Literal["infonce", "simcse", "simclr", "triplet"] = Field(
         "infonce", alias="loss", description="of a batch"
     )
-    temperature: float = Field(0.05, gt=0, description="infonce, simcse: what similarities are divided by")
+    temperature: float = Field(
+        0.05, gt=0, description="infonce, simcse, simclr: what similarities are divided by"
+    )
     margin: float = Field(0.2, gt=0, description="triplet: how much farther the negative is to be")
-    similarity: Literal["cos", "dot"] = Field("cos", description="infonce, simcse: the cosine or the product")
+    similarity: Literal["cos", "dot"] = Field(
+        "cos", description="infonce, simcse, simclr: the cosine or the product"
+    )
+    crop: float = Field(0.35, gt=0, le=1, description="simclr: the least part of its area that a view shows")
+    keep_sides: bool = Field(False, description="simclr: views are never mirrored (of writing, say)")
     symmetric: bool = Field(False, description="infonce: positives look for their anchors too")
     pooling: Pooling = Field(
         "mean", description="of an output of tokens: the mean of those there, or the first"
@@ -69,28 +81,40 @@ class Contrastive(Objective):
         if self.symmetric and self.kind_of_loss != "infonce":
             raise ValueError(f"--symmetric is of --loss infonce, and this is {self.kind_of_loss}")
         if self.similarity == "dot" and self.kind_of_loss == "triplet":
-            raise ValueError("--similarity dot is of infonce and simcse; triplet has vectors of length one")
-        if self.negative is not None and self.kind_of_loss == "simcse":
-            raise ValueError("--loss simcse is of texts alone; leave out --negative, or take --loss infonce")
+            raise ValueError(
+                "--similarity dot is of infonce, simcse and simclr; triplet has vectors of length one"
+            )
+        if self.negative is not None and self.kind_of_loss in ALONE:
+            raise ValueError(f"--loss {self.kind_of_loss} has no negatives of its own; leave out --negative")
         return self
 
     # -- data
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
         found = self.named_columns(available)
-        if self.kind_of_loss == "simcse":
+        if self.kind_of_loss in ALONE:
             found.pop("negative", None)
+        if self.kind_of_loss == "simclr":
+            found.pop("positive", None)
         for option in ("anchor", "positive"):
-            if option not in found and not (option == "positive" and self.kind_of_loss == "simcse"):
+            if option not in found and not (option == "positive" and self.kind_of_loss in ALONE):
                 raise TrainingError(
                     f"objective {self.name!r}: no column looks like the {option}; the data has "
                     f"{', '.join(available)}; name one with --{option}"
-                    + (", or take --loss simcse for texts alone" if option == "positive" else "")
+                    + (
+                        ", or take --loss simcse for texts alone, simclr for images"
+                        if option == "positive"
+                        else ""
+                    )
                 )
         return found
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
-        setting.need_tokenizer(self.name)
+        setting.need_reader(self.name)
+        if self.kind_of_loss == "simclr" and setting.images is None:
+            raise TrainingError(
+                f"--loss simclr is of images, and the model takes {', '.join(setting.inputs)}"
+            )
         named = "vector" in self.model_fields_set
         if self.vector not in setting.widths and (named or len(setting.widths) != 1):
             raise TrainingError(
@@ -101,10 +125,8 @@ class Contrastive(Objective):
         return {"roles": [role for role in ROLES if role in setting.columns]}
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
-        yield {
-            role: tokens(row, setting, role)["input_ids"]
-            for role in setting.decided["roles"]
-        }  # fmt: skip
+        kind = _kind(setting)
+        yield {role: read(row, setting, role)[kind] for role in setting.decided["roles"]}
 
     def size(self, example: Row) -> int:
         return max(len(example[role]) for role in ROLES if role in example)
@@ -117,14 +139,22 @@ class Contrastive(Objective):
         return super().batches(sizes, batch, draw)
 
     def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
-        roles, texts = setting.decided["roles"], [list(e["anchor"]) for e in examples]
-        parts = {role: [list(e[role]) for e in examples] for role in roles}
-        pairs = "positive" in roles
+        roles, kind = setting.decided["roles"], _kind(setting)
+        parts = {role: [_plain(e[role]) for e in examples] for role in roles}
+        anchors, pairs = parts["anchor"], "positive" in roles
+        if self.kind_of_loss == "simclr" and setting.images is not None:
+            pixels = setting.images.pixels(anchors)
+            both = [views(pixels, draw, self.crop, not self.keep_sides) for _ in range(2)]
+            inputs = setting.images.inputs(torch.cat(both))
+        else:
+            inputs = setting.pad([{kind: each} for role in roles for each in parts[role]])
         return {
-            "inputs": setting.pad([{"input_ids": ids} for role in roles for ids in parts[role]]),
-            "roles": roles,
-            "false": _false_negatives(texts, parts["positive"], parts.get("negative", [])) if pairs else None,
-            "alone": _false_negatives(texts, texts, []),
+            "inputs": inputs,
+            "roles": ["anchor", "positive"] if self.kind_of_loss == "simclr" else roles,
+            "false": _false_negatives(anchors, parts["positive"], parts.get("negative", []))
+            if pairs
+            else None,
+            "alone": _false_negatives(anchors, anchors, []),
             "seed": int(torch.randint(2**62, (), generator=draw)),
         }
 
@@ -152,13 +182,15 @@ class Contrastive(Objective):
     def _views(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Two vectors for each anchor, of one run over both."""
         count = self.terms(batch)
-        inputs = {name: values[:count].repeat(2, 1) for name, values in batch["inputs"].items()}
+        inputs = {name: torch.cat([values[:count]] * 2) for name, values in batch["inputs"].items()}
         twice = {"inputs": inputs}
         first, second = embedded(run(module, twice), self.vector, self.pooling, twice).chunk(2)
         return first, second
 
     def _of_pairs(self, vectors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         anchors, positives, negatives = vectors["anchor"], vectors["positive"], vectors.get("negative")
+        if self.kind_of_loss == "simclr":
+            return self._nt_xent(anchors, positives, batch["alone"])
         if self.kind_of_loss == "triplet":
             return self._triplet(anchors, positives, negatives, batch["false"])
         found = self._infonce(anchors, positives, negatives, batch["false"])
@@ -171,6 +203,16 @@ class Contrastive(Objective):
         scores = similarities(a, candidates, self.similarity) / self.temperature
         scores = scores.masked_fill(false, -torch.inf)
         return F.cross_entropy(scores, torch.arange(len(a), device=a.device))
+
+    def _nt_xent(self, a: Tensor, p: Tensor, same: Tensor) -> Tensor:
+        """Each view looks for the other one among all that are not itself, nor of an equal image."""
+        every, own = torch.cat([a, p]), torch.arange(len(a), device=a.device)
+        scores = similarities(every, every, self.similarity) / self.temperature
+        itself = torch.eye(len(a), dtype=torch.bool, device=a.device) | same
+        scores = scores.masked_fill(
+            torch.cat([torch.cat([itself, same], 1), torch.cat([same, itself], 1)]), -torch.inf
+        )
+        return F.cross_entropy(scores, torch.cat([own + len(a), own]))
 
     def _triplet(self, a: Tensor, p: Tensor, n: Tensor | None, false: Tensor) -> Tensor:
         a, p = F.normalize(a, dim=-1), F.normalize(p, dim=-1)
@@ -203,9 +245,16 @@ class Contrastive(Objective):
         return {"loss": float(observed["losses"].double().mean()), **found}
 
 
-def _false_negatives(
-    anchors: list[list[int]], positives: list[list[int]], negatives: list[list[int]]
-) -> Tensor:
+def _kind(setting: Setting) -> str:
+    return "input_ids" if setting.images is None else "pixels"
+
+
+def _plain(value: Any) -> Any:
+    """Tokens as a list, pixels as they are."""
+    return value if isinstance(value, bytes) else list(value)
+
+
+def _false_negatives(anchors: list[Any], positives: list[Any], negatives: list[Any]) -> Tensor:
     """Which candidate (positives, then negatives) is no negative of which anchor, its own positive aside."""
     rows = []
     for i, (anchor, positive) in enumerate(zip(anchors, positives, strict=True)):

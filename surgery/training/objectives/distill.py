@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from surgery.capture.shapes import input_names
 from surgery.errors import LoadError, TrainingError
 from surgery.training.learned import LEARNED, Learned
 from surgery.training.nested import Nested, nested_of, score_of, under
@@ -19,7 +20,7 @@ from surgery.training.objective import Batch, Objective, output, run
 from surgery.training.objectives.regression import Regression
 from surgery.training.setting import Row, Setting
 from surgery.training.taps import Taps
-from surgery.training.texts import TEXT, tokens
+from surgery.training.texts import TEXT_OR_IMAGE, read
 from surgery.training.tokenizers import find_tokenizer
 from surgery.training.tokens import IGNORED
 
@@ -95,6 +96,12 @@ class Distill(Objective):
             return Unlabelled.parse(dict(made["options"]))
         return Nested(**made).made("--of")
 
+    def taught_by(self, program: Program) -> Distill:
+        """This objective with a program as its teacher, in place of what `teacher` names."""
+        made = self.model_copy()
+        made.__dict__["loaded"] = program
+        return made
+
     @cached_property
     def loaded(self) -> Program:
         """The teacher. Raises TrainingError."""
@@ -137,6 +144,10 @@ class Distill(Objective):
         if theirs.tokenizer is not None and theirs.tokenizer.get_vocab() != setting.tokenizer.get_vocab():
             raise TrainingError(
                 "the teacher's tokenizer is another than the program's; take one that reads the same"
+            )
+        if theirs.images != setting.images:
+            raise TrainingError(
+                "the teacher takes images in another way than the program; take one that reads the same"
             )
         if theirs.fixed not in (None, setting.fixed):
             raise TrainingError(
@@ -269,7 +280,7 @@ class Teacher(nn.Module):
         name: str = "logits",
     ) -> None:
         super().__init__()
-        self.module, self.inputs, self.name = program.module().eval(), list(program.captured.kwargs), name
+        self.module, self.inputs, self.name = program.module().eval(), input_names(program.captured), name
         own, theirs = [a for a, _ in hints], [b for _, b in hints]
         self.student = Taps(student, own, [a for a, _ in attentions], "program")
         self.taps = Taps(program, theirs, [b for _, b in attentions], "teacher")
@@ -321,25 +332,25 @@ class Unlabelled(Objective):
     """Texts without labels, of which a teacher says what there is to learn."""
 
     name: ClassVar[str] = "unlabelled"
-    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
+    guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT_OR_IMAGE}
     metric: ClassVar[str] = "agreement"
     larger: ClassVar[bool] = True
 
-    text: str | None = Field(None, description="column of the text")
+    text: str | None = Field(None, description="column of the text, or of the image")
     output: str = Field("logits", description="the output of the model that learns")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
-        setting.need_tokenizer(self.name)
+        setting.need_reader(self.name)
         return {}
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
-        yield tokens(row, setting)
+        yield read(row, setting)
 
     def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
         return {"inputs": setting.pad(examples)}
 
     def terms(self, batch: Batch) -> int:
-        return len(batch["inputs"]["input_ids"])
+        return len(next(iter(batch["inputs"].values())))
 
     def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {}

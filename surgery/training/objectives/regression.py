@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from surgery.errors import TrainingError
 from surgery.training.objective import Batch, Objective, output, run
 from surgery.training.setting import Row, Setting
-from surgery.training.texts import TEXT, tokens
+from surgery.training.texts import TEXT_OR_IMAGE, read
 
 
 class Regression(Objective):
@@ -26,16 +26,16 @@ class Regression(Objective):
 
     name: ClassVar[str] = "regression"
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "text": TEXT,
+        "text": TEXT_OR_IMAGE,
         "label": ("label", "labels", "rating", "score", "target", "value", "y"),
     }
 
-    text: str | None = Field(None, description="column of the text")
+    text: str | None = Field(None, description="column of the text, or of the image")
     label: str | None = Field(None, description="column of the number")
     output: str = Field("logits", description="the output of the model that is fitted")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
-        setting.need_tokenizer(self.name)
+        setting.need_reader(self.name)
         column, width = setting.columns["label"], setting.width(self.output, self.name)
         for number, value in enumerate(rows[column]):
             values = value if isinstance(value, list) else [value]
@@ -51,7 +51,7 @@ class Regression(Objective):
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
         value = row[setting.columns["label"]]
         yield {
-            **tokens(row, setting),
+            **read(row, setting),
             "label": [float(v) for v in (value if isinstance(value, list) else [value])],
         }
 

@@ -1,0 +1,159 @@
+"""Images of rows as what a model reads, and random views of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from surgery.errors import MissingExtraError, TrainingError
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+IMAGE = ("image", "img", "picture", "pixels", "file")
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True)
+class Images:
+    """How a model takes images: input, its name, of batch × channels × height × width. mean, std: of each channel,
+    of values from 0 to 1, which the model takes less the mean and over std."""
+
+    input: str
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @staticmethod
+    def of(program: Program, name: str, example: Tensor) -> Images:
+        """Of a program with this input. mean and std are those of the file that lies with a transformers model
+        (preprocessor_config.json), or of timm's configuration of the model; else 0 and 1."""
+        channels, height, width = (int(size) for size in example.shape[1:])
+        found = _statistics(program)
+        mean, std = (tuple(found.get(key) or ())[:channels] for key in ("mean", "std"))
+        whole = len(mean) == len(std) == channels
+        return Images(
+            name,
+            channels,
+            height,
+            width,
+            mean if whole else (0.0,) * channels,
+            std if whole else (1.0,) * channels,
+        )
+
+    def read(self, value: Any, column: str) -> bytes:
+        """The pixels of an image in a row, channels × height × width, 0 to 255, resized where it has another size.
+
+        value: an image of PIL, a path, or numbers: height × width, with channels first or last; whole ones to 255, or
+        fractions of one. Raises TrainingError for what is none of these, MissingExtraError without pillow.
+        """
+        try:
+            from PIL import Image
+        except ModuleNotFoundError:
+            raise MissingExtraError("pillow", "train") from None
+        if self.channels not in _MODES:
+            raise TrainingError(f"images have 1 or 3 channels, and the model takes {self.channels}")
+        if isinstance(value, str):
+            try:
+                value = Image.open(value)
+            except OSError as error:
+                raise TrainingError(
+                    f"column {column!r}: {value} is no image that can be read: {error}"
+                ) from None
+        if not isinstance(value, Image.Image):
+            value = Image.fromarray(_array(value, column))
+        value = value.convert(_MODES[self.channels])
+        if value.size != (self.width, self.height):
+            value = value.resize((self.width, self.height), Image.Resampling.BILINEAR)
+        pixels = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8)
+        return (
+            pixels.view(self.height, self.width, self.channels)
+            .permute(2, 0, 1)
+            .contiguous()
+            .numpy()
+            .tobytes()
+        )
+
+    def pixels(self, images: Sequence[bytes]) -> Tensor:
+        """Rows × channels × height × width, in fp32 from 0 to 1."""
+        flat = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8)
+        return flat.view(-1, self.channels, self.height, self.width).float() / 255
+
+    def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
+        """What the model takes of pixels from 0 to 1."""
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return {self.input: (pixels - mean) / std}
+
+
+def views(pixels: Tensor, draw: Generator, crop: float = 0.35, mirror: bool = True) -> Tensor:
+    """Another view of each image: a part of `crop` to 1 of its area, of a ratio of sides from 3/4 to 4/3, in the size
+    of the whole, mirrored half of the time (mirror), with brightness and contrast changed by up to 0.3."""
+    count = len(pixels)
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=draw)
+
+    area, ratio = between(crop, 1.0), between(math.log(3 / 4), math.log(4 / 3)).exp()
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    left, top = between(-1, 1) * (1 - width), between(-1, 1) * (1 - height)
+    mirrored = torch.where((torch.rand(count, generator=draw) < 0.5) & mirror, -1.0, 1.0)
+    zero = torch.zeros(count)
+    where = torch.stack([width * mirrored, zero, left, zero, height, top], 1).view(count, 2, 3)
+    grid = F.affine_grid(where, list(pixels.shape), align_corners=False)
+    seen = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    contrast, light = between(0.7, 1.3).view(-1, 1, 1, 1), between(-0.3, 0.3).view(-1, 1, 1, 1)
+    middle = seen.mean((1, 2, 3), keepdim=True)
+    return ((seen - middle) * contrast + middle + light).clamp(0, 1)
+
+
+def _array(value: Any, column: str) -> Any:
+    """Height × width (× 3) of whole numbers to 255."""
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TrainingError(f"column {column!r} holds {str(value)[:60]!r}, which is no image") from None
+    if found.dim() == 3 and found.shape[0] in _MODES and found.shape[-1] not in _MODES:
+        found = found.permute(1, 2, 0)
+    if found.dim() == 3 and found.shape[-1] == 1:
+        found = found[..., 0]
+    if found.dim() not in (2, 3) or (found.dim() == 3 and found.shape[-1] != 3):
+        raise TrainingError(
+            f"column {column!r} holds numbers of shape {list(found.shape)}, which is no image"
+        )
+    low, high = float(found.min()), float(found.max())
+    if not (low >= 0 and high <= (1 if found.is_floating_point() else 255)):
+        raise TrainingError(
+            f"column {column!r} has pixels from {low:g} to {high:g}; give whole numbers to 255, or fractions of one"
+        )
+    return (
+        ((found * 255).round() if found.is_floating_point() else found).to(torch.uint8).contiguous().numpy()
+    )
+
+
+def _statistics(program: Program) -> dict[str, Any]:
+    loaded = program.base.loaded
+    timm: Any = getattr(loaded.module, "pretrained_cfg", None)
+    if isinstance(timm, dict):
+        return {"mean": timm.get("mean"), "std": timm.get("std")}
+    file = Path(str(loaded.metadata.get("tokenizer") or ""), "preprocessor_config.json")
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text())
+        return (
+            {"mean": config["image_mean"], "std": config["image_std"]}
+            if config.get("do_normalize", True)
+            else {}
+        )
+    except (ValueError, KeyError, AttributeError):
+        raise TrainingError(f"{file} does not say image_mean and image_std") from None
