@@ -14,18 +14,19 @@ from surgery.base import Base
 from surgery.capture import Captured
 from surgery.capture.shapes import limited
 from surgery.combination import Combination, Majority
-from surgery.errors import JournalError, PassError
-from surgery.folding import fold
-from surgery.journal import Entry, Journal
+from surgery.errors import PassError
+from surgery.journal import Journal
 from surgery.module import ProgramModule
 from surgery.pass_base import Pass
 from surgery.pipeline import PassReport, PlanReport
 from surgery.probe import InputSet
 from surgery.releasing import check_present, release
 from surgery.requantizing import How
-from surgery.reverting import reverted, without
+from surgery.reverting import reverted
 from surgery.schedule import Clock, ParameterGroup, Schedule, parameter_groups, trained_values
 from surgery.sites import Site, SiteIndex, live_nodes
+from surgery.undoing import check_undoable, undo
+from surgery.values import folded_entries, folded_of, held_by, state_of
 from surgery.view import View
 
 
@@ -123,7 +124,7 @@ class Program:
         if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
             return False
         names = self.names.get(name, (name,))
-        if names[0] in self._put_back or (step is not None and not self.schedule.trains(names, step)):
+        if names[0] in self.put_back or (step is not None and not self.schedule.trains(names, step)):
             return False
         return self.journal.trains(names, isinstance(tensor, nn.Parameter))
 
@@ -133,7 +134,7 @@ class Program:
         return self._reading()[1]
 
     @property
-    def _put_back(self) -> dict[str, str | None]:
+    def put_back(self) -> dict[str, str | None]:
         """What only passes that are left out made train, and the tensor that holds what it was before them."""
         return self._reading()[2]
 
@@ -155,7 +156,8 @@ class Program:
         of the base in whose place a pass put another."""
         tensors = {**self.base.tensors, **self.tensors}
         if any(
-            getattr(replay.pass_of(e, self.base.plugins), "lengthens", False) for e in self._folded_entries()
+            getattr(replay.pass_of(e, self.base.plugins), "lengthens", False)
+            for e in folded_entries(self.journal)
         ):
             tensors.update(self.folded())
         base, now = _read(self.base.captured.graph), _read(self.graph)
@@ -286,64 +288,11 @@ class Program:
         name: an id ("lora:film"), a label ("film") or a pass name ("lora": every application of it).
         Raises JournalError where there is none, or a later entry stands on it.
         """
-        if self.base.consumed:
-            raise JournalError(
-                "this base was merged in place and cannot be undone; load the saved directory again"
-            )
-        check_present(self, f"undo {name}")
-        gone = {e.id for e in self.journal.find(name)}
-        for entry in self.journal:
-            taken = [*entry.options.get("folded", ()), *entry.options.get("simplified", ())]
-            stands_on = gone & set(taken) if entry.kind == "merge" else set()
-            if stands_on and entry.id not in gone:
-                raise JournalError(
-                    f"{sorted(stands_on)[0]!r} is folded by {entry.id!r}; undo {entry.id!r} first"
-                )
-            added = {n for g in self.journal if g.id in gone for n in g.tensor_names}
-            below = added & {name for r in entry.sites for name in r.stands_on}
-            if below and entry.id not in gone:
-                raise JournalError(
-                    f"{entry.id!r} stands on {sorted(below)[0]}, which {name!r} added; undo {entry.id!r} first"
-                )
-        entries = [e for e in self.journal if e.id in gone]
-        left = without(gone, self.journal)
-        for entry in left:
-            needed = replay.pass_of(entry, self.base.plugins).requires if entry.kind == "rewrite" else ()
-            if needed and not any(e.pass_name in needed for e in left):
-                raise JournalError(f"{entry.id!r} stands on {name!r}; undo {entry.id!r} first")
-        adapted = any(map(self._freezes, entries)) and not any(map(self._freezes, left))
-        if adapted or not any(e.kind == "rewrite" for e in left):
-            left = [e for e in left if not e.auto]
-        names = {n for e in left for n in e.tensor_names}
-        tensors, changed = self.copies()
-        journal = Journal(tuple(left))
-        for n, before in reverted(entries, journal, self.base.names).items():
-            if before is None:
-                changed.pop(n, None)
-            else:
-                (tensors if n in tensors else changed)[n] = nn.Parameter(tensors[before])
-        undone = Program(self.base, journal, {n: t for n, t in tensors.items() if n in names}, changed)
-        if replay.is_regrouped(self.base, Journal(tuple(entries))):
-            try:
-                _ = undone.graph
-            except JournalError as error:
-                raise JournalError(
-                    f"later passes stand on what {name!r} made, and {error}; undo those first"
-                ) from None
-        return undone
-
-    def _freezes(self, entry: Entry) -> bool:
-        """Whether a pass had the base frozen."""
-        pass_ = replay.pass_of(entry, self.base.plugins) if entry.kind == "rewrite" else None
-        return bool(getattr(pass_, "freezes", False))
+        return undo(self, name)
 
     def undo_all(self) -> Program:
         """The base, bit for bit."""
-        if self.base.consumed:
-            raise JournalError(
-                "this base was merged in place and cannot be undone; load the saved directory again"
-            )
-        check_present(self, "undo")
+        check_undoable(self, "undo")
         return Program(self.base)
 
     def release(self) -> int:
@@ -375,7 +324,7 @@ class Program:
             check_present(self, "the program", _read(self.graph))
         state = self.state()
         schedule = self.schedule
-        own = {id(tensor) for tensor in self._held().values()}
+        own = {id(tensor) for tensor in held_by(self).values()}
         trains = [n for n, tensor in state.items() if id(tensor) in own and self.trains(n)]
         masks = {name: self.tensors[mask] for name, mask in schedule.masks.items()}
         paced = replay.paced(self.base, self.journal)
@@ -394,60 +343,11 @@ class Program:
 
     def state(self) -> dict[str, Tensor]:
         """Every parameter and buffer as this program has it, by every name; tied ones are one object."""
-        shells: dict[int, Tensor] = {}
-        state: dict[str, Tensor] = {}
-        folded, held = self.folded(), self._held()
-        for name, tensor in held.items():
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(self.trains(name, self.clock.step))
-        for name, tensor in self.base.tensors.items():
-            if name in folded:
-                shared = folded[name]
-                state[name] = shells.setdefault(id(shared), nn.Parameter(shared, requires_grad=False))
-                continue
-            if id(tensor) not in shells:
-                shells[id(tensor)] = self._shell(name, tensor, held)
-            state[name] = shells[id(tensor)]
-        live = {n for e in replay.live_entries(self.journal) for n in e.tensor_names}
-        for name in self.tensors:
-            if name in folded:
-                state[name] = nn.Parameter(folded[name], requires_grad=False)
-            elif name in live:
-                state[name] = held[name]
-        return state
+        return state_of(self)
 
     def folded(self) -> dict[str, Tensor]:
         """Base weights that a merge changes, made anew from the base and the adapters."""
-        entries = self._folded_entries()
-        return fold(self.base, entries, self.tensors, self._values(), self.sites) if entries else {}
-
-    def _folded_entries(self) -> list[Entry]:
-        ids = {name for e in self.journal if e.kind == "merge" for name in e.options.get("folded", ())}
-        return [e for e in self.journal if e.id in ids]
-
-    def _values(self) -> dict[str, Tensor]:
-        held = {n: t for name, t in self._held().items() for n in self.base.names.get(name, (name,))}
-        return {**self.base.tensors, **held}
-
-    def _held(self) -> dict[str, Tensor]:
-        """Changed and inserted tensors; what only passes that are left out made train is as it was before them."""
-        held = {**self.changed, **self.tensors}
-        for name, before in self._put_back.items():
-            if before is None:
-                held.pop(name, None)
-            else:
-                held[name] = nn.Parameter(self.tensors[before], requires_grad=False)
-        return held
-
-    def _shell(self, name: str, tensor: Tensor, held: Mapping[str, Tensor]) -> Tensor:
-        canonical = self.base.names.get(name, (name,))[0]
-        if canonical in held:
-            return held[canonical]
-        if isinstance(tensor, nn.Parameter):
-            shell = nn.Parameter(tensor.detach(), requires_grad=False)
-            self.base.shells[canonical, id(shell)] = shell
-            return shell
-        return tensor
+        return folded_of(self)
 
     def own(self) -> None:
         """Give this program its own copy of every base tensor that training can change."""

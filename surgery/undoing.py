@@ -1,0 +1,77 @@
+"""Passes taken back, one by one or all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from surgery import replay
+from surgery.errors import JournalError
+from surgery.journal import Entry, Journal
+from surgery.releasing import check_present
+from surgery.reverting import reverted, without
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+
+def check_undoable(program: Program, what: str) -> None:
+    """Raises JournalError where the base is not there as it was."""
+    if program.base.consumed:
+        raise JournalError(
+            "this base was merged in place and cannot be undone; load the saved directory again"
+        )
+    check_present(program, what)
+
+
+def undo(program: Program, name: str) -> Program:
+    """See Program.undo."""
+    check_undoable(program, f"undo {name}")
+    base, gone = program.base, {e.id for e in program.journal.find(name)}
+    _check_nothing_stands_on(program, name, gone)
+    entries = [e for e in program.journal if e.id in gone]
+    left = without(gone, program.journal)
+    for entry in left:
+        needed = replay.pass_of(entry, base.plugins).requires if entry.kind == "rewrite" else ()
+        if needed and not any(e.pass_name in needed for e in left):
+            raise JournalError(f"{entry.id!r} stands on {name!r}; undo {entry.id!r} first")
+
+    def freezes(entry: Entry) -> bool:
+        pass_ = replay.pass_of(entry, base.plugins) if entry.kind == "rewrite" else None
+        return bool(getattr(pass_, "freezes", False))
+
+    adapted = any(map(freezes, entries)) and not any(map(freezes, left))
+    if adapted or not any(e.kind == "rewrite" for e in left):
+        left = [e for e in left if not e.auto]
+    names = {n for e in left for n in e.tensor_names}
+    tensors, changed = program.copies()
+    journal = Journal(tuple(left))
+    for n, before in reverted(entries, journal, base.names).items():
+        if before is None:
+            changed.pop(n, None)
+        else:
+            (tensors if n in tensors else changed)[n] = nn.Parameter(tensors[before])
+    undone = type(program)(base, journal, {n: t for n, t in tensors.items() if n in names}, changed)
+    if replay.is_regrouped(base, Journal(tuple(entries))):
+        try:
+            _ = undone.graph
+        except JournalError as error:
+            raise JournalError(
+                f"later passes stand on what {name!r} made, and {error}; undo those first"
+            ) from None
+    return undone
+
+
+def _check_nothing_stands_on(program: Program, name: str, gone: set[str]) -> None:
+    added = {n for g in program.journal if g.id in gone for n in g.tensor_names}
+    for entry in program.journal:
+        taken = [*entry.options.get("folded", ()), *entry.options.get("simplified", ())]
+        stands_on = gone & set(taken) if entry.kind == "merge" else set()
+        if stands_on and entry.id not in gone:
+            raise JournalError(f"{sorted(stands_on)[0]!r} is folded by {entry.id!r}; undo {entry.id!r} first")
+        below = added & {name for r in entry.sites for name in r.stands_on}
+        if below and entry.id not in gone:
+            raise JournalError(
+                f"{entry.id!r} stands on {sorted(below)[0]}, which {name!r} added; undo {entry.id!r} first"
+            )
