@@ -24,6 +24,7 @@ from surgery.training.data import Examples, Rows, make_examples, quiet, together
 from surgery.training.learned import train_learned
 from surgery.training.nonfinite import first_bad
 from surgery.training.objective import Batch, Objective, OnPolicy
+from surgery.training.order import Order
 from surgery.training.regularize import penalty
 from surgery.training.setting import Setting
 from surgery.training.settings import Settings
@@ -99,16 +100,20 @@ class Loop:
         optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=settings.lr)
         self.model, self.optimizer = self.accelerator.prepare(self.body.model, optimizer)
         self._check_shards()
+        self.order = Order(
+            settings.seed,
+            lambda draw: objective.epoch(self.data, settings.batch, draw),
+            settings.accumulate,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
         with torch.random.fork_rng():
-            torch.manual_seed(self._number("companions"))
+            torch.manual_seed(self.order.number("companions"))
             self.companions = objective.companions(program)
         learned = train_learned(self.companions, self.accelerator, self.optimizer, settings.lr)
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.weights = Weights(program, self.body, learned)
-        self.ready: tuple[int, list[list[int]]] = (-1, [])
-        self.window = settings.accumulate * self.accelerator.num_processes
-        self.an_epoch = math.ceil(len(self._order(0)) / self.window)
-        self.steps = settings.steps or max(1, round(settings.epochs * self.an_epoch))
+        self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps))
         self.training: set[str] | None = None
         self.kept: dict[str, float] = {}
         if isinstance(objective, OnPolicy) and self.accelerator.num_processes > 1:
@@ -121,7 +126,7 @@ class Loop:
         what = self._identity()
         if type(self.objective).check is not Objective.check:  # else nobody looks at the batch
             self.model.eval()
-            first = self._batch(self.data, self._order(0)[0], self._draw("batch", 0, 0))
+            first = self._batch(self.data, self.order.epoch(0)[0], self.order.draw("batch", 0, 0))
             self.objective.check(self.model, first, self.body.form)
         before = self.evaluate()
         if resume:
@@ -149,7 +154,7 @@ class Loop:
 
     def _go_on(self, state: State, before: Mapping[str, float]) -> Result:
         metrics = self.evaluate() if state.step else before
-        every = self.settings.evaluate or self.an_epoch
+        every = self.settings.evaluate or self.order.steps
         self.kept = state.kept
         self.model.train(not isinstance(self.objective, OnPolicy))
         stopped = False
@@ -232,17 +237,19 @@ class Loop:
         rate = self.settings.rate(step, self.steps)
         for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
             group["lr"] = lr * rate
-        chosen = self._batches(step)
-        batches = [self._batch(self.data, rows, self._draw("batch", step, place)) for place, rows in chosen]
+        chosen = self.order.batches(step)
+        batches = [
+            self._batch(self.data, rows, self.order.draw("batch", step, place)) for place, rows, _ in chosen
+        ]
         # A process without a batch of its own runs another's, which does not count: shards are gathered by all.
-        counted = [place < len(self._order(step // self.an_epoch)) for place, _ in chosen]
+        counted = [counts for _, _, counts in chosen]
         if isinstance(self.objective, OnPolicy):
             return self._improve(step, chosen[0][1], batches[0])
         terms = [
             self.objective.terms(batch) if real else 0 for batch, real in zip(batches, counted, strict=True)
         ]
         total = int(self._summed(torch.tensor(float(sum(terms)))))
-        torch.manual_seed(self._number("dropout", step, self.accelerator.process_index))
+        torch.manual_seed(self.order.number("dropout", step, self.accelerator.process_index))
         loss = torch.zeros((), device=self.accelerator.device)
         for i, (batch, count) in enumerate(zip(batches, terms, strict=True)):
             value = self.objective.loss(self.model, batch)
@@ -298,7 +305,7 @@ class Loop:
         epoch_wise = self.program.schedule.unit == "epoch"
         paced = self.module.__dict__["_paced"]
         done = [each.done for each in paced]
-        now = set(self.module.advance(step // self.an_epoch if epoch_wise else step))
+        now = set(self.module.advance(step // self.order.steps if epoch_wise else step))
         if not now:
             raise TrainingError(
                 f"nothing trains at step {step} of the program's schedule; give another --every"
@@ -313,40 +320,12 @@ class Loop:
             if each.done != before and before is not None:
                 self.watch.noted(step, f"{each.pass_.name} changed its tensors, to {each.done:.3g}")
 
-    def _batches(self, step: int) -> list[tuple[int, list[int]]]:
-        """This process's batches of a step: the place of each in the epoch, and the numbers of its examples.
-
-        Every process has as many; the place of one that is not there is past the end.
-        """
-        order, processes = self._order(step // self.an_epoch), self.accelerator.num_processes
-        start = step % self.an_epoch * self.window
-        end = min(start + self.window, len(order))
-        rounds = math.ceil((end - start) / processes)
-        places = range(start + self.accelerator.process_index, start + rounds * processes, processes)
-        return [
-            (place, order[place]) if place < end else (len(order) + place, order[start]) for place in places
-        ]
-
-    def _order(self, epoch: int) -> list[list[int]]:
-        if self.ready[0] != epoch:
-            draw = self._draw("order", epoch)
-            self.ready = (epoch, self.objective.epoch(self.data, self.settings.batch, draw))
-        return self.ready[1]
-
     def _batch(self, data: Examples, chosen: Sequence[int], draw: Generator) -> Batch:
         batch = self.objective.collate(data[chosen], self.setting, draw)
         device = self.accelerator.device
         batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
         with torch.no_grad():
             return self.objective.complete(batch, self.companions)
-
-    def _number(self, *what: Any) -> int:
-        """A number that is drawn from the seed for one purpose."""
-        text = "/".join(map(str, (self.settings.seed, *what)))
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
-
-    def _draw(self, *what: Any) -> Generator:
-        return Generator().manual_seed(self._number(*what))
 
     def _summed(self, value: Tensor) -> Tensor:
         """The sum over processes."""
@@ -379,11 +358,11 @@ class Loop:
             return {}
         self.model.eval()
         seen: list[dict[str, Tensor]] = []
-        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        index, processes = self.order.index, self.order.processes
         order = self.objective.epoch(self.held_out, self.settings.batch, None)
         for start in range(0, len(order), processes):
             number = min(start + index, len(order) - 1)  # shards are gathered by all
-            batch = self._batch(self.held_out, order[number], self._draw("held out", number))
+            batch = self._batch(self.held_out, order[number], self.order.draw("held out", number))
             observed = self.objective.observe(self.model, batch)
             if number == start + index:
                 seen.append({name: tensor.cpu() for name, tensor in observed.items()})
