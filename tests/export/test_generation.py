@@ -21,8 +21,6 @@ from surgery.export.readback import journal_of, provenance_of
 from tests import tiny
 from tests.conftest import minilm_path
 
-pytestmark = pytest.mark.xdist_group("generation")  # its models take a minute to export: once
-
 NEW = 32
 TOLERANCE = 1e-4  # of the logits' scale: what surgery.export.parity argues for fp32
 

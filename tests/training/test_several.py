@@ -31,7 +31,6 @@ RUNS = {
 }
 SHARDS = {"fsdp2": ("--shard", "LlamaDecoderLayer"), "graph fsdp2": ("--shard", "none")}
 SLOW = pytest.mark.slow
-pytestmark = pytest.mark.xdist_group("several")  # what one process gives is made once
 
 
 def start(mode, program, data, output, *more):

@@ -1,0 +1,23 @@
+"""Marks as slow what tests/slow.txt lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+LISTED = Path(__file__).parent / "tests" / "slow.txt"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    lines = LISTED.read_text().splitlines()
+    listed = {line for line in lines if line and not line.startswith("#")}
+    files = {item.nodeid.split("::")[0] for item in items}
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+    whole = not any("::" in argument for argument in config.args)
+    gone = listed - {item.nodeid for item in items}
+    stale = sorted(name for name in gone if name.split("::")[0] in files)
+    if whole and stale:
+        raise pytest.UsageError(f"{LISTED.name} lists {stale[0]}, which is no test")
