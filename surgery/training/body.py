@@ -14,6 +14,7 @@ from surgery.errors import SurgeryError, TrainingError
 from surgery.in_place.state import is_shard, state_of
 from surgery.module import ProgramModule, get
 from surgery.program import Program
+from surgery.training.unflattened import Unflattened
 
 Form = Literal["auto", "live", "graph"]
 
@@ -56,7 +57,12 @@ class Body:
 
     @property
     def form(self) -> str:
-        return "graph" if self.model is self.module else "live"
+        return "graph" if isinstance(self.model, (ProgramModule, Unflattened)) else "live"
+
+    def unflatten(self) -> None:
+        """Let a graph be trained by the modules that it came from: units for fully sharded training."""
+        if self.model is self.module:
+            self.model = Unflattened(self.module)
 
     @property
     def sharded(self) -> bool:
@@ -83,7 +89,7 @@ class Body:
     def _places(self, names: Collection[str]) -> Iterator[tuple[str, Any, Tensor]]:
         """Name, what stands in the model, and the program's tensor."""
         owned = {**self.program.changed, **self.program.tensors}
-        state = None if self.model is self.module else state_of(self.model)
+        state = state_of(self.model)
         at = state.places(self.program) if state else {}
         for name in names:
             yield name, get(self.model, at.get(name, name)), owned[name]

@@ -96,6 +96,8 @@ class Loop:
         self.module = self.body.module
         self.notes += [self.body.note] if self.body.note else []
         self.accelerator = _accelerator(settings)
+        if self.accelerator.is_fsdp2:
+            self.body.unflatten()
         self.watch = Watchers([LogFile(folder / LOG), *watchers] if self.accelerator.is_main_process else [])
         optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=settings.lr)
         self.model, self.optimizer = self.accelerator.prepare(self.body.model, optimizer)

@@ -29,7 +29,7 @@ RUNS = {
     "graph ddp": ("--form", "graph"),
     "graph fsdp2": ("--form", "graph"),
 }
-SHARDS = {"fsdp2": ("--shard", "LlamaDecoderLayer"), "graph fsdp2": ("--shard", "none")}
+SHARDS = {"fsdp2": ("--shard", "LlamaDecoderLayer"), "graph fsdp2": ("--shard", "Unit")}
 SLOW = pytest.mark.slow
 
 

@@ -1,0 +1,125 @@
+"""A program's graph in the modules that it came from, so that what trains in shards is gathered a block at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.passes.utils.fuser_utils import fuse_by_partitions, validate_partition
+
+from surgery.graphs import copy_graph
+from surgery.module import ProgramModule, get, register
+from surgery.quantizing.recompute import recomputed
+
+UNIT = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
+_PREFIX = "surgery_unit_"
+
+
+class Unit(nn.Module):
+    """An item of a list of modules: its parameters, and in each mode that part of the graph which belongs to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["parts"] = {}
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.__dict__["parts"][self.training](*inputs)
+
+
+class Unflattened(nn.Module):
+    """A program's module over the same parameters, by the same names. units: the items of its outermost lists of
+    modules (`layer.0`, `layer.1`), which call what the graph has of each in one piece; an item whose nodes stand round
+    others', or whose tensors are read elsewhere, stays in the whole. The outputs are those of the graph, to the bit: no
+    op is another. Raises CaptureError where the model cannot be captured in train mode.
+    """
+
+    def __init__(self, module: ProgramModule) -> None:
+        super().__init__()
+        self.training = module.training
+        flat = {mode: module.graph_module(mode) for mode in (False, True)}
+        copies = {mode: fx.GraphModule(each, copy_graph(each.graph)) for mode, each in flat.items()}
+        persistent = set(module.state_dict(keep_vars=True))
+        tensors = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
+        named = dict.fromkeys(found[0] for found in map(UNIT.match, tensors) if found)
+        self.units = tuple(path for path in named if all(_is_whole(c.graph, path) for c in copies.values()))
+        placed = set[str]()
+        for name, tensor in tensors.items():
+            found = UNIT.match(name)
+            if found and found[0] in self.units and found[0] not in placed:
+                _place(self, found[0], Unit())
+                placed.add(found[0])
+            register(self, name, tensor, name in persistent)
+        self.__dict__["_graphs"] = {
+            mode: self._split(mode, each, flat[mode]) for mode, each in copies.items()
+        }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_graphs"][self.training](*args, **kwargs)
+
+    def _split(self, mode: bool, whole: fx.GraphModule, flat: fx.GraphModule) -> fx.GraphModule:
+        """The graph of a mode, with a call of a unit in the place of its nodes."""
+        parts = [dict.fromkeys(_nodes_of(whole.graph, path)) for path in self.units]
+        whole = fuse_by_partitions(whole, parts, prefix=_PREFIX, always_return_tuple=True)
+        targets = {f"{_PREFIX}{number}": path for number, path in enumerate(self.units)}
+        for name, path in targets.items():
+            part, unit = getattr(whole, name), get(self, path)
+            for node in part.graph.nodes:
+                if node.op == "get_attr":
+                    node.target = node.target.removeprefix(f"{path}.")
+            unit.__dict__["parts"][mode] = _over(unit, part.graph)
+        for node in whole.graph.nodes:
+            if node.op == "call_module":
+                node.target = targets[node.target]
+        made = _over(self, whole.graph)
+        for spec in ("_in_spec", "_out_spec"):
+            if hasattr(flat, spec) and not hasattr(made, spec):
+                made.__dict__[spec] = getattr(flat, spec)
+        if "forward" in flat.__dict__:  # quantized weights are made again in the backward pass
+            made.__dict__["forward"] = recomputed(made.forward)
+        return made
+
+
+def _is_whole(graph: fx.Graph, path: str) -> bool:
+    """Whether the nodes of a module can be one call, and nothing else reads its tensors."""
+    nodes = list(_nodes_of(graph, path))
+    own = {n for n in graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{path}.")}
+    return len(nodes) > len(own) and own.issubset(nodes) and validate_partition(nodes)
+
+
+def _nodes_of(graph: fx.Graph, path: str) -> Iterator[fx.Node]:
+    """The nodes that came from a module, and its tensors that they alone read."""
+    inside = {node for node in graph.nodes if node.op == "call_function" and path in _stack(node)}
+    for node in graph.nodes:
+        own = (
+            node.op == "get_attr"
+            and str(node.target).startswith(f"{path}.")
+            and inside.issuperset(node.users)
+        )
+        if own or node in inside:
+            yield node
+
+
+def _stack(node: fx.Node) -> set[str]:
+    """The paths of the modules that a node came from."""
+    return {str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()}
+
+
+def _over(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph over a module's tensors and units, whatever later stands in their places."""
+    made = fx.GraphModule(module, graph, class_name=type(module).__name__)
+    made.__dict__.update(_parameters=module._parameters, _buffers=module._buffers, _modules=module._modules)
+    return made
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    root.add_module(leaf, module)
