@@ -67,7 +67,8 @@ def run(
         )
     text = recipe.read_text()
     _make_room(output, text, resume, overwrite)
-    rows = wanted.train.rows() if wanted.train else None
+    is_trained = resume and (output / "trained").exists()
+    rows = wanted.train.rows() if wanted.train and not is_trained else None
     stages = _Stages(output, reference, wanted, plugins, loader, resume, as_json, console())
     write_text(output / RECIPE, text)
     try:

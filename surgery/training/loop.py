@@ -96,9 +96,22 @@ class Loop:
         self.module = self.body.module
         self.notes += [self.body.note] if self.body.note else []
         self.accelerator = _accelerator(settings)
+        self.watch = Watchers([LogFile(folder / LOG), *watchers] if self.accelerator.is_main_process else [])
+        self.training: set[str] | None = None
+        self.kept: dict[str, float] = {}
+        try:
+            self._prepare(groups)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Hand what trains to accelerate, and make what goes with it."""
+        settings, objective = self.settings, self.objective
+        if isinstance(objective, OnPolicy) and self.accelerator.num_processes > 1:
+            raise _on_policy(objective, "more than one process")
         if self.accelerator.is_fsdp2:
             self.body.unflatten()
-        self.watch = Watchers([LogFile(folder / LOG), *watchers] if self.accelerator.is_main_process else [])
         optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=settings.lr)
         self.model, self.optimizer = self.accelerator.prepare(self.body.model, optimizer)
         self._check_shards()
@@ -111,20 +124,32 @@ class Loop:
         )
         with torch.random.fork_rng():
             torch.manual_seed(self.order.number("companions"))
-            self.companions = objective.companions(program)
+            self.companions = objective.companions(self.program)
+        for companion in self.companions.values():
+            companion.to(self.accelerator.device)
         learned = train_learned(self.companions, self.accelerator, self.optimizer, settings.lr)
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.weights = Weights(program, self.body, learned)
+        self.weights = Weights(self.program, self.body, learned)
         self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps))
-        self.training: set[str] | None = None
-        self.kept: dict[str, float] = {}
-        if isinstance(objective, OnPolicy) and self.accelerator.num_processes > 1:
-            raise _on_policy(objective, "more than one process")
+
+    def _leave(self) -> None:
+        self.accelerator.free_memory()
+        type(self.accelerator.state)._reset_state()  # another training may want another precision
 
     # -- the whole
 
     def run(self, resume: bool) -> Result:
         """Train to the end, and leave the best weights in the program."""
+        try:
+            return self._run(resume)
+        finally:
+            self.body.model.eval()
+            self.module.eval()
+            if not self.body.sharded:
+                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self._leave()
+
+    def _run(self, resume: bool) -> Result:
         what = self._identity()
         if type(self.objective).check is not Objective.check:  # else nobody looks at the batch
             self.model.eval()
@@ -147,12 +172,6 @@ class Loop:
             return self._go_on(state, before)
         finally:
             self.watch.ended()
-            self.body.model.eval()
-            self.module.eval()
-            if not self.body.sharded:
-                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.accelerator.free_memory()
-            type(self.accelerator.state)._reset_state()  # another training may want another precision
 
     def _go_on(self, state: State, before: Mapping[str, float]) -> Result:
         metrics = self.evaluate() if state.step else before

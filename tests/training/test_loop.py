@@ -181,6 +181,25 @@ def test_an_objective_of_a_plugin_with_a_companion(base, texts, tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("where", ["companions", "observe"])
+def test_one_that_fails_leaves_nothing_to_the_next(base, texts, tmp_path, where):
+    """accelerate keeps its state, the precision too, for the whole process."""
+
+    class Fails(CausalLm):
+        """Fails."""
+
+        name = "fails"
+
+    def fail(*_):
+        raise TrainingError("there is no teacher")
+
+    setattr(Fails, where, fail)
+    program = base.apply(surgery.Lora(target="attn.*", rank=4))
+    with pytest.raises(TrainingError, match="there is no teacher"):
+        fit(program, Fails(), texts, tmp_path / "a", steps=1, precision="bf16")
+    assert fit(program, CausalLm(), texts, tmp_path / "b", steps=1, precision="no").steps == 1
+
+
 def test_tensorboard_reads_what_was_logged(base, texts, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
