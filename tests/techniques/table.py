@@ -58,17 +58,17 @@ class Cell:
 
 
 def cell(technique: Technique, model: str) -> Cell:
-    """One technique on one model; anything but the pass's own refusal to be applied counts as a failure."""
+    """One technique on one model; anything but a refusal of it, or of what it stands on, counts as a failure."""
     started = time.perf_counter()
     passed, skipped = 0, {}
     try:
         torch.manual_seed(0)
-        base = program(model)
-        before = technique.before(model)
-        if before:
-            base = base.apply(*before)
-        pass_ = technique.make(model)
-        refusal = _refusal(pass_, base)
+        base, pass_ = program(model), technique.make(model)
+        # What it stands on may be what cannot be applied.
+        refusal = next((said for each in technique.before(model) if (said := _refusal(each, base))), None)
+        if refusal is None:
+            base = base.apply(*technique.before(model)) if technique.before(model) else base
+            refusal = _refusal(pass_, base)
         if refusal is not None:
             outcome, detail = "refused", refusal
         else:
