@@ -25,31 +25,27 @@ FILES = {True: "train", False: "t10k"}
 
 
 class Encoder(nn.Module):
-    """Images (batch × 1 × 28 × 28) to vectors of `features`, or to the logits of `classes`."""
+    """Images (batch × 1 × 28 × 28) to vectors of `features`."""
 
-    def __init__(self, features: int = 128, classes: int = 0) -> None:
+    def __init__(self, features: int = 128) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 32, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(32, 64, 3, stride=2, padding=1)
         self.conv3 = nn.Conv2d(64, 128, 3, stride=2, padding=1)
         self.norm1, self.norm2, self.norm3 = nn.GroupNorm(4, 32), nn.GroupNorm(8, 64), nn.GroupNorm(8, 128)
         self.vector = nn.Linear(128, features)
-        self.head = nn.Linear(features, classes) if classes else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
         image = F.relu(self.norm1(self.conv1(image)))
         image = F.relu(self.norm2(self.conv2(image)))
         image = F.relu(self.norm3(self.conv3(image)))
-        return self.head(F.relu(self.vector(image.mean((2, 3)))))
+        return F.relu(self.vector(image.mean((2, 3))))
 
 
-Made = tuple[nn.Module, tuple[Tensor, ...], dict[str, dict[int, str]]]
-
-
-def encoder(classes: int = 0) -> Made:
+def encoder() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, dict[int, str]]]:
     """What `py:fashion:encoder` loads: an untrained network, with an example and the axis that may change."""
     torch.manual_seed(0)
-    return Encoder(classes=classes), (torch.rand(2, 1, 28, 28),), {"image": {0: "batch"}}
+    return Encoder(), (torch.rand(2, 1, 28, 28),), {"image": {0: "batch"}}
 
 
 def fashion(train: bool = True) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class ProgramModule(nn.Module):
             graph, source = self.__dict__["_graph_of"](training)
             for node in graph.nodes:  # submodules of higher-order ops
                 if node.op == "get_attr" and not _has(self, node.target):
-                    _attach(self, node.target, get(source, node.target))
+                    attach(self, node.target, get(source, node.target))
             module = self._over(without_replaced(graph), source)
             if any(node.target is dequantize._opoverload for node in graph.nodes):
                 module.__dict__["forward"] = recomputed(module.forward)
@@ -118,13 +118,7 @@ class ProgramModule(nn.Module):
         return self._over(graph, plain)
 
     def _over(self, graph: fx.Graph, source: fx.GraphModule) -> fx.GraphModule:
-        """A graph over this module's tensors."""
-        module = fx.GraphModule(self, graph, class_name=self.__dict__["_title"])
-        module.__dict__.update(_parameters=self._parameters, _buffers=self._buffers, _modules=self._modules)
-        for spec in ("_in_spec", "_out_spec"):
-            if hasattr(source, spec) and not hasattr(module, spec):  # the graph's own where it adds an output
-                module.__dict__[spec] = getattr(source, spec)
-        return module
+        return over(self, graph, self.__dict__["_title"], source)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.graph_module()(*args, **kwargs)
@@ -168,6 +162,18 @@ def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:
     parameter.requires_grad_(trains)
 
 
+def over(
+    module: nn.Module, graph: fx.Graph, name: str, source: fx.GraphModule | None = None
+) -> fx.GraphModule:
+    """A graph over a module's tensors, whatever stands in their places later. source: what takes and gives the same."""
+    made = fx.GraphModule(module, graph, class_name=name)
+    made.__dict__.update(_parameters=module._parameters, _buffers=module._buffers, _modules=module._modules)
+    for spec in ("_in_spec", "_out_spec"):
+        if hasattr(source, spec) and not hasattr(made, spec):  # the graph's own where it adds an output
+            made.__dict__[spec] = getattr(source, spec)
+    return made
+
+
 def get(root: Any, path: str) -> Any:
     """What stands at a dotted path."""
     for part in path.split("."):
@@ -206,6 +212,7 @@ def register(
         owner.register_buffer(leaf, tensor, persistent=persistent)
 
 
-def _attach(root: nn.Module, path: str, value: Any) -> None:
+def attach(root: nn.Module, path: str, value: Any) -> None:
+    """Put anything at a dotted path; modules on the way that are not there are made."""
     owner, leaf = _container(root, path)
     setattr(owner, leaf, value)

@@ -37,7 +37,6 @@ def train_learned(
             "this objective learns tensors of its own beside the program's, which several processes do not share; "
             "train in one process, or without what it learns (its options say what that is)"
         )
-    module.to(accelerator.device)
     named = {f"{LEARNED}:{name}": parameter for name, parameter in module.named_parameters()}
     optimizer.add_param_group(
         {

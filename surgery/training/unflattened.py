@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.fx.passes.utils.fuser_utils import fuse_by_partitions, validate_partition
 
 from surgery.graphs import copy_graph
-from surgery.module import ProgramModule, get, register
+from surgery.module import ProgramModule, attach, get, over, register
 from surgery.quantizing.recompute import recomputed
 
 UNIT = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
@@ -47,12 +47,12 @@ class Unflattened(nn.Module):
         }
         named = dict.fromkeys(found[0] for found in map(UNIT.match, tensors) if found)
         self.units = tuple(path for path in named if all(_is_whole(c.graph, path) for c in copies.values()))
-        placed = set[str]()
+        waiting = set(self.units)
         for name, tensor in tensors.items():
             found = UNIT.match(name)
-            if found and found[0] in self.units and found[0] not in placed:
-                _place(self, found[0], Unit())
-                placed.add(found[0])
+            if found and found[0] in waiting:
+                attach(self, found[0], Unit())
+                waiting.remove(found[0])
             register(self, name, tensor, name in persistent)
         self.__dict__["_graphs"] = {
             mode: self._split(mode, each, flat[mode]) for mode, each in copies.items()
@@ -71,14 +71,11 @@ class Unflattened(nn.Module):
             for node in part.graph.nodes:
                 if node.op == "get_attr":
                     node.target = node.target.removeprefix(f"{path}.")
-            unit.__dict__["parts"][mode] = _over(unit, part.graph)
+            unit.__dict__["parts"][mode] = over(unit, part.graph, Unit.__name__)
         for node in whole.graph.nodes:
             if node.op == "call_module":
                 node.target = targets[node.target]
-        made = _over(self, whole.graph)
-        for spec in ("_in_spec", "_out_spec"):
-            if hasattr(flat, spec) and not hasattr(made, spec):
-                made.__dict__[spec] = getattr(flat, spec)
+        made = over(self, whole.graph, type(flat).__name__, flat)
         if "forward" in flat.__dict__:  # quantized weights are made again in the backward pass
             made.__dict__["forward"] = recomputed(made.forward)
         return made
@@ -107,19 +104,3 @@ def _nodes_of(graph: fx.Graph, path: str) -> Iterator[fx.Node]:
 def _stack(node: fx.Node) -> set[str]:
     """The paths of the modules that a node came from."""
     return {str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()}
-
-
-def _over(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A graph over a module's tensors and units, whatever later stands in their places."""
-    made = fx.GraphModule(module, graph, class_name=type(module).__name__)
-    made.__dict__.update(_parameters=module._parameters, _buffers=module._buffers, _modules=module._modules)
-    return made
-
-
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, leaf = path.split(".")
-    for part in parents:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    root.add_module(leaf, module)

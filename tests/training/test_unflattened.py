@@ -37,7 +37,7 @@ def gradients(module, program):
 
 
 @pytest.mark.parametrize("kind", ["bert", "bert in codes", "t5", "timm"])
-def test_the_same_to_the_bit(kind, tmp_path, monkeypatch):
+def test_the_same_to_the_bit(kind, tmp_path):
     if kind == "timm":
         program = surgery.load("timm:resnet18").apply(surgery.Full())
         units = {f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)}
