@@ -2,7 +2,8 @@
 
 Each subject is exported to ONNX once for each format and judged in onnxruntime on data that no format was calibrated
 on. Beside them stand onnxruntime's own quantizers on the fp32 file, and torchao exported by torch.onnx. Latency is the
-median of interleaved rounds at 1 and 16 rows, as a ratio of fp32's (CPU time of one thread; --threads for wall time).
+median of interleaved rounds at 1 and 16 rows (and a row of one token, which is a step of generation, where the model
+generates), as a ratio of fp32's (CPU time of one thread; --threads for wall time).
 "covered" is what the weights that a format acts on take on disk, over what they took in fp32. Nothing is trained
 after compression: what fine-tuning wins back is not in here.
 
@@ -42,10 +43,10 @@ KEPT = ROOT / "benchmarks" / "compress.json"
 class Format:
     """make: writes the file of a subject to a path, fp32's beside it, and returns the share of bytes of what it covers.
 
-    peer: it is not ours. config: of the session it runs in."""
+    peer: it is not ours. config: of the session it runs in. The file of another format in place of `make`: its name."""
 
     name: str
-    make: Callable[[Subject, Path, Path], float | None]
+    make: Callable[[Subject, Path, Path], float | None] | str
     peer: bool = False
     config: Mapping[str, str] = field(default_factory=dict)
 
@@ -133,11 +134,13 @@ FP32_SUMS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 FORMATS = [
     Format("fp32", _ours()),
     Format("int8", _ours("quantize", format="int8")),
+    Format("int8, groups of 64", _ours("quantize", format="int8", group=64)),
     Format("int8-dynamic", _ours("quantize", format="int8-dynamic")),
     Format("int8-static", _ours("int8-static")),
     Format("int4", _ours("quantize", format="int4")),
-    Format("int4, fp32 sums", _ours("quantize", format="int4"), config=FP32_SUMS),
-    Format("int4, gptq, fp32 sums", _ours("quantize", format="int4", method="gptq"), config=FP32_SUMS),
+    Format("int4, fp32 sums", "int4", config=FP32_SUMS),
+    Format("int4, gptq", _ours("quantize", format="int4", method="gptq")),
+    Format("int4, gptq, fp32 sums", "int4, gptq", config=FP32_SUMS),
     Format("ternary", _ours("quantize", format="ternary")),
     Format("2:4", _ours("sparse", pattern="2:4")),
     Format("2:4, wanda", _ours("sparse", pattern="2:4", criterion="wanda")),
@@ -155,10 +158,14 @@ def evaluate(subject: Subject, rounds: int) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as folder:
         made: dict[str, Result] = {}
         models: dict[str, OnnxModel] = {}
-        for number, format in enumerate(FORMATS):
-            path = Path(folder, f"{number}.onnx")
+        paths = {format.name: Path(folder, f"{number}.onnx") for number, format in enumerate(FORMATS)}
+        for format in FORMATS:
+            path = paths[format.name]
             try:
-                covered = format.make(subject, path, Path(folder, "0.onnx"))
+                if isinstance(format.make, str):
+                    path, covered = paths[format.make], made[format.make].covered
+                else:
+                    covered = format.make(subject, path, paths["fp32"])
                 model = OnnxModel(path, threads=torch.get_num_threads(), config=format.config)
                 quality = subject.quality(model)
             except (SurgeryError, MissingPeer) as error:
@@ -175,9 +182,10 @@ def evaluate(subject: Subject, rounds: int) -> Iterator[Result]:
                 found = Result(subject.name, format.name, format.peer, size, covered, quality, loss)
                 made[format.name] = found
             print(f"  {subject.name}: {format.name}", file=sys.stderr, flush=True)
-        times = {rows: _times(models, subject.inputs(rows), rounds) for rows in ROWS}
+        inputs = [*(subject.inputs(rows) for rows in ROWS), *filter(None, [subject.token])]
+        times = [_times(models, given, rounds) for given in inputs]
         for name, result in made.items():
-            ratios = tuple(times[rows].median(name) / times[rows].median("fp32") for rows in ROWS)
+            ratios = tuple(taken.median(name) / taken.median("fp32") for taken in times)
             yield replace(result, ratios=ratios)
 
 
@@ -188,7 +196,7 @@ def _times(models: Mapping[str, OnnxModel], inputs: dict[str, torch.Tensor], rou
 
 
 def table(results: list[Result], measures: Mapping[str, str]) -> Table:
-    shown = Table("", "file", "covered", "quality", "lost", *(f"{rows} row" for rows in ROWS))
+    shown = Table("", "file", "covered", "quality", "lost", *(f"{rows} row" for rows in ROWS), "1 token")
     subject = ""
     for row in results:
         if row.subject != subject:
@@ -214,16 +222,15 @@ def markdown(results: list[Result], measures: Mapping[str, str], threads: int) -
         "",
     ]
     for name, measured in measures.items():
-        lines += [
-            f"## {name} ({measured})",
-            "",
-            "| | file, MB | covered | quality | lost | 1 row | 16 rows |",
-        ]
-        lines.append("|---|---|---|---|---|---|---|")
-        for row in (r for r in results if r.subject == name):
+        rows = [row for row in results if row.subject == name]
+        columns = ["", "file, MB", "covered", "quality", "lost", "1 row", "16 rows", "1 token"]
+        columns = columns[: 5 + max(len(row.ratios) for row in rows)]
+        lines += [f"## {name} ({measured})", "", f"| {' | '.join(columns)} |"]
+        lines.append("|---" * len(columns) + "|")
+        for row in rows:
             title = f"{row.format}{' *(peer)*' if row.peer else ''}"
             if row.failed:
-                lines.append(f"| {title} | {row.failed.replace('|', '/')} | | | | | |")
+                lines.append(f"| {title} | {row.failed.replace('|', '/')} {'| ' * (len(columns) - 2)}|")
                 continue
             share = "" if row.covered is None else f"{row.covered:.3f}"
             cells = [f"{row.size / 1e6:.2f}", share, f"{row.quality:.4g}", f"{row.loss:+.1%}"]

@@ -27,11 +27,11 @@ WINDOW, WINDOWS, CALIBRATION = 128, 24, 8
 
 @dataclass(frozen=True)
 class Subject:
-    """quality: of a file, larger is better where `up`. inputs: of a latency, by the number of rows. data: that
-    calibrated methods measure on, none of it among what quality is taken on. target: linear maps.
-    rest: tables or convolutions, which formats of linear maps leave; they are made int8 beside these. head: the output
-    layer, which is left too, but where activations are rounded. products: what other passes act on, where it is more
-    than the target."""
+    """quality: of a file, larger is better where `up`. inputs: of a latency, by the number of rows. token: one row of
+    one token, of a model that generates. data: that calibrated methods measure on, none of it among what quality is
+    taken on. target: linear maps. rest: tables or convolutions, which formats of linear maps leave; they are made int8
+    beside these. head: the output layer, which is left too, but where activations are rounded. products: what other
+    passes act on, where it is more than the target."""
 
     name: str
     measure: str
@@ -45,6 +45,7 @@ class Subject:
     head: str = ""
     products: str = ""
     notes: tuple[str, ...] = field(default=())
+    token: dict[str, Tensor] | None = None
 
     def loss(self, quality: float, reference: float) -> float:
         """How much of the quality is lost, as a fraction of the reference's."""
@@ -154,6 +155,7 @@ def language_model() -> Subject:
         up=False,
         rest="embed.token",
         head="head",
+        token=given(windows[:1, :1]),
         notes=("its weights come from a Q4_1 file: 4-bit rounding of them is a second one",),
     )
 
