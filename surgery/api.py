@@ -80,7 +80,7 @@ from surgery.patterns import (
     shape_of,
     value,
 )
-from surgery.pipeline import PassReport
+from surgery.plans import PassReport
 from surgery.plugins import Plugins, make_plugin_manager
 from surgery.probe import Probe
 from surgery.program import Program

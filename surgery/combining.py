@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from surgery import pipeline, replay
+from surgery import replay
 from surgery.combination import Combination, Place, Source
 from surgery.errors import PassError
 from surgery.journal import Entry, Journal, SiteRecord
 from surgery.numerics import observe
 from surgery.pass_base import RewritePass
+from surgery.plans import PassPlan, SitePlan
+from surgery.recording import entry_of
 from surgery.sites import Site, SiteKey
 
 if TYPE_CHECKING:
@@ -59,8 +61,8 @@ def carried(
     """
     from surgery.program import Program
 
-    planned = [pipeline.SitePlan(place.site, None, pass_.tensors(place.site)) for _, place in places]
-    entry = pipeline.entry_of(program, pipeline.PassPlan(pass_, tuple(planned)))
+    planned = [SitePlan(place.site, None, pass_.tensors(place.site)) for _, place in places]
+    entry = entry_of(program, PassPlan(pass_, tuple(planned)))
     made = {}
     for (_, place), plan, record, own in zip(places, planned, entry.sites, values, strict=True):
         like = next(iter(place.sources[0].tensors.values()))

@@ -54,3 +54,21 @@ class Configured(BaseModel):
             said = problem["msg"].removeprefix("Value error, ")
             said = said if said != problem["msg"] else said.lower()
             raise cls.failure(f"{title}: {flag} is {shown!r}: {said}") from None
+
+
+def describe_options(configured: type[Configured]) -> list[dict[str, Any]]:
+    """The options from its schema: name, type, default, description."""
+    rows = []
+    for name, info in configured.model_fields.items():
+        annotation = info.annotation
+        shown = getattr(annotation, "__name__", None) if not hasattr(annotation, "__args__") else None
+        rows.append(
+            {
+                "option": "--" + (info.alias or name).replace("_", "-"),
+                "type": shown or str(annotation).replace("typing.", "").replace(" | None", ""),
+                "default": None if info.is_required() else info.default,
+                "required": info.is_required(),
+                "description": info.description or "",
+            }
+        )
+    return rows

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from surgery import pipeline
 from surgery.errors import PassError
 from surgery.folding import fold, foldable, simplifiable, simplify
 from surgery.journal import Entry, Journal
 from surgery.numerics import observe
 from surgery.pass_base import rounded
 from surgery.probe import InputSet
+from surgery.recording import core_version
 from surgery.replay import live_entries, pass_of
 from surgery.requantizing import How, Merged, into_codes
 
@@ -52,7 +52,7 @@ def merge(
         id=ident,
         pass_name="merge",
         kind="merge",
-        distribution_version=pipeline.core_version(),
+        distribution_version=core_version(),
         options={"folded": folded, "kept": kept, "simplified": plain},
         sites=records,
         trains=dict.fromkeys(made, False),

@@ -16,7 +16,7 @@ def in_order(passes: Sequence[Pass], journal: Journal, plugins: Plugins) -> list
     """The passes so that each precedes those it has to precede, and otherwise as given.
 
     Raises PassError, in a sentence, for a conflict, a missing requirement or a cycle. What had to come before an
-    entry of the journal is refused site by site, where the two meet (see pipeline.plan).
+    entry of the journal is refused site by site, where the two meet (see surgery.planning).
     """
     applied = {entry.pass_name: entry.id for entry in journal}
     kinds = {name: plugins.find_pass(name).cls for name in applied if name != "merge"}

@@ -18,7 +18,7 @@ from surgery.errors import PassError
 from surgery.journal import Journal
 from surgery.module import ProgramModule
 from surgery.pass_base import Pass
-from surgery.pipeline import PassReport, PlanReport
+from surgery.plans import PassReport, PlanReport
 from surgery.probe import InputSet
 from surgery.releasing import check_present, release
 from surgery.requantizing import How

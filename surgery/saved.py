@@ -28,8 +28,8 @@ from surgery.capture import LoadOptions, trace
 from surgery.errors import JournalError, LoadError, SurgeryError
 from surgery.files import staged_directory
 from surgery.journal import Journal
-from surgery.pipeline import core_version
 from surgery.plugins import Plugins
+from surgery.recording import core_version
 from surgery.releasing import check_present
 from surgery.replay import pass_of
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from surgery.configured import describe_options
 from surgery.files import write_text
 from surgery.pass_base import GraphPass, RewritePass, SelectPass
-from surgery.pipeline import describe_options
 from surgery.plugins import Info, ObjectiveInfo, PassInfo, Plugins
 
 

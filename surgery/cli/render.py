@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from surgery.pass_base import Pass, RewritePass, SelectPass
-from surgery.pipeline import PassReport
+from surgery.plans import PassReport
 from surgery.program import Program
 from surgery.sites import Site
 

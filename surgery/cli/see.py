@@ -18,11 +18,12 @@ from surgery.cli.options import json_option, model_options
 from surgery.cli.pass_groups import PassCommand, parse_groups
 from surgery.cli.reference import pages, write_pages
 from surgery.cli.render import console, count, note_unfrozen, site_row, trainable_line
+from surgery.configured import describe_options
 from surgery.difference import diff as diff_programs
 from surgery.errors import SurgeryError
 from surgery.pass_base import GraphPass, RewritePass
 from surgery.pattern_pass import PatternPass
-from surgery.pipeline import PassPlan, PlanReport, describe_options
+from surgery.plans import PassPlan, PlanReport
 from surgery.plugins import Info, Plugins
 from surgery.program import Program
 from surgery.recipe import Recipe, read_recipe

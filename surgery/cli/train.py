@@ -18,10 +18,9 @@ from surgery.cli.pass_groups import GroupCommand
 from surgery.cli.reference import objective_pages, write_pages
 from surgery.cli.render import console, trainable_line
 from surgery.cli.see import list_registered, show_registered, write_option
-from surgery.configured import Configured
+from surgery.configured import Configured, describe_options
 from surgery.errors import SurgeryError, TrainingError
 from surgery.files import refuse_taken
-from surgery.pipeline import describe_options
 from surgery.plugins import Plugins
 from surgery.program import Program
 from surgery.training.checkpoint import Checkpoints

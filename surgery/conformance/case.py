@@ -21,7 +21,7 @@ from surgery.export.program import parity_inputs, reaching_inputs
 from surgery.journal import Entry, Journal
 from surgery.numerics import Observed, observe
 from surgery.pass_base import Numerics, Pass, RewritePass
-from surgery.pipeline import PassPlan, SitePlan
+from surgery.plans import PassPlan, SitePlan
 from surgery.program import Program
 from surgery.reverting import reverted
 from surgery.sites import Site

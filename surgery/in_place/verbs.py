@@ -23,7 +23,7 @@ from surgery.in_place.state import ATTRIBUTE, State, state_of
 from surgery.in_place.uncaptured import pretend
 from surgery.numerics import observe
 from surgery.pass_base import Pass, RewritePass
-from surgery.pipeline import PlanReport
+from surgery.plans import PlanReport
 from surgery.plugins import Plugins, make_plugin_manager
 from surgery.probe import InputSet
 from surgery.program import Program

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.errors import MissingExtraError, SurgeryError, TrainingError
+from surgery.errors import SurgeryError, TrainingError
 from surgery.in_place.state import is_shard
 from surgery.program import Program
+from surgery.training.accelerated import accelerator, alone, check_on_policy, check_shards, let_go
 from surgery.training.body import Body
 from surgery.training.checkpoint import LOG, Checkpoints, State, Weights
 from surgery.training.data import Examples, Rows, make_examples, quiet, together
@@ -78,7 +78,7 @@ class Loop:
     ) -> None:
         self.program, self.objective, self.settings = program, objective, settings
         if isinstance(objective, OnPolicy):
-            _check_on_policy(objective, settings)
+            check_on_policy(objective, settings)
         groups = program.parameter_groups(settings.lr, weight_decay=settings.weight_decay)
         self.penalties = [penalty(program, text) for text in settings.regularize]
         setting = Setting.of(program, tokenizer, settings.max_length)
@@ -95,26 +95,26 @@ class Loop:
         self.body = Body(program, settings.form, settings.checkpointing)
         self.module = self.body.module
         self.notes += [self.body.note] if self.body.note else []
-        self.accelerator = _accelerator(settings)
+        self.accelerator = accelerator(settings)
         self.watch = Watchers([LogFile(folder / LOG), *watchers] if self.accelerator.is_main_process else [])
         self.training: set[str] | None = None
         self.kept: dict[str, float] = {}
         try:
             self._prepare(groups)
         except BaseException:
-            self._leave()
+            let_go(self.accelerator)
             raise
 
     def _prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Hand what trains to accelerate, and make what goes with it."""
         settings, objective = self.settings, self.objective
         if isinstance(objective, OnPolicy) and self.accelerator.num_processes > 1:
-            raise _on_policy(objective, "more than one process")
+            raise alone(objective, "more than one process")
         if self.accelerator.is_fsdp2:
             self.body.unflatten()
         optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=settings.lr)
         self.model, self.optimizer = self.accelerator.prepare(self.body.model, optimizer)
-        self._check_shards()
+        check_shards(self.body, self.program, self.penalties)
         self.order = Order(
             settings.seed,
             lambda draw: objective.epoch(self.data, settings.batch, draw),
@@ -132,10 +132,6 @@ class Loop:
         self.weights = Weights(self.program, self.body, learned)
         self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps))
 
-    def _leave(self) -> None:
-        self.accelerator.free_memory()
-        type(self.accelerator.state)._reset_state()  # another training may want another precision
-
     # -- the whole
 
     def run(self, resume: bool) -> Result:
@@ -147,7 +143,7 @@ class Loop:
             self.module.eval()
             if not self.body.sharded:
                 self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self._leave()
+            let_go(self.accelerator)
 
     def _run(self, resume: bool) -> Result:
         what = self._identity()
@@ -199,22 +195,6 @@ class Loop:
         else:
             self.body.pull(self.weights.names)
         return Result(state.step, best, metrics, before, stopped)
-
-    def _check_shards(self) -> None:
-        """Raises TrainingError for what acts on whole parameters, where these are shards."""
-        if not self.body.sharded:
-            return
-        schedule = self.program.schedule
-        for what, there in (
-            ("a schedule that changes what trains", schedule.changes),
-            ("parameters of which some values train", schedule.masks),
-            ("a pass that changes its tensors as the training goes on", self.module.__dict__["_paced"]),
-            ("--regularize", self.penalties),
-        ):
-            if there:
-                raise TrainingError(
-                    f"{what} needs whole parameters, and fully sharded ones are in parts; train with data parallelism"
-                )
 
     def _judge(self, state: State, metrics: Mapping[str, float]) -> bool:
         """Note an evaluation; whether it is time to stop."""
@@ -398,24 +378,6 @@ class Loop:
         )
 
 
-def _check_on_policy(objective: OnPolicy, settings: Settings) -> None:
-    """Raises TrainingError for settings of the descent of a loss."""
-    for what, given in (
-        ("--accumulate", settings.accumulate > 1),
-        ("--regularize", bool(settings.regularize)),
-        (f"--precision {settings.precision}", settings.precision != "no"),
-    ):
-        if given:
-            raise _on_policy(objective, what)
-
-
-def _on_policy(objective: OnPolicy, what: str) -> TrainingError:
-    return TrainingError(
-        f"objective {objective.name!r} learns from what the program does, in one process and in the precision of its "
-        f"weights; leave out {what}"
-    )
-
-
 def _counted(setting: Setting, which: str) -> list[str]:
     return [f"{which}rows: {count} {sentence}" for sentence, count in setting.counts.items()]
 
@@ -429,25 +391,6 @@ def _tokens(batch: Batch) -> int:
         return int(inputs["input_ids"].numel())
     first = next(tensor for tensor in pytree.tree_leaves(inputs) if isinstance(tensor, Tensor))
     return len(first)
-
-
-def _accelerator(settings: Settings) -> Any:
-    try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-    except ModuleNotFoundError:
-        raise MissingExtraError("accelerate", "train") from None
-    # What trains may change along a schedule, or be a head that a batch leaves out.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    cpu = (
-        not torch.accelerator.is_available()
-    )  # accelerate looks for processes on CPUs only where it is told to
-    made = Accelerator(mixed_precision=settings.precision, cpu=cpu, kwargs_handlers=[unused])
-    if made.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        raise TrainingError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes, of which accelerate makes {made.num_processes}; "
-            f"see `accelerate env`"
-        )
-    return made
 
 
 __all__ = ["Loop", "Result", "train"]

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from surgery.cli import main
 from surgery.training import loop
 
-make = loop._accelerator
+make = loop.accelerator
 
 
 def sharding(block: str) -> None:
@@ -33,7 +33,7 @@ def sharding(block: str) -> None:
         assert found.is_fsdp2
         return found
 
-    loop._accelerator = made
+    loop.accelerator = made
 
 
 if __name__ == "__main__":

@@ -305,7 +305,6 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> dict[str, Any]:
         inputs = batch["inputs"]
-        self.to(next(iter(inputs.values())).device)
         with self.taps.watching(self.module):
             outputs = self.module(**{name: inputs[name] for name in self.inputs})
         return {

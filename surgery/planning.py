@@ -1,0 +1,141 @@
+"""Planning passes on a program: their order, the sites that a target names, refusals and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from surgery import target
+from surgery.base import Base
+from surgery.errors import PassError
+from surgery.journal import Entry
+from surgery.ordering import in_order
+from surgery.pass_base import GraphPass, Pass, RewritePass, Selection, SelectPass
+from surgery.passes.freeze import Freeze
+from surgery.pattern_pass import PatternPass
+from surgery.plans import PassPlan, SitePlan
+from surgery.probe import Probe
+from surgery.schedule import Schedule
+from surgery.selecting import Candidates, checked, select
+from surgery.sites import Site, live_nodes, tail
+from surgery.standing import replaced_by
+
+if TYPE_CHECKING:
+    from surgery.program import Program
+
+
+def complete(program: Program, passes: Sequence[Pass], freeze_base: bool | None) -> list[tuple[Pass, bool]]:
+    """The passes in order, with the freezing of the base where it is wanted: first, or else before the first pass
+    that adapts, so that factors made before that freeze with the rest, as they do in a pipeline of their own."""
+    for pass_ in passes:
+        if not isinstance(pass_, Pass):
+            what = f"the class {pass_.__name__}" if isinstance(pass_, type) else repr(pass_)
+            raise PassError(
+                f"{what} is no pass that can be applied; give an instance, such as Lora(target='attn.*')"
+            )
+    passes = in_order(passes, program.journal, program.base.plugins)
+    selects = any(isinstance(p, SelectPass) for p in passes) or any(
+        e.kind == "select" for e in program.journal
+    )
+    adapts = [i for i, p in enumerate(passes) if isinstance(p, RewritePass) and p.freezes]
+    listed = [(p, False) for p in passes]
+    if freeze_base is True or (freeze_base is None and adapts and not selects):
+        listed.insert(0 if freeze_base else adapts[0], (_freeze_base(program.base), True))
+    return listed
+
+
+def _freeze_base(base: Base) -> Freeze:
+    """Freeze everything, except what the checkpoint did not hold: a new head has to train."""
+    terms = ",".join(f"!path:{name}" for name in base.fresh)
+    return Freeze(target=f"all,{terms}" if terms else "all")
+
+
+def plan_pass(program: Program, pass_: Pass, auto: bool, probe: Probe) -> PassPlan:
+    if isinstance(pass_, SelectPass):
+        return _plan_selection(program, pass_, auto, probe)
+    assert isinstance(pass_, RewritePass)
+    if any(e.id == pass_.entry_id for e in program.journal):
+        raise PassError(taken(pass_))
+    if any(e.kind == "merge" for e in program.journal):
+        raise PassError(
+            f"{pass_.name}: the program is merged; undo the merge, or save it with --format hf first"
+        )
+    sites = pass_.find(program.view)
+    live = live_nodes(program.graph)
+    late = {r.key: e.id for e in program.journal if e.pass_name in pass_.before for r in e.sites}
+    plans = tuple(_plan_site(pass_, site, live, probe, late.get(site.key)) for site in sites)
+    trains: dict[str, bool] = {}
+    for planned in plans:
+        if planned.refusal is None:
+            trains.update(pass_.selects(planned.site))
+    asked = pass_.target or pass_.default_target
+    read_apart = asked is not None and not isinstance(pass_, GraphPass)
+    notes = target.readings_differ(program.sites.sites, asked) if read_apart and asked else ()
+    selection = checked(program, pass_.entry_id, Selection(trains))
+    if pass_.pacing is not None:
+        window, unit = pass_.pacing
+        said = Entry(pass_.entry_id, pass_.name, "rewrite", windows={pass_.entry_id: window}, unit=unit)
+        Schedule.of([*program.journal, said])  # refuses two units in one program
+    misses = pass_.misses(program.view) if isinstance(pass_, PatternPass) else ()
+    return PassPlan(pass_, plans, selection, notes=tuple(notes), misses=misses)
+
+
+def _plan_site(
+    pass_: RewritePass, site: Site, live: set[fx.Node], probe: Probe, late: str | None = None
+) -> SitePlan:
+    """late: an entry at this site that the pass had to precede."""
+    if live.isdisjoint(tail(call.node) for call in site.calls):
+        gone = next((entry for entry in (replaced_by(call.node) for call in site.calls) if entry), None)
+        refusal: str | None = (
+            f"{gone!r} has put another op in its place" if gone else "no output of the model depends on it"
+        )
+    elif site.kind not in pass_.on:
+        refusal = f"{pass_.name} works on {', '.join(pass_.on)}, and this is a {site.kind} weight"
+    elif site.selected_parts and not pass_.partial:
+        refusal = f"it is a fused projection and {pass_.name} cannot act on a part of it; target {site.role}"
+    else:
+        site = replace(site, measured=probe)
+        hindrance = probe.program.base.hindrance
+        refusal = pass_.check(site) or (hindrance(site) if hindrance else None)
+        if late and late not in (refusal or ""):  # a reason of the pass's own that names the entry says more
+            refusal = f"it carries {late!r}, and {pass_.name} has to come before that; undo {late!r} first"
+    if refusal is not None:
+        return SitePlan(site, refusal)
+    decided = site.deciding(pass_.decide(site))
+    return SitePlan(decided, None, pass_.tensors(decided))
+
+
+def _plan_selection(program: Program, pass_: SelectPass, auto: bool, probe: Probe) -> PassPlan:
+    asked = pass_.target or pass_.default_target
+    if asked is None:
+        raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'embed.*'")
+    chosen = select(program, asked)
+    selection = checked(program, pass_.entry_id, pass_.selection(Candidates(program, chosen, probe)))
+    said = Entry(pass_.entry_id, pass_.name, "select", trains=selection.trains, windows=selection.windows)
+    Schedule.of([*program.journal, replace(said, unit=selection.unit)])  # refuses two units in one program
+    return PassPlan(pass_, selection=selection, auto=auto, notes=_stops(program, selection))
+
+
+def _stops(program: Program, selection: Selection) -> tuple[str, ...]:
+    """What earlier passes let train and a selection does not: of one parameter the last that names it counts."""
+    notes = []
+    for entry in program.journal:
+        if entry.auto:
+            continue
+        asked = {program.names.get(n, (n,))[0] for n, trains in entry.trains.items() if trains}
+        # Weights that a pass made like the base's own are selected like these.
+        asked |= {n for n in entry.tensor_names if n in program.names and n not in program.base.tensors}
+        stopped = [n for n in asked if selection.trains.get(n) is False and program.trains(n)]
+        if stopped:
+            notes.append(
+                f"{len(stopped)} of the {len(asked)} parameters that {entry.id!r} lets train stop; name that pass last "
+                f"to keep them"
+            )
+    return tuple(notes)
+
+
+def taken(pass_: Pass) -> str:
+    return f"{pass_.entry_id!r} is applied already; give this one a name with --as (label= in Python)"
