@@ -107,12 +107,13 @@ def main(known: Mapping[str, Callable[[Runs], Any]], about: str | None) -> None:
     options = parser.parse_args()
     if options.quick and options.write:
         parser.error("--write is for whole runs: leave out --quick")
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out / "quick" if options.quick else options.out
+    out.mkdir(parents=True, exist_ok=True)
     quick = ("--steps", "3", "--batch", "4") if options.quick else ()
     for name in options.runs or known:
         console.rule(name)
         begun = perf_counter()
-        runs = Runs(options.out, 60 if options.quick else options.most, quick)
+        runs = Runs(out, 60 if options.quick else options.most, quick)
         known[name](runs)
         if options.write:
             _keep(name, runs.said, perf_counter() - begun)

@@ -1,6 +1,6 @@
 """Train programs by `surgery train`, one run for each of several objectives, on real data.
 
-    python examples/training_runs.py                      all of them, about half an hour on two cores
+    python examples/training_runs.py                      all of them
     python examples/training_runs.py distill --quick      one, with little data, to see that it works
 
 The data is written as JSONL under --out, every command is shown as it could be typed, and its figures on held-out
@@ -40,18 +40,19 @@ def domain(runs: Runs, name: str) -> Path:
     """Positive and negative sentences of a domain."""
     found = sentiment(name)
     rows = [{"text": s.text, "label": s.label} for s in (*found.train, *found.held_out)]
-    return runs.write(name, rows)
+    return runs.write(name, rows[:SENTENCES])
 
 
+SENTENCES = 2500  # of a domain
 CLASSIFIER = ("--task", "text-classification", "--model-kwarg", "num_labels=2")
-SHORT = ("--max-length", "48", "--lr", "1e-4", "--epochs", "2", "--held-out", "0.2")
+SHORT = ("--max-length", "48", "--lr", "1e-4", "--held-out", "0.2", "--epochs")
 
 
 def classification(runs: Runs) -> Path:
     data = domain(runs, "film")
     model = runs.apply(MINILM, "classifier", *CLASSIFIER, "--pass", "full")
     runs.train(
-        model, "film", "--objective", "classification", "--data", data, *SHORT, show=["accuracy", "f1"]
+        model, "film", "--objective", "classification", "--data", data, *SHORT, 2, show=["accuracy", "f1"]
     )
     return runs.out / "film"
 
@@ -67,28 +68,30 @@ def multi_task(runs: Runs) -> None:
     tasks = [word for name in files for word in ("--task", f"{name}=classification")]
     data = [word for name, path in files.items() for word in ("--data", f"{name}={path}")]
     runs.train(
-        model, "tasks", "--objective", "multi-task", *tasks, "--temperature", "2", *data, *SHORT,
+        model, "tasks", "--objective", "multi-task", *tasks, "--temperature", "2", *data, *SHORT, 1,
         show=["score", *(f"{name}/accuracy" for name in files)],
     )  # fmt: skip
     one = runs.apply(MINILM, "classifier", *CLASSIFIER, "--pass", "full")
     for name, path in files.items():
         runs.train(
-            one, f"{name} alone", "--objective", "classification", "--data", path, *SHORT, show=["accuracy"]
-        )
+            one, f"{name} alone", "--objective", "classification", "--data", path, *SHORT, 1, show=["accuracy"]
+        )  # fmt: skip
 
 
 def distill(runs: Runs) -> None:
-    teacher, data = classification(runs), runs.out / "film.jsonl"
+    teacher, data = runs.out / "film", runs.out / "film.jsonl"
+    if not teacher.is_dir():
+        classification(runs)
     student = runs.apply(
         MINILM, "student", *CLASSIFIER, "--model-kwarg", "num_hidden_layers=3", "--pass", "full"
     )
-    alone = ("--objective", "classification", "--data", data, *SHORT)
+    alone = ("--objective", "classification", "--data", data, *SHORT, 2)
     runs.train(student, "labels alone", *alone, show=["accuracy"])
     taught = ("--objective", "distill", "--teacher", teacher, "--alpha", "0.7", "--temperature", "2")
     hints = ("--hint", "bert.encoder.layer.2=bert.encoder.layer.5", "--hint-weight", "0.1")
     shown = words("accuracy agreement teacher/accuracy")
-    runs.train(student, "taught", *taught, "--data", data, *SHORT, show=shown)
-    runs.train(student, "hinted", *taught, *hints, "--data", data, *SHORT, show=[*shown, "hints"])
+    runs.train(student, "taught", *taught, "--data", data, *SHORT, 2, show=shown)
+    runs.train(student, "hinted", *taught, *hints, "--data", data, *SHORT, 2, show=[*shown, "hints"])
 
 
 def contrastive(runs: Runs) -> None:
@@ -97,8 +100,8 @@ def contrastive(runs: Runs) -> None:
     model = runs.apply(MINILM, "encoder", "--pass", "full")
     runs.say(f"Pearson with lee's ratings: {pearson(model):.3f}")
     runs.train(
-        model, "pairs", "--objective", "contrastive", "--temperature", "0.05", "--data", data, "--epochs", "2",
-        "--batch", "32", "--lr", "2e-5", "--max-length", "96", "--held-out", "0.2", show=["loss", "accuracy", "mrr"],
+        model, "pairs", "--objective", "contrastive", "--temperature", "0.05", "--data", data, "--epochs", "1",
+        "--batch", "32", "--lr", "5e-5", "--max-length", "64", "--held-out", "0.2", show=["loss", "accuracy", "mrr"],
     )  # fmt: skip
     runs.say(f"Pearson with lee's ratings: {pearson(runs.out / 'pairs'):.3f}")
 
@@ -120,7 +123,7 @@ def pearson(folder: Path) -> float:
 
 def clothes(runs: Runs) -> None:
     images, labels = fashion()
-    chosen = slice(0, min(12_000, runs.most))
+    chosen = slice(0, min(6_000, runs.most))
     data = runs.out / "fashion.parquet"
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     pictures = [Image.fromarray(image) for image in images[chosen].numpy()]
@@ -158,9 +161,9 @@ LORA = ("--pass", "lora", "--target", "attn.*,mlp.*", "--rank", "8")
 def tweets(runs: Runs) -> None:
     texts = [s.text for s in sentences("tweets")]
     random.Random(0).shuffle(texts)
-    learn = runs.write("tweets-train", [{"text": text} for text in texts[400:]])
-    held = runs.write("tweets-held-out", [{"text": text} for text in texts[:400]])
-    other = runs.write("wiki", [{"text": text[:2000]} for text in wiki()])
+    learn = runs.write("tweets-train", [{"text": text} for text in texts[200:1700]])
+    held = runs.write("tweets-held-out", [{"text": text} for text in texts[:200]])
+    other = runs.write("wiki", [{"text": text[:1000]} for text in wiki()[:12]])
     reference, *kind = smollm2()
     model = runs.apply(reference, "smollm2", *kind, *LORA)
     own = words("--objective causal-lm --epochs 1 --max-length 128 --lr 3e-4")
@@ -173,10 +176,10 @@ def tweets(runs: Runs) -> None:
 
 
 def alpaca(runs: Runs) -> None:
-    data = runs.write("alpaca", [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()])
+    data = runs.write("alpaca", [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()[:360]])
     reference, *kind = smollm2()
     model = runs.apply(reference, "pupil", *kind, *LORA)
-    own = words("--objective sft --epochs 1 --max-length 256 --lr 3e-4 --held-out 0.1")
+    own = words("--objective sft --epochs 1 --max-length 192 --lr 3e-4 --held-out 0.1")
     runs.train(model, "answering", *own, "--data", data, show=["loss", "perplexity"])
 
 
