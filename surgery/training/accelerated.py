@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.amp import GradScaler
 
 from surgery.errors import MissingExtraError, TrainingError
 from surgery.program import Program
@@ -32,6 +33,10 @@ def accelerator(settings: Settings) -> Any:
             f"started as one of {os.environ['WORLD_SIZE']} processes, of which accelerate makes {made.num_processes}; "
             f"see `accelerate env`"
         )
+    if (
+        made.scaler is not None and not made.scaler.is_enabled()
+    ):  # accelerate makes it for CUDA, wherever it runs
+        made.scaler = GradScaler(made.device.type)
     return made
 
 
