@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.amp import GradScaler
 
 from surgery.errors import MissingExtraError, TrainingError
 from surgery.program import Program
@@ -24,9 +23,8 @@ def accelerator(settings: Settings) -> Any:
         raise MissingExtraError("accelerate", "train") from None
     # What trains may change along a schedule, or be a head that a batch leaves out.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    cpu = (
-        not torch.accelerator.is_available()
-    )  # accelerate looks for processes on CPUs only where it is told to
+    # It looks for processes on CPUs only where it is told to.
+    cpu = not torch.accelerator.is_available()
     made = Accelerator(mixed_precision=settings.precision, cpu=cpu, kwargs_handlers=[unused])
     if made.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise TrainingError(
@@ -34,9 +32,10 @@ def accelerator(settings: Settings) -> Any:
             f"see `accelerate env`"
         )
     if (
-        made.scaler is not None and not made.scaler.is_enabled()
-    ):  # accelerate makes it for CUDA, wherever it runs
-        made.scaler = GradScaler(made.device.type)
+        settings.precision == "fp16" and made.device.type == "cpu"
+    ):  # accelerate would train in fp32 and not say so
+        let_go(made)
+        raise TrainingError("--precision fp16 needs a GPU; on a CPU use --precision bf16")
     return made
 
 

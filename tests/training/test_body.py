@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
 import surgery
 from surgery.api import TrainingError
-from surgery.training import accelerated
 from surgery.training.body import Body
-from surgery.training.data import read_rows, split
-from surgery.training.loop import train
 from surgery.training.objectives import CausalLm
-from surgery.training.settings import Settings
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.watching import Watcher, read_log
+from surgery.training.watching import read_log
 from tests.models import convnet
 from tests.training.test_loop import fit
 
@@ -110,40 +103,8 @@ def test_bf16_learns_and_leaves_the_program_as_it_was(base, texts, tmp_path):
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
-class Stops(Watcher):
-    """As if the process were killed at a step."""
-
-    def stepped(self, step, loss, rate, tokens):
-        if step == 5:
-            raise KeyboardInterrupt
-
-
-def test_fp16_resumes_with_the_scale_of_its_gradients(base, texts, tmp_path, monkeypatch):
-    # It grows eightfold at every step until gradients overflow, and such a step is left out: which, depends on it.
-    grows = partial(torch.amp.GradScaler, growth_interval=1, growth_factor=8.0)
-    monkeypatch.setattr(accelerated, "GradScaler", grows)
-    adapted = base.apply(surgery.Lora(target="attn.*,mlp.*", rank=4), surgery.Full(target="head"))
-    rows = split(read_rows([texts]), 0.25, 0)
-    settings = Settings(batch=4, lr=3e-3, max_length=32, steps=8, checkpoint=3, evaluate=8, precision="fp16")
-
-    def fit(program, name, **options):
-        given = {"folder": tmp_path / name, "tokenizer": find_tokenizer(program), **options}
-        return train(program, CausalLm(), rows, settings, **given)
-
-    def put(values):
-        with torch.no_grad():
-            for name, tensor in adapted.state().items():
-                tensor.copy_(values[name])
-
-    start = {name: tensor.clone() for name, tensor in adapted.state().items()}
-    result = fit(adapted, "whole")
-    assert result.metrics["loss"] < result.before["loss"]
-    whole = {name: tensor.clone() for name, tensor in adapted.state().items()}
-    put(start)
-    with pytest.raises(KeyboardInterrupt):
-        fit(adapted, "parts", watchers=[Stops()])
-    put(start)
-    fit(adapted, "parts", resume=True)
-    assert all(torch.equal(whole[name], tensor) for name, tensor in adapted.state().items())
-    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "parts")]
-    assert logs[0] == logs[1]
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU, which has fp16")
+def test_fp16_is_refused_on_a_cpu(base, texts, tmp_path):
+    with pytest.raises(TrainingError, match="needs a GPU; on a CPU use --precision bf16"):
+        fit(base.apply(surgery.Full()), CausalLm(), texts, tmp_path / "run", precision="fp16")
+    fit(base.apply(surgery.Full()), CausalLm(), texts, tmp_path / "run", precision="bf16", steps=1)
