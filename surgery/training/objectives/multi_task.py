@@ -81,7 +81,7 @@ class MultiTask(Objective):
             return (given,)
         if isinstance(given, dict):
             return tuple(
-                f"{name}={said}" if isinstance(said, str) else {"name": name, **_nested(name, said)}
+                f"{name}={said}" if isinstance(said, str) else _checked(name, said)
                 for name, said in given.items()
             )
         return given
@@ -237,14 +237,13 @@ class MultiTask(Objective):
         return {"loss": sum(losses) / len(losses), "score": sum(scores) / len(scores), **figures}
 
 
-def _nested(name: str, said: Any) -> dict[str, Any]:
-    """A task's part of a recipe. Raises ValueError."""
+def _checked(name: str, said: Any) -> dict[str, Any]:
+    """A task's part of a recipe, with its name. Raises ValueError."""
     if not isinstance(said, dict) or not isinstance(said.get("objective"), str):
         raise ValueError(
             f"task {name!r} is an objective's name, or a mapping with `objective` and its options"
         )
-    options = tuple((key, value) for key, value in said.items() if key != "objective")
-    return {"objective": said["objective"], "options": options}
+    return {**said, "name": name}
 
 
 class TaskNoise(Learned):
