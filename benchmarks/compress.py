@@ -163,6 +163,8 @@ def evaluate(subject: Subject, rounds: int) -> Iterator[Result]:
             path = paths[format.name]
             try:
                 if isinstance(format.make, str):
+                    if format.make not in made:
+                        raise MissingPeer(f"there is no file of {format.make!r}")
                     path, covered = paths[format.make], made[format.make].covered
                 else:
                     covered = format.make(subject, path, paths["fp32"])

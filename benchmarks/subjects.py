@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +65,10 @@ def film() -> Subject:
 
     if not FILM.is_dir():
         raise MissingPeer(f"the film model is made by the demo: run `make demo` first ({FILM} is missing)")
-    program = surgery.load(str(FILM)).merge()
+    merged = FILM.parent / "merged-hf"
+    command = [sys.executable, "-m", "surgery", "merge", FILM, "--format", "hf", "--overwrite", "-o", merged]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    program = surgery.load(f"hf:{merged}", task="text-classification")
     reader = film_sentiment.Reader(minilm().path)
     split = sentiment("film")
     calibration = [((), _named(program, reader(split.train[i : i + 16]))) for i in range(0, 128, 16)]
