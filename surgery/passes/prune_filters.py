@@ -13,7 +13,7 @@ from surgery.errors import PassError
 from surgery.pass_base import GraphPass, Numerics, TensorSpec, changes
 from surgery.pruning import planning
 from surgery.pruning.mend import mend
-from surgery.pruning.places import Place, places
+from surgery.pruning.places import Place, are_spent, places
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
 from surgery.view import View
@@ -72,9 +72,10 @@ class PruneFilters(GraphPass):
     def find(self, view: View) -> list[Site]:
         found = [place.site for place in places(view, self.target)]
         if not found:
+            left = " (one unit is left in each group)" if are_spent(view) else ""
             raise PassError(
                 "pass 'prune-filters': the model has no filters, neurons or heads within its blocks that could be "
-                "removed; name what makes the units with --target to see why"
+                f"removed{left}; name what makes the units with --target to see why"
             )
         return found
 

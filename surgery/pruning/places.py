@@ -51,6 +51,11 @@ class Makers:
         group = self.run.groups[number]
         return not group.why and group.units > 1 and number in self.lead
 
+    def spent(self) -> bool:
+        """Whether there are units that nothing normalises or averages, but one alone in each group."""
+        groups = (self.run.groups[number] for number in self.lead)
+        return any(group.units == 1 and not (group.why or group.mixed) for group in groups)
+
     def is_inner(self, number: int) -> bool:
         """Whether nothing normalises or averages its units: their number is nobody else's business."""
         return self.fits(number) and not self.run.groups[number].mixed
@@ -89,6 +94,11 @@ def places(view: View, target: str | None) -> list[Place]:
     ]
     order = {site.key: index for index, site in enumerate(view.sites)}
     return sorted([*led, *refused], key=lambda place: order[place.site.key])
+
+
+def are_spent(view: View) -> bool:
+    """Whether groups within blocks have one unit left each, where none can be removed."""
+    return Makers(view).spent()
 
 
 def _led(view: View, makers: Makers, numbers: Iterable[int]) -> list[Place]:

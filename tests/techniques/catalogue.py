@@ -146,6 +146,10 @@ def _reparameterisation() -> list[Technique]:
     def share(**options: Any) -> Callable[[str], Pass]:
         return lambda model: of("share", target="conv" if model == "resnet18" else linears(model), **options)
 
+    def half(model: str) -> Pass:
+        """Within its blocks the small Mamba has two units each, of which a second application finds one."""
+        return of("prune-filters", ratio=0.5, **({"target": "all"} if model == "mamba" else {}))
+
     def taylor(model: str) -> Pass:
         """Of the streams too: what makes them first is named."""
         return of("prune-filters", ratio=0.25, importance="taylor", target="all")
@@ -177,7 +181,7 @@ def _reparameterisation() -> list[Technique]:
                 ("--schedule cubic", {"schedule": "cubic", "end": 4}, ALL),
             )
         ),
-        Technique("prune-filters", family, _always("prune-filters", ratio=0.5), ALL),
+        Technique("prune-filters", family, half, ALL),
         Technique("prune-filters --importance taylor", family, taylor, ALL),
         Technique("low-rank", family, low_rank, ALL),
         Technique("share --mode first", family, share(), both),
