@@ -157,6 +157,23 @@ def test_every_form_of_weight(format):
     assert not report.failed, report
 
 
+@pytest.mark.parametrize("group", [0, 8])
+@pytest.mark.parametrize(
+    ("format", "asymmetric"), [("int8", False), ("int4", False), ("int4", True), ("nf4", False)]
+)
+def test_a_table_is_looked_up_in_its_codes(format, asymmetric, group, tmp_path):
+    options = {"format": format, "asymmetric": asymmetric, "group": group}
+    program = every().apply(surgery.Quantize(target="embed.token", **options))
+    # One product for each value: fp32 and onnxruntime round it alike, and the ops behind it are those of the base.
+    assert program.export(tmp_path / "model.onnx").parity.error < 1e-6
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert not [
+        t.name
+        for t in graph.initializer
+        if list(t.dims) == [20, 16] and t.data_type == onnx.TensorProto.FLOAT
+    ]
+
+
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_half_precision(kind):
     module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).to(kind).eval()

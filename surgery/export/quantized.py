@@ -299,14 +299,21 @@ class _Lowered:
         def rows(value: Any) -> Any:
             return self._add("Gather", [value, index], {"axis": 0})
 
-        value = self._add("Cast", [rows(self._store(self.codes, numbers.astype(kind), None))], dtype)
+        def floats(value: Any) -> Any:
+            return self._add("Cast", [rows(value)], dtype)
+
+        value = floats(self._store(self.codes, numbers.astype(kind), None))
+        if self.scales.shape[1] == 1:
+            value = self._add("Sub", [value, floats(self.zero)]) if zeros is not None else value
+            found = self._add("Mul", [value, rows(self.scale)])
+            gather.outputs[0].replace_all_uses_with(found, replace_graph_outputs=True)
+            return
         last = self._constant("last", np.array([-1], dtype=np.int64))
         scale = self._add("Unsqueeze", [rows(self.scale), last])
         size = np.array([self.scales.shape[1], self.block], dtype=np.int64)
         value = self._add("Reshape", [value, self._joined(index, "blocks", size)])
         if zeros is not None:
-            zero = self._add("Cast", [rows(self.zero)], dtype)
-            value = self._add("Sub", [value, self._add("Unsqueeze", [zero, last])])
+            value = self._add("Sub", [value, self._add("Unsqueeze", [floats(self.zero), last])])
         product = self._add("Mul", [value, scale])
         row = np.array([self.columns], dtype=np.int64)
         found = self._add("Reshape", [product, self._joined(index, "row", row)])
