@@ -123,7 +123,7 @@ def _keep(name: str, said: Sequence[str], seconds: float) -> None:
     """The page, with the other runs as they were in it."""
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     threads = os.environ.get("OMP_NUM_THREADS", "as many threads as torch takes")
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, OMP_NUM_THREADS: {threads}, {date.today()}"
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, OMP_NUM_THREADS: {threads}, load {os.getloadavg()[2]:.1f}, {date.today()}"
     kept[name] = {"said": list(said), "seconds": seconds, "machine": machine}
     KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     total = sum(run["seconds"] for run in kept.values()) / 60
@@ -131,7 +131,10 @@ def _keep(name: str, said: Sequence[str], seconds: float) -> None:
     lines += [
         "`python examples/training_runs.py --write` and `python examples/rl_runs.py --write` write this page:"
     ]
-    lines += [f"{total:.0f} minutes in all. Figures are of held-out data, before and after.", ""]
+    lines += [
+        f"{total:.0f} minutes in all, each beside what else the machine did (load). Figures: held-out data, before and after.",
+        "",
+    ]
     for title, run in kept.items():
         lines += [f"## {title}", "", f"{run['seconds']:.0f} s ({run['machine']})", "", *run["said"], ""]
     PAGE.write_text("\n".join(lines))
