@@ -123,7 +123,10 @@ def _keep(name: str, said: Sequence[str], seconds: float) -> None:
     """The page, with the other runs as they were in it."""
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     threads = os.environ.get("OMP_NUM_THREADS", "as many threads as torch takes")
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, OMP_NUM_THREADS: {threads}, load {os.getloadavg()[2]:.1f}, {date.today()}"
+    load = f"load {os.getloadavg()[2]:.1f}"  # of the last quarter of an hour: what else the machine did
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} CPUs, OMP_NUM_THREADS: {threads}, {load}, {date.today()}"
+    )
     kept[name] = {"said": list(said), "seconds": seconds, "machine": machine}
     KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     total = sum(run["seconds"] for run in kept.values()) / 60
