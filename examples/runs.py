@@ -134,10 +134,8 @@ def _keep(name: str, said: Sequence[str], seconds: float) -> None:
     lines += [
         "`python examples/training_runs.py --write` and `python examples/rl_runs.py --write` write this page:"
     ]
-    lines += [
-        f"{total:.0f} minutes in all, each beside what else the machine did (load). Figures: held-out data, before and after.",
-        "",
-    ]
+    lines += [f"{total:.0f} minutes in all, each beside what else the machine did (load)."]
+    lines += ["Figures are of held-out data, before and after.", ""]
     for title, run in kept.items():
         lines += [f"## {title}", "", f"{run['seconds']:.0f} s ({run['machine']})", "", *run["said"], ""]
     PAGE.write_text("\n".join(lines))
