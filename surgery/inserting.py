@@ -27,7 +27,8 @@ class Inserter:
     """Inserts nodes for one pass, at the anchor of the site's call where it stands.
 
     `g["A"]` is the graph value of the pass's tensor A at this site; `g.call` inserts an op. `view` is the analysis of
-    the graph as it was before this pass; `training` says whether it was traced in train mode.
+    the graph as it was before this pass; `training` says whether it was traced in train mode. `weight` scales what an
+    adapter adds (1 as trained, 0 as absent).
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class Inserter:
         entry_id: str,
         names: Mapping[str, str],
         tensors: Mapping[str, torch.Tensor],
+        weight: float = 1.0,
         view: View | None = None,
     ) -> None:
         self.graph = graph
+        self.weight = weight
         self._view = view
         self._cache = cache
         self._entry_id = entry_id

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
 
 from surgery.errors import PassError
 from surgery.inserting import Inserter
-from surgery.meta_cache import MetaCache
 from surgery.sites import META, Site, head, is_aux, tail
 from surgery.standing import bias_now, replaced_by, weight_reader
 from surgery.weight_ops import LINEAR, Call, operand
-
-if TYPE_CHECKING:
-    from surgery.view import View
 
 aten = torch.ops.aten
 
@@ -26,26 +23,17 @@ class Rewriter(Inserter):
     """Puts what it inserts for one pass in its place at one call of a site.
 
     `x` is the activation that enters the op, `out` the value that its users see now (earlier adapters
-    included); of an op that computes W @ x both are shown transposed, features last. `weight` scales what an adapter
-    adds (1 as trained, 0 as absent).
+    included); of an op that computes W @ x both are shown transposed, features last.
     """
 
-    def __init__(
-        self,
-        graph: fx.Graph,
-        cache: MetaCache,
-        entry_id: str,
-        names: Mapping[str, str],
-        tensors: Mapping[str, torch.Tensor],
-        weight: float = 1.0,
-        view: View | None = None,
-    ) -> None:
-        super().__init__(graph, cache, entry_id, names, tensors, view)
-        self.weight = weight
-        self._swapped: dict[fx.Node, fx.Node] = {}
-        self._ends: tuple[fx.Node, fx.Node]  # what enters and leaves the op, as the graph has them
-        self._columns = False  # the op is W @ x: features are next to last there
-        self._turned: dict[fx.Node, fx.Node] = {}
+    _ends: tuple[fx.Node, fx.Node]  # what enters and leaves the op, as the graph has them
+    _columns: bool  # the op is W @ x: features are next to last there
+    _turned: dict[fx.Node, fx.Node]
+
+    @cached_property
+    def _swapped(self) -> dict[fx.Node, fx.Node]:
+        """What stands in the place of a weight, made once for all that read it."""
+        return {}
 
     @property
     def x(self) -> fx.Node:

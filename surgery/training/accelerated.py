@@ -31,9 +31,8 @@ def accelerator(settings: Settings) -> Any:
             f"started as one of {os.environ['WORLD_SIZE']} processes, of which accelerate makes {made.num_processes}; "
             f"see `accelerate env`"
         )
-    if (
-        settings.precision == "fp16" and made.device.type == "cpu"
-    ):  # accelerate would train in fp32 and not say so
+    # Accelerate would train in fp32 and not say so.
+    if settings.precision == "fp16" and made.device.type == "cpu":
         let_go(made)
         raise TrainingError("--precision fp16 needs a GPU; on a CPU use --precision bf16")
     return made
