@@ -1,10 +1,16 @@
-"""Marks as slow what tests/slow.txt lists."""
+"""Marks as slow what tests/slow.txt lists, and spends no time on what small models do not need."""
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 
 import pytest
+
+# torch's cache of fake tensors pays from two dozen layers on; models of two layers are captured a third quicker
+# without it. It is read when torch is imported, here and in the processes that tests start.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 LISTED = Path(__file__).parent / "tests" / "slow.txt"
 
@@ -21,3 +27,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     stale = sorted(name for name in gone if name.split("::")[0] in files)
     if whole and stale:
         raise pytest.UsageError(f"{LISTED.name} lists {stale[0]}, which is no test")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays; no collection of garbage needs to go through it again."""
+    gc.collect()
+    gc.freeze()

@@ -15,13 +15,6 @@ from tests import tiny
 from tests.zoo import zoo
 
 
-@pytest.fixture
-def adapted(llama, randomised):
-    surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2))
-    randomised(llama)
-    return llama
-
-
 def test_exact_at_insertion_and_after_removal(llama, ids):
     flags = {name: p.requires_grad for name, p in llama.named_parameters()}
     keys, before = list(llama.state_dict()), llama(ids).logits

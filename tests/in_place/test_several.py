@@ -10,14 +10,6 @@ import surgery
 from surgery.errors import JournalError, PassError
 
 
-@pytest.fixture
-def two(llama, randomised):
-    surgery.apply_(llama, surgery.Lora(target="attn.*", rank=2, label="film"))
-    surgery.apply_(llama, surgery.Lora(target="mlp.*", rank=2, label="news"))
-    randomised(llama)
-    return llama
-
-
 def test_switched_and_weighted(two, ids):
     both = two(ids).logits
     with surgery.using(two, "film"):
