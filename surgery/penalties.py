@@ -69,6 +69,11 @@ class Penalty:
             terms.append(norms.sum() * math.sqrt(size))
         return self.strength * torch.stack(terms).sum()
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether `prox_` can be taken: each of its weights is one parameter, masked or not."""
+        return all(self._stored(place)[0].op == "get_attr" for place in self.places)
+
     @torch.no_grad()
     def prox_(self, rate: float) -> None:
         """The proximal step, in place, of what trains now: each group shrinks by rate × strength × √|g|, or is zero.
@@ -139,16 +144,23 @@ class Penalty:
 
     def _parameter(self, place: _Place) -> tuple[Tensor, list[Tensor]]:
         """The parameter of a place, and the masks outside of which it stays as it is."""
-        node = place.node
-        masks = [] if place.held is None else [place.held]
-        while node.target is aten.where.ScalarOther:
-            masks.append(self._value(node.args[0]))  # type: ignore[arg-type]
-            node = node.args[1]  # type: ignore[assignment]
+        node, over = self._stored(place)
         if node.op != "get_attr":
             raise PassError(
                 f"prox_ at {place.path}: a pass computes its weight there; add the penalty to the loss instead"
             )
-        return self._value(node), masks
+        held = [] if place.held is None else [place.held]
+        return self._value(node), [*held, *map(self._value, over)]
+
+    @staticmethod
+    def _stored(place: _Place) -> tuple[fx.Node, list[fx.Node]]:
+        """The node under the masks of a place, and these."""
+        node: Any = place.node
+        masks = []
+        while node.target is aten.where.ScalarOther:
+            masks.append(node.args[0])
+            node = node.args[1]
+        return node, masks
 
 
 def l1(of: Program | nn.Module, target: str, strength: float) -> Penalty:

@@ -134,8 +134,11 @@ class Plugins:
         raise PassError(f"there is no pass {name!r}{hint}")
 
     def find_objective(self, name: str) -> ObjectiveInfo:
-        """The objective of that name; TrainingError with the nearest names."""
+        """The objective of that name, or of that other name; TrainingError with the nearest names."""
         if name not in self.objectives:
+            known = next((info for info in self.objectives.values() if name in info.cls.aliases), None)
+            if known is not None:
+                return known
             hint = nearest(name, self.objectives) or f"; there are {', '.join(sorted(self.objectives))}"
             raise TrainingError(f"there is no objective {name!r}{hint}")
         return self.objectives[name]

@@ -90,6 +90,70 @@ def test_refused():
         surgery.Quantize.parse({"target": "all", "format": "int8-dynamic", "group": 32})
 
 
+RAMP = {"format": "int4", "group": 0, "schedule": "linear", "begin": 2, "end": 6, "every": 2}
+
+
+def test_rounded_by_and_by(tmp_path):
+    """Nothing at first, all of it at the end, to the bit; halfway it is the mean of both."""
+    base = every()
+    inputs = base.example_inputs[0]
+    program = base.apply(surgery.FakeQuant(target="all", **RAMP))
+    assert observe(program.run(), base.run()).equal
+    module, seen = program.module(), []
+    weight = module.get_parameter("linear.weight")
+    for step in range(8):
+        assert module.advance(step)
+        seen.append(float(program.tensors["linear.fake-quant.share"]))
+        if step == 4:
+            half, own = program.merge().folded()["linear.weight"], weight.detach()
+            whole = base.apply(surgery.FakeQuant(target="path:linear", format="int4", group=0))
+            torch.testing.assert_close(half, (own + whole.merge().folded()["linear.weight"]) / 2)
+            assert observe(program.run(), program.merge().run()).difference <= 1e-5
+            with pytest.raises(PassError, match="has moved it 50% of the way to its codes; train to the end"):
+                program.apply(surgery.Convert())
+            program.save(tmp_path / "half")
+            assert observe(surgery.load(str(tmp_path / "half"), base=base).run(), program.run()).equal
+    assert seen == [0, 0, 0, 0, 0.5, 0.5, 1, 1]
+    module.advance(0)
+    assert float(program.tensors["linear.fake-quant.share"]) == 1
+    assert observe(
+        program.run(), base.apply(surgery.FakeQuant(target="all", format="int4", group=0)).run()
+    ).equal
+    steps(program, inputs)
+    converted = program.apply(surgery.Convert())
+    assert converted.journal.entries[-1].numerics == {"declared": "exact", "observed": "bit for bit"}
+
+
+def test_the_gradient_is_that_of_the_weight_all_along_the_schedule():
+    base = every()
+    program = base.apply(surgery.FakeQuant(target="path:linear", **RAMP))
+    module = program.module()
+    module.advance(4)
+    node = next(n for n in program.graph.nodes if "fake_quantize" in str(n.target))
+    weight = module.get_parameter("linear.weight")
+    rounded = node.target(weight, *node.args[1:6], program.tensors["linear.fake-quant.share"])
+    given = torch.randn(rounded.shape)
+    (found,) = torch.autograd.grad(rounded, weight, given)
+    assert torch.equal(found, given)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"end": 5}, "--end is for a schedule; add --schedule linear"),
+        ({"schedule": "linear"}, "a schedule needs an --end after its --begin of 0"),
+        ({"schedule": "linear", "begin": 5, "end": 5}, "an --end after its --begin of 5"),
+        (
+            {"schedule": "linear", "end": 5, "format": "int8-dynamic"},
+            "int8-dynamic rounds it; use --format int8",
+        ),
+    ],
+)
+def test_schedules_refused(options, said):
+    with pytest.raises(PassError, match=said):
+        surgery.FakeQuant.parse({"target": "all", **options})
+
+
 class Digits(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

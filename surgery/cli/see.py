@@ -131,7 +131,8 @@ def list_registered(found: Mapping[str, Info[Any]], kind: str, as_json: bool) ->
         return
     table = Table(kind, "from", "what it does", box=None, header_style="bold")
     for row in listed:
-        table.add_row(row["name"], f"{row['distribution']} {row['version']}", row["about"])
+        names = ", ".join((row["name"], *getattr(found[row["name"]].cls, "aliases", ())))
+        table.add_row(names, f"{row['distribution']} {row['version']}", row["about"])
     console().print(table)
 
 

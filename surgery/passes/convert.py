@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from surgery.pass_base import EXACT, Numerics
 from surgery.quantizing import dequantize, fake_quantize
@@ -48,6 +48,12 @@ class Convert(CodesPass):
             return f"{current.meta['surgery']['entry']!r} has quantized it already; undo that first"
         if not site.probe.program.base.in_memory:
             return "its weight is not in memory, and its codes have to be computed; load the weights first"
+        share = current.args[6] if len(current.args) > 6 else None
+        if isinstance(share, fx.Node) and (there := float(site.probe.tensor(str(share.target)))) < 1:
+            return (
+                f"{current.meta['surgery']['entry']!r} has moved it {there:.0%} of the way to its codes; train to the "
+                f"end of that schedule first"
+            )
         return None
 
     def decide(self, site: Site) -> dict[str, Any]:

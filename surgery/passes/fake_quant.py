@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field, model_validator
 from torch import Tensor, fx
 
-from surgery.pass_base import MergeOp, Numerics, changes
+from surgery.errors import PassError
+from surgery.pass_base import MergeOp, Numerics, TensorSpec, changes
 from surgery.quantizing import fake_quantize
 from surgery.quantizing.checks import hindrance
 from surgery.quantizing.formats import FormatPass
 from surgery.quantizing.layout import Layout
+from surgery.ramp import Begin, End, Every, Unit, check_ramp, progress, window
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
@@ -25,6 +28,10 @@ class FakeQuant(FormatPass):
     straight-through estimator is that of Bengio et al. 2013 (arXiv:1308.3432), used so by Jacob et al. 2018
     (arXiv:1712.05877); ternary is what BitNet b1.58 trains with. With `int8-dynamic` what enters the op is
     rounded as well.
+
+    `--schedule linear` rounds by and by: the op reads W + s (Q(W) − W), and the share s grows from 0 at step `--begin`
+    to 1 at `--end`, every `--every` steps; what enters an op is not rounded by and by. Call `module.advance(step)`, as
+    `surgery train` does. s is stored, and never falls.
 
     The base's own weights train, in their dtype. `convert` then puts the codes themselves in their place: the outputs
     stay the same to the bit. Merging makes the weights the rounded ones, as floats. ONNX has no straight-through
@@ -39,6 +46,22 @@ class FakeQuant(FormatPass):
     unwritten: ClassVar[Mapping[Any, str]] = {
         fake_quantize._opoverload: "weights rounded as in training have no op in ONNX; apply --pass convert, or merge"
     }
+
+    schedule: Literal["linear"] | None = Field(None, description="round by and by while the weights train")
+    begin: Begin = 0
+    end: End = None
+    every: Every = 1
+    unit: Unit = "step"
+
+    @model_validator(mode="after")
+    def _ramp(self) -> FakeQuant:
+        check_ramp(self, "linear")
+        if self.schedule is not None and self.dynamic:
+            raise PassError(
+                f"pass {self.name!r}: what enters an op is rounded or not, and int8-dynamic rounds it; use "
+                f"--format int8 with a schedule"
+            )
+        return self
 
     def check(self, site: Site) -> str | None:
         return hindrance(site, self.layout(site), self.dynamic)
@@ -55,20 +78,52 @@ class FakeQuant(FormatPass):
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
         self.round_input(g)
         own = _arguments(self.layout(site))
-        g.swap_weight(lambda weight: g.call(fake_quantize._opoverload, weight, *own))
+
+        def rounded(weight: fx.Node) -> fx.Node:
+            share = () if self.schedule is None else (g["share"],)
+            return g.call(fake_quantize._opoverload, weight, *own, *share)
+
+        g.swap_weight(rounded)
         return None
 
+    # -- while it trains
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        if self.schedule is None:
+            return {}
+        return {"share": TensorSpec((), lambda share: share.fill_(self.due(0)), trainable=False)}
+
+    def note(self, site: Site) -> str:
+        if self.schedule is None:
+            return ""
+        return f"{self.due(0):.0%} of the way to its codes; all of it at {self.unit} {self.end}"
+
+    @property
+    def pacing(self) -> tuple[tuple[int, int | None], str] | None:
+        return window(self)
+
+    def due(self, step: int) -> float:
+        return 1.0 if self.schedule is None else progress(self, step)
+
+    def pace(
+        self, step: int, places: Sequence[tuple[Mapping[str, Any], Tensor, Mapping[str, Tensor]]]
+    ) -> None:
+        for _, _, own in places:
+            own["share"].clamp_(min=self.due(step))
+
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, MergeOp]:
-        return {"weight": _Round(self.layout(site))}
+        return {"weight": _Round(self.layout(site), tensors.get("share"))}
 
 
 @dataclass(frozen=True)
 class _Round:
     layout: Layout
+    share: Tensor | None
     inner: ClassVar[bool] = True
 
     def apply_(self, weight: Tensor) -> None:
-        weight.copy_(fake_quantize(weight, *_arguments(self.layout)))
+        share = None if self.share is None else self.share.to(weight.device)
+        weight.copy_(fake_quantize(weight, *_arguments(self.layout), share))
 
 
 def _arguments(layout: Layout) -> tuple[str, int, bool, list[int], int]:

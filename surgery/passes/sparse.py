@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from surgery.errors import PassError
 from surgery.pass_base import MergeOp, Numerics, RewritePass, TensorSpec, changes
 from surgery.quantizing import dequantize
+from surgery.ramp import Begin, End, Every, Unit, check_ramp, progress, window
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
 from surgery.sparsity import Layout, Pattern, choose, count
@@ -77,12 +78,10 @@ class Sparse(RewritePass):
         None, description="let the sparsity grow while the weights train"
     )
     initial: float = Field(0.0, ge=0, lt=1, description="with a schedule: the sparsity that it begins at")
-    begin: int = Field(0, ge=0, description="with a schedule: the step at which it begins")
-    end: int | None = Field(
-        None, gt=0, description="with a schedule: the step at which it has the whole sparsity"
-    )
-    every: int = Field(1, gt=0, description="with a schedule: steps between two choices")
-    unit: Literal["step", "epoch"] = Field("step", description="what --begin, --end and --every count")
+    begin: Begin = 0
+    end: End = None
+    every: Every = 1
+    unit: Unit = "step"
 
     @field_validator("pattern")
     @classmethod
@@ -109,13 +108,9 @@ class Sparse(RewritePass):
             if also or pattern.group is not None:
                 what = also or f"--pattern {self.pattern}"
                 raise PassError(f"{name}: --threshold alone says what stays; leave out {what}")
+        check_ramp(self, "cubic", "initial")
         if self.schedule is None:
-            for option in ("initial", "begin", "end", "every", "unit"):
-                if getattr(self, option) != type(self).model_fields[option].default:
-                    raise PassError(f"{name}: --{option} is for a schedule; add --schedule cubic")
             return self
-        if self.end is None or self.end <= self.begin:
-            raise PassError(f"{name}: a schedule needs an --end after its --begin of {self.begin}")
         if self.initial >= self._final:
             raise PassError(
                 f"{name}: --initial {self.initial:g} is not below the sparsity of {self._final:g}"
@@ -282,20 +277,14 @@ class Sparse(RewritePass):
 
     @property
     def pacing(self) -> tuple[tuple[int, int | None], str] | None:
-        if self.schedule is None:
-            return None
-        assert self.end is not None
-        return (self.begin, self.end + 1), self.unit
+        return window(self)
 
     def due(self, step: int) -> float:
         if self.schedule is None:
             return self._final
-        assert self.end is not None
         if step < self.begin:
             return 0.0
-        at = self.end if step >= self.end else step - (step - self.begin) % self.every
-        left = 1 - (at - self.begin) / (self.end - self.begin)
-        return self._final + (self.initial - self._final) * left**3
+        return self._final + (self.initial - self._final) * (1 - progress(self, step)) ** 3
 
     def pace(
         self, step: int, places: Sequence[tuple[Mapping[str, Any], Tensor, Mapping[str, Tensor]]]

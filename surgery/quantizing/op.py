@@ -42,22 +42,38 @@ def _(
 
 @torch.library.custom_op("surgery::fake_quantize", mutates_args=())
 def fake_quantize(
-    weight: Tensor, format: str, block: int, asymmetric: bool, order: Sequence[int], rows: int
+    weight: Tensor,
+    format: str,
+    block: int,
+    asymmetric: bool,
+    order: Sequence[int],
+    rows: int,
+    share: Tensor | None = None,
 ) -> Tensor:
     """What a weight's codes would give back, to the bit.
 
     weight: in its stored layout; with its axes in `order` it is a matrix of so many rows, whose values share a scale
-    by blocks. Its gradient passes straight through to the weight (Bengio et al. 2013, arXiv:1308.3432).
+    by blocks. Its gradient passes straight through to the weight (Bengio et al. 2013, arXiv:1308.3432). share: one
+    number, how far each value is moved to what it is rounded to (None: 1, all the way).
     """
     turned = weight.permute(list(order))
     matrix = turned.reshape(rows, -1)
     found = encode(matrix, format, block, asymmetric)
     given = decode(found.codes, found.scale.to(weight.dtype), found.zero, format, matrix.shape[1])
-    return _back(given.reshape(turned.shape), order)
+    rounded = _back(given.reshape(turned.shape), order)
+    return rounded if share is None else torch.lerp(weight, rounded, share.to(weight.dtype)).contiguous()
 
 
 @fake_quantize.register_fake
-def _(weight: Tensor, format: str, block: int, asymmetric: bool, order: Sequence[int], rows: int) -> Tensor:
+def _(
+    weight: Tensor,
+    format: str,
+    block: int,
+    asymmetric: bool,
+    order: Sequence[int],
+    rows: int,
+    share: Tensor | None = None,
+) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
@@ -93,5 +109,5 @@ def _straight_through(op: Any, others: int) -> None:
     torch.library.register_autograd(op, backward)
 
 
-_straight_through("surgery::fake_quantize", 5)
+_straight_through("surgery::fake_quantize", 6)
 _straight_through("surgery::round_activation", 0)

@@ -79,7 +79,7 @@ class Lesson:
             data,
             share_or_file(given.get("held_out", given.get("held-out", HELD_OUT))),
             None if tokenizer is None else str(tokenizer),
-            Settings.parse({key: value for key, value in settings.items() if value not in (None, (), False)}),
+            Settings.parse({key: value for key, value in settings.items() if not _absent(value)}),
         )
 
 
@@ -119,6 +119,11 @@ def share_or_file(given: Any) -> float | Path:
     if not 0 <= share < 1:
         raise TrainingError(f"--held-out {given}: give a share of the data below 1, or a file")
     return share
+
+
+def _absent(value: Any) -> bool:
+    """Whether a value is what the command line has where an option was not given; 0 is not."""
+    return value is None or value is False or value == ()
 
 
 def _key(name: Any) -> str:

@@ -23,12 +23,15 @@ from surgery.training.checkpoint import LOG, Checkpoints, State, Weights
 from surgery.training.data import Examples, Rows, make_examples, quiet, together
 from surgery.training.learned import train_learned
 from surgery.training.nonfinite import first_bad
+from surgery.training.notes import counted, rates, tokens_of
 from surgery.training.objective import Batch, Objective, OnPolicy
 from surgery.training.order import Order
-from surgery.training.regularize import penalty
+from surgery.training.regularize import Regularizer
 from surgery.training.setting import Setting
 from surgery.training.settings import Settings
 from surgery.training.watching import LogFile, Watcher, Watchers
+
+MOST_SKIPPED = 30  # steps of fp16 whose gradient overflows: its scale has been halved so often by then
 
 
 @dataclass(frozen=True)
@@ -80,24 +83,26 @@ class Loop:
         if isinstance(objective, OnPolicy):
             check_on_policy(objective, settings)
         groups = program.parameter_groups(settings.lr, weight_decay=settings.weight_decay)
-        self.penalties = [penalty(program, text) for text in settings.regularize]
+        self.penalties = [Regularizer.of(program, text) for text in settings.regularize]
         setting = Setting.of(program, tokenizer, settings.max_length)
         with quiet():
             self.setting = objective.prepared(together(rows), setting)
         self.data = make_examples(rows.train, objective, self.setting)
-        self.notes = _counted(self.setting, "")
+        self.notes = counted(self.setting, "")
         self.held_out: Examples | None = None
         if rows.held_out is not None:
             held = replace(self.setting, counts=type(self.setting.counts)())
             self.held_out = make_examples(rows.held_out, objective, held)
-            self.notes += _counted(held, "held-out ")
+            self.notes += counted(held, "held-out ")
         self.checkpoints = Checkpoints(folder)
         self.body = Body(program, settings.form, settings.checkpointing)
         self.module = self.body.module
         self.notes += [self.body.note] if self.body.note else []
+        self.notes += rates(groups) + [note for each in self.penalties for note in each.notes()]
         self.accelerator = accelerator(settings)
         self.watch = Watchers([LogFile(folder / LOG), *watchers] if self.accelerator.is_main_process else [])
         self.training: set[str] | None = None
+        self.skipped = 0
         self.kept: dict[str, float] = {}
         try:
             self._prepare(groups)
@@ -155,6 +160,7 @@ class Loop:
         if resume:
             self.checkpoints.check_same(what)
             state = self.checkpoints.read(self.weights, self.optimizer.optimizer)
+            self.notes += [] if state.step else ["no checkpoint had been written: it starts at step 0"]
             if state.scaler and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state.scaler)
         else:
@@ -173,12 +179,14 @@ class Loop:
         metrics = self.evaluate() if state.step else before
         every = self.settings.evaluate or self.order.steps
         self.kept = state.kept
+        if state.step:
+            self._advance(state.step - 1, said=True)
         self.model.train(not isinstance(self.objective, OnPolicy))
         stopped = False
         while state.step < self.steps and not stopped:
             loss, tokens = self._step(state.step)
             state.step += 1
-            rate = self.optimizer.param_groups[0]["lr"]
+            rate = max(group["lr"] for group in self.optimizer.param_groups)
             self.watch.stepped(state.step, loss, rate, tokens)
             last = state.step == self.steps
             if self.held_out is not None and (state.step % every == 0 or last):
@@ -199,6 +207,10 @@ class Loop:
     def _judge(self, state: State, metrics: Mapping[str, float]) -> bool:
         """Note an evaluation; whether it is time to stop."""
         score = metrics[self.objective.metric]
+        if math.isnan(score):
+            raise TrainingError(
+                f"{self.objective.metric} of the held-out data is nan after step {state.step}; {self._kept_so_far()}"
+            )
         sign = 1 if self.objective.larger else -1
         better = state.score is None or sign * score > sign * state.score
         if better:
@@ -209,6 +221,8 @@ class Loop:
         return self.settings.patience is not None and state.stale >= self.settings.patience
 
     def _keep(self, state: State) -> None:
+        for each in self.penalties:
+            self.watch.noted(state.step, each.said())
         scaler = self.accelerator.scaler
         state.scaler = scaler.state_dict() if scaler is not None else None
         main = self.accelerator.is_main_process
@@ -266,8 +280,8 @@ class Loop:
             # What processes have is averaged, and each has its share of the sum.
             share = share * self.accelerator.num_processes
             if i + 1 == len(batches):
-                for penalty in self.penalties:
-                    share = share + penalty()
+                for term in (term for each in self.penalties for term in each.terms()):
+                    share = share + term
                 self.accelerator.backward(share)
             else:
                 with self.accelerator.no_sync(self.model):
@@ -278,8 +292,24 @@ class Loop:
             raise self._failure(said, step, chosen[-1][1], batches[-1])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        tokens = sum(_tokens(batch) for batch, real in zip(batches, counted, strict=True) if real)
+        self._regularize(step, rate)
+        if self.accelerator.scaler is not None:
+            self.skipped = self.skipped + 1 if self.accelerator.optimizer_step_was_skipped else 0
+            if self.skipped == MOST_SKIPPED:
+                said = f"the gradient was not finite in {self.skipped} steps running"
+                raise self._failure(said, step, chosen[-1][1], batches[-1])
+        tokens = sum(tokens_of(batch) for batch, real in zip(batches, counted, strict=True) if real)
         return float(self._summed(loss)), int(self._summed(torch.tensor(float(tokens))))
+
+    def _regularize(self, step: int, rate: float) -> None:
+        """Let the penalties act, and say how large they are."""
+        if not self.penalties:
+            return
+        for each in self.penalties:
+            each.step(self.settings.lr * rate)
+        with torch.no_grad():
+            size = sum(float(each.penalty()) for each in self.penalties)
+        self.watch.measured(step + 1, {"penalty": size})
 
     def _clip(self) -> float:
         """Scale the gradients down to the largest norm that is allowed; the norm that they had."""
@@ -299,10 +329,13 @@ class Loop:
         self.optimizer.zero_grad()
         loss = figures.pop("loss")
         self.watch.measured(step + 1, figures)
-        return loss, _tokens(batch)
+        return loss, tokens_of(batch)
 
-    def _advance(self, step: int) -> None:
-        """Let the schedule act, and say so when it does."""
+    def _advance(self, step: int, said: bool = False) -> None:
+        """Let the schedule act, and say so when it does, with the number of the step that is to come.
+
+        said: whether it was said already, before the training was stopped.
+        """
         epoch_wise = self.program.schedule.unit == "epoch"
         paced = self.module.__dict__["_paced"]
         done = [each.done for each in paced]
@@ -313,13 +346,13 @@ class Loop:
             )
         if self.training is not None and now != self.training:
             more, less = sorted(now - self.training), sorted(self.training - now)
-            said = [f"{len(more)} more parameters train ({more[0]}, …)"] if more else []
-            said += [f"{len(less)} stop ({less[0]}, …)"] if less else []
-            self.watch.noted(step, "; ".join(said))
+            moved = [f"{len(more)} more parameters train ({more[0]}, …)"] if more else []
+            moved += [f"{len(less)} stop ({less[0]}, …)"] if less else []
+            self.watch.noted(step + 1, "; ".join(moved))
         self.training = now
         for each, before in zip(paced, done, strict=True):
-            if each.done != before and before is not None:
-                self.watch.noted(step, f"{each.pass_.name} changed its tensors, to {each.done:.3g}")
+            if each.done != before and before is not None and not said:
+                self.watch.noted(step + 1, f"{each.pass_.name} changed its tensors, to {each.done:.3g}")
 
     def _batch(self, data: Examples, chosen: Sequence[int], draw: Generator) -> Batch:
         batch = self.objective.collate(data[chosen], self.setting, draw)
@@ -342,13 +375,13 @@ class Loop:
             with self.accelerator.autocast():
                 where = first_bad(self.module, self.objective.unpacked(batch))
         rows = ", ".join(str(example["row"]) for example in self.data[chosen])
+        return TrainingError(f"{what} at step {step + 1}, of rows {rows}; {where}; {self._kept_so_far()}")
+
+    def _kept_so_far(self) -> str:
         kept = self.checkpoints.steps()
-        left = (
-            f"the checkpoint of step {kept[-1]} is kept in {self.checkpoints.folder}"
-            if kept
-            else "no checkpoint was written before it"
-        )
-        return TrainingError(f"{what} at step {step + 1}, of rows {rows}; {where}; {left}")
+        if not kept:
+            return "no checkpoint was written before it"
+        return f"the checkpoint of step {kept[-1]} is kept in {self.checkpoints.folder}"
 
     # -- held-out data
 
@@ -376,21 +409,6 @@ class Loop:
         return self.objective.metrics(
             {name: torch.cat([each[name] for each in seen if name in each]) for name in names}
         )
-
-
-def _counted(setting: Setting, which: str) -> list[str]:
-    return [f"{which}rows: {count} {sentence}" for sentence, count in setting.counts.items()]
-
-
-def _tokens(batch: Batch) -> int:
-    """How many tokens a batch has, padding left out; of one without tokens, its rows."""
-    inputs = batch["inputs"]
-    if isinstance(inputs, Mapping) and "attention_mask" in inputs:
-        return int(inputs["attention_mask"].sum())
-    if isinstance(inputs, Mapping) and "position_ids" in inputs:  # packed: there is no padding
-        return int(inputs["input_ids"].numel())
-    first = next(tensor for tensor in pytree.tree_leaves(inputs) if isinstance(tensor, Tensor))
-    return len(first)
 
 
 __all__ = ["Loop", "Result", "train"]

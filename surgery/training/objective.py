@@ -33,7 +33,8 @@ class Objective(Configured):
 
     guesses: options that name a column -> names under which it is looked for where the option is not given. metric:
     of what `metrics` gives, that by which the best checkpoint is chosen; larger: whether more of it is better.
-    several: whether its rows are those of several data sets, by name (see surgery.training.tables).
+    several: whether its rows are those of several data sets, by name (see surgery.training.tables). aliases: other
+    names that it is found by.
     """
 
     kind: ClassVar[str] = "objective"
@@ -42,6 +43,7 @@ class Objective(Configured):
     metric: ClassVar[str] = "loss"
     larger: ClassVar[bool] = False
     several: ClassVar[bool] = False
+    aliases: ClassVar[tuple[str, ...]] = ()
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
         """The column for each option in `guesses`. Raises TrainingError where one is missing."""

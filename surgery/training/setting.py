@@ -88,10 +88,11 @@ class Setting:
         return self.tokenizer
 
     def width(self, output: str, objective: str) -> int:
-        """How many values an output has at its last axis; of a program with one output, of that."""
+        """How many values an output has at its last axis. An objective's own `logits` are the one output of a program
+        that has but one, whatever it is called."""
         if output in self.widths:
             return self.widths[output]
-        if len(self.widths) == 1:
+        if len(self.widths) == 1 and output == "logits":
             return next(iter(self.widths.values()))
         raise TrainingError(
             f"objective {objective!r}: the model has no output {output!r}; it gives {', '.join(self.widths)}; put one "

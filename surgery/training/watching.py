@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import MissingExtraError
+from surgery.errors import MissingExtraError, TrainingError
 
 
 class Watcher:
@@ -26,7 +27,7 @@ class Watcher:
         """Held-out data was scored."""
 
     def noted(self, step: int, sentence: str) -> None:
-        """Something a person should know, such as that a schedule acted."""
+        """Something a person should know, such as that a schedule acts in this step, counted from 1."""
 
     def ended(self) -> None:
         """No more will come."""
@@ -63,6 +64,17 @@ class Watchers(Watcher):
             each.ended()
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises TrainingError for what cannot be written there."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} could not be written: {error.strerror or error}; mend that, and go on with --resume"
+        ) from error
+
+
 class LogFile(Watcher):
     """One JSON object a line. What a resumed run does again is taken out first."""
 
@@ -70,9 +82,10 @@ class LogFile(Watcher):
         self.path = path
 
     def begun(self, step: int, steps: int) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_log(self.path) if row["step"] <= step] if step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in read_log(self.path) if row["step"] <= step] if step else []
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
         self._write({"step": step, "loss": loss, "lr": rate, "tokens": tokens})
@@ -87,7 +100,7 @@ class LogFile(Watcher):
         self._write({"step": step, "note": sentence})
 
     def _write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a") as stream:
+        with writing(self.path), self.path.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
 
 
@@ -111,23 +124,29 @@ class TensorBoard(Watcher):
         self.writer: Any = None
 
     def begun(self, step: int, steps: int) -> None:
-        self.writer = self.make(str(self.folder), purge_step=step or None)
+        with writing(self.folder):
+            self.writer = self.make(str(self.folder), purge_step=step or None)
 
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
-        self.writer.add_scalar("train/loss", loss, step)
-        self.writer.add_scalar("train/lr", rate, step)
+        with writing(self.folder):
+            self.writer.add_scalar("train/loss", loss, step)
+            self.writer.add_scalar("train/lr", rate, step)
 
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self.writer.add_scalar(f"train/{name}", value, step)
+        with writing(self.folder):
+            for name, value in figures.items():
+                self.writer.add_scalar(f"train/{name}", value, step)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"held_out/{name}", value, step)
+        with writing(self.folder):
+            for name, value in metrics.items():
+                self.writer.add_scalar(f"held_out/{name}", value, step)
 
     def noted(self, step: int, sentence: str) -> None:
-        self.writer.add_text("notes", sentence, step)
+        with writing(self.folder):
+            self.writer.add_text("notes", sentence, step)
 
     def ended(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with writing(self.folder):
+                self.writer.close()

@@ -117,7 +117,7 @@ def test_a_schedule_acts_and_is_in_the_log(base, texts, tmp_path):
     program = base.apply(surgery.GradualUnfreeze(every=2, unit="step"))
     fit(program, CausalLm(), texts, tmp_path / "run", steps=6)
     notes = [row for row in read_log(tmp_path / "run" / "log.jsonl") if "note" in row]
-    assert [row["step"] for row in notes][:2] == [2, 4]
+    assert [row["step"] for row in notes][:2] == [3, 5]
     assert "more parameters train" in notes[0]["note"]
 
 

@@ -71,7 +71,12 @@ def of_program(
         else:
             asked = rollout.prompts if whole else [[] for _ in rollout.prompts]
             said = [a + b for a, b in zip(asked, rollout.responses, strict=True)]
-            read = reader(_texts(said, tokenizer), padding=True, truncation=True, return_tensors="pt")
+            read = reader(_texts(said, tokenizer), padding=True, return_tensors="pt")
+            if read["input_ids"].shape[1] > reader.model_max_length:
+                raise SurgeryError(
+                    f"the reward program reads {reader.model_max_length} tokens, and a prompt with its response has "
+                    f"{read['input_ids'].shape[1]}; lower --max-length, or let it read responses alone"
+                )
             inputs = {name: tensor.to(rollout.actions.device) for name, tensor in read.items()}
         inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
         missing = [name for name in needed if name not in inputs]

@@ -40,10 +40,14 @@ class Classification(Objective):
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         setting.need_reader(self.name)
         column = setting.columns["label"]
-        classes, found = setting.width(self.output, self.name), rows.unique(column)
-        empty = next((i for i, value in enumerate(rows[column]) if value is None), None)
-        if empty is not None:
-            raise TrainingError(f"row {empty} has no {column!r}")
+        classes = setting.width(self.output, self.name)
+        found: dict[Any, int] = {}  # the first row of each
+        for row, value in enumerate(rows[column]):
+            if value is None or value != value:
+                raise TrainingError(f"row {row} has no {column!r}")
+            if not isinstance(value, str | int | float):
+                raise TrainingError(f"row {row}: {column} is {value!r}, which is no label")
+            found.setdefault(value, row)
         if all(isinstance(value, str) for value in found):
             if len(found) > classes:
                 raise TrainingError(
@@ -51,11 +55,8 @@ class Classification(Objective):
                     f"put a wider one on with --pass head --labels {len(found)}"
                 )
             return {"labels": sorted(found)}
-        for value in found:
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)
-            if not isinstance(value, int) or not 0 <= value < classes:
-                row = rows[column].index(value)
+        for value, row in found.items():
+            if not float(value).is_integer() or not 0 <= value < classes:
                 raise TrainingError(
                     f"row {row}: {column} is {value!r}, and the model's {self.output!r} has the classes 0 to "
                     f"{classes - 1}"

@@ -27,6 +27,7 @@ class Sft(PackingObjective):
     """
 
     name: ClassVar[str] = "sft"
+    aliases: ClassVar[tuple[str, ...]] = ("instruction",)
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "messages": ("messages", "conversation", "conversations", "dialogue"),
         "prompt": ("prompt", "instruction", "question"),
