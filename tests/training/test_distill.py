@@ -207,6 +207,24 @@ def test_a_smaller_program_learns_and_resumes_bit_for_bit(student, teacher, text
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("smaller", ["pruned", "fewer layers"])
+def test_students_made_of_their_teacher(smaller, texts, tmp_path):
+    """The teacher is a model of transformers; the student it with half of its neurons, or without its last layer."""
+    teacher = classifier(tmp_path / "base", 1, initializer_range=0.1)
+    if smaller == "pruned":
+        student = surgery.load(teacher, task="text-classification").apply(
+            surgery.PruneFilters(target="mlp.up", ratio=0.5)
+        )
+    else:
+        kwargs = {"num_hidden_layers": 1}
+        student = surgery.load(teacher, task="text-classification", model_kwargs=kwargs)
+    student = student.apply(surgery.Full())
+    own = Distill(teacher=teacher, teacher_task="text-classification", alpha=1, of="unlabelled")
+    result = fit(student, own, texts, tmp_path / "run", steps=30, evaluate=10)
+
+    assert result.metrics["soft"] < 0.7 * result.before["soft"]
+
+
 def test_the_command_saves_the_student_alone(student, teacher, texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: student.apply(surgery.Full()))
     line = ["train", "hf:small", "--objective", "distill", "--teacher", teacher, "--of"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,39 @@ def test_a_reward_model_on_the_policys_tokens(pool, base, tmp_path):
         score = judge.run(input_ids=ids, attention_mask=torch.ones_like(ids))["logits_reward"]
         # fp32, padded and not
         assert float(found[row]) == pytest.approx(float(score.flatten()[-1]), abs=1e-5)
+
+
+def test_from_preferences_to_a_policy(base, prompts, tmp_path):
+    """Pairs of which the red one is preferred teach a reward model; by it alone the policy learns to say red."""
+    from surgery.training.objectives import Reward
+
+    draw = random.Random(0)
+    others = [word for word in WORDS[7:] if word != "red"]
+    rows = []
+    for asked in PROMPTS * 8:
+        plain = draw.choices(others, k=8)
+        red = [word if draw.random() < 0.6 else "red" for word in plain[:-1]] + ["red"]
+        rows.append({"prompt": asked, "chosen": " ".join(red), "rejected": " ".join(plain)})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = adapted(
+        base, LORA, surgery.Head(mode="add", labels=1, head_name="reward", pool="mean", init="zero")
+    )
+    learned = fit(judge, Reward(), path, tmp_path / "judge.run", batch=8, steps=20, evaluate=20)
+    assert learned.before["accuracy"] == 0.5  # a head of zeros prefers nothing
+    assert learned.metrics["accuracy"] > 0.9  # of 12 pairs held out
+    policy = adapted(base)
+    objective = PpoObjective(**{**PPO_OPTIONS, "reward": saved(judge, tmp_path / "judge")})
+    result = fit(policy, objective, prompts, tmp_path / "policy.run", steps=12, evaluate=12)
+
+    assert result.metrics["reward"] > result.before["reward"] + 0.5
+    assert 0 < result.metrics["kl"] < 12  # twice the target
+
+    def count(program):
+        rollout = roll_out(program.live(), [find_tokenizer(base)(p)["input_ids"] for p in PROMPTS * 4], 8)
+        return sum(response.count(WORDS.index("red")) for response in rollout.responses)
+
+    assert count(policy.undo("head")) > 2 * count(base)
 
 
 def test_a_classifier_with_a_tokenizer_of_its_own(base, tmp_path):
