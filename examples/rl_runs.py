@@ -3,7 +3,7 @@
 python examples/rl_runs.py                       all of them
 python examples/rl_runs.py sentiment --quick     one, with little data, to see that it works
 
-preferences   300 dialogues of which people preferred one answer: a reward model, DPO, and PPO by that reward model
+preferences   dialogues of which people preferred one answer: a reward model, DPO, and PPO by that reward model
 sentiment     a policy learns to go on with film sentences so that the demo's classifier finds them positive: PPO and
               TRPO, three seeds each (needs out/film/adapted, which `make demo` makes)
 """
@@ -18,26 +18,27 @@ from typing import Any
 
 from data import dpo_en, sentiment
 from runs import Runs, main, smollm2, words
-from training_runs import LORA
 
 FILM = Path("out/film/adapted")
 VALUE = words("--pass head --mode add --labels 1 --head-name value --pool none --init zero")
-REWARD = words("--pass head --mode add --labels 1 --head-name reward --pool last")
+REWARD = words("--pass head --mode add --labels 1 --head-name reward --pool last --init zero")
 # The last six layers: an update, and above all a product with the Fisher matrix, costs a third of that of all thirty.
 UPPER = words(r"--pass lora --target 're:model\.layers\.2[4-9]\..*' --rank 8")
+LONGEST = 800  # characters of a prompt
 SEEDS = (0, 1, 2)
 MAX_KL = 0.01  # of a token, in one step of TRPO
 
 
 def preferences(runs: Runs) -> None:
-    rows = dpo_en()
-    learn, held = runs.write("pairs-train", rows[:160]), runs.write("pairs-held-out", rows[240:])
+    # What a long prompt leaves of its answers says little about them.
+    rows = [row for row in dpo_en() if sum(len(m["content"]) for m in row["prompt"]) <= LONGEST]
+    learn, held = runs.write("pairs-train", rows[:-40]), runs.write("pairs-held-out", rows[-40:])
     reference, *kind = smollm2()
-    pairs = ("--data", learn, "--held-out", held, "--max-length", "192", "--batch", "4")
-    judge = runs.apply(reference, "judge", *kind, *REWARD, *LORA)
+    pairs = ("--data", learn, "--held-out", held, "--max-length", "256", "--batch", "4")
+    judge = runs.apply(reference, "judge", *kind, *REWARD, *UPPER)
     shown = ["accuracy", "margin", "loss"]
     runs.train(judge, "reward", "--objective", "reward", *pairs, "--epochs", "1", "--lr", "5e-4", show=shown)
-    plain = runs.apply(reference, "dpo start", *kind, *LORA)
+    plain = runs.apply(reference, "dpo start", *kind, *UPPER)
     runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "1", "--lr", "5e-4", show=shown)
     policy = runs.apply(reference, "policy", *kind, *VALUE, *UPPER)
     asked = ("--data", learn, "--held-out", held, *words("--max-length 160 --batch 8 --new-tokens 24"))

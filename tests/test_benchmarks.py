@@ -64,6 +64,16 @@ def test_losses_agree_and_a_merge_adds_no_node(quick):
     assert nodes["ours"] == nodes["peer"]
 
 
+@SLOW
+def test_training_compares_the_same_losses(tmp_path):
+    out = tmp_path / "training.json"
+    done = run("training", "--quick", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["peer_name"] == "PEFT and Trainer"
+    assert row["note"].startswith("losses of 3 steps agree within")
+
+
 def test_an_unknown_name_is_one_line():
     done = run("mtach")
     assert done.returncode == 2

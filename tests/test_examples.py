@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,19 +10,23 @@ from pathlib import Path
 
 import onnx
 import pytest
+import yaml
 
 import surgery
+from surgery.cli import main
+from tests.conftest import minilm_path
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(example: str, out: Path) -> str:
+def run(example: str, out: Path, *more: str, cwd: Path | None = None) -> str:
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / example, "--quick", "--out", out],
+        [sys.executable, ROOT / "examples" / example, *more, "--quick", "--out", out],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
-        timeout=600,
+        timeout=1800,
+        cwd=cwd,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -39,6 +44,59 @@ def test_film_sentiment(tmp_path):
     assert len(base.graph.node) == len(merged.graph.node)
     (entry,) = (e for e in surgery.load(str(tmp_path / "film" / "adapted")).journal if e.kind == "rewrite")
     assert len(entry.sites) == 24
+
+
+@pytest.mark.slow
+def test_film_yaml_from_the_base_to_onnx(tmp_path, monkeypatch, capsys):
+    """The README's recipe as it is, of fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load((ROOT / "examples" / "film.yaml").read_text())
+    recipe["train"] |= {"steps": 60, "data": "film.jsonl"}
+    (tmp_path / "film.yaml").write_text(yaml.safe_dump(recipe))
+    made = subprocess.run(
+        [sys.executable, ROOT / "examples" / "data.py", "film", tmp_path / "all.jsonl"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert made.returncode == 0, made.stderr
+    rows = (tmp_path / "all.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "film.jsonl").write_text("".join(rows[:1000]))
+    with pytest.raises(SystemExit) as raised:
+        main(["run", "film.yaml", f"hf:{minilm_path()}", "-o", "run", "--json"])
+    said = capsys.readouterr()
+    assert raised.value.code == 0, said.err
+    found = json.loads(said.out.splitlines()[-1])
+    assert found["stages"] == ["adapted", "trained", "merged", "finished"]
+    # Of 200 sentences: chance is 0.5 with a standard deviation of 0.035; 60 steps are 2.4 epochs of 800.
+    assert found["trained"]["metrics"]["accuracy"] > 0.61
+    assert (tmp_path / "run" / "film.onnx").stat().st_size < 30e6  # 90 MB in fp32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("classification", ["accuracy", "f1"]),
+        ("multi-task", ["film/accuracy", "product/accuracy", "tweets/accuracy", "editorial/accuracy"]),
+        ("distill", ["agreement", "teacher/accuracy", "hints"]),
+        ("contrastive", ["mrr", "Pearson with lee's ratings"]),
+        ("fashion", ["precision of the ten nearest, untrained"]),
+        ("tweets", ["perplexity"]),
+        ("alpaca", ["loss", "perplexity"]),
+    ],
+)
+def test_training_runs(name, said, tmp_path):
+    shown = run("training_runs.py", tmp_path / "runs", name)
+    assert not [part for part in said if part not in shown]
+
+
+@pytest.mark.slow
+def test_rl_runs(tmp_path):
+    run("film_sentiment.py", tmp_path / "out" / "film")
+    shown = run("rl_runs.py", tmp_path / "runs", "preferences", "sentiment", cwd=tmp_path)
+    assert shown.count("KL of a token by update") == 6
+    assert "trpo: reward" in shown
 
 
 @pytest.mark.slow
