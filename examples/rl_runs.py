@@ -54,16 +54,18 @@ def sentiment_runs(runs: Runs) -> None:
         raise SystemExit(f"the classifier is made by the demo: run `make demo` first ({FILM} is missing)")
     split = sentiment("film")
     learn, held = (
-        runs.write(name, [{"prompt": " ".join(s.text.split()[:6])} for s in sentences])
-        for name, sentences in (("openings", split.train[:2000]), ("openings-held-out", split.held_out[:32]))
+        runs.write(name, [{"prompt": " ".join(s.text.split()[:4])} for s in sentences])
+        for name, sentences in (("openings", split.train[:2000]), ("openings-held-out", split.held_out[:48]))
     )
     reference, *kind = smollm2()
     policy = runs.apply(reference, "speaker", *kind, *VALUE, *UPPER)
     given = ("--data", learn, "--held-out", held, "--plain", "--reward", FILM, "--reward-class", "1")
-    length = words("--new-tokens 16 --max-length 32 --batch 16 --steps 8 --evaluate 8")
+    length = words(
+        "--new-tokens 10 --max-length 24 --batch 32 --steps 8 --evaluate 8 --decay constant --warmup 0"
+    )
     for method, own in (
-        ("ppo", words("--lr 1e-3 --kl 0.05 --kl-target 3 --inner-epochs 2")),
-        ("trpo", words(f"--lr 1e-3 --max-kl {MAX_KL} --iterations 6 --kl 0.05")),
+        ("ppo", words("--lr 3e-3 --kl 0.05 --kl-target 3 --inner-epochs 3 --minibatch 16")),
+        ("trpo", words(f"--lr 3e-3 --max-kl {MAX_KL} --iterations 6 --kl 0.05 --minibatch 32")),
     ):
         ends = []
         for seed in SEEDS:

@@ -87,23 +87,35 @@ class TRPO:
     def fisher(
         self, policy: nn.Module, experience: Experience, parameters: Sequence[nn.Parameter]
     ) -> Callable[[Tensor], Tensor]:
-        """v → (F + damping · I) v, by differentiating the mean KL from the policy to itself twice."""
+        """v → (F + damping · I) v, by differentiating the mean KL from the policy to itself twice.
+
+        The first derivative is kept for all products where all rows are in memory at a time (`minibatch`).
+        """
         count = experience.mask.sum()
+        chunks = list(experience.chunks(self.minibatch))
+        once = len(chunks) == 1
+
+        # The fused attention kernels have no second derivative.
+        @sdpa_kernel(SDPBackend.MATH)
+        def slope(part: Experience) -> tuple[Tensor, ...]:
+            logits, _ = policy(**part.inputs)
+            new = logits.log_softmax(-1)
+            kl = torch.where(part.mask, categorical_kl(new.detach(), new), 0).sum() / count
+            return torch.autograd.grad(
+                kl, parameters, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+
+        kept = slope(chunks[0]) if once else None
 
         def product(vector: Tensor) -> Tensor:
             total = self.damping * vector
             pieces = _split(vector, parameters)
-            for part in experience.chunks(self.minibatch):
-                # The fused attention kernels have no second derivative.
-                with sdpa_kernel(SDPBackend.MATH):
-                    logits, _ = policy(**part.inputs)
-                    new = logits.log_softmax(-1)
-                    kl = torch.where(part.mask, categorical_kl(new.detach(), new), 0).sum() / count
-                    slope = torch.autograd.grad(
-                        kl, parameters, create_graph=True, allow_unused=True, materialize_grads=True
-                    )
-                    along = sum((s * v).sum() for s, v in zip(slope, pieces, strict=True))
-                    bent = torch.autograd.grad(along, parameters, allow_unused=True, materialize_grads=True)
+            for part in chunks:
+                slopes = kept or slope(part)
+                along = sum((s * v).sum() for s, v in zip(slopes, pieces, strict=True))
+                bent = torch.autograd.grad(
+                    along, parameters, retain_graph=once, allow_unused=True, materialize_grads=True
+                )
                 total = total + _flat(bent)
             return total
 
