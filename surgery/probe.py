@@ -162,13 +162,23 @@ class Probe:
     def _add_products(self, name: str, value: Tensor, columns: bool) -> None:
         value = value.transpose(-2, -1) if columns else value
         rows = value.reshape(-1, value.shape[-1]).double()
+        if not bool(rows.isfinite().all()):
+            raise PassError(f"on the data the value {name!r} is infinite or no number; mend the data")
         found = rows.T @ rows
         self._products[name] = self._products[name] + found if name in self._products else found
 
     def fisher(self, name: str, samples: int = 4, seed: int = 0) -> Tensor:
         """Diagonal Fisher information of a base parameter, of its shape, in fp32 (see `fisher_of`)."""
         if name not in self._squared:
-            self._squared.update(fisher_of(self.program, self.data, samples, seed))
+            for _ in self._checked():
+                pass
+            found = fisher_of(self.program, self.data, samples, seed)
+            wrong = next((name for name, value in found.items() if not bool(value.isfinite().all())), None)
+            if wrong is not None:
+                raise PassError(
+                    f"on the data the gradient of {wrong} is infinite or no number; mend the data"
+                )
+            self._squared.update(found)
         return self._squared[name]
 
 
@@ -187,7 +197,9 @@ def _misfit(example: Any, value: Any) -> str:
         return f"has shape {list(value.shape)}, and the model takes [{shown}]"
     if value.is_floating_point() != example.is_floating_point():
         return f"is {value.dtype}, and the model takes {example.dtype}"
-    return "holds values that are no numbers" if value.is_floating_point() and value.isnan().any() else ""
+    # A mask may hold −∞.
+    wrong = value.is_floating_point() and bool((value.isnan() | (value == torch.inf)).any())
+    return "holds values that are infinite or no numbers" if wrong else ""
 
 
 def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: int) -> dict[str, Tensor]:
@@ -212,6 +224,10 @@ def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: in
             module.zero_grad(set_to_none=True)
             leaves = pytree.tree_leaves(module(*args, **kwargs))
             output = next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
+            if not bool(output.isfinite().all()):
+                raise PassError(
+                    "on the data the program gives values that are infinite or no numbers; mend the data"
+                )
             loss = _surprise(output.float(), generator)
             loss.backward()
             for name, parameter in module.named_parameters(remove_duplicate=False):

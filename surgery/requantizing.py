@@ -196,6 +196,8 @@ class _Place:
                 return f"{entry.id} makes the weight longer"
             if any(slot.partition(":")[0] != "weight" for slot in merges):
                 return f"{entry.id} changes the bias too, which is not in the codes"
+        if self._products is not None and not bool(self._products.any()):
+            return "nothing but zeros enters it on the data, so that no error can be measured"
         return ""
 
     def _site_of(self, entry: Entry) -> Site:

@@ -103,7 +103,13 @@ def check_kept(path: Path, weights: Sequence[Weight]) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own have no base but this
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ExportError(
+                f"onnxruntime does not load the file with its quantized weights: {reason}"
+            ) from None
         optimised = onnx.load(options.optimized_model_filepath, load_external_data=False)
     _check_products(optimised.graph)
     wide = (

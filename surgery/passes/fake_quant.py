@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
@@ -34,8 +35,9 @@ class FakeQuant(FormatPass):
     `surgery train` does. s is stored, and never falls.
 
     The base's own weights train, in their dtype. `convert` then puts the codes themselves in their place: the outputs
-    stay the same to the bit. Merging makes the weights the rounded ones, as floats. ONNX has no straight-through
-    rounding: convert or merge before an export. Adapters stand on the rounded weight.
+    stay the same to the bit. Merging makes the weights the rounded ones, as floats (in the middle of a schedule, as far
+    as it has moved them). ONNX has no straight-through rounding: convert or merge before an export. Adapters stand on
+    the rounded weight.
     """
 
     name: ClassVar[str] = "fake-quant"
@@ -91,7 +93,11 @@ class FakeQuant(FormatPass):
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         if self.schedule is None:
             return {}
-        return {"share": TensorSpec((), lambda share: share.fill_(self.due(0)), trainable=False)}
+        return {
+            "share": TensorSpec(
+                (), lambda share: share.fill_(self.due(0)), trainable=False, dtype=torch.float32
+            )
+        }
 
     def note(self, site: Site) -> str:
         if self.schedule is None:

@@ -58,7 +58,16 @@ class Quantize(FormatPass, CodesPass):
             return f"--method gptq is for linear maps, and this is a {site.kind} weight; quantize it in another pass"
         if self.method == "gptq" and not site.probe.program.base.in_memory:
             return "its weight is not in memory, and gptq has to read it"
-        return hindrance(site, self.layout(site), self.dynamic, self.method == "gptq")
+        why = hindrance(site, self.layout(site), self.dynamic, self.method == "gptq")
+        if why is None and self.method == "gptq" and not bool(site.probe.products(site).any()):
+            return "nothing but zeros enters it on the data, which says nothing of errors; give data that reaches it"
+        return why
+
+    def note(self, site: Site) -> str:
+        said = super().note(site)
+        if self.method == "gptq" and not site.probe.given:
+            said += "; calibrated on the model's example inputs (give --data)"
+        return said
 
     def encode(self, site: Site, weight: Tensor) -> Codes:
         products = site.probe.products(site) if self.method == "gptq" else None

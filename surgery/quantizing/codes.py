@@ -57,7 +57,7 @@ def encode(matrix: Tensor, format: str, block: int, asymmetric: bool = False) ->
 
 
 def grid(matrix: Tensor, format: str, block: int, asymmetric: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Scales (rows, blocks), fp32, and zero points (uint8), of a matrix (rows, K).
+    """Scales (rows, blocks), in fp32 but rounded to the matrix's dtype, and zero points (uint8), of a matrix (rows, K).
 
     int8: the largest magnitude of a block is 127. int4: the value of largest magnitude is -8, so that all 16 codes are
     in use; or, asymmetric, the range with zero in it is divided by 15. nf4: the largest magnitude is 1. ternary: the
@@ -66,35 +66,36 @@ def grid(matrix: Tensor, format: str, block: int, asymmetric: bool = False) -> t
     """
     rows, columns = matrix.shape
     blocks = matrix.float().reshape(rows, columns // block, block)
+
+    def nonzero(scale: Tensor) -> Tensor:
+        """As it is stored, in the dtype of the matrix; a block of zeros has any scale, as its codes are zero."""
+        stored = scale.to(matrix.dtype).float()
+        return torch.where(stored == 0, torch.ones_like(stored), stored)
+
     if asymmetric:
         low, high = blocks.amin(2).clamp(max=0), blocks.amax(2).clamp(min=0)
-        scale = _nonzero((high - low) / 15)
+        scale = nonzero((high - low) / 15)
         return scale, (-low / scale).round().clamp(0, 15).to(torch.uint8)
     if format == "int4":
         extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2)
-        return _nonzero(extreme / -8), None
+        return nonzero(extreme / -8), None
     if format == "ternary":
-        return _nonzero(blocks.abs().mean()).expand(rows, columns // block).contiguous(), None
-    if format == "binary":
-        return _nonzero(blocks.abs().mean(2)), None
-    return _nonzero(blocks.abs().amax(2) / (127 if format == "int8" else 1)), None
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    """A block of zeros has any scale: its codes are zero."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+        return nonzero(blocks.abs().mean()).expand(rows, columns // block).contiguous(), None
+    if format == "binary":  # has no code of zero, so that its scale is
+        return blocks.abs().mean(2).to(matrix.dtype).float(), None
+    return nonzero(blocks.abs().amax(2) / (127 if format == "int8" else 1)), None
 
 
 def to_codes(values: Tensor, scale: Tensor, zero: Tensor | None, format: str) -> Tensor:
     """The nearest code of each value; scale and zero of the same shape, or one that broadcasts."""
+    if format == "binary":
+        return values >= 0
     on_line = values / scale
     if format == "int8":
         return on_line.round().clamp(-127, 127)
     if format == "nf4":
         table = torch.tensor(NF4, device=values.device)
         return torch.bucketize(on_line.contiguous(), (table[1:] + table[:-1]) / 2)
-    if format == "binary":
-        return values >= 0
     if zero is not None:
         return (on_line.round() + zero).clamp(0, 15)
     if format == "int4":

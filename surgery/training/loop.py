@@ -23,7 +23,7 @@ from surgery.training.checkpoint import LOG, Checkpoints, State, Weights
 from surgery.training.data import Examples, Rows, make_examples, quiet, together
 from surgery.training.learned import train_learned
 from surgery.training.nonfinite import first_bad
-from surgery.training.notes import counted, rates, tokens_of
+from surgery.training.notes import counted, rates, tokens_of, unfinished
 from surgery.training.objective import Batch, Objective, OnPolicy
 from surgery.training.order import Order
 from surgery.training.regularize import Regularizer
@@ -136,6 +136,7 @@ class Loop:
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.weights = Weights(self.program, self.body, learned)
         self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps))
+        self.notes += unfinished(self.module.__dict__["_paced"], self.steps, self.order.steps)
 
     # -- the whole
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from surgery.schedule import Paced
 from surgery.training.objective import Batch
 from surgery.training.setting import Setting
 
@@ -27,6 +28,19 @@ def rates(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def counted(setting: Setting, which: str) -> list[str]:
     return [f"{which}rows: {count} {sentence}" for sentence, count in setting.counts.items()]
+
+
+def unfinished(paced: Sequence[Paced], steps: int, epoch: int) -> list[str]:
+    """What passes will not have done to their tensors when so many steps are; epoch: how many of them make one."""
+    said = []
+    for each in paced:
+        assert each.pass_.pacing is not None
+        (_, last), unit = each.pass_.pacing
+        if last is not None and (last - 1) * (epoch if unit == "epoch" else 1) >= steps:
+            said.append(
+                f"the schedule of {each.pass_.entry_id} ends at {unit} {last - 1}, and this training with {steps} steps"
+            )
+    return said
 
 
 def tokens_of(batch: Batch) -> int:

@@ -222,7 +222,7 @@ def test_gpt2_reads_the_parts_in_the_place_of_its_split(tmp_path):
     assert aten.cat.default not in counts
     assert counts[aten.addmm.default] == ops_of(base)[aten.addmm.default] + 4
     assert apart.export(tmp_path / "apart.onnx").parity.error < 1e-5
-    # Back: the parts are addmm, which fuse-qkv does not stack, and it says so.
+    # The parts are addmm, which fuse-qkv does not stack.
     planned = apart.plan(of("fuse-qkv")).passes[-1]
     assert not planned.accepted
 
