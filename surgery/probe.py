@@ -199,7 +199,7 @@ def _misfit(example: Any, value: Any) -> str:
         return f"is {value.dtype}, and the model takes {example.dtype}"
     # A mask may hold −∞.
     wrong = value.is_floating_point() and bool((value.isnan() | (value == torch.inf)).any())
-    return "holds values that are infinite or no numbers" if wrong else ""
+    return "holds values that are no numbers, or infinite" if wrong else ""
 
 
 def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: int) -> dict[str, Tensor]:

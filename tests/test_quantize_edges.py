@@ -86,7 +86,7 @@ def test_data_that_says_nothing_or_too_much(format):
     noted = base.plan(gptq, data=[((inputs,), {})]).passes[-1].accepted[0]
     assert "example inputs" not in gptq.note(noted.site)
     inputs[0, 0] = torch.inf
-    with pytest.raises(PassError, match="the input 'x' holds values that are infinite or no numbers"):
+    with pytest.raises(PassError, match="the input 'x' holds values that are no numbers, or infinite"):
         base.plan(gptq, data=[((inputs,), {})])
     huge = torch.full((4, 64), 3e38)
     with pytest.raises(PassError, match="is infinite or no number; mend the data"):
@@ -105,7 +105,7 @@ def test_data_for_gradients_is_checked_too(given):
     base = block()
     for data, said in (
         (torch.randn(4, 63), r"has shape \[4, 63\], and the model takes"),
-        (torch.full((4, 64), torch.nan), "infinite or no numbers"),
+        (torch.full((4, 64), torch.nan), "no numbers, or infinite"),
         (torch.ones(4, 64, dtype=torch.int64), "is torch.int64, and the model takes"),
         (torch.full((4, 64), 3e38), "infinite or no numbers?; mend the data"),
     ):
