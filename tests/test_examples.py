@@ -94,7 +94,7 @@ def test_training_runs(name, said, tmp_path):
 @pytest.mark.slow
 def test_rl_runs(tmp_path):
     run("film_sentiment.py", tmp_path / "out" / "film")
-    shown = run("rl_runs.py", tmp_path / "runs", "preferences", "sentiment", cwd=tmp_path)
+    shown = run("rl_runs.py", tmp_path / "runs", "preferences", "ppo", "trpo", cwd=tmp_path)
     assert shown.count("KL of a token by update") == 6
     assert "trpo: reward" in shown
 

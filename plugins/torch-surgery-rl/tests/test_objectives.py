@@ -23,7 +23,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch_surgery_rl import PPO, Judge, PpoObjective, TrpoObjective, roll_out
 
 import surgery
-from surgery.api import LoadError, Setting, Settings, TrainingError, find_tokenizer, read_rows, split, train
+from surgery.api import (
+    LoadError,
+    Setting,
+    Settings,
+    TrainingError,
+    find_tokenizer,
+    make_plugin_manager,
+    read_rows,
+    split,
+    train,
+)
 
 PLUGIN = Path(__file__).parent.parent
 WORDS = [
@@ -243,8 +253,6 @@ def test_a_reward_model_on_the_policys_tokens(pool, base, tmp_path):
 
 def test_from_preferences_to_a_policy(base, prompts, tmp_path):
     """Pairs of which the red one is preferred teach a reward model; by it alone the policy learns to say red."""
-    from surgery.training.objectives import Reward
-
     draw = random.Random(0)
     others = [word for word in WORDS[7:] if word != "red"]
     rows = []
@@ -257,7 +265,8 @@ def test_from_preferences_to_a_policy(base, prompts, tmp_path):
     judge = adapted(
         base, LORA, surgery.Head(mode="add", labels=1, head_name="reward", pool="mean", init="zero")
     )
-    learned = fit(judge, Reward(), path, tmp_path / "judge.run", batch=8, steps=20, evaluate=20)
+    preferences = make_plugin_manager().find_objective("reward").cls()
+    learned = fit(judge, preferences, path, tmp_path / "judge.run", batch=8, steps=20, evaluate=20)
     assert learned.before["accuracy"] == 0.5  # a head of zeros prefers nothing
     assert learned.metrics["accuracy"] > 0.9  # of 12 pairs held out
     policy = adapted(base)

@@ -72,9 +72,10 @@ def of_program(
             asked = rollout.prompts if whole else [[] for _ in rollout.prompts]
             said = [a + b for a, b in zip(asked, rollout.responses, strict=True)]
             read = reader(_texts(said, tokenizer), padding=True, return_tensors="pt")
-            if read["input_ids"].shape[1] > reader.model_max_length:
+            most = getattr(reader, "model_max_length", None)
+            if most is not None and read["input_ids"].shape[1] > most:
                 raise SurgeryError(
-                    f"the reward program reads {reader.model_max_length} tokens, and a prompt with its response has "
+                    f"the reward program reads {most} tokens, and a prompt with its response has "
                     f"{read['input_ids'].shape[1]}; lower --max-length, or let it read responses alone"
                 )
             inputs = {name: tensor.to(rollout.actions.device) for name, tensor in read.items()}
