@@ -53,7 +53,13 @@ class Model:
     def eager(self) -> nn.Module:
         import transformers
 
-        return getattr(transformers, self.auto).from_pretrained(self.path, **self.kwargs)
+        model: nn.Module = getattr(transformers, self.auto).from_pretrained(self.path, **self.kwargs)
+        quantizer: Any = getattr(model, "hf_quantizer", None)
+        if (
+            quantizer is not None
+        ):  # of a GGUF file: floats by now, and Trainer refuses what is still called quantized
+            quantizer.remove_quantization_config(model)
+        return model
 
     def peft(self, program: surgery.Program, targets: tuple[str, ...], rank: int, alpha: float) -> nn.Module:
         """PEFT's LoRA on a fresh eager model, with the factors of `program`."""

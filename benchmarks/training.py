@@ -34,14 +34,14 @@ from surgery.training.watching import Watcher
 ROOT = Path(__file__).resolve().parents[1]
 AIM = 1 / 1.05  # of the time: 1.05 of the tokens a second
 SAME = 1e-3  # relative: fp32 sums in two orders, through steps of Adam, whose first ones are the sign of a gradient
-RANK, ALPHA, RATE, BATCH, LONGEST = 8, 16.0, 1e-3, 8, 256
+RANK, ALPHA, RATE, BATCH, LONGEST = 8, 16.0, 1e-3, 4, 256
 
 
 def run(quick: bool) -> Iterator[Row]:
     require("peft", "the comparison with PEFT")
     require("accelerate", "training")
     yield from _compare(
-        smollm2(), steps=3 if quick else 8, rounds=1 if quick else 4, batch=2 if quick else BATCH
+        smollm2(), steps=3 if quick else 5, rounds=1 if quick else 3, batch=2 if quick else BATCH
     )
 
 
