@@ -88,6 +88,7 @@ class Body:
 
     def _places(self, names: Collection[str]) -> Iterator[tuple[str, Any, Tensor]]:
         """Name, what stands in the model, and the program's tensor."""
+        _reshard(self.model)
         owned = {**self.program.changed, **self.program.tensors}
         state = state_of(self.model)
         at = state.places(self.program) if state else {}
@@ -109,6 +110,18 @@ def _live(program: Program) -> nn.Module:
     for config in configs(model.config) if hasattr(model, "config") else ():
         config.use_cache = False  # a cache is of no use here, and checkpointing refuses it
     return model
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let the parameters be the shards again: what a forward pass has gathered may still stand in their place, and a
+    value that is put there is not what the optimiser moves."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shard_like(whole: Tensor, like: Any) -> Any:

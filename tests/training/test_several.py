@@ -103,8 +103,7 @@ def test_the_losses_of_one_process(adapted, mode):
         torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", [pytest.param("ddp", marks=SLOW), "fsdp2"])
 def test_killed_and_resumed_has_the_same_weights(adapted, mode):
     """kill -9 of all its processes in mid-epoch; on the same number of processes it is the same to the bit."""
     options = ("--checkpoint", "2", "--evaluate", "100")
