@@ -129,6 +129,10 @@ def _keep(name: str, said: Sequence[str], seconds: float) -> None:
     )
     kept[name] = {"said": list(said), "seconds": seconds, "machine": machine}
     KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(_page(kept))
+
+
+def _page(kept: Mapping[str, Any]) -> str:
     total = sum(run["seconds"] for run in kept.values()) / 60
     lines = ["# Training on real data", ""]
     lines += [
@@ -138,4 +142,4 @@ def _keep(name: str, said: Sequence[str], seconds: float) -> None:
     lines += ["Figures are of held-out data, before and after.", ""]
     for title, run in kept.items():
         lines += [f"## {title}", "", f"{run['seconds']:.0f} s ({run['machine']})", "", *run["said"], ""]
-    PAGE.write_text("\n".join(lines))
+    return "\n".join(lines)
