@@ -381,7 +381,7 @@ def test_refused_and_said():
         (torch.randn(4, 3, 12, 12), r"has shape \[4, 3, 12, 12\]"),
         (torch.full((4, 2, 12, 12), torch.nan), "data set 2: .* holds values that are no numbers"),
         (torch.ones(4, 2, 12, 12, dtype=torch.int64), "is torch.int64, and the model takes torch.float32"),
-        (torch.full((4, 2, 12, 12), torch.inf), "on the calibration data the value of image is infinite or no number"),
+        (torch.full((4, 2, 12, 12), torch.inf), "data set 2: .* holds values that are no numbers, or infinite"),
     ],
 )  # fmt: skip
 def test_data_that_do_not_fit(data, message):
