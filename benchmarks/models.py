@@ -55,9 +55,8 @@ class Model:
 
         model: nn.Module = getattr(transformers, self.auto).from_pretrained(self.path, **self.kwargs)
         quantizer: Any = getattr(model, "hf_quantizer", None)
-        if (
-            quantizer is not None
-        ):  # of a GGUF file: floats by now, and Trainer refuses what is still called quantized
+        # Of a GGUF file the weights are floats by now, and Trainer refuses what is still called quantized.
+        if quantizer is not None:
             quantizer.remove_quantization_config(model)
         return model
 

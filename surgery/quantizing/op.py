@@ -65,15 +65,7 @@ def fake_quantize(
 
 
 @fake_quantize.register_fake
-def _(
-    weight: Tensor,
-    format: str,
-    block: int,
-    asymmetric: bool,
-    order: Sequence[int],
-    rows: int,
-    share: Tensor | None = None,
-) -> Tensor:
+def _(weight: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 

@@ -23,7 +23,6 @@ class Regularizer:
 
     text: str
     penalty: Penalty
-    proximal: bool
 
     @staticmethod
     def of(program: Program, text: str) -> Regularizer:
@@ -38,8 +37,11 @@ class Regularizer:
             raise TrainingError(
                 f"--regularize {text!r}: write l1=1e-4@TARGET, or group-lasso=1e-4@TARGET for whole filters"
             )
-        penalty = KINDS[kind](program, target, number)
-        return Regularizer(text, penalty, penalty.has_steps)
+        return Regularizer(text, KINDS[kind](program, target, number))
+
+    @property
+    def proximal(self) -> bool:
+        return self.penalty.has_steps
 
     def notes(self) -> list[str]:
         """What a person has to know before training."""
@@ -62,5 +64,4 @@ class Regularizer:
     def said(self) -> str:
         """What it has come to."""
         zeros, groups = self.penalty.zeros()
-        what = "values" if self.penalty.over == "values" else self.penalty.over
-        return f"{self.text}: {zeros:,} of {groups:,} {what} are zero"
+        return f"{self.text}: {zeros:,} of {groups:,} {self.penalty.over} are zero"

@@ -128,19 +128,13 @@ class TensorBoard(Watcher):
             self.writer = self.make(str(self.folder), purge_step=step or None)
 
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
-        with writing(self.folder):
-            self.writer.add_scalar("train/loss", loss, step)
-            self.writer.add_scalar("train/lr", rate, step)
+        self._scalars("train", {"loss": loss, "lr": rate}, step)
 
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
-        with writing(self.folder):
-            for name, value in figures.items():
-                self.writer.add_scalar(f"train/{name}", value, step)
+        self._scalars("train", figures, step)
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
-        with writing(self.folder):
-            for name, value in metrics.items():
-                self.writer.add_scalar(f"held_out/{name}", value, step)
+        self._scalars("held_out", metrics, step)
 
     def noted(self, step: int, sentence: str) -> None:
         with writing(self.folder):
@@ -150,3 +144,8 @@ class TensorBoard(Watcher):
         if self.writer is not None:
             with writing(self.folder):
                 self.writer.close()
+
+    def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        with writing(self.folder):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)

@@ -12,12 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import surgery
 from surgery.api import TrainingError, make_plugin_manager
-from surgery.training.data import read_rows, split
 from surgery.training.lesson import Lesson
-from surgery.training.loop import train
 from surgery.training.objectives import CausalLm
 from surgery.training.settings import Settings
-from surgery.training.tokenizers import find_tokenizer
 from surgery.training.watching import Watcher, read_log
 from tests.training.test_loop import fit
 
@@ -78,9 +75,7 @@ def test_layers_have_rates_of_their_own_and_join_when_they_should(base, texts, t
         def stepped(self, step, loss, rate, tokens):
             moved.append({n for n, p in own.items() if not torch.equal(p, start[n])})
 
-    rows, settings = split(read_rows([texts]), 0.25, 0), Settings(batch=4, lr=1e-2, max_length=32, steps=6)
-    read = find_tokenizer(program)
-    train(program, CausalLm(), rows, settings, folder=tmp_path / "b", tokenizer=read, watchers=[Looks()])
+    fit(program, CausalLm(), texts, tmp_path / "b", steps=6, watchers=[Looks()])
     assert [step for step, _ in notes(tmp_path / "b")][:2] == [3, 5]
     layers = [[any(f"layers.{i}." in name for name in names) for i in (0, 1)] for names in moved]
     assert layers == [[False, False]] * 2 + [[False, True]] * 2 + [[True, True]] * 2
@@ -113,10 +108,8 @@ def test_a_ramp_acts_is_in_the_log_and_goes_on_where_it_stopped(given, base, tex
     parts = base.apply(given)
     with pytest.raises(KeyboardInterrupt):
         fit(parts, Breaks(), texts, tmp_path / "parts", steps=8, checkpoint=3)
-    settings = Settings.parse({"batch": 4, "lr": 1e-2, "max_length": 32, "steps": 8, "checkpoint": 3})
-    rows, read = split(read_rows([texts]), 0.25, 0), find_tokenizer(parts)
     again = base.apply(given)
-    train(again, CausalLm(), rows, settings, folder=tmp_path / "parts", tokenizer=read, resume=True)
+    fit(again, CausalLm(), texts, tmp_path / "parts", steps=8, checkpoint=3, resume=True)
     first, second = program.state(), again.state()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert read_log(tmp_path / "parts" / "log.jsonl") == read_log(tmp_path / "whole" / "log.jsonl")
@@ -228,7 +221,5 @@ def test_a_run_without_a_checkpoint_starts_again_and_says_so(base, texts, tmp_pa
     program = base.apply(surgery.Lora(target="attn.q", rank=2))
     with pytest.raises(KeyboardInterrupt):
         fit(program, Breaks(), texts, tmp_path / "run", steps=2)
-    settings = Settings.parse({"batch": 4, "lr": 1e-2, "max_length": 32, "steps": 2})
-    rows, read = split(read_rows([texts]), 0.25, 0), find_tokenizer(program)
-    train(program, CausalLm(), rows, settings, folder=tmp_path / "run", tokenizer=read, resume=True)
+    fit(program, CausalLm(), texts, tmp_path / "run", steps=2, resume=True)
     assert (0, "no checkpoint had been written: it starts at step 0") in notes(tmp_path / "run")

@@ -14,11 +14,9 @@ import surgery
 from surgery.api import TrainingError
 from surgery.cli import main
 from surgery.errors import SurgeryError
-from surgery.training.data import read_rows, split
+from surgery.training.data import read_rows
 from surgery.training.lesson import Lesson
-from surgery.training.loop import train
 from surgery.training.objectives import CausalLm, Classification, Regression
-from surgery.training.settings import Settings
 from surgery.training.tokenizers import find_tokenizer
 from surgery.training.watching import TensorBoard, Watcher, read_log
 from tests.training.conftest import save_tokenizer, write
@@ -123,11 +121,9 @@ class Fills(Watcher):
 @pytest.mark.parametrize("board", [False, True], ids=["checkpoint", "tensorboard"])
 def test_a_disk_that_fills_up(board, base, texts, tmp_path):
     """The checkpoint before it stays whole, and the training goes on from there."""
-    run, settings = tmp_path / "run", {"batch": 4, "lr": 1e-2, "max_length": 32, "steps": 6, "checkpoint": 2}
+    run, given = tmp_path / "run", {"held_out": 0.0, "steps": 6, "checkpoint": 2}
     # A checkpoint has 4 KB, the log less; event files grow by some dozens of bytes a step.
     watchers = [*([TensorBoard(tmp_path / "events")] if board else []), Fills(3, 256 if board else 3000)]
-    rows, read = split(read_rows([texts]), 0.0, 0), find_tokenizer(base)
-    given = {"folder": run, "tokenizer": read}
     said = (
         "events could not be written"
         if board
@@ -135,13 +131,13 @@ def test_a_disk_that_fills_up(board, base, texts, tmp_path):
     )
     try:
         with pytest.raises(SurgeryError, match=said):
-            train(base, CausalLm(), rows, Settings.parse(settings), watchers=watchers, **given)
+            fit(base, CausalLm(), texts, run, watchers=watchers, **given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert {path.name for path in run.glob("step-*")} == {"step-00000002"}
     assert not list(run.glob(".step-*"))
     assert load_file(run / "step-00000002" / "weights.safetensors")
-    assert train(base, CausalLm(), rows, Settings.parse(settings), resume=True, **given).steps == 6
+    assert fit(base, CausalLm(), texts, run, resume=True, **given).steps == 6
     steps = [row["step"] for row in read_log(run / "log.jsonl") if "lr" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
 

@@ -30,13 +30,13 @@ def base(llama_folder):
     return surgery.load(f"hf:{llama_folder}")
 
 
-def fit(program, objective, data, folder, held_out=0.25, **options):
+def fit(program, objective, data, folder, held_out=0.25, resume=False, watchers=(), **options):
     settings = Settings.parse({"batch": 4, "lr": 1e-2, "max_length": 32, **options})
     rows = split(read_rows([data]), held_out, settings.seed)
-    resume = options.pop("resume", False)
     return train(
-        program, objective, rows, settings, folder=folder, tokenizer=find_tokenizer(program), resume=resume
-    )
+        program, objective, rows, settings, folder=folder, tokenizer=find_tokenizer(program), resume=resume,
+        watchers=watchers,
+    )  # fmt: skip
 
 
 def command(program, data, output, *more):

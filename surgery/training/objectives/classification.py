@@ -56,8 +56,8 @@ class Classification(Objective):
                 )
             return {"labels": sorted(found)}
         for value, row in found.items():
-            if not float(value).is_integer() or not 0 <= value < classes:
-                shown = int(value) if float(value).is_integer() else value
+            shown = int(value) if float(value).is_integer() else value
+            if not isinstance(shown, int) or not 0 <= shown < classes:
                 raise TrainingError(
                     f"row {row}: {column} is {shown!r}, and the model's {self.output!r} has the classes 0 to "
                     f"{classes - 1}"
