@@ -6,9 +6,9 @@ bit: c ⊙ out + (1 − c) ⊙ b + s·(c ⊙ B) A x, where out is what the op co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,14 +19,10 @@ from surgery.rewriter import Rewriter
 from surgery.scaling import ones_elsewhere
 from surgery.sites import Site, head
 from surgery.standing import bias_now
+from surgery.unpacking import Apply, eagerly, unpacked
 from surgery.weight_ops import CONV, EXPERTS, operand
 
 aten = torch.ops.aten
-Apply = Callable[..., Any]  # of an op: to tensors, or in a graph to nodes
-
-
-def eagerly(op: Any, *args: Any, **kwargs: Any) -> Any:
-    return op(*args, **kwargs)
 
 
 def output_axis(site: Site) -> int:
@@ -95,10 +91,14 @@ def rewrite(
     """The site's output with DoRA on it. dropped: what enters after dropout, where that differs from g.x."""
     assert g.call_ is not None
 
+    @cache
+    def weight() -> fx.Node:
+        return unpacked(site, g) if site.packed else g.stored
+
     def ratio(part: Part) -> fx.Node:
         if full_gradient:
-            return part.ratio(g.call, site, g.stored, scale)
-        stored, a, b = (g.call(aten.detach.default, value) for value in (g.stored, part.a, part.b))
+            return part.ratio(g.call, site, weight(), scale)
+        stored, a, b = (g.call(aten.detach.default, value) for value in (weight(), part.a, part.b))
         return Part(a, b, part.magnitude, part.rows, part.index).ratio(g.call, site, stored, scale)
 
     ratios = []
@@ -131,7 +131,7 @@ def _scaled_base(site: Site, g: Rewriter, ratio: fx.Node, dropped: fx.Node | Non
     if g.weight != 1:
         more = g.call(aten.mul.Scalar, more, g.weight)
     if not own_input:
-        base = lowrank.product(site, g, dropped or g.x, g.stored, site.layout)
+        base = _product(site, g, dropped or g.x)
         return _plus(g, g.out, base, _along(site, g, more))
     if bias is None:
         return _plus(g, g.out, g.own, _along(site, g, more))
@@ -142,6 +142,18 @@ def _scaled_base(site: Site, g: Rewriter, ratio: fx.Node, dropped: fx.Node | Non
     return g.call(aten.sub.Tensor, g.call(aten.mul.Tensor, g.own, _along(site, g, factor)), taken)
 
 
+def _product(site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
+    """W x of another activation, without a bias; of a packed weight by its own op."""
+    if not site.packed:
+        return lowrank.product(site, g, x, g.stored, site.layout)
+    assert g.call_ is not None
+    again, bias = g.again(x), bias_now(g.call_)
+    if bias is None:
+        return again
+    # as channels of a convolution or features
+    return g.call(aten.sub.Tensor, again, _along(site, g, bias))
+
+
 def _plus(g: Rewriter, value: fx.Node, base: fx.Node, factor: fx.Node) -> fx.Node:
     return g.call(aten.add.Tensor, value, g.call(aten.mul.Tensor, base, factor))
 
@@ -150,7 +162,7 @@ def _along(site: Site, g: Rewriter, vector: fx.Node) -> fx.Node:
     """A number for each output, to be multiplied with the site's output."""
     assert g.call_ is not None
     if site.kind == CONV:
-        return g.call(aten.reshape.default, vector, [-1, *(1 for _ in site.shape[2:])])
+        return g.call(aten.reshape.default, vector, [-1, *(1 for _ in site.float_shape[2:])])
     if site.kind == EXPERTS:
         gather = g.call_.gather
         own = vector if gather is None else g.call(aten.index_select.default, vector, 0, gather)

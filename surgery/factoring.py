@@ -51,8 +51,14 @@ class Directions:
 
 def matrices(site: Site, weight: Tensor) -> Tensor:
     """The weight as (stack × out × in), in float64."""
-    weight = weight.detach().double()
+    return stacked(site, weight.detach().double())
+
+
+def stacked(site: Site, weight: Tensor) -> Tensor:
+    """The same, in the weight's own dtype."""
     if site.kind == CONV:
+        if site.layout == "io":  # transposed; of one group, as its groups lie along the inputs
+            weight = weight.transpose(0, 1)
         return weight.reshape(site.groups, weight.shape[0] // site.groups, -1)
     if site.kind == EXPERTS:
         return weight if site.layout == "eoi" else weight.transpose(1, 2)
@@ -68,7 +74,7 @@ def output_products(site: Site, outputs: Iterable[tuple[Tensor, Tensor | None]])
     for value, experts in outputs:
         value = value.double()
         if site.kind == CONV:
-            channels = value.movedim(-(len(site.shape) - 2) - 1, 0)
+            channels = value.movedim(-(len(site.float_shape) - 2) - 1, 0)
             rows = channels.reshape(site.groups, channels.shape[0] // site.groups, -1)
             total = total + rows @ rows.transpose(1, 2)
         elif site.kind == EXPERTS:
@@ -129,8 +135,10 @@ def factors(weight: Tensor, found: Directions, rank: int) -> tuple[Tensor, Tenso
 def as_stored(site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The factors in the shapes that their ops take."""
     if site.kind == CONV:
-        kernel = site.shape[2:]
-        return a.reshape(-1, site.shape[1], *kernel), b.reshape(site.shape[0], -1, *(1 for _ in kernel))
+        kernel = site.float_shape[2:]
+        return a.reshape(-1, site.float_shape[1], *kernel), b.reshape(
+            site.float_shape[0], -1, *(1 for _ in kernel)
+        )
     if site.kind == EXPERTS:
         return a, b
     return (a[0].t() if site.kind == EMBEDDING else a[0]), b[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,14 +19,15 @@ from surgery.sites import Site
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, arguments
 
 aten = torch.ops.aten
+CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")  # after x, weight and bias
 
 
 def factor_shapes(site: Site, rank: int, rows: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A and B. rows: output features that the branch covers (all by default)."""
     out = site.out_features if rows is None else rows
     if site.kind == CONV:
-        groups, kernel = site.groups, site.shape[2:]
-        return (rank * groups, site.shape[1], *kernel), (out, rank, *(1 for _ in kernel))
+        groups, kernel = site.groups, site.float_shape[2:]
+        return (rank * groups, site.float_shape[1], *kernel), (out, rank, *(1 for _ in kernel))
     if site.kind == EXPERTS:
         return (site.size("e"), rank, site.in_features), (site.size("e"), out, rank)
     return (rank, site.in_features), (out, rank)
@@ -76,7 +78,7 @@ def add_rows(
 ) -> fx.Node:
     """out + scale · (branch outputs placed at their output features, zero elsewhere). out: g.out by default."""
     value = out or g.out
-    total, spatial = site.out_features, len(site.shape) - 2 if site.kind == CONV else 0
+    total, spatial = site.out_features, len(site.float_shape) - 2 if site.kind == CONV else 0
     inner = [0, 0] * spatial  # the axes behind the features
     for update, rows in branches:
         first, last = rows[0], rows[-1]
@@ -119,9 +121,9 @@ def product(site: Site, g: Rewriter, x: fx.Node, weight: fx.Node, layout: str) -
     if site.kind == EMBEDDING:
         return g.call(aten.embedding.default, weight, x, arguments(call.node).get("padding_idx", -1))
     if site.kind == CONV:
-        args = arguments(call.node)
-        names = ("stride", "padding", "dilation", "groups")
-        return g.call(call.node.target, x, weight, None, *(args[name] for name in names))
+        args = [arguments(call.node)[name] for name in CONV_ARGUMENTS]
+        op = _conv(site, args[1]) if site.packed else call.node.target
+        return g.call(op, x, weight, None, *args)
     if site.kind == EXPERTS:
         gathered = g.call(aten.index_select.default, weight, 0, call.gather) if call.gather else weight
         wanted = "eoi" if call.x_axis == "column" else "eio"
@@ -130,11 +132,22 @@ def product(site: Site, g: Rewriter, x: fx.Node, weight: fx.Node, layout: str) -
     return g.call(*((aten.linear.default, x, weight) if layout == "oi" else (aten.matmul.default, x, weight)))
 
 
+def lacks(site: Site) -> str | None:
+    """What a packed convolution's op does not say, by which a branch is given the shape of what it computes."""
+    given = arguments(site.calls[0].node)
+    return next((name for name in CONV_ARGUMENTS if name not in given), None)
+
+
+def _conv(site: Site, padding: Any = 0) -> Any:
+    """torch's own convolution of as many axes. padding: of the op beside which it stands, a word or numbers."""
+    packet = (aten.conv1d, aten.conv2d, aten.conv3d)[len(site.float_shape) - 3]
+    return packet.padding if isinstance(padding, str) else packet.default
+
+
 def _up(site: Site, g: Rewriter, hidden: fx.Node, b: fx.Node, bias: fx.Node | None = None) -> fx.Node:
     if site.kind == CONV:
-        spatial = len(site.shape) - 2
-        op = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[spatial - 1]
-        return g.call(op, hidden, b, bias, [1] * spatial, [0] * spatial, [1] * spatial, site.groups)
+        spatial = len(site.float_shape) - 2
+        return g.call(_conv(site), hidden, b, bias, [1] * spatial, [0] * spatial, [1] * spatial, site.groups)
     if site.kind == EXPERTS:
         return product(site, g, hidden, b, "eoi")
     return g.call(aten.linear.default, hidden, b, *((bias,) if bias is not None else ()))

@@ -1,7 +1,8 @@
 """PiSSA's algebra: W = (W − s·B A) + s·B A, where s·B A is the part of W along its r largest singular values.
 
 The op reads the residual in the place of W, and the branch adds the rest, so that nothing is moved but by
-rounding: that of the residual to the weight's dtype, and of two sums in the place of one.
+rounding: that of the residual to the weight's dtype, and of two sums in the place of one. A packed weight stays as it
+is, and the branch adds s·(B A − B₀ A₀) x, where A₀ and B₀ are the factors as they started: zero, to the bit.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Split:
 
     @cached_property
     def weight(self) -> Tensor:
-        return self.site.probe.weight(self.site)
+        return self.site.probe.dequantized(self.site)
 
     @cached_property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from surgery.errors import PassError
 from surgery.graphs import copy_graph, flat_inputs
@@ -51,6 +50,13 @@ class Probe:
             raise PassError(f"{site.path}: its weight is computed from {', '.join(site.computed_from)}")
         return self.tensor(site.weight)
 
+    def dequantized(self, site: Site) -> Tensor:
+        """The weight of a site as floats: as stored, or what its op unpacks it to."""
+        from surgery.unpacking import as_tensor
+
+        own = self.weight(site)
+        return as_tensor(site, self._constant) if site.packed else own
+
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """make(), kept under the key until `forget`: what `check`, `decide` and `tensors` all need."""
         if key not in self._made:
@@ -67,9 +73,11 @@ class Probe:
             found.clear()
 
     def stored(self, site: Site) -> Tensor:
-        """The weight that the site's op reads now: the parameter, or what a pass put in its place."""
+        """The weight that the site's op computes with now: the parameter, unpacked, or what a pass put in its place."""
         from surgery.standing import weight_reader
 
+        if site.packed:
+            return self.dequantized(site)
         own = self.weight(site)
         current = weight_reader(site.calls[0])[1]
         return own if current is site.calls[0].weight else self._constant(current)
@@ -86,10 +94,10 @@ class Probe:
         """What nodes of the program's eval graph compute on each set of data, by node name; without gradients."""
         names = {node if isinstance(node, str) else node.name for node in nodes}
         found: dict[str, list[Tensor]] = {name: [] for name in names}
-        self._run(names, lambda name, value: found[name].append(value))
+        self.watch(names, lambda name, value: found[name].append(value))
         return found
 
-    def _run(self, names: set[str], see: Callable[[str, Any], Any]) -> None:
+    def watch(self, names: set[str], see: Callable[[str, Any], Any]) -> None:
         """Run the eval graph on each set of data, and show the values of nodes as they are made."""
 
         class Recording(fx.Interpreter):
@@ -156,7 +164,7 @@ class Probe:
             sites = [s for s in self.program.sites if s.kind == LINEAR]
             wanted = {operand(call).name for s in sites for call in s.calls}
             columns = dict(pair for s in sites for pair in entering(s))
-            self._run(wanted, lambda name, value: self._add_products(name, value, columns[name]))
+            self.watch(wanted, lambda name, value: self._add_products(name, value, columns[name]))
         return torch.stack([self._products[name] for name, _ in entering(site)]).sum(0)
 
     def _add_products(self, name: str, value: Tensor, columns: bool) -> None:
@@ -168,10 +176,15 @@ class Probe:
         self._products[name] = self._products[name] + found if name in self._products else found
 
     def fisher(self, name: str, samples: int = 4, seed: int = 0) -> Tensor:
-        """Diagonal Fisher information of a base parameter, of its shape, in fp32 (see `fisher_of`)."""
+        """Diagonal Fisher information of a base parameter, of its shape, in fp32 (see `fisher_of`).
+
+        Of the packed weight of a linear op it is that of the floats that it stands for.
+        """
         if name not in self._squared:
             for _ in self._checked():
                 pass
+            from surgery.fisher import fisher_of
+
             found = fisher_of(self.program, self.data, samples, seed)
             wrong = next((name for name, value in found.items() if not bool(value.isfinite().all())), None)
             if wrong is not None:
@@ -200,48 +213,3 @@ def _misfit(example: Any, value: Any) -> str:
     # A mask may hold −∞.
     wrong = value.is_floating_point() and bool((value.isnan() | (value == torch.inf)).any())
     return "holds values that are no numbers, or infinite" if wrong else ""
-
-
-def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: int) -> dict[str, Tensor]:
-    """E over data and y ~ p(y|x) of (∂ log p(y|x) / ∂θ)², for every parameter of the base, by name.
-
-    p is the softmax over the last axis of the program's first floating output (a unit-variance normal around it
-    where that has one channel), so no labels are needed (Sung et al. 2021, arXiv:2111.09839).
-    """
-    from surgery.program import Program
-
-    free = Program(program.base, program.journal, *program.copies())
-    free.journal = type(program.journal)(tuple(e for e in program.journal if e.kind == "rewrite"))
-    module = free.module()
-    generator = torch.Generator().manual_seed(seed)
-    squared = {
-        name: torch.zeros_like(p, dtype=torch.float32)
-        for name, p in module.named_parameters(remove_duplicate=False)
-    }
-    count = 0
-    for args, kwargs in data:
-        for _ in range(samples):
-            module.zero_grad(set_to_none=True)
-            leaves = pytree.tree_leaves(module(*args, **kwargs))
-            output = next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
-            if not bool(output.isfinite().all()):
-                raise PassError(
-                    "on the data the program gives values that are infinite or no numbers; mend the data"
-                )
-            loss = _surprise(output.float(), generator)
-            loss.backward()
-            for name, parameter in module.named_parameters(remove_duplicate=False):
-                if parameter.grad is not None:
-                    squared[name] += parameter.grad.float() ** 2
-            count += 1
-    return {name: value / max(count, 1) for name, value in squared.items()}
-
-
-def _surprise(output: Tensor, generator: torch.Generator) -> Tensor:
-    """−log p of a drawn answer, averaged over rows."""
-    if output.shape[-1] == 1:
-        drawn = output.detach() + torch.randn(output.shape, generator=generator)
-        return ((output - drawn) ** 2 / 2).mean()
-    logits = output.reshape(-1, output.shape[-1])
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-    return torch.nn.functional.cross_entropy(logits, drawn)

@@ -14,7 +14,7 @@ from surgery.errors import PassError
 from surgery.inserting import Inserter
 from surgery.sites import META, Site, head, is_aux, tail
 from surgery.standing import bias_now, replaced_by, weight_reader
-from surgery.weight_ops import LINEAR, Call, operand
+from surgery.weight_ops import LINEAR, Call, arguments, operand
 
 aten = torch.ops.aten
 
@@ -56,6 +56,15 @@ class Rewriter(Inserter):
         """The weight that the op reads now, in its stored layout: the parameter, or what a pass put in its place."""
         assert self.call_ is not None
         return weight_reader(self.call_)[1]
+
+    def again(self, x: fx.Node) -> fx.Node:
+        """What the op itself computes of another activation, with its bias."""
+        assert self.call_ is not None
+        node, op = self.call_.node, self.call_.op
+        names = list(arguments(node))
+        args = [x if name == op.x else value for name, value in zip(names, node.args, strict=False)]
+        kwargs = {name: x if name == op.x else value for name, value in node.kwargs.items()}
+        return self.call(node.target, *args, **kwargs)
 
     def _features_last(self, node: fx.Node) -> fx.Node:
         if not self._columns:

@@ -58,7 +58,7 @@ def _factor(site: Site, g: Rewriter, vector: fx.Node) -> fx.Node:
         vector = g.call(aten.add.Scalar, g.call(aten.mul.Scalar, vector, g.weight), 1 - g.weight)
     if site.kind != CONV:
         return vector
-    return g.call(aten.reshape.default, vector, [-1, *(1 for _ in site.shape[2:])])
+    return g.call(aten.reshape.default, vector, [-1, *(1 for _ in site.float_shape[2:])])
 
 
 def _per_group(site: Site, axis: str) -> bool:

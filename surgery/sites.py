@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from surgery import weight_ops
+from surgery import unpacking, weight_ops
 from surgery.errors import PassError
 from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, WeightOp
 
@@ -95,8 +95,8 @@ class Site:
         return len(named) > 1 or (named == {None} and any(bias is not None for bias in given))
 
     def size(self, axis: str) -> int:
-        """Length of a stored axis by its letter (o, i, e, v, d); for conv, i is per group."""
-        return self.shape[self.layout.index(axis)]
+        """Length of an axis of the weight by its letter (o, i, e, v, d); for conv, i is per group."""
+        return self.float_shape[self.layout.index(axis)]
 
     @property
     def packed(self) -> bool:
@@ -109,15 +109,25 @@ class Site:
         return self.calls[0].node.meta["val"].dtype if self.packed else self.dtype
 
     @property
+    def float_shape(self) -> tuple[int, ...]:
+        """Shape of the weight that the op computes with: as stored, or where it is packed as the op unpacks it."""
+        if not self.packed:
+            return self.shape
+        call = self.calls[0]
+        if self.kind == CONV:  # the sizes of its kernel are in the weight alone
+            return tuple(unpacking.unpacking(call).val.shape)
+        ends = {"o": call.node, "d": call.node, "i": call.x}
+        return tuple(
+            int(ends[axis].meta["val"].shape[-1]) if axis in ends else self.shape[place]
+            for place, axis in enumerate(self.layout)
+        )
+
+    @property
     def out_features(self) -> int:
-        if self.packed and self.kind == LINEAR:
-            return int(self.calls[0].node.meta["val"].shape[-1])
         return self.size("d" if self.kind == EMBEDDING else "o")
 
     @property
     def in_features(self) -> int:
-        if self.packed and self.kind == LINEAR:
-            return int(self.calls[0].x.meta["val"].shape[-1])
         return self.size("v" if self.kind == EMBEDDING else "i")
 
     @property

@@ -27,7 +27,8 @@ class WeightOp:
     kind: linear, conv, embedding, experts or norm.
     x: the activation argument; weights: the argument(s) that hold the weight, the main one first.
     layout: axes of the weight as the op takes it: "oi" (out, in), "io", "vd" (vocabulary, dim), ….
-    dequantize: for an op whose weights are packed: (tensors by argument name) -> float weight in `layout`.
+    dequantize: for an op whose weights are packed: (arguments by name) -> float weight in `layout`, in torch's ops. It
+    is given the tensors of `weights` and the op's numbers.
     """
 
     kind: str
@@ -35,7 +36,7 @@ class WeightOp:
     weights: tuple[str, ...] = ("weight",)
     bias: str | None = "bias"
     layout: str = "oi"
-    dequantize: Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None = None
+    dequantize: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 import surgery
 from surgery.api import Probe
 from surgery.errors import PassError
-from surgery.probe import fisher_of
+from surgery.fisher import fisher_of
 from surgery.testing import check_pass
 from tests import models
 

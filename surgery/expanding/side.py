@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.activations import ACTIVATIONS
+from surgery.lowrank import lacks
 from surgery.pass_base import TensorSpec
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
@@ -72,9 +73,11 @@ def check(branch: Branch, site: Site, view: View) -> str | None:
 def _check_conv(branch: Branch, site: Site) -> str | None:
     if site.layout == "io":
         return "a transposed convolution has no side branch; target its neighbours"
+    if site.packed and (lacking := lacks(site)):
+        return f"its op {site.op} has no argument {lacking}, so the shape of a branch beside it is not known"
     for call in site.calls:
         if _padding(branch, site, arguments(call.node)) is None:
-            kernel = "×".join(str(size) for size in site.shape[2:])
+            kernel = "×".join(str(size) for size in site.float_shape[2:])
             odd = "of its parity and of its size or more"
             asked = 1 if branch.side == "dense" else branch.kernel
             remedy = "use --side conv" if branch.side == "dense" else f"give a --kernel {odd}"
@@ -85,7 +88,7 @@ def _check_conv(branch: Branch, site: Site) -> str | None:
 
 
 def _kernel(branch: Branch, site: Site) -> tuple[int, ...]:
-    own = tuple(site.shape[2:])
+    own = tuple(site.float_shape[2:])
     asked = 1 if branch.side == "dense" else branch.kernel
     return own if asked is None else tuple(asked for _ in own)
 
@@ -95,7 +98,7 @@ def _padding(branch: Branch, site: Site, args: dict[str, Any]) -> Any:
 
     out = ⌊(n + 2p − d(k − 1) − 1)/s⌋ + 1 is the same for k' with p' = p + d(k' − k)/2.
     """
-    given, kernel, own = args["padding"], _kernel(branch, site), site.shape[2:]
+    given, kernel, own = args["padding"], _kernel(branch, site), site.float_shape[2:]
     if isinstance(given, str):
         return given if given == "same" or kernel == tuple(own) else None
     spread = len(own)
@@ -192,7 +195,7 @@ def _conv(branch: Branch, site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
     hidden = g.call(
         g.call_.node.target, x, g["down"], g["down_bias"], args["stride"], padding, args["dilation"], 1
     )
-    return g.call(_CONVS[len(site.shape) - 3], _bend(branch, g, hidden), g["up"], g["up_bias"])
+    return g.call(_CONVS[len(site.float_shape) - 3], _bend(branch, g, hidden), g["up"], g["up_bias"])
 
 
 def _linear(branch: Branch, site: Site, g: Rewriter, x: fx.Node) -> fx.Node:

@@ -95,7 +95,7 @@ class Bitfit(RewritePass):
             return None
         bias = g["bias"]
         if site.kind == CONV:
-            bias = g.call(aten.view.default, bias, [-1, *(1 for _ in site.shape[2:])])
+            bias = g.call(aten.view.default, bias, [-1, *(1 for _ in site.float_shape[2:])])
         elif site.kind == EXPERTS:
             assert g.call_ is not None
             if g.call_.gather is not None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
-from surgery import pooling
+from surgery import pooling, unpacking
 from surgery.errors import PassError
 from surgery.meta_cache import MetaCache
 from surgery.outputs import follow, refuse_output
@@ -174,6 +174,8 @@ class Head(GraphPass):
             return self._check_add(site)
         if site.kind not in (LINEAR, CONV) or any(call.x_axis == "column" for call in site.calls):
             return "only a linear layer or a 1×1 convolution that multiplies from the right is replaced"
+        if site.packed and site.kind == CONV:
+            return f"its weight is packed for the convolution {site.op}; use --mode add"
         if site.groups > 1:
             return f"it is a convolution of {site.groups} groups, whose outputs are not interchangeable"
         adapter = next((a for a in map(_adapter, site.calls) if a), None)
@@ -183,8 +185,8 @@ class Head(GraphPass):
         if isinstance(standing, str):
             return standing
         if self.mode == "resize":
-            if site.packed:
-                return "its weight is packed, so its rows cannot be kept; use --mode replace"
+            if site.packed and (unread := unpacking.refusal(site)):
+                return f"{unread}, so its rows cannot be kept; use --mode replace"
             beyond = [number for number in self._kept() or () if number >= site.out_features]
             if beyond:
                 return f"it has no class {beyond[0]}: there are {site.out_features}, counted from 0"
@@ -243,7 +245,7 @@ class Head(GraphPass):
             }
         rows = self._rows(site)
         decided: dict[str, Any] = {
-            "shape": [len(rows), site.in_features, *(site.shape[2:] if site.kind == CONV else ())],
+            "shape": [len(rows), site.in_features, *(site.float_shape[2:] if site.kind == CONV else ())],
             "dtype": str(site.float_dtype).removeprefix("torch."),
             "bias": site.bias is not None or site.bias_is_computed or self._bias_behind(site) is not None,
         }
@@ -291,7 +293,7 @@ class Head(GraphPass):
         standing = tensors_now(site)
         assert not isinstance(standing, str)
         if name == "weight":
-            weight = site.probe.tensor(standing[0])
+            weight = site.probe.dequantized(site) if site.packed else site.probe.tensor(standing[0])
             return weight.t() if site.layout == "io" else weight
         behind = self._bias_behind(site)
         parts = [site.probe.tensor(n).reshape(-1) for n in (standing[1], behind) if n is not None]

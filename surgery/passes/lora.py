@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
-from surgery import dora, lora_combining, lowrank, pissa
+from surgery import dora, lora_combining, lowrank, pissa, unpacking
 from surgery.errors import PassError
 from surgery.pass_base import EXACT, MergeFrom, MergeOp, Numerics, RewritePass, TensorSpec, rounded
 from surgery.rewriter import Rewriter
@@ -68,6 +69,12 @@ class Lora(RewritePass):
     a randomised SVD, which is fast. W itself does not train there, even where the base is not frozen. Merge:
     residual + s·B A; undo gives W back bit for bit, and other uses of a tied weight go on reading W. It has to come
     before other passes than plain LoRA that act on the same op.
+
+    On an op that keeps its weight packed (a plugin's `WeightOp` with `dequantize`) all of these stand beside it: its
+    codes stay, nothing as large as W is stored, and nothing is folded. `--dora` unpacks W in the graph for the norms
+    (not of stacked experts), and W x is the op's own. `--init pissa` takes the SVD of the unpacked weight and adds
+    s·(B A − B₀ A₀) x with the frozen factors at the start, A₀ and B₀: insertion is exact there, whatever else acts on
+    the op.
     """
 
     name: ClassVar[str] = "lora"
@@ -141,6 +148,10 @@ class Lora(RewritePass):
         unknown = [part for part in self._parts(site) if part not in site.parts]
         if unknown:
             return f"it has no part {unknown[0]!r}; its parts are {', '.join(site.parts)}"
+        if site.packed and site.kind == CONV and (lacking := lowrank.lacks(site)):
+            return (
+                f"its op {site.op} has no argument {lacking}, so the shape of a branch beside it is not known"
+            )
         if self._parts(site) and site.kind == CONV and site.groups > 1:
             return "a part of a grouped convolution has no branch of its own; target all of it"
         return self._check_weight(site) if self.dora or self.init == "pissa" else None
@@ -148,14 +159,14 @@ class Lora(RewritePass):
     def _check_weight(self, site: Site) -> str | None:
         """What DoRA and PiSSA need of the weight itself."""
         option = "--dora" if self.dora else "--init pissa"
-        if site.packed:
-            return f"its weight is packed for {site.op}, and {option} computes with it; leave {option} out"
+        if site.packed and (unread := unpacking.refusal(site)):
+            return f"{unread}; leave {option} out"
         gone = replaced_at(site)
         if gone:
             return f"{gone} has put another op in its place; leave {option} out, or undo {gone!r}"
         if self.dora:
             there = site.probe.program.base.in_memory
-            dead = dora.zero_output(site, site.probe.weight(site), self._rows(site)) if there else None
+            dead = dora.zero_output(site, site.probe.dequantized(site), self._rows(site)) if there else None
             if dead is not None:
                 return f"the weight of its output {dead} is zero, which has no direction; leave --dora out"
             return None
@@ -163,6 +174,8 @@ class Lora(RewritePass):
         largest = min(pissa.largest_rank(site, own) for own in rows.values())
         if self.rank > largest:
             return f"its weight has no more than {largest} singular values; give --rank {largest} or less"
+        if site.packed:  # its op goes on computing with all of it
+            return None
         journal = {entry.id: entry for entry in site.probe.program.journal}
         for name in pissa.entries_at(site):
             if journal[name].pass_name != self.name or journal[name].options.get("dora"):
@@ -188,6 +201,9 @@ class Lora(RewritePass):
         for part, own in (rows or {"": None}).items():
             end = f"_{part}" if part else ""
             specs[f"A{end}"], specs[f"B{end}"] = self._pair(site, split, part, own)
+            if self.init == "pissa" and site.packed:
+                pair = (specs[f"A{end}"], specs[f"B{end}"])
+                specs[f"A0{end}"], specs[f"B0{end}"] = (replace(spec, trainable=False) for spec in pair)
             if self.dora:
                 specs[f"m{end}"] = self._magnitude(site, own)
             if own is not None and not lowrank.is_run(own):
@@ -196,7 +212,12 @@ class Lora(RewritePass):
                     specs[f"index{end}"] = _index(torch.tensor(own))
         if self.dora and rows:
             specs["rows"] = _index(part_index(list(rows.values()), site.out_features))
-        if self.init == "pissa":
+        if self.dora:
+            for number, value in enumerate(unpacking.constants(site)):
+                specs[f"constant_{number}"] = TensorSpec(
+                    tuple(value.shape), trainable=False, dtype=value.dtype, value=value.clone()
+                )
+        if self.init == "pissa" and not site.packed:
             specs["residual"] = TensorSpec(site.shape, lambda t: t.copy_(split.residual), trainable=False)
         return specs
 
@@ -233,7 +254,7 @@ class Lora(RewritePass):
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node:
         rows = site.decided.get("rows") or {}
-        if self.init == "pissa":
+        if self.init == "pissa" and not site.packed:
             pissa.read_residual(g, g["residual"])
         dropped = None
         if g.training and self.dropout and site.kind != EMBEDDING:
@@ -246,12 +267,18 @@ class Lora(RewritePass):
             return dora.rewrite(site, g, parts, self.scale, dropped, self.full_gradient)
         scale = self.scale * g.weight
         if not rows:
+            if self.init == "pissa" and site.packed:
+                return g.call(aten.add.Tensor, g.out, self._branch(site, g, "", dropped), alpha=scale)
             return lowrank.add_branch(site, g, g["A"], g["B"], scale, dropped)
-        updates = [
-            (lowrank.branch(site, g, g[f"A_{part}"], g[f"B_{part}"], x=dropped), features)
-            for part, features in rows.items()
-        ]
+        updates = [(self._branch(site, g, f"_{part}", dropped), features) for part, features in rows.items()]
         return lowrank.add_rows(site, g, updates, scale)
+
+    def _branch(self, site: Site, g: Rewriter, end: str, dropped: fx.Node | None) -> fx.Node:
+        """What one pair adds, before it is scaled. end: of the names of its tensors."""
+        own = lowrank.branch(site, g, g[f"A{end}"], g[f"B{end}"], x=dropped)
+        if self.init != "pissa" or not site.packed:
+            return own
+        return g.call(aten.sub.Tensor, own, lowrank.branch(site, g, g[f"A0{end}"], g[f"B0{end}"]))
 
     @staticmethod
     def _placed(rows: Mapping[str, list[int]], g: Rewriter) -> list[tuple[str, tuple[int, ...] | None, Any]]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from surgery import prompting
+from surgery import prompting, unpacking
 from surgery.errors import PassError
 from surgery.pass_base import GraphPass, Numerics, TensorSpec, changes
 from surgery.rewriter import Rewriter
@@ -67,6 +67,8 @@ class Prompt(GraphPass):
             return "--init text and --text TEXT go together"
         late = next((e.id for e in site.probe.program.journal if e.pass_name == "prefix"), None)
         by_ids = prompting.embedding_of_ids(site.probe.program.view) is not None
+        if by_ids and site.packed and (unread := unpacking.refusal(site)):
+            return f"{unread}, from which a prompt's starting values are taken; use prefix, adapter or lora"
         if self.init != "normal" and not by_ids:
             return (
                 f"it reads no token ids, so --init {self.init} has no embeddings to copy; use --init normal"
@@ -100,7 +102,7 @@ class Prompt(GraphPass):
         if site.decided["at"] == "stream":
             nn.init.normal_(tensor, std=0.02)
             return
-        table = site.probe.weight(site).float()
+        table = site.probe.dequantized(site).float()
         if self.init == "normal":
             nn.init.normal_(tensor, std=float(table.std()))
         else:

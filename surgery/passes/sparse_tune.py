@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
+from surgery import lowrank, unpacking
 from surgery.errors import PassError
 from surgery.pass_base import MergeOp, RewritePass, TensorSpec
 from surgery.rewriter import Rewriter
@@ -30,6 +32,10 @@ class SparseTune(RewritePass):
 
     Merge: W[indices] += values, which is the very sum that the graph makes, so in single precision merged and
     unmerged are the same bits. A tied weight is changed in this use alone. Applications add up.
+
+    Where an op keeps its weight packed (a plugin's `WeightOp` with `dequantize`) the codes stay, and S x is added to
+    what the op gives; the support is chosen among the values that it unpacks to, or by the gradient that these would
+    have (of linear maps, where the op passes gradients on). Not of stacked experts, and nothing is folded.
     """
 
     name: ClassVar[str] = "sparse-tune"
@@ -58,8 +64,10 @@ class SparseTune(RewritePass):
     def check(self, site: Site) -> str | None:
         if site.weight is None:
             return f"its weight is computed from {', '.join(site.computed_from)}; target those"
-        if site.packed or not site.dtype.is_floating_point:
-            return "its weight is packed or no floating-point one; there is no value to add to"
+        if not site.float_dtype.is_floating_point:
+            return f"its weight is {site.dtype}, and no op dequantizes it; there is no value to add to"
+        if site.packed and (unread := self._check_packed(site)):
+            return unread
         gone = replaced_at(site)
         if gone:
             return f"{gone!r} has put another op in its place; undo that first, or leave the site out"
@@ -75,13 +83,24 @@ class SparseTune(RewritePass):
             return "no gradient of the data reaches it; choose --by magnitude or random, or give data that uses it"
         return None
 
+    def _check_packed(self, site: Site) -> str | None:
+        unread = unpacking.refusal(site)
+        if unread:
+            return f"{unread}; leave it out with !, or use lora"
+        if site.kind == CONV and (lacking := lowrank.lacks(site)):
+            return f"its op {site.op} has no argument {lacking}, so what S would compute is not known"
+        if self.by == "gradient" and site.kind != LINEAR:
+            return f"of a packed {site.kind} weight no gradient is measured; choose --by magnitude or random"
+        return None
+
     def _rows(self, site: Site) -> list[int]:
         """Output features to choose among: all where it is empty."""
         return sorted(row for part in site.selected_parts for row in site.parts[part])
 
     def _room(self, site: Site) -> int:
         rows = self._rows(site)
-        return site.parameters // site.out_features * len(rows) if rows else site.parameters
+        there = math.prod(site.float_shape)
+        return there // site.out_features * len(rows) if rows else there
 
     def decide(self, site: Site) -> dict[str, Any]:
         density = 0.01 if self.density is None else self.density
@@ -98,7 +117,7 @@ class SparseTune(RewritePass):
             rows = self._rows(site)
             places = None
             if rows:
-                number = torch.arange(site.parameters).reshape(site.shape)
+                number = torch.arange(math.prod(site.float_shape)).reshape(site.float_shape)
                 places = number.index_select(site.layout.index("o"), torch.tensor(rows)).flatten()
             if self.by == "random":
                 chosen = torch.randperm(self._room(site))[: len(indices)]
@@ -113,7 +132,9 @@ class SparseTune(RewritePass):
     def _importance(self, site: Site) -> Tensor:
         assert site.weight is not None
         name = self._source(site)
-        return site.probe.fisher(name) if self.by == "gradient" else site.probe.tensor(name).abs().float()
+        if self.by == "gradient":
+            return site.probe.fisher(name)
+        return (site.probe.dequantized(site) if site.packed else site.probe.tensor(name)).abs().float()
 
     @staticmethod
     def _source(site: Site) -> str:
@@ -125,13 +146,23 @@ class SparseTune(RewritePass):
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
         def add(weight: fx.Node) -> fx.Node:
-            values = g["values"] if g.weight == 1 else g.call(aten.mul.Tensor, g["values"], g.weight)
             flat = g.call(aten.reshape.default, weight, [-1])
-            summed = g.call(aten.scatter_add.default, flat, 0, g["indices"], values)
-            return g.call(aten.reshape.default, summed, list(site.shape))
+            return self._scattered(site, g, flat)
 
-        g.swap_weight(add)
-        return None
+        def update() -> fx.Node:
+            size = math.prod(site.float_shape)
+            return self._scattered(site, g, g.call(aten.new_zeros.default, g["values"], [size]))
+
+        if not site.packed:
+            g.swap_weight(add)
+            return None
+        made = g.once(f"S of {g['values'].target}", update) if len(site.calls) > 1 else update()
+        return g.call(aten.add.Tensor, g.out, lowrank.product(site, g, g.x, made, site.layout))
+
+    def _scattered(self, site: Site, g: Rewriter, flat: fx.Node) -> fx.Node:
+        values = g["values"] if g.weight == 1 else g.call(aten.mul.Tensor, g["values"], g.weight)
+        summed = g.call(aten.scatter_add.default, flat, 0, g["indices"], values)
+        return g.call(aten.reshape.default, summed, list(site.float_shape))
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
         return {"weight": AddSparse(tensors["indices"], tensors["values"], weight)}

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from surgery import unpacking
 from surgery.dataflow import op_name
 from surgery.errors import PassError
 from surgery.meta_cache import MetaCache
@@ -39,7 +40,8 @@ class Vocab(GraphPass):
     Rows start at the mean of those there are, so that a new token takes probability from none in particular
     (Hewitt 2021, "Initializing new word embeddings for pretrained language models"), at the mean with noise of
     their covariance, normal with deviation 0.02, or at zero. The first new id is V, the number of rows, which can be
-    more than a tokenizer counts. LoRA on the same embedding or output layer, before or after, adapts E's rows.
+    more than a tokenizer counts. LoRA on the same embedding or output layer, before or after, adapts E's rows. Of a
+    plugin's op that keeps E packed the codes stay, and R is floats.
 
     Merge: E becomes [E; R] and b becomes [b; c] under their own names, tied as they were, in the original graph, and
     `--format hf` writes the larger vocabulary; adapters of E's rows are folded first, and R stays apart where one of
@@ -113,8 +115,10 @@ class Vocab(GraphPass):
         return found
 
     def check(self, site: Site) -> str | None:
-        if site.packed or not site.dtype.is_floating_point:
-            return "its weight is packed or no floating-point one; grow the vocabulary before quantizing"
+        if not site.float_dtype.is_floating_point:
+            return f"its weight is {site.dtype}, and no op dequantizes it; new rows are floats"
+        if site.packed and self.init.startswith("mean") and (unread := unpacking.refusal(site)):
+            return f"{unread}; --init normal or zero does not read it"
         if site.kind == LINEAR and any(call.x_axis == "column" for call in site.calls):
             return "its op multiplies from the left, and only x Wᵀ is made longer"
         if not self._more(site):
@@ -150,7 +154,10 @@ class Vocab(GraphPass):
         return decided
 
     def tensor_names(self, site: Site) -> dict[str, str]:
-        return {"rows": f"{site.decided['table']}.{self.attribute}.rows"}
+        table = site.decided["table"]
+        if table in (site.weight, *site.tied):  # a parameter, which can hold no other
+            return {"rows": f"{table}_{self.attribute}.rows"}
+        return {"rows": f"{table}.{self.attribute}.rows"}
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         rows = site.decided["rows"]
@@ -165,7 +172,7 @@ class Vocab(GraphPass):
             if self.init in ("normal", "zero"):
                 tensor.normal_(0, 0.02) if self.init == "normal" else tensor.zero_()
                 return
-            weight = site.probe.weight(site)
+            weight = site.probe.dequantized(site)
             old = (weight.t() if site.kind == LINEAR and site.layout == "io" else weight).float()
             mean = old.mean(0)
             tensor.copy_(mean.expand_as(tensor))

@@ -184,6 +184,10 @@ def _factors(
         a, b = _whole(entry, site, own, rows)
     else:
         a, b = own["A"], own["B"]
+    if any(name.startswith("A0") for name in own):  # of a packed weight
+        start = {name.replace("0", "", 1): value for name, value in own.items() if name[1:2] == "0"}
+        a0, b0 = _whole(entry, site, start, rows) if rows else (start["A"], start["B"])
+        a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
     if "residual" in own:
         a, b = _converted(program, site, own["residual"], a, b, lora.scale)
     b = b * entry.weight
