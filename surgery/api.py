@@ -8,7 +8,7 @@ or an object with functions marked `@hookimpl`; the hooks are listed in `surgery
 
 Passes      RewritePass, GraphPass, SelectPass, Pass, Field, TensorSpec, Selection, Candidates
             EXACT, rounded, changes, Numerics; of combining several: Combination, Place, Source
-            Quantize, for passes that do more to a weight that it quantizes
+            Quantize, for passes that do more to a weight that it quantizes; CodesPass, whose codes take adapters in
 At a site   Site, Rewriter, LINEAR CONV EMBEDDING EXPERTS NORM, WeightOp, Call, Probe
 Programs'   View: sites, attentions, residual branches, blocks, depth
 Algebra     low-rank: factor_shapes, branch, add_branch, add_rows, gather_index, AddLowRank
@@ -84,6 +84,7 @@ from surgery.plans import PassReport
 from surgery.plugins import Plugins, make_plugin_manager
 from surgery.probe import Probe
 from surgery.program import Program
+from surgery.quantizing.stored import CodesPass
 from surgery.rewriter import Rewriter
 from surgery.scaling import (
     ScaleAxis,
@@ -121,6 +122,7 @@ __all__ = [
     "Call",
     "Candidates",
     "CaptureError",
+    "CodesPass",
     "Combination",
     "Entry",
     "ExportError",

@@ -223,7 +223,9 @@ class Program:
         of the weight with the adapters in it. `residual`: codes and a low-rank correction, of what new codes round away
         or of the adapters beside the old ones. `auto`: the first of requantize, a correction smaller than the adapters,
         and keep that loses at most `budget` of what the adapters add to the op's outputs on the data (the example
-        inputs by default). The journal says it site by site.
+        inputs by default): of a linear map, a convolution, the rows of a table as often as they are read, each expert
+        by what is sent to it. What the data never use is held to the same budget by the weight's values. The journal
+        says it site by site.
         """
         return merging.merge(self, in_place, verify, quantized, budget, data)
 

@@ -11,28 +11,33 @@ import torch
 from torch import Tensor
 
 from surgery.errors import PassError
+from surgery.factoring import stacked
 from surgery.journal import Entry, SiteRecord
+from surgery.lowrank import factor_shapes
+from surgery.output_error import Entering, Inputs, before
 from surgery.pass_base import RewritePass
 from surgery.probe import InputSet, Probe
 from surgery.quantizing.codes import Codes
 from surgery.quantizing.stored import CodesPass
 from surgery.replay import find_sites, live_entries, pass_of
-from surgery.sites import Site
-from surgery.weight_ops import LINEAR
+from surgery.sites import META, Site
+from surgery.weight_ops import CONV
 
 if TYPE_CHECKING:
     from surgery.program import Program
 
 How = Literal["keep", "requantize", "residual", "auto"]
-_DAMPING = 1e-6  # of the mean of H's diagonal: inputs that the data never use
 
 
 @dataclass(frozen=True)
 class Choice:
     """What becomes of the adapters at one quantized weight.
 
-    how: keep, requantize or residual. errors: of the outputs of the op, over theirs, by how (of the weight, where `of`
-    says so). lost: of what the adapters add, how much is rounded away. rank: of the correction. why: they stay.
+    how: keep, requantize or residual. errors: of the outputs of the op on the data, over theirs (without its bias), by
+    how; there is no error of another kind, and `of` says so. lost: of what the adapters add to the outputs, how much is
+    rounded away. unseen: the same of the weight's own values where the data say nothing, as no token picks a row, no
+    row goes to an expert or an input is always zero; 0 where there is no such place. rank: of the correction. why: they
+    stay.
     """
 
     path: str
@@ -41,13 +46,14 @@ class Choice:
     how: str
     errors: Mapping[str, float] = field(default_factory=dict)
     lost: float = 0.0
+    unseen: float = 0.0
     rank: int = 0
     of: str = "outputs"
     why: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        found = {"how": self.how, "errors": dict(self.errors), "lost": self.lost, "of": self.of}
-        return {**found, "rank": self.rank, "why": self.why}
+        found = {"how": self.how, "errors": dict(self.errors), "lost": self.lost, "unseen": self.unseen}
+        return {**found, "of": self.of, "rank": self.rank, "why": self.why}
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ def into_codes(program: Program, how: How, budget: float, ident: str, data: Sequ
 
     budget: of what the adapters add to an op's outputs on the data, the part that may be lost (error over norm), for
     `auto` and the rank of `residual`. Over the outputs themselves an error may be small and yet all that was learned.
+    What the data never use has no part in that: `auto` holds it to the same budget by its values, as an adapter lost
+    at a token that is merely rare would be seen by nobody.
     ident: of the merge, which names its tensors. Nothing of the program is changed. Raises PassError.
     """
     if how not in get_args(How):
@@ -83,41 +91,48 @@ def into_codes(program: Program, how: How, budget: float, ident: str, data: Sequ
         )
     if not program.base.in_memory:
         raise PassError("merge: the weights are not in memory, so that no error can be measured")
-    live = live_entries(program.journal)
-    probe = Probe(program, data)
+    places = _places(program, Probe(program, data))
     choices: list[Choice] = []
     records: list[SiteRecord] = []
     tensors: dict[str, Tensor] = {}
+    for place in places:
+        choice, made = place.choose(how, budget)
+        choices.append(choice)
+        if choice.how == "keep":
+            continue
+        site, path = place.site, place.record.path
+        names = {name: f"{place.pass_.tensor_prefix(site)}_{ident}.{name}" for name in made}
+        tensors.update({names[name]: tensor for name, tensor in made.items()})
+        decided = {"entry": choice.codes, "correction": choice.rank, "merged": choice.to_json()}
+        records.append(SiteRecord(site.key, path, decided, names))
+        for name in choice.adapters:
+            records.append(SiteRecord(site.key, path, {"entry": name, "gone": True}, {}))
+    return Merged(tuple(choices), tuple(records), tensors)
+
+
+def _places(program: Program, probe: Probe) -> list[_Place]:
+    """Where adapters stand on codes."""
+    live = live_entries(program.journal)
+    found: list[_Place] = []
     for entry in live:
         pass_ = pass_of(entry, program.base.plugins)
         if not isinstance(pass_, CodesPass):
             continue
         for site, record in zip(find_sites(entry, program.sites.by_key), entry.sites, strict=True):
-            place = _Place(
-                program, entry, pass_, replace(site, measured=probe), record, _over(live, record, entry)
-            )
-            if not place.over:
-                continue
-            choice, made = place.choose(how, budget)
-            choices.append(choice)
-            if choice.how == "keep":
-                continue
-            names = {name: f"{pass_.tensor_prefix(site)}_{ident}.{name}" for name in made}
-            tensors.update({names[name]: tensor for name, tensor in made.items()})
-            decided = {"entry": entry.id, "correction": choice.rank, "merged": choice.to_json()}
-            records.append(SiteRecord(site.key, record.path, decided, names))
-            for name in choice.adapters:
-                records.append(SiteRecord(site.key, record.path, {"entry": name, "gone": True}, {}))
-    return Merged(tuple(choices), tuple(records), tensors)
-
-
-def _over(live: Sequence[Entry], record: SiteRecord, codes: Entry) -> list[Entry]:
-    """What else stands at the site of a quantized weight."""
-    return [e for e in live if e is not codes and any(r.key == record.key for r in e.sites)]
+            over = [e for e in live if e is not entry and any(r.key == record.key for r in e.sites)]
+            place = _Place(program, entry, pass_, replace(site, measured=probe), record, over)
+            if place.over:
+                found.append(place)
+    inputs = Inputs(probe, [(place.site, place.pass_.rounding) for place in found])
+    for place in found:
+        place.inputs = inputs
+    return found
 
 
 class _Place:
     """One quantized weight and the adapters on it."""
+
+    inputs: Inputs
 
     def __init__(
         self,
@@ -132,55 +147,71 @@ class _Place:
         self.layout = pass_.layout(site)
         plugins = program.base.plugins
         self.tensors = program.tensors
-        self.probe = site.probe
         self.passes = {e.id: pass_of(e, plugins) for e in over}
         self.zeros = [e.id for e in over if getattr(self.passes[e.id], "makes_zeros", False)]
         # `fake-quant` and `sparse` stand below the codes that were made of their weights.
         self.over = [e for e in over if e.pass_name not in pass_.requires and e.id not in self.zeros]
 
     def choose(self, how: How, budget: float) -> tuple[Choice, dict[str, Tensor]]:
-        names = tuple(e.id for e in self.over)
-        kept = Choice(self.record.path, self.entry.id, names, "keep")
-        why = "" if how != "keep" else "it was asked to stay"
-        why = why or self._hindrance()
+        kept = Choice(self.record.path, self.entry.id, tuple(e.id for e in self.over), "keep")
+        why = "it was asked to stay" if how == "keep" else self._hindrance()
         if why:
             return replace(kept, why=why), {}
         wanted, given = self._wanted()
-        scale = self._codes.scale
-        codes = self._codes
-        if not torch.equal(wanted, given):
-            codes = self.pass_.encode(self.site, wanted)
-            codes = Codes(codes.codes, codes.scale.to(scale), codes.zero)
-        rest, added = (self.layout.matrix(wanted - w) for w in (self.layout.decode(codes).float(), given))
-        size, effect = (max(self._norm(m), 1e-30) for m in (self.layout.matrix(wanted), added))
-        error = self._norm(rest)
-        kept = replace(kept, errors={"requantize": error / size}, of=self._of)
-        if how == "requantize" or (how == "auto" and error <= budget * effect):
-            chosen = replace(kept, how="requantize", lost=error / effect)
+        codes = self._encoded(wanted, given)
+        fresh = wanted - self.layout.decode(codes)
+        whole, added = (stacked(self.site, weight) for weight in (wanted, wanted - given))
+        goal = _Goal(self._entering, whole, added, budget)
+        error = goal.error(stacked(self.site, fresh), goal.added)
+        kept = replace(kept, errors={"requantize": error.outputs})
+        if how == "requantize" or (how == "auto" and error.within):
+            chosen = replace(kept, how="requantize", lost=error.lost, unseen=error.unseen)
             return chosen, {name: getattr(codes, name) for name in self.layout.names}
-        lost = f"new codes lose {error / effect:.1%} of what it adds"
-        if self.site.kind != LINEAR:
-            return replace(kept, why=f"{lost}, and only linear maps have a low-rank correction"), {}
-        # Beside new codes the correction is of what these round away; beside those that are there, of the adapters.
-        found = [
-            _Correction.of(held, self._decomposed(e)) for held, e in ((codes, rest), (self._codes, added))
-        ]
-        most = self._values_of_adapters() // sum(rest.shape)
-        rank = min(correction.rank_within(budget * effect) for correction in found)
+        lost = f"new codes lose {error.said}"
+        if self.site.kind == CONV and self.site.layout == "io":
+            return replace(kept, why=f"{lost}, and a transposed convolution has no low-rank branch"), {}
+        return self._corrected(kept, codes, stacked(self.site, fresh), goal, how, lost)
+
+    def _corrected(
+        self, kept: Choice, codes: Codes, fresh: Tensor, goal: _Goal, how: How, lost: str
+    ) -> tuple[Choice, dict[str, Tensor]]:
+        """Codes and a low-rank correction: of what new ones round away, or of the adapters beside those that are
+        there."""
+        moved = [(codes, fresh), (self._codes, goal.added)]
+        found = [self._entering.decomposed(self._entering.joined(rest, goal.added)) for _, rest in moved]
+        shapes = factor_shapes(self.site, 1)
+        most = self._values_of_adapters() // sum(torch.Size(shape).numel() for shape in shapes)
+        rank = min(each.rank_within(goal.room) for each in found)
         if how == "residual":
-            rank = min(rank, max(most, 1))
+            rank = min(rank, max(most, 1), min(fresh.shape[1:]))
         elif rank >= most:
-            why = f"{lost}, and a correction that loses {budget:.1%} takes rank {rank}, no less than the adapters"
-            return replace(kept, why=why), {}
-        best = min(found, key=lambda correction: correction.left(rank))
-        made = {name: getattr(best.codes, name).clone() for name in self.layout.names}
-        made["left"], made["right"] = (factor.to(scale).contiguous() for factor in best.factors(rank))
-        errors = {**kept.errors, "residual": best.left(rank) / size}
-        return replace(kept, how="residual", rank=rank, errors=errors, lost=best.left(rank) / effect), made
+            least = f"takes rank {rank}, no less than the adapters"
+            if rank > min(fresh.shape[1:]):
+                least = "is beyond reach, as what enters it is rounded"
+            return replace(kept, why=f"{lost}, and a correction that loses {goal.budget:.1%} {least}"), {}
+        best = min(range(len(found)), key=lambda index: found[index].tail(rank))
+        (held, rest), scale = moved[best], self._codes.scale
+        made = {name: getattr(held, name).clone() for name in self.layout.names}
+        up, down = (factor.to(scale) for factor in found[best].factors(rank))
+        added = up.double() @ down.double()
+        error = goal.error(rest - added, goal.added - added)
+        if how == "auto" and not error.within:
+            return replace(kept, why=f"{lost}, and a correction of rank {rank} loses {error.said}"), {}
+        for name, factor, shape in zip(
+            ("right", "left"), (down, up), factor_shapes(self.site, rank), strict=True
+        ):
+            made[name] = factor.reshape(shape).contiguous()
+        errors = {**kept.errors, "residual": error.outputs}
+        return replace(
+            kept, how="residual", rank=rank, errors=errors, lost=error.lost, unseen=error.unseen
+        ), made
 
     def _hindrance(self) -> str:
         if self.record.decided.get("correction"):
             return "an earlier merge has put a low-rank correction there; undo that first"
+        why = self.pass_.keeps_out(self.site)
+        if why:
+            return why
         for entry in self.over:
             pass_ = self.passes[entry.id]
             assert isinstance(pass_, RewritePass)
@@ -188,15 +219,19 @@ class _Place:
                 return f"{entry.id} has no merged form"
             if self.zeros and not pass_.keeps_zeros:
                 return f"it would fill the zeros of {self.zeros[0]}"
-            why = pass_.keeps(self._site_of(entry))
-            if why:
-                return f"{entry.id}: {why}"
+            stays = pass_.keeps(self._site_of(entry))
+            if stays:
+                return f"{entry.id}: {stays}"
             merges = self._merges(entry)
             if any(hasattr(op, "longer") for op in merges.values()):
                 return f"{entry.id} makes the weight longer"
             if any(slot.partition(":")[0] != "weight" for slot in merges):
                 return f"{entry.id} changes the bias too, which is not in the codes"
-        if self._products is not None and not bool(self._products.any()):
+        between = [node for call in self.site.calls for node in before(call)]
+        others = [e for n in between if (e := n.meta[META]["entry"]) != self.entry.id]
+        if others and any(node.target in self.pass_.rounding for node in between):
+            return f"{others[0]} changes what enters it before that is rounded, so that its codes are not all"
+        if self._entering.nothing:
             return "nothing but zeros enters it on the data, so that no error can be measured"
         return ""
 
@@ -215,71 +250,88 @@ class _Place:
     def _codes(self) -> Codes:
         return Codes(*(self.tensors[self.record.tensors[name]] for name in self.layout.names))
 
+    @cached_property
+    def _entering(self) -> Entering:
+        return self.inputs.at(self.site, self._codes.scale.device)
+
     def _wanted(self) -> tuple[Tensor, Tensor]:
         """The weight with the adapters in it, and the one that the codes give, in fp32."""
         given = self.layout.decode(self._codes).float()
         wanted = given.clone()
+        ops = [op for entry in self.over for op in self._merges(entry).values()]
         with torch.no_grad():
-            for entry in self.over:
-                for op in self._merges(entry).values():
-                    op.apply_from(wanted, given) if hasattr(op, "apply_from") else op.apply_(wanted)
+            for inner in (True, False):
+                below = wanted.clone() if any(hasattr(op, "apply_from") for op in ops) else wanted
+                for op in (op for op in ops if getattr(op, "inner", False) is inner):
+                    op.apply_from(wanted, below) if hasattr(op, "apply_from") else op.apply_(wanted)
         return wanted, given
+
+    def _encoded(self, wanted: Tensor, given: Tensor) -> Codes:
+        """The codes of what is wanted. Rows of it that no adapter has moved keep those that they have, to the bit."""
+        codes = self._codes
+        moved = (self.layout.matrix(wanted) != self.layout.matrix(given)).any(1, keepdim=True)
+        if not bool(moved.any()):
+            return codes
+        fresh = self.pass_.encode(self.site, wanted)
+        fresh = Codes(fresh.codes, fresh.scale.to(codes.scale), fresh.zero)
+        if bool(moved.all()):
+            return fresh
+        zero = (
+            None if fresh.zero is None or codes.zero is None else torch.where(moved, fresh.zero, codes.zero)
+        )
+        return Codes(
+            torch.where(moved, fresh.codes, codes.codes), torch.where(moved, fresh.scale, codes.scale), zero
+        )
 
     def _values_of_adapters(self) -> int:
         records = [r for e in self.over for r in e.sites if r.key == self.record.key]
         return sum(self.tensors[full].numel() for r in records for full in r.tensors.values())
 
-    # -- the error of outputs: |E X| by X's products, or of the weight where these are not measured
+
+@dataclass(frozen=True)
+class _Error:
+    """outputs: over the op's own. lost, unseen: see Choice. within: no more than the budget of either."""
+
+    outputs: float
+    lost: float
+    unseen: float
+    within: bool
 
     @property
-    def _of(self) -> str:
-        return "outputs" if self.site.kind == LINEAR else "weight"
-
-    @cached_property
-    def _products(self) -> Tensor | None:
-        return self.probe.products(self.site) if self.site.kind == LINEAR else None
-
-    @cached_property
-    def _root(self) -> Tensor:
-        assert self._products is not None
-        damped = self._products.clone()
-        damped.diagonal().add_(_DAMPING * damped.diagonal().mean().clamp(min=1e-30))
-        return torch.linalg.cholesky(damped)
-
-    def _norm(self, matrix: Tensor) -> float:
-        wide = matrix.double()
-        squared = wide.square().sum() if self._products is None else (wide @ self._products * wide).sum()
-        return float(squared.clamp(min=0).sqrt())
-
-    def _decomposed(self, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular values of E X, and factors with E = left · diag(values) · right (Zhang et al. 2024,
-        arXiv:2410.06040): of every rank the correction that leaves the least error of the outputs."""
-        left, values, right = torch.linalg.svd(rest.double() @ self._root, full_matrices=False)
-        return left, values, torch.linalg.solve_triangular(self._root, right, upper=False, left=False)
+    def said(self) -> str:
+        said = f"{self.lost:.1%} of what it adds"
+        return f"{said}, and {self.unseen:.1%} where the data never go" if self.unseen else said
 
 
 @dataclass(frozen=True)
-class _Correction:
-    """Codes, and the factors of what they leave. tails: by rank, the error of the outputs that is left."""
+class _Goal:
+    """What is to be kept. whole, added: the weight with the adapters, and they themselves (stack × out × in)."""
 
-    codes: Codes
-    left_factor: Tensor
-    values: Tensor
-    right_factor: Tensor
-    tails: list[float]
+    entering: Entering
+    whole: Tensor
+    added: Tensor
+    budget: float
 
-    @staticmethod
-    def of(codes: Codes, decomposed: tuple[Tensor, Tensor, Tensor]) -> _Correction:
-        squared = decomposed[1].square().flip(0).cumsum(0).flip(0)
-        return _Correction(codes, *decomposed, [*squared.sqrt().tolist(), 0.0])
+    @cached_property
+    def _size(self) -> float:
+        return max(self.entering.norm(self.entering.joined(self.whole, self.added)), 1e-30)
 
-    def left(self, rank: int) -> float:
-        return self.tails[min(rank, len(self.tails) - 1)]
+    @cached_property
+    def _effect(self) -> float:
+        return max(self.entering.norm(self.entering.joined(self.added, self.added)), 1e-30)
 
-    def rank_within(self, error: float) -> int:
-        """The smallest rank, at least 1, that leaves no more."""
-        return max(next(rank for rank, tail in enumerate(self.tails) if tail <= error), 1)
+    @property
+    def room(self) -> float:
+        """The error of the outputs that the budget lets pass."""
+        return self.budget * self._effect
 
-    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(out, rank) and (rank, in)."""
-        return self.left_factor[:, :rank] * self.values[:rank], self.right_factor[:rank]
+    def error(self, by_op: Tensor, by_rest: Tensor) -> _Error:
+        """by_op: what the weight has lost. by_rest: of what rounding took from its input, what adapters made."""
+        error = self.entering.norm(self.entering.joined(by_op, by_rest))
+        gone = self.entering.unseen_norm(by_op)
+        # Where they add nothing there, it is held against all that they add: a row is scaled as a whole.
+        there = self.entering.unseen_norm(self.added) or float(self.added.double().norm())
+        unseen = gone / max(there, 1e-30)
+        return _Error(
+            error / self._size, error / self._effect, unseen, error <= self.room and unseen <= self.budget
+        )

@@ -134,7 +134,8 @@ def tell_applied(out: Console, before: Program, result: Program) -> None:
     type=click.FloatRange(0, min_open=False),
     default=0.1,
     show_default=True,
-    help="The part of what adapters add to an op's outputs on the data that may be lost.",
+    help="The part of what adapters add to an op's outputs on the data that may be lost; of their values, where no "
+    "data go.",
 )
 @data_option
 @standalone_option

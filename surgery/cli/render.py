@@ -54,6 +54,8 @@ def choices_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
         cells = [f"{errors[how]:.2%}" if how in errors else "" for how in ("requantize", "residual")]
         how = f"residual, rank {choice['rank']}" if choice["how"] == "residual" else choice["how"]
         lost = f"{choice['lost']:.1%}" if choice["how"] != "keep" else "nothing"
+        if choice["how"] != "keep" and choice.get("unseen"):
+            lost += f", {choice['unseen']:.1%} where no data go"
         table.add_row(path, how, choice["of"] if errors else "", *cells, lost)
     return table
 

@@ -37,6 +37,10 @@ class CodesPass(RewritePass):
         """The codes of any weight in the place of the site's."""
         return self.layout(site).encode(weight)
 
+    def keeps_out(self, site: Site) -> str:
+        """Why adapters at the site cannot go into its codes, or empty."""
+        return ""
+
     def _encoded(self, site: Site) -> Codes:
         return site.probe.once((self, site.key), lambda: self.encode(site, self.source(site)))
 

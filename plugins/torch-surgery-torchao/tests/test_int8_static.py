@@ -19,7 +19,7 @@ from torch import nn
 from torch_surgery_torchao import Int8Static, quantize_dequantize
 
 import surgery
-from surgery.api import ExportError, PassError, Program
+from surgery.api import ExportError, PassError, Probe, Program
 from surgery.testing import check_pass
 
 
@@ -399,3 +399,53 @@ def test_the_plan_says_what_was_seen():
     assert alone.decided["seen"] == "on the example inputs alone; give --data"
     assert "seen" not in given.decided
     assert "reads -" in pass_.note(given)
+
+
+@pytest.mark.parametrize("how", ["requantize", "residual"])
+def test_an_adapter_goes_into_codes(how, tmp_path):
+    """What is said to be lost is what the op loses, though the adapter read x and the codes read it rounded."""
+    base = forms()
+    program = base.apply(Int8Static(target="all"))
+    program = program.apply(surgery.Lora(target="path:conv,path:linear,path:grouped", rank=3))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in program.tensors.items():
+            if "lora" in name:
+                tensor.normal_(std=0.1)
+    merged = program.merge(quantized=how)
+    choices = merged.journal.entries[-1].options["choices"]
+    assert {path: choice["how"] for path, choice in choices.items()} == {
+        "conv": how,
+        "grouped": "keep",
+        "linear": how,
+    }
+    assert (
+        "rounded right behind it, to a range that was seen without the adapter" in choices["grouped"]["why"]
+    )
+    first = choices["conv"]  # which alone reads the same before and after
+
+    def given(program):
+        node = next(n for n in program.graph.nodes if n.target is torch.ops.aten.relu.default).args[0]
+        return Probe(program).values([node])[node.name][0] - base.base.tensors["conv.bias"][:, None, None]
+
+    whole, now, bare = given(program), given(merged), given(program.without("lora"))
+    assert first["errors"][how] == pytest.approx(float((now - whole).norm() / whole.norm()), rel=1e-3)
+    assert first["lost"] == pytest.approx(float((now - whole).norm() / (whole - bare).norm()), rel=1e-3)
+    assert torch.equal(merged.undo("merge").run(), program.run())
+    merged.save(tmp_path / "merged")
+    assert torch.equal(surgery.load(str(tmp_path / "merged"), base=base).run(), merged.run())
+
+
+def test_products_of_merged_codes_are_fused(tmp_path):
+    program = (
+        forms().apply(Int8Static(target="all")).apply(surgery.Lora(target="path:conv,path:linear", rank=2))
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in program.tensors.items():
+            if "lora" in name:
+                tensor.normal_(std=0.1)
+    program.merge(quantized="auto", budget=0.1).export(tmp_path / "model.onnx")
+    ops = optimised(tmp_path / "model.onnx", tmp_path)
+    assert (ops["QLinearConv"], ops["MatMulIntegerToFloat"] + ops["QLinearMatMul"]) == (4, 4)
+    assert not FLOATS & set(ops)

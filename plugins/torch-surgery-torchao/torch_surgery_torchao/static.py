@@ -6,20 +6,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from surgery.api import (
     CONV,
     LINEAR,
     Call,
+    CodesPass,
     Field,
     Numerics,
     PassError,
     Quantize,
-    RewritePass,
     Rewriter,
     Site,
-    TensorSpec,
     changes,
 )
 from torch_surgery_torchao.op import quantize_dequantize
@@ -35,7 +34,7 @@ PASSING = (*RELUS, aten.max_pool2d.default, aten.dropout.default, aten.flatten.u
            aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim)  # fmt: skip
 
 
-class Int8Static(RewritePass):
+class Int8Static(CodesPass):
     """Static int8: y = W x + b becomes s_w·s_x·(W₈ x₈) + b (Jacob et al. 2018, arXiv:1712.05877).
 
     Weights: int8, symmetric, one scale for each output, as `quantize --format int8` makes them (`--method gptq` too).
@@ -47,17 +46,16 @@ class Int8Static(RewritePass):
     stand between that and the relu.
 
     Scales, zero points and codes are written down and never computed again. Gradients pass straight through rounding;
-    adapters read x as it was before rounding, and their gradients do not reach the codes (QLoRA). Nothing is folded
-    into codes. In ONNX a rounding is QuantizeLinear and DequantizeLinear, which onnxruntime fuses with the op into
-    MatMulIntegerToFloat and QLinearConv; the export fails where it does not. Undo gives W back bit for bit. The
-    outputs change by design.
+    adapters read x as it was before rounding, and their gradients do not reach the codes (QLoRA). `merge --quantized`
+    folds an adapter into them where a budget allows it, what it makes of x before rounding included; not where the
+    convolution's output is rounded right behind it, to a range that was seen without the adapter. In ONNX a rounding
+    is QuantizeLinear and DequantizeLinear, which onnxruntime fuses with the op into MatMulIntegerToFloat and
+    QLinearConv; the export fails where it does not. Undo gives W back bit for bit. The outputs change by design.
     """
 
     name: ClassVar[str] = "int8-static"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV)
     numerics: ClassVar[Numerics] = changes("weights and activations are rounded to 8 bits")
-    freezes: ClassVar[bool] = False
-    replaces: ClassVar[bool] = True
 
     observer: Literal["histogram", "minmax", "moving-average"] = Field(
         "histogram", description="how the range of an activation follows from what was seen of it"
@@ -144,7 +142,7 @@ class Int8Static(RewritePass):
         return _relu(call) or call.node
 
     def decide(self, site: Site) -> dict[str, Any]:
-        ranges, decided = self._ranges(site), self._weights.decide(site)
+        ranges, decided = self._ranges(site), super().decide(site)
         decided["input"] = [_written(ranges, edge) for edge in _edges(site)]
         if site.kind == CONV:
             decided["output"] = [self._written_output(site, call, ranges) for call in site.calls]
@@ -167,14 +165,21 @@ class Int8Static(RewritePass):
         parts.append(f"reads {low:.3g} to {high:.3g}")
         return "; ".join(parts)
 
-    def frees(self, site: Site) -> set[str]:
-        return self._weights.frees(site)
+    def layout(self, site: Site) -> Any:
+        return self._weights.layout(site)
 
-    def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        return self._weights.tensors(site)
+    def encode(self, site: Site, weight: Tensor) -> Any:
+        return self._weights.encode(site, weight)
+
+    def keeps_out(self, site: Site) -> str:
+        if any(given and given["after"] == "op" for given in site.decided.get("output", ())):
+            return (
+                "what it gives is rounded right behind it, to a range that was seen without the adapter; undo "
+                f"{self.entry_id!r}, merge to --format hf, and quantize that"
+            )
+        return ""
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
-        self._weights.rewrite(site, g)
         call = g.call_
         assert call is not None
         index = site.calls.index(call)
@@ -184,6 +189,7 @@ class Int8Static(RewritePass):
             return lambda value: g.call(quantize_dequantize._opoverload, value, by["scale"], by["zero"])
 
         g.replace_input(rounded(read))
+        corrected = super().rewrite(site, g)
         given = site.decided.get("output", {}) and site.decided["output"][index]
         if given:
             if given["after"] == "op":
@@ -193,7 +199,7 @@ class Int8Static(RewritePass):
                 if relu is None:
                     raise PassError(f"{self.entry_id} at {site.path}: its relu is not where it was")
                 g.wrap(relu, rounded(given))
-        return None
+        return corrected
 
 
 def _edges(site: Site) -> list[Edge]:
