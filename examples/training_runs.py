@@ -36,20 +36,21 @@ from transformers import AutoTokenizer
 import surgery
 
 
-def domain(runs: Runs, name: str) -> Path:
+def domain(runs: Runs, name: str, most: int) -> Path:
     """Positive and negative sentences of a domain."""
     found = sentiment(name)
     rows = [{"text": s.text, "label": s.label} for s in (*found.train, *found.held_out)]
-    return runs.write(name, rows[:SENTENCES])
+    return runs.write(f"{name}-{most}", rows[:most])
 
 
-SENTENCES = 2500  # of a domain
+SENTENCES = 2000
+OF_EACH_TASK = 1200
 CLASSIFIER = ("--task", "text-classification", "--model-kwarg", "num_labels=2")
 SHORT = ("--max-length", "48", "--lr", "1e-4", "--held-out", "0.2", "--epochs")
 
 
 def classification(runs: Runs) -> Path:
-    data = domain(runs, "film")
+    data = domain(runs, "film", SENTENCES)
     model = runs.apply(MINILM, "classifier", *CLASSIFIER, "--pass", "full")
     runs.train(
         model, "film", "--objective", "classification", "--data", data, *SHORT, 2, show=["accuracy", "f1"]
@@ -58,7 +59,7 @@ def classification(runs: Runs) -> Path:
 
 
 def multi_task(runs: Runs) -> None:
-    files = {name: domain(runs, name) for name in DOMAINS}
+    files = {name: domain(runs, name, OF_EACH_TASK) for name in DOMAINS}
     heads = [
         word
         for name in files
@@ -79,9 +80,10 @@ def multi_task(runs: Runs) -> None:
 
 
 def distill(runs: Runs) -> None:
-    teacher, data = runs.out / "film", runs.out / "film.jsonl"
+    teacher = runs.out / "film"
     if not teacher.is_dir():
         classification(runs)
+    data = domain(runs, "film", SENTENCES)
     student = runs.apply(
         MINILM, "student", *CLASSIFIER, "--model-kwarg", "num_hidden_layers=3", "--pass", "full"
     )
@@ -158,14 +160,18 @@ def precision(folder: Path) -> float:
 LORA = ("--pass", "lora", "--target", "attn.*,mlp.*", "--rank", "8")
 
 
+def smollm2_with_lora(runs: Runs) -> Path:
+    reference, *kind = smollm2(runs.out)
+    return runs.apply(reference, "smollm2", *kind, *LORA)
+
+
 def tweets(runs: Runs) -> None:
     texts = [s.text for s in sentences("tweets")]
     random.Random(0).shuffle(texts)
-    learn = runs.write("tweets-train", [{"text": text} for text in texts[200:1700]])
-    held = runs.write("tweets-held-out", [{"text": text} for text in texts[:200]])
-    other = runs.write("wiki", [{"text": text[:1000]} for text in wiki()[:12]])
-    reference, *kind = smollm2()
-    model = runs.apply(reference, "smollm2", *kind, *LORA)
+    learn = runs.write("tweets-train", [{"text": text} for text in texts[150:1150]])
+    held = runs.write("tweets-held-out", [{"text": text} for text in texts[:150]])
+    other = runs.write("wiki", [{"text": text[:800]} for text in wiki()[:10]])
+    model = smollm2_with_lora(runs)
     own = words("--objective causal-lm --epochs 1 --max-length 128 --lr 3e-4")
     runs.train(model, "tweeting", *own, "--data", learn, "--held-out", held, show=["perplexity"])
     # A step at a rate of nothing scores both on other text.
@@ -176,9 +182,8 @@ def tweets(runs: Runs) -> None:
 
 
 def alpaca(runs: Runs) -> None:
-    data = runs.write("alpaca", [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()[:360]])
-    reference, *kind = smollm2()
-    model = runs.apply(reference, "pupil", *kind, *LORA)
+    data = runs.write("alpaca", [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()[:300]])
+    model = smollm2_with_lora(runs)
     own = words("--objective sft --epochs 1 --max-length 192 --lr 3e-4 --held-out 0.1")
     runs.train(model, "answering", *own, "--data", data, show=["loss", "perplexity"])
 

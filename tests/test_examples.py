@@ -96,7 +96,7 @@ def test_rl_runs(tmp_path):
     run("film_sentiment.py", tmp_path / "out" / "film")
     shown = run("rl_runs.py", tmp_path / "runs", "preferences", "ppo", "trpo", cwd=tmp_path)
     assert shown.count("KL of a token by update") == 6
-    assert "trpo: reward" in shown
+    assert "trpo: reward higher by" in shown
 
 
 @pytest.mark.slow

@@ -181,13 +181,31 @@ def test_fisher_vector_products_are_those_of_the_explicit_matrix(minibatch):
     torch.testing.assert_close(solution, exact, atol=1e-5, rtol=0)
 
 
-def test_trpo_over_many_updates_of_a_network_in_train_mode():
-    """Dropout is off in an update, and the modes are as they were after it; the value head is not moved."""
+def test_the_fisher_matrix_of_some_rows():
+    """With every row twice, every second row has the same matrix: the same step. Other rows give another."""
+    policy, experience = net()
+    twice = experience.rows(torch.arange(6).repeat_interleave(2))
+    ends = []
+    for rows in (None, 6, 3, 40):
+        moved = copy.deepcopy(policy)
+        TRPO(fisher_rows=rows, minibatch=4).update(moved, twice)
+        ends.append(torch.cat([p.detach().flatten() for p in moved.parameters()]))
+    step = float((ends[0] - torch.cat([p.detach().flatten() for p in policy.parameters()])).norm())
+    # float64, and conjugate gradients that stop at 1e-10 of the square of the residual.
+    torch.testing.assert_close(ends[1], ends[0], atol=1e-8 * step, rtol=0)
+    assert float((ends[2] - ends[0]).norm()) > 1e-3 * step
+    assert torch.equal(ends[3], ends[0])
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_trpo_over_many_updates_of_a_network_in_train_mode(rows):
+    """Dropout is off in an update, and the modes are as they were after it; the value head is not moved. The bound is
+    that of all rows, of however many the Fisher matrix is."""
     policy, experience = net()
     policy.train()
     head = copy.deepcopy(policy.value.state_dict())
     for update in range(20):
-        trpo = TRPO(max_kl=10 ** -(1 + update % 4))  # 0.1 to 0.0001
+        trpo = TRPO(max_kl=10 ** -(1 + update % 4), fisher_rows=rows)  # 0.1 to 0.0001
         was = copy.deepcopy(policy).eval()
         seen = trpo.update(policy, experience)
         assert policy.training
@@ -267,6 +285,7 @@ def test_bad_input_is_refused_in_a_line():
         (lambda: TRPO().fit_values(policy, experience, other), "nothing of the value head"),
         (lambda: PPO(clip=0), "clip is 0"),
         (lambda: TRPO(max_kl=-1), "max_kl is -1"),
+        (lambda: TRPO(fisher_rows=0), "fisher_rows is 0"),
         (lambda: TRPO(shrink=1.0), "shrink is 1.0"),
     ):
         before = copy.deepcopy(policy.state_dict())

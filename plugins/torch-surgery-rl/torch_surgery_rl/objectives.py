@@ -87,11 +87,17 @@ class TrpoObjective(LanguageObjective):
     iterations: int = Field(10, gt=0, description="of conjugate gradients")
     backtracks: int = Field(15, gt=0, description="tries of the line search")
     value_epochs: int = Field(4, gt=0, description="how often the values are fitted to a batch")
+    fisher_rows: int | None = Field(
+        None, gt=0, description="responses of a batch that the Fisher matrix is of (default: all)"
+    )
 
     @property
     def algorithm(self) -> TRPO:
         """TRPO with these options."""
-        return TRPO(self.max_kl, self.damping, self.iterations, self.backtracks, minibatch=self.minibatch)
+        return TRPO(
+            self.max_kl, self.damping, self.iterations, self.backtracks, minibatch=self.minibatch,
+            fisher_rows=self.fisher_rows,
+        )  # fmt: skip
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """The negative of the surrogate of a completed batch, under the penalty at the start."""

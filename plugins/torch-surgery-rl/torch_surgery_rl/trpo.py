@@ -30,7 +30,9 @@ class TRPO:
 
     The mean is over all actions of the batch, with every action that could have been taken in the KL, and dropout is
     off. What trains and does not reach the logits (a value head) is left alone: fit that with `fit_values`.
-    minibatch: rows in memory at a time; a batch is always used whole.
+    minibatch: rows in memory at a time; gradient, surrogate and the KL that is bounded are of the whole batch.
+    fisher_rows: of how many of its rows, evenly spaced, F is (None: all): a product costs more than a gradient, and F
+    gives a direction and no bound (appendix C of the paper subsamples too).
     """
 
     max_kl: float = 0.01
@@ -40,11 +42,14 @@ class TRPO:
     shrink: float = 0.7
     improvement: float = 0.1
     minibatch: int = 32
+    fisher_rows: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_kl", "iterations", "backtracks", "minibatch"):
             if getattr(self, name) <= 0:
                 raise SurgeryError(f"TRPO: {name} is {getattr(self, name)}, and has to be above 0")
+        if self.fisher_rows is not None and self.fisher_rows <= 0:
+            raise SurgeryError(f"TRPO: fisher_rows is {self.fisher_rows}, and has to be above 0")
         for name in ("shrink", "improvement"):
             if not 0 < getattr(self, name) < 1:
                 raise SurgeryError(f"TRPO: {name} is {getattr(self, name)}, and is between 0 and 1")
@@ -59,7 +64,7 @@ class TRPO:
         """
         with evaluating(policy):
             parameters, gradient, surrogate, old = self._gradient(policy, experience)
-            curvature = self.fisher(policy, experience, parameters)
+            curvature = self.fisher(policy, self._some(experience), parameters)
             direction = conjugate_gradient(curvature, gradient, self.iterations)
             bend = float(direction @ curvature(direction))
             if not math.isfinite(bend):
@@ -120,6 +125,13 @@ class TRPO:
             return total
 
         return product
+
+    def _some(self, experience: Experience) -> Experience:
+        """The rows that F is of."""
+        if self.fisher_rows is None or self.fisher_rows >= len(experience):
+            return experience
+        spaced = torch.arange(self.fisher_rows, device=experience.actions.device) * len(experience)
+        return experience.rows(spaced // self.fisher_rows)
 
     def fit_values(
         self, policy: nn.Module, experience: Experience, optimizer: torch.optim.Optimizer, *, epochs: int = 4
