@@ -3,7 +3,7 @@
 python examples/rl_runs.py                       all of them
 python examples/rl_runs.py ppo --quick           one, with little data, to see that it works
 
-preferences   300 dialogues of which people preferred one answer: a reward model, DPO, and PPO by that reward model
+preferences   dialogues of which people preferred one answer: a reward model, DPO, and PPO by that reward model
 ppo, trpo     a policy learns to go on with what many film sentences begin with so that the demo's classifier finds
               them positive, three seeds each, on openings held out (needs out/film/adapted, which `make demo` makes)
 """
@@ -28,7 +28,7 @@ REWARD = words("--pass head --mode add --labels 1 --head-name reward --pool last
 # The last two layers: an update, and above all a product with the Fisher matrix, costs less than of thirty.
 UPPER = words(r"--pass lora --target 're:model\.layers\.2[89]\..*' --rank 8")
 SEEDS = (0, 1, 2)
-MAX_KL = 0.05  # of a token, in one step of TRPO
+MAX_KL = 0.1  # of a token, in one step of TRPO
 OPENING = 3  # words
 
 
@@ -39,7 +39,7 @@ def smollm2_with_values(runs: Runs) -> Path:
 
 def preferences(runs: Runs) -> None:
     rows = dpo_en()
-    learn, held = runs.write("pairs-train", rows[:160]), runs.write("pairs-held-out", rows[240:])
+    learn, held = runs.write("pairs-train", rows[:120]), runs.write("pairs-held-out", rows[240:])
     reference, *kind = smollm2(runs.out)
     pairs = ("--data", learn, "--held-out", held, "--max-length", "192", "--batch", "4")
     judge = runs.apply(reference, "judge", *kind, *REWARD, *LORA)
@@ -48,11 +48,11 @@ def preferences(runs: Runs) -> None:
     plain = smollm2_with_lora(runs)
     runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "1", "--lr", "5e-4", show=shown)
     policy = smollm2_with_values(runs)
-    asked = ("--data", learn, "--held-out", held, *words("--max-length 160 --batch 8 --new-tokens 24"))
+    asked = ("--data", learn, "--held-out", held, *words("--max-length 128 --batch 8 --new-tokens 16"))
     goal = ("--reward", runs.out / "reward", "--kl", "0.05", "--kl-target", "4")
     runs.train(
-        policy, "rlhf", "--objective", "ppo", *asked, *goal, "--steps", "10", "--lr", "1e-3",
-        "--evaluate", "10", show=["reward", "kl"],
+        policy, "rlhf", "--objective", "ppo", *asked, *goal,
+        *words("--steps 8 --evaluate 8 --lr 1e-3 --inner-epochs 2"), show=["reward", "kl"],
     )  # fmt: skip
 
 
@@ -71,12 +71,12 @@ def against_the_classifier(runs: Runs, method: str, own: list[str]) -> None:
     begun = openings()
     learn, held = (
         runs.write(name, [{"prompt": opening} for opening in chosen])
-        for name, chosen in (("openings", begun[:60] * 9), ("openings-held-out", begun[60:] * 4))
+        for name, chosen in (("openings", begun[:60] * 9), ("openings-held-out", begun[60:] * 3))
     )
     policy = smollm2_with_values(runs)
     given = ("--data", learn, "--held-out", held, "--plain", "--reward", FILM, "--reward-class", "1")
     length = words(
-        "--new-tokens 6 --max-length 24 --batch 64 --steps 8 --evaluate 8 --decay constant --warmup 0"
+        "--new-tokens 6 --max-length 24 --batch 64 --steps 6 --evaluate 6 --decay constant --warmup 0"
     )
     ends = []
     for seed in SEEDS:
@@ -100,7 +100,7 @@ def ppo(runs: Runs) -> None:
 
 def trpo(runs: Runs) -> None:
     own = words(
-        f"--max-kl {MAX_KL} --damping 0.001 --iterations 6 --fisher-rows 16 --value-epochs 2 --minibatch 64"
+        f"--max-kl {MAX_KL} --damping 0.01 --iterations 6 --fisher-rows 16 --value-epochs 2 --minibatch 64"
     )
     against_the_classifier(runs, "trpo", own)
 

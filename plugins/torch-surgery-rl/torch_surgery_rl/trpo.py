@@ -162,8 +162,8 @@ class TRPO:
         """What trains and is not the policy's: the value head. Raises SurgeryError where that is nothing."""
         parameters = trained(policy)
         logits, _ = policy(**experience.rows(slice(0, 1)).inputs)
-        reached = _reached(logits.sum(), parameters)
-        found = [p for p, reaches in zip(parameters, reached, strict=True) if not reaches]
+        slopes = _slopes(logits.sum(), parameters)
+        found = [p for p, slope in zip(parameters, slopes, strict=True) if slope is None]
         if not found:
             raise SurgeryError("the policy has no parameter that trains for its values alone")
         return found
@@ -177,13 +177,15 @@ class TRPO:
         gradient, surrogate, old = None, 0.0, []
         for part in experience.chunks(self.minibatch):
             logits, _ = policy(**part.inputs)
+            value = _surrogate(logits, part) / count
             if gradient is None:
-                reached = _reached(logits.sum(), parameters)
-                parameters = [p for p, reaches in zip(parameters, reached, strict=True) if reaches]
+                slopes = _slopes(value, parameters)
+                parameters = [p for p, slope in zip(parameters, slopes, strict=True) if slope is not None]
                 if not parameters:
                     raise SurgeryError("no parameter that trains reaches the policy's logits")
-            value = _surrogate(logits, part) / count
-            slope = _flat(torch.autograd.grad(value, parameters))
+                slope = _flat([slope for slope in slopes if slope is not None])
+            else:
+                slope = _flat(torch.autograd.grad(value, parameters))
             gradient = slope if gradient is None else gradient + slope
             surrogate += float(value.detach())
             old.append(logits.detach().log_softmax(-1))
@@ -233,12 +235,11 @@ def _surrogate(logits: Tensor, part: Experience) -> Tensor:
     return torch.where(part.mask, ratio * part.advantages, 0).sum()
 
 
-def _reached(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[bool]:
-    """Of each parameter, whether a value depends on it."""
+def _slopes(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Of each parameter, the gradient of a value, or None where that does not depend on it."""
     if not value.requires_grad:
-        return [False] * len(parameters)
-    slope = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return [s is not None for s in slope]
+        return [None] * len(parameters)
+    return list(torch.autograd.grad(value, parameters, allow_unused=True))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
