@@ -151,12 +151,15 @@ class _Builtins:
 
     @hookspecs.hookimpl
     def surgery_onnx_lowerings(self) -> dict[Any, Any]:
-        from surgery.export import integers, quantized
+        import torch
+
+        from surgery.export import conv3d, integers, quantized
         from surgery.quantizing import dequantize, round_activation
 
         return {
             dequantize._opoverload: quantized.translation(),
             round_activation._opoverload: integers.translation(),
+            torch.ops.aten.conv3d.default: conv3d.translation(),
         }
 
 
