@@ -24,6 +24,7 @@ TOLERANCE = 1e-5
 RUNS = {
     "alone": ("--accumulate", "2"),
     "ddp": (),
+    "launched": ("--accumulate", "2"),
     "fsdp2": (),
     "graph alone": ("--accumulate", "2", "--form", "graph"),
     "graph ddp": ("--form", "graph"),
@@ -37,9 +38,12 @@ def start(mode, program, data, output, *more):
     """The processes of a run. Its 11 batches of an epoch leave the last step of two processes one, and the second
     evaluation a batch for one of them."""
     several = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    if mode == "launched":  # accelerate starts several on CPUs by mpirun alone
+        several = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1")
     line = [
-        sys.executable, *(several if "alone" not in mode else ()), "-m", "tests.training.several",
-        *SHARDS.get(mode, ()), "train", program, "-o", output, "--objective", "causal-lm", "--data", data,
+        sys.executable, *(several if "alone" not in mode else ()), "-m",
+        "surgery" if mode == "launched" else "tests.training.several", *SHARDS.get(mode, ()),
+        "train", program, "-o", output, "--objective", "causal-lm", "--data", data,
         "--batch", "4", "--lr", "1e-2", "--max-length", "32", "--steps", "12", "--held-out", "0.1",
         *RUNS[mode], *more,
     ]  # fmt: skip
@@ -85,7 +89,14 @@ def of(adapted, mode, ran={}):  # noqa: B006 - one run of each mode in a session
 
 
 @pytest.mark.parametrize(
-    "mode", ["ddp", "fsdp2", pytest.param("graph ddp", marks=SLOW), pytest.param("graph fsdp2", marks=SLOW)]
+    "mode",
+    [
+        "ddp",
+        "fsdp2",
+        pytest.param("launched", marks=SLOW),
+        pytest.param("graph ddp", marks=SLOW),
+        pytest.param("graph fsdp2", marks=SLOW),
+    ],
 )
 def test_the_losses_of_one_process(adapted, mode):
     alone, trained = of(adapted, "graph alone" if "graph" in mode else "alone")
