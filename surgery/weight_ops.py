@@ -318,3 +318,9 @@ def weight_shape(call: Call) -> list[int]:
     operand = arguments(call.node).get(call.op.weights[0])
     value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
     return list(value.shape) if isinstance(value, torch.Tensor) else []
+
+
+def per_axis(value: int | Sequence[int], axes: int) -> list[int]:
+    """A convolution's argument (stride, padding, …) for each of its axes: one number stands for all."""
+    found = [value] if isinstance(value, int) else list(value)
+    return found * axes if len(found) == 1 else found

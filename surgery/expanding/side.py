@@ -16,7 +16,7 @@ from surgery.lowrank import lacks
 from surgery.pass_base import TensorSpec
 from surgery.rewriter import Rewriter
 from surgery.sites import Site
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, NORM, arguments
+from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, NORM, arguments, per_axis
 
 if TYPE_CHECKING:
     from surgery.attention import Attention
@@ -101,9 +101,7 @@ def _padding(branch: Branch, site: Site, args: dict[str, Any]) -> Any:
     given, kernel, own = args["padding"], _kernel(branch, site), site.float_shape[2:]
     if isinstance(given, str):
         return given if given == "same" or kernel == tuple(own) else None
-    spread = len(own)
-    before = list(given) * (spread if len(given) == 1 else 1)
-    dilation = list(args["dilation"]) * (spread if len(args["dilation"]) == 1 else 1)
+    before, dilation = (per_axis(value, len(own)) for value in (given, args["dilation"]))
     twice = [2 * p + d * (k - o) for p, d, k, o in zip(before, dilation, kernel, own, strict=True)]
     return None if any(t < 0 or t % 2 for t in twice) else [t // 2 for t in twice]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from surgery.export.extra import require
+from surgery.weight_ops import per_axis
 
 
 def translation() -> Any:
@@ -21,7 +22,7 @@ def translation() -> Any:
         dilation: Sequence[int] = (1,),
         groups: int = 1,
     ) -> Any:
-        strides, pads, dilations = (_each(value) for value in (stride, padding, dilation))
+        strides, pads, dilations = (per_axis(value, 3) for value in (stride, padding, dilation))
         unbatched = len(x.shape) == 4
         x = op.Unsqueeze(x, op.Constant(value_ints=[0])) if unbatched else x
         given = (x, weight) if bias is None else (x, weight, bias)
@@ -29,7 +30,3 @@ def translation() -> Any:
         return op.Squeeze(found, op.Constant(value_ints=[0])) if unbatched else found
 
     return conv3d
-
-
-def _each(value: Sequence[int]) -> list[int]:
-    return list(value) * 3 if len(value) == 1 else list(value)
