@@ -401,17 +401,22 @@ def test_the_plan_says_what_was_seen():
     assert "reads -" in pass_.note(given)
 
 
-@pytest.mark.parametrize("how", ["requantize", "residual"])
-def test_an_adapter_goes_into_codes(how, tmp_path):
-    """What is said to be lost is what the op loses, though the adapter read x and the codes read it rounded."""
-    base = forms()
-    program = base.apply(Int8Static(target="all"))
-    program = program.apply(surgery.Lora(target="path:conv,path:linear,path:grouped", rank=3))
+def on_codes(base: Program, lora: surgery.Lora) -> Program:
+    """Everything in int8, and an adapter on it at random."""
+    program = base.apply(Int8Static(target="all")).apply(lora)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, tensor in program.tensors.items():
             if "lora" in name:
                 tensor.normal_(std=0.1)
+    return program
+
+
+@pytest.mark.parametrize("how", ["requantize", "residual"])
+def test_an_adapter_goes_into_codes(how, tmp_path):
+    """What is said to be lost is what the op loses, though the adapter read x and the codes read it rounded."""
+    base = forms()
+    program = on_codes(base, surgery.Lora(target="path:conv,path:linear,path:grouped", rank=3))
     merged = program.merge(quantized=how)
     choices = merged.journal.entries[-1].options["choices"]
     assert {path: choice["how"] for path, choice in choices.items()} == {
@@ -437,14 +442,7 @@ def test_an_adapter_goes_into_codes(how, tmp_path):
 
 
 def test_products_of_merged_codes_are_fused(tmp_path):
-    program = (
-        forms().apply(Int8Static(target="all")).apply(surgery.Lora(target="path:conv,path:linear", rank=2))
-    )
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, tensor in program.tensors.items():
-            if "lora" in name:
-                tensor.normal_(std=0.1)
+    program = on_codes(forms(), surgery.Lora(target="path:conv,path:linear", rank=2))
     program.merge(quantized="auto", budget=0.1).export(tmp_path / "model.onnx")
     ops = optimised(tmp_path / "model.onnx", tmp_path)
     assert (ops["QLinearConv"], ops["MatMulIntegerToFloat"] + ops["QLinearMatMul"]) == (4, 4)
