@@ -20,13 +20,13 @@ from typing import Any
 
 from data import dpo_en, sentiment
 from runs import Runs, main, smollm2, words
-from training_runs import LORA, smollm2_with_lora
 
 FILM = Path("out/film/adapted")
 VALUE = words("--pass head --mode add --labels 1 --head-name value --pool none --init zero")
 REWARD = words("--pass head --mode add --labels 1 --head-name reward --pool last")
-# The last two layers: an update, and above all a product with the Fisher matrix, costs less than of thirty.
-UPPER = words(r"--pass lora --target 're:model\.layers\.2[89]\..*' --rank 8")
+# What lies below an adapter is run once for a batch, and no gradient goes down there.
+LAST_EIGHT = words(r"--pass lora --target 're:model\.layers\.2[2-9]\..*' --rank 8")
+LAST_TWO = words(r"--pass lora --target 're:model\.layers\.2[89]\..*' --rank 8")
 SEEDS = (0, 1, 2)
 MAX_KL = 0.1  # of a token, in one step of TRPO
 OPENING = 3  # words
@@ -34,25 +34,25 @@ OPENING = 3  # words
 
 def smollm2_with_values(runs: Runs) -> Path:
     reference, *kind = smollm2(runs.out)
-    return runs.apply(reference, "policy", *kind, *VALUE, *UPPER)
+    return runs.apply(reference, "policy", *kind, *VALUE, *LAST_TWO)
 
 
 def preferences(runs: Runs) -> None:
     rows = dpo_en()
-    learn, held = runs.write("pairs-train", rows[:120]), runs.write("pairs-held-out", rows[240:])
+    learn, held = runs.write("pairs-train", rows[:160]), runs.write("pairs-held-out", rows[240:])
     reference, *kind = smollm2(runs.out)
-    pairs = ("--data", learn, "--held-out", held, "--max-length", "192", "--batch", "4")
-    judge = runs.apply(reference, "judge", *kind, *REWARD, *LORA)
+    pairs = ("--data", learn, "--held-out", held, "--max-length", "160", "--batch", "4")
+    judge = runs.apply(reference, "judge", *kind, *REWARD, *LAST_EIGHT)
     shown = ["accuracy", "margin", "loss"]
-    runs.train(judge, "reward", "--objective", "reward", *pairs, "--epochs", "1", "--lr", "5e-4", show=shown)
-    plain = smollm2_with_lora(runs)
-    runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "1", "--lr", "5e-4", show=shown)
+    runs.train(judge, "reward", "--objective", "reward", *pairs, "--epochs", "1", "--lr", "1e-3", show=shown)
+    plain = runs.apply(reference, "answers", *kind, *LAST_EIGHT)
+    runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "1", "--lr", "1e-3", show=shown)
     policy = smollm2_with_values(runs)
     asked = ("--data", learn, "--held-out", held, *words("--max-length 128 --batch 8 --new-tokens 16"))
     goal = ("--reward", runs.out / "reward", "--kl", "0.05", "--kl-target", "4")
     runs.train(
         policy, "rlhf", "--objective", "ppo", *asked, *goal,
-        *words("--steps 8 --evaluate 8 --lr 1e-3 --inner-epochs 2"), show=["reward", "kl"],
+        *words("--steps 8 --evaluate 8 --lr 3e-3 --inner-epochs 2"), show=["reward", "kl"],
     )  # fmt: skip
 
 

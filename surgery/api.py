@@ -16,7 +16,7 @@ Algebra     low-rank: factor_shapes, branch, add_branch, add_rows, gather_index,
 Patterns    PatternPass; written with pattern, ops, value, constant, number, axis, any_of, maybe, stored, shape_of,
             dtype_of; looked for with find in an OpIndex: Pattern, Match, NearMiss, Found
 Models      LoadedModel, LoadOptions, from_module
-Objectives  Objective, OnPolicy, TokenObjective, Setting; reference_of, find_tokenizer, imported
+Objectives  Objective, OnPolicy, TokenObjective, Setting; reference_of, FrozenPart, find_tokenizer, imported
             tensors of its own: Learned, among its companions under LEARNED
             dialogues: chat_template, chat_tokens, messages_in; the loop: train, Settings, read_rows, split, joined
 Programs    Program, load, capture, Entry, Journal, PassReport, make_plugin_manager, Plugins
@@ -98,6 +98,7 @@ from surgery.selecting import Candidates
 from surgery.sites import Site
 from surgery.training.data import read_rows, split
 from surgery.training.dialogues import chat_template, chat_tokens, messages_in
+from surgery.training.frozen import FrozenPart
 from surgery.training.learned import LEARNED, Learned
 from surgery.training.loop import train
 from surgery.training.objective import Objective, OnPolicy
@@ -128,6 +129,7 @@ __all__ = [
     "ExportError",
     "Field",
     "Found",
+    "FrozenPart",
     "GraphPass",
     "Journal",
     "JournalError",

@@ -98,6 +98,12 @@ class State:
                     f"model's program: surgery.load('hf:…') or surgery.capture(model, inputs)"
                 )
 
+    def _layer(self, path: str) -> nn.Module:
+        try:
+            return self.program.base.loaded.module.get_submodule(path)
+        except AttributeError:
+            raise LayerError("a pass made it, and the live model has no such layer") from None
+
     def hindrance(self, site: Site) -> str | None:
         """Why a site of the program is none that can be rewritten in the live model, or None."""
         if site.kind == EXPERTS:
@@ -108,8 +114,8 @@ class State:
             return None
         problem = ""
         for path in self._owners(site.weight):
-            layer = self.program.base.loaded.module.get_submodule(path)
             try:
+                layer = self._layer(path)
                 input_name(layer)
                 seen = self.seen.get(path)
                 if seen is None:

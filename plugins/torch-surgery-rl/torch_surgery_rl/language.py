@@ -56,7 +56,8 @@ class Rollout:
 class LanguagePolicy(nn.Module):
     """A causal language model as a policy: a state is what stands before a token, an action the token.
 
-    module: of a program (`program.module()`), or a live transformers model. value: the output that a value head gave
+    module: of a program (`program.module()`), a live transformers model, or a tail of a program's FrozenPart, which is
+    called with what that keeps beside the rest. value: the output that a value head gave
     (surgery.Head(mode="add", labels=1, head_name="value", pool="none")); without it, values are None. temperature:
     the logits are divided by it, as they were in sampling.
     """
@@ -68,14 +69,18 @@ class LanguagePolicy(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, **kept: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Logits N × T × vocabulary and values N × T at positions N × T, in float32 at least."""
-        uncached = {"use_cache": False} if hasattr(self.module, "generate") else {}
-        outputs = self.module(input_ids=input_ids, attention_mask=attention_mask, **uncached)
+        more: dict[str, Any] = {**kept, "positions": positions} if kept else {}
+        if hasattr(self.module, "generate"):
+            more["use_cache"] = False
+        outputs = self.module(input_ids=input_ids, attention_mask=attention_mask, **more)
         rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
         wide = torch.promote_types(outputs["logits"].dtype, torch.float32)
-        logits = outputs["logits"][rows, positions].to(wide) / self.temperature
+        narrowed = getattr(self.module, "narrowed", "") == "logits"
+        logits = outputs["logits"] if narrowed else outputs["logits"][rows, positions]
+        logits = logits.to(wide) / self.temperature
         values = outputs.get(self.value)
         if values is None:
             return logits, None

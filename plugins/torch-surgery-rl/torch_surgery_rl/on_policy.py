@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from surgery.api import (
     Field,
+    FrozenPart,
     OnPolicy,
     Program,
     Setting,
@@ -118,12 +120,15 @@ class LanguageObjective(OnPolicy):
     def companions(self, program: Program) -> Mapping[str, nn.Module]:
         """live: what samples. policy: the module that trains. reference: what it was. judge: what it is to please."""
         heads = [e.id for e in program.journal if e.pass_name == "head" and e.options.get("mode") == "add"]
-        return {
+        reference = reference_of(program)
+        found: dict[str, nn.Module] = {
             "live": program.without(*heads).live(),
             "policy": program.module(),
-            "reference": reference_of(program).graph_module,
+            "reference": reference.graph_module,
             "judge": Judge.of(self.reward, self.reward_class, self.reads),
         }
+        frozen = FrozenPart.of(program, [reference], narrow="logits")
+        return {**found, "frozen": frozen} if frozen is not None else found
 
     @torch.no_grad()
     def complete(self, batch: Batch, companions: Mapping[str, nn.Module]) -> Batch:
@@ -136,12 +141,16 @@ class LanguageObjective(OnPolicy):
                 eos=list(dict.fromkeys(ends)), pad=read.pad_token_id,
             )  # fmt: skip
         scores = companions["judge"](rollout, read)
-        seen = compare(
-            self.policy(companions["policy"]), self.policy(companions["reference"]), rollout.inputs, rollout.actions,
-            rollout.mask, rows=self.minibatch,
-        )  # fmt: skip
         inputs = {name: rollout.inputs[name] for name in ("input_ids", "attention_mask")}
-        return {**batch, "inputs": inputs, "rollout": rollout, "scores": scores, **seen}
+        policy, reference, kept = companions["policy"], companions["reference"], {}
+        if isinstance(frozen := companions.get("frozen"), FrozenPart):
+            (policy, reference), kept = frozen.tails, frozen.run(inputs, self.minibatch)
+        seen = compare(
+            self.policy(policy), self.policy(reference), {**rollout.inputs, **kept}, rollout.actions, rollout.mask,
+            rows=self.minibatch,
+        )  # fmt: skip
+        tail = {"tail": policy, "kept": kept} if kept else {}
+        return {**batch, "inputs": inputs, "rollout": rollout, "scores": scores, **seen, **tail}
 
     def policy(self, module: nn.Module) -> LanguagePolicy:
         """A module as a policy."""
@@ -163,7 +172,8 @@ class LanguageObjective(OnPolicy):
         self, module: nn.Module, batch: Batch, optimizer: Optimizer, clip: float, kept: dict[str, float]
     ) -> dict[str, float]:
         coefficient = kept.setdefault("kl_coefficient", self.kl)
-        experience, policy = self.experience(batch, coefficient), self.policy(module)
+        experience, policy = self.experience(batch, coefficient), self.policy(batch.get("tail", module))
+        experience = replace(experience, inputs={**experience.inputs, **batch.get("kept", {})})
         with evaluating(policy):
             done = self.update(policy, experience, optimizer, clip, batch["seed"])
         kl, mask = float(batch["kl"].mean()), experience.mask
