@@ -44,7 +44,7 @@ def domain(runs: Runs, name: str, most: int) -> Path:
     return runs.write(f"{name}-{most}", rows[:most])
 
 
-SENTENCES = 1800
+SENTENCES = 1600
 OF_EACH_TASK = 720
 CLASSIFIER = ("--task", "text-classification", "--model-kwarg", "num_labels=2")
 SHORT = ("--max-length", "48", "--lr", "1e-4", "--held-out", "0.2", "--epochs")
@@ -169,8 +169,8 @@ def smollm2_with_lora(runs: Runs) -> Path:
 def tweets(runs: Runs) -> None:
     texts = [s.text for s in sentences("tweets")]
     random.Random(0).shuffle(texts)
-    learn = runs.write("tweets-train", [{"text": text} for text in texts[150:750]])
-    held = runs.write("tweets-held-out", [{"text": text} for text in texts[:150]])
+    learn = runs.write("tweets-train", [{"text": text} for text in texts[120:620]])
+    held = runs.write("tweets-held-out", [{"text": text} for text in texts[:120]])
     other = [text[:800] for text in wiki()[:10]]
     model = smollm2_with_lora(runs)
     own = words("--objective causal-lm --epochs 1 --max-length 128 --lr 3e-4")
@@ -196,7 +196,7 @@ def perplexity(program: surgery.Program, read: Any, texts: list[str]) -> float:
 
 
 def alpaca(runs: Runs) -> None:
-    data = runs.write("alpaca", [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()[:225]])
+    data = runs.write("alpaca", [{"prompt": row.prompt, "response": row.answer} for row in alpaca_en()[:210]])
     model = smollm2_with_lora(runs)
     own = words("--objective sft --epochs 1 --max-length 192 --lr 3e-4 --held-out 0.1")
     runs.train(model, "answering", *own, "--data", data, show=["loss", "perplexity"])
