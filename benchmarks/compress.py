@@ -136,6 +136,10 @@ FORMATS = [
     Format("int8", _ours("quantize", format="int8")),
     Format("int8, groups of 64", _ours("quantize", format="int8", group=64)),
     Format("int8-dynamic", _ours("quantize", format="int8-dynamic")),
+    Format(
+        "int8-dynamic, smoothed",
+        _ours("quantize", format="int8-dynamic", smooth=0.65, activation_budget=0.05),
+    ),
     Format("int8-static", _ours("int8-static")),
     Format("int4", _ours("quantize", format="int4")),
     Format("int4, fp32 sums", "int4", config=FP32_SUMS),

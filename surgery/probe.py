@@ -32,6 +32,7 @@ class Probe:
         self._state: dict[str, Tensor] | None = None
         self._squared: dict[str, Tensor] = {}
         self._products: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}
         self._made: dict[Hashable, Any] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -69,7 +70,7 @@ class Probe:
     def clear(self) -> None:
         """Forget all that was read and measured: the sites of a report know their probe, and would keep it alive."""
         self._state = None
-        for found in (self._squared, self._products, self._made):
+        for found in (self._squared, self._products, self._largest, self._made):
             found.clear()
 
     def stored(self, site: Site) -> Tensor:
@@ -168,12 +169,24 @@ class Probe:
         return torch.stack([self._products[name] for name, _ in entering(site)]).sum(0)
 
     def _add_products(self, name: str, value: Tensor, columns: bool) -> None:
-        value = value.transpose(-2, -1) if columns else value
-        rows = value.reshape(-1, value.shape[-1]).double()
-        if not bool(rows.isfinite().all()):
-            raise PassError(f"on the data the value {name!r} is infinite or no number; mend the data")
+        rows = _rows(name, value.transpose(-2, -1) if columns else value).double()
         found = rows.T @ rows
         self._products[name] = self._products[name] + found if name in self._products else found
+
+    def largest(self, site: Site) -> Tensor:
+        """The largest magnitude of each feature (in, fp32) over all positions of the data that enter a linear site of
+        rows, at any of its calls, before passes that change what enters. Of all such sites at once, as `products`."""
+        from surgery.sites import head
+        from surgery.weight_ops import LINEAR, operand
+
+        def see(name: str, value: Tensor) -> None:
+            found = _rows(name, value).abs().amax(0).float()
+            self._largest[name] = torch.maximum(self._largest.get(name, found), found)
+
+        if not self._largest:
+            calls = [call for s in self.program.sites if s.kind == LINEAR for call in s.calls]
+            self.watch({head(operand(call)).name for call in calls if call.x_axis != "column"}, see)
+        return torch.stack([self._largest[head(operand(call)).name] for call in site.calls]).amax(0)
 
     def fisher(self, name: str, samples: int = 4, seed: int = 0) -> Tensor:
         """Diagonal Fisher information of a base parameter, of its shape, in fp32 (see `fisher_of`).
@@ -193,6 +206,14 @@ class Probe:
                 )
             self._squared.update(found)
         return self._squared[name]
+
+
+def _rows(name: str, value: Tensor) -> Tensor:
+    """(positions, features) of a value. PassError where it is not finite."""
+    rows = value.reshape(-1, value.shape[-1])
+    if not bool(rows.isfinite().all()):
+        raise PassError(f"on the data the value {name!r} is infinite or no number; mend the data")
+    return rows
 
 
 def _misfit(example: Any, value: Any) -> str:

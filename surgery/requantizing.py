@@ -104,7 +104,7 @@ def into_codes(program: Program, how: How, budget: float, ident: str, data: Sequ
         names = {name: f"{place.pass_.tensor_prefix(site)}_{ident}.{name}" for name in made}
         tensors.update({names[name]: tensor for name, tensor in made.items()})
         decided = {"entry": choice.codes, "correction": choice.rank, "merged": choice.to_json()}
-        records.append(SiteRecord(site.key, path, decided, names))
+        records.append(SiteRecord(site.key, path, decided, {**place.record.tensors, **names}))
         for name in choice.adapters:
             records.append(SiteRecord(site.key, path, {"entry": name, "gone": True}, {}))
     return Merged(tuple(choices), tuple(records), tensors)
@@ -166,7 +166,7 @@ class _Place:
         kept = replace(kept, errors={"requantize": error.outputs})
         if how == "requantize" or (how == "auto" and error.within):
             chosen = replace(kept, how="requantize", lost=error.lost, unseen=error.unseen)
-            return chosen, {name: getattr(codes, name) for name in self.layout.names}
+            return chosen, self._made(codes)
         lost = f"new codes lose {error.said}"
         if self.site.kind == CONV and self.site.layout == "io":
             return replace(kept, why=f"{lost}, and a transposed convolution has no low-rank branch"), {}
@@ -191,7 +191,7 @@ class _Place:
             return replace(kept, why=f"{lost}, and a correction that loses {goal.budget:.1%} {least}"), {}
         best = min(range(len(found)), key=lambda index: found[index].tail(rank))
         (held, rest), scale = moved[best], self._codes.scale
-        made = {name: getattr(held, name).clone() for name in self.layout.names}
+        made = {name: tensor.clone() for name, tensor in self._made(held).items()}
         up, down = (factor.to(scale) for factor in found[best].factors(rank))
         added = up.double() @ down.double()
         error = goal.error(rest - added, goal.added - added)
@@ -248,7 +248,11 @@ class _Place:
 
     @property
     def _codes(self) -> Codes:
-        return Codes(*(self.tensors[self.record.tensors[name]] for name in self.layout.names))
+        return Codes(**{name: self.tensors[self.record.tensors[name]] for name in self.layout.names})
+
+    def _made(self, codes: Codes) -> dict[str, Tensor]:
+        """What a merge makes anew of codes: the factors of smoothing stay those that are there."""
+        return {name: getattr(codes, name) for name in self.layout.names if name != "smooth"}
 
     @cached_property
     def _entering(self) -> Entering:
@@ -272,16 +276,15 @@ class _Place:
         moved = (self.layout.matrix(wanted) != self.layout.matrix(given)).any(1, keepdim=True)
         if not bool(moved.any()):
             return codes
-        fresh = self.pass_.encode(self.site, wanted)
-        fresh = Codes(fresh.codes, fresh.scale.to(codes.scale), fresh.zero)
+        fresh = self.pass_.recode(self.site, wanted, codes)
+        fresh = replace(fresh, scale=fresh.scale.to(codes.scale))
         if bool(moved.all()):
             return fresh
         zero = (
             None if fresh.zero is None or codes.zero is None else torch.where(moved, fresh.zero, codes.zero)
         )
-        return Codes(
-            torch.where(moved, fresh.codes, codes.codes), torch.where(moved, fresh.scale, codes.scale), zero
-        )
+        held = torch.where(moved, fresh.codes, codes.codes)
+        return replace(fresh, codes=held, scale=torch.where(moved, fresh.scale, codes.scale), zero=zero)
 
     def _values_of_adapters(self) -> int:
         records = [r for e in self.over for r in e.sites if r.key == self.record.key]

@@ -17,18 +17,18 @@ DOMAIN, OP = "surgery.quantizing", "RoundActivation"
 def translation() -> Any:
     """The onnxscript function for torch.onnx's table."""
     values, defs = require("onnxscript").values, require("onnx").defs
-    given = defs.OpSchema.FormalParameter
+    given, optional = defs.OpSchema.FormalParameter, defs.OpSchema.FormalParameterOption.Optional
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
     schema = defs.OpSchema(
         OP,
         DOMAIN,
         1,
-        inputs=[given("x", "T")],
+        inputs=[given("x", "T"), given("smooth", "S", param_option=optional)],
         outputs=[given("y", "T")],
-        type_constraints=[("T", floats, "")],
+        type_constraints=[("T", floats, ""), ("S", floats, "")],
     )
     own = values.Op(values.Opset(DOMAIN, 1), OP, schema)
-    return lambda x: own(x)
+    return lambda x, smooth=None: own(x) if smooth is None else own(x, smooth)
 
 
 class Rounded:
@@ -38,11 +38,14 @@ class Rounded:
         self.ir, self.model = require("onnx_ir"), model
         self.nodes = [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, OP)]
         self._outputs = {id(node.outputs[0]): node for node in self.nodes}
-        self._codes: dict[int, tuple[Any, Any, Any]] = {}
+        self._codes: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
 
-    def reads(self, node: Any, weight: Any) -> bool:
-        """Whether a node multiplies a rounded activation with this value, from the right."""
-        return node.op_type == "MatMul" and node.inputs[1] is weight and id(node.inputs[0]) in self._outputs
+    def reads(self, node: Any, weight: Any, smooth: Any) -> bool:
+        """Whether a node multiplies a rounded activation with this value, from the right. smooth: of the weight."""
+        if node.op_type != "MatMul" or node.inputs[1] is not weight:
+            return False
+        rounded = self._outputs.get(id(node.inputs[0]))
+        return rounded is not None and _smooth(rounded) is smooth
 
     def product(self, node: Any, codes: Any, scales: Any) -> None:
         """Put integer arithmetic in a product's place. codes: int8 (K, N). scales: float32 (N,)."""
@@ -67,6 +70,8 @@ class Rounded:
             if node.outputs[0].uses() or node.outputs[0].is_graph_output():
                 levels, step, zero = self._quantized(node)
                 value = self._add(node, "DequantizeLinear", [levels, step, zero])
+                if (smooth := _smooth(node)) is not None:
+                    value = self._add(node, "Mul", [value, self._wide(node, smooth)])
                 kind = node.inputs[0].dtype or self.ir.DataType.FLOAT
                 if kind != self.ir.DataType.FLOAT:
                     value = self._add(node, "Cast", [value], to=int(kind))
@@ -75,22 +80,33 @@ class Rounded:
                 self.model.graph.remove(node, safe=True)
 
     def _quantized(self, node: Any) -> tuple[Any, Any, Any]:
-        x = node.inputs[0]
-        if id(x) not in self._codes:
-            wide = x
-            if (x.dtype or self.ir.DataType.FLOAT) != self.ir.DataType.FLOAT:
-                wide = self._add(node, "Cast", [x], to=int(self.ir.DataType.FLOAT))
+        x, smooth = node.inputs[0], _smooth(node)
+        key = id(x), id(smooth)
+        if key not in self._codes:
+            wide = self._wide(node, x)
+            if smooth is not None:
+                wide = self._add(node, "Div", [wide, self._wide(node, smooth)])
             made = self.ir.node("DynamicQuantizeLinear", [wide], num_outputs=3)
             made.metadata_props.update(node.metadata_props)
             self.model.graph.insert_before(node, [made])
-            self._codes[id(x)] = tuple(made.outputs)
-        return self._codes[id(x)]
+            self._codes[key] = tuple(made.outputs)
+        return self._codes[key]
+
+    def _wide(self, node: Any, value: Any) -> Any:
+        """The value as fp32."""
+        if (value.dtype or self.ir.DataType.FLOAT) == self.ir.DataType.FLOAT:
+            return value
+        return self._add(node, "Cast", [value], to=int(self.ir.DataType.FLOAT))
 
     def _add(self, anchor: Any, op: str, inputs: list[Any], **attributes: Any) -> Any:
         made = self.ir.node(op, inputs, attributes=attributes)
         made.metadata_props.update(anchor.metadata_props)
         self.model.graph.insert_before(anchor, [made])
         return made.outputs[0]
+
+
+def _smooth(node: Any) -> Any:
+    return node.inputs[1] if len(node.inputs) > 1 else None
 
 
 def take_over(model: Any, node: Any, value: Any) -> None:

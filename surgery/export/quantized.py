@@ -46,6 +46,7 @@ def translation() -> Any:
             given("codes", "C"),
             given("scale", "T"),
             given("zero", "tensor(uint8)", param_option=optional),
+            given("smooth", "T", param_option=optional),
         ],
         outputs=[given("weight", "T")],
         type_constraints=[("C", ["tensor(int8)", "tensor(uint8)"], ""), ("T", floats, "")],
@@ -57,8 +58,10 @@ def translation() -> Any:
     )
     own = values.Op(values.Opset(DOMAIN, 1), OP, schema)
 
-    def lower(codes, scale, zero=None, format="", shape=(), order=()):
-        inputs = (codes, scale) if zero is None else (codes, scale, zero)
+    def lower(codes, scale, zero=None, format="", shape=(), order=(), smooth=None):
+        inputs = [codes, scale, zero, smooth]
+        while inputs[-1] is None:
+            inputs.pop()
         return own(*inputs, format=format, shape=[int(s) for s in shape], order=[int(o) for o in order])
 
     return lower
@@ -154,6 +157,7 @@ class _Lowered:
         self.ir, self.model, self.node = require("onnx_ir"), model, node
         self.codes, self.scale = node.inputs[0], node.inputs[1]
         self.zero = node.inputs[2] if len(node.inputs) > 2 else None
+        self.smooth = node.inputs[3] if len(node.inputs) > 3 else None
         given = node.attributes
         self.format = given["format"].as_string()
         self.shape, self.order = list(given["shape"].as_ints()), list(given["order"].as_ints())
@@ -172,6 +176,8 @@ class _Lowered:
         zeros = None if self.zeros is None else torch.from_numpy(self.zeros)
         scales = torch.from_numpy(self.scales.astype(np.float32))  # numpy has no bfloat16 that torch reads
         given = decode(self.packed, scales, zeros, self.format, self.columns)
+        if self.smooth is not None:
+            given = given / torch.from_numpy(self.smooth.const_value.numpy().astype(np.float32))
         return Weight(given.numel(), float(given.double().abs().sum()))
 
     def multiply(self, rounded: Rounded) -> bool:
@@ -186,7 +192,7 @@ class _Lowered:
                 pairs.append((user, self.node.outputs[0], False))
         across = self.order == [0, 1]  # the matrix is (N, K), and the product wants (K, N)
         for node, weight, turned in pairs:
-            if not rounded.reads(node, weight) or turned != across:
+            if not rounded.reads(node, weight, self.smooth) or turned != across:
                 return False
         codes = self._store(self.codes, np.ascontiguousarray(self.numbers.T), None)
         scales = self._store(self.scale, self.scales[:, 0].astype(np.float32), None)
@@ -204,7 +210,8 @@ class _Lowered:
         elif flat:
             # A weight that is only read transposed is stored so.
             turned = bool(self.users) and all(_swaps(user) for user in self.users)
-            matrix = self._matrix(across=(self.order == [1, 0]) != turned)
+            across = (self.order == [1, 0]) != turned
+            matrix = self._unsmoothed(self._matrix(across), across)
             for node in self.users if turned else [self.node]:
                 node.outputs[0].replace_all_uses_with(matrix, replace_graph_outputs=True)
         elif self.rows == self.shape[self.order[0]] and self.scales.shape[1] == 1 and self.format != "nf4":
@@ -257,6 +264,16 @@ class _Lowered:
         rows_axis, columns_axis = (1, 0) if across else (0, 1)
         blocked = {"axis": columns_axis, "block_size": self.block}
         return self._add("DequantizeLinear", inputs, {"axis": rows_axis} if whole else blocked)
+
+    def _unsmoothed(self, matrix: Any, across: bool) -> Any:
+        """What was multiplied with factors by column, divided by these."""
+        if self.smooth is None:
+            return matrix
+        factors = self.smooth
+        if across:
+            last = self._constant("last", np.array([-1], dtype=np.int64))
+            factors = self._add("Unsqueeze", [factors, last])
+        return self._add("Div", [matrix, factors])
 
     def _as_stored(self) -> Any:
         """The dequantized weight, of more than two axes, with scales along one of them: as QLinearConv takes it."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from surgery.errors import PassError
 from surgery.pass_base import Numerics, changes
+from surgery.probe import Probe
 from surgery.quantizing.checks import hindrance
 from surgery.quantizing.codes import Codes
 from surgery.quantizing.formats import DYNAMIC, FormatPass
+from surgery.quantizing.layout import Layout
+from surgery.quantizing.smoothing import Map, moved_by_rounding, smoothing
 from surgery.quantizing.stored import CodesPass
 from surgery.rewriter import Rewriter
-from surgery.sites import Site
+from surgery.sites import Site, SiteKey, live_nodes, tail
 from surgery.weight_ops import LINEAR
 
 
@@ -29,6 +34,12 @@ class Quantize(FormatPass, CodesPass):
     row (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279). `--group 0` is a scale for each row. `--method gptq` rounds
     the columns of a linear map one by one and puts the error of each into the rest, by what enters it on the data
     (Frantar et al. 2023, arXiv:2210.17323).
+
+    Of `int8-dynamic` two options keep outputs where a few features or tokens are far larger than the rest. `--smooth`
+    divides each feature by s before it is rounded, and codes W s (SmoothQuant, Xiao et al. 2023, arXiv:2211.10438):
+    s is max|x|^α / max|w|^(1−α) on the data, the same for all targeted maps of one input, which is rounded once.
+    `--activation-budget` measures by how much the rounding of what enters moves each map's outputs, and keeps what
+    enters as it is where that is more: the weight alone is int8 there.
 
     The codes are stored, never computed again. The op goes on as it was, and reads the weight that they give, so every
     adapter stands on it as on the base: only the adapter has gradients (QLoRA). An adapter is folded into codes by
@@ -47,8 +58,27 @@ class Quantize(FormatPass, CodesPass):
         description="round to nearest, or make up for errors on the data (linear maps, int8 and int4)",
     )
 
+    smooth: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="with int8-dynamic: SmoothQuant's α, how much of what enters goes into the weights (0: nothing)",
+    )
+    activation_budget: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with int8-dynamic: where rounding what enters moves outputs by more (0.05: 5%), it stays",
+    )
+
     @model_validator(mode="after")
     def _together(self) -> Quantize:
+        given = {"--smooth": bool(self.smooth), "--activation-budget": self.activation_budget is not None}
+        if not self.dynamic and (option := next((name for name, there in given.items() if there), None)):
+            raise PassError(
+                f"pass 'quantize': {option} is for int8-dynamic, which rounds what enters, and this is {self.format}; "
+                "leave it out"
+            )
         if self.method == "gptq" and self.format not in ("int8", DYNAMIC, "int4"):
             raise PassError(f"pass 'quantize': --method gptq is for int8 and int4, and this is {self.format}")
         return self
@@ -56,23 +86,105 @@ class Quantize(FormatPass, CodesPass):
     def check(self, site: Site) -> str | None:
         if self.method == "gptq" and site.kind != LINEAR:
             return f"--method gptq is for linear maps, and this is a {site.kind} weight; quantize it in another pass"
-        if self.method == "gptq" and not site.probe.program.base.in_memory:
-            return "its weight is not in memory, and gptq has to read it"
-        why = hindrance(site, self.layout(site), self.dynamic, self.method == "gptq")
-        if why is None and self.method == "gptq" and not bool(site.probe.products(site).any()):
+        measuring = self._measuring
+        if measuring and not site.probe.program.base.in_memory:
+            return f"its weight is not in memory, and {measuring[0]} has to read it"
+        why = self._hindrance(site)
+        if why is None and measuring and not self._reached(site):
             return "nothing but zeros enters it on the data, which says nothing of errors; give data that reaches it"
         return why
 
+    @property
+    def _measuring(self) -> list[str]:
+        """What of the options looks at the data."""
+        given = {
+            "gptq": self.method == "gptq",
+            "--smooth": bool(self.smooth),
+            "--activation-budget": self.activation_budget is not None,
+        }
+        return [name for name, there in given.items() if there]
+
+    def _hindrance(self, site: Site) -> str | None:
+        return hindrance(site, self.layout(site), self.dynamic, self.method == "gptq")
+
+    def _reached(self, site: Site) -> bool:
+        found = site.probe.products(site) if self.method == "gptq" else site.probe.largest(site)
+        return bool(found.any())
+
+    def layout(self, site: Site) -> Layout:
+        return replace(super().layout(site), smoothed=bool(self.smooth) and self._rounds(site))
+
+    def _rounds(self, site: Site) -> bool:
+        """Whether what enters the site is rounded."""
+        return self.dynamic and not site.decided.get("kept", False)
+
+    def decide(self, site: Site) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        if self.activation_budget is not None:
+            moved = self._moved(site.probe)[site.key]
+            own = {"moved": moved, "kept": moved > self.activation_budget}
+        if self.smooth and not own.get("kept"):
+            own["smooth"] = f"{self.tensor_prefix(self._first_of(site))}.smooth"
+        return {**super().decide(site.deciding(own)), **own}
+
+    def tensor_names(self, site: Site) -> dict[str, str]:
+        return {"smooth": site.decided["smooth"]} if "smooth" in site.decided else {}
+
     def note(self, site: Site) -> str:
         said = super().note(site)
-        if self.method == "gptq" and not site.probe.given:
+        if "moved" in site.decided:
+            said += f"; rounding what enters moves the outputs by {site.decided['moved']:.1%}"
+            said += ", over the budget: the weight alone is int8" if site.decided["kept"] else ""
+        if self._measuring and not site.probe.given:
             said += "; calibrated on the model's example inputs (give --data)"
         return said
 
     def encode(self, site: Site, weight: Tensor) -> Codes:
+        smooth = self._smoothing(site.probe)[site.key] if self.layout(site).smoothed else None
+        return self._coded(site, weight, smooth)
+
+    def recode(self, site: Site, weight: Tensor, held: Codes) -> Codes:
+        return self._coded(site, weight, held.smooth)
+
+    def _coded(self, site: Site, weight: Tensor, smooth: Tensor | None) -> Codes:
         products = site.probe.products(site) if self.method == "gptq" else None
-        return self.layout(site).encode(weight, products)
+        return self.layout(site).encode(weight, products, smooth)
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
-        self.round_input(g)
+        if self._rounds(site):
+            self.round_input(g, g["smooth"] if self.layout(site).smoothed else None)
         return super().rewrite(site, g)
+
+    # -- what is measured of all sites at once
+
+    def _maps(self, probe: Probe) -> list[Map]:
+        """The targeted sites at which nothing stands against it."""
+
+        def make() -> list[Map]:
+            live = live_nodes(probe.program.graph)
+            found = [
+                replace(s, measured=probe) for s in self.find(probe.program.view) if not s.selected_parts
+            ]
+            fit = [s for s in found if not live.isdisjoint(tail(call.node) for call in s.calls)]
+            return [Map(s, self.layout(s)) for s in fit if self._hindrance(s) is None]
+
+        return probe.once((self, "maps"), make)
+
+    def _smoothing(self, probe: Probe) -> Mapping[SiteKey, Tensor]:
+        return probe.once((self, "smooth"), lambda: smoothing(probe, self._maps(probe), self.smooth))
+
+    def _moved(self, probe: Probe) -> Mapping[SiteKey, float]:
+        def make() -> dict[SiteKey, float]:
+            factors = self._smoothing(probe) if self.smooth else {}
+            maps = [replace(each, smooth=factors.get(each.site.key)) for each in self._maps(probe)]
+            return {key: round(moved, 6) for key, moved in moved_by_rounding(probe, maps).items()}
+
+        return probe.once((self, "moved"), make)
+
+    def _first_of(self, site: Site) -> Site:
+        """Of the maps that share a site's factors, the first that has them: they go by its name."""
+        maps, limit = self._maps(site.probe), self.activation_budget
+        moved = {} if limit is None else self._moved(site.probe)
+        (inputs,) = (each.inputs for each in maps if each.site.key == site.key)
+        alike = (each.site for each in maps if each.inputs == inputs)
+        return next(s for s in alike if limit is None or moved[s.key] <= limit)

@@ -36,11 +36,13 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Codes:
-    """codes: packed (see `pack`), rows first. scale: (rows, blocks). zero: (rows, blocks) uint8, or None."""
+    """codes: packed (see `pack`), rows first. scale: (rows, blocks). zero: (rows, blocks) uint8, or None. smooth: (K,),
+    by which the columns of the matrix were multiplied before that, or None."""
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None = None
+    smooth: Tensor | None = None
 
 
 def packed_columns(format: str, columns: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from torch import fx
 
 from surgery.errors import PassError
 from surgery.pass_base import RewritePass
@@ -53,7 +54,8 @@ class FormatPass(RewritePass):
         """How the site's weight is coded."""
         return Layout.of(site, "int8" if self.dynamic else self.format, self.group, self.asymmetric)
 
-    def round_input(self, g: Rewriter) -> None:
-        """Round what enters the op, where the format says so."""
+    def round_input(self, g: Rewriter, smooth: fx.Node | None = None) -> None:
+        """Round what enters the op, where the format says so; divided by `smooth`, where there is one."""
         if self.dynamic:
-            g.replace_input(lambda x: g.call(round_activation._opoverload, x))
+            given = () if smooth is None else (smooth,)
+            g.replace_input(lambda x: g.call(round_activation._opoverload, x, *given))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from surgery.sites import Site
 @dataclass(frozen=True)
 class Layout:
     """shape: of the weight as stored. order: its axes, outputs (and experts) first. rows, columns: of the matrix.
-    block: columns that share a scale."""
+    block: columns that share a scale. smoothed: columns were multiplied with factors before they were coded."""
 
     format: str
     block: int
@@ -28,17 +28,19 @@ class Layout:
     shape: tuple[int, ...]
     order: tuple[int, ...]
     rows: int
+    smoothed: bool = False
 
     @staticmethod
-    def of(site: Site, format: str, group: int | None = None, asymmetric: bool = False) -> Layout:
+    def of(
+        site: Site, format: str, group: int | None = None, asymmetric: bool = False, smoothed: bool = False
+    ) -> Layout:
         """group: values that share a scale; 0 for a whole row, None for what the format has by default."""
         first = [site.layout.index(letter) for letter in "eov" if letter in site.layout]
         order = (*first, *(axis for axis in range(len(site.shape)) if axis not in first))
         rows = math.prod(site.shape[axis] for axis in first)
         asked = FORMATS[format].group if group is None else group
-        return Layout(
-            format, asked or site.parameters // rows, asymmetric, tuple(site.shape), tuple(order), rows
-        )
+        block = asked or site.parameters // rows
+        return Layout(format, block, asymmetric, tuple(site.shape), tuple(order), rows, smoothed)
 
     @property
     def columns(self) -> int:
@@ -58,16 +60,23 @@ class Layout:
         """(rows, columns) of a weight as stored."""
         return weight.permute(self.order).reshape(self.rows, -1)
 
-    def encode(self, weight: Tensor, products: Tensor | None = None) -> Codes:
-        """To nearest; with the XᵀX of what enters (columns × columns), by GPTQ."""
+    def encode(self, weight: Tensor, products: Tensor | None = None, smooth: Tensor | None = None) -> Codes:
+        """To nearest; with the XᵀX of what enters (columns × columns), by GPTQ. smooth: (columns,)."""
         matrix = self.matrix(weight)
+        if smooth is not None:
+            factors = smooth.to(matrix.device).float()
+            matrix = (matrix.float() * factors).to(matrix.dtype)
+            if products is not None:  # of what enters divided by these
+                products = products / torch.outer(factors, factors).to(products)
         if products is None:
-            return encode(matrix, self.format, self.block, self.asymmetric)
-        return gptq(matrix, products, self.format, self.block, self.asymmetric)
+            found = encode(matrix, self.format, self.block, self.asymmetric)
+        else:
+            found = gptq(matrix, products, self.format, self.block, self.asymmetric)
+        return replace(found, smooth=smooth)
 
     def decode(self, found: Codes) -> Tensor:
         """The weight that codes give, in its stored layout."""
-        return dequantize(found.codes, found.scale, found.zero, *self.arguments)
+        return dequantize(found.codes, found.scale, found.zero, *self.arguments, found.smooth)
 
     @property
     def arguments(self) -> tuple[str, list[int], list[int]]:
@@ -81,14 +90,17 @@ class Layout:
             "codes": (self.rows, packed_columns(self.format, self.columns)),
             "scale": (self.rows, blocks),
             "zero": (self.rows, blocks),
+            "smooth": (self.columns,),
         }
         kinds: Mapping[str, torch.dtype | None] = {
             "codes": torch.int8 if self.format == "int8" else torch.uint8,
             "scale": None,
             "zero": torch.uint8,
+            "smooth": None,
         }
         return {n: TensorSpec(shapes[n], fill(n), trainable=False, dtype=kinds[n]) for n in self.names}
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("codes", "scale", "zero") if self.asymmetric else ("codes", "scale")
+        given = {"zero": self.asymmetric, "smooth": self.smoothed}
+        return ("codes", "scale", *(name for name, there in given.items() if there))

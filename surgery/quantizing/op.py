@@ -15,18 +15,27 @@ from surgery.quantizing.recompute import made_from_codes
 
 @torch.library.custom_op("surgery::dequantize", mutates_args=())
 def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, shape: Sequence[int], order: Sequence[int]
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    format: str,
+    shape: Sequence[int],
+    order: Sequence[int],
+    smooth: Tensor | None = None,
 ) -> Tensor:
     """The weight, in its stored layout, of the dtype of the scales.
 
     codes, scale, zero: as surgery.quantizing.codes has them, of the weight with its axes in `order` seen as a matrix.
-    shape: of the weight as stored.
+    shape: of the weight as stored. smooth: by column of that matrix, what it was multiplied with before it was coded.
     """
     turned = [shape[axis] for axis in order]
     columns = math.prod(turned) // codes.shape[0]
 
     def make() -> Tensor:
-        return _back(decode(codes, scale, zero, format, columns).reshape(turned), order)
+        if smooth is None:
+            return _back(decode(codes, scale, zero, format, columns).reshape(turned), order)
+        matrix = decode(codes, scale.float(), zero, format, columns) / smooth.float()
+        return _back(matrix.to(scale.dtype).reshape(turned), order)
 
     weight = make()
     made_from_codes(weight, make)
@@ -35,7 +44,13 @@ def dequantize(
 
 @dequantize.register_fake
 def _(
-    codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, shape: Sequence[int], order: Sequence[int]
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    format: str,
+    shape: Sequence[int],
+    order: Sequence[int],
+    smooth: Tensor | None = None,
 ) -> Tensor:
     return scale.new_empty(list(shape))
 
@@ -70,23 +85,25 @@ def _(weight: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("surgery::round_activation", mutates_args=())
-def round_activation(x: Tensor) -> Tensor:
+def round_activation(x: Tensor, smooth: Tensor | None = None) -> Tensor:
     """An activation in 256 levels of its range at run time (ONNX's DynamicQuantizeLinear), given back as floats.
 
-    One scale and zero point for the whole tensor, so that rows of a batch are rounded alike. The gradient passes
-    straight through.
+    One scale and zero point for the whole tensor, so that rows of a batch are rounded alike. smooth: (features,), by
+    which the features are divided before they are rounded, and multiplied after that. The gradient passes straight
+    through.
     """
-    wide = x.float()
+    wide = x.float() if smooth is None else x.float() / smooth.float()
     low, high = wide.amin().clamp(max=0), wide.amax().clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = (-low / scale).round().clamp(0, 255)
     codes = ((wide / scale).round() + zero).clamp(0, 255)
-    return ((codes - zero) * scale).to(x.dtype)
+    rounded = (codes - zero) * scale
+    return (rounded if smooth is None else rounded * smooth.float()).to(x.dtype)
 
 
 @round_activation.register_fake
-def _(x: Tensor) -> Tensor:
+def _(x: Tensor, smooth: Tensor | None = None) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -102,4 +119,4 @@ def _straight_through(op: Any, others: int) -> None:
 
 
 _straight_through("surgery::fake_quantize", 6)
-_straight_through("surgery::round_activation", 0)
+_straight_through("surgery::round_activation", 1)

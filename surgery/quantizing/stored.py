@@ -37,6 +37,10 @@ class CodesPass(RewritePass):
         """The codes of any weight in the place of the site's."""
         return self.layout(site).encode(weight)
 
+    def recode(self, site: Site, weight: Tensor, held: Codes) -> Codes:
+        """The same where codes stand already, of which all stays that is no rounding of the weight."""
+        return self.encode(site, weight)
+
     def keeps_out(self, site: Site) -> str:
         """Why adapters at the site cannot go into its codes, or empty."""
         return ""
@@ -80,7 +84,8 @@ class CodesPass(RewritePass):
 
         def read(_: fx.Node) -> fx.Node:
             zero = g["zero"] if layout.asymmetric else None
-            return g.call(dequantize._opoverload, g["codes"], g["scale"], zero, *layout.arguments)
+            smooth = (g["smooth"],) if layout.smoothed else ()
+            return g.call(dequantize._opoverload, g["codes"], g["scale"], zero, *layout.arguments, *smooth)
 
         g.swap_weight(read)
         if site.decided.get("correction"):

@@ -163,11 +163,13 @@ def _reparameterisation() -> list[Technique]:
     def rounded_first(model: str) -> tuple[Pass, ...]:
         return (_at_linears("fake-quant", format="int4", group=0)(model),)
 
+    smoothed = _at_linears("quantize", format="int8-dynamic", smooth=0.65, activation_budget=0.05)
     return [
         *(
             Technique(f"quantize --format {kind}", family, _at_linears("quantize", format=kind, group=0), ALL)
             for kind in ("int8", "int8-dynamic", "int4", "nf4", "ternary", "binary")
         ),
+        Technique("quantize --smooth", family, smoothed, ALL),
         Technique("fake-quant", family, _at_linears("fake-quant", format="int4", group=0), ALL),
         Technique("convert", family, lambda model: of("convert"), ALL, rounded_first),
         Technique("int8-static", family, _at_linears("int8-static"), ALL),
