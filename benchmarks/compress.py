@@ -8,6 +8,7 @@ generates), as a ratio of fp32's (CPU time of one thread; --threads for wall tim
 after compression: what fine-tuning wins back is not in here.
 
     --quick   the digits only         --only NAME…   of the subjects: digits, lee, film, smollm2
+                                      --formats NAME…   of the formats; fp32 is made beside them
 """
 
 from __future__ import annotations
@@ -157,13 +158,13 @@ FORMATS = [
 ]
 
 
-def evaluate(subject: Subject, rounds: int) -> Iterator[Result]:
-    """Every format of a subject, fp32 first. Raises what goes wrong in ours; a peer's failure is a result."""
+def evaluate(subject: Subject, rounds: int, formats: Sequence[Format] = FORMATS) -> Iterator[Result]:
+    """The formats of a subject, fp32 first. Raises what goes wrong in ours; a peer's failure is a result."""
     with tempfile.TemporaryDirectory() as folder:
         made: dict[str, Result] = {}
         models: dict[str, OnnxModel] = {}
-        paths = {format.name: Path(folder, f"{number}.onnx") for number, format in enumerate(FORMATS)}
-        for format in FORMATS:
+        paths = {format.name: Path(folder, f"{number}.onnx") for number, format in enumerate(formats)}
+        for format in formats:
             path = paths[format.name]
             try:
                 if isinstance(format.make, str):
@@ -224,7 +225,8 @@ def table(results: list[Result], measures: Mapping[str, str]) -> Table:
 def markdown(results: list[Result], measures: Mapping[str, str], threads: int) -> str:
     lines = ["# Formats: size, quality, latency", "", "`python -m benchmarks.compress` writes this page.", ""]
     lines += [
-        f"Latency: over fp32's in onnxruntime, {threads} thread(s), at 1 and 16 rows. Lost: of the quality.",
+        f"Latency: over fp32's in onnxruntime, {threads} thread(s), at 1 and 16 rows, both in one run; "
+        "rows of a table can be of several. Lost: of the quality.",
         "",
     ]
     for name, measured in measures.items():
@@ -246,11 +248,16 @@ def markdown(results: list[Result], measures: Mapping[str, str], threads: int) -
 
 
 def _write(results: list[Result], measures: Mapping[str, str], threads: int) -> None:
-    """The page, with what it held of other subjects."""
+    """The page, with what it held of other subjects and formats."""
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {"results": [], "measures": {}}
     all_measures = {**kept["measures"], **measures}
-    others = [Result(**row) for row in kept["results"] if row["subject"] not in measures]
-    every = [*others, *results]
+    made = {(row.subject, row.format) for row in results}
+    others = [Result(**row) for row in kept["results"] if (row["subject"], row["format"]) not in made]
+    names, order = list(all_measures), [format.name for format in FORMATS]
+    every = sorted(
+        (row for row in (*others, *results) if row.format in order),
+        key=lambda row: (names.index(row.subject), order.index(row.format)),
+    )
     KEPT.write_text(
         json.dumps({"measures": all_measures, "results": [asdict(row) for row in every]}, indent=1)
     )
@@ -263,9 +270,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="the digits only, few rounds")
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="digits, lee, film, smollm2")
+    parser.add_argument("--formats", nargs="*", default=[], metavar="NAME", help="as the page calls them")
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime (1: CPU time is taken)")
     parser.add_argument(
-        "--write", action="store_true", help="write benchmarks/compress.md, other subjects as they were in it"
+        "--write",
+        action="store_true",
+        help="write benchmarks/compress.md, what was not asked for as it was in it",
     )
     asked = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
@@ -274,6 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in asked.only if name not in known]
     if unknown:
         parser.error(f"no subject {unknown[0]!r}; there are {', '.join(known)}")
+    named = [format.name for format in FORMATS]
+    if unknown := [name for name in asked.formats if name not in named]:
+        parser.error(f"no format {unknown[0]!r}; there are {'; '.join(named)}")
+    formats = [f for f in FORMATS if not asked.formats or f.name in ("fp32", *asked.formats)]
     results: list[Result] = []
     measures: dict[str, str] = {}
     missing = []
@@ -284,9 +298,8 @@ def main(argv: list[str] | None = None) -> int:
             missing.append(str(error))
             continue
         measures[made.name] = "; ".join([made.measure, *made.notes])
-        found = list(evaluate(made, 3 if asked.quick else 7))
-        order = [format.name for format in FORMATS]
-        results += sorted(found, key=lambda row: order.index(row.format))
+        found = list(evaluate(made, 3 if asked.quick else 7, formats))
+        results += sorted(found, key=lambda row: named.index(row.format))
         if asked.write:
             _write(results, measures, asked.threads)
     Console(width=None if sys.stdout.isatty() else 150).print(table(results, measures))

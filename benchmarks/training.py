@@ -1,9 +1,12 @@
 """`surgery train` against PEFT with transformers' Trainer: `python -m benchmarks training` (not part of `make bench`).
 
-LoRA of rank 8 on the attention of SmolLM2 (--quick: three steps of two examples), on alpaca_en's answers, in fp32:
-the same factors at the start, the same batches in the same order, AdamW at a constant
-rate. Trained in turns, whole runs; a step's time is from the end of one to the end of the next, and the benchmark stops
-where the losses of any step differ by more than SAME.
+LoRA of rank 8 on the attention of SmolLM2, on alpaca_en's answers, in fp32: the same factors at the start, AdamW at a
+constant rate, trained in turns, whole runs; a step's time is from the end of one to the end of the next.
+
+First the same batches in the same order: the benchmark stops where the losses of any step differ by more than SAME.
+Then an epoch of the same examples, each in the order that it takes by itself, which is where they differ: ours makes
+batches of similar length, so that little is padding. Held-out losses afterwards are within NOISE, or it stops.
+(--quick: few examples.)
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -24,9 +27,10 @@ import surgery
 from benchmarks.models import Model, require, smollm2
 from benchmarks.timing import Row, quartiles
 from surgery.training.data import Rows
-from surgery.training.loop import train
+from surgery.training.loop import Result, train
 from surgery.training.objective import Batch
 from surgery.training.objectives import Sft
+from surgery.training.setting import Setting
 from surgery.training.settings import Settings
 from surgery.training.tokenizers import find_tokenizer
 from surgery.training.watching import Watcher
@@ -34,74 +38,159 @@ from surgery.training.watching import Watcher
 ROOT = Path(__file__).resolve().parents[1]
 AIM = 1 / 1.05  # of the time: 1.05 of the tokens a second
 SAME = 1e-3  # relative: fp32 sums in two orders, through steps of Adam, whose first ones are the sign of a gradient
+NOISE = 0.03  # relative: the order of the examples, as another seed changes it
 RANK, ALPHA, RATE, BATCH, LONGEST = 8, 16.0, 1e-3, 4, 256
 
 
 def run(quick: bool) -> Iterator[Row]:
     require("peft", "the comparison with PEFT")
     require("accelerate", "training")
-    yield from _compare(
-        smollm2(), steps=3 if quick else 5, rounds=1 if quick else 3, batch=2 if quick else BATCH
-    )
+    model, batch, rounds = smollm2(), 2 if quick else BATCH, 1 if quick else 3
+    pair = _Pair(model)
+    yield _same_batches(pair, 3 if quick else 5, rounds, batch)
+    yield _own_orders(pair, 8 if quick else 48, batch)
 
 
-def _compare(model: Model, steps: int, rounds: int, batch: int) -> Iterator[Row]:
-    rows = _rows(steps * batch * 2)
-    program = model.program().apply(surgery.Lora(target="attn.*", rank=RANK, alpha=ALPHA))
-    start = {name: tensor.detach().clone() for name, tensor in program.tensors.items()}
-    settings = Settings(
-        steps=steps, batch=batch, lr=RATE, decay="constant", warmup=0, max_length=LONGEST, checkpoint=steps
-    )
-    batches: list[Batch] = []
+class _Pair:
+    """A program with LoRA, and PEFT's model with the same factors; each run starts from these."""
 
-    class Recording(Sft):
-        def loss(self, module: Any, batch: Batch) -> Tensor:
-            batches.append(batch)
-            return super().loss(module, batch)
+    def __init__(self, model: Model) -> None:
+        self.name = model.name
+        self.program = model.program().apply(surgery.Lora(target="attn.*", rank=RANK, alpha=ALPHA))
+        self.start = {name: tensor.detach().clone() for name, tensor in self.program.tensors.items()}
+        self.peer: Any = model.peft(self.program, model.attention, RANK, ALPHA)
+        self.tokenizer = find_tokenizer(self.program)
 
-    with tempfile.TemporaryDirectory() as folder:
+    @torch.no_grad()
+    def ours(self, objective: Sft, rows: Rows, **settings: Any) -> _Steps:
+        """A run of `surgery train`."""
+        for name, tensor in self.program.tensors.items():
+            tensor.copy_(self.start[name])
+        seen = _Steps()
+        options = Settings(lr=RATE, decay="constant", warmup=0, max_length=LONGEST, **settings)
+        with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+            seen.result = train(
+                self.program, objective, rows, options, folder=Path(folder), tokenizer=self.tokenizer,
+                watchers=[seen],
+            )  # fmt: skip
+        return seen
 
-        def ours(objective: Sft) -> _Steps:
-            with torch.no_grad():
-                for name, tensor in program.tensors.items():
-                    tensor.copy_(start[name])
-            seen = _Steps()
-            tokenizer = find_tokenizer(program)
-            train(
-                program, objective, rows, settings, folder=Path(folder), tokenizer=tokenizer, watchers=[seen]
-            )
-            return seen
+    @torch.no_grad()
+    def theirs(self, rows: Sequence[Mapping[str, Any]], batch: int, in_order: bool, collate: Any) -> _Steps:
+        """A run of Trainer over the rows, once."""
+        for name, parameter in self.peer.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(self.start[_ours_of(name)])
+        with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
+            return _trainer(self.peer, rows, batch, in_order, collate, folder)
 
-        first = ours(Recording())
-        peer = model.peft(program, model.attention, RANK, ALPHA)
-        begin = {n: start[_ours_of(n)] for n, p in peer.named_parameters() if p.requires_grad}
-        tokens = [int(b["inputs"]["attention_mask"].sum()) for b in batches]
-        mine: list[float] = []
-        theirs: list[float] = []
-        gap = 0.0
-        for number in range(rounds + 1):
-            here = first if not number else ours(Sft())
-            there = _trainer(peer, begin, batches, Path(folder))
-            gap = max(gap, *(abs(a - b) / abs(b) for a, b in zip(here.losses, there.losses, strict=True)))
-            if number:  # the first warms up, and records
-                mine += here.seconds[1:]
-                theirs += there.seconds[1:]
+
+class _Recording(Sft):
+    """Keeps the batches that it learns from."""
+
+    def loss(self, module: Any, batch: Batch) -> Tensor:
+        self.__dict__.setdefault("batches", []).append(batch)
+        return super().loss(module, batch)
+
+
+def _same_batches(pair: _Pair, steps: int, rounds: int, batch: int) -> Row:
+    rows = Rows(_rows(steps * batch * 2))
+    settings = {"steps": steps, "batch": batch, "checkpoint": steps}
+    recording = _Recording()
+    first = pair.ours(recording, rows, **settings)
+    batches = recording.__dict__["batches"]
+    given = [{**each["inputs"], "labels": _moved(each["labels"])} for each in batches]
+    mine: list[float] = []
+    theirs: list[float] = []
+    gap = 0.0
+    for number in range(rounds + 1):
+        here = first if not number else pair.ours(Sft(), rows, **settings)
+        there = pair.theirs(given, 1, True, lambda r: r[0])
+        gap = max(gap, *(abs(a - b) / abs(b) for a, b in zip(here.losses, there.losses, strict=True)))
+        if number:  # the first warms up, and records
+            mine += here.seconds[1:]
+            theirs += there.seconds[1:]
     if not gap <= SAME:
         raise RuntimeError(f"the losses of ours and of Trainer differ by {gap:.1e}; the times mean nothing")
     ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
-    ratio, (low, high) = median(ratios), quartiles(ratios)
-    a_step = sum(tokens[1:]) / len(tokens[1:])
-    note = (
-        f"losses of {steps} steps agree within {gap:.0e}; {a_step / median(mine):,.0f} tokens/s against "
-        f"{a_step / median(theirs):,.0f}"
-    )
-    yield Row(
-        "training", f"{model.name}: step of surgery train", "PEFT and Trainer", median(mine), median(theirs), ratio,
-        low, high, AIM, note=note,
+    a_step = sum(first.tokens[1:]) / len(first.tokens[1:])
+    note = f"losses of {steps} steps agree within {gap:.0e}; {_speeds(a_step, median(mine), median(theirs))}"
+    what = f"{pair.name}: a step of the same batches"
+    return Row(
+        "training", what, "PEFT and Trainer", median(mine), median(theirs), median(ratios), *quartiles(ratios),
+        AIM, note=note,
     )  # fmt: skip
 
 
-def _rows(count: int) -> Rows:
+def _own_orders(pair: _Pair, count: int, batch: int) -> Row:
+    rows = _rows(count + count // 4)
+    learned, held = rows.select(range(count)), rows.select(range(count, len(rows)))
+    recording = _Recording()
+    here = pair.ours(recording, Rows(learned, held), epochs=1, batch=batch)
+    singles = [row for each in recording.__dict__["batches"] for row in _single(each)]
+    there = pair.theirs(singles, batch, False, _padded(pair.tokenizer))
+    tokens = sum(len(row["input_ids"]) for row in singles)
+    if sum(here.tokens) != tokens:
+        raise RuntimeError(f"ours read {sum(here.tokens)} tokens, and {tokens} were given to Trainer")
+    assert here.result is not None
+    before, after = (found["loss"] for found in (here.result.before, here.result.metrics))
+    losses = after, _held_out(pair, held, batch)
+    if not abs(losses[0] - losses[1]) <= NOISE * losses[1]:
+        raise RuntimeError(f"held-out losses are {losses[0]:.3f} and {losses[1]:.3f}; the times mean nothing")
+    mine, theirs = sum(here.seconds), sum(there.seconds)
+    note = (
+        f"{count} examples; held-out loss {before:.3f} -> {after:.3f} against {losses[1]:.3f}; "
+        f"{_speeds(tokens, mine, theirs)}"
+    )
+    ratio = mine / theirs
+    what = f"{pair.name}: an epoch, each in its own order"
+    return Row("training", what, "PEFT and Trainer", mine, theirs, ratio, ratio, ratio, AIM, note=note)
+
+
+def _speeds(tokens: float, mine: float, theirs: float) -> str:
+    return f"{tokens / mine:,.0f} tokens/s against {tokens / theirs:,.0f}"
+
+
+def _moved(labels: Tensor) -> Tensor:
+    """Labels where transformers wants them, which moves them by itself."""
+    moved = torch.full_like(labels, -100)
+    moved[:, 1:] = labels[:, :-1]
+    return moved
+
+
+def _single(batch: Batch) -> Iterator[dict[str, list[int]]]:
+    """The examples of a batch, without padding."""
+    inputs = batch["inputs"]
+    for ids, there, labels in zip(
+        inputs["input_ids"], inputs["attention_mask"].bool(), _moved(batch["labels"]), strict=True
+    ):
+        yield {
+            "input_ids": ids[there].tolist(),
+            "attention_mask": [1] * int(there.sum()),
+            "labels": labels[there].tolist(),
+        }
+
+
+def _padded(tokenizer: Any) -> Any:
+    import transformers
+
+    return transformers.DataCollatorForSeq2Seq(tokenizer)
+
+
+@torch.no_grad()
+def _held_out(pair: _Pair, rows: Any, batch: int) -> float:
+    """The loss of PEFT's model on rows, as `surgery train` counts it."""
+    objective = Sft()
+    setting = objective.prepared(rows, Setting.of(pair.program, pair.tokenizer, LONGEST))
+    examples = [example for row in rows for example in objective.examples(row, setting)]
+    model, seen = pair.peer.eval(), []
+    for start in range(0, len(examples), batch):
+        given = objective.collate(examples[start : start + batch], setting, torch.Generator())
+        seen.append(objective.observe(model, given))
+    return objective.metrics({name: torch.cat([each[name] for each in seen]) for name in seen[0]})["loss"]
+
+
+def _rows(count: int) -> Any:
     """Rows of alpaca_en, shuffled the same every time."""
     import datasets
 
@@ -110,9 +199,7 @@ def _rows(count: int) -> Rows:
 
     rows = alpaca_en()
     random.Random(0).shuffle(rows)
-    return Rows(
-        datasets.Dataset.from_list([{"prompt": r.prompt, "response": r.answer} for r in rows[:count]])
-    )
+    return datasets.Dataset.from_list([{"prompt": r.prompt, "response": r.answer} for r in rows[:count]])
 
 
 def _clock() -> float:
@@ -125,14 +212,20 @@ class _Steps(Watcher):
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.tokens: list[int] = []
+        self.result: Result | None = None
         self.ends = [_clock()]
 
     @property
     def seconds(self) -> list[float]:
         return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
 
+    def begun(self, step: int, steps: int) -> None:
+        self.ends = [_clock()]
+
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
         self.losses.append(loss)
+        self.tokens.append(tokens)
         self.ends.append(_clock())
 
 
@@ -142,39 +235,32 @@ def _ours_of(name: str) -> str:
     return f"{module}.lora.{factor.split('.')[0]}"
 
 
-def _trainer(model: Any, begin: Mapping[str, Tensor], batches: list[Batch], folder: Path) -> _Steps:
-    """The same batches by Trainer, from the same factors."""
+def _trainer(
+    model: Any, rows: Sequence[Mapping[str, Any]], batch: int, in_order: bool, collate: Any, folder: str
+) -> _Steps:
     import transformers
     from torch.utils.data import SequentialSampler
 
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in begin:
-                parameter.copy_(begin[name])
     seen = _Steps()
 
     class Ends(transformers.TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            seen.ends = [_clock()]
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seen.ends.append(_clock())
 
     class InOrder(transformers.Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
-            return SequentialSampler(range(len(batches)))
+            return SequentialSampler(range(len(rows)))
 
-    rows = []
-    for batch in batches:
-        labels = torch.full_like(batch["labels"], -100)
-        labels[:, 1:] = batch["labels"][:, :-1]  # transformers moves them by itself
-        rows.append({**batch["inputs"], "labels": labels})
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "peer"), per_device_train_batch_size=1, max_steps=len(batches), learning_rate=RATE,
+        output_dir=folder, per_device_train_batch_size=batch, num_train_epochs=1, learning_rate=RATE, seed=0,
         lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0, logging_steps=1, report_to="none",
         save_strategy="no", remove_unused_columns=False, use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer = InOrder(
-        model=model, args=arguments, train_dataset=rows, data_collator=lambda r: r[0], callbacks=[Ends()]
-    )
-    seen.ends = [_clock()]
+    kind = InOrder if in_order else transformers.Trainer
+    trainer = kind(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[Ends()])
     trainer.train()
     seen.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return seen

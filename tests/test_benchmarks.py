@@ -69,9 +69,10 @@ def test_training_compares_the_same_losses(tmp_path):
     out = tmp_path / "training.json"
     done = run("training", "--quick", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["peer_name"] == "PEFT and Trainer"
-    assert row["note"].startswith("losses of 3 steps agree within")
+    same, own = json.loads(out.read_text())["rows"]
+    assert same["peer_name"] == own["peer_name"] == "PEFT and Trainer"
+    assert same["note"].startswith("losses of 3 steps agree within")
+    assert "8 examples; held-out loss" in own["note"]
 
 
 def test_an_unknown_name_is_one_line():
