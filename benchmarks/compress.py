@@ -158,6 +158,9 @@ FORMATS = [
 ]
 
 
+NAMES = [format.name for format in FORMATS]
+
+
 def evaluate(subject: Subject, rounds: int, formats: Sequence[Format] = FORMATS) -> Iterator[Result]:
     """The formats of a subject, fp32 first. Raises what goes wrong in ours; a peer's failure is a result."""
     with tempfile.TemporaryDirectory() as folder:
@@ -253,10 +256,10 @@ def _write(results: list[Result], measures: Mapping[str, str], threads: int) -> 
     all_measures = {**kept["measures"], **measures}
     made = {(row.subject, row.format) for row in results}
     others = [Result(**row) for row in kept["results"] if (row["subject"], row["format"]) not in made]
-    names, order = list(all_measures), [format.name for format in FORMATS]
+    titles = list(all_measures)
     every = sorted(
-        (row for row in (*others, *results) if row.format in order),
-        key=lambda row: (names.index(row.subject), order.index(row.format)),
+        (row for row in (*others, *results) if row.format in NAMES),
+        key=lambda row: (titles.index(row.subject), NAMES.index(row.format)),
     )
     KEPT.write_text(
         json.dumps({"measures": all_measures, "results": [asdict(row) for row in every]}, indent=1)
@@ -284,9 +287,8 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in asked.only if name not in known]
     if unknown:
         parser.error(f"no subject {unknown[0]!r}; there are {', '.join(known)}")
-    named = [format.name for format in FORMATS]
-    if unknown := [name for name in asked.formats if name not in named]:
-        parser.error(f"no format {unknown[0]!r}; there are {'; '.join(named)}")
+    if unknown := [name for name in asked.formats if name not in NAMES]:
+        parser.error(f"no format {unknown[0]!r}; there are {'; '.join(NAMES)}")
     formats = [f for f in FORMATS if not asked.formats or f.name in ("fp32", *asked.formats)]
     results: list[Result] = []
     measures: dict[str, str] = {}
@@ -299,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         measures[made.name] = "; ".join([made.measure, *made.notes])
         found = list(evaluate(made, 3 if asked.quick else 7, formats))
-        results += sorted(found, key=lambda row: named.index(row.format))
+        results += sorted(found, key=lambda row: NAMES.index(row.format))
         if asked.write:
             _write(results, measures, asked.threads)
     Console(width=None if sys.stdout.isatty() else 150).print(table(results, measures))

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from surgery.capture import Captured, LoadedModel, LoadOptions, trace
 from surgery.plugins import Plugins
-from surgery.sites import Site, SiteIndex, SiteKey
+from surgery.sites import Site, SiteIndex, SiteKey, writes
 from surgery.view import View
 
 
@@ -145,11 +145,11 @@ def hash_graph(graph: fx.Graph) -> str:
             continue
         wired = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
         line = f"{node.op}|{_target(node)}|{wired}"
-        writes = bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
-        if writes:
+        acts = writes(node)
+        if acts:
             line += effects
         known[node] = hashlib.sha256(line.encode()).hexdigest()
-        if writes:
+        if acts:
             effects = known[node]
     return hashlib.sha256("\n".join(sorted(known.values())).encode()).hexdigest()
 

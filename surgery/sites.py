@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -201,13 +201,19 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
             acts[node.target] = writes(node)
         if node.op == "output" or (node.op == "call_function" and acts[node.target]):
             stack.append(node)
-    live: set[fx.Node] = set()
+    return behind(stack)
+
+
+def behind(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Nodes with all that they are computed from, down to `stop`, which is left out."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
     while stack:
         node = stack.pop()
-        if node not in live:
-            live.add(node)
+        if node not in found and node not in stop:
+            found.add(node)
             stack.extend(node.all_input_nodes)
-    return live
+    return found
 
 
 def head(node: fx.Node, whole: bool = False) -> fx.Node:

@@ -239,37 +239,15 @@ def test_data_that_say_nothing_or_are_not_there(option):
 
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "smoothed"
-    given = [
-        "apply",
-        f"hf:{minilm_path()}",
-        "--pass",
-        "quantize",
-        "--target",
-        "mlp.*",
-        "--format",
-        "int8-dynamic",
-    ]
+    given = ["apply", f"hf:{minilm_path()}", "--pass", "quantize", "--target", "mlp.*", "-o", str(out)]
     with pytest.raises(SystemExit) as ended:
-        main([*given, "--smooth", "0.65", "--activation-budget", "0.05", "-o", str(out)])
+        main([*given, "--format", "int8-dynamic", "--smooth", "0.65", "--activation-budget", "0.05"])
     assert ended.value.code == 0
     capsys.readouterr()
     (entry,) = surgery.load(str(out)).journal.find("quantize")
     assert (entry.options["smooth"], entry.options["activation_budget"]) == (0.65, 0.05)
     assert {record.decided["kept"] for record in entry.sites} == {True, False}
     with pytest.raises(SystemExit) as ended:
-        main(
-            [
-                "apply",
-                f"hf:{minilm_path()}",
-                "--pass",
-                "quantize",
-                "--target",
-                "mlp.*",
-                "--smooth",
-                "0.5",
-                "-o",
-                str(out),
-            ]
-        )
+        main([*given, "--smooth", "0.5"])
     assert ended.value.code != 0
     assert "--smooth is for int8-dynamic" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from surgery.errors import ExportError
 from surgery.export import keys
 from surgery.export.source import module_path
+from surgery.module import memory_of
 
 Provenance = Mapping[str, Mapping[str, Any]]
 
@@ -29,7 +30,7 @@ def tie_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, st
         tensor = tensors[name]
         if tensor.numel() == 0:
             continue
-        same = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+        same = memory_of(tensor)
         if name not in initializers:
             if same in kept:
                 dropped[name] = kept[same]

@@ -124,7 +124,7 @@ class Quantize(FormatPass, CodesPass):
             moved = self._moved(site.probe)[site.key]
             own = {"moved": moved, "kept": moved > self.activation_budget}
         if self.smooth and not own.get("kept"):
-            own["smooth"] = f"{self.tensor_prefix(self._first_of(site))}.smooth"
+            own["smooth"] = self._names(site.probe)[site.key]
         return {**super().decide(site.deciding(own)), **own}
 
     def tensor_names(self, site: Site) -> dict[str, str]:
@@ -181,10 +181,17 @@ class Quantize(FormatPass, CodesPass):
 
         return probe.once((self, "moved"), make)
 
-    def _first_of(self, site: Site) -> Site:
-        """Of the maps that share a site's factors, the first that has them: they go by its name."""
-        maps, limit = self._maps(site.probe), self.activation_budget
-        moved = {} if limit is None else self._moved(site.probe)
-        (inputs,) = (each.inputs for each in maps if each.site.key == site.key)
-        alike = (each.site for each in maps if each.inputs == inputs)
-        return next(s for s in alike if limit is None or moved[s.key] <= limit)
+    def _names(self, probe: Probe) -> Mapping[SiteKey, str]:
+        """What the factors of each map that has them are called: those of one input go by its first map."""
+
+        def make() -> dict[SiteKey, str]:
+            limit, found = self.activation_budget, {}
+            moved = {} if limit is None else self._moved(probe)
+            first: dict[tuple[str, ...], str] = {}
+            for each in self._maps(probe):
+                key = each.site.key
+                if limit is None or moved[key] <= limit:
+                    found[key] = first.setdefault(each.inputs, f"{self.tensor_prefix(each.site)}.smooth")
+            return found
+
+        return probe.once((self, "names"), make)

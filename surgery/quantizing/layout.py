@@ -31,16 +31,14 @@ class Layout:
     smoothed: bool = False
 
     @staticmethod
-    def of(
-        site: Site, format: str, group: int | None = None, asymmetric: bool = False, smoothed: bool = False
-    ) -> Layout:
+    def of(site: Site, format: str, group: int | None = None, asymmetric: bool = False) -> Layout:
         """group: values that share a scale; 0 for a whole row, None for what the format has by default."""
         first = [site.layout.index(letter) for letter in "eov" if letter in site.layout]
         order = (*first, *(axis for axis in range(len(site.shape)) if axis not in first))
         rows = math.prod(site.shape[axis] for axis in first)
         asked = FORMATS[format].group if group is None else group
         block = asked or site.parameters // rows
-        return Layout(format, block, asymmetric, tuple(site.shape), tuple(order), rows, smoothed)
+        return Layout(format, block, asymmetric, tuple(site.shape), tuple(order), rows)
 
     @property
     def columns(self) -> int:

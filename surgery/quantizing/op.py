@@ -44,13 +44,7 @@ def dequantize(
 
 @dequantize.register_fake
 def _(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    format: str,
-    shape: Sequence[int],
-    order: Sequence[int],
-    smooth: Tensor | None = None,
+    codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, shape: Sequence[int], *_: Any
 ) -> Tensor:
     return scale.new_empty(list(shape))
 

@@ -6,7 +6,7 @@ batch of responses in several epochs, beside a reference policy, and in every pr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from surgery.dataflow import op_name
-from surgery.module import get, over
+from surgery.module import get, memory_of, over
 from surgery.outputs import named_outputs
+from surgery.sites import behind, writes
 
 if TYPE_CHECKING:
     from surgery.program import Program
 
-KEPT = "kept_"
 POSITIONS = "positions"
 
 
@@ -31,9 +31,9 @@ class FrozenPart(nn.Module):
     narrowed: the output that a tail gives at `positions` (N × T, of a row's tokens) alone, N × T × features, or "".
     """
 
-    def __init__(self, trunk: nn.Module, kept: Sequence[str], tails: Sequence[Tail], narrowed: str) -> None:
+    def __init__(self, trunk: nn.Module, tails: Sequence[Tail], narrowed: str) -> None:
         super().__init__()
-        self.trunk, self.kept, self.narrowed = trunk, tuple(kept), narrowed
+        self.trunk, self.narrowed = trunk, narrowed
         self.tails = nn.ModuleList(tails)
 
     @classmethod
@@ -50,13 +50,13 @@ class FrozenPart(nn.Module):
         graph, names = module.graph_module(False).graph, module.__dict__["_trains"]
         trained = {id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in names}
         inputs = _input_names(graph)
-        if inputs is None or any(map(_writes, graph.nodes)):
+        if inputs is None or any(map(writes, graph.nodes)):
             return None
         frozen = _frozen(graph, module, trained)
         if narrow and _narrows(graph, narrow):
             frozen.discard(named_outputs(graph)[narrow])  # of every token it is more than all else
         kept = _kept(graph, frozen)
-        if not any(node.op == "get_attr" for node in _below(kept)):
+        if not any(node.op == "get_attr" for node in behind(kept)):
             return None  # masks and the like, which cost nothing
         sources = [other.module() for other in others]
         graphs = [source.graph_module(False).graph for source in sources]
@@ -70,7 +70,7 @@ class FrozenPart(nn.Module):
             for m, g, stop in zip((module, *sources), (graph, *graphs), stops, strict=True)
         ]
         trunk = over(module, _trunk(graph, kept, inputs), "Trunk")
-        return cls(trunk, [f"{KEPT}{number}" for number in range(len(kept))], tails, narrowed)
+        return cls(trunk, tails, narrowed)
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class FrozenPart(nn.Module):
             self.trunk(**{name: tensor[start : start + rows] for name, tensor in inputs.items()})
             for start in range(0, count, rows)
         ]
-        return {name: torch.cat(each) for name, each in zip(self.kept, zip(*parts, strict=True), strict=True)}
+        return {_name(number): torch.cat(each) for number, each in enumerate(zip(*parts, strict=True))}
 
 
 class Tail(nn.Module):
@@ -102,10 +102,6 @@ def _input_names(graph: fx.Graph) -> tuple[str, ...] | None:
     names = tuple(name for name in info.orig_args if name != "self") if info is not None else ()
     count = sum(node.op == "placeholder" for node in graph.nodes)
     return names if count and len(names) == count else None
-
-
-def _writes(node: fx.Node) -> bool:
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _frozen(graph: fx.Graph, module: nn.Module, trained: set[int]) -> set[fx.Node]:
@@ -141,29 +137,12 @@ def _by_rows(node: fx.Node, rows: Any) -> bool:
 
 def _kept(graph: fx.Graph, frozen: set[fx.Node]) -> list[fx.Node]:
     """The frozen ops that others read which are not, in graph order."""
-    read = _above(graph, frozen)
+    read = behind(graph.output_node().all_input_nodes, frozen)
     return [
         node
         for node in graph.nodes
         if node in frozen and any(u in read or u.op == "output" for u in node.users)
     ]
-
-
-def _above(graph: fx.Graph, stop: set[fx.Node]) -> set[fx.Node]:
-    """What the outputs are computed by, down to `stop`."""
-    return _below(graph.output_node().all_input_nodes, stop)
-
-
-def _below(nodes: Sequence[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Nodes with all that they are computed by, down to `stop`."""
-    found: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found and node not in stop:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found
 
 
 def _matched(
@@ -182,7 +161,7 @@ def _matched(
             continue
         seen.add(node)
         if node.op == "get_attr":
-            if _memory(get(module, str(node.target))) != _memory(get(other, str(twin.target))):
+            if memory_of(get(module, str(node.target))) != memory_of(get(other, str(twin.target))):
                 return None
         elif node.op != "placeholder":
             mine, theirs = (fx.node.map_arg((n.args, n.kwargs), lambda n: n.name) for n in (node, twin))
@@ -192,13 +171,6 @@ def _matched(
         elif node.name != twin.name:
             return None
     return [twin for _, twin in pairs if twin is not None]
-
-
-def _memory(value: Any) -> Any:
-    """What tells whether two tensors are one: programs on a base have parameters of their own over its memory."""
-    if not isinstance(value, Tensor):
-        return id(value)
-    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
 
 
 def _narrows(graph: fx.Graph, name: str) -> bool:
@@ -225,10 +197,7 @@ def _trunk(graph: fx.Graph, kept: Sequence[fx.Node], inputs: Sequence[str]) -> f
     """From the inputs to what is kept."""
     fresh = fx.Graph()
     made = _placed(fresh, graph, inputs)
-    needed = _below(kept)
-    for node in graph.nodes:
-        if node in needed and node not in made:
-            made[node] = fresh.node_copy(node, made.__getitem__)
+    _copy(fresh, graph, behind(kept), made)
     fresh.output(tuple(made[node] for node in kept))
     return fresh
 
@@ -237,18 +206,26 @@ def _tail(graph: fx.Graph, kept: Sequence[fx.Node], inputs: Sequence[str], narro
     """From what is kept, and the inputs, to what the graph returns, flat."""
     fresh = fx.Graph()
     made = _placed(fresh, graph, inputs)
-    made |= {node: fresh.placeholder(f"{KEPT}{number}") for number, node in enumerate(kept)}
+    made |= {node: fresh.placeholder(_name(number)) for number, node in enumerate(kept)}
     positions = fresh.placeholder(POSITIONS)
-    narrow = named_outputs(graph)[narrowed] if narrowed else None
-    read = _above(graph, set(kept))
-    for node in graph.nodes:
-        if node not in read or node in made:
-            continue
-        made[node] = fresh.node_copy(node, made.__getitem__)
-        if narrow is not None and node is narrow:
-            with fresh.inserting_before(made[node]):
-                states = fresh.call_function(_at, (made[node].args[0], positions))
-            made[node].args = (states, *made[node].args[1:])
+    _copy(fresh, graph, behind(graph.output_node().all_input_nodes, set(kept)), made)
+    if narrowed:
+        product = made[named_outputs(graph)[narrowed]]
+        with fresh.inserting_before(product):
+            states = fresh.call_function(_at, (product.args[0], positions))
+        product.args = (states, *product.args[1:])
     (returned,) = graph.output_node().args
     fresh.output(fx.node.map_arg(returned, made.__getitem__))
     return fresh
+
+
+def _copy(fresh: fx.Graph, graph: fx.Graph, nodes: set[fx.Node], made: dict[fx.Node, fx.Node]) -> None:
+    """Put copies of nodes into a graph, on top of those that are `made`, which takes them up."""
+    for node in graph.nodes:
+        if node in nodes and node not in made:
+            made[node] = fresh.node_copy(node, made.__getitem__)
+
+
+def _name(number: int) -> str:
+    """By which a tail is given what is kept."""
+    return f"kept_{number}"
