@@ -141,6 +141,10 @@ FORMATS = [
         "int8-dynamic, smoothed",
         _ours("quantize", format="int8-dynamic", smooth=0.65, activation_budget=0.05),
     ),
+    Format(
+        "int8-dynamic, per token, smoothed",
+        _ours("quantize", format="int8-dynamic", per_token=True, smooth=0.65),
+    ),
     Format("int8-static", _ours("int8-static")),
     Format("int4", _ours("quantize", format="int4")),
     Format("int4, fp32 sums", "int4", config=FP32_SUMS),

@@ -3,13 +3,21 @@
 onnxruntime makes one kernel of a product and its scales (MatMulIntegerToFloat, or DynamicQuantizeMatMul with the
 rounding). What is rounded once is read by all products of it. Whatever else reads the rounded activation gets it
 back as floats.
+
+With a scale for each row (per_token) the rows are divided by their largest magnitude, which leaves one step for all of
+them, a constant: QuantizeLinear and DequantizeLinear on both sides of a MatMul, which is MatMulIntegerToFloat then, and
+the product is multiplied with the magnitudes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from surgery.export.extra import require
+from surgery.quantizing.op import SMALLEST, STEP
 
 DOMAIN, OP = "surgery.quantizing", "RoundActivation"
 
@@ -26,9 +34,24 @@ def translation() -> Any:
         inputs=[given("x", "T"), given("smooth", "S", param_option=optional)],
         outputs=[given("y", "T")],
         type_constraints=[("T", floats, ""), ("S", floats, "")],
+        attributes=[defs.OpSchema.Attribute("per_token", defs.OpSchema.AttrType.INT, "")],
     )
     own = values.Op(values.Opset(DOMAIN, 1), OP, schema)
-    return lambda x, smooth=None: own(x) if smooth is None else own(x, smooth)
+
+    def lower(x, smooth=None, per_token=False):
+        return own(*(each for each in (x, smooth) if each is not None), per_token=int(per_token))
+
+    return lower
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """codes = round(x / rows / step) + zero. rows: of a scale for each row, or None."""
+
+    codes: Any
+    step: Any
+    zero: Any
+    rows: Any = None
 
 
 class Rounded:
@@ -38,7 +61,7 @@ class Rounded:
         self.ir, self.model = require("onnx_ir"), model
         self.nodes = [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, OP)]
         self._outputs = {id(node.outputs[0]): node for node in self.nodes}
-        self._codes: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
+        self._codes: dict[tuple[int, int, bool], _Levels] = {}
 
     def reads(self, node: Any, weight: Any, smooth: Any) -> bool:
         """Whether a node multiplies a rounded activation with this value, from the right. smooth: of the weight."""
@@ -50,16 +73,21 @@ class Rounded:
     def product(self, node: Any, codes: Any, scales: Any) -> None:
         """Put integer arithmetic in a product's place. codes: int8 (K, N). scales: float32 (N,)."""
         rounded = self._outputs[id(node.inputs[0])]
-        levels, step, zero = self._quantized(rounded)
+        given = self._quantized(rounded)
         kind = node.inputs[0].dtype or self.ir.DataType.FLOAT
 
         def add(op: str, inputs: list[Any], **attributes: Any) -> Any:
             return self._add(node, op, inputs, **attributes)
 
-        counted = add("MatMulInteger", [levels, codes, zero])
-        value = add(
-            "Mul", [add("Cast", [counted], to=int(self.ir.DataType.FLOAT)), add("Mul", [step, scales])]
-        )
+        if given.rows is None:
+            counted = add("MatMulInteger", [given.codes, codes, given.zero])
+            counted = add("Cast", [counted], to=int(self.ir.DataType.FLOAT))
+            value = add("Mul", [counted, add("Mul", [given.step, scales])])
+        else:
+            # The step is a constant, with which onnxruntime fuses a product of this form alone.
+            weight = add("DequantizeLinear", [codes, scales], axis=1)
+            value = add("MatMul", [self._floats(node, given), weight])
+            value = add("Mul", [value, given.rows])
         if kind != self.ir.DataType.FLOAT:
             value = add("Cast", [value], to=int(kind))
         take_over(self.model, node, value)
@@ -68,8 +96,10 @@ class Rounded:
         """What is left reads floats."""
         for node in self.nodes:
             if node.outputs[0].uses() or node.outputs[0].is_graph_output():
-                levels, step, zero = self._quantized(node)
-                value = self._add(node, "DequantizeLinear", [levels, step, zero])
+                given = self._quantized(node)
+                value = self._floats(node, given)
+                if given.rows is not None:
+                    value = self._add(node, "Mul", [value, given.rows])
                 if (smooth := _smooth(node)) is not None:
                     value = self._add(node, "Mul", [value, self._wide(node, smooth)])
                 kind = node.inputs[0].dtype or self.ir.DataType.FLOAT
@@ -79,18 +109,42 @@ class Rounded:
             else:
                 self.model.graph.remove(node, safe=True)
 
-    def _quantized(self, node: Any) -> tuple[Any, Any, Any]:
-        x, smooth = node.inputs[0], _smooth(node)
-        key = id(x), id(smooth)
+    def _quantized(self, node: Any) -> _Levels:
+        x, smooth, per_token = node.inputs[0], _smooth(node), bool(node.attributes["per_token"].as_int())
+        key = id(x), id(smooth), per_token
         if key not in self._codes:
             wide = self._wide(node, x)
             if smooth is not None:
                 wide = self._add(node, "Div", [wide, self._wide(node, smooth)])
-            made = self.ir.node("DynamicQuantizeLinear", [wide], num_outputs=3)
-            made.metadata_props.update(node.metadata_props)
-            self.model.graph.insert_before(node, [made])
-            self._codes[key] = tuple(made.outputs)
+            self._codes[key] = self._rows(node, wide) if per_token else self._whole(node, wide)
         return self._codes[key]
+
+    def _whole(self, node: Any, wide: Any) -> _Levels:
+        made = self.ir.node("DynamicQuantizeLinear", [wide], num_outputs=3)
+        made.metadata_props.update(node.metadata_props)
+        self.model.graph.insert_before(node, [made])
+        return _Levels(*made.outputs)
+
+    def _rows(self, node: Any, wide: Any) -> _Levels:
+        """A scale for each row. onnxruntime has fast products of uint8 with int8: zero is 128."""
+        step, zero = self._constant("step", np.float32(STEP)), self._constant("zero", np.uint8(128))
+        last = self._constant("last", np.array([-1], dtype=np.int64))
+        largest = self._add(node, "ReduceMax", [self._add(node, "Abs", [wide]), last], keepdims=1)
+        rows = self._add(node, "Max", [largest, self._constant("smallest", np.float32(SMALLEST))])
+        codes = self._add(node, "QuantizeLinear", [self._add(node, "Div", [wide, rows]), step, zero])
+        return _Levels(codes, step, zero, rows)
+
+    def _floats(self, node: Any, given: _Levels) -> Any:
+        """What the codes stand for; divided by rows, where there are such."""
+        return self._add(node, "DequantizeLinear", [given.codes, given.step, given.zero])
+
+    def _constant(self, name: str, value: Any) -> Any:
+        full, held = f"surgery.round_activation.{name}", self.model.graph.initializers
+        if full not in held:
+            made = self.ir.Value(name=full, const_value=self.ir.tensor(np.asarray(value)))
+            made.shape, made.type = made.const_value.shape, self.ir.TensorType(made.const_value.dtype)
+            self.model.graph.register_initializer(made)
+        return held[full]
 
     def _wide(self, node: Any, value: Any) -> Any:
         """The value as fp32."""

@@ -35,16 +35,19 @@ class Quantize(FormatPass, CodesPass):
     the columns of a linear map one by one and puts the error of each into the rest, by what enters it on the data
     (Frantar et al. 2023, arXiv:2210.17323).
 
-    Of `int8-dynamic` two options keep outputs where a few features or tokens are far larger than the rest. `--smooth`
-    divides each feature by s before it is rounded, and codes W s (SmoothQuant, Xiao et al. 2023, arXiv:2211.10438):
-    s is max|x|^α / max|w|^(1−α) on the data, the same for all targeted maps of one input, which is rounded once.
-    `--activation-budget` measures by how much the rounding of what enters moves each map's outputs, and keeps what
-    enters as it is where that is more: the weight alone is int8 there.
+    Of `int8-dynamic` three options keep outputs where a few features or tokens are far larger than the rest.
+    `--per-token` rounds each row of what enters in 255 levels of its own range about zero, so that none depends on what
+    else is in a batch (ZeroQuant, Yao et al. 2022, arXiv:2206.01861). `--smooth` divides each feature by s before it is
+    rounded, and codes W s (SmoothQuant, Xiao et al. 2023, arXiv:2211.10438): s is max|x|^α / max|w|^(1−α) on the data,
+    the same for all targeted maps of one input, which is rounded once. `--activation-budget` measures by how much the
+    rounding of what enters moves each map's outputs, and keeps what enters as it is where that is more: the weight
+    alone is int8 there.
 
     The codes are stored, never computed again. The op goes on as it was, and reads the weight that they give, so every
     adapter stands on it as on the base: only the adapter has gradients (QLoRA). An adapter is folded into codes by
     `merge --quantized`, where a budget allows it. In ONNX int8 and int4 are DequantizeLinear, whose weight onnxruntime
-    keeps in its bits and fuses (MatMulNBits), and int8-dynamic is DynamicQuantizeLinear and MatMulInteger; a
+    keeps in its bits and fuses (MatMulNBits), and int8-dynamic is DynamicQuantizeLinear and MatMulInteger (rows
+    of their own: divided by their largest magnitude, QuantizeLinear, and the product multiplied with it); a
     table of embeddings is looked up in its codes. Undo gives W back bit for bit. Where W is read in another place too
     it stays there, and nothing is saved. Zeros of `sparse` stay zero, for every format that has one. The outputs
     change by design; the plan says by how much each weight does.
@@ -166,7 +169,9 @@ class Quantize(FormatPass, CodesPass):
                 replace(s, measured=probe) for s in self.find(probe.program.view) if not s.selected_parts
             ]
             fit = [s for s in found if not live.isdisjoint(tail(call.node) for call in s.calls)]
-            return [Map(s, self.layout(s)) for s in fit if self._hindrance(s) is None]
+            return [
+                Map(s, self.layout(s), per_token=self.per_token) for s in fit if self._hindrance(s) is None
+            ]
 
         return probe.once((self, "maps"), make)
 

@@ -30,11 +30,20 @@ class FormatPass(RewritePass):
     )
     asymmetric: bool = Field(False, description="with int4: a zero point for each group")
 
+    per_token: bool = Field(
+        False, description="with int8-dynamic: a scale for each row of what enters, not one for all of it"
+    )
+
     @model_validator(mode="after")
     def _fit(self) -> FormatPass:
         if self.asymmetric and self.format != "int4":
             raise PassError(
                 f"pass {self.name!r}: --asymmetric is for int4, and {self.format} has no zero point; leave it out"
+            )
+        if self.per_token and not self.dynamic:
+            raise PassError(
+                f"pass {self.name!r}: --per-token is for int8-dynamic, which rounds what enters, and this is "
+                f"{self.format}; leave it out"
             )
         if self.format in ("ternary", DYNAMIC) and self.group:
             one = "one scale for the whole weight" if self.format == "ternary" else "one scale for each row"
@@ -57,5 +66,5 @@ class FormatPass(RewritePass):
     def round_input(self, g: Rewriter, smooth: fx.Node | None = None) -> None:
         """Round what enters the op, where the format says so; divided by `smooth`, where there is one."""
         if self.dynamic:
-            given = () if smooth is None else (smooth,)
+            given = (smooth, True) if self.per_token else () if smooth is None else (smooth,)
             g.replace_input(lambda x: g.call(round_activation._opoverload, x, *given))

@@ -19,11 +19,12 @@ from surgery.weight_ops import operand
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map of rows. smooth: (in,) or None."""
+    """A linear map of rows. smooth: (in,) or None. per_token: what enters is rounded with a scale for each row."""
 
     site: Site
     layout: Layout
     smooth: Tensor | None = None
+    per_token: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -89,7 +90,7 @@ def moved_by_rounding(probe: Probe, maps: Sequence[Map]) -> dict[SiteKey, float]
 
 def _ratios(x: Tensor, reader: Map) -> Tensor:
     """‖(x̂ − x) Wᵀ‖ / ‖x Wᵀ‖ of the rows of x of which W makes something; fp64."""
-    moved = round_activation(x, reader.smooth).float() - x.float()
+    moved = round_activation(x, reader.smooth, reader.per_token).float() - x.float()
     weight = reader.matrix.float().T
     given = ((v @ weight).reshape(-1, weight.shape[1]) for v in (moved, x.float()))
     gone, whole = (rows.double().norm(dim=1) for rows in given)
