@@ -33,6 +33,9 @@ class PairObjective(Objective):
         None, description="file with a chat template (Jinja) in place of the tokenizer's"
     )
     plain: bool = Field(False, description="no chat template: an answer continues the prompt's text")
+    max_prompt: int | None = Field(
+        None, gt=0, description="most tokens of a prompt; of a longer one the last are kept"
+    )
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
         found = self.named_columns(available)
@@ -55,6 +58,11 @@ class PairObjective(Objective):
         made: dict[str, list[int]] = {}
         for kind, answer in zip(("chosen", "rejected"), answers, strict=True):
             ids, labels = self._tokens(prompt, answer, setting)
+            over = 0 if self.max_prompt is None else _asked(labels) - self.max_prompt
+            if over > 0:
+                ids, labels = ids[over:], labels[over:]
+                if kind == "chosen":
+                    setting.count(f"has a prompt of which the last {self.max_prompt} tokens were kept")
             if len(ids) > setting.longest:
                 setting.count(f"has a {kind} answer that ends behind {setting.longest} tokens and was cut")
             made[kind], labels = ids[: setting.longest], next_tokens(labels[: setting.longest])
@@ -122,6 +130,11 @@ class PairObjective(Objective):
             length = len(labels) - labels[::-1].index(end)
             ids, labels = ids[:length], labels[:length]
         return ids, labels
+
+
+def _asked(labels: Sequence[int]) -> int:
+    """How many tokens stand before the first of an answer."""
+    return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def pair_accuracy(margin: Tensor) -> float:

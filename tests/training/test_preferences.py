@@ -111,6 +111,26 @@ def test_what_is_cut_away_is_left_out_and_said(llama, tmp_path):
     assert len(prepared(llama.apply(SCORE), Reward(), path, 11)[0]) == 1  # the last two differ behind that
 
 
+def test_of_a_long_prompt_the_end_is_kept(llama, tmp_path):
+    """Both answers stay whole, and pairs that would be left out are there."""
+    rows = [
+        *PAIRS[:1],
+        {"prompt": "the cat sees the dog and the dog sees a tree", "chosen": "yes", "rejected": "no"},
+    ]
+    path = write(tmp_path / "long.jsonl", rows)
+    whole, _ = prepared(llama.apply(SCORE), Reward(), path, 32)
+    examples, setting = prepared(llama.apply(SCORE), Reward(max_prompt=6), path, 13)
+    assert setting.counts == {"has a prompt of which the last 6 tokens were kept": 2}
+    assert len(examples) == 2
+    for cut, long in zip(examples[[0, 1]], whole[[0, 1]], strict=True):
+        for kind in ("chosen", "rejected"):
+            answer = [label for label in cut[f"{kind}_labels"] if label != IGNORED]
+            assert answer == [label for label in long[f"{kind}_labels"] if label != IGNORED]
+            assert cut[kind] == long[kind][-6 - len(answer) :]
+    short, _ = prepared(llama.apply(SCORE), Reward(max_prompt=32), path, 32)
+    assert short[[0, 1]] == whole[[0, 1]]
+
+
 # -- losses
 
 
