@@ -23,7 +23,11 @@ from runs import Runs, main, smollm2, words
 
 FILM = Path("out/film/adapted")
 VALUE = words("--pass head --mode add --labels 1 --head-name value --pool none --init zero")
-REWARD = words("--pass head --mode add --labels 1 --head-name reward --pool last")
+# Its first layers, no more, with a linear head on their mean: what 240 pairs are enough for.
+REWARD = words(
+    "--task feature-extraction --model-kwarg num_hidden_layers=9 "
+    "--pass head --mode add --labels 1 --head-name reward --pool mean"
+)
 # What lies below an adapter is run once for a batch, and no gradient goes down there.
 LAST_EIGHT = words(r"--pass lora --target 're:model\.layers\.2[2-9]\..*' --rank 8")
 LAST_TWO = words(r"--pass lora --target 're:model\.layers\.2[89]\..*' --rank 8")
@@ -39,12 +43,14 @@ def smollm2_with_values(runs: Runs) -> Path:
 
 def preferences(runs: Runs) -> None:
     rows = dpo_en()
-    learn, held = runs.write("pairs-train", rows[:160]), runs.write("pairs-held-out", rows[240:])
+    every, learn = runs.write("pairs", rows[:240]), runs.write("pairs-train", rows[:160])
+    held = runs.write("pairs-held-out", rows[240:])
     reference, *kind = smollm2(runs.out)
-    pairs = ("--data", learn, "--held-out", held, "--max-length", "160", "--batch", "4")
-    judge = runs.apply(reference, "judge", *kind, *REWARD, *LAST_EIGHT)
     shown = ["accuracy", "margin", "loss"]
-    runs.train(judge, "reward", "--objective", "reward", *pairs, "--epochs", "1", "--lr", "1e-3", show=shown)
+    judge = runs.apply(reference, "judge", *REWARD)
+    told = ("--data", every, "--held-out", held, *words("--max-prompt 64 --max-length 192 --batch 8"))
+    runs.train(judge, "reward", "--objective", "reward", *told, *words("--epochs 2 --lr 5e-2"), show=shown)
+    pairs = ("--data", learn, "--held-out", held, "--max-length", "160", "--batch", "4")
     plain = runs.apply(reference, "answers", *kind, *LAST_EIGHT)
     runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "1", "--lr", "1e-3", show=shown)
     policy = smollm2_with_values(runs)
