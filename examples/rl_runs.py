@@ -43,7 +43,7 @@ def smollm2_with_values(runs: Runs) -> Path:
 
 def preferences(runs: Runs) -> None:
     rows = dpo_en()
-    every, learn = runs.write("pairs", rows[:240]), runs.write("pairs-train", rows[:160])
+    every, learn = runs.write("preferences", rows[:240]), runs.write("pairs-train", rows[:160])
     held = runs.write("pairs-held-out", rows[240:])
     reference, *kind = smollm2(runs.out)
     shown = ["accuracy", "margin", "loss"]
