@@ -54,11 +54,16 @@ def preferences(runs: Runs) -> None:
     plain = runs.apply(reference, "answers", *kind, *LAST_EIGHT)
     runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "1", "--lr", "1e-3", show=shown)
     policy = smollm2_with_values(runs)
-    asked = ("--data", learn, "--held-out", held, *words("--max-length 128 --batch 8 --new-tokens 16"))
+    # Of short prompts, so that a response is much of what the reward model reads.
+    asked, others = (
+        runs.write(name, [{"prompt": row["prompt"]} for row in chosen])
+        for name, chosen in (("asked", rows[:240]), ("asked-held-out", rows[240:] * 4))
+    )
+    given = ("--data", asked, "--held-out", others, *words("--max-length 96 --batch 32 --new-tokens 24"))
     goal = ("--reward", runs.out / "reward", "--kl", "0.05", "--kl-target", "4")
     runs.train(
-        policy, "rlhf", "--objective", "ppo", *asked, *goal,
-        *words("--steps 8 --evaluate 8 --lr 3e-3 --inner-epochs 2"), show=["reward", "kl"],
+        policy, "rlhf", "--objective", "ppo", *given, *goal, *words("--steps 6 --evaluate 6 --lr 5e-3"),
+        *words("--decay constant --warmup 0 --inner-epochs 3 --minibatch 16"), show=["reward", "kl"],
     )  # fmt: skip
 
 
