@@ -54,10 +54,9 @@ def preferences(runs: Runs) -> None:
     plain = runs.apply(reference, "answers", *kind, *LAST_EIGHT)
     runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "1", "--lr", "1e-3", show=shown)
     policy = smollm2_with_values(runs)
-    # Of short prompts, so that a response is much of what the reward model reads.
     asked, others = (
-        runs.write(name, [{"prompt": row["prompt"]} for row in chosen])
-        for name, chosen in (("asked", rows[:240]), ("asked-held-out", rows[240:] * 4))
+        runs.write("asked", short(rows[:240])),
+        runs.write("asked-held-out", short(rows[240:]) * 4),
     )
     given = ("--data", asked, "--held-out", others, *words("--max-length 96 --batch 32 --new-tokens 24"))
     goal = ("--reward", runs.out / "reward", "--kl", "0.05", "--kl-target", "4")
@@ -65,6 +64,11 @@ def preferences(runs: Runs) -> None:
         policy, "rlhf", "--objective", "ppo", *given, *goal, *words("--steps 6 --evaluate 6 --lr 5e-3"),
         *words("--decay constant --warmup 0 --inner-epochs 3 --minibatch 16"), show=["reward", "kl"],
     )  # fmt: skip
+
+
+def short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Their short prompts, after which a response is much of what a reward model reads."""
+    return [{"prompt": row["prompt"]} for row in rows if sum(len(m["content"]) for m in row["prompt"]) <= 150]
 
 
 def openings() -> list[str]:
