@@ -54,11 +54,9 @@ def preferences(runs: Runs) -> None:
     plain = runs.apply(reference, "answers", *kind, *LAST_EIGHT)
     runs.train(plain, "dpo", "--objective", "dpo", *pairs, "--epochs", "1", "--lr", "1e-3", show=shown)
     policy = smollm2_with_values(runs)
-    asked, others = (
-        runs.write("asked", short(rows[:240])),
-        runs.write("asked-held-out", short(rows[240:]) * 4),
-    )
-    given = ("--data", asked, "--held-out", others, *words("--max-length 96 --batch 32 --new-tokens 24"))
+    asked = ("--data", runs.write("asked", short(rows[:240])))
+    others = ("--held-out", runs.write("asked-held-out", short(rows[240:]) * 4))
+    given = (*asked, *others, *words("--max-length 96 --batch 32 --new-tokens 24"))
     goal = ("--reward", runs.out / "reward", "--kl", "0.05", "--kl-target", "4")
     runs.train(
         policy, "rlhf", "--objective", "ppo", *given, *goal, *words("--steps 6 --evaluate 6 --lr 5e-3"),
