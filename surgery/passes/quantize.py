@@ -76,12 +76,9 @@ class Quantize(FormatPass, CodesPass):
 
     @model_validator(mode="after")
     def _together(self) -> Quantize:
-        given = {"--smooth": bool(self.smooth), "--activation-budget": self.activation_budget is not None}
-        if not self.dynamic and (option := next((name for name, there in given.items() if there), None)):
-            raise PassError(
-                f"pass 'quantize': {option} is for int8-dynamic, which rounds what enters, and this is {self.format}; "
-                "leave it out"
-            )
+        self.for_dynamic(
+            {"--smooth": bool(self.smooth), "--activation-budget": self.activation_budget is not None}
+        )
         if self.method == "gptq" and self.format not in ("int8", DYNAMIC, "int4"):
             raise PassError(f"pass 'quantize': --method gptq is for int8 and int4, and this is {self.format}")
         return self

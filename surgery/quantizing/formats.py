@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -40,15 +41,19 @@ class FormatPass(RewritePass):
             raise PassError(
                 f"pass {self.name!r}: --asymmetric is for int4, and {self.format} has no zero point; leave it out"
             )
-        if self.per_token and not self.dynamic:
-            raise PassError(
-                f"pass {self.name!r}: --per-token is for int8-dynamic, which rounds what enters, and this is "
-                f"{self.format}; leave it out"
-            )
+        self.for_dynamic({"--per-token": self.per_token})
         if self.format in ("ternary", DYNAMIC) and self.group:
             one = "one scale for the whole weight" if self.format == "ternary" else "one scale for each row"
             raise PassError(f"pass {self.name!r}: {self.format} has {one}; leave out --group")
         return self
+
+    def for_dynamic(self, given: Mapping[str, bool]) -> None:
+        """Raises PassError for the first of these options that is given where nothing that enters is rounded."""
+        if not self.dynamic and (option := next((name for name, there in given.items() if there), None)):
+            raise PassError(
+                f"pass {self.name!r}: {option} is for int8-dynamic, which rounds what enters, and this is "
+                f"{self.format}; leave it out"
+            )
 
     @property
     def dynamic(self) -> bool:
