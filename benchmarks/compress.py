@@ -165,7 +165,7 @@ FORMATS = [
 NAMES = [format.name for format in FORMATS]
 
 
-def evaluate(subject: Subject, rounds: int, formats: Sequence[Format] = FORMATS) -> Iterator[Result]:
+def evaluate(subject: Subject, formats: Sequence[Format] = FORMATS) -> Iterator[Result]:
     """The formats of a subject, fp32 first. Raises what goes wrong in ours; a peer's failure is a result."""
     with tempfile.TemporaryDirectory() as folder:
         made: dict[str, Result] = {}
@@ -197,7 +197,7 @@ def evaluate(subject: Subject, rounds: int, formats: Sequence[Format] = FORMATS)
                 made[format.name] = found
             print(f"  {subject.name}: {format.name}", file=sys.stderr, flush=True)
         inputs = [*(subject.inputs(rows) for rows in ROWS), *filter(None, [subject.token])]
-        times = [_times(models, given, rounds) for given in inputs]
+        times = [_times(models, given, subject.rounds) for given in inputs]
         for name, result in made.items():
             ratios = tuple(taken.median(name) / taken.median("fp32") for taken in times)
             yield replace(result, ratios=ratios)
@@ -205,7 +205,7 @@ def evaluate(subject: Subject, rounds: int, formats: Sequence[Format] = FORMATS)
 
 def _times(models: Mapping[str, OnnxModel], inputs: dict[str, torch.Tensor], rounds: int) -> Times:
     return measure(
-        {n: Variant(lambda _, model=m: model.run(inputs)) for n, m in models.items()}, rounds, warmup=2
+        {n: Variant(lambda _, model=m: model.run(inputs)) for n, m in models.items()}, rounds
     )
 
 
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             missing.append(str(error))
             continue
         measures[made.name] = "; ".join([made.measure, *made.notes])
-        found = list(evaluate(made, 3 if asked.quick else 7, formats))
+        found = list(evaluate(made, formats))
         results += sorted(found, key=lambda row: NAMES.index(row.format))
         if asked.write:
             _write(results, measures, asked.threads)

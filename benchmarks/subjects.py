@@ -47,6 +47,7 @@ class Subject:
     products: str = ""
     notes: tuple[str, ...] = field(default=())
     token: dict[str, Tensor] | None = None
+    rounds: int = 7
 
     def loss(self, quality: float, reference: float) -> float:
         """How much of the quality is lost, as a fraction of the reference's."""
@@ -55,7 +56,7 @@ class Subject:
 
 def subjects(quick: bool) -> dict[str, Callable[[], Subject]]:
     found = {"digits": digits, "lee": lee, "film": film, "smollm2": language_model}
-    return {"digits": digits} if quick else found
+    return {"digits": lambda: digits(quick)} if quick else found
 
 
 def film() -> Subject:
@@ -160,11 +161,12 @@ def language_model() -> Subject:
         rest="embed.token",
         head="head",
         token=given(windows[:1, :1]),
+        rounds=5,
         notes=("its weights come from a Q4_1 file: 4-bit rounding of them is a second one",),
     )
 
 
-def digits() -> Subject:
+def digits(quick: bool = False) -> Subject:
     """A small convolutional network on scikit-learn's digits, trained here."""
     require("sklearn", "the digits")
     images, labels = load_digits(return_X_y=True)
@@ -198,6 +200,7 @@ def digits() -> Subject:
         data,
         rest="conv",
         products="conv,path:8,path:10",
+        rounds=3 if quick else 51,
     )
 
 
