@@ -204,9 +204,7 @@ def evaluate(subject: Subject, formats: Sequence[Format] = FORMATS) -> Iterator[
 
 
 def _times(models: Mapping[str, OnnxModel], inputs: dict[str, torch.Tensor], rounds: int) -> Times:
-    return measure(
-        {n: Variant(lambda _, model=m: model.run(inputs)) for n, m in models.items()}, rounds
-    )
+    return measure({n: Variant(lambda _, model=m: model.run(inputs)) for n, m in models.items()}, rounds)
 
 
 def table(results: list[Result], measures: Mapping[str, str]) -> Table:

@@ -153,13 +153,14 @@ class _Builtins:
     def surgery_onnx_lowerings(self) -> dict[Any, Any]:
         import torch
 
-        from surgery.export import conv3d, integers, quantized
+        from surgery.export import attention, conv3d, integers, quantized
         from surgery.quantizing import dequantize, round_activation
 
         return {
             dequantize._opoverload: quantized.translation(),
             round_activation._opoverload: integers.translation(),
             torch.ops.aten.conv3d.default: conv3d.translation(),
+            torch.ops.aten.scaled_dot_product_attention.default: attention.translation(),
         }
 
 

@@ -11,6 +11,7 @@ import torch
 from surgery.export import annotate, keys
 from surgery.export.optimise import optimise
 from surgery.export.quantized import Weight, lower
+from surgery.export.sums import keep_sums_apart
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def finish(
         ends(model)
     optimise(model, weights=weights | pinned, pinned=pinned)
     quantized = lower(model)
+    keep_sums_apart(model)
     stored = annotate.stored_names(model, tensors, tied)
     annotate.write_provenance(model, provenance, stored)
     annotate.note_ties(model, {**names, **tensors}, stored)
