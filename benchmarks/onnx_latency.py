@@ -1,4 +1,5 @@
-"""MiniLM's merged ONNX file against the base's in onnxruntime: as many nodes, as fast. The adapted one beside them."""
+"""MiniLM's ONNX files in onnxruntime: merged against the base's (as many nodes, as fast), the adapted one beside them,
+and the base's against what torch.onnx alone writes of the model."""
 
 from __future__ import annotations
 
@@ -30,6 +31,9 @@ def run(quick: bool) -> Iterator[Row]:
         for name, program in programs.items():
             program.export(Path(folder, f"{name}.onnx"))
             files[name] = OnnxModel(Path(folder, f"{name}.onnx"), threads=torch.get_num_threads())
+        if not quick:
+            _plain(base, Path(folder, "torch.onnx"))
+            files["torch.onnx"] = OnnxModel(Path(folder, "torch.onnx"), threads=torch.get_num_threads())
         counts = {name: len(file.nodes) for name, file in files.items()}
         times = measure(
             {name: Variant(lambda _, file=file: file.run(inputs)) for name, file in files.items()},
@@ -52,3 +56,12 @@ def run(quick: bool) -> Iterator[Row]:
     if not quick:
         note = f"{counts['adapted']} nodes against {counts['base']}"
         yield compare("onnx_latency", "MiniLM: adapted ONNX", times, "adapted", "base", None, note)
+        note = f"{counts['base']} nodes against {counts['torch.onnx']}"
+        yield compare("onnx_latency", "MiniLM: base ONNX", times, "base", "torch.onnx", 1.0, note)
+
+
+def _plain(program: surgery.Program, path: Path) -> None:
+    args, kwargs = program.example_inputs
+    shapes = program.captured.dynamic_shapes
+    given = {"kwargs": kwargs, "dynamo": True, "dynamic_shapes": shapes, "verbose": False}
+    torch.onnx.export(program.base.loaded.module, args, str(path), input_names=list(kwargs), **given)

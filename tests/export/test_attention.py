@@ -74,6 +74,19 @@ def test_masked_attention_is_torchs(kind, heads, scale, tmp_path):
     assert "Expand" not in ops
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_half_precision_rows_that_see_nothing_are_zeros(kind, tmp_path):
+    """Scores of about -60 on top of the lowest float16 would be -inf, and the row NaN."""
+    query, key, value = (x.half() for x in tensors())
+    mask = masks()[kind]
+    given = [query * 30, key, value, mask if kind == "bool" else mask.half()]
+    path, _ = exported(Attend(), given, tmp_path)
+    found, wanted = run(path, given), Attend()(*given)
+    assert found[0, :, 2].abs().max() == 0
+    # A score of 60 has steps of 1/32 in float16, which is e to that power in a weight: 3% of values of about 2.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize(("causal", "heads"), itertools.product((True, False), (HEADS, 2)))
 def test_attention_without_a_mask_is_torchs(causal, heads, tmp_path):
     module = Attend(is_causal=causal, enable_gqa=heads != HEADS)
