@@ -49,9 +49,9 @@ def measure(variants: Mapping[str, Variant], rounds: int, warmup: int = 1) -> Ti
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-warmup, rounds):
+        gc.collect()
         for name, variant in variants.items():
             given = variant.prepare()
-            gc.collect()
             gc.disable()
             begun = clock()
             result = variant.run(given)
