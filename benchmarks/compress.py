@@ -65,8 +65,12 @@ class Result:
     failed: str = ""
 
 
-def _ours(name: str = "", **options: Any) -> Callable[[Subject, Path, Path], float | None]:
-    """A pass on the subject's target. What a format of linear maps leaves is made int8, as other quantizers do it."""
+def _ours(
+    name: str = "", head: Mapping[str, Any] | None = None, **options: Any
+) -> Callable[[Subject, Path, Path], float | None]:
+    """A pass on the subject's target. What a format of linear maps leaves is made int8, as other quantizers do it.
+
+    head: the options of a pass of its own on the output layer."""
 
     def make(subject: Subject, path: Path, _: Path) -> float | None:
         program = subject.program
@@ -77,10 +81,14 @@ def _ours(name: str = "", **options: Any) -> Callable[[Subject, Path, Path], flo
         rest = (
             [subject.rest] if name == "quantize" or (name == "int8-static" and not subject.products) else []
         )
-        if rest:
+        if head and not subject.head:
+            raise MissingPeer("there is no output layer by role here")
+        if rest and not head:
             rounds = name == "int8-static" or options.get("format") == "int8-dynamic"
             (targets if rounds else rest).append(subject.head)
         wanted = [(name, {"target": _joined(targets), **options})] if name else []
+        if head:
+            wanted.append((name, {"target": subject.head, **head, "as": "head"}))
         if _joined(rest):
             wanted.append(("quantize", {"format": "int8", "target": _joined(rest), "as": "rest"}))
         for own, given in wanted:
@@ -144,6 +152,16 @@ FORMATS = [
     Format(
         "int8-dynamic, per token, smoothed",
         _ours("quantize", format="int8-dynamic", per_token=True, smooth=0.65),
+    ),
+    Format(
+        "the same, output layer twice",
+        _ours(
+            "quantize",
+            head={"format": "int8-dynamic", "twice": True},
+            format="int8-dynamic",
+            per_token=True,
+            smooth=0.65,
+        ),
     ),
     Format("int8-static", _ours("int8-static")),
     Format("int4", _ours("quantize", format="int4")),

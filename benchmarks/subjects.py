@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 FILM = ROOT / "out" / "film" / "adapted"
-WINDOW, WINDOWS, CALIBRATION = 128, 24, 8
+WINDOW, WINDOWS, CALIBRATION = 128, 144, 8  # of 24 windows a loss of 1% has an error of 0.3%
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def optimised(path):
 
 
 def test_fused_by_onnxruntime(encoder, tmp_path):
-    """One division and one rounding of each input; no weight in floats; a map whose input is kept is MatMulNBits."""
+    """One product with reciprocals, one rounding of each input; no weight in floats; a kept map is MatMulNBits."""
     passed = surgery.Quantize(**SMOOTH, activation_budget=0.03)
     program = encoder.apply(passed)
     kept = sum(record.decided["kept"] for _, record in sites_of(program))
@@ -138,7 +138,8 @@ def test_fused_by_onnxruntime(encoder, tmp_path):
     assert written["MatMulInteger"] == 12 - kept
     encoder.apply(surgery.Quantize(**{**SMOOTH, "smooth": 0})).export(tmp_path / "plain.onnx")
     there = collections.Counter(node.op_type for node in onnx.load(tmp_path / "plain.onnx").graph.node)
-    assert written["Div"] - there["Div"] == 2 * 3
+    assert written["Reciprocal"] - there["Reciprocal"] == 2 * 3
+    assert written["Div"] == there["Div"]
     graph = optimised(tmp_path / "model.onnx")
     ops = collections.Counter(node.op_type for node in graph.node)
     assert (ops["MatMulIntegerToFloat"], ops["DynamicQuantizeMatMul"], ops["MatMulNBits"]) == (6, 4, kept)

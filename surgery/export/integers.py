@@ -6,18 +6,19 @@ back as floats.
 
 With a scale for each row (per_token) the rows are divided by their largest magnitude, which leaves one step for all of
 them, a constant: QuantizeLinear and DequantizeLinear on both sides of a MatMul, which is MatMulIntegerToFloat then, and
-the product is multiplied with the magnitudes.
+the product is multiplied with the magnitudes. Rounded twice, what the codes leave has codes of its own, and a product
+is the sum of two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from surgery.export.extra import require
-from surgery.quantizing.op import SMALLEST, STEP
+from surgery.quantizing.op import FINER, SMALLEST, STEP
 
 DOMAIN, OP = "surgery.quantizing", "RoundActivation"
 
@@ -34,24 +35,30 @@ def translation() -> Any:
         inputs=[given("x", "T"), given("smooth", "S", param_option=optional)],
         outputs=[given("y", "T")],
         type_constraints=[("T", floats, ""), ("S", floats, "")],
-        attributes=[defs.OpSchema.Attribute("per_token", defs.OpSchema.AttrType.INT, "")],
+        attributes=[
+            defs.OpSchema.Attribute(n, defs.OpSchema.AttrType.INT, "") for n in ("per_token", "twice")
+        ],
     )
     own = values.Op(values.Opset(DOMAIN, 1), OP, schema)
 
-    def lower(x, smooth=None, per_token=False):
-        return own(*(each for each in (x, smooth) if each is not None), per_token=int(per_token))
+    def lower(x, smooth=None, per_token=False, twice=False):
+        given = (each for each in (x, smooth) if each is not None)
+        return own(*given, per_token=int(per_token), twice=int(twice))
 
     return lower
 
 
 @dataclass(frozen=True)
 class _Levels:
-    """codes = round(x / rows / step) + zero. rows: of a scale for each row, or None."""
+    """codes = round(wide / step) + zero. wide: x / smooth / rows. rows: of a scale for each row, or None. left: the
+    levels of what wide is more than its codes stand for, or None."""
 
+    wide: Any
     codes: Any
     step: Any
     zero: Any
     rows: Any = None
+    left: _Levels | None = None
 
 
 class Rounded:
@@ -61,7 +68,7 @@ class Rounded:
         self.ir, self.model = require("onnx_ir"), model
         self.nodes = [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, OP)]
         self._outputs = {id(node.outputs[0]): node for node in self.nodes}
-        self._codes: dict[tuple[int, int, bool], _Levels] = {}
+        self._codes: dict[tuple[int, int, bool, bool], _Levels] = {}
 
     def reads(self, node: Any, weight: Any, smooth: Any) -> bool:
         """Whether a node multiplies a rounded activation with this value, from the right. smooth: of the weight."""
@@ -79,14 +86,19 @@ class Rounded:
         def add(op: str, inputs: list[Any], **attributes: Any) -> Any:
             return self._add(node, op, inputs, **attributes)
 
-        if given.rows is None:
-            counted = add("MatMulInteger", [given.codes, codes, given.zero])
-            counted = add("Cast", [counted], to=int(self.ir.DataType.FLOAT))
-            value = add("Mul", [counted, add("Mul", [given.step, scales])])
-        else:
+        def multiplied(levels: _Levels) -> Any:
+            if levels.rows is None:
+                counted = add("MatMulInteger", [levels.codes, codes, levels.zero])
+                counted = add("Cast", [counted], to=int(self.ir.DataType.FLOAT))
+                return add("Mul", [counted, add("Mul", [levels.step, scales])])
             # The step is a constant, with which onnxruntime fuses a product of this form alone.
             weight = add("DequantizeLinear", [codes, scales], axis=1)
-            value = add("MatMul", [self._floats(node, given), weight])
+            return add("MatMul", [self._level(node, levels), weight])
+
+        value = multiplied(given)
+        if given.left is not None:
+            value = add("Add", [value, multiplied(given.left)])
+        if given.rows is not None:
             value = add("Mul", [value, given.rows])
         if kind != self.ir.DataType.FLOAT:
             value = add("Cast", [value], to=int(kind))
@@ -110,32 +122,54 @@ class Rounded:
                 self.model.graph.remove(node, safe=True)
 
     def _quantized(self, node: Any) -> _Levels:
-        x, smooth, per_token = node.inputs[0], _smooth(node), bool(node.attributes["per_token"].as_int())
-        key = id(x), id(smooth), per_token
+        x, smooth = node.inputs[0], _smooth(node)
+        per_token, twice = (bool(node.attributes[name].as_int()) for name in ("per_token", "twice"))
+        key = id(x), id(smooth), per_token, twice
         if key not in self._codes:
             wide = self._wide(node, x)
             if smooth is not None:
-                wide = self._add(node, "Div", [wide, self._wide(node, smooth)])
-            self._codes[key] = self._rows(node, wide) if per_token else self._whole(node, wide)
+                wide = self._divide(node, wide, self._wide(node, smooth))
+            found = self._rows(node, wide) if per_token else self._whole(node, wide)
+            self._codes[key] = replace(found, left=self._left(node, found)) if twice else found
         return self._codes[key]
 
     def _whole(self, node: Any, wide: Any) -> _Levels:
         made = self.ir.node("DynamicQuantizeLinear", [wide], num_outputs=3)
         made.metadata_props.update(node.metadata_props)
         self.model.graph.insert_before(node, [made])
-        return _Levels(*made.outputs)
+        return _Levels(wide, *made.outputs)
 
     def _rows(self, node: Any, wide: Any) -> _Levels:
-        """A scale for each row. onnxruntime has fast products of uint8 with int8: zero is 128."""
-        step, zero = self._constant("step", np.float32(STEP)), self._constant("zero", np.uint8(128))
+        """A scale for each row."""
         last = self._constant("last", np.array([-1], dtype=np.int64))
-        largest = self._add(node, "ReduceMax", [self._add(node, "Abs", [wide]), last], keepdims=1)
-        rows = self._add(node, "Max", [largest, self._constant("smallest", np.float32(SMALLEST))])
-        codes = self._add(node, "QuantizeLinear", [self._add(node, "Div", [wide, rows]), step, zero])
-        return _Levels(codes, step, zero, rows)
+        top, bottom = (self._add(node, op, [wide, last], keepdims=1) for op in ("ReduceMax", "ReduceMin"))
+        smallest = self._constant("smallest", np.float32(SMALLEST))
+        rows = self._add(node, "Max", [top, self._add(node, "Neg", [bottom]), smallest])
+        step = self._constant("step", np.float32(STEP))
+        return self._coded(node, self._divide(node, wide, rows), step, rows)
+
+    def _divide(self, node: Any, value: Any, by: Any) -> Any:
+        """By the reciprocal of what is small or constant: a division takes a CPU as long as a dozen products."""
+        return self._add(node, "Mul", [value, self._add(node, "Reciprocal", [by])])
+
+    def _left(self, node: Any, given: _Levels) -> _Levels:
+        left = self._add(node, "Sub", [given.wide, self._level(node, given)])
+        if given.rows is not None:
+            return self._coded(node, left, self._constant("finer_step", np.float32(STEP * FINER)), given.rows)
+        finer = self._constant("finer", np.float32(FINER))
+        return self._coded(node, left, self._add(node, "Mul", [given.step, finer]))
+
+    def _coded(self, node: Any, wide: Any, step: Any, rows: Any = None) -> _Levels:
+        """onnxruntime has fast products of uint8 with int8: zero is 128."""
+        zero = self._constant("zero", np.uint8(128))
+        return _Levels(wide, self._add(node, "QuantizeLinear", [wide, step, zero]), step, zero, rows)
 
     def _floats(self, node: Any, given: _Levels) -> Any:
-        """What the codes stand for; divided by rows, where there are such."""
+        """What all codes stand for; divided by rows, where there are such."""
+        value = self._level(node, given)
+        return value if given.left is None else self._add(node, "Add", [value, self._level(node, given.left)])
+
+    def _level(self, node: Any, given: _Levels) -> Any:
         return self._add(node, "DequantizeLinear", [given.codes, given.step, given.zero])
 
     def _constant(self, name: str, value: Any) -> Any:

@@ -35,13 +35,15 @@ class Quantize(FormatPass, CodesPass):
     the columns of a linear map one by one and puts the error of each into the rest, by what enters it on the data
     (Frantar et al. 2023, arXiv:2210.17323).
 
-    Of `int8-dynamic` three options keep outputs where a few features or tokens are far larger than the rest.
+    Of `int8-dynamic` four options keep outputs where a few features or tokens are far larger than the rest.
     `--per-token` rounds each row of what enters in 255 levels of its own range about zero, so that none depends on what
     else is in a batch (ZeroQuant, Yao et al. 2022, arXiv:2206.01861). `--smooth` divides each feature by s before it is
     rounded, and codes W s (SmoothQuant, Xiao et al. 2023, arXiv:2211.10438): s is max|x|^α / max|w|^(1−α) on the data,
-    the same for all targeted maps of one input, which is rounded once. `--activation-budget` measures by how much the
-    rounding of what enters moves each map's outputs, and keeps what enters as it is where that is more: the weight
-    alone is int8 there.
+    the same for all targeted maps of one input, which is rounded once. `--twice` rounds what is left as well, in 255
+    levels of half a step, for a second product of integers (slices of a float, as in Ozaki's scheme; Ootomo et al.
+    2023, arXiv:2306.11975): 16 bits, for an output layer, say, whose errors nothing evens out. `--activation-budget`
+    measures by how much the rounding of what enters moves each map's outputs, and keeps what enters as it is where that
+    is more: the weight alone is int8 there.
 
     The codes are stored, never computed again. The op goes on as it was, and reads the weight that they give, so every
     adapter stands on it as on the base: only the adapter has gradients (QLoRA). An adapter is folded into codes by
@@ -166,9 +168,8 @@ class Quantize(FormatPass, CodesPass):
                 replace(s, measured=probe) for s in self.find(probe.program.view) if not s.selected_parts
             ]
             fit = [s for s in found if not live.isdisjoint(tail(call.node) for call in s.calls)]
-            return [
-                Map(s, self.layout(s), per_token=self.per_token) for s in fit if self._hindrance(s) is None
-            ]
+            own = [s for s in fit if self._hindrance(s) is None]
+            return [Map(s, self.layout(s), per_token=self.per_token, twice=self.twice) for s in own]
 
         return probe.once((self, "maps"), make)
 

@@ -34,6 +34,10 @@ class FormatPass(RewritePass):
     per_token: bool = Field(
         False, description="with int8-dynamic: a scale for each row of what enters, not one for all of it"
     )
+    twice: bool = Field(
+        False,
+        description="with int8-dynamic: what rounding leaves of what enters is rounded too (16 bits, two products)",
+    )
 
     @model_validator(mode="after")
     def _fit(self) -> FormatPass:
@@ -41,7 +45,7 @@ class FormatPass(RewritePass):
             raise PassError(
                 f"pass {self.name!r}: --asymmetric is for int4, and {self.format} has no zero point; leave it out"
             )
-        self.for_dynamic({"--per-token": self.per_token})
+        self.for_dynamic({"--per-token": self.per_token, "--twice": self.twice})
         if self.format in ("ternary", DYNAMIC) and self.group:
             one = "one scale for the whole weight" if self.format == "ternary" else "one scale for each row"
             raise PassError(f"pass {self.name!r}: {self.format} has {one}; leave out --group")
@@ -71,5 +75,7 @@ class FormatPass(RewritePass):
     def round_input(self, g: Rewriter, smooth: fx.Node | None = None) -> None:
         """Round what enters the op, where the format says so; divided by `smooth`, where there is one."""
         if self.dynamic:
-            given = (smooth, True) if self.per_token else () if smooth is None else (smooth,)
+            given = [smooth, self.per_token, self.twice]
+            while given and not given[-1]:
+                del given[-1]
             g.replace_input(lambda x: g.call(round_activation._opoverload, x, *given))

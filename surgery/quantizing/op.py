@@ -14,6 +14,8 @@ from surgery.quantizing.recompute import made_from_codes
 
 # Of an activation's rows: the step of what was divided by its largest magnitude, and the least that that is taken for.
 STEP, SMALLEST = float(torch.tensor(1 / 127)), torch.finfo(torch.float32).tiny
+# Half a step in 127 levels: the step of what a first rounding leaves, over its own.
+FINER = float(torch.tensor(1 / 254))
 
 
 @torch.library.custom_op("surgery::dequantize", mutates_args=())
@@ -82,34 +84,44 @@ def _(weight: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("surgery::round_activation", mutates_args=())
-def round_activation(x: Tensor, smooth: Tensor | None = None, per_token: bool = False) -> Tensor:
+def round_activation(
+    x: Tensor, smooth: Tensor | None = None, per_token: bool = False, twice: bool = False
+) -> Tensor:
     """An activation in 256 levels of its range at run time (ONNX's DynamicQuantizeLinear), given back as floats.
 
     One scale and zero point for the whole tensor, so that rows of a batch are rounded alike; per_token: a scale for
     each row, 255 levels about zero, so that no row depends on what else is in the batch. smooth: (features,), by which
-    the features are divided before they are rounded, and multiplied after that. The gradient passes straight through.
+    the features are divided before they are rounded, and multiplied after that. twice: what that leaves, at most half
+    a step, is rounded to 255 levels too, and both are given back: 16 bits. The gradient passes straight through.
     """
-    wide = x.float() if smooth is None else x.float() / smooth.float()
-    rounded = _of_rows(wide) if per_token else _of_all(wide)
+    wide = x.float() if smooth is None else x.float() * smooth.float().reciprocal()
+    rounded = _of_rows(wide, twice) if per_token else _of_all(wide, twice)
     return (rounded if smooth is None else rounded * smooth.float()).to(x.dtype)
 
 
-def _of_all(wide: Tensor) -> Tensor:
+def _of_all(wide: Tensor, twice: bool) -> Tensor:
     low, high = wide.amin().clamp(max=0), wide.amax().clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = (-low / scale).round().clamp(0, 255)
     codes = ((wide / scale).round() + zero).clamp(0, 255)
-    return (codes - zero) * scale
+    rounded = (codes - zero) * scale
+    return rounded + _left(wide - rounded, scale * FINER) if twice else rounded
 
 
-def _of_rows(wide: Tensor) -> Tensor:
+def _of_rows(wide: Tensor, twice: bool) -> Tensor:
     largest = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
-    return (wide / largest / STEP).round() * STEP * largest
+    scaled = wide * largest.reciprocal()
+    rounded = (scaled / STEP).round() * STEP
+    return (rounded + _left(scaled - rounded, STEP * FINER) if twice else rounded) * largest
+
+
+def _left(left: Tensor, step: Tensor | float) -> Tensor:
+    return (left / step).round().clamp(-128, 127) * step
 
 
 @round_activation.register_fake
-def _(x: Tensor, smooth: Tensor | None = None, per_token: bool = False) -> Tensor:
+def _(x: Tensor, smooth: Tensor | None = None, per_token: bool = False, twice: bool = False) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -125,4 +137,4 @@ def _straight_through(op: Any, others: int) -> None:
 
 
 _straight_through("surgery::fake_quantize", 6)
-_straight_through("surgery::round_activation", 2)
+_straight_through("surgery::round_activation", 3)

@@ -19,12 +19,16 @@ from surgery.weight_ops import operand
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map of rows. smooth: (in,) or None. per_token: what enters is rounded with a scale for each row."""
+    """A linear map of rows, and how what enters it is rounded. smooth: (in,) or None."""
 
     site: Site
     layout: Layout
     smooth: Tensor | None = None
     per_token: bool = False
+    twice: bool = False
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return round_activation(x, self.smooth, self.per_token, self.twice)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -90,7 +94,7 @@ def moved_by_rounding(probe: Probe, maps: Sequence[Map]) -> dict[SiteKey, float]
 
 def _ratios(x: Tensor, reader: Map) -> Tensor:
     """‖(x̂ − x) Wᵀ‖ / ‖x Wᵀ‖ of the rows of x of which W makes something; fp64."""
-    moved = round_activation(x, reader.smooth, reader.per_token).float() - x.float()
+    moved = reader.rounded(x).float() - x.float()
     weight = reader.matrix.float().T
     given = ((v @ weight).reshape(-1, weight.shape[1]) for v in (moved, x.float()))
     gone, whole = (rows.double().norm(dim=1) for rows in given)

@@ -165,6 +165,7 @@ def _reparameterisation() -> list[Technique]:
 
     smoothed = _at_linears("quantize", format="int8-dynamic", smooth=0.65, activation_budget=0.05)
     by_row = _at_linears("quantize", format="int8-dynamic", per_token=True)
+    twice = _at_linears("quantize", format="int8-dynamic", twice=True)
     return [
         *(
             Technique(f"quantize --format {kind}", family, _at_linears("quantize", format=kind, group=0), ALL)
@@ -172,6 +173,7 @@ def _reparameterisation() -> list[Technique]:
         ),
         Technique("quantize --smooth", family, smoothed, ALL),
         Technique("quantize --per-token", family, by_row, ALL),
+        Technique("quantize --twice", family, twice, ALL),
         Technique("fake-quant", family, _at_linears("fake-quant", format="int4", group=0), ALL),
         Technique("convert", family, lambda model: of("convert"), ALL, rounded_first),
         Technique("int8-static", family, _at_linears("int8-static"), ALL),
