@@ -48,18 +48,22 @@ def measure(variants: Mapping[str, Variant], rounds: int, warmup: int = 1) -> Ti
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(-warmup, rounds):
-        gc.collect()
-        for name, variant in variants.items():
-            given = variant.prepare()
-            gc.disable()
-            begun = clock()
-            result = variant.run(given)
-            seconds = clock() - begun
-            gc.enable()
-            del result, given
-            if number >= 0:
-                found[name].append(seconds)
+    gc.freeze()  # what is there already need not be looked at before every run
+    try:
+        for number in range(-warmup, rounds):
+            for name, variant in variants.items():
+                given = variant.prepare()
+                gc.collect()
+                gc.disable()
+                begun = clock()
+                result = variant.run(given)
+                seconds = clock() - begun
+                gc.enable()
+                del result, given
+                if number >= 0:
+                    found[name].append(seconds)
+    finally:
+        gc.unfreeze()
     return Times(found)
 
 
