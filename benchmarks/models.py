@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ def require(package: str, why: str) -> None:
         raise MissingPeer(
             f"{why} needs {package!r}; install it with: pip install {package.replace('_', '-')}"
         )
+
+
+def torch_onnx(program: surgery.Program, module: nn.Module, path: Path, **names: list[str]) -> None:
+    """What torch.onnx alone writes of a program's model. names: input_names, output_names."""
+    args, kwargs = program.example_inputs
+    given = {"kwargs": kwargs, "dynamo": True, "dynamic_shapes": program.captured.dynamic_shapes}
+    torch.onnx.export(module, args, str(path), verbose=False, **given, **names)
 
 
 _PROGRAMS: dict[str, surgery.Program] = {}

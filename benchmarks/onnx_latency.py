@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import surgery
-from benchmarks.models import minilm, randomise, require
+from benchmarks.models import minilm, randomise, require, torch_onnx
 from benchmarks.timing import Row, Variant, compare, measure
 from surgery.capture import fresh_inputs
 from surgery.export.runtime import OnnxModel
@@ -32,8 +32,9 @@ def run(quick: bool) -> Iterator[Row]:
             program.export(Path(folder, f"{name}.onnx"))
             files[name] = OnnxModel(Path(folder, f"{name}.onnx"), threads=torch.get_num_threads())
         if not quick:
-            _plain(base, Path(folder, "torch.onnx"))
-            files["torch.onnx"] = OnnxModel(Path(folder, "torch.onnx"), threads=torch.get_num_threads())
+            path, module = Path(folder, "torch.onnx"), base.base.loaded.module
+            torch_onnx(base, module, path, input_names=list(base.example_inputs[1]))
+            files["torch.onnx"] = OnnxModel(path, threads=torch.get_num_threads())
         counts = {name: len(file.nodes) for name, file in files.items()}
         times = measure(
             {name: Variant(lambda _, file=file: file.run(inputs)) for name, file in files.items()},
@@ -58,10 +59,3 @@ def run(quick: bool) -> Iterator[Row]:
         yield compare("onnx_latency", "MiniLM: adapted ONNX", times, "adapted", "base", None, note)
         note = f"{counts['base']} nodes against {counts['torch.onnx']}"
         yield compare("onnx_latency", "MiniLM: base ONNX", times, "base", "torch.onnx", 1.0, note)
-
-
-def _plain(program: surgery.Program, path: Path) -> None:
-    args, kwargs = program.example_inputs
-    shapes = program.captured.dynamic_shapes
-    given = {"kwargs": kwargs, "dynamo": True, "dynamic_shapes": shapes, "verbose": False}
-    torch.onnx.export(program.base.loaded.module, args, str(path), input_names=list(kwargs), **given)

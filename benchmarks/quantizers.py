@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 
-from benchmarks.models import MissingPeer
+from benchmarks.models import MissingPeer, torch_onnx
 from benchmarks.subjects import Subject
 
 
@@ -66,14 +65,10 @@ def torchao(subject: Subject, path: Path, plain: Path) -> None:
         raise MissingPeer("torchao is not installed: pip install torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    args, kwargs = subject.program.example_inputs
     changed = copy.deepcopy(subject.program.base.loaded.module).eval()
     quantize_(changed, Int8WeightOnlyConfig())
-    shapes = subject.program.captured.dynamic_shapes
-    given = {"kwargs": kwargs, "dynamo": True, "dynamic_shapes": shapes, "verbose": False}
-    names = onnx.load(str(plain), load_external_data=False).graph
-    outputs = [value.name for value in names.output]
-    torch.onnx.export(changed, args, str(path), input_names=_inputs(plain), output_names=outputs, **given)
+    outputs = [value.name for value in onnx.load(str(plain), load_external_data=False).graph.output]
+    torch_onnx(subject.program, changed, path, input_names=_inputs(plain), output_names=outputs)
 
 
 def _inputs(plain: Path) -> list[str]:

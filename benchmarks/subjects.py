@@ -32,7 +32,7 @@ class Subject:
     one token, of a model that generates. data: that calibrated methods measure on, none of it among what quality is
     taken on. target: linear maps. rest: tables or convolutions, which formats of linear maps leave; they are made int8
     beside these. head: the output layer, which is left too, but where activations are rounded. products: what other
-    passes act on, where it is more than the target."""
+    passes act on, where it is more than the target. rounds: of timing; a run of milliseconds needs more of them."""
 
     name: str
     measure: str

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-
-import onnx
 import pytest
 import torch
 from torch import nn
@@ -18,10 +15,9 @@ from surgery.quantizing.codes import decode
 from surgery.quantizing.op import round_activation
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
-from tests.test_quantize import KIT, randomise
-from tests.test_requantizing import merge_of
+from tests.rounded import check_carried, check_fused, error_under_an_adapter
+from tests.test_quantize import KIT
 from tests.test_smooth import DATA, SMOOTH, entering, outlying, own_tensors, sites_of
-from tests.test_smooth_carried import adapter_error, optimised
 
 TOKENS = {"target": "attn.*,mlp.*", "format": "int8-dynamic", "per_token": True}
 
@@ -135,18 +131,8 @@ def test_the_budget_measures_rows_by_themselves(planted):
 
 
 def test_saved_merged_and_undone(planted, tmp_path):
-    program = planted.apply(surgery.Quantize(**TOKENS), data=DATA)
-    program = randomise(program.apply(surgery.Lora(target="attn.q", rank=2)))
-    program.save(tmp_path / "saved")
-    assert observe(surgery.load(str(tmp_path / "saved")).run(), program.run()).equal
-    merged = program.merge(quantized="requantize", data=DATA)
-    assert not any("lora" in str(node.target) for node in merged.graph.nodes if node.op == "get_attr")
-    for path, choice in merge_of(merged).options["choices"].items():
-        assert choice["errors"]["requantize"] < 0.03  # steps of int8, of the weight and of what enters
-        if "layers.0" in path:  # what enters it no other site has moved
-            moved = adapter_error(program, merged, path, DATA)
-            assert choice["errors"]["requantize"] == pytest.approx(moved, rel=1e-3, abs=1e-6)
-    assert observe(merged.undo_all().run(), planted.run()).equal
+    # Steps of int8, of the weight and of what enters.
+    check_carried(planted, surgery.Quantize(**TOKENS), 0.03, tmp_path / "saved")
 
 
 def test_trained_rounded_and_converted(planted):
@@ -168,22 +154,11 @@ def test_the_kit(planted):
 @pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"smooth": 0.5}])
 def test_fused_by_onnxruntime(options, tmp_path):
     """Every product in integers, one rounding of each input, and no weight in floats."""
-    torch.manual_seed(0)
-    given = {"num_labels": 2, "num_hidden_layers": 2}
-    encoder = surgery.load(f"hf:{minilm_path()}", task="text-classification", model_kwargs=given)
-    program = encoder.apply(surgery.Quantize(**TOKENS, **options))
-    program = randomise(program.apply(surgery.Lora(target="attn.q", rank=2)))
-    report = program.export(tmp_path / "model.onnx")
-    assert report.parity.error <= 3e-2  # a value between two levels may go either way
-    assert {name for name in program.tensors if ".quantize." in name} <= set(report.stored)
-    written = collections.Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    path, passed = tmp_path / "model.onnx", surgery.Quantize(**TOKENS, **options)
+    written = check_fused(
+        passed, path, error=3e-2, products=12
+    )  # a value between two levels may go either way
     assert written["QuantizeLinear"] == 2 * 4
-    graph = optimised(tmp_path / "model.onnx")
-    ops = collections.Counter(node.op_type for node in graph.node)
-    assert (ops["MatMulIntegerToFloat"], ops["DynamicQuantizeMatMul"], ops["MatMulNBits"]) == (12, 0, 0)
-    sizes = {(384, 384), (384, 1536), (1536, 384)}
-    wide = [t.name for t in graph.initializer if t.data_type == 1 and tuple(t.dims) in sizes]
-    assert wide == ["bert.pooler.dense.weight"]  # no target
 
 
 def test_a_row_in_a_file_does_not_depend_on_its_batch(tmp_path):
@@ -211,24 +186,19 @@ def test_a_row_in_a_file_does_not_depend_on_its_batch(tmp_path):
 @pytest.mark.parametrize("dora", [False, True])
 def test_exported_under_adapters(dora, tmp_path):
     """DoRA reads the weight itself, so that its product is of floats."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 40)).eval()
-    base = surgery.capture(module, (torch.randint(0, 40, (3, 7)),))
-    program = base.apply(surgery.Quantize(target="1", format="int8-dynamic", per_token=True))
-    program = randomise(program.apply(surgery.Lora(target="1", rank=2, dora=dora)))
-    assert program.export(tmp_path / "model.onnx").parity.error <= 3e-2
+    assert error_under_an_adapter(dora, tmp_path / "model.onnx", per_token=True) <= 3e-2
 
 
 # -- refused
 
 
+@pytest.mark.parametrize("option", ["per_token", "twice"])
 @pytest.mark.parametrize("format", ["int8", "int4"])
-def test_other_formats_round_nothing_that_enters(format):
+def test_other_formats_round_nothing_that_enters(format, option):
+    shown = "--" + option.replace("_", "-")
     for kind in (surgery.Quantize, surgery.FakeQuant):
-        with pytest.raises(
-            PassError, match=f"--per-token is for int8-dynamic, .* this is {format}; leave it"
-        ):
-            kind.parse({"target": "all", "format": format, "per_token": True})
+        with pytest.raises(PassError, match=f"{shown} is for int8-dynamic, .* this is {format}; leave it"):
+            kind.parse({"target": "all", "format": format, option: True})
 
 
 def test_command_line(tmp_path, capsys):

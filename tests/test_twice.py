@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 
-import onnx
 import pytest
 import torch
-from torch import nn
 
 import surgery
-from surgery.api import PassError, Probe
+from surgery.api import Probe
 from surgery.cli import main
 from surgery.numerics import observe
 from surgery.quantizing.codes import decode
 from surgery.quantizing.op import round_activation
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
-from tests.test_quantize import KIT, randomise
-from tests.test_requantizing import merge_of
+from tests.rounded import check_carried, check_fused, error_under_an_adapter
+from tests.test_quantize import KIT
 from tests.test_smooth import DATA, entering, outlying, own_tensors, sites_of
-from tests.test_smooth_carried import adapter_error, optimised
 
 TWICE = {"target": "attn.*,mlp.*", "format": "int8-dynamic", "twice": True}
 ROWS = pytest.mark.parametrize("per_token", [False, True])
@@ -114,17 +110,8 @@ def test_the_budget_measures_both_roundings(planted):
 
 
 def test_saved_merged_and_undone(planted, tmp_path):
-    program = planted.apply(surgery.Quantize(**TWICE, per_token=True), data=DATA)
-    program = randomise(program.apply(surgery.Lora(target="attn.q", rank=2)))
-    program.save(tmp_path / "saved")
-    assert observe(surgery.load(str(tmp_path / "saved")).run(), program.run()).equal
-    merged = program.merge(quantized="requantize", data=DATA)
-    for path, choice in merge_of(merged).options["choices"].items():
-        assert choice["errors"]["requantize"] < 0.02  # steps of int8, of the weight alone
-        if "layers.0" in path:  # what enters it no other site has moved
-            moved = adapter_error(program, merged, path, DATA)
-            assert choice["errors"]["requantize"] == pytest.approx(moved, rel=1e-3, abs=1e-6)
-    assert observe(merged.undo_all().run(), planted.run()).equal
+    # Steps of int8, of the weight alone.
+    check_carried(planted, surgery.Quantize(**TWICE, per_token=True), 0.02, tmp_path / "saved")
 
 
 def test_trained_rounded_and_converted(planted):
@@ -153,43 +140,18 @@ def test_the_kit(planted, per_token):
 )
 def test_two_products_of_integers(per_token, smooth, tmp_path):
     """Fused by onnxruntime, each of them; no weight in floats, and closer to the weight alone than one rounding is."""
-    torch.manual_seed(0)
-    given = {"num_labels": 2, "num_hidden_layers": 2}
-    encoder = surgery.load(f"hf:{minilm_path()}", task="text-classification", model_kwargs=given)
-    program = encoder.apply(surgery.Quantize(**TWICE, per_token=per_token, smooth=smooth))
-    program = randomise(program.apply(surgery.Lora(target="attn.q", rank=2)))
-    report = program.export(tmp_path / "model.onnx")
-    assert report.parity.error <= 1e-3  # a value between two levels of the second rounding may go either way
-    written = collections.Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    path, passed = tmp_path / "model.onnx", surgery.Quantize(**TWICE, per_token=per_token, smooth=smooth)
+    # A value between two levels of the second rounding may go either way.
+    written = check_fused(passed, path, error=1e-3, products=24)
     assert written["QuantizeLinear"] + written["DynamicQuantizeLinear"] == 2 * 2 * 4  # each input, twice
-    graph = optimised(tmp_path / "model.onnx")
-    ops = collections.Counter(node.op_type for node in graph.node)
-    assert (ops["MatMulIntegerToFloat"], ops["DynamicQuantizeMatMul"], ops["MatMulNBits"]) == (24, 0, 0)
-    sizes = {(384, 384), (384, 1536), (1536, 384)}
-    wide = [t.name for t in graph.initializer if t.data_type == 1 and tuple(t.dims) in sizes]
-    assert wide == ["bert.pooler.dense.weight"]  # no target
 
 
 @ROWS
 @pytest.mark.parametrize("dora", [False, True])
 def test_exported_under_adapters(per_token, dora, tmp_path):
     """DoRA reads the weight itself, so that its product is of floats."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 40)).eval()
-    base = surgery.capture(module, (torch.randint(0, 40, (3, 7)),))
-    program = base.apply(surgery.Quantize(target="1", format="int8-dynamic", twice=True, per_token=per_token))
-    program = randomise(program.apply(surgery.Lora(target="1", rank=2, dora=dora)))
-    assert program.export(tmp_path / "model.onnx").parity.error <= 1e-3
-
-
-# -- refused
-
-
-@pytest.mark.parametrize("format", ["int8", "int4"])
-def test_other_formats_round_nothing_that_enters(format):
-    for kind in (surgery.Quantize, surgery.FakeQuant):
-        with pytest.raises(PassError, match=f"--twice is for int8-dynamic, .* this is {format}; leave it"):
-            kind.parse({"target": "all", "format": format, "twice": True})
+    path = tmp_path / "model.onnx"
+    assert error_under_an_adapter(dora, path, twice=True, per_token=per_token) <= 1e-3
 
 
 def test_command_line(tmp_path):

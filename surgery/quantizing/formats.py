@@ -75,7 +75,5 @@ class FormatPass(RewritePass):
     def round_input(self, g: Rewriter, smooth: fx.Node | None = None) -> None:
         """Round what enters the op, where the format says so; divided by `smooth`, where there is one."""
         if self.dynamic:
-            given = [smooth, self.per_token, self.twice]
-            while given and not given[-1]:
-                del given[-1]
-            g.replace_input(lambda x: g.call(round_activation._opoverload, x, *given))
+            how = smooth, self.per_token, self.twice
+            g.replace_input(lambda x: g.call(round_activation._opoverload, x, *how))
