@@ -33,7 +33,8 @@ from benchmarks import quantizers
 from benchmarks.models import MissingPeer
 from benchmarks.subjects import ROOT, Subject, subjects
 from benchmarks.timing import Times, Variant, measure
-from surgery.errors import SurgeryError
+from surgery.common.errors import SurgeryError
+from surgery.engine.registry import passes
 from surgery.export.runtime import OnnxModel
 
 ROWS = (1, 16)
@@ -74,7 +75,7 @@ def _ours(
 
     def make(subject: Subject, path: Path, _: Path) -> float | None:
         program = subject.program
-        known = program.base.plugins.passes
+        known = passes(program.base.plugins)
         if name and name not in known:
             raise MissingPeer(f"there is no pass {name!r} here")
         targets = [subject.target if name == "quantize" else subject.products or subject.target]

@@ -25,7 +25,7 @@ import surgery
 from benchmarks.models import randomise, smollm2
 from benchmarks.timing import Row, Times, compare
 from surgery.export.generator import open_generator
-from surgery.hf_format import write_hf
+from surgery.store.hf import write_hf
 
 TOKENS, PROMPT = 32, 24
 Answer = Callable[[], list[int]]

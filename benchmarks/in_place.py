@@ -18,7 +18,7 @@ import surgery
 from benchmarks.models import Model, minilm, randomise, require, smollm2
 from benchmarks.step import ALPHA, BATCH, RANK, SAME_LOSS, inputs_of, step_of
 from benchmarks.timing import Row, Variant, compare, measure
-from surgery.in_place.state import state_of
+from surgery.live.state import state_of
 
 TOKENS = 32
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -18,14 +18,14 @@ import surgery
 from benchmarks.models import require
 from benchmarks.stack import WIDTH, fx_stack, layers_for, onnx_stack
 from benchmarks.timing import Row, Variant, compare, measure
-from surgery import replay
-from surgery.graphs import copy_graph
-from surgery.meta_cache import MetaCache
-from surgery.numerics import observe
-from surgery.pass_base import EXACT
-from surgery.sites import SiteIndex
-from surgery.target import select_sites
-from surgery.view import View
+from surgery.engine import replay
+from surgery.engine.contract.numerics import EXACT
+from surgery.engine.contract.observe import observe
+from surgery.graph.fake import MetaCache
+from surgery.graph.graphs import copy_graph
+from surgery.graph.sites import SiteIndex
+from surgery.graph.targets import select_sites
+from surgery.graph.view import View
 
 AIM, LINEAR_AIM = 0.25, 1.2
 RANK, SCALE = 8, 2.0

@@ -22,14 +22,14 @@ from benchmarks.match import AIM, MIDDLE
 from benchmarks.models import MissingPeer, require
 from benchmarks.stack import conv_norm, fx_stack, layers_for, onnx_stack, written_out
 from benchmarks.timing import Row, Variant, compare, measure
-from surgery import replay
-from surgery.base import Base
 from surgery.capture import hf, trace
-from surgery.graphs import copy_graph
-from surgery.meta_cache import MetaCache
-from surgery.pattern_pass import PatternPass
-from surgery.plugins import make_plugin_manager
-from surgery.view import View
+from surgery.common.plugins import make_plugin_manager
+from surgery.engine import replay
+from surgery.engine.base import Base
+from surgery.engine.contract.pattern import PatternPass
+from surgery.graph.fake import MetaCache
+from surgery.graph.graphs import copy_graph
+from surgery.graph.view import View
 
 aten = torch.ops.aten
 

@@ -34,9 +34,9 @@ import surgery
 from benchmarks.models import MissingPeer, require
 from benchmarks.timing import Row
 from surgery.api import make_plugin_manager
-from surgery.base import Base
 from surgery.capture import LoadedModel, trace
-from surgery.errors import SurgeryError
+from surgery.common.errors import SurgeryError
+from surgery.engine.base import Base
 from surgery.passes import PruneFilters
 
 RATIO = 0.5

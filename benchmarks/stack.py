@@ -17,9 +17,9 @@ import torch
 from torch import fx, nn
 
 import surgery
-from surgery.base import Base
 from surgery.capture import Captured, LoadedModel
-from surgery.plugins import make_plugin_manager
+from surgery.common.plugins import make_plugin_manager
+from surgery.engine.base import Base
 
 WIDTH = 32
 

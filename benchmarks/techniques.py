@@ -33,6 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from surgery.engine.registry import find_pass
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -133,7 +135,7 @@ def one(recipe: Recipe, seed: int, steps: int, batch: int) -> Run:
             base.base.tensors[f"classifier.{name}"].copy_(value)
     torch.manual_seed(seed)
     plugins = make_plugin_manager()
-    program = base.apply(*(plugins.find_pass(name).cls.parse(options) for name, options in recipe.passes))
+    program = base.apply(*(find_pass(plugins, name).cls.parse(options) for name, options in recipe.passes))
     module = program.module()
     before = accuracy(module, reader, held_out)
     losses: list[float] = []

@@ -26,14 +26,14 @@ from torch import Tensor
 import surgery
 from benchmarks.models import Model, require, smollm2
 from benchmarks.timing import Row, quartiles
-from surgery.training.data import Rows
-from surgery.training.loop import Result, train
-from surgery.training.objective import Batch
-from surgery.training.objectives import Sft
-from surgery.training.setting import Setting
-from surgery.training.settings import Settings
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.watching import Watcher
+from surgery.train.data import Rows
+from surgery.train.data_context import Setting
+from surgery.train.loop import Result, train
+from surgery.train.objective import Batch
+from surgery.train.objectives import Sft
+from surgery.train.options import Settings
+from surgery.train.tokenizers import find_tokenizer
+from surgery.train.watchers import Watcher
 
 ROOT = Path(__file__).resolve().parents[1]
 AIM = 1 / 1.05  # of the time: 1.05 of the tokens a second

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery
-from surgery.hf_format import write_hf
+from surgery.store.hf import write_hf
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IGNORED = -100

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import surgery
 from surgery.export.generator import open_generator
-from surgery.hf_format import write_hf
+from surgery.store.hf import write_hf
 
 TOKENS = 32
 PROMPT = "Give three tips for staying healthy."

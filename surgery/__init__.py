@@ -6,9 +6,10 @@
 >>> program.merge().export("model.onnx")
 """
 
-from surgery import penalties
-from surgery.errors import SurgeryError
-from surgery.in_place import (
+from surgery.common.errors import SurgeryError
+from surgery.engine.journal import Entry, Journal
+from surgery.engine.program import Program
+from surgery.live import (
     apply_,
     combine_,
     load_,
@@ -21,8 +22,6 @@ from surgery.in_place import (
     using,
     weight_,
 )
-from surgery.journal import Entry, Journal
-from surgery.loading import capture, load
 from surgery.passes import (
     Adapter,
     Bitfit,
@@ -55,8 +54,9 @@ from surgery.passes import (
     Untie,
     Vocab,
 )
-from surgery.peft_format import export_peft, import_peft
-from surgery.program import Program
+from surgery.store.load import capture, load
+from surgery.store.peft import export_peft, import_peft
+from surgery.train import penalties
 
 __version__ = "0.1.0"
 

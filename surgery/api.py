@@ -4,7 +4,7 @@ The promise: a name in `__all__` keeps its meaning and its signature within a mi
 a change is announced in the changelog one minor version ahead, and the old form works, with a
 DeprecationWarning, until then. Modules other than this one (and `surgery.testing`, for a plugin's tests) may
 change at any time. A plugin is a distribution with an entry point in the group `surgery` that names a module
-or an object with functions marked `@hookimpl`; the hooks are listed in `surgery.hookspecs`.
+or an object with functions marked `@hookimpl`; the hooks are listed in `surgery.common.hooks`.
 
 Passes      RewritePass, GraphPass, SelectPass, Pass, Field, TensorSpec, Selection, Candidates
             EXACT, rounded, changes, Numerics; of combining several: Combination, Place, Source
@@ -29,8 +29,7 @@ from pydantic import Field
 
 from surgery.capture import LoadedModel, LoadOptions, from_module
 from surgery.capture.py import imported
-from surgery.combination import Combination, Place, Source
-from surgery.errors import (
+from surgery.common.errors import (
     CaptureError,
     ExportError,
     JournalError,
@@ -43,26 +42,22 @@ from surgery.errors import (
     TrainingError,
     nearest,
 )
-from surgery.hookspecs import hookimpl
-from surgery.journal import Entry, Journal
-from surgery.loading import capture, load
-from surgery.lowrank import AddLowRank, add_branch, add_rows, branch, factor_shapes, gather_index
-from surgery.pass_base import (
-    EXACT,
-    GraphPass,
-    MergeOp,
-    Numerics,
-    Pass,
-    RewritePass,
-    Selection,
-    SelectPass,
-    TensorSpec,
-    changes,
-    rounded,
-)
-from surgery.passes.quantize import Quantize
-from surgery.pattern_pass import PatternPass, stored
-from surgery.patterns import (
+from surgery.common.hooks import hookimpl
+from surgery.common.plugins import Plugins, make_plugin_manager
+from surgery.engine.change.plans import PassReport
+from surgery.engine.change.selection import Candidates, SelectPass
+from surgery.engine.contract.base import GraphPass, Pass, Place, RewritePass, Source
+from surgery.engine.contract.combination import Combination
+from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.numerics import EXACT, Numerics, changes, rounded
+from surgery.engine.contract.pattern import PatternPass, stored
+from surgery.engine.contract.selection import Selection
+from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.journal import Entry, Journal
+from surgery.engine.probe import Probe
+from surgery.engine.program import Program
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM, Call, WeightOp
+from surgery.graph.patterns import (
     Found,
     Match,
     NearMiss,
@@ -80,13 +75,18 @@ from surgery.patterns import (
     shape_of,
     value,
 )
-from surgery.plans import PassReport
-from surgery.plugins import Plugins, make_plugin_manager
-from surgery.probe import Probe
-from surgery.program import Program
-from surgery.quantizing.stored import CodesPass
-from surgery.rewriter import Rewriter
-from surgery.scaling import (
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
+from surgery.passes.algebra.low_rank import (
+    AddLowRank,
+    add_branch,
+    add_rows,
+    branch,
+    factor_shapes,
+    gather_index,
+)
+from surgery.passes.algebra.scale import (
     ScaleAxis,
     channels,
     ones_elsewhere,
@@ -94,22 +94,21 @@ from surgery.scaling import (
     scale_input,
     scale_output,
 )
-from surgery.selecting import Candidates
-from surgery.sites import Site
-from surgery.training.data import read_rows, split
-from surgery.training.dialogues import chat_template, chat_tokens, messages_in
-from surgery.training.frozen import FrozenPart
-from surgery.training.learned import LEARNED, Learned
-from surgery.training.loop import train
-from surgery.training.objective import Objective, OnPolicy
-from surgery.training.reference import reference_of
-from surgery.training.setting import Setting
-from surgery.training.settings import Settings
-from surgery.training.tables import joined
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.tokens import TokenObjective
-from surgery.view import View
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM, Call, WeightOp
+from surgery.passes.quantize.codes_pass import CodesPass
+from surgery.passes.quantize.quantize import Quantize
+from surgery.store.load import capture, load
+from surgery.train.data import read_rows, split
+from surgery.train.data_context import Setting
+from surgery.train.dialogues import chat_template, chat_tokens, messages_in
+from surgery.train.frozen_part import FrozenPart
+from surgery.train.learned import LEARNED, Learned
+from surgery.train.loop import train
+from surgery.train.objective import Objective, OnPolicy
+from surgery.train.options import Settings
+from surgery.train.reference_policy import reference_of
+from surgery.train.tables import joined
+from surgery.train.tokenizers import find_tokenizer
+from surgery.train.tokens import TokenObjective
 
 __all__ = [
     "CONV",

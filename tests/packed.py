@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import surgery
 from surgery.api import CONV, EMBEDDING, LINEAR, WeightOp, hookimpl, make_plugin_manager
-from surgery.passes.sparse_tune import SparseTune
+from surgery.passes.sparse.sparse_tune import SparseTune
 
 CODEBOOK = torch.tensor(
     [-1, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1]

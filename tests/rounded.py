@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.numerics import observe
+from surgery.engine.contract.observe import observe
 from tests.conftest import minilm_path
 from tests.test_quantize import randomise
 from tests.test_requantizing import merge_of

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 import surgery
-from surgery.errors import PassError, TargetError
+from surgery.common.errors import PassError, TargetError
 from surgery.passes.adapter import Adapter
 from surgery.testing import check_pass
 from tests.conftest import minilm_path

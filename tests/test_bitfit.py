@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.errors import PassError
+from surgery.common.errors import PassError
 from surgery.testing import CHECKS, check_pass
 from tests import models
 from tests.stacks import STACK, bits, digits, fit, moved, program

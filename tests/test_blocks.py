@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import surgery
-from surgery.blocks import Block, Branch, depth_of, find_blocks, find_branches
 from surgery.capture import LoadedModel, from_module, trace
-from surgery.dataflow import trace_origins
-from surgery.roles import find_roles
-from surgery.sites import is_aux
-from surgery.weight_ops import BUILTIN_WEIGHT_OPS, NORM, Call, find_calls
+from surgery.graph.analysis.blocks import Block, Branch, depth_of, find_blocks, find_branches
+from surgery.graph.analysis.dataflow import trace_origins
+from surgery.graph.analysis.roles import find_roles
+from surgery.graph.marks import is_aux
+from surgery.graph.ops import BUILTIN_WEIGHT_OPS, NORM, Call, find_calls
 from tests.counting import lines_run
 from tests.test_roles import Net, deep
 from tests.zoo import architectures, zoo

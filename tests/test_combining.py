@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
 import surgery
 from surgery.cli import main
-from surgery.combination import METHODS
-from surgery.errors import PassError
-from surgery.numerics import observe
+from surgery.common.errors import PassError
+from surgery.engine.contract.combination import METHODS
+from surgery.engine.contract.observe import observe
+from surgery.engine.registry import find_pass
 from tests import tiny
 from tests.zoo import zoo
 
@@ -147,7 +148,7 @@ def test_the_order_of_what_came_between(tmp_path):
     """An IA³ over the first LoRA scales what that adds, and not what a later one does."""
     checkpoints(tmp_path, "llama")
     program = surgery.load(f"hf:{tmp_path / 'base'}")
-    ia3 = program.base.plugins.find_pass("ia3").cls
+    ia3 = find_pass(program.base.plugins, "ia3").cls
     program = program.apply(surgery.Lora(target="mlp.up", label="a"), ia3(target="mlp.up", scale="output"))
     with torch.no_grad():
         for tensor in program.tensors.values():
@@ -166,7 +167,7 @@ def test_the_order_of_what_came_between(tmp_path):
 def test_ia3(tmp_path):
     checkpoints(tmp_path, "llama")
     program = surgery.load(f"hf:{tmp_path / 'base'}")
-    ia3 = program.base.plugins.find_pass("ia3").cls
+    ia3 = find_pass(program.base.plugins, "ia3").cls
     program = program.apply(ia3(label="a"), ia3(target="attn.v", label="b"))
     with torch.no_grad():
         for tensor in program.tensors.values():

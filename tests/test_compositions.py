@@ -9,7 +9,7 @@ import torch
 
 import surgery
 from surgery.api import RewritePass, hookimpl, make_plugin_manager
-from surgery.errors import JournalError, PassError
+from surgery.common.errors import JournalError, PassError
 from surgery.testing import CHECKS, check_pass
 from tests.techniques.catalogue import of
 from tests.techniques.models import program

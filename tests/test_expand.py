@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.errors import PassError
+from surgery.common.errors import PassError
 from surgery.testing import CHECKS, check_pass
 from tests.conftest import minilm_path
 from tests.techniques.catalogue import of

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import JournalError, PassError
+from surgery.common.errors import JournalError, PassError
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import PassError
+from surgery.common.errors import PassError
 from tests.overfitting import falling_loss
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 import surgery
 from surgery.api import PassError
-from surgery.errors import ExportError, JournalError
-from surgery.numerics import observe
+from surgery.common.errors import ExportError, JournalError
+from surgery.engine.contract.observe import observe
 from surgery.testing import check_pass
 from tests.test_quantize import KIT, every, randomise
 

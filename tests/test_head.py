@@ -13,14 +13,14 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import surgery
 from surgery.cli import main
-from surgery.difference import diff
-from surgery.errors import JournalError, PassError, TargetError
+from surgery.common.errors import JournalError, PassError, TargetError
+from surgery.engine.diff import diff
 from surgery.export import provenance_of
 from surgery.export.runtime import OnnxModel
-from surgery.graphs import copy_graph
-from surgery.outputs import named_outputs, refuse_output
+from surgery.export.verify import verify
+from surgery.graph.graphs import copy_graph
+from surgery.graph.outputs import named_outputs, refuse_output
 from surgery.testing import check_pass
-from surgery.verify import verify
 from tests import models
 from tests.techniques.models import program
 

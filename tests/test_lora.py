@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import PassError
+from surgery.common.errors import PassError
 from tests import models
 
 # Two orders of summation of at most a few dozen fp32 products: a few units in the last place of the largest.
@@ -196,7 +196,7 @@ def test_a_layer_that_no_output_depends_on_is_refused():
     program = surgery.capture(Leftover(), (torch.randn(2, 4),), dynamic={"x": {0: "batch"}})
     (refused,) = program.plan(surgery.Lora(target="all")).passes[-1].refused
     assert (refused.site.path, refused.refusal) == ("unused", "no output of the model depends on it")
-    with pytest.raises(surgery.errors.PassError, match="lora at unused: refused, no output"):
+    with pytest.raises(surgery.common.errors.PassError, match="lora at unused: refused, no output"):
         program.apply(surgery.Lora(target="unused"))
 
 

@@ -14,9 +14,9 @@ from torch_surgery_ia3 import IA3
 
 import surgery
 from surgery.cli import main
-from surgery.errors import PassError
-from surgery.numerics import observe
-from surgery.passes.lora import PISSA_MOVES
+from surgery.common.errors import PassError
+from surgery.engine.contract.observe import observe
+from surgery.passes.lora.lora import PISSA_MOVES
 from surgery.testing import CHECKS, check_pass
 from tests import models
 from tests.techniques.models import program as real

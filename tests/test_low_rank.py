@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import PassError
+from surgery.common.errors import PassError
 from surgery.testing import check_pass
 from tests import models
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import surgery
-from surgery import output_error
 from surgery.api import PassError, Probe
-from surgery.numerics import observe
-from surgery.sites import tail
+from surgery.engine.contract.observe import observe
+from surgery.engine.registry import find_pass
+from surgery.graph.marks import tail
+from surgery.passes.measure import output_error
 from tests.conftest import minilm_path
 from tests.test_quantize import randomise
 
@@ -189,7 +190,7 @@ def test_what_an_op_reads_is_rounded_too(how, forms):
 
 def test_an_adapter_of_what_enters_is_measured_on_what_enters(forms):
     """IA3 in front of an op: once it is in the codes these read x, not the scaled x that is there before the merge."""
-    ia3 = forms.base.plugins.find_pass("ia3").cls
+    ia3 = find_pass(forms.base.plugins, "ia3").cls
     program = forms.apply(surgery.Quantize(target="path:even", format="int4", group=0))
     program = program.apply(ia3(target="path:even", scale="input"))
     vector = next(t for t in program.tensors.values() if t.requires_grad)

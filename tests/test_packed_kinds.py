@@ -12,13 +12,14 @@ from torch.nn import functional as F
 
 import surgery
 from surgery.api import PassError
-from surgery.numerics import relative_difference
+from surgery.engine.contract.observe import relative_difference
+from surgery.engine.probe import Probe
 from surgery.passes.bitfit import Bitfit
-from surgery.passes.head import Head
-from surgery.passes.prompt import Prompt
-from surgery.passes.sparse_tune import SparseTune
-from surgery.passes.vocab import Vocab
-from surgery.probe import Probe
+from surgery.passes.heads.head import Head
+from surgery.passes.heads.vocab import Vocab
+from surgery.passes.measure.fisher import fisher
+from surgery.passes.prompt.prompt import Prompt
+from surgery.passes.sparse.sparse_tune import SparseTune
 from tests.packed import (
     PASSES,
     SCALE,
@@ -192,7 +193,7 @@ def test_the_fisher_information_is_that_of_the_floats():
         adapted = program.apply(pass_, data=[((x,), {})])
         (entry,) = [e for e in adapted.journal if e.pass_name == "sparse-tune"]
         both.append(adapted.tensors[entry.sites[0].tensors["indices"]])
-        both.append(Probe(program, [((x,), {})]).fisher(name))
+        both.append(fisher(Probe(program, [((x,), {})]), name))
     assert torch.equal(both[0], both[2])
     assert relative_difference(both[3], both[1]) < WITHIN
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import surgery
 from surgery.api import LINEAR, PassError, SurgeryError, WeightOp, hookimpl, make_plugin_manager
-from surgery.numerics import relative_difference
-from surgery.passes.sparse_tune import SparseTune
+from surgery.engine.contract.observe import relative_difference
+from surgery.passes.sparse.sparse_tune import SparseTune
 from surgery.testing import check_pass
 from tests.packed import (
     PASSES,
@@ -121,7 +121,11 @@ def test_saved_and_loaded_without_measuring_anything(pass_, tmp_path, monkeypatc
     def measured(*args, **kwargs):
         raise AssertionError("loading reads the weight")
 
-    for place in ("probe.Probe.weight", "probe.Probe.fisher", "pissa.Split._principal"):
+    for place in (
+        "engine.probe.Probe.weight",
+        "passes.measure.fisher.fisher_of",
+        "passes.lora.pissa.Split._principal",
+    ):
         monkeypatch.setattr(f"surgery.{place}", measured)
     torch.manual_seed(9)
     again = surgery.load(str(tmp_path / "saved"), base=ref, plugins=plugins)

@@ -20,7 +20,7 @@ from transformers import (
 
 import surgery
 from surgery.cli import main
-from surgery.errors import ExportError, LoadError
+from surgery.common.errors import ExportError, LoadError
 from tests import tiny
 from tests.conftest import minilm_path
 

@@ -9,10 +9,10 @@ from torch import nn
 import surgery
 from surgery.api import PassError, Probe
 from surgery.cli import main
+from surgery.engine.contract.observe import observe
 from surgery.export.runtime import OnnxModel
-from surgery.numerics import observe
-from surgery.quantizing.codes import decode
-from surgery.quantizing.op import round_activation
+from surgery.passes.quantize.codes import decode
+from surgery.passes.quantize.ops import round_activation
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
 from tests.rounded import check_carried, check_fused, error_under_an_adapter

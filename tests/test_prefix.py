@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 import surgery
-from surgery.base import Base
 from surgery.capture import fresh_inputs, other_sizes, trace
-from surgery.errors import JournalError, PassError, SurgeryError
-from surgery.plugins import make_plugin_manager
-from surgery.program import Program
+from surgery.common.errors import JournalError, PassError, SurgeryError
+from surgery.common.plugins import make_plugin_manager
+from surgery.engine.base import Base
+from surgery.engine.program import Program
 from surgery.testing import check_pass
 from tests.techniques import models
 from tests.zoo import zoo

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.errors import CaptureError, JournalError, PassError, TargetError
+from surgery.common.errors import CaptureError, JournalError, PassError, TargetError
 from tests import models
 
 
@@ -143,8 +143,8 @@ def test_a_pass_that_breaks_its_promise_is_refused():
             specs = super().tensors(site)
             return {"A": specs["A"], "B": type(specs["B"])(specs["B"].shape, torch.nn.init.ones_)}
 
-    from surgery.hookspecs import hookimpl
-    from surgery.plugins import make_plugin_manager
+    from surgery.common.hooks import hookimpl
+    from surgery.common.plugins import make_plugin_manager
 
     class Hook:
         @hookimpl

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 import surgery
-from surgery.errors import PassError
-from surgery.passes.prompt import Prompt
+from surgery.common.errors import PassError
+from surgery.passes.prompt.prompt import Prompt
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
 from tests.models import attention, convnet

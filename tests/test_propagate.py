@@ -15,11 +15,11 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from surgery.capture import LoadedModel, fresh_inputs, trace
-from surgery.errors import PassError
-from surgery.graphs import copy_graph
-from surgery.propagate import propagate
-from surgery.propagate.sizes import Dim as Moved
-from surgery.propagate.sizes import Products, Unclear, regroup
+from surgery.common.errors import PassError
+from surgery.graph.graphs import copy_graph
+from surgery.graph.propagate import propagate
+from surgery.graph.propagate.sizes import Dim as Moved
+from surgery.graph.propagate.sizes import Products, Unclear, regroup
 from tests.counting import lines_run
 from tests.zoo.zoo import build
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.errors import JournalError, PassError, TargetError
+from surgery.common.errors import JournalError, PassError, TargetError
 from tests.techniques.catalogue import of
 
 WIDTH, LENGTH = 8, 5

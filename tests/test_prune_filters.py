@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 import surgery
 from surgery.api import PassError, make_plugin_manager
-from surgery.base import Base
 from surgery.capture import trace
-from surgery.graphs import flat_inputs
-from surgery.pruning.planning import kept_atoms
+from surgery.engine.base import Base
+from surgery.graph.graphs import flat_inputs
+from surgery.passes.prune.plan import kept_atoms
+from surgery.passes.prune.sweep import coupling_of
 from surgery.testing import check_pass
 from tests import torchvision_without_ops  # noqa: F401  (timm imports torchvision)
 from tests.models import attention, convnet, interleaved
@@ -50,7 +51,7 @@ def program(name: str) -> surgery.Program:
 
 def masked(base: surgery.Program, pruned: surgery.Program) -> Any:
     """What the whole program computes with every removed channel set to zero as it is made."""
-    run = base.view.coupling
+    run = coupling_of(base.view)
     keep = kept_atoms(run, [SimpleNamespace(decided=r.decided) for r in pruned.journal.entries[-1].sites])
     nodes = {node.name: node for node in base.graph.nodes}
 

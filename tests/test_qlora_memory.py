@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import JournalError
-from surgery.numerics import observe
-from surgery.quantizing import op, recompute
+from surgery.common.errors import JournalError
+from surgery.engine import recompute
+from surgery.engine.contract.observe import observe
+from surgery.passes.quantize import ops
 from tests.conftest import minilm_path
 from tests.test_quantize import randomise
 
@@ -34,8 +35,8 @@ def test_made_again_for_the_backward_pass(adapted, monkeypatch):
     """The same gradients to the bit, by one more decoding of each weight that the gradient passes."""
     module, (_, inputs) = adapted.module(), adapted.example_inputs
     made = []
-    decode = op.decode
-    monkeypatch.setattr(op, "decode", lambda *given: made.append(given[0]) or decode(*given))
+    decode = ops.decode
+    monkeypatch.setattr(ops, "decode", lambda *given: made.append(given[0]) or decode(*given))
     with torch.no_grad():
         module(**inputs)
     assert len(made) == 6
@@ -98,7 +99,7 @@ def test_no_view_of_the_memory_is_left(adapted):
 def test_live_layers_make_theirs_again(adapted, monkeypatch):
     live, (_, inputs) = adapted.live(), adapted.example_inputs
     made = []
-    decode = op.decode
-    monkeypatch.setattr(op, "decode", lambda *given: made.append(given[0]) or decode(*given))
+    decode = ops.decode
+    monkeypatch.setattr(ops, "decode", lambda *given: made.append(given[0]) or decode(*given))
     live(**inputs).last_hidden_state.square().sum().backward()
     assert len(made) == 6 + 3

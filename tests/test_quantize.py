@@ -12,10 +12,11 @@ from torch import nn
 
 import surgery
 from surgery.api import PassError, Probe
-from surgery.numerics import observe
-from surgery.quantizing import FORMATS, decode, encode
-from surgery.quantizing.codes import NF4, pack, unpack
-from surgery.quantizing.gptq import gptq
+from surgery.engine.contract.observe import observe
+from surgery.engine.registry import find_pass
+from surgery.passes.quantize import FORMATS, decode, encode
+from surgery.passes.quantize.codes import NF4, pack, unpack
+from surgery.passes.quantize.gptq import gptq
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
 
@@ -229,7 +230,7 @@ def encoder():
 def test_adapters_stand_on_codes(name, encoder, tmp_path):
     """Only the adapter has gradients, whatever it is; saved and loaded; and it comes off to the bit."""
     quantized = encoder.apply(surgery.Quantize(target="attn.*,mlp.*", format="int4"))
-    ia3 = encoder.base.plugins.find_pass("ia3").cls
+    ia3 = find_pass(encoder.base.plugins, "ia3").cls
     pass_ = {
         "lora": surgery.Lora(target="attn.*", rank=4),
         "dora": surgery.Lora(target="attn.*", rank=4, dora=True),

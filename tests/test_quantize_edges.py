@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.errors import ExportError, PassError
-from surgery.export.quantized import Weight, check_kept
-from surgery.numerics import observe
-from surgery.quantizing.codes import decode, encode
+from surgery.common.errors import ExportError, PassError
+from surgery.engine.contract.observe import observe
+from surgery.export.lowerings.dequantize import Weight, check_kept
+from surgery.passes.quantize.codes import decode, encode
 from tests.test_quantize import randomise
 
 FORMS = ["int8", "int4", "nf4", "ternary", "binary"]

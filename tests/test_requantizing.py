@@ -9,9 +9,10 @@ from torch import nn
 import surgery
 from surgery.api import PassError
 from surgery.cli import main
-from surgery.numerics import observe
-from surgery.probe import Probe
-from surgery.quantizing.layout import Layout
+from surgery.engine.contract.observe import observe
+from surgery.engine.probe import Probe
+from surgery.engine.registry import find_pass
+from surgery.passes.quantize.matrix import Layout
 from tests.conftest import minilm_path
 from tests.test_quantize import every, randomise
 
@@ -125,7 +126,7 @@ def test_saved_loaded_exported_and_undone(how, encoder, tmp_path):
 
 
 def test_what_cannot_go_into_codes_stays_and_says_why(encoder):
-    ia3 = encoder.base.plugins.find_pass("ia3").cls
+    ia3 = find_pass(encoder.base.plugins, "ia3").cls
     program = encoder.apply(surgery.Quantize(target="attn.*", format="int8")).apply(
         surgery.Lora(target="attn.*,mlp.up", rank=2), ia3(target="attn.v")
     )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.capture import from_module, trace
-from surgery.roles import Roles, find_roles
-from surgery.weight_ops import BUILTIN_WEIGHT_OPS, Call, find_calls
+from surgery.graph.analysis.roles import Roles, find_roles
+from surgery.graph.ops import BUILTIN_WEIGHT_OPS, Call, find_calls
 from tests.counting import lines_run
 
 transformers = pytest.importorskip("transformers")

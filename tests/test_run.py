@@ -11,9 +11,9 @@ import yaml
 import surgery
 from surgery.api import make_plugin_manager
 from surgery.cli import main
-from surgery.errors import SurgeryError
-from surgery.program import Program
-from surgery.recipe import read_recipe, write_recipe
+from surgery.cli.recipe import read_recipe, write_recipe
+from surgery.common.errors import SurgeryError
+from surgery.engine.program import Program
 from tests.training.conftest import llama_folder, texts  # noqa: F401
 
 TRAIN = {

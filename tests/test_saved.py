@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery import saved
-from surgery.errors import JournalError, LoadError, SurgeryError
+from surgery.common.errors import JournalError, LoadError, SurgeryError
+from surgery.store import saved
 
 ATTENTION = "py:tests.models:attention"
 
@@ -271,7 +271,7 @@ def test_hf_format_loads_in_transformers(tmp_path, randomise):
     config = GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     program = surgery.load(f"hf:{tmp_path / 'base'}")
-    from surgery.hf_format import write_hf
+    from surgery.store.hf import write_hf
 
     for target, tied in (("attn.*", True), ("lm_head", False)):
         merged = randomise(program.apply(surgery.Lora(target=target, rank=2))).merge()

@@ -11,12 +11,12 @@ import torch
 from torch.nn import functional as F
 
 import surgery
-from surgery import saved
 from surgery.api import Selection, SelectPass, hookimpl, make_plugin_manager
-from surgery.errors import JournalError, PassError
-from surgery.journal import Entry
-from surgery.module import ProgramModule
-from surgery.schedule import Schedule
+from surgery.common.errors import JournalError, PassError
+from surgery.engine.journal import Entry
+from surgery.engine.module import ProgramModule
+from surgery.engine.schedule import Schedule
+from surgery.store import saved
 from surgery.testing import ConformanceError, check_pass
 from tests.stacks import STACK, Stack, bits, depth_of, digits, fit, moved, program
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import surgery
 from surgery.cli import main
-from surgery.errors import PassError, TargetError
+from surgery.common.errors import PassError, TargetError
 from surgery.testing import CHECKS, check_pass
 from tests.models import convnet, forms
 from tests.stacks import STACK, Stack, bits, depth_of, fit, moved, program

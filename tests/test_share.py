@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 import surgery
-from surgery.errors import PassError
+from surgery.common.errors import PassError
 from surgery.testing import check_pass
 from tests import models
 

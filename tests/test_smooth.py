@@ -11,12 +11,12 @@ from transformers import LlamaForCausalLM
 
 import surgery
 from surgery.api import Probe
-from surgery.numerics import observe
-from surgery.quantizing.codes import decode, encode
-from surgery.quantizing.op import round_activation
-from surgery.quantizing.smoothing import factors
-from surgery.sites import head
-from surgery.weight_ops import operand
+from surgery.engine.contract.observe import observe
+from surgery.graph.marks import head
+from surgery.graph.ops import operand
+from surgery.passes.quantize.codes import decode, encode
+from surgery.passes.quantize.ops import round_activation
+from surgery.passes.quantize.smoothing import factors
 from tests.tiny import llama
 
 OUTLIER = 5

@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 import surgery
 from surgery.api import PassError, Probe
 from surgery.cli import main
-from surgery.numerics import observe
-from surgery.quantizing.codes import decode, encode
-from surgery.sites import tail
+from surgery.engine.contract.observe import observe
+from surgery.graph.marks import tail
+from surgery.passes.quantize.codes import decode, encode
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
 from tests.test_quantize import KIT, randomise
@@ -47,7 +47,11 @@ def test_saved_loaded_without_measuring_and_undone(budget, encoder, tmp_path, mo
     def measured(*_, **__):
         raise AssertionError("loading measures")
 
-    for place in ("probe.Probe.watch", "probe.Probe.largest", "quantizing.smoothing.factors"):
+    for place in (
+        "engine.probe.Probe.watch",
+        "engine.probe.Probe.largest",
+        "passes.quantize.smoothing.factors",
+    ):
         monkeypatch.setattr(f"surgery.{place}", measured)
     again = surgery.load(str(tmp_path / "saved"))
     assert observe(again.run(), program.run()).equal

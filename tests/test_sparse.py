@@ -14,10 +14,11 @@ from torch.nn import functional as F
 import surgery
 from surgery.api import ExportError, PassError, Probe
 from surgery.cli import main
-from surgery.hf_format import write_hf
-from surgery.numerics import observe
-from surgery.sparsity import Layout, Pattern, choose, count
-from surgery.sparsity.activations import norms
+from surgery.engine.contract.observe import observe
+from surgery.engine.registry import find_pass
+from surgery.passes.sparse import Layout, Pattern, choose, count
+from surgery.passes.sparse.inputs import norms
+from surgery.store.hf import write_hf
 from surgery.testing import check_pass
 from tests import models
 from tests.conftest import minilm_path
@@ -366,7 +367,7 @@ def test_what_keeps_the_zeros_is_folded_with_them(name):
     """Scales of what enters or leaves, and biases."""
     module, inputs = models.attention()
     base = surgery.capture(module, inputs)
-    pass_ = base.base.plugins.find_pass(name).cls.parse({"target": "out"})
+    pass_ = find_pass(base.base.plugins, name).cls.parse({"target": "out"})
     program = base.apply(surgery.Sparse(target="out"), pass_)
     with torch.no_grad():
         for tensor in program.tensors.values():

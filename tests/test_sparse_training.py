@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 import surgery
 from surgery.api import PassError, Probe
-from surgery.numerics import observe
+from surgery.engine.contract.observe import observe
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
 from tests.stacks import STACK, digits, program

@@ -8,8 +8,8 @@ from torch import nn
 
 import surgery
 from surgery.api import Probe
-from surgery.errors import PassError
-from surgery.fisher import fisher_of
+from surgery.common.errors import PassError
+from surgery.passes.measure.fisher import fisher, fisher_of
 from surgery.testing import check_pass
 from tests import models
 
@@ -69,7 +69,7 @@ def test_the_support_is_what_by_says():
         return sorted(importance.flatten().topk(6).indices.tolist())
 
     assert support() == largest(module.out.weight.abs())
-    assert support(by="gradient") == largest(Probe(base).fisher("out.weight"))
+    assert support(by="gradient") == largest(fisher(Probe(base), "out.weight"))
     assert support(by="random") == support(by="random") != support(1, by="random")
     state = torch.get_rng_state()
     base.plan(surgery.SparseTune(target="out", by="random"))

@@ -11,7 +11,7 @@ from torch import nn
 import surgery
 from surgery.capture import dynamic_axes
 from surgery.cli import main
-from surgery.errors import CaptureError
+from surgery.common.errors import CaptureError
 from surgery.testing import check_pass
 from tests.techniques.models import program, reference
 

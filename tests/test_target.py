@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import surgery
-from surgery import target
-from surgery.errors import TargetError
+from surgery.common.errors import TargetError
+from surgery.graph import targets
 from tests import models
 
 
@@ -16,7 +16,7 @@ def fused():
 
 
 def paths(program, text):
-    return [site.path.removeprefix("bert.") for site in target.select_sites(program.sites.sites, text)]
+    return [site.path.removeprefix("bert.") for site in targets.select_sites(program.sites.sites, text)]
 
 
 def test_roles_and_paths_of_bert(minilm):
@@ -57,13 +57,13 @@ def test_a_role_is_never_a_path(minilm):
 
 
 def test_parts_of_a_fused_projection(fused):
-    (whole,) = target.select_sites(fused.sites.sites, "attn.qkv")
+    (whole,) = targets.select_sites(fused.sites.sites, "attn.qkv")
     assert whole.selected_parts == ()
-    (some,) = target.select_sites(fused.sites.sites, "attn.q,attn.v")
+    (some,) = targets.select_sites(fused.sites.sites, "attn.q,attn.v")
     assert some.selected_parts == ("q", "v")
-    (rest,) = target.select_sites(fused.sites.sites, "attn.qkv,!attn.k")
+    (rest,) = targets.select_sites(fused.sites.sites, "attn.qkv,!attn.k")
     assert rest.selected_parts == ("q", "v")
-    assert [s.role for s in target.select_sites(fused.sites.sites, "attn.*")] == ["attn.qkv", "attn.out"]
+    assert [s.role for s in targets.select_sites(fused.sites.sites, "attn.*")] == ["attn.qkv", "attn.out"]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 import surgery
 from surgery.api import Probe
 from surgery.cli import main
-from surgery.numerics import observe
-from surgery.quantizing.codes import decode
-from surgery.quantizing.op import round_activation
+from surgery.engine.contract.observe import observe
+from surgery.passes.quantize.codes import decode
+from surgery.passes.quantize.ops import round_activation
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
 from tests.rounded import check_carried, check_fused, error_under_an_adapter

@@ -8,9 +8,9 @@ from torch import nn
 
 import surgery
 from surgery.capture.hf import from_model
-from surgery.errors import JournalError, PassError
+from surgery.common.errors import JournalError, PassError
 from surgery.export.runtime import OnnxModel
-from surgery.hf_format import write_hf
+from surgery.store.hf import write_hf
 from surgery.testing import check_pass
 from tests import models
 from tests.techniques.models import program
@@ -232,9 +232,9 @@ def test_biases_of_output_layers():
 
 
 def captured(model: nn.Module) -> surgery.Program:
-    from surgery.base import Base
     from surgery.capture import trace
-    from surgery.plugins import make_plugin_manager
+    from surgery.common.plugins import make_plugin_manager
+    from surgery.engine.base import Base
 
     loaded = from_model(model)
     return surgery.Program(Base(loaded, trace(loaded), make_plugin_manager()))

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.capture.shapes import Axis, fresh_inputs, input_names
 from surgery.capture.types import Captured
-from surgery.errors import CaptureError
+from surgery.common.errors import CaptureError
 
 # Graph and eager run the same ATen ops on the same kernels in the same order: the example agrees to the bit
 # in nearly every model. What differs is which form of a mask or an attention kernel is chosen (an all-ones

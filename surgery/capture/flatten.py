@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from surgery.errors import CaptureError
+from surgery.common.errors import CaptureError
 
 _GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST_REGION = torch.ops.higher_order.wrap_with_autocast

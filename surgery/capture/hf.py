@@ -17,7 +17,7 @@ from torch import nn
 
 from surgery.capture.inputs import hf_inputs
 from surgery.capture.types import LoadedModel, LoadOptions
-from surgery.errors import LoadError, MissingExtraError, nearest
+from surgery.common.errors import LoadError, MissingExtraError, nearest
 
 PREFIX = "hf:"
 

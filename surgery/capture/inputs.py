@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from surgery.errors import LoadError
+from surgery.common.errors import LoadError
 
 # Default sizes: no two equal, so that a dimension mistaken for another shows.
 _SIZES = {"batch": 2, "seq": 11, "src_seq": 11, "tgt_seq": 7, "image_batch": 3, "frames": 64, "samples": 6000}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from surgery.capture.types import LoadedModel, LoadOptions
-from surgery.hookspecs import hookimpl
+from surgery.common.hooks import hookimpl
 
 _LOADERS = {
     "hf:": "surgery.capture.hf",

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.capture.shapes import argument_names, list_axes
 from surgery.capture.types import LoadedModel, tensor_leaves
-from surgery.errors import CaptureError, nearest
+from surgery.common.errors import CaptureError, nearest
 
 ExampleInputs = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 

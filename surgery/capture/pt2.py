@@ -13,7 +13,7 @@ from torch import fx
 from torch.export import Dim
 
 from surgery.capture.types import LoadedModel, LoadOptions
-from surgery.errors import LoadError
+from surgery.common.errors import LoadError
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 

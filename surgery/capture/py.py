@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.capture.module import from_module
 from surgery.capture.types import LoadedModel, LoadOptions
-from surgery.errors import LoadError, SurgeryError, nearest
+from surgery.common.errors import LoadError, SurgeryError, nearest
 
 PREFIX = "py:"
 

@@ -13,7 +13,7 @@ from torch.export.dynamic_shapes import _DimHint
 from torch.utils import _pytree as pytree
 
 from surgery.capture.types import Captured, LoadedModel
-from surgery.errors import CaptureError, nearest
+from surgery.common.errors import CaptureError, nearest
 
 _UNBOUNDED = 1 << 30
 

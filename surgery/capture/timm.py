@@ -9,7 +9,7 @@ import torch
 from torch.export import Dim
 
 from surgery.capture.types import LoadedModel, LoadOptions
-from surgery.errors import LoadError, MissingExtraError, nearest
+from surgery.common.errors import LoadError, MissingExtraError, nearest
 
 PREFIX = "timm:"
 

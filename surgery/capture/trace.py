@@ -20,7 +20,7 @@ from surgery.capture.explain import explain
 from surgery.capture.flatten import flatten_regions, share_tied
 from surgery.capture.shapes import Axis, argument_names, list_axes, other_sizes
 from surgery.capture.types import Captured, LoadedModel
-from surgery.errors import CaptureError
+from surgery.common.errors import CaptureError
 
 
 def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) -> Captured:

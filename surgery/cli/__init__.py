@@ -8,12 +8,12 @@ import warnings
 
 import click
 
-from surgery.errors import SurgeryError
+from surgery.common.errors import SurgeryError
 
 
 class _Group(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]):
-        from surgery.errors import nearest
+        from surgery.common.errors import nearest
 
         name = args[0] if args else ""
         if name and self.get_command(ctx, name) is None and not name.startswith("-"):
@@ -34,7 +34,7 @@ def cli() -> None:
 
 def _build() -> click.Group:
     from surgery.cli import change, peft, run, see, ship, train
-    from surgery.plugins import make_plugin_manager
+    from surgery.common.plugins import make_plugin_manager
 
     for module in (see, change, ship, peft, train, run):
         for command in module.COMMANDS:

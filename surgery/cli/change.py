@@ -19,20 +19,20 @@ from surgery.cli.options import (
     with_adapters,
 )
 from surgery.cli.pass_groups import PassCommand
+from surgery.cli.recipe import write_recipe
 from surgery.cli.render import choices_table, console, count, note_unfrozen, outcome, trainable_line
 from surgery.cli.see import wanted_recipe
-from surgery.combination import METHODS, Combination, Majority
-from surgery.combining import combine as combine_
-from surgery.errors import SurgeryError
-from surgery.files import refuse_taken
-from surgery.hf_format import write_hf
-from surgery.journal import Entry
-from surgery.plugins import Plugins
-from surgery.program import Program
-from surgery.recipe import write_recipe
-from surgery.replay import live_entries
-from surgery.requantizing import How
-from surgery.selecting import in_words
+from surgery.common.errors import SurgeryError
+from surgery.common.files import refuse_taken
+from surgery.common.plugins import Plugins
+from surgery.engine.change.combine import combine as combine_
+from surgery.engine.change.selection import in_words
+from surgery.engine.contract.combination import METHODS, Combination, Majority
+from surgery.engine.contract.folds import How
+from surgery.engine.journal import Entry
+from surgery.engine.program import Program
+from surgery.engine.replay import live_entries
+from surgery.store.hf import write_hf
 
 standalone_option = click.option("--standalone", is_flag=True, help="Write the base's weights too.")
 

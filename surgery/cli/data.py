@@ -10,9 +10,9 @@ import click
 import torch
 from torch import Tensor
 
-from surgery.errors import SurgeryError, nearest
-from surgery.probe import InputSet
-from surgery.program import Program
+from surgery.common.errors import SurgeryError, nearest
+from surgery.engine.probe import InputSet
+from surgery.engine.program import Program
 
 data_option: Callable[..., Any] = click.option(
     "--data",

@@ -10,10 +10,10 @@ from typing import Any
 import click
 import yaml
 
-from surgery.errors import SurgeryError
-from surgery.loading import load
-from surgery.plugins import Plugins
-from surgery.program import Program
+from surgery.common.errors import SurgeryError
+from surgery.common.plugins import Plugins
+from surgery.engine.program import Program
+from surgery.store.load import load
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,10 +8,11 @@ from typing import Any, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from surgery.configured import Configured
-from surgery.errors import PassError
-from surgery.pass_base import Pass
-from surgery.plugins import Plugins
+from surgery.common.errors import PassError
+from surgery.common.options import Configured
+from surgery.common.plugins import Plugins
+from surgery.engine.contract.base import Pass
+from surgery.engine.registry import find_pass
 
 
 class GroupCommand(click.Command):
@@ -40,7 +41,7 @@ class PassCommand(GroupCommand):
     flag = "--pass"
 
     def find(self, plugins: Plugins, name: str) -> type[Configured]:
-        return plugins.find_pass(name).cls
+        return find_pass(plugins, name).cls
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL --pass NAME [PASS OPTIONS] [--pass …] [OPTIONS]")
@@ -103,4 +104,4 @@ def _field(cls: type[Configured], flag: str) -> FieldInfo | None:
 def parse_groups(ctx: click.Context) -> list[Pass]:
     """The pass instances of this command line. Raises PassError for a wrong option."""
     plugins: Plugins = ctx.obj
-    return [plugins.find_pass(name).cls.parse(options) for name, options in ctx.meta.get("groups", [])]
+    return [find_pass(plugins, name).cls.parse(options) for name, options in ctx.meta.get("groups", [])]

@@ -15,10 +15,10 @@ from surgery.cli.options import (
     with_adapters,
 )
 from surgery.cli.render import console, trainable_line
-from surgery.files import refuse_taken
-from surgery.peft_format import export_peft, import_peft
-from surgery.plugins import Plugins
-from surgery.program import Program
+from surgery.common.files import refuse_taken
+from surgery.common.plugins import Plugins
+from surgery.engine.program import Program
+from surgery.store.peft import export_peft, import_peft
 
 
 @click.command("import-peft")

@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Self, TypeVar
 import yaml
 from pydantic import Field, model_validator
 
-from surgery.configured import Configured
-from surgery.errors import SurgeryError, nearest
-from surgery.files import write_text
-from surgery.pass_base import Pass
-from surgery.plugins import Plugins
-from surgery.requantizing import How
-from surgery.training.lesson import Lesson
+from surgery.common.errors import SurgeryError, nearest
+from surgery.common.files import write_text
+from surgery.common.options import Configured
+from surgery.common.plugins import Plugins
+from surgery.engine.contract.base import Pass
+from surgery.engine.contract.folds import How
+from surgery.engine.registry import find_pass
+from surgery.train.request import Lesson
 
 LATER = ("train", "merge", "finish", "export")
 _KEYS = ("model", "task", "model_kwargs", "passes", "freeze_base", *LATER)
@@ -127,7 +128,7 @@ def _passes(path: Path, data: Mapping[str, Any], key: str, plugins: Plugins) -> 
         if not isinstance(item, dict) or not isinstance(item.get("pass"), str):
             raise SurgeryError(f"recipe {path}: pass {index} of {key!r} must be a mapping with a 'pass' name")
         options = {str(name).replace("-", "_"): value for name, value in item.items() if name != "pass"}
-        passes.append(plugins.find_pass(item["pass"]).cls.parse(options))
+        passes.append(find_pass(plugins, item["pass"]).cls.parse(options))
     return tuple(passes)
 
 

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.configured import describe_options
-from surgery.files import write_text
-from surgery.pass_base import GraphPass, RewritePass, SelectPass
-from surgery.plugins import Info, ObjectiveInfo, PassInfo, Plugins
+from surgery.common.files import write_text
+from surgery.common.options import describe_options
+from surgery.common.plugins import Info, Plugins
+from surgery.engine.change.selection import SelectPass
+from surgery.engine.contract.base import GraphPass, RewritePass
+from surgery.engine.registry import PassInfo, passes
+from surgery.train.registry import ObjectiveInfo, objectives
 
 
 def page(info: PassInfo) -> str:
@@ -80,14 +83,14 @@ def _index(title: str, registered: Mapping[str, Info[Any]]) -> str:
 
 def pages(plugins: Plugins) -> dict[str, str]:
     """Every page of a pass by file name, with the list of them."""
-    found = {f"{info.name}.md": page(info) for info in plugins.passes.values()}
-    return {"README.md": _index("Passes", plugins.passes), **found}
+    found = {f"{info.name}.md": page(info) for info in passes(plugins).values()}
+    return {"README.md": _index("Passes", passes(plugins)), **found}
 
 
 def objective_pages(plugins: Plugins) -> dict[str, str]:
     """Every page of an objective by file name, with the list of them."""
-    found = {f"{info.name}.md": objective_page(info) for info in plugins.objectives.values()}
-    return {"README.md": _index("Objectives", plugins.objectives), **found}
+    found = {f"{info.name}.md": objective_page(info) for info in objectives(plugins).values()}
+    return {"README.md": _index("Objectives", objectives(plugins)), **found}
 
 
 def write_pages(made: Mapping[str, str], folder: Path) -> list[Path]:

@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from surgery.pass_base import Pass, RewritePass, SelectPass
-from surgery.plans import PassReport
-from surgery.program import Program
-from surgery.sites import Site
+from surgery.engine.change.plans import PassReport
+from surgery.engine.change.selection import SelectPass
+from surgery.engine.contract.base import Pass, RewritePass
+from surgery.engine.program import Program
+from surgery.graph.sites import Site
 
 
 def console() -> Console:

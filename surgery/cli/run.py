@@ -15,19 +15,19 @@ from rich.console import Console
 
 from surgery.cli.change import tell_applied, tell_merged
 from surgery.cli.options import json_option, loading_options, output_option
+from surgery.cli.recipe import Recipe, Shipping, read_recipe
 from surgery.cli.render import console, note_unfrozen, trainable_line
 from surgery.cli.see import refuse_code
 from surgery.cli.ship import tell_adaptable, tell_exported, tell_generation
 from surgery.cli.train import begin, teach
-from surgery.errors import SurgeryError
-from surgery.files import write_text
-from surgery.hf_format import write_hf
-from surgery.loading import load
-from surgery.plugins import Plugins
-from surgery.program import Program
-from surgery.recipe import Recipe, Shipping, read_recipe
-from surgery.replay import live_entries
-from surgery.training.checkpoint import Checkpoints
+from surgery.common.errors import SurgeryError
+from surgery.common.files import write_text
+from surgery.common.plugins import Plugins
+from surgery.engine.program import Program
+from surgery.engine.replay import live_entries
+from surgery.store.hf import write_hf
+from surgery.store.load import load
+from surgery.train.checkpoint import Checkpoints
 
 RECIPE = "recipe.yaml"
 

@@ -16,19 +16,21 @@ from rich.tree import Tree
 from surgery.cli.data import data_option, read_data
 from surgery.cli.options import json_option, model_options
 from surgery.cli.pass_groups import PassCommand, parse_groups
+from surgery.cli.recipe import Recipe, read_recipe
 from surgery.cli.reference import pages, write_pages
 from surgery.cli.render import console, count, note_unfrozen, site_row, trainable_line
-from surgery.configured import describe_options
-from surgery.difference import diff as diff_programs
-from surgery.errors import SurgeryError
-from surgery.pass_base import GraphPass, RewritePass
-from surgery.pattern_pass import PatternPass
-from surgery.plans import PassPlan, PlanReport
-from surgery.plugins import Info, Plugins
-from surgery.program import Program
-from surgery.recipe import Recipe, read_recipe
-from surgery.schedule import trained_values
-from surgery.selecting import in_words
+from surgery.common.errors import SurgeryError
+from surgery.common.options import describe_options
+from surgery.common.plugins import Info, Plugins
+from surgery.engine import registry
+from surgery.engine.change.plans import PassPlan, PlanReport
+from surgery.engine.change.selection import in_words
+from surgery.engine.contract.base import GraphPass, RewritePass
+from surgery.engine.contract.pattern import PatternPass
+from surgery.engine.diff import diff as diff_programs
+from surgery.engine.program import Program
+from surgery.engine.registry import find_pass
+from surgery.engine.state import trained_values
 
 
 @click.command()
@@ -105,9 +107,9 @@ def passes(plugins: Plugins, name: str | None, write: Path | None, as_json: bool
         console().print(f"wrote {len(write_pages(pages(plugins), write))} pages into {write}")
         return
     if name is None:
-        list_registered(plugins.passes, "pass", as_json)
+        list_registered(registry.passes(plugins), "pass", as_json)
         return
-    info = plugins.find_pass(name)
+    info = find_pass(plugins, name)
     facts = ""
     if issubclass(info.cls, RewritePass):
         merges = "yes" if info.cls.mergeable else "no"

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from surgery.cli.options import json_option, model_options, with_adapters
 from surgery.cli.render import console
-from surgery.errors import SurgeryError
-from surgery.files import refuse_taken
-from surgery.plugins import Plugins
-from surgery.program import Program
+from surgery.common.errors import SurgeryError
+from surgery.common.files import refuse_taken
+from surgery.common.plugins import Plugins
+from surgery.engine.program import Program
 
 if TYPE_CHECKING:
     from surgery.export.adaptable import AdaptableReport
@@ -188,8 +188,8 @@ def verify(
     loader: Callable[..., Program],
 ) -> None:
     """Compare two of: model reference, saved directory, ONNX file. Exit code 1 where they differ."""
-    from surgery.verify import open_side
-    from surgery.verify import verify as compare
+    from surgery.export.verify import open_side
+    from surgery.export.verify import verify as compare
 
     result = compare(open_side(a, loader), open_side(b, loader), tolerance=tolerance, seed=seed)
     if as_json:

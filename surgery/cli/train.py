@@ -18,19 +18,21 @@ from surgery.cli.pass_groups import GroupCommand
 from surgery.cli.reference import objective_pages, write_pages
 from surgery.cli.render import console, trainable_line
 from surgery.cli.see import list_registered, show_registered, write_option
-from surgery.configured import Configured, describe_options
-from surgery.errors import SurgeryError, TrainingError
-from surgery.files import refuse_taken
-from surgery.plugins import Plugins
-from surgery.program import Program
-from surgery.training.checkpoint import Checkpoints
-from surgery.training.lesson import HELD_OUT, Lesson
-from surgery.training.settings import Settings
-from surgery.training.watching import TensorBoard, Watcher
+from surgery.common.errors import SurgeryError, TrainingError
+from surgery.common.files import refuse_taken
+from surgery.common.options import Configured, describe_options
+from surgery.common.plugins import Plugins
+from surgery.engine.program import Program
+from surgery.train import registry
+from surgery.train.checkpoint import Checkpoints
+from surgery.train.options import Settings
+from surgery.train.registry import find_objective
+from surgery.train.request import HELD_OUT, Lesson
+from surgery.train.watchers import TensorBoard, Watcher
 
 if TYPE_CHECKING:
-    from surgery.training.data import Rows
-    from surgery.training.loop import Result
+    from surgery.train.data import Rows
+    from surgery.train.loop import Result
 
 
 class TrainCommand(GroupCommand):
@@ -39,7 +41,7 @@ class TrainCommand(GroupCommand):
     flag = "--objective"
 
     def find(self, plugins: Plugins, name: str) -> type[Configured]:
-        return plugins.find_objective(name).cls
+        return find_objective(plugins, name).cls
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(
@@ -152,8 +154,8 @@ def teach(
 ) -> Result | None:
     """Train a program, in place, and save it; what came of it is printed (unless quietly) by the main process, which
     alone gets it."""
-    from surgery.training.loop import Loop
-    from surgery.training.tokenizers import find_tokenizer
+    from surgery.train.loop import Loop
+    from surgery.train.tokenizers import find_tokenizer
 
     out, run = console(), output.with_name(output.name + ".run")
     watchers: list[Watcher] = [] if quietly or not _is_main() else [_Live(out, lesson.objective.metric)]
@@ -252,9 +254,9 @@ def objectives(plugins: Plugins, name: str | None, write: Path | None, as_json: 
         console().print(f"wrote {len(write_pages(objective_pages(plugins), write))} pages into {write}")
         return
     if name is None:
-        list_registered(plugins.objectives, "objective", as_json)
+        list_registered(registry.objectives(plugins), "objective", as_json)
         return
-    info = plugins.find_objective(name)
+    info = find_objective(plugins, name)
     show_registered(info, as_json, f"chooses the best by: {info.cls.metric}")
 
 

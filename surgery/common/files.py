@@ -6,11 +6,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from surgery.errors import SurgeryError
+from surgery.common.errors import SurgeryError
 
 # One of these is in every directory that a model or an adapter is saved in.
 _OURS = ("surgery.json", "config.json", "adapter_config.json", "adapters.json")
@@ -90,3 +92,11 @@ def write_text(path: Path, text: str) -> None:
         raise SurgeryError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         stage.unlink(missing_ok=True)
+
+
+@cache
+def core_version() -> str:
+    try:
+        return metadata.version("torch-surgery")
+    except metadata.PackageNotFoundError:
+        return ""

@@ -43,3 +43,13 @@ def surgery_commands(cli: Any) -> None:
 @hookspec
 def surgery_after_pass(program: Any, result: Any) -> None:
     """Called after every applied pass with the new program and its PassReport; raise a SurgeryError to refuse it."""
+
+
+@hookspec
+def surgery_writers() -> dict[str, Any]:  # type: ignore[empty-body]
+    """Formats that a program can be written in: name -> function (program, path, **options)."""
+
+
+@hookspec(firstresult=True)
+def surgery_live(program: Any) -> Any:
+    """The base's own module with the program's passes in place, or None to let another plugin answer."""

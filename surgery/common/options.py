@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from surgery.errors import SurgeryError, nearest
+from surgery.common.errors import SurgeryError, nearest
 
 
 class Configured(BaseModel):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any, Generic, TypeVar, cast
 
 import pluggy
 
-from surgery import hookspecs
-from surgery.configured import Configured
-from surgery.errors import PassError, PluginError, SurgeryError, TrainingError, nearest
-from surgery.pass_base import Pass
-from surgery.training.objective import Objective
-from surgery.weight_ops import BUILTIN_WEIGHT_OPS, WeightOp
+from surgery.common import hooks
+from surgery.common.errors import PluginError, SurgeryError, nearest
+from surgery.common.options import Configured
 
 GROUP = "surgery"
 CORE = "torch-surgery"
+# Built-in plugins are named, not imported: this module lies below all of them. They load when a manager is made.
+DEFAULT_PLUGINS = (
+    "surgery.graph.ops",
+    "surgery.capture.loaders",
+    "surgery.passes",
+    "surgery.train.objectives",
+    "surgery.export.lowerings",
+    "surgery.export.writers",
+    "surgery.store.writers",
+    "surgery.live.model",
+)
 
 
 T = TypeVar("T", bound=type[Configured])
@@ -36,10 +45,6 @@ class Info(Generic[T]):
         return self.cls.name
 
 
-PassInfo = Info[type[Pass]]
-ObjectiveInfo = Info[type[Objective]]
-
-
 @dataclass
 class Plugins:
     """A plugin manager with its registries. broken: entry point -> why it could not be loaded."""
@@ -47,23 +52,29 @@ class Plugins:
     manager: pluggy.PluginManager
     distributions: dict[str, tuple[str, str]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def hook(self) -> Any:
         return self.manager.hook
 
-    @cached_property
-    def passes(self) -> dict[str, PassInfo]:
-        """Passes by name. Raises PluginError where two distributions register one name."""
-        return self._named("surgery_passes", Pass, "passes")
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), kept under the key for the life of this manager: a registry is read from the hooks once."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
-    @cached_property
-    def objectives(self) -> dict[str, ObjectiveInfo]:
-        """Objectives by name. Raises PluginError where two distributions register one name."""
-        return self._named("surgery_objectives", Objective, "objectives")
+    def named(self, hook: str, base: T, plural: str) -> dict[str, Info[T]]:
+        """Classes that all plugins return for a hook, by name.
 
-    def _named(self, hook: str, base: T, plural: str) -> dict[str, Info[T]]:
-        """The classes that all plugins give for a hook, by name."""
+        Args:
+            hook: name of the hook.
+            base: class that each of them must derive from.
+            plural: word for several of them in messages.
+
+        Raises:
+            PluginError: a plugin returns something else, or two distributions register one name.
+        """
         found: dict[str, Info[T]] = {}
         for impl in self.implementations(hook):
             distribution, version = self.distribution_of(impl)
@@ -82,7 +93,20 @@ class Plugins:
         return found
 
     @cached_property
-    def weight_ops(self) -> dict[Any, WeightOp]:
+    def writers(self) -> dict[str, Callable[..., Any]]:
+        """Functions (program, path, **options) that write a program, by the name of their format."""
+        return self._table("surgery_writers")
+
+    def writer(self, format: str) -> Callable[..., Any]:
+        """The writer of a format. Raises PluginError with the nearest names."""
+        if format not in self.writers:
+            hint = nearest(format, self.writers) or f"; there are {', '.join(sorted(self.writers))}"
+            raise PluginError(f"no plugin writes the format {format!r}{hint}")
+        return self.writers[format]
+
+    @cached_property
+    def weight_ops(self) -> dict[Any, Any]:
+        """Ops that hold a weight: torch op -> `surgery.graph.ops.WeightOp`."""
         return self._table("surgery_weight_ops")
 
     @cached_property
@@ -117,72 +141,17 @@ class Plugins:
                 f"{type(error).__name__}: {first}; uninstall it, or report it to its author"
             ) from error
 
-    def find_pass(self, name: str, distribution: str = "") -> PassInfo:
-        """The pass of that name; PassError with the nearest names, or with the distribution to install."""
-        if name in self.passes:
-            return self.passes[name]
-        for entry_point, why in self.broken.items():
-            if distribution and distribution == entry_point.partition(" ")[0]:
-                raise PluginError(
-                    f"pass {name!r} comes from the plugin {entry_point}, which does not load: {why}"
-                )
-        if distribution and distribution != CORE:
-            raise PassError(
-                f"pass {name!r} comes from the plugin {distribution!r}; pip install {distribution}"
-            )
-        hint = nearest(name, self.passes) or f"; there are {', '.join(sorted(self.passes))}"
-        raise PassError(f"there is no pass {name!r}{hint}")
-
-    def find_objective(self, name: str) -> ObjectiveInfo:
-        """The objective of that name, or of that other name; TrainingError with the nearest names."""
-        if name not in self.objectives:
-            known = next((info for info in self.objectives.values() if name in info.cls.aliases), None)
-            if known is not None:
-                return known
-            hint = nearest(name, self.objectives) or f"; there are {', '.join(sorted(self.objectives))}"
-            raise TrainingError(f"there is no objective {name!r}{hint}")
-        return self.objectives[name]
-
-
-class _Builtins:
-    @hookspecs.hookimpl
-    def surgery_weight_ops(self) -> dict[Any, Any]:
-        return BUILTIN_WEIGHT_OPS
-
-    @hookspecs.hookimpl
-    def surgery_onnx_lowerings(self) -> dict[Any, Any]:
-        import torch
-
-        from surgery.export import attention, conv3d, integers, quantized
-        from surgery.quantizing import dequantize, round_activation
-
-        return {
-            dequantize._opoverload: quantized.translation(),
-            round_activation._opoverload: integers.translation(),
-            torch.ops.aten.conv3d.default: conv3d.translation(),
-            torch.ops.aten.scaled_dot_product_attention.default: attention.translation(),
-        }
-
 
 def make_plugin_manager(entry_points: bool = True, plugins: tuple[Any, ...] = ()) -> Plugins:
     """A manager with the built-ins, the installed entry points of group `surgery` and the given plugins.
 
     Entry points load one at a time: a broken one is remembered in `broken`, and the rest work.
     """
-    from surgery import passes
-    from surgery.capture import loaders
-    from surgery.training import objectives
-
     manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hookspecs)
+    manager.add_hookspecs(hooks)
     found = Plugins(manager)
-    for plugin, name in (
-        (_Builtins(), "surgery.builtins"),
-        (passes, "surgery.passes"),
-        (objectives, "surgery.objectives"),
-        (loaders, "surgery.loaders"),
-    ):
-        manager.register(plugin, name=name)
+    for name in DEFAULT_PLUGINS:
+        manager.register(import_module(name), name=name)
         found.distributions[name] = (CORE, _version(CORE))
     if entry_points:
         _load_entry_points(found)

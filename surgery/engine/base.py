@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.capture import Captured, LoadedModel, LoadOptions, trace
-from surgery.plugins import Plugins
-from surgery.sites import Site, SiteIndex, SiteKey, writes
-from surgery.view import View
+from surgery.common.plugins import Plugins
+from surgery.graph.graphs import writes
+from surgery.graph.sites import Site, SiteIndex, SiteKey
+from surgery.graph.view import View
 
 
 @dataclass

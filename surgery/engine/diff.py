@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.program import Program
-from surgery.sites import META
-from surgery.weight_ops import module_path
+from surgery.engine.program import Program
+from surgery.graph.marks import META
+from surgery.graph.ops import module_path
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.errors import JournalError
-from surgery.journal import Entry, Journal, SiteRecord
-from surgery.pass_base import MergeFrom, MergeLonger, MergeOp, RewritePass
-from surgery.replay import find_sites, live_entries, pass_of
-from surgery.sites import Site, SiteIndex
+from surgery.common.errors import JournalError
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.folds import MergeFrom, MergeLonger, MergeOp
+from surgery.engine.journal import Entry, Journal, SiteRecord
+from surgery.engine.replay import find_sites, live_entries, pass_of
+from surgery.graph.sites import Site, SiteIndex
 
 if TYPE_CHECKING:
-    from surgery.base import Base
+    from surgery.engine.base import Base
 
 
 def foldable(base: Base, journal: Journal, sites: SiteIndex) -> tuple[list[str], dict[str, str]]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surgery.errors import JournalError, nearest
-from surgery.sites import SiteKey
+from surgery.common.errors import JournalError, nearest
+from surgery.graph.sites import SiteKey
 
 
 @dataclass(frozen=True)

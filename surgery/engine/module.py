@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx, nn
 
-from surgery.graphs import copy_graph, without_replaced
-from surgery.quantizing.op import dequantize
-from surgery.quantizing.recompute import recomputed
-from surgery.schedule import Clock, Paced, Schedule
-
-if TYPE_CHECKING:
-    from surgery.program import Program
+from surgery.engine.recompute import REMADE, recomputed
+from surgery.engine.replay import Paced
+from surgery.engine.schedule import Clock, Schedule
+from surgery.graph.graphs import copy_graph, without_replaced
 
 GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]
 
@@ -42,7 +39,7 @@ class ProgramModule(nn.Module):
         schedule: Schedule | None = None,
         clock: Clock | None = None,
         paced: Sequence[Paced] = (),
-        program: Program | None = None,
+        program: Any = None,
     ) -> None:
         super().__init__()
         self.training = False
@@ -102,7 +99,7 @@ class ProgramModule(nn.Module):
                 if node.op == "get_attr" and not _has(self, node.target):
                     attach(self, node.target, get(source, node.target))
             module = self._over(without_replaced(graph), source)
-            if any(node.target is dequantize._opoverload for node in graph.nodes):
+            if any(node.target in REMADE for node in graph.nodes):
                 module.__dict__["forward"] = recomputed(module.forward)
             compiled[training] = module
         return compiled[training]

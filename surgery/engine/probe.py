@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from surgery.errors import PassError
-from surgery.graphs import copy_graph, flat_inputs
-
-if TYPE_CHECKING:
-    from surgery.program import Program
-    from surgery.sites import Site
+from surgery.capture import Captured
+from surgery.common.errors import PassError
+from surgery.engine.journal import Journal
+from surgery.engine.state import State
+from surgery.graph.graphs import copy_graph, flat_inputs
+from surgery.graph.marks import head
+from surgery.graph.ops import LINEAR, arguments, operand
+from surgery.graph.packed import eagerly, unpacking
+from surgery.graph.rewrite.current import weight_reader
+from surgery.graph.sites import Site
+from surgery.graph.view import View
 
 InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -25,15 +30,42 @@ class Probe:
     data: sets of (args, kwargs); the program's example inputs where none are given. given: whether some were.
     """
 
-    def __init__(self, program: Program, data: Sequence[InputSet] = ()) -> None:
+    def __init__(self, program: State, data: Sequence[InputSet] = ()) -> None:
         self.program = program
         self.given = bool(data)
         self.data: Sequence[InputSet] = data or [program.example_inputs]
         self._state: dict[str, Tensor] | None = None
-        self._squared: dict[str, Tensor] = {}
         self._products: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
         self._made: dict[Hashable, Any] = {}
+
+    @property
+    def view(self) -> View:
+        """The analysis of the program's eval graph."""
+        return self.program.view
+
+    @property
+    def in_memory(self) -> bool:
+        """False where the weights are fake, so that nothing can be measured."""
+        return self.program.base.in_memory
+
+    @property
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """Parameter name -> all names of that tensor."""
+        return self.program.names
+
+    @property
+    def journal(self) -> Journal:
+        return self.program.journal
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Tensors that earlier passes inserted, by name."""
+        return self.program.tensors
+
+    @property
+    def captured(self) -> Captured:
+        return self.program.captured
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer of the program as it is now, detached. PassError where it is not in memory."""
@@ -53,8 +85,6 @@ class Probe:
 
     def dequantized(self, site: Site) -> Tensor:
         """The weight of a site as floats: as stored, or what its op unpacks it to."""
-        from surgery.unpacking import as_tensor
-
         own = self.weight(site)
         return as_tensor(site, self._constant) if site.packed else own
 
@@ -70,13 +100,11 @@ class Probe:
     def clear(self) -> None:
         """Forget all that was read and measured: the sites of a report know their probe, and would keep it alive."""
         self._state = None
-        for found in (self._squared, self._products, self._largest, self._made):
+        for found in (self._products, self._largest, self._made):
             found.clear()
 
     def stored(self, site: Site) -> Tensor:
         """The weight that the site's op computes with now: the parameter, unpacked, or what a pass put in its place."""
-        from surgery.standing import weight_reader
-
         if site.packed:
             return self.dequantized(site)
         own = self.weight(site)
@@ -109,7 +137,7 @@ class Probe:
                 return value
 
         module = self.program.graph_module
-        for values in self._checked():
+        for values in self.inputs_of_graph():
             with torch.no_grad():
                 Recording(module).run(*values, enable_io_processing=False)
 
@@ -120,11 +148,11 @@ class Probe:
 
     def run(self, module: fx.GraphModule) -> None:
         """Run what was made of `module()` on each set of data, without gradients."""
-        for values in self._checked():
+        for values in self.inputs_of_graph():
             with torch.no_grad():
                 fx.Interpreter(module).run(*values, enable_io_processing=False)
 
-    def _checked(self) -> Iterator[list[Any]]:
+    def inputs_of_graph(self) -> Iterator[list[Any]]:
         """Each set of data as the values of the graph's inputs. PassError where it does not fit, or holds NaN."""
         module = self.program.graph_module
         inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -143,8 +171,6 @@ class Probe:
 
     def inputs(self, site: Site) -> list[Tensor]:
         """The activation that enters the site's first call, features last, for each set of data."""
-        from surgery.weight_ops import LINEAR, operand
-
         call = site.calls[0]
         node = operand(call)
         values = self.values([node])[node.name]
@@ -156,7 +182,6 @@ class Probe:
 
         Of all linear sites at once, in one run over the data: it is kept for the next.
         """
-        from surgery.weight_ops import LINEAR, operand
 
         def entering(each: Site) -> list[tuple[str, bool]]:
             return [(operand(call).name, call.x_axis == "column") for call in each.calls]
@@ -176,8 +201,6 @@ class Probe:
     def largest(self, site: Site) -> Tensor:
         """The largest magnitude of each feature (in, fp32) over all positions of the data that enter a linear site of
         rows, at any of its calls, before passes that change what enters. Of all such sites at once, as `products`."""
-        from surgery.sites import head
-        from surgery.weight_ops import LINEAR, operand
 
         def see(name: str, value: Tensor) -> None:
             found = _rows(name, value).abs().amax(0).float()
@@ -187,25 +210,6 @@ class Probe:
             calls = [call for s in self.program.sites if s.kind == LINEAR for call in s.calls]
             self.watch({head(operand(call)).name for call in calls if call.x_axis != "column"}, see)
         return torch.stack([self._largest[head(operand(call)).name] for call in site.calls]).amax(0)
-
-    def fisher(self, name: str, samples: int = 4, seed: int = 0) -> Tensor:
-        """Diagonal Fisher information of a base parameter, of its shape, in fp32 (see `fisher_of`).
-
-        Of the packed weight of a linear op it is that of the floats that it stands for.
-        """
-        if name not in self._squared:
-            for _ in self._checked():
-                pass
-            from surgery.fisher import fisher_of
-
-            found = fisher_of(self.program, self.data, samples, seed)
-            wrong = next((name for name, value in found.items() if not bool(value.isfinite().all())), None)
-            if wrong is not None:
-                raise PassError(
-                    f"on the data the gradient of {wrong} is infinite or no number; mend the data"
-                )
-            self._squared.update(found)
-        return self._squared[name]
 
 
 def _rows(name: str, value: Tensor) -> Tensor:
@@ -234,3 +238,14 @@ def _misfit(example: Any, value: Any) -> str:
     # A mask may hold −∞.
     wrong = value.is_floating_point() and bool((value.isnan() | (value == torch.inf)).any())
     return "holds values that are no numbers, or infinite" if wrong else ""
+
+
+def as_tensor(site: Site, value_of: Callable[[fx.Node], Tensor]) -> Tensor:
+    """The packed weight of the site as floats, of the values of what its op reads."""
+    call = site.calls[0]
+    found, args = unpacking(call), arguments(call.node)
+    tensors = {name: value_of(args[name]).detach() for name in found.names}
+    device = next(iter(tensors.values())).device
+    own = [constant.to(device) for constant in found.constants]
+    with torch.no_grad():
+        return found.run(eagerly, tensors, own, site.float_dtype)

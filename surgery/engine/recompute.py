@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+# Ops whose result is made again in the backward pass; whoever defines such an op adds it.
+REMADE: set[Any] = set()
+
 
 class _Active(threading.local):
     made: dict[int, tuple[StorageWeakRef, Callable[[], Tensor]]] | None = None

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
-from surgery.base import Base
 from surgery.capture import Captured
-from surgery.errors import JournalError, nearest
-from surgery.graphs import copy_graph
-from surgery.journal import Entry, Journal
-from surgery.meta_cache import MetaCache
-from surgery.pass_base import GraphPass, Pass, RewritePass
-from surgery.plugins import Plugins
-from surgery.rewriter import Rewriter
-from surgery.schedule import Paced
-from surgery.sites import Site, SiteIndex, SiteKey
-from surgery.view import View
+from surgery.common.errors import JournalError, nearest
+from surgery.common.plugins import Plugins
+from surgery.engine.base import Base
+from surgery.engine.contract.base import GraphPass, Pass, RewritePass
+from surgery.engine.journal import Entry, Journal, SiteRecord
+from surgery.engine.registry import find_pass
+from surgery.graph.fake import MetaCache
+from surgery.graph.graphs import copy_graph
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site, SiteIndex, SiteKey
+from surgery.graph.view import View
 
 
 def pass_of(entry: Entry, plugins: Plugins) -> Pass:
     """The pass that an entry applied, with its options. Names the distribution where it is not installed."""
-    return plugins.find_pass(entry.pass_name, entry.distribution).cls.parse(entry.options)
+    return find_pass(plugins, entry.pass_name, entry.distribution).cls.parse(entry.options)
 
 
 def find_sites(entry: Entry, places: Mapping[SiteKey, Site]) -> list[Site]:
@@ -132,3 +135,29 @@ def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], cap
         if pass_.adds_weights or pass_.regroups:
             index = None
     return graph
+
+
+@dataclass
+class Paced:
+    """An entry whose tensors change as training goes on. done: what of `due` they were last changed for."""
+
+    pass_: RewritePass
+    sites: tuple[SiteRecord, ...]
+    done: float | None = None
+
+    def advance(self, module: nn.Module, step: int) -> None:
+        """Let the pass change its tensors in a module for a step."""
+        due = self.pass_.due(step)
+        if due == self.done:
+            return
+
+        def get(name: str) -> Tensor:
+            return operator.attrgetter(name)(module).detach()
+
+        places = [
+            (record.decided, get(record.key.owner), {n: get(full) for n, full in record.tensors.items()})
+            for record in self.sites
+        ]
+        with torch.no_grad():
+            self.pass_.pace(step, places)
+        self.done = due

@@ -6,31 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from surgery.journal import Entry, Journal
+from surgery.engine.journal import Entry, Journal
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    pass
 
 Names = Mapping[str, tuple[str, ...]]
-
-
-def trained_before(program: Program, entry: Entry) -> dict[str, Tensor]:
-    """Copies of what an entry makes train, where something that no longer trains it has moved it from the base."""
-    found: dict[str, Tensor] = {}
-    for name in made_trainable(entry):
-        said = program.journal.decided(program.names.get(name, (name,)))
-        held = program.changed.get(name)
-        if held is not None:
-            kept = said is not True and not torch.equal(held, program.base.tensors[name])
-        else:
-            held = program.tensors.get(name)
-            kept = said is False
-        if kept and held is not None:
-            found[name] = held.detach().clone()
-    return found
 
 
 def made_trainable(entry: Entry) -> list[str]:

@@ -3,20 +3,15 @@ to tensors of their own as training goes on."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from surgery.errors import PassError
-from surgery.journal import Entry, SiteRecord
+from surgery.common.errors import PassError
+from surgery.engine.journal import Entry
 
 if TYPE_CHECKING:
-    from surgery.pass_base import RewritePass
-    from surgery.program import Program
+    pass
 
 Window = tuple[int, int | None]
 
@@ -83,83 +78,3 @@ class Schedule:
         """The steps at which something starts or stops to train, 0 left out."""
         ends = {end for window in self.windows.values() for end in window if end}
         return tuple(sorted(ends))
-
-
-@dataclass
-class Paced:
-    """An entry whose tensors change as training goes on. done: what of `due` they were last changed for."""
-
-    pass_: RewritePass
-    sites: tuple[SiteRecord, ...]
-    done: float | None = None
-
-    def advance(self, module: nn.Module, step: int) -> None:
-        """Let the pass change its tensors in a module for a step."""
-        due = self.pass_.due(step)
-        if due == self.done:
-            return
-
-        def get(name: str) -> Tensor:
-            return operator.attrgetter(name)(module).detach()
-
-        places = [
-            (record.decided, get(record.key.owner), {n: get(full) for n, full in record.tensors.items()})
-            for record in self.sites
-        ]
-        with torch.no_grad():
-            self.pass_.pace(step, places)
-        self.done = due
-
-
-def trained_values(size: int, mask: Tensor | None) -> int:
-    """How many values of a parameter of that size train under a mask (see Selection.masks)."""
-    return size if mask is None else int(mask.sum()) * (size // mask.numel())
-
-
-class ParameterGroup(TypedDict, total=False):
-    """A group for a torch optimiser; `names` and `window` are for people, optimisers ignore them."""
-
-    params: list[nn.Parameter]
-    lr: float
-    weight_decay: float
-    names: list[str]
-    window: Window
-
-
-def parameter_groups(
-    program: Program, lr: float, *, weight_decay: float = 0.0, step: int | None = None
-) -> list[ParameterGroup]:
-    """The parameters of `program.module()` that train, in groups of one learning rate, decay and window.
-
-    Give them to one optimiser, and call `module.advance(step)` before each step: what does not train then has no
-    gradient, and optimisers pass over what has none, momentum and all. A learning-rate scheduler scales each
-    group from its own rate.
-
-    lr: of a parameter with rate 1. weight_decay: of weight matrices; norms, biases and parameters under a gradient
-    mask get none. A mask makes gradients zero, and an optimiser that moves a value by its gradient's history
-    alone (SGD, Adam, AdamW and their kin) then leaves it bit for bit; decay moves it without a gradient, so with
-    `module.parameters()` in place of these groups, give the optimiser no decay. step: only what trains at that
-    step; None: all that ever does.
-    """
-    module = program.module()
-    schedule = program.schedule
-    groups: dict[tuple[float, float, Window], ParameterGroup] = {}
-    tensors: dict[str, Any] = dict(module.named_parameters())
-    read = program.parameter_sizes().keys()
-    for name, parameter in tensors.items():
-        names = program.names.get(name, (name,))
-        if not program.trains(name, step) or read.isdisjoint(names):
-            continue
-        decays = parameter.dim() > 1 and schedule.masks.keys().isdisjoint(names)
-        key = (schedule.rate(names), weight_decay if decays else 0.0, schedule.window(names))
-        group = groups.setdefault(
-            key, {"params": [], "lr": lr * key[0], "weight_decay": key[1], "names": [], "window": key[2]}
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
-    if not groups:
-        when = "" if step is None else f" at {schedule.unit} {step}"
-        raise PassError(
-            f"nothing trains in this program{when}; select something (full, layerwise, …) or add an adapter"
-        )
-    return list(groups.values())

@@ -1,21 +1,340 @@
-"""What a program's parameters and buffers are now: the base's, its own, those that a merge makes."""
+"""A program as data: its base, journal and tensors, what they say, and how they run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from typing import Any, Self, TypedDict
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 
-from surgery import replay
-from surgery.folding import fold
-from surgery.journal import Entry, Journal
+from surgery.capture import Captured
+from surgery.capture.shapes import limited
+from surgery.common.errors import JournalError, PassError
+from surgery.engine import replay
+from surgery.engine.base import Base
+from surgery.engine.change.plans import PassReport
+from surgery.engine.contract.numerics import MERGE_TOLERANCE
+from surgery.engine.fold import fold
+from surgery.engine.journal import Entry, Journal
+from surgery.engine.module import ProgramModule
+from surgery.engine.restore import reverted
+from surgery.engine.schedule import Clock, Schedule, Window
+from surgery.graph.graphs import live_nodes
+from surgery.graph.sites import SiteIndex
+from surgery.graph.view import View
 
-if TYPE_CHECKING:
-    from surgery.program import Program
+
+class State:
+    """A program as data: what it is and how it runs. `Program` adds the verbs that derive another one.
+
+    Attributes:
+        base: the captured model, which nothing changes.
+        journal: what was done to it.
+        tensors: tensors that passes inserted, by name.
+        changed: base tensors of which this program holds its own copy, because they train or were trained.
+        reports: what the last `apply` did, pass by pass.
+        clock: the step that its module has been advanced to, shared with the programs that are views of it.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        journal: Journal | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        changed: dict[str, Tensor] | None = None,
+        graph: fx.Graph | None = None,
+        reports: tuple[PassReport, ...] = (),
+        clock: Clock | None = None,
+    ) -> None:
+        self.base = base
+        self.journal = journal or Journal()
+        self.tensors: dict[str, Tensor] = dict(tensors or {})
+        self.changed: dict[str, Tensor] = changed if isinstance(changed, dict) else {}
+        self.reports = reports
+        self.clock = clock or Clock()
+        self._graph = graph
+        self._train_graph: fx.Graph | None = None
+        self._module: ProgramModule | None = None
+        self._runner: tuple[int, fx.GraphModule] | None = None
+        self._said: tuple[Journal, Schedule, dict[str, str | None]] | None = None
+
+    def derive(
+        self,
+        journal: Journal | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        changed: dict[str, Tensor] | None = None,
+        graph: fx.Graph | None = None,
+        reports: tuple[PassReport, ...] = (),
+        clock: Clock | None = None,
+    ) -> Self:
+        """A program of the same class on the same base; journal and tensors are this one's unless given.
+
+        `changed` is shared with this program unless given. Without `clock` the new program counts its own steps.
+        """
+        return type(self)(
+            self.base,
+            self.journal if journal is None else journal,
+            self.tensors if tensors is None else tensors,
+            self.changed if changed is None else changed,
+            graph,
+            reports,
+            clock,
+        )
+
+    def __repr__(self) -> str:
+        total, trainable = self.count_parameters()
+        applied = ", ".join(e.id for e in self.journal) or "nothing applied"
+        name = type(self.base.loaded.module).__name__
+        return f"<Program of {name}: {total:,} parameters, {trainable:,} trainable; {applied}>"
+
+    # -- reading
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The eval graph. Do not edit it: apply a pass."""
+        if self._graph is None:
+            self._graph = replay.build_graph(self.base, self.journal, self.tensors, self.base.captured)
+        return self._graph
+
+    @cached_property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Parameter name -> all names of that tensor, itself included: of the base, and of structural passes."""
+        return replay.weight_names(self.base, self.journal, self.tensors)
+
+    @cached_property
+    def view(self) -> View:
+        """The analysis of the eval graph: sites, attentions, residual branches, blocks, depth."""
+        # While nothing structural was added, roles are the base's.
+        others = len(self.names) > len(self.base.names) or replay.is_regrouped(self.base, self.journal)
+        known = None if others else (self.base.roles, self.base.parts)
+        return View(self.graph, self.names, self.base.plugins.weight_ops, known=known)
+
+    @property
+    def sites(self) -> SiteIndex:
+        """Every use of a weight that a pass can target, with its role."""
+        return self.view.sites
+
+    @cached_property
+    def captured(self) -> Captured:
+        """The base's eval capture, with the bounds of dynamic dimensions that passes have lowered."""
+        limits: dict[str, int] = {}
+        for entry in replay.live_entries(self.journal):
+            for name, high in entry.limits.items():
+                limits[name] = min(high, limits.get(name, high))
+        return limited(self.base.captured, limits) if limits else self.base.captured
+
+    @property
+    def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.captured.args, dict(self.captured.kwargs)
+
+    def parameter_names(self) -> list[str]:
+        """Every parameter once, by its first name, base first."""
+        seen: dict[int, str] = {}
+        for name, tensor in {**self.base.tensors, **self.tensors}.items():
+            if isinstance(tensor, nn.Parameter):
+                seen.setdefault(id(tensor), name)
+        return list(seen.values())
+
+    def trains(self, name: str, step: int | None = None) -> bool:
+        """Whether a parameter trains, at a step of its schedule or (None) ever."""
+        own = self.tensors.get(name)
+        tensor = self.base.tensors.get(name) if own is None else own
+        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
+            return False
+        names = self.names.get(name, (name,))
+        if names[0] in self.put_back or (step is not None and not self.schedule.trains(names, step)):
+            return False
+        return self.journal.trains(names, isinstance(tensor, nn.Parameter))
+
+    @property
+    def schedule(self) -> Schedule:
+        """When each parameter trains, how fast, and which of its values: what selections have decided."""
+        return self._reading()[1]
+
+    @property
+    def put_back(self) -> dict[str, str | None]:
+        """What only passes that are left out made train, and the tensor that holds what it was before them."""
+        return self._reading()[2]
+
+    def _reading(self) -> tuple[Journal, Schedule, dict[str, str | None]]:
+        if self._said is None or self._said[0] is not self.journal:
+            out = [e for e in self.journal if e.weight == 0]
+            back = reverted(out, self.journal, self.base.names)
+            self._said = (self.journal, Schedule.of(self.journal), back)
+        return self._said
+
+    def parameter_groups(
+        self, lr: float = 1e-3, *, weight_decay: float = 0.0, step: int | None = None
+    ) -> list[ParameterGroup]:
+        """Groups for any torch optimiser; see surgery.engine.state.parameter_groups."""
+        return parameter_groups(self, lr, weight_decay=weight_decay, step=step)
+
+    def parameter_sizes(self) -> dict[str, int]:
+        """Numbers of values by parameter name; a tied one counts once, a folded adapter not at all, nor a weight
+        of the base in whose place a pass put another."""
+        tensors = {**self.base.tensors, **self.tensors}
+        if any(
+            getattr(replay.pass_of(e, self.base.plugins), "lengthens", False)
+            for e in folded_entries(self.journal)
+        ):
+            tensors.update(self.folded())
+        base, now = read_names(self.base.captured.graph), read_names(self.graph)
+        sizes = {}
+        for name in self.parameter_names():
+            names = self.base.names.get(name, (name,))
+            gone = name not in self.base.tensors or not base.isdisjoint(names)
+            if not (gone and now.isdisjoint(names)):
+                sizes[name] = tensors[name].numel()
+        return sizes
+
+    def count_parameters(self) -> tuple[int, int]:
+        """(all, trainable) numbers of parameters, counted as `parameter_sizes` does; of one under a mask, what it lets
+        train."""
+        sizes, masks = self.parameter_sizes(), self.schedule.masks
+        held = {n: self.tensors[masks[n]] for n in sizes if n in masks}
+        trained = (trained_values(size, held.get(n)) for n, size in sizes.items() if self.trains(n))
+        return sum(sizes.values()), sum(trained)
+
+    @property
+    def merge_tolerance(self) -> float:
+        """How far a merge may move the outputs, over their scale: that of the coarsest dtype of the base."""
+        return MERGE_TOLERANCE.get(self.precision, 5e-2)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest floating-point dtype of the base's weights."""
+        dtypes = {t.dtype for t in self.base.tensors.values() if t.is_floating_point()}
+        return max(dtypes, key=lambda d: MERGE_TOLERANCE.get(d, 5e-2), default=torch.float32)
+
+    # -- views of the same adapters
+
+    def without(self, *names: str) -> Self:
+        """The same program with adapters left out (their tensors are kept, and shared)."""
+        return self.weighted(dict.fromkeys(names, 0.0))
+
+    def weighted(self, weights: Mapping[str, float]) -> Self:
+        """The same program with adapters scaled: 1 as trained, 0 left out. Names as in `undo`."""
+        journal = self.journal.weighted(weights)
+        for entry in journal:
+            if entry.kind == "rewrite" and entry.weight not in (0.0, 1.0):
+                pass_ = replay.pass_of(entry, self.base.plugins)
+                if not getattr(pass_, "can_weigh", False):
+                    raise PassError(
+                        f"{entry.id}: {entry.pass_name} can be left out (0) or in (1), not scaled"
+                    )
+        return self.derive(journal, clock=self.clock)
+
+    def only(self, *names: str) -> Self:
+        """The program with just these adapters in."""
+        keep = {e.id for name in names for e in self.journal.find(name)}
+        adapters = [e.id for e in self.journal if e.kind == "rewrite"]
+        return self.weighted({name: float(name in keep) for name in adapters})
+
+    # -- running
+
+    def module(self) -> ProgramModule:
+        """A trainable nn.Module in eval mode; call `.train()` for the graph of train mode.
+
+        Base parameters that train are copied first, so that neither the caller's model nor any other program
+        on this base sees the training; `without` and its like, which are the same program, do.
+        """
+        if self._module is None:
+            self.own()
+            self._module = self._make_module()
+            self._module.advance(self.clock.step)
+        return self._module
+
+    def _make_module(self) -> ProgramModule:
+        title = type(self.base.loaded.module).__name__
+        if self.base.released:
+            check_present(self, "the program", read_names(self.graph))
+        state = self.state()
+        schedule = self.schedule
+        own = {id(tensor) for tensor in held_by(self).values()}
+        trains = [n for n, tensor in state.items() if id(tensor) in own and self.trains(n)]
+        masks = {name: self.tensors[mask] for name, mask in schedule.masks.items()}
+        paced = replay.paced(self.base, self.journal)
+        return ProgramModule(
+            state,
+            self.base.non_persistent,
+            self._graph_of,
+            title,
+            trains,
+            masks,
+            schedule,
+            self.clock,
+            paced,
+            self,
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Every parameter and buffer as this program has it, by every name; tied ones are one object."""
+        return state_of(self)
+
+    def folded(self) -> dict[str, Tensor]:
+        """Base weights that a merge changes, made anew from the base and the adapters."""
+        return folded_of(self)
+
+    def own(self) -> None:
+        """Give this program its own copy of every base tensor that training can change."""
+        if self.base.in_memory:
+            for name in self.parameter_sizes():
+                if name in self.base.tensors and name not in self.changed and self.trains(name):
+                    self.changed[name] = nn.Parameter(self.base.tensors[name].detach().clone())
+            for name, tensor in self.base.tensors.items():
+                if not isinstance(tensor, nn.Parameter) and name not in self.changed:
+                    self.changed[name] = tensor.clone()
+
+    def copies(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Inserted and changed tensors, copied: what a derived program trains, this one does not see."""
+
+        def copied(tensor: Tensor) -> Tensor:
+            fresh = tensor.detach().clone()
+            return nn.Parameter(fresh) if isinstance(tensor, nn.Parameter) else fresh
+
+        return (
+            {name: copied(tensor) for name, tensor in self.tensors.items()},
+            {name: copied(tensor) for name, tensor in self.changed.items()},
+        )
+
+    def _graph_of(self, training: bool) -> tuple[fx.Graph, fx.GraphModule]:
+        if not training:
+            return self.graph, self.base.captured.graph_module
+        return self.train_graph, self.base.train_capture().graph_module
+
+    @property
+    def train_graph(self) -> fx.Graph:
+        """The graph of train mode. Raises CaptureError where the model cannot be captured in it."""
+        captured = self.base.train_capture()
+        if self._train_graph is None:
+            self._train_graph = replay.build_graph(self.base, self.journal, self.tensors, captured)
+        return self._train_graph
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The compiled eval graph with this program's tensors, for running rather than training."""
+        if self._module is not None:
+            return self._module.graph_module(training=False)
+        if self._runner is None or self._runner[0] != len(self.changed):
+            self._runner = (len(self.changed), self._make_module().graph_module(training=False))
+        return self._runner[1]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Outputs in eval mode without gradients; of the example inputs where none are given."""
+        if not args and not kwargs:
+            args, kwargs = self.example_inputs
+        with torch.no_grad():
+            return self.graph_module(*args, **kwargs)
 
 
-def state_of(program: Program) -> dict[str, Tensor]:
+def read_names(graph: fx.Graph) -> set[str]:
+    """Names of the tensors on which an output of the graph depends."""
+    return {str(node.target) for node in live_nodes(graph) if node.op == "get_attr"}
+
+
+def state_of(program: State) -> dict[str, Tensor]:
     """See Program.state."""
     shells: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
@@ -40,7 +359,7 @@ def state_of(program: Program) -> dict[str, Tensor]:
     return state
 
 
-def folded_of(program: Program) -> dict[str, Tensor]:
+def folded_of(program: State) -> dict[str, Tensor]:
     """See Program.folded."""
     entries = folded_entries(program.journal)
     if not entries:
@@ -56,7 +375,7 @@ def folded_entries(journal: Journal) -> list[Entry]:
     return [e for e in journal if e.id in ids]
 
 
-def held_by(program: Program) -> dict[str, Tensor]:
+def held_by(program: State) -> dict[str, Tensor]:
     """Changed and inserted tensors; what only passes that are left out made train is as it was before them."""
     held = {**program.changed, **program.tensors}
     for name, before in program.put_back.items():
@@ -67,7 +386,7 @@ def held_by(program: Program) -> dict[str, Tensor]:
     return held
 
 
-def _shell(program: Program, name: str, tensor: Tensor, held: Mapping[str, Tensor]) -> Tensor:
+def _shell(program: State, name: str, tensor: Tensor, held: Mapping[str, Tensor]) -> Tensor:
     """The program's own tensor, or a parameter over the base's memory."""
     canonical = program.base.names.get(name, (name,))[0]
     if canonical in held:
@@ -77,3 +396,64 @@ def _shell(program: Program, name: str, tensor: Tensor, held: Mapping[str, Tenso
         program.base.shells[canonical, id(shell)] = shell
         return shell
     return tensor
+
+
+def trained_values(size: int, mask: Tensor | None) -> int:
+    """How many values of a parameter of that size train under a mask (see Selection.masks)."""
+    return size if mask is None else int(mask.sum()) * (size // mask.numel())
+
+
+class ParameterGroup(TypedDict, total=False):
+    """A group for a torch optimiser; `names` and `window` are for people, optimisers ignore them."""
+
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+    names: list[str]
+    window: Window
+
+
+def parameter_groups(
+    program: State, lr: float, *, weight_decay: float = 0.0, step: int | None = None
+) -> list[ParameterGroup]:
+    """The parameters of `program.module()` that train, in groups of one learning rate, decay and window.
+
+    Give them to one optimiser, and call `module.advance(step)` before each step: what does not train then has no
+    gradient, and optimisers pass over what has none, momentum and all. A learning-rate scheduler scales each
+    group from its own rate.
+
+    lr: of a parameter with rate 1. weight_decay: of weight matrices; norms, biases and parameters under a gradient
+    mask get none. A mask makes gradients zero, and an optimiser that moves a value by its gradient's history
+    alone (SGD, Adam, AdamW and their kin) then leaves it bit for bit; decay moves it without a gradient, so with
+    `module.parameters()` in place of these groups, give the optimiser no decay. step: only what trains at that
+    step; None: all that ever does.
+    """
+    module = program.module()
+    schedule = program.schedule
+    groups: dict[tuple[float, float, Window], ParameterGroup] = {}
+    tensors: dict[str, Any] = dict(module.named_parameters())
+    read = program.parameter_sizes().keys()
+    for name, parameter in tensors.items():
+        names = program.names.get(name, (name,))
+        if not program.trains(name, step) or read.isdisjoint(names):
+            continue
+        decays = parameter.dim() > 1 and schedule.masks.keys().isdisjoint(names)
+        key = (schedule.rate(names), weight_decay if decays else 0.0, schedule.window(names))
+        group = groups.setdefault(
+            key, {"params": [], "lr": lr * key[0], "weight_decay": key[1], "names": [], "window": key[2]}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if not groups:
+        when = "" if step is None else f" at {schedule.unit} {step}"
+        raise PassError(
+            f"nothing trains in this program{when}; select something (full, layerwise, …) or add an adapter"
+        )
+    return list(groups.values())
+
+
+def check_present(program: State, what: str, read: Collection[str] | None = None) -> None:
+    """Raises JournalError for a base that lacks weights which something wants back. read: those, where not all."""
+    gone = program.base.released if read is None else program.base.released.intersection(read)
+    if gone:
+        raise JournalError(f"{what}: {min(gone)} was released from memory; load the saved directory again")

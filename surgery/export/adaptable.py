@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import ExportError
-from surgery.export.adapters import slots, write_adapters
+from surgery.common.errors import ExportError
+from surgery.common.files import staged_directory
+from surgery.export.adapter_inputs import slots, write_adapters
 from surgery.export.onnx_file import ExportReport
 from surgery.export.parity import difference, scale_of, tolerance_of
 from surgery.export.program import export_program, parity_inputs, source_of
 from surgery.export.runtime import OnnxModel, adapter_file
-from surgery.files import staged_directory
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 MODEL = "model.onnx"
 MANIFEST = "adapters.json"

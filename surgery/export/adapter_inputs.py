@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from surgery import lora_combining
-from surgery.combining import carried, places_of
-from surgery.errors import ExportError
-from surgery.export.extra import require
+from surgery.common.errors import ExportError
+from surgery.engine.change.combine import carried, places_of
+from surgery.engine.replay import live_entries, pass_of
+from surgery.export.optional import require
 from surgery.export.runtime import adapter_file
-from surgery.passes.lora import Lora, plain_pairs
-from surgery.replay import live_entries, pass_of
+from surgery.passes.lora import combine
+from surgery.passes.lora.lora import Lora, plain_pairs
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 _LABEL = "slot"
 
@@ -80,7 +80,7 @@ def slots(program: Program) -> Slots:
         for source in place.sources:
             scale = source.weight * source.pass_.scale  # type: ignore[attr-defined]
             scaled = {end: (a, b * scale) for end, (a, b) in own[source.entry].items()}
-            for name, value in lora_combining.named(scaled, rank).items():
+            for name, value in combine.named(scaled, rank).items():
                 slot = slotted.tensors[record.tensors[name]]
                 adapters[labels[source.entry]][record.tensors[name]] = value.reshape(slot.shape).to(slot)
     alone = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from surgery.errors import ExportError
-from surgery.export import keys
+from surgery.common.errors import ExportError
+from surgery.engine.module import memory_of
+from surgery.export import metadata_keys
 from surgery.export.source import module_path
-from surgery.module import memory_of
 
 Provenance = Mapping[str, Mapping[str, Any]]
 
@@ -59,11 +59,11 @@ def note_ties(model: Any, names: Mapping[str, torch.Tensor], stored: Mapping[str
         holder = holders.get((tensor.data_ptr(), tensor.numel())) if tensor.numel() else None
         if holder is None or holder not in model.graph.initializers:
             continue
-        source = model.graph.initializers[holder].metadata_props.get(keys.SOURCE, holder)
+        source = model.graph.initializers[holder].metadata_props.get(metadata_keys.SOURCE, holder)
         if name != source:
             others.setdefault(holder, []).append(name)
     for holder, aliases in others.items():
-        model.graph.initializers[holder].metadata_props[keys.TIED] = json.dumps(sorted(set(aliases)))
+        model.graph.initializers[holder].metadata_props[metadata_keys.TIED] = json.dumps(sorted(set(aliases)))
 
 
 def tag_nodes(model: Any) -> None:
@@ -77,21 +77,21 @@ def tag_nodes(model: Any) -> None:
     for node in model.graph:
         traced = node.meta.get("node")
         custom = traced.meta.get("custom") or {} if traced is not None else {}
-        if keys.FX_NODE in custom:
-            last[custom[keys.FX_NODE]] = traced.name
+        if metadata_keys.FX_NODE in custom:
+            last[custom[metadata_keys.FX_NODE]] = traced.name
     for node in model.graph:
         traced = node.meta.get("node")
         if traced is None:
             continue
         custom = traced.meta.get("custom") or {}
         node.metadata_props.clear()
-        node.metadata_props[keys.MODULE] = module_path(traced)
-        if origin := custom.get(keys.FX_NODE):
-            node.metadata_props[keys.FX_NODE] = origin
+        node.metadata_props[metadata_keys.MODULE] = module_path(traced)
+        if origin := custom.get(metadata_keys.FX_NODE):
+            node.metadata_props[metadata_keys.FX_NODE] = origin
             if last[origin] == traced.name and node.outputs[0].name == traced.name:
-                node.metadata_props[keys.FX_OUTPUT] = origin
-        if isinstance(custom.get(keys.CUSTOM), Mapping):
-            node.metadata_props.update(_properties(custom[keys.CUSTOM]))
+                node.metadata_props[metadata_keys.FX_OUTPUT] = origin
+        if isinstance(custom.get(metadata_keys.CUSTOM), Mapping):
+            node.metadata_props.update(_properties(custom[metadata_keys.CUSTOM]))
 
 
 def write_provenance(model: Any, provenance: Provenance, stored: Mapping[str, str]) -> None:
@@ -116,7 +116,7 @@ def write_provenance(model: Any, provenance: Provenance, stored: Mapping[str, st
         entries = [origin[value] for value in node.inputs if value in origin]
         if not entries:
             continue
-        if keys.PASS not in node.metadata_props:
+        if metadata_keys.PASS not in node.metadata_props:
             node.metadata_props.update(_properties(entries[0]))
         made = [value for value in node.inputs if value is not None]
         if all(value in origin or value.is_initializer() for value in made):
@@ -124,14 +124,15 @@ def write_provenance(model: Any, provenance: Provenance, stored: Mapping[str, st
 
 
 def _properties(entry: Mapping[str, Any]) -> dict[str, str]:
-    known = {"pass": keys.PASS, "name": keys.NAME, "site": keys.SITE}
+    known = {"pass": metadata_keys.PASS, "name": metadata_keys.NAME, "site": metadata_keys.SITE}
     return {key: str(entry[field]) for field, key in known.items() if field in entry}
 
 
 def stored_names(model: Any, names: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
     """For each tensor of the program that the file holds, the name of the initializer that holds it."""
     by_source = {
-        value.metadata_props.get(keys.SOURCE, name): name for name, value in model.graph.initializers.items()
+        value.metadata_props.get(metadata_keys.SOURCE, name): name
+        for name, value in model.graph.initializers.items()
     }
     return {name: by_source[tied.get(name, name)] for name in names if tied.get(name, name) in by_source}
 

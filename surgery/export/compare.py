@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.errors import ExportError
+from surgery.common.errors import ExportError
 from surgery.export.parity import difference, scale_of, tolerance_of
 from surgery.export.runtime import OnnxModel
 from surgery.export.source import ExportSource, InputSet, module_path
-from surgery.graphs import flat_inputs
+from surgery.graph.graphs import flat_inputs
 
 Key = tuple[Any, ...]
 

@@ -26,26 +26,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.capture.hf import silenced
-from surgery.errors import ExportError, MissingExtraError
-from surgery.export.adapters import slots, write_adapters
-from surgery.export.extra import require
+from surgery.common.errors import ExportError, MissingExtraError
+from surgery.common.files import staged_directory
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.replay import live_entries, pass_of
+from surgery.export.adapter_inputs import slots, write_adapters
 from surgery.export.failure import first_line
-from surgery.export.finish import finish
 from surgery.export.generator import open_generator, sliding_window, whole_cache
+from surgery.export.lowerings.dequantize import Weight, check_kept
 from surgery.export.onnx_file import quiet
 from surgery.export.opset import opset_for
+from surgery.export.optional import require
 from surgery.export.parity import difference, scale_of, tolerance_of
+from surgery.export.postprocess import finish
 from surgery.export.program import check_written, provenance_of
-from surgery.export.quantized import Weight, check_kept
 from surgery.export.runtime import adapter_file
-from surgery.files import staged_directory
-from surgery.hf_format import write_companions
-from surgery.in_place.live import live
-from surgery.pass_base import RewritePass
-from surgery.replay import live_entries, pass_of
+from surgery.live.model import live
+from surgery.store.hf import write_companions
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 PARTS = ("prefill", "decode")
 WEIGHTS = "decode.onnx.data"
@@ -91,7 +91,7 @@ def export_generation(
 ) -> GenerationReport:
     """Write a directory, checked: greedy and sampled tokens of onnxruntime against the live model's.
 
-    adapters_as_inputs: every LoRA goes to a file of its own, one graph serves them all; see surgery.export.adapters.
+    adapters_as_inputs: every LoRA goes to a file of its own, one graph serves them all; see surgery.export.adapter_inputs.
     Each is checked, and the base.
 
     Raises ExportError where the program is no language model, cannot be translated, or generates other tokens.

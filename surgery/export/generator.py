@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from surgery.errors import ExportError, nearest
-from surgery.export.extra import require
+from surgery.common.errors import ExportError, nearest
 from surgery.export.failure import first_line
+from surgery.export.optional import require
 from surgery.export.runtime import ADAPTER, adapter_file
 
 

@@ -18,15 +18,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from surgery.errors import ExportError
-from surgery.export import annotate, keys
-from surgery.export.again import export_again
-from surgery.export.extra import require
+from surgery.common.errors import ExportError
+from surgery.export import annotate, metadata_keys
 from surgery.export.failure import explain, first_line
-from surgery.export.finish import finish
+from surgery.export.lowerings.dequantize import check_kept
 from surgery.export.opset import opset_for
+from surgery.export.optional import require
 from surgery.export.parity import ParityReport, check_parity
-from surgery.export.quantized import check_kept
+from surgery.export.postprocess import finish
+from surgery.export.reexport import export_again
 from surgery.export.source import ExportSource, InputSet, axis_names, tagged_copy
 
 _INLINE_LIMIT = 1_500_000_000  # a protobuf file ends at 2 GiB, and the graph needs room too
@@ -79,7 +79,7 @@ def export_onnx(
     external_data: the weights in `<path>.data`; None does so above 1.5 GB.
     check: run onnx's checker on the file.
     parity: input sets to compare with onnxruntime before the file takes its place.
-    optional: tensors that are left as optional inputs; see surgery.export.adapters.
+    optional: tensors that are left as optional inputs; see surgery.export.adapter_inputs.
 
     Raises ExportError, and leaves what was at `path` as it was; MissingExtraError without the onnx extra.
     """
@@ -171,7 +171,7 @@ def _translate(
         origins = {
             node.name: origin
             for node in program.graph.nodes
-            if (origin := (node.meta.get("custom") or {}).get(keys.FX_NODE))
+            if (origin := (node.meta.get("custom") or {}).get(metadata_keys.FX_NODE))
         }
         raise ExportError(explain(error, origins)) from error
     if exported is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from surgery.export import quantized
+from surgery.export.lowerings import dequantize
 
 aten = torch.ops.aten
 
@@ -16,5 +16,5 @@ _SINCE = {aten.rms_norm.default: 23}
 def opset_for(graph: fx.Graph) -> int | None:
     """None where the default does."""
     wanted = [_SINCE[node.target] for node in graph.nodes if node.target in _SINCE]
-    codes = quantized.opset_for(graph)
+    codes = dequantize.opset_for(graph)
     return max([*wanted, *([codes] if codes else [])], default=None)

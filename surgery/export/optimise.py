@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from surgery.export import keys
-from surgery.export.extra import require
+from surgery.export import metadata_keys
+from surgery.export.optional import require
 
 # Rules that compute new weights (batch norm into a convolution) or that test a weight for zeros (an optional
 # bias) are left out: onnxruntime does the same when it loads the file, where no name is lost.
@@ -163,5 +163,5 @@ def _transposed(ir: Any, weight: Any, order: tuple[int, ...]) -> Any:
         const_value=ir.LazyTensor(compute, dtype=tensor.dtype, shape=shape, name=name),
     )
     folded.metadata_props.update(weight.metadata_props)
-    folded.metadata_props[keys.SOURCE] = weight.name
+    folded.metadata_props[metadata_keys.SOURCE] = weight.name
     return folded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from surgery.errors import MissingExtraError
+from surgery.common.errors import MissingExtraError
 
 
 def require(module: str) -> Any:

@@ -11,7 +11,7 @@ what two correct implementations differ by is rounding, and rounding grows with 
   error is eps times the root of about 100 ops. Such a check finds a wrong graph, not a slightly wrong weight.
 - integers and booleans: equal.
 
-Programs that round activations to a few steps are held to more than that; see surgery.export.rounding.
+Programs that round activations to a few steps are held to more than that; see surgery.export.rounded_parity.
 
 Values at or above 1e30 (masks filled with the dtype's minimum), infinities and NaNs must stand in the same
 places and are left out of the scale.
@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from surgery.errors import ExportError
-from surgery.export.rounding import ONE_STEP, rounds, sensitivity, unrounded, unrounded_file
+from surgery.common.errors import ExportError
+from surgery.export.rounded_parity import ONE_STEP, rounds, sensitivity, unrounded, unrounded_file
 from surgery.export.runtime import OnnxModel
 from surgery.export.source import ExportSource, InputSet
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from surgery.export import annotate, keys
+from surgery.export import annotate, metadata_keys
+from surgery.export.lowerings.dequantize import Weight, lower
 from surgery.export.optimise import optimise
-from surgery.export.quantized import Weight, lower
-from surgery.export.sums import keep_sums_apart
+from surgery.export.unfused_sums import keep_sums_apart
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,6 @@ def finish(
     annotate.note_ties(model, {**names, **tensors}, stored)
     model.producer_name = "surgery"
     if journal_json is not None:
-        model.metadata_props[keys.JOURNAL] = journal_json
+        model.metadata_props[metadata_keys.JOURNAL] = journal_json
     model.graph.inputs.extend(model.graph.initializers[stored[name]] for name in optional)
     return Finished(stored, tied, quantized)

@@ -11,15 +11,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from surgery.capture import fresh_inputs, other_sizes
-from surgery.errors import ExportError
+from surgery.common.errors import ExportError
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.replay import live_entries, pass_of
 from surgery.export.onnx_file import ExportReport, export_onnx
 from surgery.export.source import ExportSource, InputSet
-from surgery.pass_base import RewritePass
-from surgery.replay import live_entries, pass_of
-from surgery.sites import live_nodes
+from surgery.graph.graphs import live_nodes
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 
 def source_of(program: Program) -> ExportSource:

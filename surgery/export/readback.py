@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import ExportError
-from surgery.export import keys
-from surgery.export.extra import require
+from surgery.common.errors import ExportError
+from surgery.export import metadata_keys
+from surgery.export.optional import require
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def provenance_of(path: Path) -> dict[str, StoredTensor]:
         meta, place = value.metadata_props, _place(value.metadata_props)
         found[name] = StoredTensor(
             name=name,
-            source=meta.get(keys.SOURCE, name),
+            source=meta.get(metadata_keys.SOURCE, name),
             shape=tuple(value.const_value.shape),
             dtype=value.const_value.dtype.name.lower(),
-            tied=tuple(json.loads(meta.get(keys.TIED, "[]"))),
+            tied=tuple(json.loads(meta.get(metadata_keys.TIED, "[]"))),
             pass_name=place[0],
             instance=place[1],
             site=place[2],
@@ -73,12 +73,16 @@ def names_survive(path: Path) -> dict[str, str]:
 
 def journal_of(path: Path) -> Any:
     """The journal that the file was exported with, None where there is none."""
-    text = _load(path).metadata_props.get(keys.JOURNAL)
+    text = _load(path).metadata_props.get(metadata_keys.JOURNAL)
     return None if text is None else json.loads(text)
 
 
 def _place(meta: Mapping[str, str]) -> tuple[str, str, str]:
-    return meta.get(keys.PASS, ""), meta.get(keys.NAME, ""), meta.get(keys.SITE, "")
+    return (
+        meta.get(metadata_keys.PASS, ""),
+        meta.get(metadata_keys.NAME, ""),
+        meta.get(metadata_keys.SITE, ""),
+    )
 
 
 def _load(path: Path) -> Any:

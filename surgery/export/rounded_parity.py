@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.export.extra import require
+from surgery.export.optional import require
 from surgery.export.source import ExportSource
-from surgery.graphs import copy_graph
+from surgery.graph.graphs import copy_graph
 
 # By how much parameters are moved: what MiniLM's activations differ by (see surgery.export.parity).
 _NOISE = 1e-6

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from surgery.errors import ExportError, nearest
-from surgery.export import keys
-from surgery.export.extra import require
+from surgery.common.errors import ExportError, nearest
+from surgery.export import metadata_keys
 from surgery.export.failure import first_line
+from surgery.export.optional import require
 
 ADAPTER = ".onnx_adapter"  # what onnxruntime calls its files
 
@@ -124,9 +124,9 @@ class OnnxModel:
                     name=node.name,
                     op=node.op_type,
                     outputs=tuple(node.output),
-                    origin=meta.get(keys.FX_NODE, ""),
-                    module_path=meta.get(keys.MODULE, ""),
-                    is_value=keys.FX_OUTPUT in meta,
+                    origin=meta.get(metadata_keys.FX_NODE, ""),
+                    module_path=meta.get(metadata_keys.MODULE, ""),
+                    is_value=metadata_keys.FX_OUTPUT in meta,
                 )
             )
         return tuple(found)

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from surgery.errors import ExportError
-from surgery.export import keys
+from surgery.common.errors import ExportError
+from surgery.export import metadata_keys
 
 InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -115,7 +115,7 @@ def tagged_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """
     graph = copy.deepcopy(graph_module.graph)
     for node in graph.nodes:
-        node.meta["custom"] = {**(node.meta.get("custom") or {}), keys.FX_NODE: node.name}
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), metadata_keys.FX_NODE: node.name}
     return fx.GraphModule(graph_module, graph)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.export.extra import require
+from surgery.export.optional import require
 
 
 def keep_sums_apart(model: Any) -> int:

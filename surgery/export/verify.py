@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from surgery.errors import SurgeryError
+from surgery.common.errors import SurgeryError
+from surgery.engine.contract.numerics import MERGE_TOLERANCE
+from surgery.engine.contract.observe import relative_difference
+from surgery.engine.program import Program
 from surgery.export.compare import Divergence, first_divergence
 from surgery.export.program import parity_inputs, source_of
 from surgery.export.runtime import OnnxModel
-from surgery.merging import MERGE_TOLERANCE
-from surgery.numerics import relative_difference
-from surgery.program import Program
-from surgery.sites import META
-from surgery.weight_ops import module_path
+from surgery.graph.marks import META
+from surgery.graph.ops import module_path
 
 Side = Program | OnnxModel
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from surgery.sites import META, live_nodes
+from surgery.graph.marks import META
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -50,3 +50,32 @@ def flat_inputs(program: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         return pytree.tree_leaves((tuple(args), kwargs))
     names = [node.target for node in program.graph.nodes if node.op == "placeholder"]
     return [*args, *(kwargs[name] for name in names[len(args) :])]
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node does something beside giving a value; to draw random numbers (a dropout) is no such thing."""
+    return node.op == "call_function" and node.is_impure(impure_random=False)
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that an output of the graph, or a write, depends on."""
+    acts: dict[Any, bool] = {}  # by op: torch takes its time to say so
+    stack = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in acts:
+            acts[node.target] = writes(node)
+        if node.op == "output" or (node.op == "call_function" and acts[node.target]):
+            stack.append(node)
+    return behind(stack)
+
+
+def behind(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Nodes with all that they are computed from, down to `stop`, which is left out."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in stop:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found

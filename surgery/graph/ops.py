@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgery.common.hooks import hookimpl
+
 aten = torch.ops.aten
 
 LINEAR, CONV, EMBEDDING, EXPERTS, NORM = "linear", "conv", "embedding", "experts", "norm"
@@ -324,3 +326,9 @@ def per_axis(value: int | Sequence[int], axes: int) -> list[int]:
     """A convolution's argument (stride, padding, …) for each of its axes: one number stands for all."""
     found = [value] if isinstance(value, int) else list(value)
     return found * axes if len(found) == 1 else found
+
+
+@hookimpl
+def surgery_weight_ops() -> dict[Any, WeightOp]:
+    """The ATen ops that hold a weight."""
+    return BUILTIN_WEIGHT_OPS

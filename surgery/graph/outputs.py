@@ -11,11 +11,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from surgery.dataflow import op_name
-from surgery.errors import PassError
+from surgery.common.errors import PassError
+from surgery.graph.analysis.dataflow import op_name
 
 if TYPE_CHECKING:
-    from surgery.meta_cache import MetaCache
+    from surgery.graph.fake import MetaCache
 
 ONLY = "output"  # the name of the one tensor of a model that returns no more
 

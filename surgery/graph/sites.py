@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from surgery import unpacking, weight_ops
-from surgery.errors import PassError
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, WeightOp
-
-if TYPE_CHECKING:
-    from surgery.probe import Probe
-
-# node.meta key: {"entry", "site", "aux", "call", "wraps", "wrapped_by", "input", "weight_of"; "grown", "output",
-# "instead_of", "gone_for", "feeds", "once", "resized": see Rewriter.wrap, add_output, supersede, feed, once, settle;
-# "follows", "gate": see Rewriter.go_on, surgery.residuals.gated_by; "role", "at": see
-# Rewriter.has_role, and of what is gone replace}
-META = "surgery"
+from surgery.common.errors import PassError
+from surgery.graph import ops as weight_ops
+from surgery.graph.marks import is_aux, is_gone
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, WeightOp
+from surgery.graph.packed import unpacking
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,64 @@ class SiteKey:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> SiteKey:
         return SiteKey(data["owner"], data["kind"], int(data["ordinal"]))
+
+
+class Measurements(Protocol):
+    """What a pass may read and measure at a site while it is planned or applied; see `engine.probe.Probe`.
+
+    The engine lies above the graph, so the graph names only this interface. `view`, `journal`, `captured` and
+    `program` have the types that Probe gives them.
+    """
+
+    given: bool
+    data: Sequence[Any]
+    program: Any
+
+    @property
+    def view(self) -> Any: ...
+
+    @property
+    def in_memory(self) -> bool: ...
+
+    @property
+    def names(self) -> Mapping[str, tuple[str, ...]]: ...
+
+    @property
+    def journal(self) -> Any: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def captured(self) -> Any: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def weight(self, site: Site) -> Tensor: ...
+
+    def dequantized(self, site: Site) -> Tensor: ...
+
+    def stored(self, site: Site) -> Tensor: ...
+
+    def inputs(self, site: Site) -> list[Tensor]: ...
+
+    def products(self, site: Site) -> Tensor: ...
+
+    def largest(self, site: Site) -> Tensor: ...
+
+    def values(self, nodes: Iterable[fx.Node | str]) -> dict[str, list[Tensor]]: ...
+
+    def watch(self, names: set[str], see: Callable[[str, Any], Any]) -> None: ...
+
+    def inputs_of_graph(self) -> Iterator[list[Any]]: ...
+
+    def module(self) -> fx.GraphModule: ...
+
+    def run(self, module: fx.GraphModule) -> None: ...
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any: ...
+
+    def forget(self, key: Hashable) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -68,10 +119,10 @@ class Site:
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     selected_parts: tuple[str, ...] = ()
     decided: Mapping[str, Any] = field(default_factory=dict)
-    measured: Probe | None = field(default=None, compare=False, repr=False)
+    measured: Measurements | None = field(default=None, compare=False, repr=False)
 
     @property
-    def probe(self) -> Probe:
+    def probe(self) -> Measurements:
         """The program's tensors, activations and gradients; there while a pass is planned or applied."""
         if self.measured is None:
             raise PassError(
@@ -115,7 +166,7 @@ class Site:
             return self.shape
         call = self.calls[0]
         if self.kind == CONV:  # the sizes of its kernel are in the weight alone
-            return tuple(unpacking.unpacking(call).val.shape)
+            return tuple(unpacking(call).val.shape)
         ends = {"o": call.node, "d": call.node, "i": call.x}
         return tuple(
             int(ends[axis].meta["val"].shape[-1]) if axis in ends else self.shape[place]
@@ -147,80 +198,6 @@ def _numel(shape: tuple[int, ...]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-def is_aux(node: fx.Node) -> bool:
-    """True for nodes that an adapter inserted: later passes do not match them."""
-    return bool(node.meta.get(META, {}).get("aux"))
-
-
-def is_gone(node: fx.Node) -> bool:
-    """True for ops in whose place a pass has put others for good: those are the sites now."""
-    return "gone_for" in node.meta.get(META, {})
-
-
-def tail(node: fx.Node, whole: bool = False) -> fx.Node:
-    """The value that stands for a site's output now: the last adapter wrapped round it, or the op itself.
-
-    whole: beyond what made the output larger (see `wrappers`).
-    """
-    return next(reversed(wrappers(node, whole)), node)
-
-
-def wrappers(node: fx.Node, whole: bool = False) -> list[fx.Node]:
-    """The values that adapters put in the place of an op's, from the innermost.
-
-    whole: those too that made the output larger than the op's own (`grown` in their mark): other adapters, made for
-    the op as it is, stay inside of these.
-    """
-    found: list[fx.Node] = []
-    current = node
-    while True:
-        outer = next((u for u in current.users if u.meta.get(META, {}).get("wraps") == current.name), None)
-        if outer is None:
-            # An op put in the place of another need not read it.
-            name = current.meta.get(META, {}).get("wrapped_by")
-            outer = next((n for n in node.graph.nodes if n.name == name), None) if name else None
-        if outer is None or (outer.meta[META].get("grown") and not whole):
-            return found
-        found.append(outer)
-        current = outer
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a node does something beside giving a value; to draw random numbers (a dropout) is no such thing."""
-    return node.op == "call_function" and node.is_impure(impure_random=False)
-
-
-def live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that an output of the graph, or a write, depends on."""
-    acts: dict[Any, bool] = {}  # by op: torch takes its time to say so
-    stack = []
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target not in acts:
-            acts[node.target] = writes(node)
-        if node.op == "output" or (node.op == "call_function" and acts[node.target]):
-            stack.append(node)
-    return behind(stack)
-
-
-def behind(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Nodes with all that they are computed from, down to `stop`, which is left out."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found and node not in stop:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def head(node: fx.Node, whole: bool = False) -> fx.Node:
-    """The value that enters a site, before adapters that change what its op reads; `whole` as in `wrappers`."""
-    while node.meta.get(META, {}).get("input") and (whole or not node.meta[META].get("grown")):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 class SiteIndex:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from surgery.errors import TargetError, nearest
-from surgery.sites import Site
-from surgery.weight_ops import LINEAR
+from surgery.common.errors import TargetError, nearest
+from surgery.graph.ops import LINEAR
+from surgery.graph.sites import Site
 
 ROLE_ROOTS = ("attn", "mlp", "embed", "norm", "conv", "head", "linear")
 ALL = ("all", "**")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
-from surgery.biases import site_biases
-from surgery.blocks import Block, Branch, depth_of, find_blocks, find_branches
-from surgery.dataflow import Dataflow, trace_origins
-from surgery.patterns.found import OpIndex
-from surgery.roles import Attention, Roles, find_roles
-from surgery.sites import Site, SiteIndex, SiteKey, is_aux, is_gone
-from surgery.weight_ops import Call, WeightOp, find_calls
-
-if TYPE_CHECKING:
-    from surgery.pruning import Coupling
+from surgery.graph.analysis.biases import site_biases
+from surgery.graph.analysis.blocks import Block, Branch, find_blocks, find_branches
+from surgery.graph.analysis.dataflow import Dataflow, trace_origins
+from surgery.graph.analysis.depth import depth_of
+from surgery.graph.analysis.roles import Attention, Roles, find_roles
+from surgery.graph.marks import is_aux, is_gone
+from surgery.graph.ops import Call, WeightOp, find_calls
+from surgery.graph.patterns.index import OpIndex
+from surgery.graph.sites import Site, SiteIndex, SiteKey
 
 
 class View:
@@ -101,7 +100,7 @@ class View:
     @cached_property
     def biases(self) -> dict[SiteKey, list[str]]:
         """Names of the parameters that are added as biases, by the site that they belong to."""
-        return site_biases(self)
+        return site_biases(self.graph, self.names, self.sites, self.flow)
 
     @cached_property
     def ops_index(self) -> OpIndex:
@@ -113,13 +112,6 @@ class View:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
-
-    @cached_property
-    def coupling(self) -> Coupling:
-        """Which indices of which tensors have to go together."""
-        from surgery.pruning import Coupling
-
-        return Coupling(self.graph, self.names)
 
     def node(self, name: str) -> fx.Node:
         """The node of that name. KeyError where there is none."""

@@ -1,6 +1,6 @@
 """Surgery in place: live modules keep their own forward, and single layers are rewritten. See `apply_`."""
 
-from surgery.in_place.verbs import (
+from surgery.live.verbs import (
     apply_,
     combine_,
     load_,

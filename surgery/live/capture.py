@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.capture import LoadedModel, from_module
 from surgery.capture.hf import from_model, make_traceable
-from surgery.errors import CaptureError
+from surgery.common.errors import CaptureError
 
 
 @dataclass

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture import Captured, LoadedModel, trace
-from surgery.in_place.leaf import LayerError, input_name
-from surgery.in_place.mirror import Seen, mirror
+from surgery.live.capture import Seen, mirror
+from surgery.live.layer import LayerError, input_name
 
 
 class Apart(nn.Module):

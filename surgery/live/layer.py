@@ -15,16 +15,15 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.fx.graph import CodeGen
 
-from surgery.errors import PassError
-from surgery.graphs import copy_graph, without_replaced
-from surgery.journal import Entry, SiteRecord
-from surgery.meta_cache import MetaCache
-from surgery.pass_base import GraphPass, RewritePass
-from surgery.quantizing.op import dequantize
-from surgery.quantizing.recompute import recomputed
-from surgery.rewriter import Rewriter
-from surgery.view import View
-from surgery.weight_ops import WeightOp
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import GraphPass, RewritePass
+from surgery.engine.journal import Entry, SiteRecord
+from surgery.engine.recompute import REMADE, recomputed
+from surgery.graph.fake import MetaCache
+from surgery.graph.graphs import copy_graph, without_replaced
+from surgery.graph.ops import WeightOp
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.view import View
 
 _serial = count()
 Forward = Callable[..., Any]
@@ -252,7 +251,7 @@ def _compile(graph: fx.Graph, title: str) -> Forward:
     linecache.cache[where] = (len(code.src), None, code.src.splitlines(keepends=True), where)
     space = dict(code.globals)
     exec(compile(code.src, where, "exec"), space)
-    quantized = any(node.target is dequantize._opoverload for node in graph.nodes)
+    quantized = any(node.target in REMADE for node in graph.nodes)
     return recomputed(space["forward"]) if quantized else space["forward"]
 
 

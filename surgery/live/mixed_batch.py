@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import PassError
-from surgery.in_place.leaf import derived
-from surgery.in_place.state import State
-from surgery.program import Program
-from surgery.sites import Site
-from surgery.weight_ops import operand
+from surgery.common.errors import PassError
+from surgery.engine.program import Program
+from surgery.graph.ops import operand
+from surgery.graph.sites import Site
+from surgery.live.layer import derived
+from surgery.live.state import LiveState
 
 Choice = str | Sequence[str] | None
 
 
 @contextlib.contextmanager
-def rows_of(model: nn.Module, state: State, choices: Sequence[Choice]) -> Iterator[None]:
+def rows_of(model: nn.Module, state: LiveState, choices: Sequence[Choice]) -> Iterator[None]:
     """Let row i of every batch use the adapters of choice i while the block runs."""
     program = state.program
     _check_axes(program, len(choices))

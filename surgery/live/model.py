@@ -8,12 +8,13 @@ from torch import nn
 
 from surgery.capture import LoadedModel
 from surgery.capture.hf import configs
-from surgery.errors import PassError
-from surgery.in_place.leaf import Layers
-from surgery.in_place.mirror import mirror, watch
-from surgery.in_place.state import ATTRIBUTE, State
-from surgery.program import Program
-from surgery.replay import live_entries, pass_of
+from surgery.common.errors import PassError
+from surgery.common.hooks import hookimpl
+from surgery.engine.program import Program
+from surgery.engine.replay import live_entries, pass_of
+from surgery.live.capture import mirror, watch
+from surgery.live.layer import Layers
+from surgery.live.state import ATTRIBUTE, LiveState
 
 
 def live(program: Program) -> nn.Module:
@@ -29,7 +30,7 @@ def live(program: Program) -> nn.Module:
     model = mirror(base.loaded.module)
     if base.loaded.config is not None:
         _configured(model, base.loaded)
-    state = State(Program(base), watch(base.loaded), Layers(base.plugins.weight_ops))
+    state = LiveState(Program(base), watch(base.loaded), Layers(base.plugins.weight_ops))
     state.refuse(pass_of(entry, base.plugins) for entry in live_entries(program.journal))
     program.own()
     state.adopt(model, program)
@@ -46,3 +47,9 @@ def _configured(model: Any, loaded: LoadedModel) -> None:
             own.pad_token_id = before.pad_token_id
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(loaded.config._experts_implementation)
+
+
+@hookimpl
+def surgery_live(program: Program) -> nn.Module:
+    """The base's own module with the program's passes in place."""
+    return live(program)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.base import Base
 from surgery.capture import LoadOptions
-from surgery.errors import LoadError
-from surgery.loading import load_model
-from surgery.program import Program
+from surgery.capture.hf import TASKS
+from surgery.capture.reference import load_model
+from surgery.common.errors import LoadError
+from surgery.engine.base import Base
+from surgery.engine.program import Program
 
 
 def sourced(
@@ -66,8 +67,6 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 def task_of(module: nn.Module) -> str | None:
     """The transformers task whose class this model has."""
     import transformers
-
-    from surgery.capture.hf import TASKS
 
     config: Any = module.config
     for task, names in TASKS.items():

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.base import Base
-from surgery.errors import PassError
-from surgery.in_place.leaf import LayerError, Layers, Piece, input_name
-from surgery.in_place.mirror import Seen
-from surgery.module import get, register
-from surgery.pass_base import Pass, RewritePass
-from surgery.program import Program
-from surgery.replay import live_entries, pass_of
-from surgery.sites import Site, SiteKey
-from surgery.view import View
-from surgery.weight_ops import EXPERTS
+from surgery.common.errors import PassError
+from surgery.engine.base import Base
+from surgery.engine.contract.base import Pass, RewritePass
+from surgery.engine.module import get, register
+from surgery.engine.program import Program
+from surgery.engine.replay import live_entries, pass_of
+from surgery.graph.ops import EXPERTS
+from surgery.graph.sites import Site, SiteKey
+from surgery.graph.view import View
+from surgery.live.capture import Seen
+from surgery.live.layer import LayerError, Layers, Piece, input_name
 
 ATTRIBUTE = "_surgery_state"
 
 
-class State:
+class LiveState:
     """The program of a live model, over the model's own tensors.
 
     program: its base has the parameters as they were; of those that train, the model holds copies of its own (in
@@ -73,14 +73,14 @@ class State:
                 base.captured.graph, base.names, base.plugins.weight_ops, known=({}, {})
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveState:
         """For a copy of the model: its tensors are the copies, the graph and the classes the same."""
         old = self.program.base
         module = copy.deepcopy(old.loaded.module, memo)
         base = Base(replace(old.loaded, module=module), old.captured, old.plugins, old.ref, old.options)
         tensors = {name: copy.deepcopy(t, memo) for name, t in self.program.tensors.items()}
         changed = {name: copy.deepcopy(t, memo) for name, t in self.program.changed.items()}
-        fresh = State.__new__(State)
+        fresh = LiveState.__new__(LiveState)
         fresh.program = Program(base, self.program.journal, tensors, changed)
         fresh.seen, fresh.layers, fresh.uncaptured = self.seen, self.layers, self.uncaptured
         fresh.required, fresh._added, fresh._block = dict(self.required), set(self._added), ""
@@ -341,6 +341,6 @@ def _remove(model: nn.Module, name: str) -> None:
         module._modules.pop(leaf, None)
 
 
-def state_of(model: nn.Module) -> State | None:
+def state_of(model: nn.Module) -> LiveState | None:
     state = vars(model).get(ATTRIBUTE)
-    return state if isinstance(state, State) else None
+    return state if isinstance(state, LiveState) else None

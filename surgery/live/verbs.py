@@ -10,25 +10,25 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from surgery.base import Base
 from surgery.capture import LoadOptions, trace
 from surgery.capture.trace import to_plain
-from surgery.errors import CaptureError, LoadError, PassError, SurgeryError, TargetError
-from surgery.hf_format import write_hf
-from surgery.in_place.leaf import Layers
-from surgery.in_place.mirror import loaded_of, watch
-from surgery.in_place.mixed import rows_of
-from surgery.in_place.source import sourced
-from surgery.in_place.state import ATTRIBUTE, State, state_of
-from surgery.in_place.uncaptured import pretend
-from surgery.numerics import observe
-from surgery.pass_base import Pass, RewritePass
-from surgery.plans import PlanReport
-from surgery.plugins import Plugins, make_plugin_manager
-from surgery.probe import InputSet
-from surgery.program import Program
-from surgery.replay import find_sites, live_entries, pass_of
-from surgery.saved import load_saved
+from surgery.common.errors import CaptureError, LoadError, PassError, SurgeryError, TargetError
+from surgery.common.plugins import Plugins, make_plugin_manager
+from surgery.engine.base import Base
+from surgery.engine.change.plans import PlanReport
+from surgery.engine.contract.base import Pass, RewritePass
+from surgery.engine.contract.observe import observe
+from surgery.engine.probe import InputSet
+from surgery.engine.program import Program
+from surgery.engine.replay import find_sites, live_entries, pass_of
+from surgery.live.capture import loaded_of, watch
+from surgery.live.fallback import pretend
+from surgery.live.layer import Layers
+from surgery.live.mixed_batch import rows_of
+from surgery.live.reference import sourced
+from surgery.live.state import ATTRIBUTE, LiveState, state_of
+from surgery.store.hf import write_hf
+from surgery.store.saved import load_saved
 
 
 def apply_(
@@ -203,7 +203,7 @@ def save_(
     """Write a directory that `surgery.load` and `load_` read: the journal, what was inserted, what was trained.
 
     format: "hf" writes a transformers directory in its place, with adapters folded into the weights of what is written
-    (the live model keeps them), in files of up to max_shard_size; see surgery.hf_format.write_hf.
+    (the live model keeps them), in files of up to max_shard_size; see surgery.store.hf.write_hf.
 
     ref, task, model_kwargs: what gives the same base again, as for `surgery.load`; a transformers model's own
     directory by default. Without any, the weights of the base are written too, and loading needs the base.
@@ -242,7 +242,7 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
     try:
         program = load_saved(Path(path), base=state.program, trust=False, plugins=state.program.base.plugins)
         state.refuse(pass_of(e, program.base.plugins) for e in live_entries(program.journal))
-        state = State(Program(program.base), state.seen, state.layers)
+        state = LiveState(Program(program.base), state.seen, state.layers)
         program.own()
         state.adopt(model, program)
     except SurgeryError:
@@ -254,7 +254,7 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
     return program
 
 
-def _known(model: nn.Module) -> State:
+def _known(model: nn.Module) -> LiveState:
     state = state_of(model)
     if state is None:
         raise PassError(
@@ -269,7 +269,7 @@ def _state(
     dynamic: Any,
     example: Mapping[str, int],
     plugins: Plugins | None,
-) -> State:
+) -> LiveState:
     plugins = plugins or make_plugin_manager()
     layers = Layers(plugins.weight_ops)
     try:
@@ -279,7 +279,7 @@ def _state(
         loaded, captured, seen = pretend(model)
         why = str(error)
     base = Base(loaded, captured, plugins, "", LoadOptions(example=dict(example)))
-    return State(Program(base), seen, layers, why)
+    return LiveState(Program(base), seen, layers, why)
 
 
 def _sharing(program: Program, before: Program) -> Program:
@@ -301,7 +301,7 @@ def _sharing(program: Program, before: Program) -> Program:
     )
 
 
-def _refresh(state: State, model: nn.Module) -> None:
+def _refresh(state: LiveState, model: nn.Module) -> None:
     """Let the program read the buffers that the model has now: moving a model to a device makes new ones."""
     tensors = state.program.base.tensors
     for name, buffer in model.named_buffers(remove_duplicate=False):
@@ -309,7 +309,7 @@ def _refresh(state: State, model: nn.Module) -> None:
             tensors[name] = buffer
 
 
-def _verify(model: nn.Module, state: State, before: Program) -> None:
+def _verify(model: nn.Module, state: LiveState, before: Program) -> None:
     """Run the live module on the example inputs, as it was and as it is."""
     loaded = state.program.base.loaded
     fresh = [e for e in state.program.journal if e not in before.journal.entries and e.kind == "rewrite"]
@@ -362,7 +362,7 @@ def _refuse_caches(model: nn.Module, program: Program) -> None:
                     )
 
 
-def _without_roles(error: TargetError, state: State) -> TargetError:
+def _without_roles(error: TargetError, state: LiveState) -> TargetError:
     return TargetError(
         f"{error} (the model cannot be captured, so it has no roles, only paths; {state.uncaptured})"
     )

@@ -9,15 +9,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
-from surgery.activations import ACTIVATIONS
-from surgery.errors import PassError
-from surgery.pass_base import GraphPass, TensorSpec
-from surgery.rewriter import Rewriter
-from surgery.sites import Site, tail
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.marks import tail
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.algebra.nonlinearities import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from surgery.branches import Branch
-    from surgery.view import View
+    from surgery.graph.analysis.branches import Branch
+    from surgery.graph.view import View
 
 aten = torch.ops.aten
 
@@ -78,7 +80,7 @@ class Adapter(GraphPass):
     def check(self, site: Site) -> str | None:
         if not site.float_dtype.is_floating_point:
             return f"its weight is {site.dtype}; an adapter needs a floating-point stream"
-        branches = _branches_of(site, site.probe.program.view)
+        branches = _branches_of(site, site.probe.view)
         axes = {_channel_axis(site, b.end) for b in branches}
         if len(axes) > 1 or None in axes:
             return "the axis of the features cannot be told at the end of its branch; target other branches"
@@ -89,7 +91,7 @@ class Adapter(GraphPass):
         return None
 
     def decide(self, site: Site) -> dict[str, Any]:
-        branch = _branches_of(site, site.probe.program.view)[0]
+        branch = _branches_of(site, site.probe.view)[0]
         axis = _channel_axis(site, branch.end)
         assert axis is not None
         read = branch.inner if self.placement == "parallel" else branch.end

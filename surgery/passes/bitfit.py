@@ -9,13 +9,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from surgery.dataflow import op_name
-from surgery.errors import PassError
-from surgery.pass_base import MergeOp, RewritePass, TensorSpec
-from surgery.rewriter import Rewriter
-from surgery.sites import Site, tail
-from surgery.view import View
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.marks import tail
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
 
 aten = torch.ops.aten
 
@@ -71,7 +74,7 @@ class Bitfit(RewritePass):
         return None
 
     def _biases(self, site: Site) -> list[str]:
-        return site.probe.program.view.biases.get(site.key, [])
+        return site.probe.view.biases.get(site.key, [])
 
     def decide(self, site: Site) -> dict[str, Any]:
         biases = self._biases(site)

@@ -9,13 +9,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
-from surgery import factoring, lowrank
-from surgery.errors import PassError
-from surgery.pass_base import Numerics, RewritePass, TensorSpec, changes
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.standing import adapted_by, bias_now, read_elsewhere, tensors_now
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.numerics import Numerics, changes
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
+from surgery.graph.rewrite.current import adapted_by, bias_now, read_elsewhere, tensors_now
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.algebra import factor, low_rank
 
 aten = torch.ops.aten
 
@@ -93,7 +95,7 @@ class LowRank(RewritePass):
         if any(not {str(arguments(c.node).get(k)) for k in ("alpha", "beta")} <= _ADDS for c in site.calls):
             return "its op scales what it adds; only a plain sum is factored"
         weight = standing[0]
-        if read_elsewhere(site, weight, site.probe.program.names.get(weight, ())):
+        if read_elsewhere(site, weight, site.probe.names.get(weight, ())):
             return (
                 f"{weight} is read in another place too, which would keep it: nothing is saved; give the other "
                 f"place a copy with --pass untie, or leave it out"
@@ -101,7 +103,7 @@ class LowRank(RewritePass):
         return self._refused_by_size(site)
 
     def _refused_by_size(self, site: Site) -> str | None:
-        each = sum(torch.Size(shape).numel() for shape in factoring.stored_shapes(site, 1))
+        each = sum(torch.Size(shape).numel() for shape in factor.stored_shapes(site, 1))
         most = (site.parameters - 1) // each
         if not most:
             return f"no rank saves: even 1 takes {each:,} values, and the weight has {site.parameters:,}"
@@ -124,10 +126,10 @@ class LowRank(RewritePass):
     def _factor(self, site: Site) -> dict[str, Any]:
         standing = tensors_now(site)
         assert not isinstance(standing, str)
-        weight = factoring.matrices(site, site.probe.tensor(standing[0]))
+        weight = factor.matrices(site, site.probe.tensor(standing[0]))
         measured = self._by_outputs or self.budget is not None
-        products = factoring.output_products(site, _outputs(site)) if measured else None
-        found = factoring.directions(weight, products, self._by_outputs)
+        products = factor.output_products(site, _outputs(site)) if measured else None
+        found = factor.directions(weight, products, self._by_outputs)
         if self.rank is not None:
             rank = self.rank
         elif self.energy is not None:
@@ -135,14 +137,14 @@ class LowRank(RewritePass):
         else:
             assert self.budget is not None
             rank = found.rank_within(self.budget, of_outputs=True)
-        a, b = factoring.as_stored(site, *factoring.factors(weight, found, rank))
+        a, b = factor.as_stored(site, *factor.factors(weight, found, rank))
         decided = {"rank": rank, "error": round(found.error(rank), 6)}
         if measured:
             decided["output_error"] = round(found.error(rank, of_outputs=True), 6)
         return {"rank": rank, "decided": decided, "A": a.float(), "B": b.float()}
 
     def decide(self, site: Site) -> dict[str, Any]:
-        if self.rank is not None and not site.probe.program.base.in_memory:
+        if self.rank is not None and not site.probe.in_memory:
             return {"rank": self.rank}
         return dict(self._found(site)["decided"])
 
@@ -151,7 +153,7 @@ class LowRank(RewritePass):
         return set() if isinstance(standing, str) else {standing[0]}
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        a, b = factoring.stored_shapes(site, site.decided["rank"])
+        a, b = factor.stored_shapes(site, site.decided["rank"])
         return {"A": TensorSpec(a, self._filled(site, "A")), "B": TensorSpec(b, self._filled(site, "B"))}
 
     def _filled(self, site: Site, name: str) -> Callable[[Tensor], Any]:
@@ -170,8 +172,8 @@ class LowRank(RewritePass):
             padding = arguments(g.call_.node).get("padding_idx", -1)
             return g.call(aten.linear.default, g.call(aten.embedding.default, a, g.x, padding), b)
         if bias is None or site.kind == CONV or bias.meta["val"].dim() == 1:
-            return lowrank.branch(site, g, a, b, bias)
-        return g.call(aten.add.Tensor, lowrank.branch(site, g, a, b), bias)
+            return low_rank.branch(site, g, a, b, bias)
+        return g.call(aten.add.Tensor, low_rank.branch(site, g, a, b), bias)
 
 
 def _cast(g: Rewriter, tensor: fx.Node) -> fx.Node:

@@ -11,13 +11,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
-from surgery.errors import PassError
-from surgery.pass_base import Numerics, RewritePass, TensorSpec, changes
-from surgery.rewriter import Rewriter
-from surgery.sites import Site, SiteKey
-from surgery.standing import tensors_now, weight_given_by
-from surgery.view import View
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.numerics import Numerics, changes
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
+from surgery.graph.rewrite.current import tensors_now, weight_given_by
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site, SiteKey
+from surgery.graph.view import View
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Share(RewritePass):
     # -- who shares with whom
 
     def _groups(self, site: Site) -> dict[SiteKey, Group]:
-        view = site.probe.program.view
+        view = site.probe.view
         return site.probe.once((self, "groups"), lambda: self._find_groups(view))
 
     def _find_groups(self, view: View) -> dict[SiteKey, Group]:

@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from surgery.pass_base import MergeOp, RewritePass, TensorSpec
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.standing import read_elsewhere, tensors_now, weight_given_by
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
+from surgery.graph.rewrite.current import read_elsewhere, tensors_now, weight_given_by
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
 
 
 class Untie(RewritePass):
@@ -44,7 +46,7 @@ class Untie(RewritePass):
         """Of weight and bias, those that something else reads too, with the name of the tensor."""
         standing = tensors_now(site)
         assert not isinstance(standing, str)
-        names = site.probe.program.names
+        names = site.probe.names
         return {
             slot: name
             for slot, name in zip(("weight", "bias"), standing, strict=True)

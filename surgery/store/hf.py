@@ -8,19 +8,18 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.base import Base
-from surgery.errors import ExportError
-from surgery.files import staged_directory
-from surgery.folding import foldable
-from surgery.replay import live_entries
-
-if TYPE_CHECKING:
-    from surgery.program import Program
+from surgery.capture.hf import configs
+from surgery.common.errors import ExportError
+from surgery.common.files import staged_directory
+from surgery.engine.base import Base
+from surgery.engine.fold import foldable
+from surgery.engine.program import Program
+from surgery.engine.replay import live_entries
 
 # Everything but weights that a tokenizer, processor or generation needs, by the names transformers gives.
 _COMPANIONS = (
@@ -94,8 +93,6 @@ def _write(base: Base, state: Mapping[str, Tensor], folder: Path, max_shard_size
 
 def _resize_vocabulary(config: Any, module: Any, state: Mapping[str, Tensor]) -> None:
     """Let the configuration say how many rows a table of tokens has now."""
-    from surgery.capture.hf import configs
-
     for name, tensor in module.named_parameters():
         if name in state and tensor.dim() == 2 and state[name].shape[1:] == tensor.shape[1:]:
             for part in configs(config):

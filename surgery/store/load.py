@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from surgery.base import Base
-from surgery.capture import LoadedModel, LoadOptions, from_module, trace
-from surgery.errors import LoadError, nearest
-from surgery.plugins import Plugins, make_plugin_manager
-from surgery.program import Program
-
-SCHEMES = ("hf:", "timm:", "py:")
+from surgery.capture import LoadOptions, from_module, trace
+from surgery.capture.reference import load_model
+from surgery.common.errors import LoadError
+from surgery.common.plugins import Plugins, make_plugin_manager
+from surgery.engine.base import Base
+from surgery.engine.program import Program
+from surgery.store.saved import is_saved, load_saved
 
 
 def load(
@@ -38,8 +38,6 @@ def load(
     """
     plugins = plugins or make_plugin_manager()
     if "://" not in ref and Path(ref).is_dir():
-        from surgery.saved import is_saved, load_saved
-
         if is_saved(Path(ref)):
             return _noting(ref, load_saved(Path(ref), base=base, trust=trust, plugins=plugins))
         raise LoadError(
@@ -56,16 +54,6 @@ def _noting(ref: str, program: Program) -> Program:
     for note in program.base.captured.notes:
         warnings.warn(f"{ref}: {note}", stacklevel=3)
     return program
-
-
-def load_model(ref: str, options: LoadOptions, plugins: Plugins) -> LoadedModel:
-    """The first plugin's LoadedModel for a reference. Raises LoadError where none knows it."""
-    loaded = plugins.hook.surgery_load_model(ref=ref, options=options)
-    if loaded is None:
-        hint = nearest(ref.partition(":")[0] + ":", SCHEMES) if ":" in ref else ""
-        known = "hf:DIR, timm:NAME, py:package.module:callable, FILE.pt2 or a directory that surgery saved"
-        raise LoadError(f"{ref!r} is no model reference{hint or '; use ' + known}")
-    return loaded
 
 
 def capture(

@@ -16,25 +16,24 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from surgery.base import Base, sha256
 from surgery.capture import LoadOptions, trace
-from surgery.errors import JournalError, LoadError, SurgeryError
-from surgery.files import staged_directory
-from surgery.journal import Journal
-from surgery.plugins import Plugins
-from surgery.recording import core_version
-from surgery.releasing import check_present
-from surgery.replay import pass_of
-
-if TYPE_CHECKING:
-    from surgery.program import Program
+from surgery.capture.reference import load_model
+from surgery.common.errors import JournalError, LoadError, SurgeryError
+from surgery.common.files import core_version, staged_directory
+from surgery.common.plugins import Plugins
+from surgery.engine.base import Base, sha256
+from surgery.engine.journal import Journal
+from surgery.engine.program import Program
+from surgery.engine.replay import pass_of
+from surgery.engine.state import check_present
+from surgery.store.hf import write_base
 
 SCHEMA = 2
 READABLE = (1, 2)  # what is new in 2 has defaults in Entry.from_json
@@ -132,8 +131,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _standalone(base: Base, folder: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     scheme = base.ref.partition(":")[0]
     if scheme == "hf":
-        from surgery.hf_format import write_base
-
         write_base(base, folder / "base")
         return "hf:./base", tensors
     if scheme == "timm":
@@ -177,8 +174,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Program:
     """Re-capture the base and replay the journal. base: where the base lies now, or a captured Program."""
-    from surgery.program import Program
-
     manifest = read_manifest(path)
     journal = Journal.from_json(manifest["journal"])
     for entry in journal:  # an absent plugin is named before a model is loaded
@@ -237,8 +232,6 @@ def _base(
     plugins: Plugins,
     stored: Mapping[str, Tensor],
 ) -> Base:
-    from surgery.loading import load_model
-    from surgery.program import Program
 
     if isinstance(base, Program):
         loaded, ref, options = base.base.loaded, base.base.ref, base.base.options

@@ -27,12 +27,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
-from surgery.conformance import graph, holding, merging, shipping, training, values
-from surgery.conformance.case import Case, ConformanceError, Skip
-from surgery.conformance.report import ConformanceReport, Outcome
-from surgery.errors import SurgeryError, nearest
-from surgery.pass_base import Pass
-from surgery.program import Program
+from surgery.common.errors import SurgeryError, nearest
+from surgery.engine.contract.base import Pass
+from surgery.engine.program import Program
+from surgery.testing import graph, holding, merging, shipping, training, values
+from surgery.testing.case import Case, ConformanceError, Skip
+from surgery.testing.report import ConformanceReport, Outcome
 
 CHECKS: dict[str, Callable[[Case], str]] = {
     "numerics": values.numerics,

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.base import hash_graph
 from surgery.capture import fresh_inputs, other_sizes
-from surgery.errors import CaptureError
+from surgery.common.errors import CaptureError
+from surgery.engine.base import hash_graph
+from surgery.engine.change.plans import PassPlan, SitePlan
+from surgery.engine.contract.base import Pass, RewritePass
+from surgery.engine.contract.numerics import Numerics
+from surgery.engine.contract.observe import Observed, observe
+from surgery.engine.journal import Entry, Journal
+from surgery.engine.program import Program
+from surgery.engine.restore import reverted
 from surgery.export.program import parity_inputs, reaching_inputs
-from surgery.journal import Entry, Journal
-from surgery.numerics import Observed, observe
-from surgery.pass_base import Numerics, Pass, RewritePass
-from surgery.plans import PassPlan, SitePlan
-from surgery.program import Program
-from surgery.reverting import reverted
-from surgery.sites import Site
+from surgery.graph.sites import Site
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

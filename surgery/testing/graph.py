@@ -8,9 +8,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from surgery.conformance.case import Case, Skip, exactly
-from surgery.errors import PassError
-from surgery.sites import META, live_nodes
+from surgery.common.errors import PassError
+from surgery.graph.graphs import live_nodes
+from surgery.graph.marks import META
+from surgery.testing.case import Case, Skip, exactly
 
 
 def untouched(case: Case) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from surgery.conformance.case import Case, Skip, fingerprint
-from surgery.conformance.graph import learning_parameters
-from surgery.conformance.training import loss_of
-from surgery.errors import PassError
-from surgery.program import Program
+from surgery.common.errors import PassError
+from surgery.engine.program import Program
+from surgery.testing.case import Case, Skip, fingerprint
+from surgery.testing.graph import learning_parameters
+from surgery.testing.training import loss_of
 
 _STEPS = 3
 _RATE, _DECAY = 1e-3, 0.1

@@ -1,4 +1,4 @@
-"""`python -m surgery.conformance.loader`: the other process of the reload check."""
+"""`python -m surgery.testing.loader`: the other process of the reload check."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import argparse
 import torch
 from safetensors.torch import save_file
 
-from surgery.conformance.case import tensors_of
-from surgery.loading import load
+from surgery.store.load import load
+from surgery.testing.case import tensors_of
 
 
 def main() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from surgery.base import hash_graph
-from surgery.conformance.case import Case, Skip, exactly, fingerprint
-from surgery.conformance.graph import live_parameters
-from surgery.errors import PassError
-from surgery.folding import foldable
-from surgery.pass_base import GraphPass
-from surgery.program import Program
-from surgery.replay import live_entries, pass_of
-from surgery.sites import Site
+from surgery.common.errors import PassError
+from surgery.engine.base import hash_graph
+from surgery.engine.contract.base import GraphPass
+from surgery.engine.fold import foldable
+from surgery.engine.program import Program
+from surgery.engine.replay import live_entries, pass_of
+from surgery.graph.sites import Site
+from surgery.testing.case import Case, Skip, exactly, fingerprint
+from surgery.testing.graph import live_parameters
 
 
 def _merged(case: Case, program: Program) -> Program:

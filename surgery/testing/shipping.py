@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from surgery.conformance.case import Case, Inputs, Skip, fingerprint, tensors_of
-from surgery.conformance.graph import live_parameters
-from surgery.export.again import export_again
-from surgery.journal import Journal
-from surgery.loading import load
-from surgery.numerics import observe
-from surgery.pass_base import Pass
-from surgery.plugins import make_plugin_manager
-from surgery.program import Program
-from surgery.replay import live_entries
-from surgery.saved import INSERTED, read_manifest
-from surgery.sites import live_nodes
+from surgery.common.plugins import make_plugin_manager
+from surgery.engine.contract.base import Pass
+from surgery.engine.contract.observe import observe
+from surgery.engine.journal import Journal
+from surgery.engine.program import Program
+from surgery.engine.registry import passes
+from surgery.engine.replay import live_entries
+from surgery.export import provenance_of
+from surgery.export.reexport import export_again
+from surgery.graph.graphs import live_nodes
+from surgery.store.load import load
+from surgery.store.saved import INSERTED, read_manifest
+from surgery.testing.case import Case, Inputs, Skip, fingerprint, tensors_of
+from surgery.testing.graph import live_parameters
 
 _TIMEOUT = 600
 
@@ -60,7 +62,7 @@ def _as_written(case: Case, path: Path) -> None:
 
 
 def _installed(pass_: Pass) -> bool:
-    info = make_plugin_manager().passes.get(pass_.name)
+    info = passes(make_plugin_manager()).get(pass_.name)
     return info is not None and info.cls is type(pass_)
 
 
@@ -79,7 +81,7 @@ def _other_process(case: Case, path: Path) -> str:
     args, kwargs = case.inputs[0]
     given, result = case.folder / "inputs.pt", case.folder / "outputs.safetensors"
     torch.save((args, kwargs), given)
-    command = [sys.executable, "-m", "surgery.conformance.loader", str(path), str(given), str(result)]
+    command = [sys.executable, "-m", "surgery.testing.loader", str(path), str(given), str(result)]
     command += ["--seed", str(case.seed + 17), "--load-threads", str(other), "--run-threads", str(threads)]
     if case.program.base.ref.startswith("py:"):
         command += ["--base", case.program.base.ref]
@@ -152,8 +154,6 @@ def onnx(case: Case) -> str:
     """Parity in onnxruntime, and every inserted tensor in the file under its own name and provenance."""
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
         raise Skip("onnx, onnxscript or onnxruntime is not installed (torch-surgery[onnx])")
-    from surgery.export import provenance_of
-
     for op, why in getattr(case.pass_, "unwritten", {}).items():
         if any(node.target is op for node in live_nodes(case.random.graph)):
             raise Skip(why)

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.conformance.case import Case, Inputs, tensors_of
-from surgery.conformance.graph import learning_parameters
-from surgery.errors import CaptureError
-from surgery.module import ProgramModule
-from surgery.numerics import relative_difference, shared
-from surgery.pass_base import RewritePass
-from surgery.program import Program
-from surgery.replay import live_entries, pass_of
-from surgery.sites import META, live_nodes
+from surgery.common.errors import CaptureError
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.observe import relative_difference, shared
+from surgery.engine.module import ProgramModule
+from surgery.engine.program import Program
+from surgery.engine.replay import live_entries, pass_of
+from surgery.graph.graphs import live_nodes
+from surgery.graph.marks import META
+from surgery.testing.case import Case, Inputs, tensors_of
+from surgery.testing.graph import learning_parameters
 
 _STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 _HALF = (torch.float16, torch.bfloat16)

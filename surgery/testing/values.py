@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from surgery.base import hash_graph
-from surgery.conformance.case import Case, Skip, fingerprint
-from surgery.errors import PassError
-from surgery.numerics import observe
-from surgery.pass_base import RewritePass
+from surgery.common.errors import PassError
+from surgery.engine.base import hash_graph
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.observe import observe
+from surgery.testing.case import Case, Skip, fingerprint
 
 
 def numerics(case: Case) -> str:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from surgery.errors import MissingExtraError, TrainingError
-from surgery.program import Program
-from surgery.training.body import Body
-from surgery.training.objective import OnPolicy
-from surgery.training.settings import Settings
+from surgery.common.errors import MissingExtraError, TrainingError
+from surgery.engine.program import Program
+from surgery.train.objective import OnPolicy
+from surgery.train.options import Settings
+from surgery.train.runner import Body
 
 
 def accelerator(settings: Settings) -> Any:

@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from surgery.errors import TrainingError
-from surgery.files import staged_directory, write_text
-from surgery.in_place.state import is_shard
-from surgery.program import Program
-from surgery.training.body import Body, shard_like
+from surgery.common.errors import TrainingError
+from surgery.common.files import staged_directory, write_text
+from surgery.engine.program import Program
+from surgery.live.state import is_shard
+from surgery.train.runner import Body, shard_like
 
 RUN, LOG = "run.json", "log.jsonl"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"

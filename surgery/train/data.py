@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import MissingExtraError, SurgeryError, TrainingError
-from surgery.training.objective import Objective
-from surgery.training.setting import Row, Setting
+from surgery.common.errors import MissingExtraError, SurgeryError, TrainingError
+from surgery.train.data_context import Setting
+from surgery.train.examples import Examples
+from surgery.train.objective import Objective
 
 FORMATS = {
     ".jsonl": "json",
@@ -124,27 +124,6 @@ def quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
-
-
-@dataclass(frozen=True)
-class Examples:
-    """examples: a datasets.Dataset of what the objective made of rows, `row` their numbers. sizes: of each."""
-
-    examples: Any
-    sizes: list[int]
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, chosen: Sequence[int]) -> list[Row]:
-        return list(self.examples.__getitems__(list(chosen)))
-
-    def digest(self) -> str:
-        """sha256 of all of them, in order."""
-        found = hashlib.sha256()
-        for start in range(0, len(self), 1000):
-            found.update(repr(self[range(start, min(start + 1000, len(self)))]).encode())
-        return found.hexdigest()
 
 
 def make_examples(rows: Any, objective: Objective, setting: Setting) -> Examples:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from surgery.capture.shapes import input_names, list_axes
-from surgery.errors import TrainingError
-from surgery.outputs import named_outputs
-from surgery.training.images import Images
+from surgery.common.errors import TrainingError
+from surgery.graph.outputs import named_outputs
+from surgery.train.images import Images
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 Row = Mapping[str, Any]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import TrainingError
-from surgery.training.setting import Setting
-from surgery.training.tokens import IGNORED
+from surgery.common.errors import TrainingError
+from surgery.train.data_context import Setting
+from surgery.train.tokens import IGNORED
 
 Message = dict[str, str]
 

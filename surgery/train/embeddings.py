@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from surgery.training.objective import Batch, output
+from surgery.train.objective import Batch, output
 
 Pooling = Literal["mean", "cls"]
 

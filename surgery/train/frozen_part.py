@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from surgery.dataflow import op_name
-from surgery.module import get, memory_of, over
-from surgery.outputs import named_outputs
-from surgery.sites import behind, writes
+from surgery.engine.module import get, memory_of, over
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.graphs import behind, writes
+from surgery.graph.outputs import named_outputs
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 POSITIONS = "positions"
 

@@ -13,10 +13,10 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from surgery.errors import MissingExtraError, TrainingError
+from surgery.common.errors import MissingExtraError, TrainingError
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 IMAGE = ("image", "img", "picture", "pixels", "file")
 _MODES = {1: "L", 3: "RGB"}

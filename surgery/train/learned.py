@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.errors import TrainingError
+from surgery.common.errors import TrainingError
 
 LEARNED = "learned"
 

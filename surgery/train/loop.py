@@ -14,22 +14,23 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.errors import SurgeryError, TrainingError
-from surgery.in_place.state import is_shard
-from surgery.program import Program
-from surgery.training.accelerated import accelerator, alone, check_on_policy, check_shards, let_go
-from surgery.training.body import Body
-from surgery.training.checkpoint import LOG, Checkpoints, State, Weights
-from surgery.training.data import Examples, Rows, make_examples, quiet, together
-from surgery.training.learned import train_learned
-from surgery.training.nonfinite import first_bad
-from surgery.training.notes import counted, rates, tokens_of, unfinished
-from surgery.training.objective import Batch, Objective, OnPolicy
-from surgery.training.order import Order
-from surgery.training.regularize import Regularizer
-from surgery.training.setting import Setting
-from surgery.training.settings import Settings
-from surgery.training.watching import LogFile, Watcher, Watchers
+from surgery.common.errors import SurgeryError, TrainingError
+from surgery.engine.program import Program
+from surgery.live.state import is_shard
+from surgery.train.accelerated import accelerator, alone, check_on_policy, check_shards, let_go
+from surgery.train.batch_order import Order
+from surgery.train.checkpoint import LOG, Checkpoints, State, Weights
+from surgery.train.data import Rows, make_examples, quiet, together
+from surgery.train.data_context import Setting
+from surgery.train.examples import Examples
+from surgery.train.learned import train_learned
+from surgery.train.nonfinite import first_bad
+from surgery.train.objective import Batch, Objective, OnPolicy
+from surgery.train.options import Settings
+from surgery.train.regularize import Regularizer
+from surgery.train.runner import Body
+from surgery.train.summary import counted, rates, tokens_of, unfinished
+from surgery.train.watchers import LogFile, Watcher, Watchers
 
 MOST_SKIPPED = 30  # steps of fp16 whose gradient overflows: its scale has been halved so often by then
 

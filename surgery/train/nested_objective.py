@@ -8,8 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
-from surgery.errors import TrainingError
-from surgery.training.objective import Objective, OnPolicy
+from surgery.common.errors import TrainingError
+from surgery.common.plugins import make_plugin_manager
+from surgery.train.objective import Objective, OnPolicy
+from surgery.train.registry import find_objective
 
 Value = bool | int | float | str | None
 
@@ -40,9 +42,7 @@ class Nested(BaseModel):
         Raises TrainingError for an unknown one or a wrong option, and for one that no other is made of: that acts
         itself, or reads models beside the one that trains.
         """
-        from surgery.plugins import make_plugin_manager
-
-        cls = make_plugin_manager().find_objective(self.objective).cls
+        cls = find_objective(make_plugin_manager(), self.objective).cls
         if issubclass(cls, OnPolicy) or cls.several or cls.companions is not Objective.companions:
             raise TrainingError(
                 f"{whose}: {self.objective} is no part of another objective; train with it alone"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgery.graphs import flat_inputs
-from surgery.module import ProgramModule
-from surgery.training.objective import Batch
+from surgery.engine.module import ProgramModule
+from surgery.graph.graphs import flat_inputs
+from surgery.train.objective import Batch
 
 
 def first_bad(module: ProgramModule, batch: Batch) -> str:

@@ -17,13 +17,13 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from surgery.configured import Configured
-from surgery.errors import SurgeryError, TrainingError, nearest
-from surgery.training.setting import Row, Setting
+from surgery.common.errors import SurgeryError, TrainingError, nearest
+from surgery.common.options import Configured
+from surgery.train.data_context import Row, Setting
 
 if TYPE_CHECKING:
-    from surgery.program import Program
-    from surgery.training.data import Examples
+    from surgery.engine.program import Program
+    from surgery.train.examples import Examples
 
 Batch = dict[str, Any]
 
@@ -33,7 +33,7 @@ class Objective(Configured):
 
     guesses: options that name a column -> names under which it is looked for where the option is not given. metric:
     of what `metrics` gives, that by which the best checkpoint is chosen; larger: whether more of it is better.
-    several: whether its rows are those of several data sets, by name (see surgery.training.tables). aliases: other
+    several: whether its rows are those of several data sets, by name (see surgery.train.tables). aliases: other
     names that it is found by.
     """
 
@@ -112,7 +112,7 @@ class Objective(Configured):
 
     def companions(self, program: Program) -> Mapping[str, nn.Module]:
         """Other modules that it reads beside the one that trains: a teacher, the program without its adapters; and what
-        it learns itself (see surgery.training.learned)."""
+        it learns itself (see surgery.train.learned)."""
         return {}
 
     def complete(self, batch: Batch, companions: Mapping[str, nn.Module]) -> Batch:

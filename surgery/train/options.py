@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from surgery.configured import Configured
-from surgery.errors import SurgeryError, TrainingError
+from surgery.common.errors import SurgeryError, TrainingError
+from surgery.common.options import Configured
 
 
 class Settings(Configured):

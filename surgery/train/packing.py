@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from surgery.errors import TrainingError
-from surgery.training.objective import Batch, output, run
-from surgery.training.setting import Row, Setting, padded
-from surgery.training.tokens import IGNORED, TokenObjective
+from surgery.common.errors import TrainingError
+from surgery.train.data_context import Row, Setting, padded
+from surgery.train.objective import Batch, output, run
+from surgery.train.tokens import IGNORED, TokenObjective
 
 # Of the logits' scale. Attention over one row in the place of several sums in another order; what leaks is far above.
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from surgery.errors import TrainingError
-from surgery.training.dialogues import Message, answered, chat_template, messages_in
-from surgery.training.objective import Batch, Objective
-from surgery.training.setting import Row, Setting, padded
-from surgery.training.tokens import IGNORED, next_tokens
+from surgery.common.errors import TrainingError
+from surgery.train.data_context import Row, Setting, padded
+from surgery.train.dialogues import Message, answered, chat_template, messages_in
+from surgery.train.objective import Batch, Objective
+from surgery.train.tokens import IGNORED, next_tokens
 
 
 class PairObjective(Objective):

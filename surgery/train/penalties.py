@@ -18,16 +18,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.errors import PassError
-from surgery.in_place.state import state_of
-from surgery.in_place.verbs import program_of
-from surgery.module import ProgramModule
-from surgery.program import Program
-from surgery.sites import Site
-from surgery.sparsity import Layout, Pattern
-from surgery.standing import weight_reader
-from surgery.target import select_sites
-from surgery.weight_ops import CONV, NORM
+from surgery.common.errors import PassError
+from surgery.engine.module import ProgramModule
+from surgery.engine.program import Program
+from surgery.graph.ops import CONV, NORM
+from surgery.graph.rewrite.current import weight_reader
+from surgery.graph.sites import Site
+from surgery.graph.targets import select_sites
+from surgery.live.state import state_of
+from surgery.live.verbs import program_of
+from surgery.passes.sparse import Layout, Pattern
 
 aten = torch.ops.aten
 

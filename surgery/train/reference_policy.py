@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from surgery.errors import TrainingError
-from surgery.journal import Entry, Journal
+from surgery.common.errors import TrainingError
+from surgery.engine.journal import Entry, Journal
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 
 def reference_of(program: Program) -> Program:

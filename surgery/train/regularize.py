@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from surgery.errors import TrainingError
-from surgery.penalties import Penalty, group_lasso, l1
-from surgery.program import Program
+from surgery.common.errors import TrainingError
+from surgery.engine.program import Program
+from surgery.train.penalties import Penalty, group_lasso, l1
 
 KINDS = {"l1": l1, "group-lasso": group_lasso}
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from surgery.errors import TrainingError
-from surgery.plugins import Plugins
-from surgery.training.objective import Objective
-from surgery.training.settings import Settings
-
-if TYPE_CHECKING:
-    from surgery.training.data import Rows
+from surgery.common.errors import TrainingError
+from surgery.common.plugins import Plugins
+from surgery.train.data import Rows, read_rows, split
+from surgery.train.objective import Objective
+from surgery.train.options import Settings
+from surgery.train.registry import find_objective
+from surgery.train.tables import joined
 
 HELD_OUT = "0.1"
 _OWN = ("objective", "data", "held_out", "tokenizer")
@@ -33,8 +33,6 @@ class Lesson:
 
     def rows(self) -> Rows:
         """The data, with what is held out. Raises TrainingError, MissingExtraError."""
-        from surgery.training.data import read_rows, split
-        from surgery.training.tables import joined
 
         seed = self.settings.seed
         if not self.objective.several:
@@ -70,7 +68,7 @@ class Lesson:
         if not isinstance(asked, Mapping) or not isinstance(asked.get("name"), str):
             raise TrainingError("'objective' is a name, or a mapping of 'name' and its options")
         options = {_key(key): value for key, value in asked.items() if key != "name"}
-        objective = plugins.find_objective(asked["name"]).cls.parse(options)
+        objective = find_objective(plugins, asked["name"]).cls.parse(options)
         data = _files(given.get("data"), objective)
         settings = {_key(key): value for key, value in given.items() if _key(key) not in _OWN}
         tokenizer = given.get("tokenizer")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from surgery.capture.hf import configs
-from surgery.errors import SurgeryError, TrainingError
-from surgery.in_place.state import is_shard, state_of
-from surgery.module import ProgramModule, get
-from surgery.program import Program
-from surgery.training.unflattened import Unflattened
+from surgery.common.errors import SurgeryError, TrainingError
+from surgery.engine.module import ProgramModule, get
+from surgery.engine.program import Program
+from surgery.live.state import is_shard, state_of
+from surgery.train.unflattened import Unflattened
 
 Form = Literal["auto", "live", "graph"]
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.schedule import Paced
-from surgery.training.objective import Batch
-from surgery.training.setting import Setting
+from surgery.engine.replay import Paced
+from surgery.train.data_context import Setting
+from surgery.train.objective import Batch
 
 
 def rates(groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from surgery.errors import TrainingError
-from surgery.training.data import Rows, quiet
-from surgery.training.setting import Row
+from surgery.common.errors import TrainingError
+from surgery.train.data import Rows, quiet
+from surgery.train.data_context import Row
 
 SET = "set"
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from surgery.dataflow import op_name
-from surgery.errors import TargetError, TrainingError, nearest
-from surgery.module import ProgramModule
-from surgery.target import select_sites
-from surgery.weight_ops import arguments
+from surgery.common.errors import TargetError, TrainingError, nearest
+from surgery.engine.module import ProgramModule
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.ops import arguments
+from surgery.graph.targets import select_sites
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 SDPA = "scaled_dot_product_attention"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.errors import TrainingError
-from surgery.training.images import IMAGE
-from surgery.training.setting import Row, Setting
+from surgery.common.errors import TrainingError
+from surgery.train.data_context import Row, Setting
+from surgery.train.images import IMAGE
 
 TEXT = ("text", "sentence", "content", "review", "document", "article", "body")
 TEXT_OR_IMAGE = (*TEXT, *IMAGE)

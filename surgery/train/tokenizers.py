@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.capture.hf import silenced
-from surgery.errors import MissingExtraError, TrainingError
-from surgery.program import Program
+from surgery.common.errors import MissingExtraError, TrainingError
+from surgery.engine.program import Program
 
 # Names of the files that tokenizers are saved in, whatever their kind; and their ends.
 _PARTS, _ENDS = ("token", "vocab"), (".model", ".spm", ".bpe", ".codes", ".gguf")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.training.objective import Batch, Objective, output, run
-from surgery.training.setting import Row, Setting, padded
+from surgery.train.data_context import Row, Setting, padded
+from surgery.train.objective import Batch, Objective, output, run
 
 IGNORED = -100
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.passes.utils.fuser_utils import fuse_by_partitions, validate_partition
 
-from surgery.graphs import copy_graph
-from surgery.module import ProgramModule, attach, get, over, register
-from surgery.quantizing.recompute import recomputed
+from surgery.engine.module import ProgramModule, attach, get, over, register
+from surgery.engine.recompute import recomputed
+from surgery.graph.graphs import copy_graph
 
 UNIT = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")
 _PREFIX = "surgery_unit_"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import MissingExtraError, TrainingError
+from surgery.common.errors import MissingExtraError, TrainingError
 
 
 class Watcher:

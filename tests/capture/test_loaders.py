@@ -10,7 +10,7 @@ import torch
 
 from surgery.capture import LoadOptions, dynamic_axes, fresh_inputs, hf, pt2, py, trace
 from surgery.capture import timm as timm_loader
-from surgery.errors import CaptureError, LoadError, MissingExtraError
+from surgery.common.errors import CaptureError, LoadError, MissingExtraError
 from tests.capture import modules
 
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import Dim
 
 from surgery.capture import dynamic_axes, fresh_inputs, from_module, named_sizes, trace
-from surgery.errors import CaptureError
+from surgery.common.errors import CaptureError
 from tests.capture import modules
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import surgery
 from surgery.export.runtime import OnnxModel
-from surgery.export.sums import keep_sums_apart
+from surgery.export.unfused_sums import keep_sums_apart
 from tests.test_smooth_carried import optimised
 
 BATCH, HEADS, QUERIES, KEYS, SIZE = 2, 4, 5, 7, 8

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5ForConditiona
 
 import surgery
 from surgery.cli import main
-from surgery.errors import ExportError, PassError
+from surgery.common.errors import ExportError, PassError
 from surgery.export.generation import check_tokens
 from surgery.export.generator import open_generator
 from surgery.export.readback import journal_of, provenance_of

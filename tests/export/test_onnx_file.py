@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from surgery.errors import ExportError, MissingExtraError
+from surgery.common.errors import ExportError, MissingExtraError
 from surgery.export import ExportSource, OnnxModel, export_onnx, journal_of, names_survive, provenance_of
 
 from .models import add_dora, add_lora, capture, merge_lora, text_inputs

@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from surgery.errors import ExportError
+from surgery.common.errors import ExportError
 from surgery.export import ExportSource, OnnxModel, check_parity, export_onnx, first_divergence
 from surgery.export.parity import difference, scale_of, tolerance_of
 

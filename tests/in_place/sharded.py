@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery.errors import PassError
+from surgery.common.errors import PassError
 
 STEPS, ROWS = 6, 8
 

@@ -10,11 +10,11 @@ from transformers import Trainer, TrainingArguments
 
 import surgery
 from surgery.cli import main
-from surgery.numerics import observe
+from surgery.engine.contract.observe import observe
 from tests.zoo import zoo
 from tests.zoo.in_place import tensors
 
-# A merge rounds every weight once more: surgery.merging argues for it.
+# A merge rounds every weight once more: surgery.engine.change.merge argues for it.
 MERGED = 2e-4
 GENERATE = ("t5", "whisper", "mixtral", "qwen3", "gemma")
 

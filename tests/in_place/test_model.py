@@ -10,7 +10,7 @@ from torch import nn
 from transformers import T5ForConditionalGeneration
 
 import surgery
-from surgery.errors import PassError
+from surgery.common.errors import PassError
 from tests import tiny
 from tests.zoo import zoo
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.errors import PassError, TargetError
+from surgery.common.errors import PassError, TargetError
 from tests.techniques.catalogue import of
 
 PASSES = {

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery.errors import JournalError, PassError
+from surgery.common.errors import JournalError, PassError
 
 
 def test_switched_and_weighted(two, ids):

@@ -53,7 +53,7 @@ def test_trained_checkpointed_and_loaded(llama, ids, arguments, tmp_path):
     assert torch.equal(graph.run(input_ids=ids, attention_mask=mask)["logits"], trained)
     given = {"max_new_tokens": 8, "do_sample": False}
     tokens = model.generate(ids, **given)
-    from surgery.hf_format import write_hf
+    from surgery.store.hf import write_hf
 
     write_hf(graph.merge(), tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

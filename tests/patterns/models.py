@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 import surgery
-from surgery.base import Base
 from surgery.capture import hf, trace
-from surgery.plugins import make_plugin_manager
+from surgery.common.plugins import make_plugin_manager
+from surgery.engine.base import Base
 from tests.zoo import zoo
 from tests.zoo.architectures import ARCHITECTURES
 

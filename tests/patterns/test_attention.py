@@ -13,7 +13,7 @@ from torch import nn
 import surgery
 from surgery.api import PassError
 from surgery.cli import main
-from surgery.numerics import observe
+from surgery.engine.contract.observe import observe
 from surgery.testing import check_pass
 from tests.patterns.models import program
 from tests.techniques.catalogue import of

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from surgery.graphs import copy_graph
-from surgery.patterns import (
+from surgery.graph.graphs import copy_graph
+from surgery.graph.patterns import (
     OpIndex,
     any_of,
     axis,

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import surgery
 from surgery.api import PassError, TargetError
-from surgery.numerics import observe
+from surgery.engine.contract.observe import observe
 from surgery.testing import check_pass
 from tests.patterns.models import program
 from tests.techniques.catalogue import of

@@ -14,8 +14,8 @@ from torch.nn import functional
 import surgery
 from surgery.api import JournalError, PassError
 from surgery.cli import main
-from surgery.numerics import observe
-from surgery.passes.fold_batchnorm import fold
+from surgery.engine.contract.observe import observe
+from surgery.passes.fuse.fold_batchnorm import fold
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
 from tests.models import attention, interleaved

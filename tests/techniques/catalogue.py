@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.api import Pass, make_plugin_manager
+from surgery.engine.registry import find_pass
 
 TEXT = ("minilm", "smollm2", "t5", "vit")  # where no technique but a convolutional one may be missing
 CONV_AND_SOUND = ("resnet18", "wav2vec2")
@@ -32,7 +33,7 @@ class Technique:
 
 def of(name: str, **options: Any) -> Pass:
     """The pass of that name, as a command line would make it."""
-    return make_plugin_manager().find_pass(name).cls.parse(options)
+    return find_pass(make_plugin_manager(), name).cls.parse(options)
 
 
 _LINEARS = {

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from surgery.api import Pass, Program
-from surgery.errors import PassError
+from surgery.common.errors import PassError
 from surgery.testing import check_pass
 from tests.techniques.catalogue import Technique, catalogue
 from tests.techniques.models import MODELS, program

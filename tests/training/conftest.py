@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from surgery.training.data import make_examples, read_rows
-from surgery.training.setting import Setting
-from surgery.training.tokenizers import find_tokenizer
+from surgery.train.data import make_examples, read_rows
+from surgery.train.data_context import Setting
+from surgery.train.tokenizers import find_tokenizer
 from tests import tiny
 
 WORDS = [

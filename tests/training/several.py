@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from surgery.cli import main
-from surgery.training import loop
+from surgery.train import loop
 
 make = loop.accelerator
 

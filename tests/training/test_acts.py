@@ -12,10 +12,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import surgery
 from surgery.api import TrainingError, make_plugin_manager
-from surgery.training.lesson import Lesson
-from surgery.training.objectives import CausalLm
-from surgery.training.settings import Settings
-from surgery.training.watching import Watcher, read_log
+from surgery.train.objectives import CausalLm
+from surgery.train.options import Settings
+from surgery.train.request import Lesson
+from surgery.train.watchers import Watcher, read_log
 from tests.training.test_loop import fit
 
 

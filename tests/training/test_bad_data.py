@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 import surgery
 from surgery.api import TrainingError
 from surgery.cli import main
-from surgery.errors import SurgeryError
-from surgery.training.data import read_rows
-from surgery.training.lesson import Lesson
-from surgery.training.objectives import CausalLm, Classification, Regression
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.watching import TensorBoard, Watcher, read_log
+from surgery.common.errors import SurgeryError
+from surgery.train.data import read_rows
+from surgery.train.objectives import CausalLm, Classification, Regression
+from surgery.train.request import Lesson
+from surgery.train.tokenizers import find_tokenizer
+from surgery.train.watchers import TensorBoard, Watcher, read_log
 from tests.training.conftest import save_tokenizer, write
 from tests.training.test_loop import fit
 
@@ -208,7 +208,7 @@ def test_the_command_with_files_of_its_own(llama_folder, tmp_path, capsys):
 
 def test_the_loss_of_masked_words_falls(tmp_path):
     """Two layers of MiniLM read one sentence again and again."""
-    from surgery.training.objectives import MaskedLm
+    from surgery.train.objectives import MaskedLm
     from tests.conftest import minilm_path
 
     torch.manual_seed(0)

@@ -7,9 +7,9 @@ import torch
 
 import surgery
 from surgery.api import TrainingError
-from surgery.training.body import Body
-from surgery.training.objectives import CausalLm
-from surgery.training.watching import read_log
+from surgery.train.objectives import CausalLm
+from surgery.train.runner import Body
+from surgery.train.watchers import read_log
 from tests.models import convnet
 from tests.training.test_loop import fit
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import surgery
 from surgery.api import TrainingError
 from surgery.cli import main
-from surgery.training.embeddings import retrieval
-from surgery.training.objectives import Contrastive
-from surgery.training.tokenizers import find_tokenizer
+from surgery.train.embeddings import retrieval
+from surgery.train.objectives import Contrastive
+from surgery.train.tokenizers import find_tokenizer
 from tests.training.conftest import prepared, write
 from tests.training.test_loop import fit
 

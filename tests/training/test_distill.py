@@ -12,15 +12,15 @@ from transformers import BertForSequenceClassification
 import surgery
 from surgery.api import Setting, TrainingError
 from surgery.cli import main
-from surgery.training.body import Body
-from surgery.training.data import make_examples, read_rows, split
-from surgery.training.learned import LEARNED
-from surgery.training.loop import train
-from surgery.training.objectives import CausalLm, Classification, Distill
-from surgery.training.settings import Settings
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.tokens import IGNORED
-from surgery.training.watching import read_log
+from surgery.train.data import make_examples, read_rows, split
+from surgery.train.learned import LEARNED
+from surgery.train.loop import train
+from surgery.train.objectives import CausalLm, Classification, Distill
+from surgery.train.options import Settings
+from surgery.train.runner import Body
+from surgery.train.tokenizers import find_tokenizer
+from surgery.train.tokens import IGNORED
+from surgery.train.watchers import read_log
 from tests.training.conftest import bert_config, save_tokenizer, write
 from tests.training.test_multi_task import KINDS, Stops
 
@@ -57,7 +57,9 @@ def taught(teacher):
 def known(teacher, taught, monkeypatch):
     """Programs that are loaded once, by their reference; a test may add others."""
     programs, load = {teacher: taught}, surgery.load
-    monkeypatch.setattr("surgery.loading.load", lambda ref, **more: programs.get(ref) or load(ref, **more))
+    monkeypatch.setattr(
+        "surgery.train.objectives.distill.load", lambda ref, **more: programs.get(ref) or load(ref, **more)
+    )
     return programs
 
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import surgery
 from surgery.api import TrainingError
-from surgery.training.images import Images, views
-from surgery.training.objectives import Classification, Contrastive, Distill
-from surgery.training.setting import Setting
+from surgery.train.data_context import Setting
+from surgery.train.images import Images, views
+from surgery.train.objectives import Classification, Contrastive, Distill
 from tests.training.conftest import prepared
 from tests.training.test_loop import fit
 

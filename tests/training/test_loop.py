@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.api import Objective, TrainingError, hookimpl, make_plugin_manager
-from surgery.training.data import read_rows, split
-from surgery.training.loop import train
-from surgery.training.objectives import CausalLm
-from surgery.training.settings import Settings
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.watching import TensorBoard, read_log
+from surgery.train.data import read_rows, split
+from surgery.train.loop import train
+from surgery.train.objectives import CausalLm
+from surgery.train.options import Settings
+from surgery.train.registry import find_objective
+from surgery.train.tokenizers import find_tokenizer
+from surgery.train.watchers import TensorBoard, read_log
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -172,7 +173,7 @@ def test_an_objective_of_a_plugin_with_a_companion(base, texts, tmp_path):
         def surgery_objectives(self):
             return [Imitate]
 
-    found = make_plugin_manager(entry_points=False, plugins=(Plugin(),)).find_objective("imitate")
+    found = find_objective(make_plugin_manager(entry_points=False, plugins=(Plugin(),)), "imitate")
     assert issubclass(found.cls, Objective)
     assert found.distribution == "Plugin"
     program = base.apply(surgery.Head(labels=101), surgery.Lora(target="attn.*", rank=4))

@@ -12,14 +12,14 @@ import torch
 import surgery
 from surgery.api import Setting, TrainingError
 from surgery.cli import main
-from surgery.training.data import Rows, make_examples, read_rows, split, together
-from surgery.training.learned import LEARNED, train_learned
-from surgery.training.loop import train
-from surgery.training.objectives import Classification, MultiTask, Regression
-from surgery.training.settings import Settings
-from surgery.training.tables import joined
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.watching import Watcher, read_log
+from surgery.train.data import Rows, make_examples, read_rows, split, together
+from surgery.train.learned import LEARNED, train_learned
+from surgery.train.loop import train
+from surgery.train.objectives import Classification, MultiTask, Regression
+from surgery.train.options import Settings
+from surgery.train.tables import joined
+from surgery.train.tokenizers import find_tokenizer
+from surgery.train.watchers import Watcher, read_log
 from tests.training.conftest import write
 
 ANIMALS, COLOURS = ("cat", "dog"), ("red", "green")

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 import surgery
 from surgery.api import Setting, TrainingError
 from surgery.cli import main
-from surgery.training.data import read_rows, split
-from surgery.training.loop import train
-from surgery.training.objectives import CausalLm, Classification, MaskedLm, Regression, Sft
-from surgery.training.settings import Settings
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.tokens import IGNORED
+from surgery.train.data import read_rows, split
+from surgery.train.loop import train
+from surgery.train.objectives import CausalLm, Classification, MaskedLm, Regression, Sft
+from surgery.train.options import Settings
+from surgery.train.tokenizers import find_tokenizer
+from surgery.train.tokens import IGNORED
 from tests.conftest import minilm_path
 from tests.training.conftest import write
 
@@ -162,7 +162,7 @@ def test_nothing_trainable_and_no_tokenizer(small, tmp_path, capsys, monkeypatch
     monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: frozen)
     refused(path, [], "nothing trains in this program", tmp_path, capsys)
     monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: small)
-    monkeypatch.setattr("surgery.training.tokenizers.find_tokenizer", lambda *args: None)
+    monkeypatch.setattr("surgery.train.tokenizers.find_tokenizer", lambda *args: None)
     refused(path, [], "no tokenizer was found with the model", tmp_path, capsys)
 
 

@@ -8,9 +8,9 @@ from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCau
 
 import surgery
 from surgery.api import TrainingError
-from surgery.training.body import Body
-from surgery.training.objectives import CausalLm, Sft
-from surgery.training.watching import read_log
+from surgery.train.objectives import CausalLm, Sft
+from surgery.train.runner import Body
+from surgery.train.watchers import read_log
 from tests.training.conftest import prepared, write
 from tests.training.test_loop import fit
 

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import surgery
 from surgery.api import Program, TrainingError
 from surgery.cli import main
-from surgery.training.data import read_rows, split
-from surgery.training.loop import train
-from surgery.training.objectives import Dpo, Reward
-from surgery.training.settings import Settings
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.tokens import IGNORED
+from surgery.train.data import read_rows, split
+from surgery.train.loop import train
+from surgery.train.objectives import Dpo, Reward
+from surgery.train.options import Settings
+from surgery.train.tokenizers import find_tokenizer
+from surgery.train.tokens import IGNORED
 from tests.training.conftest import prepared, write
 
 SCORE = surgery.Head(mode="add", labels=1, head_name="reward", pool="last")

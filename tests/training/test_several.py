@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.training.watching import read_log
+from surgery.train.watchers import read_log
 
 ROOT = Path(__file__).parent.parent.parent
 # fp32: a mean over two processes in the place of a sum over two batches, through steps of Adam, whose first ones are

@@ -7,7 +7,7 @@ import torch
 from transformers import BertModel, T5ForConditionalGeneration
 
 import surgery
-from surgery.training.unflattened import Unflattened
+from surgery.train.unflattened import Unflattened
 from tests import tiny
 from tests.training.conftest import bert_config
 

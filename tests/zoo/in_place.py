@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 import surgery
 from surgery.capture.trace import to_plain
-from surgery.in_place.state import state_of
-from surgery.numerics import observe
+from surgery.engine.contract.observe import observe
+from surgery.live.state import state_of
 from tests.zoo import zoo
 
 

@@ -25,8 +25,8 @@ from rich.table import Table
 from torch.utils import _pytree as pytree
 
 import surgery
-from surgery.numerics import observe
-from surgery.plugins import make_plugin_manager
+from surgery.common.plugins import make_plugin_manager
+from surgery.engine.contract.observe import observe
 from tests.zoo import plugin, zoo
 
 REQUIRED = 0.95

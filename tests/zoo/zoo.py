@@ -19,7 +19,7 @@ from surgery.capture import LoadedModel, trace
 from surgery.capture import hf as hf_loader
 from surgery.capture import timm as timm_loader
 from surgery.capture.types import LoadOptions
-from surgery.errors import SurgeryError
+from surgery.common.errors import SurgeryError
 from tests.zoo.architectures import ARCHITECTURES, TIMM
 
 NAMES = [*ARCHITECTURES, *(f"timm:{name}" for name in TIMM)]

@@ -14,6 +14,8 @@ import types
 import zipfile
 from pathlib import Path
 
+from surgery.train.registry import find_objective
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
@@ -265,7 +267,7 @@ def test_from_preferences_to_a_policy(base, prompts, tmp_path):
     judge = adapted(
         base, LORA, surgery.Head(mode="add", labels=1, head_name="reward", pool="mean", init="zero")
     )
-    preferences = make_plugin_manager().find_objective("reward").cls()
+    preferences = find_objective(make_plugin_manager(), "reward").cls()
     learned = fit(judge, preferences, path, tmp_path / "judge.run", batch=8, steps=20, evaluate=20)
     assert learned.before["accuracy"] == 0.5  # a head of zeros prefers nothing
     assert learned.metrics["accuracy"] > 0.9  # of 12 pairs held out

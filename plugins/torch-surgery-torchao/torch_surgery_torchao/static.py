@@ -107,7 +107,7 @@ class Int8Static(CodesPass):
             return (
                 "it computes W @ x, and onnxruntime has one scale there for all rows of W; use quantize there"
             )
-        if not site.probe.program.base.in_memory:
+        if not site.probe.in_memory:
             return "its weight is not in memory, and calibration has to run the model; load the weights first"
         return self._weights.check(site)
 
@@ -127,7 +127,7 @@ class Int8Static(CodesPass):
         return probe.once((self, "ranges"), make)
 
     def _targeted(self, site: Site) -> list[Site]:
-        found = self.find(site.probe.program.view)
+        found = self.find(site.probe.view)
         return [replace(s, measured=site.probe) for s in found]
 
     def _place(self, call: Call, edges: set[Edge]) -> fx.Node | None:

@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from torch import Tensor, device, fx, random
 
-from surgery import replay
-from surgery.errors import PassError
-from surgery.graphs import copy_graph
-from surgery.journal import Entry
-from surgery.meta_cache import MetaCache
-from surgery.numerics import Observed, observe
-from surgery.pass_base import GraphPass, Pass, RewritePass
-from surgery.planning import complete, plan_pass, taken
-from surgery.plans import PassPlan, PassReport, PlanReport
-from surgery.probe import InputSet, Probe
-from surgery.recording import entry_of
-from surgery.reverting import trained_before
-from surgery.sites import Site
-from surgery.view import View
+from surgery.common.errors import PassError
+from surgery.engine import replay
+from surgery.engine.change.entries import entry_of, trained_before
+from surgery.engine.change.plan import complete, plan_pass, taken
+from surgery.engine.change.plans import PassPlan, PassReport, PlanReport
+from surgery.engine.contract.base import GraphPass, Pass, RewritePass
+from surgery.engine.contract.observe import Observed, observe
+from surgery.engine.journal import Entry
+from surgery.engine.probe import InputSet, Probe
+from surgery.engine.state import State
+from surgery.graph.fake import MetaCache
+from surgery.graph.graphs import copy_graph
+from surgery.graph.sites import Site
+from surgery.graph.view import View
 
-if TYPE_CHECKING:
-    from surgery.program import Program
+S = TypeVar("S", bound=State)
 
 
 def plan(
-    program: Program,
+    program: State,
     passes: Sequence[Pass],
     freeze_base: bool | None = None,
     data: Sequence[InputSet] = (),
@@ -63,20 +62,19 @@ def _is_seen(pass_: Pass, following: Sequence[Pass]) -> bool:
 
 
 def apply(
-    program: Program,
+    program: S,
     passes: Sequence[Pass],
     freeze_base: bool | None,
     verify: bool,
     data: Sequence[InputSet] = (),
-) -> Program:
+) -> S:
     """See Program.apply."""
-    from surgery.program import Program
 
     if not passes and not freeze_base:
         raise PassError("no pass was given; see `surgery passes`")
     checking = verify and program.base.in_memory
     tensors, changed = program.copies()
-    program = Program(program.base, program.journal, tensors, changed, program.graph, program.reports)
+    program = program.derive(tensors=tensors, changed=changed, graph=program.graph, reports=program.reports)
     reference: Any = None  # the outputs that a rewrite is held to, run when one needs them
     for pass_, auto in complete(program, passes, freeze_base):
         begun = perf_counter()
@@ -89,17 +87,16 @@ def apply(
                 reference = program.run()
             graph, tensors = _rewrite(program, pass_, planned, entry)
             tensors.update(kept)
-            adapted = Program(
-                program.base, program.journal.add(entry), tensors, program.changed, graph, program.reports
+            adapted = program.derive(
+                program.journal.add(entry), tensors, graph=graph, reports=program.reports
             )
             observed = observe(reference, adapted.run(), pass_.extends) if checking else None
         else:
             masks = {entry.masks[n]: mask for n, mask in planned.selection.masks.items()}
             tensors = {**program.tensors, **masks, **kept}
-            adapted = Program(
-                program.base, program.journal.add(entry), tensors, program.changed, program.graph
+            adapted = program.derive(
+                program.journal.add(entry), tensors, graph=program.graph, reports=program.reports
             )
-            adapted.reports = program.reports
             observed = Observed(True, 0.0)
             # torch takes other ways, and rounds otherwise, where a tensor needs no gradient.
             reference = None
@@ -129,7 +126,7 @@ def apply(
 
 
 def _rewrite(
-    program: Program, pass_: RewritePass, planned: PassPlan, entry: Entry
+    program: State, pass_: RewritePass, planned: PassPlan, entry: Entry
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
     tensors = dict(program.tensors)
     for site_plan, record in zip(planned.accepted, entry.sites, strict=True):
@@ -146,6 +143,6 @@ def _rewrite(
     return graph, tensors
 
 
-def _device(program: Program, site: Site) -> device:
+def _device(program: State, site: Site) -> device:
     held = program.base.tensors.get(site.weight or "")
     return held.device if held is not None else device("cpu")

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from torch import Tensor, nn
 
-from surgery import replay
-from surgery.combination import Combination, Place, Source
-from surgery.errors import PassError
-from surgery.journal import Entry, Journal, SiteRecord
-from surgery.numerics import observe
-from surgery.pass_base import RewritePass
-from surgery.plans import PassPlan, SitePlan
-from surgery.recording import entry_of
-from surgery.sites import Site, SiteKey
+from surgery.common.errors import PassError
+from surgery.engine import replay
+from surgery.engine.change.entries import entry_of
+from surgery.engine.change.plans import PassPlan, SitePlan
+from surgery.engine.change.undo import undo
+from surgery.engine.contract.base import Place, RewritePass, Source
+from surgery.engine.contract.combination import Combination
+from surgery.engine.contract.observe import observe
+from surgery.engine.journal import Entry, Journal, SiteRecord
+from surgery.engine.state import State
+from surgery.graph.sites import Site, SiteKey
 
-if TYPE_CHECKING:
-    from surgery.program import Program
+S = TypeVar("S", bound=State)
 
 
-def combine(
-    program: Program, weights: Mapping[str, float], how: Combination, label: str, keep: bool
-) -> Program:
+def combine(program: S, weights: Mapping[str, float], how: Combination, label: str, keep: bool) -> S:
     """See Program.combine."""
     if not label:
         raise PassError("combine: the result needs a name; give --as NAME (label= in Python)")
@@ -44,22 +43,21 @@ def combine(
     )
     if not keep:
         for name in ids:
-            combined = combined.undo(name)
+            combined = undo(combined, name)
     return combined
 
 
 def carried(
-    program: Program,
+    program: S,
     chosen: Sequence[tuple[Entry, float]],
     pass_: RewritePass,
     places: Sequence[tuple[SiteRecord, Place]],
     values: Sequence[Mapping[str, Tensor]],
-) -> Program:
+) -> S:
     """The program with a pass at these places in the stead of the chosen ones, which stay, left out.
 
     values: its tensors by their names in the pass, at each place; what is missing starts as the pass has it.
     """
-    from surgery.program import Program
 
     planned = [SitePlan(place.site, None, pass_.tensors(place.site)) for _, place in places]
     entry = entry_of(program, PassPlan(pass_, tuple(planned)))
@@ -74,17 +72,17 @@ def carried(
     first = program.journal.entries.index(chosen[0][0])
     entries = (*program.journal.entries[:first], entry, *program.journal.entries[first:])
     tensors, changed = program.copies()
-    both = Program(program.base, Journal(entries), {**tensors, **made}, changed, clock=program.clock)
+    both = program.derive(Journal(entries), {**tensors, **made}, changed, clock=program.clock)
     return both.without(*(e.id for e, _ in chosen))
 
 
-def _rewriting(program: Program, entry: Entry) -> RewritePass:
+def _rewriting(program: State, entry: Entry) -> RewritePass:
     pass_ = replay.pass_of(entry, program.base.plugins)
     assert isinstance(pass_, RewritePass)
     return pass_
 
 
-def _sources(program: Program, weights: Mapping[str, float]) -> list[tuple[Entry, float]]:
+def _sources(program: State, weights: Mapping[str, float]) -> list[tuple[Entry, float]]:
     """Entries in the journal's order with their weights."""
     given: dict[str, float] = {}
     for name, weight in weights.items():
@@ -101,7 +99,7 @@ def _sources(program: Program, weights: Mapping[str, float]) -> list[tuple[Entry
     return [(e, given[e.id]) for e in program.journal if e.id in given]
 
 
-def _check(program: Program, chosen: Sequence[tuple[Entry, float]], label: str) -> None:
+def _check(program: State, chosen: Sequence[tuple[Entry, float]], label: str) -> None:
     names = {entry.pass_name for entry, _ in chosen}
     if len(names) > 1:
         raise PassError(f"combine: {' and '.join(sorted(names))} are different things; combine each alone")
@@ -113,7 +111,7 @@ def _check(program: Program, chosen: Sequence[tuple[Entry, float]], label: str) 
 
 
 def places_of(
-    program: Program, chosen: Sequence[tuple[Entry, float]], what: str
+    program: State, chosen: Sequence[tuple[Entry, float]], what: str
 ) -> list[tuple[SiteRecord, Place]]:
     """Every site that one of these acts on, in the order of the first that does.
 
@@ -137,7 +135,7 @@ def places_of(
 
 
 def _observed(
-    program: Program, chosen: Sequence[tuple[Entry, float]], combined: Program, how: Combination
+    program: State, chosen: Sequence[tuple[Entry, float]], combined: State, how: Combination
 ) -> str:
     """How far the outputs are from those of the weighted sum. Raises PassError where that is what was promised."""
     if not program.base.in_memory:

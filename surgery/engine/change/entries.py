@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-from importlib import metadata
-from typing import TYPE_CHECKING
 
-from surgery.errors import PassError
-from surgery.journal import Entry, SiteRecord
-from surgery.pass_base import Pass, RewritePass, SelectPass
-from surgery.plans import PassPlan, SitePlan
-from surgery.reverting import trained_before
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from surgery.program import Program
-
-
-@cache
-def core_version() -> str:
-    try:
-        return metadata.version("torch-surgery")
-    except metadata.PackageNotFoundError:
-        return ""
+from surgery.common.errors import PassError
+from surgery.engine.change.plans import PassPlan, SitePlan
+from surgery.engine.change.selection import SelectPass
+from surgery.engine.contract.base import Pass, RewritePass
+from surgery.engine.journal import Entry, SiteRecord
+from surgery.engine.registry import find_pass
+from surgery.engine.restore import made_trainable
+from surgery.engine.state import State
 
 
-def entry_of(program: Program, planned: PassPlan) -> Entry:
+def entry_of(program: State, planned: PassPlan) -> Entry:
     """What the journal writes of a planned pass, with the names of its tensors. Raises PassError."""
     pass_ = planned.pass_
-    info = program.base.plugins.find_pass(pass_.name)
+    info = find_pass(program.base.plugins, pass_.name)
     if isinstance(pass_, SelectPass):
         count = sum(e.pass_name == pass_.name and not e.label for e in program.journal)
         ident = pass_.entry_id if pass_.label or not count else f"{pass_.entry_id}:{count + 1}"
@@ -83,7 +75,7 @@ def _limits(pass_: Pass, planned: PassPlan) -> dict[str, int]:
     return found
 
 
-def _own_name(program: Program, parameter: str, ident: str, what: str) -> str:
+def _own_name(program: State, parameter: str, ident: str, what: str) -> str:
     owner, _, leaf = parameter.rpartition(".")
     name = f"{owner}.{ident.replace(':', '_')}.{leaf}_{what}".lstrip(".")
     if name in program.base.tensors or name in program.tensors:
@@ -91,7 +83,7 @@ def _own_name(program: Program, parameter: str, ident: str, what: str) -> str:
     return name
 
 
-def _tensor_names(program: Program, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
+def _tensor_names(program: State, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
     """Tensor of the pass -> its name in the program. Raises PassError where that is taken."""
     site = planned.site
     prefix = pass_.tensor_prefix(site)
@@ -101,3 +93,19 @@ def _tensor_names(program: Program, pass_: RewritePass, planned: SitePlan) -> di
         if full in program.base.tensors or full in program.tensors:
             raise PassError(f"{pass_.entry_id} at {site.path}: the name {full} is taken; choose another --as")
     return names
+
+
+def trained_before(program: State, entry: Entry) -> dict[str, Tensor]:
+    """Copies of what an entry makes train, where something that no longer trains it has moved it from the base."""
+    found: dict[str, Tensor] = {}
+    for name in made_trainable(entry):
+        said = program.journal.decided(program.names.get(name, (name,)))
+        held = program.changed.get(name)
+        if held is not None:
+            kept = said is not True and not torch.equal(held, program.base.tensors[name])
+        else:
+            held = program.tensors.get(name)
+            kept = said is False
+        if kept and held is not None:
+            found[name] = held.detach().clone()
+    return found

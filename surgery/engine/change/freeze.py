@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from surgery.pass_base import SelectPass
+from surgery.engine.change.selection import SelectPass
 
 
 class Freeze(SelectPass):

@@ -4,39 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TypeVar, get_args
 
-import torch
 from torch import Tensor
 
-from surgery.errors import PassError
-from surgery.folding import fold, foldable, simplifiable, simplify
-from surgery.journal import Entry, Journal
-from surgery.numerics import observe
-from surgery.pass_base import rounded
-from surgery.probe import InputSet
-from surgery.recording import core_version
-from surgery.replay import live_entries, pass_of
-from surgery.requantizing import How, Merged, into_codes
+from surgery.common.errors import PassError
+from surgery.common.files import core_version
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.folds import How, Merged
+from surgery.engine.contract.numerics import rounded
+from surgery.engine.contract.observe import observe
+from surgery.engine.fold import fold, foldable, simplifiable, simplify
+from surgery.engine.journal import Entry, Journal
+from surgery.engine.probe import InputSet
+from surgery.engine.replay import live_entries, pass_of
+from surgery.engine.state import State
 
-if TYPE_CHECKING:
-    from surgery.program import Program
-
-# One rounding of W + s·BA against two products: a few ulp per layer, growing with depth; measured on fp32
-# transformers of 6 to 30 layers as 1e-6 to 2e-5 of the output's scale. Half precision rounds each weight once.
-MERGE_TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-10, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+S = TypeVar("S", bound=State)
 
 
 def merge(
-    program: Program, in_place: bool, verify: bool, quantized: How, budget: float, data: Sequence[InputSet]
-) -> Program:
+    program: S, in_place: bool, verify: bool, quantized: How, budget: float, data: Sequence[InputSet]
+) -> S:
     """See Program.merge."""
-    from surgery.program import Program
 
     base, journal = program.base, program.journal
     count = sum(e.kind == "merge" for e in journal)
     ident = f"merge{count or ''}"
-    into = Merged() if quantized == "keep" else into_codes(program, quantized, budget, ident, data)
+    into = _into_codes(program, quantized, budget, ident, data)
     folded, kept = foldable(base, journal, program.sites)
     done = {name for e in journal if e.kind == "merge" for name in e.options.get("folded", ())}
     folded = [name for name in folded if name not in done]
@@ -62,7 +57,7 @@ def merge(
         if into.records:
             raise PassError("merge: codes are not made in place; leave out in_place")
         return _in_place(program, entry, folded, tensors)
-    merged = Program(base, journal.add(entry), tensors, dict(program.changed), clock=program.clock)
+    merged = program.derive(journal.add(entry), tensors, dict(program.changed), clock=program.clock)
     verify = verify and base.in_memory
     if verify and (folded or plain):
         seen = observe(_in_floats(program).run(), _in_floats(merged).run())
@@ -75,8 +70,8 @@ def merge(
         options = {**entry.options, "quantized": quantized, "budget": budget, "into_codes": into.gone}
         options["choices"] = {choice.path: choice.to_json() for choice in into.choices}
         entry = replace(entry, options=options, sites=(*records, *into.records))
-        merged = Program(
-            base, journal.add(entry), {**tensors, **into.tensors}, dict(program.changed), clock=program.clock
+        merged = program.derive(
+            journal.add(entry), {**tensors, **into.tensors}, dict(program.changed), clock=program.clock
         )
         if verify:
             seen = observe(program.run(), merged.run())
@@ -85,6 +80,30 @@ def merge(
             )
     merged.journal = journal.add(entry)
     return merged
+
+
+def _into_codes(
+    program: State, quantized: How, budget: float, ident: str, data: Sequence[InputSet]
+) -> Merged:
+    """What becomes of adapters on quantized weights, as the passes that hold the codes decide it."""
+    if quantized == "keep":
+        return Merged()
+    if quantized not in get_args(How):
+        raise PassError(f"merge: quantized is {quantized!r}; it is one of {', '.join(get_args(How))}")
+    if not budget >= 0:
+        raise PassError(
+            f"merge: the budget is {budget!r}; give a fraction of what the adapters add, such as 0.1"
+        )
+    if not program.base.in_memory:
+        raise PassError("merge: the weights are not in memory, so that no error can be measured")
+    passes = [pass_of(entry, program.base.plugins) for entry in live_entries(program.journal)]
+    absorbers = dict.fromkeys(p.absorber for p in passes if isinstance(p, RewritePass) and p.absorber)
+    found = [absorb(program, quantized, budget, ident, data) for absorb in absorbers]
+    return Merged(
+        tuple(choice for each in found for choice in each.choices),
+        tuple(record for each in found for record in each.records),
+        {name: tensor for each in found for name, tensor in each.tensors.items()},
+    )
 
 
 def _left(journal: Journal, kept: Mapping[str, str], into: Merged) -> dict[str, str]:
@@ -110,7 +129,7 @@ def _left(journal: Journal, kept: Mapping[str, str], into: Merged) -> dict[str, 
     return left
 
 
-def _in_floats(program: Program) -> Program:
+def _in_floats(program: State) -> State:
     """The program without what rounds activations, which makes whole steps of how folding rounds weights."""
     names = [
         e.id
@@ -120,8 +139,7 @@ def _in_floats(program: Program) -> Program:
     return program.without(*names) if names and not program.base.released else program
 
 
-def _in_place(program: Program, entry: Entry, folded: list[str], tensors: Mapping[str, Tensor]) -> Program:
-    from surgery.program import Program
+def _in_place(program: S, entry: Entry, folded: list[str], tensors: Mapping[str, Tensor]) -> S:
 
     base = program.base
     entries = [e for e in program.journal if e.id in folded]
@@ -134,4 +152,4 @@ def _in_place(program: Program, entry: Entry, folded: list[str], tensors: Mappin
     merged = program.journal.add(entry)
     journal = Journal(tuple(merged.standing(e) for e in program.journal if e.id not in folded))
     left = {n for e in journal if e.kind == "rewrite" for n in e.tensor_names}
-    return Program(base, journal, {n: t for n, t in tensors.items() if n in left}, program.changed)
+    return program.derive(journal, {n: t for n, t in tensors.items() if n in left})

@@ -6,20 +6,21 @@ from collections.abc import Sequence
 
 import networkx as nx
 
-from surgery.errors import PassError
-from surgery.journal import Journal
-from surgery.pass_base import Pass, RewritePass
-from surgery.plugins import Plugins
+from surgery.common.errors import PassError
+from surgery.common.plugins import Plugins
+from surgery.engine.contract.base import Pass, RewritePass
+from surgery.engine.journal import Journal
+from surgery.engine.registry import find_pass
 
 
 def in_order(passes: Sequence[Pass], journal: Journal, plugins: Plugins) -> list[Pass]:
     """The passes so that each precedes those it has to precede, and otherwise as given.
 
     Raises PassError, in a sentence, for a conflict, a missing requirement or a cycle. What had to come before an
-    entry of the journal is refused site by site, where the two meet (see surgery.planning).
+    entry of the journal is refused site by site, where the two meet (see surgery.engine.change.plan).
     """
     applied = {entry.pass_name: entry.id for entry in journal}
-    kinds = {name: plugins.find_pass(name).cls for name in applied if name != "merge"}
+    kinds = {name: find_pass(plugins, name).cls for name in applied if name != "merge"}
     for index, pass_ in enumerate(passes):
         _check_conflicts(pass_, [*kinds.values(), *(type(p) for p in passes[:index])])
         there = {*applied, *(p.name for p in passes)}

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import fx
 
-from surgery import target
-from surgery.base import Base
-from surgery.errors import PassError
-from surgery.journal import Entry
-from surgery.ordering import in_order
-from surgery.pass_base import GraphPass, Pass, RewritePass, Selection, SelectPass
-from surgery.passes.freeze import Freeze
-from surgery.pattern_pass import PatternPass
-from surgery.plans import PassPlan, SitePlan
-from surgery.probe import Probe
-from surgery.schedule import Schedule
-from surgery.selecting import Candidates, checked, select
-from surgery.sites import Site, live_nodes, tail
-from surgery.standing import replaced_by
+from surgery.common.errors import PassError
+from surgery.engine.base import Base
+from surgery.engine.change.freeze import Freeze
+from surgery.engine.change.order import in_order
+from surgery.engine.change.plans import PassPlan, SitePlan
+from surgery.engine.change.selection import Candidates, SelectPass, checked, select
+from surgery.engine.contract.base import GraphPass, Pass, RewritePass
+from surgery.engine.contract.pattern import PatternPass
+from surgery.engine.contract.selection import Selection
+from surgery.engine.journal import Entry
+from surgery.engine.probe import Probe
+from surgery.engine.schedule import Schedule
+from surgery.engine.state import State
+from surgery.graph import targets
+from surgery.graph.graphs import live_nodes
+from surgery.graph.marks import tail
+from surgery.graph.rewrite.current import replaced_by
+from surgery.graph.sites import Site
 
-if TYPE_CHECKING:
-    from surgery.program import Program
 
-
-def complete(program: Program, passes: Sequence[Pass], freeze_base: bool | None) -> list[tuple[Pass, bool]]:
+def complete(program: State, passes: Sequence[Pass], freeze_base: bool | None) -> list[tuple[Pass, bool]]:
     """The passes in order, with the freezing of the base where it is wanted: first, or else before the first pass
     that adapts, so that factors made before that freeze with the rest, as they do in a pipeline of their own."""
     for pass_ in passes:
@@ -53,7 +53,7 @@ def _freeze_base(base: Base) -> Freeze:
     return Freeze(target=f"all,{terms}" if terms else "all")
 
 
-def plan_pass(program: Program, pass_: Pass, auto: bool, probe: Probe) -> PassPlan:
+def plan_pass(program: State, pass_: Pass, auto: bool, probe: Probe) -> PassPlan:
     if isinstance(pass_, SelectPass):
         return _plan_selection(program, pass_, auto, probe)
     assert isinstance(pass_, RewritePass)
@@ -73,7 +73,7 @@ def plan_pass(program: Program, pass_: Pass, auto: bool, probe: Probe) -> PassPl
             trains.update(pass_.selects(planned.site))
     asked = pass_.target or pass_.default_target
     read_apart = asked is not None and not isinstance(pass_, GraphPass)
-    notes = target.readings_differ(program.sites.sites, asked) if read_apart and asked else ()
+    notes = targets.readings_differ(program.sites.sites, asked) if read_apart and asked else ()
     selection = checked(program, pass_.entry_id, Selection(trains))
     if pass_.pacing is not None:
         window, unit = pass_.pacing
@@ -108,7 +108,7 @@ def _plan_site(
     return SitePlan(decided, None, pass_.tensors(decided))
 
 
-def _plan_selection(program: Program, pass_: SelectPass, auto: bool, probe: Probe) -> PassPlan:
+def _plan_selection(program: State, pass_: SelectPass, auto: bool, probe: Probe) -> PassPlan:
     asked = pass_.target or pass_.default_target
     if asked is None:
         raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'embed.*'")
@@ -119,7 +119,7 @@ def _plan_selection(program: Program, pass_: SelectPass, auto: bool, probe: Prob
     return PassPlan(pass_, selection=selection, auto=auto, notes=_stops(program, selection))
 
 
-def _stops(program: Program, selection: Selection) -> tuple[str, ...]:
+def _stops(program: State, selection: Selection) -> tuple[str, ...]:
     """What earlier passes let train and a selection does not: of one parameter the last that names it counts."""
     notes = []
     for entry in program.journal:

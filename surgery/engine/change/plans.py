@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.journal import Entry
-from surgery.numerics import Observed
-from surgery.pass_base import Pass, RewritePass, Selection, TensorSpec
-from surgery.patterns import NearMiss
-from surgery.sites import Site
+from surgery.engine.contract.base import Pass, RewritePass
+from surgery.engine.contract.observe import Observed
+from surgery.engine.contract.selection import Selection
+from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.journal import Entry
+from surgery.graph.patterns import NearMiss
+from surgery.graph.sites import Site
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
-from surgery.errors import CaptureError, JournalError, PassError
-from surgery.sites import live_nodes
-
-if TYPE_CHECKING:
-    from surgery.program import Program
+from surgery.common.errors import CaptureError, PassError
+from surgery.engine.state import State
+from surgery.graph.graphs import live_nodes
 
 
-def release(program: Program) -> int:
+def release(program: State) -> int:
     """See Program.release."""
     base = program.base
     if not base.in_memory or base.consumed:
@@ -40,10 +35,3 @@ def release(program: Program) -> int:
         if name in base.released:
             shell.data = base.tensors[name].data
     return freed
-
-
-def check_present(program: Program, what: str, read: Collection[str] | None = None) -> None:
-    """Raises JournalError for a base that lacks weights which something wants back. read: those, where not all."""
-    gone = program.base.released if read is None else program.base.released.intersection(read)
-    if gone:
-        raise JournalError(f"{what}: {min(gone)} was released from memory; load the saved directory again")

@@ -6,22 +6,21 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from surgery import target
-from surgery.errors import PassError, nearest
-from surgery.layers import layers_of
-from surgery.pass_base import Selection
-from surgery.probe import Probe
-from surgery.sites import Site
-
-if TYPE_CHECKING:
-    from surgery.journal import Entry
-    from surgery.program import Program
-    from surgery.view import View
+from surgery.common.errors import PassError, nearest
+from surgery.engine.contract.base import Pass
+from surgery.engine.contract.selection import Selection
+from surgery.engine.journal import Entry
+from surgery.engine.probe import Probe
+from surgery.engine.state import State
+from surgery.graph import targets
+from surgery.graph.analysis.depth import layers_of
+from surgery.graph.sites import Site
+from surgery.graph.view import View
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Candidates:
     Parameters go by the first of their names, also in what is asked for here.
     """
 
-    program: Program
+    program: State
     targeted: tuple[str, ...]
     probe: Probe
 
@@ -94,7 +93,7 @@ class Candidates:
         through. Absent for what the outputs do not depend on.
         """
         view = self._view
-        found = view.depth if view.blocks else layers_of(view)
+        found = view.depth if view.blocks else layers_of(view.graph, view.calls)
         depth: dict[str, int] = {}
         for name, deep in found.items():
             if name in self.program.names:
@@ -106,7 +105,7 @@ class Candidates:
     def deepest(self) -> int:
         """The depth of what follows the last block: the head, the last norm."""
         view = self._view
-        found = view.depth if view.blocks else layers_of(view)
+        found = view.depth if view.blocks else layers_of(view.graph, view.calls)
         blocks = sum(len(row) for row in view.blocks)
         return blocks + 1 if blocks else max(found.values(), default=0)
 
@@ -136,18 +135,18 @@ class Candidates:
         return select(self.program, pattern)
 
 
-def roles_of(program: Program) -> dict[str, str]:
+def roles_of(program: State) -> dict[str, str]:
     return {n: site.role for site in program.sites for n in (site.weight, site.bias) if n is not None}
 
 
-def select(program: Program, pattern: str) -> tuple[str, ...]:
+def select(program: State, pattern: str) -> tuple[str, ...]:
     """Names of the program's parameters that a target names."""
     names = tuple(program.parameter_names())
     aliases = program.names
-    return target.select_parameters(names, roles_of(program), pattern, lambda n: aliases.get(n, (n,)))
+    return targets.select_parameters(names, roles_of(program), pattern, lambda n: aliases.get(n, (n,)))
 
 
-def checked(program: Program, who: str, selection: Selection) -> Selection:
+def checked(program: State, who: str, selection: Selection) -> Selection:
     """The selection by first names. Raises PassError where it is about nothing, or contradicts itself."""
     names = set(program.parameter_names())
 
@@ -179,7 +178,7 @@ def checked(program: Program, who: str, selection: Selection) -> Selection:
     return Selection(trains, rates, windows, selection.unit, masks)
 
 
-def _check_mask(program: Program, who: str, name: str, mask: Tensor) -> None:
+def _check_mask(program: State, who: str, name: str, mask: Tensor) -> None:
     own = program.tensors.get(name)
     shape = (program.base.tensors[name] if own is None else own).shape
     fits = mask.dim() == len(shape) and all(m in (1, s) for m, s in zip(mask.shape, shape, strict=True))
@@ -218,3 +217,22 @@ def in_words(said: Selection | Entry, tensors: Mapping[str, Tensor]) -> str:
 
 def _counted(number: int, verb: str) -> str:
     return f"{number} parameter {verb}s" if number == 1 else f"{number} parameters {verb}"
+
+
+class SelectPass(Pass):
+    """A pass that says which parameters train, when, and how fast. It changes no graph.
+
+    Of one parameter the last selection that names it counts, whatever earlier ones said of it. exclusive: it names
+    every parameter of the base, so that nothing else of that trains.
+    """
+
+    exclusive: ClassVar[bool] = False
+    default_target: ClassVar[str | None] = None
+
+    def select(self, parameters: tuple[str, ...]) -> dict[str, bool]:
+        """parameters: names that the target selected. Returns name -> whether it trains."""
+        raise NotImplementedError
+
+    def selection(self, candidates: Candidates) -> Selection:
+        """The whole decision, for a pass that needs more than names; see surgery.engine.change.selection.Candidates."""
+        return Selection(self.select(candidates.targeted))

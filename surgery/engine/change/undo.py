@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from torch import nn
 
-from surgery import replay
-from surgery.errors import JournalError
-from surgery.journal import Entry, Journal
-from surgery.releasing import check_present
-from surgery.reverting import reverted, without
-
-if TYPE_CHECKING:
-    from surgery.program import Program
+from surgery.common.errors import JournalError
+from surgery.engine import replay
+from surgery.engine.journal import Entry, Journal
+from surgery.engine.restore import reverted, without
+from surgery.engine.state import State, check_present
 
 
-def check_undoable(program: Program, what: str) -> None:
+def check_undoable(program: State, what: str) -> None:
     """Raises JournalError where the base is not there as it was."""
     if program.base.consumed:
         raise JournalError(
@@ -25,7 +22,10 @@ def check_undoable(program: Program, what: str) -> None:
     check_present(program, what)
 
 
-def undo(program: Program, name: str) -> Program:
+S = TypeVar("S", bound=State)
+
+
+def undo(program: S, name: str) -> S:
     """See Program.undo."""
     check_undoable(program, f"undo {name}")
     base, gone = program.base, {e.id for e in program.journal.find(name)}
@@ -63,7 +63,7 @@ def undo(program: Program, name: str) -> Program:
     return undone
 
 
-def _check_nothing_stands_on(program: Program, name: str, gone: set[str]) -> None:
+def _check_nothing_stands_on(program: State, name: str, gone: set[str]) -> None:
     added = {n for g in program.journal if g.id in gone for n in g.tensor_names}
     for entry in program.journal:
         taken = [*entry.options.get("folded", ()), *entry.options.get("simplified", ())]

@@ -2,118 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from surgery.configured import Configured
-from surgery.errors import PassError, SurgeryError
-from surgery.rewriter import Rewriter
-from surgery.sites import Site, SiteKey
-from surgery.target import select_sites
+from surgery.common.errors import PassError, SurgeryError
+from surgery.common.options import Configured
+from surgery.engine.contract.folds import Absorber, MergeFrom, MergeLonger, MergeOp
+from surgery.engine.contract.numerics import EXACT, Numerics
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site, SiteKey
+from surgery.graph.targets import select_sites
 
 if TYPE_CHECKING:
-    from surgery.combination import Combination, Place
-    from surgery.selecting import Candidates
-    from surgery.view import View
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """What inserting a pass may do to the outputs: nothing (tolerance 0), or a stated deviation with a reason.
-
-    tolerance: largest absolute difference over the largest absolute output; infinite where the pass changes
-    what the model computes, by design. by_dtype: other tolerances, for programs of these dtypes.
-    """
-
-    tolerance: float = 0.0
-    reason: str = ""
-    by_dtype: tuple[tuple[torch.dtype, float], ...] = ()
-
-    def on(self, dtype: torch.dtype) -> Numerics:
-        """What it says for a program whose coarsest weights have this dtype."""
-        return Numerics(dict(self.by_dtype).get(dtype, self.tolerance), self.reason)
-
-    def __str__(self) -> str:
-        if math.isinf(self.tolerance):
-            return f"changes({self.reason})"
-        return "exact" if not self.tolerance else f"rounded({self.tolerance:g}: {self.reason})"
-
-
-EXACT = Numerics()
-
-
-def rounded(tolerance: float, reason: str, by_dtype: Mapping[torch.dtype, float] | None = None) -> Numerics:
-    """A pass that changes outputs by at most `tolerance` of their scale, and why it must.
-
-    by_dtype: what it allows in place of that where the program's coarsest weights have another dtype than fp32.
-    """
-    return Numerics(tolerance, reason, tuple((by_dtype or {}).items()))
-
-
-def changes(reason: str) -> Numerics:
-    """A pass that changes the outputs by design (it approximates, ties, or attends to something new), and how."""
-    return Numerics(math.inf, reason)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor that a pass adds at a site.
-
-    shape: its size. init: fills an empty tensor in place; called when the pass is applied, never when it is
-    replayed, so it may ask `site.probe`. value: the tensor itself, in place of init.
-    trainable: whether it is a parameter that trains. dtype: the site's own where None.
-    """
-
-    shape: tuple[int, ...]
-    init: Callable[[Tensor], Any] = torch.nn.init.zeros_
-    trainable: bool = True
-    dtype: torch.dtype | None = None
-    value: Tensor | None = None
-
-    def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tensor at insertion; drawn in fp32 and rounded, so that a half-precision base draws the same."""
-        if self.value is not None:
-            made = self.value.to(device)
-        else:
-            wanted = self.dtype or dtype
-            work = torch.float32 if wanted.is_floating_point and wanted is not torch.float64 else wanted
-            made = torch.empty(self.shape, dtype=work, device=device)
-            self.init(made)
-            made = made.to(self.dtype or dtype)
-        return torch.nn.Parameter(made) if self.trainable else made
-
-    def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
-
-
-class MergeOp(Protocol):
-    """How one pass changes a base tensor for good, in place, on a tensor of at least fp32.
-
-    One that folds what `g.swap_weight` put in the weight's place sets `inner = True`: these come first.
-    """
-
-    def apply_(self, weight: Tensor) -> None: ...
-
-
-class MergeFrom(Protocol):
-    """The same where the weight as its op reads it is needed too, from which earlier merges may have moved on.
-
-    original: the base's own, with what is `inner` folded in.
-    """
-
-    def apply_from(self, weight: Tensor, original: Tensor) -> None: ...
-
-
-class MergeLonger(Protocol):
-    """One that gives the tensor another length: made after all others, which take it as it was."""
-
-    def longer(self, weight: Tensor) -> Tensor: ...
+    from surgery.engine.contract.combination import Combination
+    from surgery.graph.view import View
 
 
 class Pass(Configured):
@@ -160,7 +67,7 @@ class Pass(Configured):
     def extends(self) -> bool:
         """Whether the program returns more with it: further outputs, or further columns of one.
 
-        The contract then holds for what it returned before; see surgery.numerics.shared.
+        The contract then holds for what it returned before; see surgery.engine.contract.observe.shared.
         """
         return False
 
@@ -194,6 +101,7 @@ class RewritePass(Pass):
     keeps_zeros: ClassVar[bool] = False
     regroups: ClassVar[bool] = False
     unwritten: ClassVar[Mapping[Any, str]] = {}
+    absorber: ClassVar[Absorber | None] = None
 
     @property
     def rounding(self) -> tuple[Any, ...]:
@@ -394,36 +302,18 @@ class GraphPass(RewritePass):
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What a selection decides, by parameter name.
+class Source:
+    """One adapter at a place: its name in the journal, its pass, its tensors by their names in the pass, its weight."""
 
-    trains: whether it trains. rates: its learning rate over that of the optimiser. windows: from which step on,
-    and up to which (exclusive, None: for good), it trains. unit: what a step is, "step" or "epoch". masks: which
-    of its values train (bool, of its shape or with 1 for sizes along which it is the same); the gradient of the
-    others is zero.
-    """
-
-    trains: Mapping[str, bool] = field(default_factory=dict)
-    rates: Mapping[str, float] = field(default_factory=dict)
-    windows: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
-    unit: str = "step"
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    entry: str
+    pass_: RewritePass
+    tensors: Mapping[str, Tensor]
+    weight: float
 
 
-class SelectPass(Pass):
-    """A pass that says which parameters train, when, and how fast. It changes no graph.
+@dataclass(frozen=True)
+class Place:
+    """A site, as the sources have decided there, and those of them that act on it."""
 
-    Of one parameter the last selection that names it counts, whatever earlier ones said of it. exclusive: it names
-    every parameter of the base, so that nothing else of that trains.
-    """
-
-    exclusive: ClassVar[bool] = False
-    default_target: ClassVar[str | None] = None
-
-    def select(self, parameters: tuple[str, ...]) -> dict[str, bool]:
-        """parameters: names that the target selected. Returns name -> whether it trains."""
-        raise NotImplementedError
-
-    def selection(self, candidates: Candidates) -> Selection:
-        """The whole decision, for a pass that needs more than names; see surgery.selecting.Candidates."""
-        return Selection(self.select(candidates.targeted))
+    site: Site
+    sources: tuple[Source, ...]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from surgery import task_arithmetic
-from surgery.errors import PassError, nearest
-from surgery.sites import Site
+from surgery.common.errors import PassError, nearest
+from surgery.engine.contract import task_vectors
 
 if TYPE_CHECKING:
-    from surgery.pass_base import RewritePass
+    pass
 
 Majority = Literal["total", "frequency"]
 SVD = "_svd"
@@ -47,7 +46,7 @@ class Combination:
                 f"combine: there is no method {self.method!r}"
                 f"{nearest(self.method, METHODS) or '; there are ' + ', '.join(METHODS)}"
             )
-        prunes = self.elementwise in task_arithmetic.PRUNES
+        prunes = self.elementwise in task_vectors.PRUNES
         if prunes != (self.density is not None):
             what = "needs a density, the fraction of values to keep" if prunes else "keeps every value"
             raise PassError(f"combine: {self.method} {what}; {'give' if prunes else 'leave out'} --density")
@@ -79,24 +78,6 @@ class Combination:
         """Task vectors of one shape combined elementwise."""
         stacked = torch.stack([v.detach() for v in vectors])
         factors = torch.tensor(weights, dtype=torch.float64)
-        return task_arithmetic.combine(
+        return task_vectors.combine(
             stacked, factors, self.elementwise, self.density or 1.0, self.majority, generator
         )
-
-
-@dataclass(frozen=True)
-class Source:
-    """One adapter at a place: its name in the journal, its pass, its tensors by their names in the pass, its weight."""
-
-    entry: str
-    pass_: RewritePass
-    tensors: Mapping[str, Tensor]
-    weight: float
-
-
-@dataclass(frozen=True)
-class Place:
-    """A site, as the sources have decided there, and those of them that act on it."""
-
-    site: Site
-    sources: tuple[Source, ...]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgery.outputs import ONLY
-from surgery.pass_base import Numerics
+from surgery.engine.contract.numerics import Numerics
+from surgery.graph.outputs import ONLY
 
 
 @dataclass(frozen=True)

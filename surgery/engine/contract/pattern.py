@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
-from surgery.pass_base import GraphPass
-from surgery.patterns import Found, Match, NearMiss, Pattern, find, value
-from surgery.patterns.expressions import Value
-from surgery.rewriter import Rewriter
-from surgery.sites import META, Site, SiteKey
-from surgery.standing import adapted_by
-from surgery.weight_ops import Call, WeightOp, arguments, module_path
+from surgery.engine.contract.base import GraphPass
+from surgery.graph.marks import META
+from surgery.graph.ops import Call, WeightOp, arguments, module_path
+from surgery.graph.patterns import Found, Match, NearMiss, Pattern, find, value
+from surgery.graph.patterns.expressions import Value
+from surgery.graph.rewrite.current import adapted_by
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site, SiteKey
 
 if TYPE_CHECKING:
-    from surgery.view import View
+    from surgery.graph.view import View
 
 
 # What stands on weights as they are: it comes behind a pass that makes other weights of them.

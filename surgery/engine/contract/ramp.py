@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from surgery.errors import PassError
-from surgery.pass_base import RewritePass
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import RewritePass
 
 Begin = Annotated[int, Field(ge=0, description="with a schedule: the step at which it begins")]
 End = Annotated[int | None, Field(gt=0, description="with a schedule: the step at which it is done")]

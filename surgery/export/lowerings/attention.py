@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from surgery.export.extra import require
+from surgery.export.optional import require
 
 
 def translation() -> Any:

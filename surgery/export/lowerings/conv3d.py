@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from surgery.export.extra import require
-from surgery.weight_ops import per_axis
+from surgery.export.optional import require
+from surgery.graph.ops import per_axis
 
 
 def translation() -> Any:

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgery.errors import ExportError
-from surgery.export import keys
-from surgery.export.extra import require
-from surgery.export.integers import Rounded, take_over
-from surgery.quantizing.codes import FORMATS, NF4, decode, unpack
-from surgery.quantizing.op import dequantize
+from surgery.common.errors import ExportError
+from surgery.export import metadata_keys
+from surgery.export.lowerings.round_activation import Rounded, take_over
+from surgery.export.optional import require
+from surgery.passes.quantize.codes import FORMATS, NF4, decode, unpack
+from surgery.passes.quantize.ops import dequantize
 
 DOMAIN, OP = "surgery.quantizing", "Dequantize"
 OPSET = 21  # the first with 4-bit tensors and blocks
@@ -354,7 +354,9 @@ class _Lowered:
     ) -> Any:
         made = self.ir.node(op, inputs, attributes=dict(attributes or {}))
         marks = (like or self.node).metadata_props
-        made.metadata_props.update({k: v for k, v in marks.items() if like is None or k != keys.FX_OUTPUT})
+        made.metadata_props.update(
+            {k: v for k, v in marks.items() if like is None or k != metadata_keys.FX_OUTPUT}
+        )
         self.model.graph.insert_before(self.anchor, [made])
         return made.outputs[0]
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from surgery.export.extra import require
-from surgery.quantizing.op import FINER, SMALLEST, STEP
+from surgery.export.optional import require
+from surgery.passes.quantize.ops import FINER, SMALLEST, STEP
 
 DOMAIN, OP = "surgery.quantizing", "RoundActivation"
 

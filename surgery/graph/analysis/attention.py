@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import fx
 
-from surgery.dataflow import NONLINEAR, SOFTMAX, Dataflow, Origins, op_name
-from surgery.weight_ops import CONV, EXPERTS, LINEAR, arguments
+from surgery.graph.analysis.dataflow import NONLINEAR, SOFTMAX, Dataflow, Origins, op_name
+from surgery.graph.ops import CONV, EXPERTS, LINEAR, arguments
 
 _MOST_MIXING = 2  # weight ops between the scores and the values: one before the softmax, one after
 

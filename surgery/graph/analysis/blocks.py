@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from surgery.branches import ATTENTION, FEED_FORWARD, OTHER, Branch, find_branches
-from surgery.dataflow import Dataflow, op_name
-from surgery.depth import depth_of
-from surgery.residuals import Residual, Stream, find_residuals, gated_by, moved_from, shape_of
-from surgery.weight_ops import Call
+from surgery.graph.analysis.branches import ATTENTION, FEED_FORWARD, OTHER, Branch, find_branches
+from surgery.graph.analysis.dataflow import Dataflow, op_name
+from surgery.graph.analysis.residuals import Residual, Stream, find_residuals, gated_by, moved_from, shape_of
+from surgery.graph.ops import Call
 
-__all__ = ["Block", "Branch", "depth_of", "find_blocks", "find_branches"]
+__all__ = ["Block", "Branch", "find_blocks", "find_branches"]
 
 _LONGEST_PERIOD = 32
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from surgery.dataflow import Dataflow, Rule, op_name, rule_of
-from surgery.residuals import (
+from surgery.graph.analysis.dataflow import Dataflow, Rule, op_name, rule_of
+from surgery.graph.analysis.residuals import (
     Residual,
     Stream,
     find_residuals,
@@ -20,8 +20,8 @@ from surgery.residuals import (
     moved_from,
     shape_of,
 )
-from surgery.roles import Roles
-from surgery.weight_ops import CONV, EXPERTS, NORM, Call, arguments
+from surgery.graph.analysis.roles import Roles
+from surgery.graph.ops import CONV, EXPERTS, NORM, Call, arguments
 
 ATTENTION, CROSS_ATTENTION, FEED_FORWARD, OTHER = "attention", "cross-attention", "feed-forward", "other"
 

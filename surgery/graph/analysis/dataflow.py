@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.weight_ops import CONV, EXPERTS, LINEAR, NORM, Call, is_depthwise
+from surgery.graph.ops import CONV, EXPERTS, LINEAR, NORM, Call, is_depthwise
 
 # What happened to a value on the way from an origin (any path): a pointwise nonlinearity, a softmax.
 NONLINEAR, SOFTMAX = 1, 2

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import fx
 
-from surgery.residuals import operands, stream_values
-from surgery.weight_ops import Call
-
-if TYPE_CHECKING:
-    from surgery.blocks import Block
+from surgery.graph.analysis.blocks import Block
+from surgery.graph.analysis.residuals import operands, stream_values
+from surgery.graph.ops import CONV, EXPERTS, LINEAR, Call
 
 
 def depth_of(graph: fx.Graph, calls: Sequence[Call], rows: Sequence[Sequence[Block]]) -> dict[str, int]:
@@ -48,3 +45,32 @@ def depth_of(graph: fx.Graph, calls: Sequence[Call], rows: Sequence[Sequence[Blo
             name = str(node.target)
             found[name] = min(depth[node], found.get(name, depth[node])) if blocks else 0
     return found
+
+
+_LAYERS = (LINEAR, CONV, EXPERTS)
+
+
+def layers_of(graph: fx.Graph, calls: Sequence[Call]) -> dict[str, int]:
+    """Layer of every parameter and buffer that is read: 0 for embeddings, or the first weight where there are none.
+
+    A weight is one layer deeper than what enters it, by the longest way; a norm, a bias and whatever else reads a
+    parameter belong to the layer whose value they act on. A parameter that is used twice is in the first of them.
+    """
+    weights = {call.node for call in calls if call.kind in _LAYERS}
+    level: dict[fx.Node, int] = {}  # of what rests on the inputs
+    for node in graph.nodes:
+        below = [level[n] for n in node.all_input_nodes if n in level]
+        if node.op == "placeholder" or below:
+            level[node] = max(below, default=0) + (node in weights)
+    layer: dict[fx.Node, int] = {}
+    for node in reversed(graph.nodes):
+        # What is made of parameters alone is as deep as what first reads it.
+        readers = [layer[user] for user in node.users]
+        layer[node] = level[node] if node in level else min(readers, default=0)
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.users:
+            name = str(node.target)
+            found[name] = min(layer[node], found.get(name, layer[node]))
+    first = min(found.values(), default=0)
+    return {name: deep - first for name, deep in found.items()}

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.attention import Attention
-from surgery.dataflow import Dataflow, Rule, op_name, rule_of
-from surgery.weight_ops import CONV, NORM, is_depthwise
+from surgery.graph.analysis.attention import Attention
+from surgery.graph.analysis.dataflow import Dataflow, Rule, op_name, rule_of
+from surgery.graph.ops import CONV, NORM, is_depthwise
 
 Rows = dict[str, tuple[int, ...]]
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.dataflow import Dataflow, Rule, op_name, rule_of
-from surgery.sites import META, is_aux
-from surgery.weight_ops import (
+from surgery.graph.analysis.dataflow import Dataflow, Rule, op_name, rule_of
+from surgery.graph.marks import META, is_aux
+from surgery.graph.ops import (
     CONV,
     EMBEDDING,
     EXPERTS,

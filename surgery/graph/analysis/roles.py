@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.attention import Attention, find_attentions
-from surgery.dataflow import NONLINEAR, Dataflow, op_name, trace_origins
-from surgery.fused import Rows, find_parts
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
+from surgery.graph.analysis.attention import Attention, find_attentions
+from surgery.graph.analysis.dataflow import NONLINEAR, Dataflow, op_name, trace_origins
+from surgery.graph.analysis.parts import Rows, find_parts
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
 
 _FEW_TYPES = 16  # an embedding of at most this many rows, indexed by an input, is of types (segments)
 

@@ -1,7 +1,6 @@
 """Patterns of many ops: written as code over ATen ops, found in a graph, and asked why where they nearly are."""
 
-from surgery.patterns.expressions import (
-    Pattern,
+from surgery.graph.patterns.expressions import (
     any_of,
     axis,
     constant,
@@ -9,12 +8,12 @@ from surgery.patterns.expressions import (
     maybe,
     number,
     ops,
-    pattern,
     shape_of,
     value,
 )
-from surgery.patterns.found import Found, Match, NearMiss, OpIndex
-from surgery.patterns.matching import find
+from surgery.graph.patterns.index import OpIndex
+from surgery.graph.patterns.match import Found, Match, NearMiss, Pattern, pattern
+from surgery.graph.patterns.matching import find
 
 __all__ = [
     "Found",

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import fx
 
-from surgery.dataflow import op_name
-from surgery.patterns.expressions import COMMUTATIVE, AnyOf, Axis, Constant, Op, Pattern, Value
-from surgery.patterns.found import Argument, Match, NearMiss, OpIndex, Where, read
-from surgery.weight_ops import arguments, rank_of
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.ops import arguments, rank_of
+from surgery.graph.patterns.expressions import COMMUTATIVE, AnyOf, Axis, Constant, Op, Value
+from surgery.graph.patterns.index import Argument, OpIndex, Where, read
+from surgery.graph.patterns.match import Match, NearMiss, Pattern
 
 _MOST_STEPS = 20_000  # comparisons at one anchor: a pattern that needs more says too little
 

@@ -17,15 +17,15 @@ lies inside must be read by nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 if TYPE_CHECKING:
-    from surgery.patterns.found import Match
+    pass
 
 # Two operands of these may change places.
 COMMUTATIVE = frozenset(
@@ -170,54 +170,3 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
     """The dtype of what a node gives; None where that is no tensor."""
     found = node.meta.get("val")
     return found.dtype if isinstance(found, torch.Tensor) else None
-
-
-@dataclass(frozen=True, eq=False)
-class Pattern:
-    """outputs: what others may read. condition: of a whole match: None, or the reason why it is none."""
-
-    name: str
-    outputs: tuple[Any, ...]
-    condition: Callable[[Match], str | None] | None = None
-
-    @property
-    def required(self) -> tuple[Op, ...]:
-        """Ops that every match has, whichever alternatives it takes."""
-        sets = [_required(output) for output in self.outputs]
-        return tuple(dict.fromkeys(op for found in sets for op in found))
-
-
-def _required(expression: Any) -> dict[Op, None]:
-    if isinstance(expression, Op):
-        found: dict[Op, None] = {expression: None}
-        for inner in (*expression.args, *expression.kwargs.values()):
-            found.update(_required(inner))
-        return found
-    if isinstance(expression, AnyOf):
-        first, *rest = (_required(alternative) for alternative in expression.alternatives)
-        return {op: None for op in first if all(op in other for other in rest)}
-    if isinstance(expression, (list, tuple)):
-        return {op: None for inner in expression for op in _required(inner)}
-    return {}
-
-
-Build = Callable[[], Any]
-
-
-@overload
-def pattern(build: Build, /) -> Pattern: ...
-@overload
-def pattern(*, condition: Callable[[Match], str | None]) -> Callable[[Build], Pattern]: ...
-
-
-def pattern(
-    build: Build | None = None, /, *, condition: Callable[[Match], str | None] | None = None
-) -> Pattern | Callable[[Build], Pattern]:
-    """Make a pattern of a function that writes it: what it returns are the outputs."""
-
-    def make(build: Build) -> Pattern:
-        made = build()
-        outputs: Sequence[Any] = made if isinstance(made, (tuple, list)) else (made,)
-        return Pattern(build.__name__, tuple(outputs), condition)
-
-    return make(build) if build is not None else make

@@ -2,72 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 from torch import fx
 
-from surgery.dataflow import op_name
-from surgery.patterns.expressions import Op, Pattern
-from surgery.sites import live_nodes
-from surgery.weight_ops import arguments, module_path
-
-Where = tuple[fx.Node, tuple[Any, ...]]  # an argument: the node that reads it, and the way to it
-
-
-class OpIndex:
-    """The nodes of a graph by op, and their order. Made in one sweep."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self._arguments: dict[fx.Node, dict[str, Any]] = {}
-        self.by_op: dict[str, list[fx.Node]] = defaultdict(list)
-        self.stored: dict[str, list[fx.Node]] = defaultdict(list)  # nodes of parameters and buffers, by name
-        self.order: dict[fx.Node, int] = {}
-        for position, node in enumerate(graph.nodes):
-            self.order[node] = position
-            if node.op == "call_function":
-                self.by_op[op_name(node.target)].append(node)
-            elif node.op == "get_attr":
-                self.stored[str(node.target)].append(node)
-
-    def arguments(self, node: fx.Node) -> dict[str, Any]:
-        """A node's arguments at full arity; read once."""
-        if node not in self._arguments:
-            self._arguments[node] = arguments(node)
-        return self._arguments[node]
-
-    def of(self, op: Op) -> list[fx.Node]:
-        """Nodes of an op, those of its first name first."""
-        return [node for name in op.names for node in self.by_op.get(name, ())]
-
-    @cached_property
-    def live(self) -> set[fx.Node]:
-        """Nodes on which an output depends."""
-        return live_nodes(self.graph)
-
-    def users(self, node: fx.Node, live: bool) -> list[fx.Node]:
-        """What reads a node, in graph order; live: whether an output depends on it."""
-        users = [user for user in node.users if (user in self.live) is live]
-        return sorted(users, key=self.order.__getitem__) if len(users) > 1 else users
-
-
-@dataclass(frozen=True)
-class Argument:
-    """A captured value, by where it is read: what stands there may change."""
-
-    where: Where
-
-
-def read(argument: Argument) -> Any:
-    """What is read there now."""
-    node, way = argument.where
-    found: Any = arguments(node)
-    for key in way:
-        found = found[key]
-    return found
+from surgery.graph.ops import module_path
+from surgery.graph.patterns.expressions import AnyOf, Op
+from surgery.graph.patterns.index import Argument, read
 
 
 class Match:
@@ -140,3 +83,56 @@ class Found:
 
     matches: tuple[Match, ...]
     misses: tuple[NearMiss, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """outputs: what others may read. condition: of a whole match: None, or the reason why it is none."""
+
+    name: str
+    outputs: tuple[Any, ...]
+    condition: Callable[[Match], str | None] | None = None
+
+    @property
+    def required(self) -> tuple[Op, ...]:
+        """Ops that every match has, whichever alternatives it takes."""
+        sets = [_required(output) for output in self.outputs]
+        return tuple(dict.fromkeys(op for found in sets for op in found))
+
+
+def _required(expression: Any) -> dict[Op, None]:
+    if isinstance(expression, Op):
+        found: dict[Op, None] = {expression: None}
+        for inner in (*expression.args, *expression.kwargs.values()):
+            found.update(_required(inner))
+        return found
+    if isinstance(expression, AnyOf):
+        first, *rest = (_required(alternative) for alternative in expression.alternatives)
+        return {op: None for op in first if all(op in other for other in rest)}
+    if isinstance(expression, (list, tuple)):
+        return {op: None for inner in expression for op in _required(inner)}
+    return {}
+
+
+Build = Callable[[], Any]
+
+
+@overload
+def pattern(build: Build, /) -> Pattern: ...
+
+
+@overload
+def pattern(*, condition: Callable[[Match], str | None]) -> Callable[[Build], Pattern]: ...
+
+
+def pattern(
+    build: Build | None = None, /, *, condition: Callable[[Match], str | None] | None = None
+) -> Pattern | Callable[[Build], Pattern]:
+    """Make a pattern of a function that writes it: what it returns are the outputs."""
+
+    def make(build: Build) -> Pattern:
+        made = build()
+        outputs: Sequence[Any] = made if isinstance(made, (tuple, list)) else (made,)
+        return Pattern(build.__name__, tuple(outputs), condition)
+
+    return make(build) if build is not None else make

@@ -1,7 +1,7 @@
 """Where a pattern is in a graph, and where it nearly is.
 
 The nodes of a graph are indexed by op once. A pattern is looked for at the nodes of its anchor, by default the op that
-is rarest in this graph; each place is tried to the end (see surgery.patterns.attempt) and gives at most one match. So
+is rarest in this graph; each place is tried to the end (see surgery.graph.patterns.attempt) and gives at most one match. So
 the work is that of the anchors, times the size of the pattern.
 """
 
@@ -11,9 +11,10 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from surgery.patterns.attempt import Attempt
-from surgery.patterns.expressions import Op, Pattern
-from surgery.patterns.found import Found, Match, NearMiss, OpIndex
+from surgery.graph.patterns.attempt import Attempt
+from surgery.graph.patterns.expressions import Op
+from surgery.graph.patterns.index import OpIndex
+from surgery.graph.patterns.match import Found, Match, NearMiss, Pattern
 
 
 def find(index: OpIndex, *patterns: Pattern) -> Found:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 from torch import fx
 
-from surgery.propagate.engine import Propagation, Repair
+from surgery.graph.propagate.propagation import Propagation, Repair
 
 __all__ = ["Repair", "propagate"]
 

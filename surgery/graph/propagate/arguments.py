@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from surgery.propagate.sizes import Size, Unclear, expr, is_size, same
-
-if TYPE_CHECKING:
-    from surgery.propagate.engine import Propagation
+from surgery.graph.propagate.run import Run
+from surgery.graph.propagate.sizes import Size, Unclear, expr, is_size, same
 
 aten = torch.ops.aten
 
@@ -41,7 +39,7 @@ class Draft:
 
 
 class Arguments:
-    def __init__(self, run: Propagation) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
         self._made: dict[Any, fx.Node] = {}
         self.created: list[fx.Node] = []

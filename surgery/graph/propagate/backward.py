@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from surgery.propagate.arguments import Draft
-from surgery.propagate.links import FACTORIES, is_broadcast, is_open, packet, rank, tensors
-from surgery.propagate.sizes import Size, Unclear, is_one, one_to_one, same
-
-if TYPE_CHECKING:
-    from surgery.propagate.engine import Propagation
+from surgery.graph.propagate.arguments import Draft
+from surgery.graph.propagate.links import FACTORIES, is_broadcast, is_open, packet, rank, tensors
+from surgery.graph.propagate.run import Run
+from surgery.graph.propagate.sizes import Size, Unclear, is_one, one_to_one, same
 
 
 @dataclass(frozen=True)
 class Wish:
     """Dimension `dim` of `node` is to have a size, because `reader` needs it."""
 
-    run: Propagation
+    run: Run
     reader: fx.Node
     node: fx.Node
     dim: int
@@ -53,7 +51,7 @@ class Wish:
         return Unclear(f"length {self.size} is needed of {what}")
 
 
-def follow(run: Propagation, reader: fx.Node, node: fx.Node, dim: int, size: Size) -> None:
+def follow(run: Run, reader: fx.Node, node: fx.Node, dim: int, size: Size) -> None:
     """Ask for `size` at dimension `dim` of a node. Raises Unclear, or PassError from further back."""
     wish = Wish(run, reader, node, dim, size)
     rule = _broadcast if is_broadcast(node.target) else _RULES.get(packet(node.target), _like_first)

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from surgery.propagate.arguments import Draft
-from surgery.propagate.links import FACTORIES, is_broadcast, is_open, links, packet, rank, tensors
-from surgery.propagate.sizes import Dim, Size, Unclear, expr, hint, is_one, is_size, on_data, regroup, same
-
-if TYPE_CHECKING:
-    from surgery.propagate.engine import Propagation
+from surgery.graph.propagate.arguments import Draft
+from surgery.graph.propagate.links import FACTORIES, is_broadcast, is_open, links, packet, rank, tensors
+from surgery.graph.propagate.run import Run
+from surgery.graph.propagate.sizes import (
+    Dim,
+    Size,
+    Unclear,
+    expr,
+    hint,
+    is_one,
+    is_size,
+    on_data,
+    regroup,
+    same,
+)
 
 aten = torch.ops.aten
 
@@ -35,7 +44,7 @@ _ASSERTS = frozenset([
 ])  # fmt: skip
 
 
-def follow(run: Propagation, node: fx.Node, draft: Draft) -> Any:
+def follow(run: Run, node: fx.Node, draft: Draft) -> Any:
     """Mend the draft's arguments and return the node's new value. Raises Unclear."""
     name = packet(draft.target)
     if isinstance(draft.target, torch._ops.OpOverload) and torch.Tag.inplace_view in draft.target.tags:
@@ -63,7 +72,7 @@ def follow(run: Propagation, node: fx.Node, draft: Draft) -> Any:
 # -- ops whose arguments are sizes; a rule returns the arguments to run with where they differ from the draft's
 
 
-def _view(run: Propagation, node: fx.Node, draft: Draft) -> list[Any]:
+def _view(run: Run, node: fx.Node, draft: Draft) -> list[Any]:
     sizes = draft.get(1, "size", draft.get(1, "shape"))
     old = run.before(node).shape
     dims = regroup(run.dims(draft.args[0]), old, run.products)
@@ -75,11 +84,11 @@ def _view(run: Propagation, node: fx.Node, draft: Draft) -> list[Any]:
     return [draft.args[0], [d.new for d in dims]]
 
 
-def _flatten(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _flatten(run: Run, node: fx.Node, draft: Draft) -> None:
     regroup(run.dims(draft.args[0]), run.before(node).shape, run.products)
 
 
-def _unflatten(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _unflatten(run: Run, node: fx.Node, draft: Draft) -> None:
     x, dim, sizes = draft.args[:3]
     first = dim % rank(x)
     dims = regroup(run.dims(x), run.before(node).shape, run.products)[first : first + len(sizes)]
@@ -88,7 +97,7 @@ def _unflatten(run: Propagation, node: fx.Node, draft: Draft) -> None:
     ]
 
 
-def _expand(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _expand(run: Run, node: fx.Node, draft: Draft) -> None:
     x, sizes = draft.args[0], list(draft.get(1, "size"))
     dims, wanted = run.dims(x), run.wanted.get(node, {})
     lead = len(sizes) - len(dims)
@@ -103,7 +112,7 @@ def _expand(run: Propagation, node: fx.Node, draft: Draft) -> None:
     draft.args[1] = sizes
 
 
-def _repeat(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _repeat(run: Run, node: fx.Node, draft: Draft) -> None:
     repeats = list(draft.args[1])
     lead = len(repeats) - rank(draft.args[0])
     for i, size in run.wanted.get(node, {}).items():
@@ -113,7 +122,7 @@ def _repeat(run: Propagation, node: fx.Node, draft: Draft) -> None:
     draft.args[1] = repeats
 
 
-def _factory(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _factory(run: Run, node: fx.Node, draft: Draft) -> None:
     place = FACTORIES[packet(draft.target)]
     sizes = list(draft.args[place])
     for i, size in run.wanted.get(node, {}).items():
@@ -121,13 +130,13 @@ def _factory(run: Propagation, node: fx.Node, draft: Draft) -> None:
     draft.args[place] = sizes
 
 
-def _eye(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _eye(run: Run, node: fx.Node, draft: Draft) -> None:
     for dim, size in run.wanted.get(node, {}).items():
         place = min(dim, len(draft.args) - 1)
         draft.args[place] = run.arguments.fit(draft.args[place], size, node)
 
 
-def _arange(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _arange(run: Run, node: fx.Node, draft: Draft) -> None:
     size = run.wanted.get(node, {}).get(0)
     if size is None:
         return
@@ -139,7 +148,7 @@ def _arange(run: Propagation, node: fx.Node, draft: Draft) -> None:
     draft.args[counts] = run.arguments.fit(end, run.arguments.value(start) + size, node)
 
 
-def _slice(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _slice(run: Run, node: fx.Node, draft: Draft) -> None:
     x = draft.args[0]
     along = draft.get(1, "dim", 0) % rank(x)
     start, end = draft.get(2, "start"), draft.get(3, "end")
@@ -176,7 +185,7 @@ def _symbols(size: Size) -> set[Any]:
     return set(expr(size).free_symbols)
 
 
-def _select(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _select(run: Run, node: fx.Node, draft: Draft) -> None:
     x, along, index = draft.args[:3]
     dim = run.dims(x)[along % rank(x)]
     if dim.moved:
@@ -187,14 +196,14 @@ def _select(run: Propagation, node: fx.Node, draft: Draft) -> None:
         run.picks.add(node)
 
 
-def _index(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _index(run: Run, node: fx.Node, draft: Draft) -> None:
     dims = run.dims(draft.args[0])
     for index, dim in zip(draft.args[1], dims, strict=False):
         if index is not None and dim.moved and not run.moved(index):
             run.picks.add(node)
 
 
-def _parts(run: Propagation, node: fx.Node, draft: Draft) -> None:
+def _parts(run: Run, node: fx.Node, draft: Draft) -> None:
     x = draft.args[0]
     if packet(draft.target) == "unbind":
         along = draft.get(1, "dim", 0)
@@ -205,7 +214,7 @@ def _parts(run: Propagation, node: fx.Node, draft: Draft) -> None:
         raise Unclear(f"it takes {dim.old}→{dim.new} apart, and the new part could go to any piece")
 
 
-_RULES: dict[str, Callable[[Propagation, fx.Node, Draft], list[Any] | None]] = {
+_RULES: dict[str, Callable[[Run, fx.Node, Draft], list[Any] | None]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "view_copy"), _view),
     **dict.fromkeys(FACTORIES, _factory),
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split"), _parts),
@@ -225,7 +234,7 @@ _RULES: dict[str, Callable[[Propagation, fx.Node, Draft], list[Any] | None]] = {
 # -- all other ops: run as they are, unless an argument looks like a length
 
 
-def _check_plain(run: Propagation, node: fx.Node, draft: Draft, name: str) -> None:
+def _check_plain(run: Run, node: fx.Node, draft: Draft, name: str) -> None:
     operands = tensors((draft.args, draft.kwargs))
     moved = [n for n in operands if run.moved(n)]
     lengths = [d for n in moved for d in run.dims(n) if d.moved]
@@ -247,7 +256,7 @@ def _check_plain(run: Propagation, node: fx.Node, draft: Draft, name: str) -> No
     _numbers(run, draft, lengths)
 
 
-def _numbers(run: Propagation, draft: Draft, lengths: list[Dim]) -> None:
+def _numbers(run: Run, draft: Draft, lengths: list[Dim]) -> None:
     """Refuse a number that is the old length: it may be one, and it may be something else."""
     schema = getattr(draft.target, "_schema", None)
     names = [a.name for a in schema.arguments] if schema else [""] * len(draft.args)
@@ -264,7 +273,7 @@ def _numbers(run: Propagation, draft: Draft, lengths: list[Dim]) -> None:
                 )
 
 
-def _means(run: Propagation, node: fx.Node, lengths: list[Dim]) -> None:
+def _means(run: Run, node: fx.Node, lengths: list[Dim]) -> None:
     """A sum over the sequence that is divided by its old length."""
     olds = [d.old for d in lengths if isinstance(d.old, int)]
     for user in node.users:
@@ -274,7 +283,7 @@ def _means(run: Propagation, node: fx.Node, lengths: list[Dim]) -> None:
                     raise Unclear(f"'{user.name}' divides the sum by {value}, which may be the length")
 
 
-def _assertion(run: Propagation, node: fx.Node, draft: Draft, name: str) -> Any:
+def _assertion(run: Run, node: fx.Node, draft: Draft, name: str) -> Any:
     """Drop an assertion on a baked size; keep one that still holds."""
     if name == "_assert_tensor_metadata":
         for i, key in ((1, "size"), (2, "stride")):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from surgery.propagate.arguments import Draft
-from surgery.propagate.sizes import same
-
-if TYPE_CHECKING:
-    from surgery.propagate.engine import Propagation
+from surgery.graph.propagate.arguments import Draft
+from surgery.graph.propagate.run import Run
+from surgery.graph.propagate.sizes import same
 
 Place = tuple[fx.Node, int]
 _LAST = 1 << 62  # an end beyond any length: "to the end"
@@ -63,7 +61,7 @@ def is_open(end: Any) -> bool:
     return end is None or (isinstance(end, int) and (end < 0 or end >= _LAST))
 
 
-def links(run: Propagation, name: str, draft: Draft) -> list[list[Place]]:
+def links(run: Run, name: str, draft: Draft) -> list[list[Place]]:
     """Groups of operand dimensions of which each has one size, or 1 where the op broadcasts."""
     args = draft.args
     if is_broadcast(draft.target):
@@ -123,7 +121,7 @@ def _joined(name: str, draft: Draft) -> list[list[Place]]:
     return [[(n, d) for n in operands] for d in range(count) if d != along]
 
 
-def _through(run: Propagation, x: fx.Node, dim: int, index: fx.Node) -> list[list[Place]]:
+def _through(run: Run, x: fx.Node, dim: int, index: fx.Node) -> list[list[Place]]:
     """An index as long as the dimension that it goes through goes through all of it: positions in a table."""
     if index.meta["val"].dtype in (torch.bool, torch.uint8):
         return []
@@ -131,7 +129,7 @@ def _through(run: Propagation, x: fx.Node, dim: int, index: fx.Node) -> list[lis
     return [group for group in groups if _were_equal(run, group)]
 
 
-def _were_equal(run: Propagation, places: list[Place]) -> bool:
+def _were_equal(run: Run, places: list[Place]) -> bool:
     (a, i), (b, j) = places
     return same(run.before(a).shape[i], run.before(b).shape[j])
 

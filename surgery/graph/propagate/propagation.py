@@ -12,11 +12,21 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from surgery.errors import PassError
-from surgery.meta_cache import MetaCache
-from surgery.propagate import backward, forward
-from surgery.propagate.arguments import Arguments, Draft
-from surgery.propagate.sizes import Dim, Products, Size, Unclear, describe, is_one, is_size, on_data, same
+from surgery.common.errors import PassError
+from surgery.graph.fake import MetaCache
+from surgery.graph.propagate import backward, forward
+from surgery.graph.propagate.arguments import Arguments, Draft
+from surgery.graph.propagate.sizes import (
+    Dim,
+    Products,
+    Size,
+    Unclear,
+    describe,
+    is_one,
+    is_size,
+    on_data,
+    same,
+)
 
 _DEEPEST = 150  # steps back: what makes a mask or positions is near, a whole model is not
 _REMEDY = "lengthen behind this node, or capture the model with this dimension dynamic"

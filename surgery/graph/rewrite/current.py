@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from surgery.sites import META, Site, head, live_nodes, tail, writes
-from surgery.weight_ops import Call, arguments, operand, parameter_of
+from surgery.graph.graphs import live_nodes, writes
+from surgery.graph.marks import META, head, tail
+from surgery.graph.ops import Call, arguments, operand, parameter_of
+from surgery.graph.sites import Site
 
 
 def standing_for(source: fx.Node) -> set[fx.Node]:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from surgery.errors import PassError
-from surgery.meta_cache import MetaCache
-from surgery.outputs import add_output, follow
-from surgery.sites import META, Site
-from surgery.weight_ops import Call
+from surgery.common.errors import PassError
+from surgery.graph.fake import MetaCache
+from surgery.graph.marks import META
+from surgery.graph.ops import Call
+from surgery.graph.outputs import add_output, follow
+from surgery.graph.sites import Site
 
 if TYPE_CHECKING:
-    from surgery.view import View
+    from surgery.graph.view import View
 
 
 def _module_stack(node: fx.Node) -> dict[Any, Any]:
@@ -179,16 +180,16 @@ class Inserter:
         node.meta[META] = {**node.meta[META], "role": role}
 
     def add_output(self, name: str, node: fx.Node) -> None:
-        """Let the program return one value more; see surgery.outputs.add_output."""
+        """Let the program return one value more; see surgery.graph.outputs.add_output."""
         node.meta[META] = {**node.meta[META], "output": name}
         add_output(self.graph, name, node)
 
     def follow(self, changed: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
-        """See surgery.outputs.follow."""
+        """See surgery.graph.outputs.follow."""
         return follow(self.graph, changed, self._cache)
 
     def refresh(self, vals: Mapping[fx.Node, Any]) -> None:
-        """Give nodes other `val`s: those behind a value of another width (see surgery.outputs.follow)."""
+        """Give nodes other `val`s: those behind a value of another width (see surgery.graph.outputs.follow)."""
         for node, val in vals.items():
             node.meta = {**node.meta, "val": val}
 

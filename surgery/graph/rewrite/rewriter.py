@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.errors import PassError
-from surgery.inserting import Inserter
-from surgery.sites import META, Site, head, is_aux, tail
-from surgery.standing import bias_now, replaced_by, weight_reader
-from surgery.weight_ops import LINEAR, Call, arguments, operand
+from surgery.common.errors import PassError
+from surgery.graph.marks import META, head, is_aux, tail
+from surgery.graph.ops import LINEAR, Call, arguments, operand
+from surgery.graph.propagate import propagate
+from surgery.graph.rewrite.current import bias_now, replaced_by, weight_reader
+from surgery.graph.rewrite.inserter import Inserter
+from surgery.graph.sites import Site
 
 aten = torch.ops.aten
 
@@ -133,10 +135,8 @@ class Rewriter(Inserter):
         return fresh
 
     def settle(self, changed: Mapping[fx.Node, fx.Node]) -> None:
-        """Give what lies behind inserted nodes its new sizes; see surgery.propagate. changed: node -> whose place
+        """Give what lies behind inserted nodes its new sizes; see surgery.graph.propagate. changed: node -> whose place
         it took."""
-        from surgery.propagate import propagate
-
         try:
             done = propagate(self.graph, changed)
         except PassError as error:
@@ -160,7 +160,7 @@ class Rewriter(Inserter):
         """Let the users of a node's value read fresh for good: an op made with `model_op`, which is the site now.
 
         value: one behind it, where that goes with the node (a bias added to it). Adapters round it are dead then;
-        refuse them in `check` (see surgery.standing.adapted_by).
+        refuse them in `check` (see surgery.graph.rewrite.current.adapted_by).
         """
         value = tail(node, whole=True) if value is None else value
         fresh.meta[META] = {**fresh.meta[META], "instead_of": value.name}

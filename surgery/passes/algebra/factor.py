@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.sites import Site
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS
+from surgery.graph.sites import Site
+from surgery.passes.algebra.low_rank import factor_shapes
 
 # Outputs on few inputs say nothing of most directions; a hundredth of the weight's own share orders these.
 DAMPING = 1e-2
@@ -146,7 +147,5 @@ def as_stored(site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def stored_shapes(site: Site, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of `as_stored`."""
-    from surgery.lowrank import factor_shapes
-
     a, b = factor_shapes(site, rank)
     return (a[::-1] if site.kind == EMBEDDING else a), b

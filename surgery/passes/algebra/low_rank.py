@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, arguments
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, arguments
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
 
 aten = torch.ops.aten
 CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")  # after x, weight and bias

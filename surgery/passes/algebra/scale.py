@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.weight_ops import CONV
+from surgery.graph.ops import CONV
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
 
 aten = torch.ops.aten
 

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from surgery.errors import PassError
-from surgery.expanding.region import Region, adapters_in, module_of, outer_values, region_of, run
-from surgery.pass_base import TensorSpec
-from surgery.rewriter import Rewriter
-from surgery.sites import META, Site, SiteKey, tail
-from surgery.target import select_sites
-from surgery.weight_ops import CONV, NORM, Call
+from surgery.common.errors import PassError
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.marks import META, tail
+from surgery.graph.ops import CONV, NORM, Call
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site, SiteKey
+from surgery.graph.targets import select_sites
+from surgery.passes.expand.region import Region, adapters_in, module_of, outer_values, region_of, run
 
 if TYPE_CHECKING:
-    from surgery.blocks import Block, Branch
-    from surgery.probe import Probe
-    from surgery.view import View
+    from surgery.graph.analysis.blocks import Block, Branch
+    from surgery.graph.sites import Measurements
+    from surgery.graph.view import View
 
 aten = torch.ops.aten
 
@@ -152,7 +153,7 @@ def check(place: Place, view: View) -> str | None:
     return None
 
 
-def decide(place: Place, view: View, probe: Probe) -> dict[str, Any]:
+def decide(place: Place, view: View, probe: Measurements) -> dict[str, Any]:
     block, region = next(
         (block, region_of(block, view)) for block, n in zip(place.blocks, place.copies, strict=True) if n
     )
@@ -182,7 +183,7 @@ def decide(place: Place, view: View, probe: Probe) -> dict[str, Any]:
     }
 
 
-def _outer(place: Place, view: View, probe: Probe) -> dict[fx.Node, Any]:
+def _outer(place: Place, view: View, probe: Measurements) -> dict[fx.Node, Any]:
     """What the region reads from outside, on the first set of data."""
 
     def measure() -> dict[fx.Node, Any]:

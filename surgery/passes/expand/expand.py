@@ -9,15 +9,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from surgery.errors import PassError
-from surgery.expanding import depth, width
-from surgery.expanding import side as beside
-from surgery.pass_base import EXACT, GraphPass, Numerics, TensorSpec, rounded
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.target import select_sites
-from surgery.view import View
-from surgery.weight_ops import EXPERTS, LINEAR
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.numerics import EXACT, Numerics, rounded
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import EXPERTS, LINEAR
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.targets import select_sites
+from surgery.graph.view import View
+from surgery.passes.expand import depth, width
+from surgery.passes.expand import side as beside
 
 # Measured in fp32 at ×1.5: at most 7.9e-7 on MiniLM and SmolLM2 (2 layers each), tiny T5, ViT and wav2vec2, ResNet-18.
 # The other dtypes, and greater depth, are not measured yet.
@@ -213,12 +215,12 @@ class Expand(GraphPass):
         return depth.Request(self.deeper, self._blocks(), self.row, target)
 
     def _depth(self, site: Site) -> depth.Place | None:
-        view = site.probe.program.view
+        view = site.probe.view
         places = site.probe.once((self, "places"), lambda: depth.places(self._request(self.target), view))
         return next((place for place in places if place.site.key == site.key), None)
 
     def _width(self, site: Site) -> width.Place:
-        view = site.probe.program.view
+        view = site.probe.view
         places = site.probe.once((self, "places"), lambda: width.places(view, self.target))
         return next(place for place in places if place.site.key == site.key)
 
@@ -230,7 +232,7 @@ class Expand(GraphPass):
     # -- what
 
     def check(self, site: Site) -> str | None:
-        view = site.probe.program.view
+        view = site.probe.view
         if self._way == "side":
             return beside.check(self._branch, site, view)
         if self._way == "wider":
@@ -241,7 +243,7 @@ class Expand(GraphPass):
         )
 
     def decide(self, site: Site) -> dict[str, Any]:
-        view, probe = site.probe.program.view, site.probe
+        view, probe = site.probe.view, site.probe
         if self._way == "side":
             return beside.decide(self._branch, site, view, probe)
         if self._way == "wider":

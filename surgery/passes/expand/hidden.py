@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from surgery.dataflow import op_name
-from surgery.sites import META, head, is_aux, is_gone, tail
-from surgery.weight_ops import CONV, LINEAR, Call, arguments, is_depthwise, operand
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.marks import META, head, is_aux, is_gone, tail
+from surgery.graph.ops import CONV, LINEAR, Call, arguments, is_depthwise, operand
 
 if TYPE_CHECKING:
-    from surgery.view import View
+    from surgery.graph.view import View
 
 _MOST = 48  # ops between: what leads farther is a stream, no hidden layer
 _STILL = {"dropout", "dropout_", "to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias"}

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from surgery.dataflow import op_name
-from surgery.residuals import operands, shape_of
-from surgery.sites import META, is_aux, tail
-from surgery.weight_ops import Call, arguments
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.analysis.residuals import operands, shape_of
+from surgery.graph.marks import META, is_aux, tail
+from surgery.graph.ops import Call, arguments
 
 if TYPE_CHECKING:
-    from surgery.blocks import Block
-    from surgery.probe import Probe
-    from surgery.view import View
+    from surgery.graph.analysis.blocks import Block
+    from surgery.graph.sites import Measurements
+    from surgery.graph.view import View
 
 _CASTS = ("to", "_to_copy", "type_as", "alias")
 _STATISTICS = ("running_mean", "running_var")
@@ -145,7 +145,7 @@ def outer_values(region: Region) -> set[fx.Node]:
 
 
 def run(
-    probe: Probe, region: Region, outer: Mapping[fx.Node, Any], zero: Collection[str], view: View
+    probe: Measurements, region: Region, outer: Mapping[fx.Node, Any], zero: Collection[str], view: View
 ) -> Tensor:
     """What a copy computes of the region's own output, with these tensors (by first name) at zero."""
     module = probe.program.graph_module

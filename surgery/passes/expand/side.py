@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.activations import ACTIVATIONS
-from surgery.lowrank import lacks
-from surgery.pass_base import TensorSpec
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, NORM, arguments, per_axis
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, NORM, arguments, per_axis
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.algebra.low_rank import lacks
+from surgery.passes.algebra.nonlinearities import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from surgery.attention import Attention
-    from surgery.probe import Probe
-    from surgery.view import View
+    from surgery.graph.analysis.attention import Attention
+    from surgery.graph.sites import Measurements
+    from surgery.graph.view import View
 
 aten = torch.ops.aten
 
@@ -106,7 +106,7 @@ def _padding(branch: Branch, site: Site, args: dict[str, Any]) -> Any:
     return None if any(t < 0 or t % 2 for t in twice) else [t // 2 for t in twice]
 
 
-def decide(branch: Branch, site: Site, view: View, probe: Probe) -> dict[str, Any]:
+def decide(branch: Branch, site: Site, view: View, probe: Measurements) -> dict[str, Any]:
     known: dict[str, Any] = {"in": site.in_features * site.groups, "out": site.out_features}
     if site.kind == CONV:
         known["kernel"] = list(_kernel(branch, site))
@@ -119,7 +119,7 @@ def decide(branch: Branch, site: Site, view: View, probe: Probe) -> dict[str, An
     return known
 
 
-def _looks_ahead(site: Site, view: View, probe: Probe) -> bool:
+def _looks_ahead(site: Site, view: View, probe: Measurements) -> bool:
     """Whether a self-attention of the site's row of blocks lets a position see later ones.
 
     Where the model has no attention that says so, nothing may look ahead.
@@ -132,7 +132,7 @@ def _looks_ahead(site: Site, view: View, probe: Probe) -> bool:
     return any(seen)
 
 
-def _sees_later(attention: Attention, probe: Probe) -> bool:
+def _sees_later(attention: Attention, probe: Measurements) -> bool:
     """What its mask or its weights say on the first set of data."""
     core = attention.core
     if len(core) == 1:

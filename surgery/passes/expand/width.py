@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from surgery.dataflow import op_name
-from surgery.errors import PassError
-from surgery.expanding.hidden import Hidden, find_hidden
-from surgery.pass_base import TensorSpec
-from surgery.rewriter import Rewriter
-from surgery.sites import Site, SiteKey
-from surgery.standing import tensors_now
-from surgery.target import select_sites
-from surgery.weight_ops import CONV, EXPERTS, arguments
+from surgery.common.errors import PassError
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.ops import CONV, EXPERTS, arguments
+from surgery.graph.rewrite.current import tensors_now
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site, SiteKey
+from surgery.graph.targets import select_sites
+from surgery.passes.expand.hidden import Hidden, find_hidden
 
 if TYPE_CHECKING:
-    from surgery.probe import Probe
-    from surgery.view import View
+    from surgery.graph.sites import Measurements
+    from surgery.graph.view import View
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def grown(wider: str, width: int) -> int:
     return width + int(wider[1:]) if wider.startswith("+") else round(width * float(wider))
 
 
-def decide(place: Place, wider: str, view: View, probe: Probe) -> dict[str, Any]:
+def decide(place: Place, wider: str, view: View, probe: Measurements) -> dict[str, Any]:
     layer = place.layers[0]
     width = grown(wider, layer.width)
     sources = _draw(place, width, probe)
@@ -177,7 +177,7 @@ def _widened(layer: Hidden) -> Iterator[tuple[fx.Node, int, int, bool]]:
     yield layer.down.weight, layer.down.layout.index("i"), 1, True
 
 
-def _draw(place: Place, width: int, probe: Probe) -> list[int]:
+def _draw(place: Place, width: int, probe: Measurements) -> list[int]:
     """For each unit that is added, the one that it repeats."""
     old = place.layers[0].width
     return probe.once(("expand", place.site.key, width), lambda: torch.randint(old, (width - old,)).tolist())

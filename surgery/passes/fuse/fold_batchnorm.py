@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from surgery.pass_base import Numerics, TensorSpec, rounded
-from surgery.pattern_pass import ADAPTERS, PatternPass, read_elsewhere, stored
-from surgery.patterns import Match, Pattern, any_of, constant, number, ops, pattern, shape_of, value
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.view import View
+from surgery.engine.contract.numerics import Numerics, rounded
+from surgery.engine.contract.pattern import ADAPTERS, PatternPass, read_elsewhere, stored
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.patterns import Match, Pattern, any_of, constant, number, ops, pattern, shape_of, value
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
 
 aten = torch.ops.aten
 
@@ -50,12 +51,12 @@ class FoldBatchnorm(PatternPass):
         return (folded,)
 
     def check(self, site: Site) -> str | None:
-        view = site.probe.program.view
+        view = site.probe.view
         match = self.match(site, view)
         shared = read_elsewhere(match, view, ("weight", "bias"))
         if shared:
             return shared
-        if not site.probe.program.base.in_memory:
+        if not site.probe.in_memory:
             return "its weights are not in memory, and folding has to read them"
         variance = site.probe.tensor(str(match["variance"].target))
         if not bool((variance.double() + match["eps"] > 0).all()):
@@ -63,12 +64,12 @@ class FoldBatchnorm(PatternPass):
         return super().check(site)
 
     def decide(self, site: Site) -> dict[str, Any]:
-        match = self.match(site, site.probe.program.view)
+        match = self.match(site, site.probe.view)
         held = {name: str(match[name].target) for name in _HELD if name in match}
         return {"reads": held, "eps": match["eps"], "shape": list(shape_of(match["weight"]))}
 
     def frees(self, site: Site) -> set[str]:
-        names = site.probe.program.names
+        names = site.probe.names
         return {name for name in site.decided["reads"].values() if name in names}
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:

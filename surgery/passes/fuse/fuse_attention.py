@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from surgery.pass_base import Numerics, rounded
-from surgery.pattern_pass import PatternPass
-from surgery.patterns import (
+from surgery.engine.contract.numerics import Numerics, rounded
+from surgery.engine.contract.pattern import PatternPass
+from surgery.graph.patterns import (
     Match,
     Pattern,
     any_of,
@@ -25,9 +25,9 @@ from surgery.patterns import (
     shape_of,
     value,
 )
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.view import View
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
 
 aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ class FuseAttention(PatternPass):
         return grouped, eager
 
     def decide(self, site: Site) -> dict[str, Any]:
-        match = self.match(site, site.probe.program.view)
+        match = self.match(site, site.probe.view)
         return {"scale": _scale(match), "grouped": match.pattern is grouped, "masks": _mask_names(match)}
 
     def note(self, site: Site) -> str:

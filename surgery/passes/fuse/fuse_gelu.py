@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from surgery.pass_base import Numerics, rounded
-from surgery.pattern_pass import PatternPass
-from surgery.patterns import Match, Pattern, any_of, ops, pattern, value
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.view import View
+from surgery.engine.contract.numerics import Numerics, rounded
+from surgery.engine.contract.pattern import PatternPass
+from surgery.graph.patterns import Match, Pattern, any_of, ops, pattern, value
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ class FuseGelu(PatternPass):
         return tanh_gelu, erf_gelu
 
     def decide(self, site: Site) -> dict[str, Any]:
-        return {"approximate": self.match(site, site.probe.program.view).pattern.name.removesuffix("_gelu")}
+        return {"approximate": self.match(site, site.probe.view).pattern.name.removesuffix("_gelu")}
 
     def note(self, site: Site) -> str:
         return f"{site.decided['approximate']} form"

@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from surgery.pass_base import Numerics, TensorSpec, rounded
-from surgery.pattern_pass import ADAPTERS, PatternPass, read_elsewhere, role_in, stored
-from surgery.patterns import Match, Pattern, any_of, dtype_of, ops, shape_of, value
-from surgery.patterns.expressions import Op
-from surgery.rewriter import Rewriter
-from surgery.sites import META, Site, is_gone
-from surgery.view import View
+from surgery.engine.contract.numerics import Numerics, rounded
+from surgery.engine.contract.pattern import ADAPTERS, PatternPass, read_elsewhere, role_in, stored
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.marks import META, is_gone
+from surgery.graph.patterns import Match, Pattern, any_of, dtype_of, ops, shape_of, value
+from surgery.graph.patterns.expressions import Op
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
 
 aten = torch.ops.aten
 
@@ -62,14 +64,14 @@ class FuseQkv(PatternPass):
         return ".".join(first[:count])
 
     def check(self, site: Site) -> str | None:
-        view = site.probe.program.view
+        view = site.probe.view
         match = self.match(site, view)
         letters = match.pattern.name
         shared = read_elsewhere(match, view, [f"{x}_{what}" for x in letters for what in ("weight", "bias")])
         return shared or super().check(site)
 
     def decide(self, site: Site) -> dict[str, Any]:
-        match = self.match(site, site.probe.program.view)
+        match = self.match(site, site.probe.view)
         letters = match.pattern.name
         held = {
             f"{x}_{what}": str(match[f"{x}_{what}"].target)

@@ -9,14 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from surgery.pass_base import Numerics, TensorSpec
-from surgery.passes.fuse_qkv import IN_ONE_PRODUCT
-from surgery.pattern_pass import ADAPTERS, PatternPass, read_elsewhere, role_in, stored
-from surgery.patterns import Match, Pattern, any_of, axis, ops, shape_of, value
-from surgery.patterns.expressions import Op
-from surgery.rewriter import Rewriter
-from surgery.sites import Site, is_gone
-from surgery.view import View
+from surgery.engine.contract.numerics import Numerics
+from surgery.engine.contract.pattern import ADAPTERS, PatternPass, read_elsewhere, role_in, stored
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.marks import is_gone
+from surgery.graph.patterns import Match, Pattern, any_of, axis, ops, shape_of, value
+from surgery.graph.patterns.expressions import Op
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
+from surgery.passes.fuse.fuse_qkv import IN_ONE_PRODUCT
 
 aten = torch.ops.aten
 
@@ -50,7 +52,7 @@ class SplitQkv(PatternPass):
         return str(match["weight"].target).rpartition(".")[0]
 
     def check(self, site: Site) -> str | None:
-        view = site.probe.program.view
+        view = site.probe.view
         match = self.match(site, view)
         parts = view.site_of(match["op"]).parts
         if sorted(row for rows in parts.values() for row in rows) != list(range(shape_of(match["op"])[-1])):
@@ -58,7 +60,7 @@ class SplitQkv(PatternPass):
         return read_elsewhere(match, view, ("weight", "bias")) or super().check(site)
 
     def decide(self, site: Site) -> dict[str, Any]:
-        view = site.probe.program.view
+        view = site.probe.view
         match = self.match(site, view)
         own = view.site_of(match["op"])
         held = {name: str(match[name].target) for name in ("weight", "bias") if name in match}

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from surgery.errors import PassError
-from surgery.outputs import named_outputs
-from surgery.sites import META, Site, head, tail
-from surgery.weight_ops import Call, operand
+from surgery.common.errors import PassError
+from surgery.graph.marks import META, head, tail
+from surgery.graph.ops import Call, operand
+from surgery.graph.outputs import named_outputs
+from surgery.graph.sites import Site
 
 if TYPE_CHECKING:
-    from surgery.rewriter import Rewriter
-    from surgery.view import View
+    from surgery.graph.rewrite.rewriter import Rewriter
+    from surgery.graph.view import View
 
 aten = torch.ops.aten
 _FEATURES = ("last_hidden_state", "pooler_output", "hidden_states")  # transformers' names

@@ -10,16 +10,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
-from surgery import pooling, unpacking
-from surgery.errors import PassError
-from surgery.meta_cache import MetaCache
-from surgery.outputs import follow, refuse_output
-from surgery.pass_base import EXACT, GraphPass, Numerics, TensorSpec, changes
-from surgery.rewriter import Rewriter
-from surgery.sites import META, Site, head, tail
-from surgery.standing import adapted_by, read_elsewhere, tensors_now
-from surgery.view import View
-from surgery.weight_ops import CONV, LINEAR, Call, arguments, operand
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.numerics import EXACT, Numerics, changes
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.fake import MetaCache
+from surgery.graph.marks import META, head, tail
+from surgery.graph.ops import CONV, LINEAR, Call, arguments, operand
+from surgery.graph.outputs import follow, refuse_output
+from surgery.graph.rewrite.current import adapted_by, read_elsewhere, tensors_now
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
+from surgery.passes.algebra import packed
+from surgery.passes.heads import features as pooling
 
 aten = torch.ops.aten
 
@@ -185,7 +189,7 @@ class Head(GraphPass):
         if isinstance(standing, str):
             return standing
         if self.mode == "resize":
-            if site.packed and (unread := unpacking.refusal(site)):
+            if site.packed and (unread := packed.refusal(site)):
                 return f"{unread}, so its rows cannot be kept; use --mode replace"
             beyond = [number for number in self._kept() or () if number >= site.out_features]
             if beyond:

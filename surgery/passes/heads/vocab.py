@@ -10,19 +10,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from surgery import unpacking
-from surgery.dataflow import op_name
-from surgery.errors import PassError
-from surgery.meta_cache import MetaCache
-from surgery.outputs import follow
-from surgery.pass_base import GraphPass, MergeLonger, TensorSpec
-from surgery.pooling import scores_of
-from surgery.rewriter import Rewriter
-from surgery.sites import META, Site, head, tail, wrappers
-from surgery.standing import read_elsewhere
-from surgery.target import select_sites
-from surgery.view import View
-from surgery.weight_ops import EMBEDDING, LINEAR, Call, operand
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.folds import MergeLonger
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.fake import MetaCache
+from surgery.graph.marks import META, head, tail, wrappers
+from surgery.graph.ops import EMBEDDING, LINEAR, Call, operand
+from surgery.graph.outputs import follow
+from surgery.graph.rewrite.current import read_elsewhere
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.targets import select_sites
+from surgery.graph.view import View
+from surgery.passes.algebra import packed
+from surgery.passes.heads.features import scores_of
 
 aten = torch.ops.aten
 _NORMALISES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
@@ -117,7 +120,7 @@ class Vocab(GraphPass):
     def check(self, site: Site) -> str | None:
         if not site.float_dtype.is_floating_point:
             return f"its weight is {site.dtype}, and no op dequantizes it; new rows are floats"
-        if site.packed and self.init.startswith("mean") and (unread := unpacking.refusal(site)):
+        if site.packed and self.init.startswith("mean") and (unread := packed.refusal(site)):
             return f"{unread}; --init normal or zero does not read it"
         if site.kind == LINEAR and any(call.x_axis == "column" for call in site.calls):
             return "its op multiplies from the left, and only x Wᵀ is made longer"

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from surgery.combination import Combination
-from surgery.errors import PassError
-from surgery.sites import Site
-from surgery.weight_ops import CONV
+from surgery.common.errors import PassError
+from surgery.engine.contract.combination import Combination
+from surgery.graph.ops import CONV
+from surgery.graph.sites import Site
 
 # a: (n, r, in), b: (n, out, r): one pair, one for each group of a convolution, or one for each expert.
 Pair = tuple[Tensor, Tensor]

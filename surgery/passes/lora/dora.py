@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgery import lowrank
-from surgery.rewriter import Rewriter
-from surgery.scaling import ones_elsewhere
-from surgery.sites import Site, head
-from surgery.standing import bias_now
-from surgery.unpacking import Apply, eagerly, unpacked
-from surgery.weight_ops import CONV, EXPERTS, operand
+from surgery.graph.marks import head
+from surgery.graph.ops import CONV, EXPERTS, operand
+from surgery.graph.packed import Apply, eagerly
+from surgery.graph.rewrite.current import bias_now
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.algebra import low_rank
+from surgery.passes.algebra.packed import unpacked
+from surgery.passes.algebra.scale import ones_elsewhere
 
 aten = torch.ops.aten
 
@@ -64,7 +66,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 def part_of(call: Apply, site: Site, weight: Any, rows: Sequence[int], index: Any) -> Any:
     """The rows of a fused projection's weight that one part has. index: these as a tensor, where they have gaps."""
     axis = output_axis(site)
-    if lowrank.is_run(rows):
+    if low_rank.is_run(rows):
         return call(aten.slice.Tensor, weight, axis, rows[0], rows[-1] + 1)
     return call(aten.index_select.default, weight, axis, index)
 
@@ -114,9 +116,9 @@ def rewrite(
         for part, ratio in zip(parts, ratios, strict=True)
     ]
     if parts[0].rows is None:
-        return lowrank.add_branch(site, g, parts[0].a, branches[0][1], scale, dropped, out)
-    updates = [(lowrank.branch(site, g, part.a, b, x=dropped), part.rows or ()) for part, b in branches]
-    return lowrank.add_rows(site, g, updates, scale, out)
+        return low_rank.add_branch(site, g, parts[0].a, branches[0][1], scale, dropped, out)
+    updates = [(low_rank.branch(site, g, part.a, b, x=dropped), part.rows or ()) for part, b in branches]
+    return low_rank.add_rows(site, g, updates, scale, out)
 
 
 def _scaled_base(site: Site, g: Rewriter, ratio: fx.Node, dropped: fx.Node | None) -> fx.Node:
@@ -145,7 +147,7 @@ def _scaled_base(site: Site, g: Rewriter, ratio: fx.Node, dropped: fx.Node | Non
 def _product(site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
     """W x of another activation, without a bias; of a packed weight by its own op."""
     if not site.packed:
-        return lowrank.product(site, g, x, g.stored, site.layout)
+        return low_rank.product(site, g, x, g.stored, site.layout)
     assert g.call_ is not None
     again, bias = g.again(x), bias_now(g.call_)
     if bias is None:
@@ -205,7 +207,7 @@ class Magnify:
         b = part.b.to(weight.dtype) * ratio.view(
             *ratio.shape, *(1 for _ in range(part.b.dim() - ratio.dim()))
         )
-        lowrank.AddLowRank(site, part.a, b, self.scale * self.weight, rows).apply_(weight)
+        low_rank.AddLowRank(site, part.a, b, self.scale * self.weight, rows).apply_(weight)
 
     def _index(self) -> Tensor | None:
         rows = self.part.rows

@@ -11,17 +11,23 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
-from surgery import dora, lora_combining, lowrank, pissa, unpacking
-from surgery.errors import PassError
-from surgery.pass_base import EXACT, MergeFrom, MergeOp, Numerics, RewritePass, TensorSpec, rounded
-from surgery.rewriter import Rewriter
-from surgery.scaling import part_index
-from surgery.sites import Site
-from surgery.standing import replaced_at
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.folds import MergeFrom, MergeOp
+from surgery.engine.contract.numerics import EXACT, Numerics, rounded
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.graph.rewrite.current import replaced_at
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.algebra import low_rank, packed
+from surgery.passes.algebra.scale import part_index
+from surgery.passes.lora import combine as lora_combining
+from surgery.passes.lora import dora, pissa
 
 if TYPE_CHECKING:
-    from surgery.combination import Combination, Place, Source
+    from surgery.engine.contract.base import Place, Source
+    from surgery.engine.contract.combination import Combination
 
 aten = torch.ops.aten
 
@@ -148,7 +154,7 @@ class Lora(RewritePass):
         unknown = [part for part in self._parts(site) if part not in site.parts]
         if unknown:
             return f"it has no part {unknown[0]!r}; its parts are {', '.join(site.parts)}"
-        if site.packed and site.kind == CONV and (lacking := lowrank.lacks(site)):
+        if site.packed and site.kind == CONV and (lacking := low_rank.lacks(site)):
             return (
                 f"its op {site.op} has no argument {lacking}, so the shape of a branch beside it is not known"
             )
@@ -159,13 +165,13 @@ class Lora(RewritePass):
     def _check_weight(self, site: Site) -> str | None:
         """What DoRA and PiSSA need of the weight itself."""
         option = "--dora" if self.dora else "--init pissa"
-        if site.packed and (unread := unpacking.refusal(site)):
+        if site.packed and (unread := packed.refusal(site)):
             return f"{unread}; leave {option} out"
         gone = replaced_at(site)
         if gone:
             return f"{gone} has put another op in its place; leave {option} out, or undo {gone!r}"
         if self.dora:
-            there = site.probe.program.base.in_memory
+            there = site.probe.in_memory
             dead = dora.zero_output(site, site.probe.dequantized(site), self._rows(site)) if there else None
             if dead is not None:
                 return f"the weight of its output {dead} is zero, which has no direction; leave --dora out"
@@ -176,7 +182,7 @@ class Lora(RewritePass):
             return f"its weight has no more than {largest} singular values; give --rank {largest} or less"
         if site.packed:  # its op goes on computing with all of it
             return None
-        journal = {entry.id: entry for entry in site.probe.program.journal}
+        journal = {entry.id: entry for entry in site.probe.journal}
         for name in pissa.entries_at(site):
             if journal[name].pass_name != self.name or journal[name].options.get("dora"):
                 return f"{name} acts on what its op computes, of which PiSSA takes a part away; apply it after this"
@@ -206,14 +212,14 @@ class Lora(RewritePass):
                 specs[f"A0{end}"], specs[f"B0{end}"] = (replace(spec, trainable=False) for spec in pair)
             if self.dora:
                 specs[f"m{end}"] = self._magnitude(site, own)
-            if own is not None and not lowrank.is_run(own):
-                specs[f"rows_{own[0]}"] = _index(lowrank.gather_index(own, site.out_features))
+            if own is not None and not low_rank.is_run(own):
+                specs[f"rows_{own[0]}"] = _index(low_rank.gather_index(own, site.out_features))
                 if self.dora:
                     specs[f"index{end}"] = _index(torch.tensor(own))
         if self.dora and rows:
             specs["rows"] = _index(part_index(list(rows.values()), site.out_features))
         if self.dora:
-            for number, value in enumerate(unpacking.constants(site)):
+            for number, value in enumerate(packed.constants(site)):
                 specs[f"constant_{number}"] = TensorSpec(
                     tuple(value.shape), trainable=False, dtype=value.dtype, value=value.clone()
                 )
@@ -224,7 +230,7 @@ class Lora(RewritePass):
     def _pair(
         self, site: Site, split: pissa.Split, part: str, rows: list[int] | None
     ) -> tuple[TensorSpec, TensorSpec]:
-        a, b = lowrank.factor_shapes(site, self.rank, None if rows is None else len(rows))
+        a, b = low_rank.factor_shapes(site, self.rank, None if rows is None else len(rows))
         if self.init == "pissa":
             return (
                 TensorSpec(a, lambda t: t.copy_(split.factors[part][0])),
@@ -246,7 +252,7 @@ class Lora(RewritePass):
                 weight = dora.part_of(dora.eagerly, site, weight, rows, index)
             a, b = (
                 weight.new_zeros(shape)
-                for shape in lowrank.factor_shapes(site, self.rank, None if rows is None else len(rows))
+                for shape in low_rank.factor_shapes(site, self.rank, None if rows is None else len(rows))
             )
             magnitude.copy_(dora.norms(dora.eagerly, site, weight, a, b, self.scale))
 
@@ -269,16 +275,16 @@ class Lora(RewritePass):
         if not rows:
             if self.init == "pissa" and site.packed:
                 return g.call(aten.add.Tensor, g.out, self._branch(site, g, "", dropped), alpha=scale)
-            return lowrank.add_branch(site, g, g["A"], g["B"], scale, dropped)
+            return low_rank.add_branch(site, g, g["A"], g["B"], scale, dropped)
         updates = [(self._branch(site, g, f"_{part}", dropped), features) for part, features in rows.items()]
-        return lowrank.add_rows(site, g, updates, scale)
+        return low_rank.add_rows(site, g, updates, scale)
 
     def _branch(self, site: Site, g: Rewriter, end: str, dropped: fx.Node | None) -> fx.Node:
         """What one pair adds, before it is scaled. end: of the names of its tensors."""
-        own = lowrank.branch(site, g, g[f"A{end}"], g[f"B{end}"], x=dropped)
+        own = low_rank.branch(site, g, g[f"A{end}"], g[f"B{end}"], x=dropped)
         if self.init != "pissa" or not site.packed:
             return own
-        return g.call(aten.sub.Tensor, own, lowrank.branch(site, g, g[f"A0{end}"], g[f"B0{end}"]))
+        return g.call(aten.sub.Tensor, own, low_rank.branch(site, g, g[f"A0{end}"], g[f"B0{end}"]))
 
     @staticmethod
     def _placed(rows: Mapping[str, list[int]], g: Rewriter) -> list[tuple[str, tuple[int, ...] | None, Any]]:
@@ -286,7 +292,7 @@ class Lora(RewritePass):
         if not rows:
             return [("", None, None)]
         return [
-            (f"_{part}", tuple(own), None if lowrank.is_run(own) else g[f"index_{part}"])
+            (f"_{part}", tuple(own), None if low_rank.is_run(own) else g[f"index_{part}"])
             for part, own in rows.items()
         ]
 
@@ -303,7 +309,7 @@ class Lora(RewritePass):
                 whole = dora.Part(a, b, tensors[f"m{end}"], rows)
                 ops[f"weight:{part}"] = dora.Magnify(site, whole, self.scale, weight)
             else:
-                ops[f"weight:{part}"] = lowrank.AddLowRank(site, a, b, self.scale * weight, rows)
+                ops[f"weight:{part}"] = low_rank.AddLowRank(site, a, b, self.scale * weight, rows)
         return ops
 
     @classmethod

@@ -15,10 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from surgery import factoring, lowrank
-from surgery.rewriter import Rewriter
-from surgery.sites import META, Site, head, wrappers
-from surgery.weight_ops import operand
+from surgery.graph.marks import META, head, wrappers
+from surgery.graph.ops import operand
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.algebra import factor, low_rank
 
 aten = torch.ops.aten
 OVERSAMPLED = 8  # columns beyond the rank in the randomised SVD (Halko et al. 2011, arXiv:0909.4061)
@@ -45,11 +46,11 @@ class Split:
     @cached_property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A and B by part, in the dtype of the weight: the residual makes up for their rounding."""
-        matrices = factoring.matrices(self.site, self.weight)
+        matrices = factor.matrices(self.site, self.weight)
         found = {}
         for part, rows in self.rows.items():
             own = matrices if rows is None else matrices[:, list(rows)]
-            shapes = lowrank.factor_shapes(self.site, self.rank, None if rows is None else len(rows))
+            shapes = low_rank.factor_shapes(self.site, self.rank, None if rows is None else len(rows))
             pair = (value / self.scale**0.5 for value in self._principal(own))
             a, b = (value.reshape(shape) for value, shape in zip(pair, shapes, strict=True))
             found[part] = a.to(self.weight.dtype), b.to(self.weight.dtype)
@@ -57,7 +58,7 @@ class Split:
 
     def _principal(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
         if not self.iterations:
-            return factoring.factors(matrices, factoring.directions(matrices, None, False), self.rank)
+            return factor.factors(matrices, factor.directions(matrices, None, False), self.rank)
         columns = min(self.rank + OVERSAMPLED, *matrices.shape[1:])
         u, s, v = torch.svd_lowrank(matrices, columns, self.iterations)
         root = s[:, None, : self.rank].sqrt()
@@ -70,13 +71,13 @@ class Split:
         for part, (a, b) in self.factors.items():
             rows = self.rows[part]
             chosen = None if rows is None else tuple(rows)
-            lowrank.AddLowRank(self.site, a, b, -self.scale, chosen).apply_(left)
+            low_rank.AddLowRank(self.site, a, b, -self.scale, chosen).apply_(left)
         return left
 
 
 def largest_rank(site: Site, rows: Sequence[int] | None) -> int:
     """How many singular values the weight has (per group of a convolution, per expert)."""
-    a, b = lowrank.factor_shapes(site, 1, None if rows is None else len(rows))
+    a, b = low_rank.factor_shapes(site, 1, None if rows is None else len(rows))
     outputs = b[1] if len(site.layout) == 3 and "e" in site.layout else b[0] // site.groups
     return min(outputs, int(torch.Size(a).numel()) // _stack(site))
 

@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from surgery.errors import PassError
-from surgery.graphs import flat_inputs
-from surgery.sites import Site
-from surgery.weight_ops import LINEAR, arguments
-
-if TYPE_CHECKING:
-    from surgery.probe import InputSet
-    from surgery.program import Program
+from surgery.common.errors import PassError
+from surgery.engine.probe import InputSet
+from surgery.engine.state import State
+from surgery.graph.graphs import flat_inputs
+from surgery.graph.ops import LINEAR, arguments
+from surgery.graph.sites import Measurements, Site
 
 
-def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: int) -> dict[str, Tensor]:
+def fisher(probe: Measurements, name: str, samples: int = 4, seed: int = 0) -> Tensor:
+    """Diagonal Fisher information of a base parameter, of its shape, in fp32; see `fisher_of`.
+
+    For the packed weight of a linear op it is that of the floats that the weight stands for. It is computed for all
+    parameters in one run and kept by the probe.
+
+    Args:
+        probe: what the pass may measure (`site.probe`).
+        name: the parameter's name.
+        samples: answers drawn for each set of data.
+        seed: of the draws.
+
+    Raises:
+        PassError: a gradient on the data is not finite.
+    """
+    return probe.once(("fisher", samples, seed), lambda: _measured(probe, samples, seed))[name]
+
+
+def _measured(probe: Measurements, samples: int, seed: int) -> dict[str, Tensor]:
+    for _ in probe.inputs_of_graph():  # raises where the data do not fit
+        pass
+    found = fisher_of(probe.program, probe.data, samples, seed)
+    wrong = next((name for name, value in found.items() if not bool(value.isfinite().all())), None)
+    if wrong is not None:
+        raise PassError(f"on the data the gradient of {wrong} is infinite or no number; mend the data")
+    return found
+
+
+def fisher_of(program: State, data: Sequence[InputSet], samples: int, seed: int) -> dict[str, Tensor]:
     """E over data and y ~ p(y|x) of (∂ log p(y|x) / ∂θ)², for every parameter of the base, by name.
 
     Of a packed weight of a linear op: for the floats that it stands for, θ of their shape.
@@ -27,9 +53,7 @@ def fisher_of(program: Program, data: Sequence[InputSet], samples: int, seed: in
     p is the softmax over the last axis of the program's first floating output (a unit-variance normal around it
     where that has one channel), so no labels are needed (Sung et al. 2021, arXiv:2111.09839).
     """
-    from surgery.program import Program
-
-    free = Program(program.base, program.journal, *program.copies())
+    free = program.derive(program.journal, *program.copies())
     free.journal = type(program.journal)(tuple(e for e in program.journal if e.kind == "rewrite"))
     module = free.module()
     packed = _Packed(module.graph_module(), free.sites)

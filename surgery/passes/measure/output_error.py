@@ -1,6 +1,6 @@
 """How far an op's outputs move when its weight does: exactly, by the products of what enters it on the data.
 
-A weight is seen as stacked matrices (surgery.factoring): one for a linear map or a table, one for each group of a
+A weight is seen as stacked matrices (surgery.passes.algebra.factor): one for a linear map or a table, one for each group of a
 convolution (its columns are channels × kernel), one for each expert. With X the rows on which such a matrix acts, the
 squared norm of what E adds to the outputs over all of the data is tr(E XᵀX Eᵀ), summed over the stack: so XᵀX (stack ×
 in × in) is all that has to be kept. Rows of a table are picked by one-hot X, whose XᵀX is how often each is read.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgery.errors import PassError
-from surgery.probe import Probe
-from surgery.sites import Site, SiteKey, head
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments, operand, per_axis
+from surgery.common.errors import PassError
+from surgery.graph.marks import head
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments, operand, per_axis
+from surgery.graph.sites import Measurements, Site, SiteKey
 
 _DAMPING = 1e-6  # of the mean of XᵀX's diagonal: inputs that the data never use
 _ROOM = 2**31  # bytes of products that are kept at once, where one site does not take more
@@ -139,7 +139,7 @@ class Decomposed:
 class Inputs:
     """What enters sites, measured when it is asked for: for as many at once as there is room."""
 
-    def __init__(self, probe: Probe, sites: Iterable[tuple[Site, Collection[Any]]]) -> None:
+    def __init__(self, probe: Measurements, sites: Iterable[tuple[Site, Collection[Any]]]) -> None:
         """sites: each with the ops that round what enters it, or none."""
         self.probe = probe
         self._sources = {

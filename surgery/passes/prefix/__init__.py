@@ -17,8 +17,8 @@ start      keys and values of real tokens to start at
 
 from __future__ import annotations
 
-from surgery.prefixes.insert import attend, root_stack
-from surgery.prefixes.operands import Unsuited
-from surgery.prefixes.places import Place, attentions_by_site, read_place
+from surgery.passes.prefix.insert import attend, root_stack
+from surgery.passes.prefix.operands import Unsuited
+from surgery.passes.prefix.places import Place, attentions_by_site, read_place
 
 __all__ = ["Place", "Unsuited", "attend", "attentions_by_site", "read_place", "root_stack"]

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.dataflow import op_name
-from surgery.prefixes.insert import spread
-from surgery.prefixes.operands import Unsuited
-from surgery.prefixes.places import SDPA, Place
-from surgery.rewriter import Rewriter
-from surgery.weight_ops import arguments
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.ops import arguments
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.passes.prefix.insert import spread
+from surgery.passes.prefix.operands import Unsuited
+from surgery.passes.prefix.places import SDPA, Place
 
 aten = torch.ops.aten
 

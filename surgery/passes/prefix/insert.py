@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.prefixes.operands import Operand
-from surgery.prefixes.places import SDPA, Place
-from surgery.prefixes.scores import Pad, has_keys
-from surgery.rewriter import Rewriter
-from surgery.sites import META
-from surgery.weight_ops import arguments
+from surgery.graph.marks import META
+from surgery.graph.ops import arguments
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.passes.prefix.operands import Operand
+from surgery.passes.prefix.places import SDPA, Place
+from surgery.passes.prefix.scores import Pad, has_keys
 
 aten = torch.ops.aten
 Columns = Callable[[fx.Node, int], fx.Node | None]

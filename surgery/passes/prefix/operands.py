@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.attention import Attention
-from surgery.dataflow import op_name
-from surgery.propagate.sizes import same
-from surgery.sites import META
-from surgery.view import View
-from surgery.weight_ops import arguments
+from surgery.graph.analysis.attention import Attention
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.marks import META
+from surgery.graph.ops import arguments
+from surgery.graph.propagate.sizes import same
+from surgery.graph.view import View
 
 
 class Unsuited(Exception):

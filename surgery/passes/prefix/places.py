@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from surgery.attention import Attention, product_operands
-from surgery.dataflow import op_name
-from surgery.prefixes.operands import Operand, Unsuited, features, read_operand
-from surgery.prefixes.scores import Pad, between, find_pads
-from surgery.propagate.sizes import same
-from surgery.rewriter import Rewriter
-from surgery.sites import META, SiteKey, wrappers
-from surgery.view import View
-from surgery.weight_ops import arguments
+from surgery.graph.analysis.attention import Attention, product_operands
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.marks import META, wrappers
+from surgery.graph.ops import arguments
+from surgery.graph.propagate.sizes import same
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import SiteKey
+from surgery.graph.view import View
+from surgery.passes.prefix.operands import Operand, Unsuited, features, read_operand
+from surgery.passes.prefix.scores import Pad, between, find_pads
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.attention import Attention
-from surgery.dataflow import op_name
-from surgery.meta_cache import MetaCache
-from surgery.prefixes.insert import Columns, size, stack_of
-from surgery.prefixes.places import Place, earlier
-from surgery.prefixes.scores import between
-from surgery.propagate.sizes import is_size, same
-from surgery.rewriter import Rewriter
-from surgery.sites import META
-from surgery.view import View
-from surgery.weight_ops import EMBEDDING, arguments, operand
+from surgery.graph.analysis.attention import Attention
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.fake import MetaCache
+from surgery.graph.marks import META
+from surgery.graph.ops import EMBEDDING, arguments, operand
+from surgery.graph.propagate.sizes import is_size, same
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.view import View
+from surgery.passes.prefix.insert import Columns, size, stack_of
+from surgery.passes.prefix.places import Place, earlier
+from surgery.passes.prefix.scores import between
 
 aten = torch.ops.aten
 Use = tuple[fx.Node, fx.Node]  # an op and the value that holds its positions
@@ -223,7 +223,7 @@ def _evaluate(mode: Any, node: fx.Node, known: dict[fx.Node, Any]) -> bool:
 
 
 def columns(g: Rewriter, place: Place, tokens: int) -> Columns:
-    """What a mask or bias of the scores holds for the prefix, for `surgery.prefixes.insert.attend`."""
+    """What a mask or bias of the scores holds for the prefix, for `surgery.passes.prefix.insert.attend`."""
     source, after = relative(g.view, place), earlier(g, place)
 
     def build(mask: fx.Node, axis: int) -> fx.Node | None:

@@ -12,15 +12,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
-from surgery import prefixes
 from surgery.capture.shapes import list_axes
-from surgery.errors import PassError
-from surgery.pass_base import EXACT, GraphPass, Numerics, TensorSpec, changes
-from surgery.prefixes import Place, Unsuited, gate, positions, start
-from surgery.propagate.sizes import same
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.view import View
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.numerics import EXACT, Numerics, changes
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.propagate.sizes import same
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
+from surgery.passes import prefix
+from surgery.passes.prefix import Place, Unsuited, gate, positions, start
 
 aten = torch.ops.aten
 
@@ -83,7 +85,7 @@ class Prefix(GraphPass):
     # -- where
 
     def candidates(self, view: View) -> list[Site]:
-        found = prefixes.attentions_by_site(view)
+        found = prefix.attentions_by_site(view)
         wanted = {key for key, group in found.items() if any(self._wants(a) for a in group)}
         return [site for site in view.sites if site.key in wanted]
 
@@ -99,8 +101,8 @@ class Prefix(GraphPass):
 
     def _places(self, view: View, site: Site) -> list[Place]:
         """The attentions of a site, as they stand. Raises Unsuited."""
-        group = prefixes.attentions_by_site(view).get(site.key, [])
-        places = [prefixes.read_place(view, a) for a in group if self._wants(a)]
+        group = prefix.attentions_by_site(view).get(site.key, [])
+        places = [prefix.read_place(view, a) for a in group if self._wants(a)]
         if self.gate:
             for place in places:
                 gate.check(place)
@@ -119,7 +121,7 @@ class Prefix(GraphPass):
         if not site.float_dtype.is_floating_point:
             return f"its weight is {site.dtype}, and nothing says what dtype its keys should be learned in"
         try:
-            self._places(site.probe.program.view, site)
+            self._places(site.probe.view, site)
         except Unsuited as reason:
             return str(reason)
         return None
@@ -127,7 +129,7 @@ class Prefix(GraphPass):
     # -- what
 
     def decide(self, site: Site) -> dict[str, Any]:
-        view = site.probe.program.view
+        view = site.probe.view
         places = self._places(view, site)
         shapes = [
             {
@@ -150,7 +152,7 @@ class Prefix(GraphPass):
     def _limits(self, site: Site, view: View, places: Sequence[Place]) -> dict[str, int]:
         """Tables of positions hold as many tokens less."""
         found: dict[str, int] = {}
-        axes = list_axes(site.probe.program.captured)
+        axes = list_axes(site.probe.captured)
         inputs = {n.name: n.meta["val"] for n in view.graph.nodes if n.op == "placeholder"}
         for place in places:
             for rows, length in positions.tables(view, place.attention):
@@ -205,7 +207,7 @@ class Prefix(GraphPass):
         elif self.init == "zero":
             nn.init.zeros_(tensor)
         else:
-            place = self._places(site.probe.program.view, site)[number]
+            place = self._places(site.probe.view, site)[number]
             start.from_activations(site.probe, place.key if letter == "k" else place.value, tensor)
 
     # -- how
@@ -228,16 +230,16 @@ class Prefix(GraphPass):
             if self.gate:
                 gate.attend(g, place, keys, values, g[f"gate{tail}"])
             elif self.positions == "shift":
-                prefixes.attend(g, place, keys, values, positions.columns(g, place, self.tokens))
+                prefix.attend(g, place, keys, values, positions.columns(g, place, self.tokens))
             else:
-                prefixes.attend(g, place, keys, values)
+                prefix.attend(g, place, keys, values)
 
     def _prefix(
         self, site: Site, g: Rewriter, tail: str, shape: Mapping[str, Any]
     ) -> tuple[fx.Node, fx.Node]:
         if not self.projection or site.decided.get("simplified"):
             return g[f"K{tail}"], g[f"V{tail}"]
-        hidden = g.once("hidden", lambda: self._hidden(g), prefixes.root_stack(g.graph))
+        hidden = g.once("hidden", lambda: self._hidden(g), prefix.root_stack(g.graph))
         both = g.call(aten.linear.default, hidden, g[f"W2{tail}"], g[f"b2{tail}"])
         sizes = [math.prod(shape["k"]), math.prod(shape["v"])]
         keys, values = (

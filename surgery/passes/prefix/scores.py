@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.dataflow import op_name
-from surgery.prefixes.operands import Unsuited
-from surgery.weight_ops import arguments
+from surgery.graph.analysis.dataflow import op_name
+from surgery.graph.ops import arguments
+from surgery.passes.prefix.operands import Unsuited
 
 
 @dataclass(frozen=True)

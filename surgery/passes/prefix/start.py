@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgery.prefixes.operands import Operand
-from surgery.probe import Probe
+from surgery.graph.sites import Measurements
+from surgery.passes.prefix.operands import Operand
 
 
-def from_activations(probe: Probe, operand: Operand, tensor: Tensor) -> None:
+def from_activations(probe: Measurements, operand: Operand, tensor: Tensor) -> None:
     """Fill (heads, tokens, width) with what the model computes for tokens of the data, spread evenly over it.
 
     The same tokens for keys and values, and in every layer: the prefix then is what these tokens would have left in

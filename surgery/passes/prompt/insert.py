@@ -10,15 +10,16 @@ import torch
 from torch import fx
 
 from surgery.capture.shapes import list_axes
-from surgery.errors import PassError
-from surgery.rewriter import Rewriter
-from surgery.sites import META, Site, tail
-from surgery.weight_ops import EMBEDDING, Call
+from surgery.common.errors import PassError
+from surgery.graph.marks import META, tail
+from surgery.graph.ops import EMBEDDING, Call
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
 
 if TYPE_CHECKING:
-    from surgery.blocks import Block
-    from surgery.program import Program
-    from surgery.view import View
+    from surgery.engine.state import State
+    from surgery.graph.analysis.blocks import Block
+    from surgery.graph.view import View
 
 aten = torch.ops.aten
 
@@ -81,7 +82,7 @@ def refuse_stream(view: View) -> str | None:
     return None
 
 
-def room(program: Program, site: Site, tokens: int) -> dict[str, Any]:
+def room(program: State, site: Site, tokens: int) -> dict[str, Any]:
     """What is decided for ids: the new bound of their length, and an id to pad with that is no padding.
 
     Raises PassError where a table of positions has no room for the prompt and the example.
@@ -102,7 +103,7 @@ def room(program: Program, site: Site, tokens: int) -> dict[str, Any]:
     return found
 
 
-def read(program: Program, text: str, tokens: int) -> list[int]:
+def read(program: State, text: str, tokens: int) -> list[int]:
     """The ids of a text by the model's own tokenizer, repeated or cut to a number of tokens. Raises PassError."""
     where = program.base.loaded.metadata.get("tokenizer")
     if not where or not any(Path(where).glob("*token*")):

@@ -9,14 +9,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from surgery import prompting, unpacking
-from surgery.errors import PassError
-from surgery.pass_base import GraphPass, Numerics, TensorSpec, changes
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.numerics import Numerics, changes
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.algebra import packed
+from surgery.passes.prompt import insert
 
 if TYPE_CHECKING:
-    from surgery.view import View
+    from surgery.graph.view import View
 
 
 class Prompt(GraphPass):
@@ -53,7 +56,7 @@ class Prompt(GraphPass):
         return changes(f"{self.tokens} learned tokens are attended to")
 
     def candidates(self, view: View) -> list[Site]:
-        site = prompting.embedding_of_ids(view) or prompting.first_of_stream(view)
+        site = insert.embedding_of_ids(view) or insert.first_of_stream(view)
         if site is None:
             raise PassError(
                 "prompt: the model embeds no token ids and has no row of blocks over a sequence; use lora or adapter"
@@ -65,9 +68,9 @@ class Prompt(GraphPass):
             return f"its embeddings are {site.dtype}; a prompt needs floating-point ones"
         if (self.init == "text") != bool(self.text):
             return "--init text and --text TEXT go together"
-        late = next((e.id for e in site.probe.program.journal if e.pass_name == "prefix"), None)
-        by_ids = prompting.embedding_of_ids(site.probe.program.view) is not None
-        if by_ids and site.packed and (unread := unpacking.refusal(site)):
+        late = next((e.id for e in site.probe.journal if e.pass_name == "prefix"), None)
+        by_ids = insert.embedding_of_ids(site.probe.view) is not None
+        if by_ids and site.packed and (unread := packed.refusal(site)):
             return f"{unread}, from which a prompt's starting values are taken; use prefix, adapter or lora"
         if self.init != "normal" and not by_ids:
             return (
@@ -75,20 +78,20 @@ class Prompt(GraphPass):
             )
         if late and not by_ids:
             return f"{late!r} has put keys before those of its sequence; undo that, or apply prompt before it"
-        return None if by_ids else prompting.refuse_stream(site.probe.program.view)
+        return None if by_ids else insert.refuse_stream(site.probe.view)
 
     def decide(self, site: Site) -> dict[str, Any]:
         program = site.probe.program
-        if prompting.embedding_of_ids(program.view) is None:
-            block = prompting.stream(program.view)[0]
+        if insert.embedding_of_ids(program.view) is None:
+            block = insert.stream(program.view)[0]
             return {"at": "stream", "width": int(block.input.meta["val"].shape[-1])}
         found: dict[str, Any] = {
             "at": "ids",
             "width": site.size("d"),
-            **prompting.room(program, site, self.tokens),
+            **insert.room(program, site, self.tokens),
         }
         if self.init == "text":
-            found["ids"] = prompting.read(program, self.text, self.tokens)
+            found["ids"] = insert.read(program, self.text, self.tokens)
         return found
 
     def limits(self, site: Site) -> dict[str, int]:
@@ -112,9 +115,9 @@ class Prompt(GraphPass):
 
     def rewrite(self, site: Site, g: Rewriter) -> None:
         if site.decided["at"] == "stream":
-            prompting.append_to_stream(g, g["tokens"], self.tokens)
+            insert.append_to_stream(g, g["tokens"], self.tokens)
         else:
-            prompting.stand_before_ids(site, g, g["tokens"], self.tokens)
+            insert.stand_before_ids(site, g, g["tokens"], self.tokens)
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Any]:
         raise PassError("prompt: no weight of the base does what another token does; export it as it is")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from surgery.pruning.coupling import Axis, Coupling, Group
+from surgery.passes.prune.coupling import Axis, Coupling, Group
 
 __all__ = ["Axis", "Coupling", "Group"]

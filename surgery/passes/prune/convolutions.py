@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgery.propagate.links import packet
-from surgery.pruning.coupling import Coupling, Labels, covered, sizes_of, where
-from surgery.pruning.products import Term, aligned, merge, product, split_letters
+from surgery.graph.propagate.links import packet
+from surgery.passes.prune.coupling import Coupling
+from surgery.passes.prune.labels import Labels, covered, sizes_of, where
+from surgery.passes.prune.products import Term, aligned, merge, product, split_letters
 
 
 def convolution(run: Coupling, node: fx.Node, given: dict[str, Any]) -> Labels:

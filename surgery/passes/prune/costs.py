@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from surgery.propagate.links import packet
-from surgery.propagate.sizes import hint
-from surgery.pruning.coupling import Coupling, sizes_of
-from surgery.pruning.mend import sizes_after
-from surgery.sites import live_nodes
-from surgery.weight_ops import arguments
+from surgery.graph.graphs import live_nodes
+from surgery.graph.ops import arguments
+from surgery.graph.propagate.links import packet
+from surgery.graph.propagate.sizes import hint
+from surgery.passes.prune.coupling import Coupling
+from surgery.passes.prune.labels import sizes_of
+from surgery.passes.prune.mend import sizes_after
 
 
 class Costs:

@@ -3,7 +3,7 @@
 Every index along an axis of a tensor of the program is an *atom*. A value of the graph carries *labels*: arrays of
 atoms, of the value's rank, of size 1 along what they do not depend on. An element of a value is gone once an atom of
 one of its labels is. Layout ops move labels as they move values (they are run on them); products, sums and norms
-couple the atoms that meet in them (see surgery.pruning.rules). Atoms that are coupled are a *unit*: a filter, a
+couple the atoms that meet in them (see surgery.passes.prune.rules). Atoms that are coupled are a *unit*: a filter, a
 neuron, a head with its rows of q, k and v and its columns of the output projection. Units that lie on the same axes,
 with as many indices on each, are a group: these can be ranked against each other.
 """
@@ -18,12 +18,10 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from surgery.propagate.links import tensors
-from surgery.propagate.sizes import Unclear, hint
-from surgery.sites import META, is_aux, live_nodes
-from surgery.weight_ops import module_path, parameter_of
-
-Labels = list[Tensor]
+from surgery.graph.marks import is_aux
+from surgery.graph.ops import parameter_of
+from surgery.graph.propagate.links import tensors
+from surgery.passes.prune.labels import Labels, carries, covered, first_of, shrunk, where
 
 
 @dataclass(frozen=True)
@@ -67,48 +65,6 @@ class Group:
         return self.atoms[here] - axis.first, self.unit[here]
 
 
-def covered(label: Tensor) -> set[int]:
-    """The dimensions that a label depends on."""
-    return {d for d, size in enumerate(label.shape) if size > 1}
-
-
-def shrunk(label: Tensor) -> Tensor:
-    """The label with size 1 along what it does not depend on."""
-    for d, size in enumerate(label.shape):
-        if size > 1:
-            first = label.narrow(d, 0, 1)
-            if label.stride(d) == 0 or bool((label == first).all()):
-                label = first
-    return label
-
-
-def first_of(label: Tensor, dims: Iterable[int]) -> Tensor:
-    """The label at index 0 of these dimensions, which stay, with size 1."""
-    for d in dims:
-        label = label.narrow(d, 0, 1)
-    return label
-
-
-def sizes_of(node: fx.Node) -> list[int]:
-    """The sizes of a value on the example. Raises Unclear where they depend on data."""
-    return [hint(size) for size in node.meta["val"].shape]
-
-
-def where(node: fx.Node) -> str:
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
-    return f"{name} in {module_path(node) or 'the model'}"
-
-
-def kept_along(label: Tensor, keep: Tensor, dim: int) -> Tensor:
-    """Which indices along a dimension stay, where these atoms do."""
-    return keep[label].movedim(dim, 0).reshape(label.shape[dim], -1).any(1)
-
-
-def carries(node: fx.Node) -> str:
-    entry = node.meta[META]["entry"]
-    return f"it carries {entry!r}, made for the units that it has; prune before that, or undo {entry!r}"
-
-
 class Coupling:
     """The analysis of one graph. names: parameter name -> all names of that tensor.
 
@@ -130,10 +86,12 @@ class Coupling:
         self._deferred: list[tuple[Tensor, Tensor, str]] = []
         self._mixed: list[tuple[Tensor, str]] = []
         self._joint: dict[tuple[int, ...], Tensor] = {}  # labels of several dimensions
-        live = live_nodes(graph)
-        for node in graph.nodes:
-            if node in live:
-                self._visit(node)
+        self.unit_of = torch.zeros(0, dtype=torch.long)
+        self.group_of = torch.zeros(0, dtype=torch.long)
+        self.groups: list[Group] = []
+
+    def resolve(self) -> None:
+        """Form units and groups from all that was noted. Called once, after the sweep (see `sweep.couple`)."""
         self.unit_of = torch.arange(self._count)
         self._resolve()
         self.groups = self._group()
@@ -205,34 +163,7 @@ class Coupling:
         self.mix(label, op)
         return None
 
-    # -- the sweep
-
-    def _visit(self, node: fx.Node) -> None:
-        from surgery.pruning import rules
-
-        if node.op == "get_attr":
-            self.labels[node] = self._tensor(node)
-            return
-        if node.op == "output":
-            for operand in node.all_input_nodes:
-                for label in self.labels.get(operand, ()):
-                    self.freeze(label, "the model returns what it makes")
-            return
-        if node.op != "call_function" or not any(
-            self.labels.get(n) or any(self.parts.get(n, ())) for n in node.all_input_nodes
-        ):
-            return
-        if is_aux(node):
-            self.labels[node] = self.unknown(node, carries(node))
-            return
-        try:
-            found = rules.follow(self, node)
-        except Unclear as error:
-            found = self.unknown(node, str(error))
-        if found and isinstance(found[0], list):
-            self.parts[node] = [self._checked(node, part) for part in found]
-        else:
-            self.labels[node] = self._checked(node, found)  # type: ignore[arg-type]
+    # -- what the sweep notes
 
     def unknown(self, node: fx.Node, why: str) -> Labels:
         """Nothing that enters the node may go, and nothing is known of what it gives."""
@@ -241,7 +172,7 @@ class Coupling:
                 self.freeze(label, why if is_aux(node) else f"{where(node)}: {why}")
         return []
 
-    def _checked(self, node: fx.Node, labels: Labels) -> Labels:
+    def checked(self, node: fx.Node, labels: Labels) -> Labels:
         """Less what depends on nothing that could go: later ops see a dimension that cannot shrink."""
         labels = [one for one in map(shrunk, labels) if covered(one) and not bool(self._stays[one].all())]
         for label in labels:
@@ -249,7 +180,7 @@ class Coupling:
                 self._joint.setdefault(_key(label), label)
         return labels
 
-    def _tensor(self, node: fx.Node) -> Labels:
+    def tensor_labels(self, node: fx.Node) -> Labels:
         value, name = node.meta.get("val"), self.name(node)
         if not isinstance(value, Tensor):
             return []

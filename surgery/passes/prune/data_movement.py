@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgery.propagate.links import is_tensor
-from surgery.propagate.sizes import hint
-from surgery.pruning.coupling import Coupling, Labels, covered, first_of, sizes_of, where
-from surgery.pruning.products import merge
+from surgery.graph.propagate.links import is_tensor
+from surgery.graph.propagate.sizes import hint
+from surgery.passes.prune.coupling import Coupling
+from surgery.passes.prune.labels import Labels, covered, first_of, sizes_of, where
+from surgery.passes.prune.products import merge
 
 Given = dict[str, Any]
 Rule = Callable[[Coupling, fx.Node, Given], "Labels | list[Labels]"]

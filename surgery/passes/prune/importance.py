@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from surgery.errors import PassError
-from surgery.pruning.coupling import Group
+from surgery.common.errors import PassError
+from surgery.passes.prune.coupling import Group
 
 Value = Callable[[str], Tensor]  # of a tensor: what each of its values is worth
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from surgery.errors import PassError
-from surgery.propagate.arguments import Draft
-from surgery.propagate.links import packet
-from surgery.propagate.sizes import hint
-from surgery.pruning.coupling import Coupling, Labels, kept_along, sizes_of, where
-from surgery.rewriter import Rewriter
-from surgery.sites import live_nodes
+from surgery.common.errors import PassError
+from surgery.graph.graphs import live_nodes
+from surgery.graph.propagate.arguments import Draft
+from surgery.graph.propagate.links import packet
+from surgery.graph.propagate.sizes import hint
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.passes.prune.coupling import Coupling
+from surgery.passes.prune.labels import Labels, kept_along, sizes_of, where
 
 aten = torch.ops.aten
 

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from surgery.pruning.coupling import Coupling, Group, carries
-from surgery.sites import Site, SiteKey, is_aux, live_nodes
-from surgery.target import select_sites
-from surgery.weight_ops import CONV, LINEAR, NORM, Call, operand
+from surgery.graph.graphs import live_nodes
+from surgery.graph.marks import is_aux
+from surgery.graph.ops import CONV, LINEAR, NORM, Call, operand
+from surgery.graph.sites import Site, SiteKey
+from surgery.graph.targets import select_sites
+from surgery.passes.prune.coupling import Coupling, Group
+from surgery.passes.prune.labels import carries
+from surgery.passes.prune.sweep import coupling_of
 
 if TYPE_CHECKING:
-    from surgery.view import View
+    from surgery.graph.view import View
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Makers:
     """Which groups the weight ops of a graph make and take in, and the first that makes each."""
 
     def __init__(self, view: View) -> None:
-        self.run: Coupling = view.coupling
+        self.run: Coupling = coupling_of(view)
         live = live_nodes(view.graph)
         self.makes: dict[fx.Node, set[int]] = defaultdict(set)
         self.takes: dict[fx.Node, set[int]] = defaultdict(set)

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.pruning.costs import Costs
-from surgery.pruning.coupling import Coupling, Group
-from surgery.pruning.importance import Value, count_removed, least, rows_of, scores, shared_out
-from surgery.pruning.places import Place
-from surgery.sites import Site, SiteKey
-from surgery.weight_ops import CONV, EMBEDDING, NORM
+from surgery.graph.ops import CONV, EMBEDDING, NORM
+from surgery.graph.sites import Site, SiteKey
+from surgery.passes.measure.fisher import fisher
+from surgery.passes.prune.costs import Costs
+from surgery.passes.prune.coupling import Coupling, Group
+from surgery.passes.prune.importance import Value, count_removed, least, rows_of, scores, shared_out
+from surgery.passes.prune.places import Place
+from surgery.passes.prune.sweep import coupling_of
 
 if TYPE_CHECKING:
-    from surgery.probe import Probe
-    from surgery.view import View
+    from surgery.graph.sites import Measurements
+    from surgery.graph.view import View
 
 _LEFT = 0.1  # of the units of a group, at least, where all are ranked together
 
@@ -59,10 +61,10 @@ def _what(site: Site, group: Group) -> str:
 # -- deciding
 
 
-def decide(places: Sequence[Place], request: Request, probe: Probe) -> dict[SiteKey, dict[str, Any]]:
+def decide(places: Sequence[Place], request: Request, probe: Measurements) -> dict[SiteKey, dict[str, Any]]:
     """What the journal says of each place that is not refused."""
-    view = probe.program.view
-    run, accepted = view.coupling, [place for place in places if refusal(place, request) is None]
+    view = probe.view
+    run, accepted = coupling_of(view), [place for place in places if refusal(place, request) is None]
     going = _going(accepted, request, probe)
     costs = Costs(run, view.names)
     keep = torch.ones(len(run.unit_of), dtype=torch.bool)
@@ -98,7 +100,7 @@ def decide(places: Sequence[Place], request: Request, probe: Probe) -> dict[Site
 def _owners(places: Sequence[Place], keep: Tensor, view: View) -> dict[str, SiteKey]:
     """The place that writes down each tensor: of a weight the one that makes its units, so that a bias goes with it."""
     made = {
-        view.coupling.name(call.weight): call.layout.index("d" if call.kind == EMBEDDING else "o")
+        coupling_of(view).name(call.weight): call.layout.index("d" if call.kind == EMBEDDING else "o")
         for call in view.calls
         if call.weight is not None
     }
@@ -114,13 +116,13 @@ def _owners(places: Sequence[Place], keep: Tensor, view: View) -> dict[str, Site
     return found
 
 
-def _going(places: Sequence[Place], request: Request, probe: Probe) -> dict[int, Tensor]:
+def _going(places: Sequence[Place], request: Request, probe: Measurements) -> dict[int, Tensor]:
     """The units that go, by group."""
-    view = probe.program.view
+    view = probe.view
     worth, relative = _worth(request, probe), request.importance != "taylor"
     if relative:
         calls = [call for call in view.calls if call.kind != NORM and call.weight is not None]
-        counted = frozenset(view.coupling.name(call.weight) for call in calls if call.weight is not None)
+        counted = frozenset(coupling_of(view).name(call.weight) for call in calls if call.weight is not None)
     else:
         counted = frozenset(names[0] for names in view.names.values())
     groups = {group.number: (group, place.site) for place in places for group in place.groups}
@@ -138,12 +140,12 @@ def _going(places: Sequence[Place], request: Request, probe: Probe) -> dict[int,
     return {n: least(score, counts[n]) for n, score in found.items()}
 
 
-def _worth(request: Request, probe: Probe) -> Value:
+def _worth(request: Request, probe: Measurements) -> Value:
     def value(name: str) -> Tensor:
         own = probe.tensor(name).double()
         if request.importance == "l1":
             return own.abs()
-        return own.square() if request.importance == "l2" else own.square() * probe.fisher(name)
+        return own.square() if request.importance == "l2" else own.square() * fisher(probe, name)
 
     return cache(value)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from surgery.pruning.coupling import Coupling, Labels, covered, first_of, sizes_of
+from surgery.passes.prune.coupling import Coupling
+from surgery.passes.prune.labels import Labels, covered, first_of, sizes_of
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from surgery.errors import PassError
-from surgery.pass_base import GraphPass, Numerics, TensorSpec, changes
-from surgery.pruning import planning
-from surgery.pruning.mend import mend
-from surgery.pruning.places import Place, are_spent, places
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.view import View
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.numerics import Numerics, changes
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.graph.view import View
+from surgery.passes.prune import plan as planning
+from surgery.passes.prune.mend import mend
+from surgery.passes.prune.places import Place, are_spent, places
+from surgery.passes.prune.sweep import coupling_of
 
 
 class PruneFilters(GraphPass):
@@ -80,7 +83,7 @@ class PruneFilters(GraphPass):
         return found
 
     def _places(self, site: Site) -> list[Place]:
-        view = site.probe.program.view
+        view = site.probe.view
         return site.probe.once((self, "places"), lambda: places(view, self.target))
 
     def check(self, site: Site) -> str | None:
@@ -133,13 +136,13 @@ class PruneFilters(GraphPass):
     # -- graph
 
     def rewrite(self, site: Site, g: Rewriter) -> None:
-        run = g.view.coupling
+        run = coupling_of(g.view)
         for known in site.decided["tensors"]:
             for node in run.readers.get(known["name"], ()):
                 g.exchange(node, known["name"])
 
     def finish(self, sites: Sequence[Site], g: Rewriter) -> None:
-        run = g.view.coupling
+        run = coupling_of(g.view)
         keep = planning.kept_atoms(run, sites)
         gone = run.unit_of[~keep].unique()
         if not torch.equal(torch.isin(run.unit_of, gone), ~keep):

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import fx
 
-from surgery.dataflow import Rule as DataflowRule
-from surgery.dataflow import rule_of
-from surgery.propagate.links import is_broadcast, packet, tensors
-from surgery.pruning.convolutions import convolution
-from surgery.pruning.coupling import Coupling, Labels, covered, sizes_of, where
-from surgery.pruning.layout import (
+from surgery.graph.analysis.dataflow import Rule as DataflowRule
+from surgery.graph.analysis.dataflow import rule_of
+from surgery.graph.ops import arguments
+from surgery.graph.propagate.links import is_broadcast, packet, tensors
+from surgery.passes.prune.convolutions import convolution
+from surgery.passes.prune.coupling import Coupling
+from surgery.passes.prune.data_movement import (
     Given,
     Rule,
     cat,
@@ -28,8 +29,8 @@ from surgery.pruning.layout import (
     stack,
     view,
 )
-from surgery.pruning.products import Term, aligned, merge, product, split_letters
-from surgery.weight_ops import arguments
+from surgery.passes.prune.labels import Labels, covered, sizes_of, where
+from surgery.passes.prune.products import Term, aligned, merge, product, split_letters
 
 
 def follow(run: Coupling, node: fx.Node) -> Labels | list[Labels]:

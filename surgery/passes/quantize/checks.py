@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from surgery.quantizing.layout import Layout
-from surgery.quantizing.op import dequantize, fake_quantize
-from surgery.sites import Site
-from surgery.standing import replaced_at, weight_reader
-from surgery.weight_ops import CONV, LINEAR, parameter_of
+from surgery.engine.registry import find_pass
+from surgery.graph.ops import CONV, LINEAR, parameter_of
+from surgery.graph.rewrite.current import replaced_at, weight_reader
+from surgery.graph.sites import Site
+from surgery.passes.quantize.matrix import Layout
+from surgery.passes.quantize.ops import dequantize, fake_quantize
 
 
 def hindrance(site: Site, layout: Layout, dynamic: bool, calibrated: bool = False) -> str | None:
@@ -37,7 +38,7 @@ def hindrance(site: Site, layout: Layout, dynamic: bool, calibrated: bool = Fals
         return f"int8-dynamic is for linear maps of rows, and this is {what}; quantize it to int8 in another pass"
     if layout.misfit:
         return layout.misfit
-    in_memory = site.probe.program.base.in_memory
+    in_memory = site.probe.in_memory
     if in_memory and not bool(torch.isfinite(site.probe.stored(site)).all()):
         return "its weight holds values that are infinite or no numbers; mend the model first"
     return None
@@ -46,7 +47,7 @@ def hindrance(site: Site, layout: Layout, dynamic: bool, calibrated: bool = Fals
 def _makes_zeros(site: Site, entry: str) -> bool:
     program = site.probe.program
     name = program.journal.find(entry)[0].pass_name
-    return bool(getattr(program.base.plugins.find_pass(name).cls, "makes_zeros", False))
+    return bool(getattr(find_pass(program.base.plugins, name).cls, "makes_zeros", False))
 
 
 def _filled(entry: str, format: str, calibrated: bool) -> str:

@@ -8,14 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from surgery import lowrank
-from surgery.pass_base import RewritePass, TensorSpec
-from surgery.quantizing.codes import Codes
-from surgery.quantizing.layout import Layout
-from surgery.quantizing.op import dequantize
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.algebra import low_rank
+from surgery.passes.quantize.codes import Codes
+from surgery.passes.quantize.matrix import Layout
+from surgery.passes.quantize.ops import dequantize
+from surgery.passes.quantize.requantize import into_codes
 
 
 class CodesPass(RewritePass):
@@ -24,6 +26,7 @@ class CodesPass(RewritePass):
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     freezes: ClassVar[bool] = False
     replaces: ClassVar[bool] = True
+    absorber = staticmethod(into_codes)
 
     def layout(self, site: Site) -> Layout:
         """How the site's weight is coded."""
@@ -51,7 +54,7 @@ class CodesPass(RewritePass):
     def decide(self, site: Site) -> dict[str, Any]:
         layout = self.layout(site)
         decided: dict[str, Any] = {"order": list(layout.order)}
-        if site.probe.program.base.in_memory:
+        if site.probe.in_memory:
             weight = self.source(site).float()
             moved = torch.linalg.vector_norm(weight - layout.decode(self._encoded(site)))
             decided["error"] = round(float(moved / torch.linalg.vector_norm(weight).clamp(min=1e-30)), 6)
@@ -89,7 +92,7 @@ class CodesPass(RewritePass):
 
         g.swap_weight(read)
         if site.decided.get("correction"):
-            return lowrank.add_branch(site, g, g["right"], g["left"], 1.0)
+            return low_rank.add_branch(site, g, g["right"], g["left"], 1.0)
         return None
 
 

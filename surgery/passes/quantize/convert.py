@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from surgery.pass_base import EXACT, Numerics
-from surgery.quantizing import dequantize, fake_quantize
-from surgery.quantizing.layout import Layout
-from surgery.quantizing.stored import CodesPass
-from surgery.sites import Site
-from surgery.standing import weight_reader
+from surgery.engine.contract.numerics import EXACT, Numerics
+from surgery.graph.rewrite.current import weight_reader
+from surgery.graph.sites import Site
+from surgery.passes.quantize import dequantize, fake_quantize
+from surgery.passes.quantize.codes_pass import CodesPass
+from surgery.passes.quantize.matrix import Layout
 
 
 class Convert(CodesPass):
@@ -46,7 +46,7 @@ class Convert(CodesPass):
         current = weight_reader(site.calls[0])[1]
         if current.target is dequantize._opoverload:
             return f"{current.meta['surgery']['entry']!r} has quantized it already; undo that first"
-        if not site.probe.program.base.in_memory:
+        if not site.probe.in_memory:
             return "its weight is not in memory, and its codes have to be computed; load the weights first"
         share = current.args[6] if len(current.args) > 6 else None
         if isinstance(share, fx.Node) and (there := float(site.probe.tensor(str(share.target)))) < 1:

@@ -10,16 +10,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
-from surgery.errors import PassError
-from surgery.pass_base import MergeOp, Numerics, TensorSpec, changes
-from surgery.quantizing import fake_quantize
-from surgery.quantizing.checks import hindrance
-from surgery.quantizing.formats import FormatPass
-from surgery.quantizing.layout import Layout
-from surgery.ramp import Begin, End, Every, Unit, check_ramp, progress, window
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.common.errors import PassError
+from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.numerics import Numerics, changes
+from surgery.engine.contract.ramp import Begin, End, Every, Unit, check_ramp, progress, window
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.quantize import fake_quantize
+from surgery.passes.quantize.checks import hindrance
+from surgery.passes.quantize.format_pass import FormatPass
+from surgery.passes.quantize.matrix import Layout
 
 
 class FakeQuant(FormatPass):

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import fx
 
-from surgery.errors import PassError
-from surgery.pass_base import RewritePass
-from surgery.quantizing.layout import Layout
-from surgery.quantizing.op import round_activation
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import RewritePass
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.quantize.matrix import Layout
+from surgery.passes.quantize.ops import round_activation
 
 DYNAMIC = "int8-dynamic"
 

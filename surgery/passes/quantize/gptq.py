@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgery.quantizing.codes import Codes, from_codes, grid, pack, to_codes
+from surgery.passes.quantize.codes import Codes, from_codes, grid, pack, to_codes
 
 DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
 _STEP = 128  # columns after which the rest is updated at once

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.pass_base import TensorSpec
-from surgery.quantizing.codes import FORMATS, Codes, encode, packed_columns
-from surgery.quantizing.gptq import gptq
-from surgery.quantizing.op import dequantize
-from surgery.sites import Site
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.sites import Site
+from surgery.passes.quantize.codes import FORMATS, Codes, encode, packed_columns
+from surgery.passes.quantize.gptq import gptq
+from surgery.passes.quantize.ops import dequantize
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.quantizing.codes import decode, encode
-from surgery.quantizing.recompute import made_from_codes
+from surgery.engine.recompute import REMADE, made_from_codes
+from surgery.passes.quantize.codes import decode, encode
 
 # Of an activation's rows: the step of what was divided by its largest magnitude, and the least that that is taken for.
 STEP, SMALLEST = float(torch.tensor(1 / 127)), torch.finfo(torch.float32).tiny
@@ -30,7 +30,7 @@ def dequantize(
 ) -> Tensor:
     """The weight, in its stored layout, of the dtype of the scales.
 
-    codes, scale, zero: as surgery.quantizing.codes has them, of the weight with its axes in `order` seen as a matrix.
+    codes, scale, zero: as surgery.passes.quantize.codes has them, of the weight with its axes in `order` seen as a matrix.
     shape: of the weight as stored. smooth: by column of that matrix, what it was multiplied with before it was coded.
     """
     turned = [shape[axis] for axis in order]
@@ -45,6 +45,9 @@ def dequantize(
     weight = make()
     made_from_codes(weight, make)
     return weight
+
+
+REMADE.add(dequantize._opoverload)
 
 
 @dequantize.register_fake

@@ -9,18 +9,19 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
-from surgery.errors import PassError
-from surgery.pass_base import Numerics, changes
-from surgery.probe import Probe
-from surgery.quantizing.checks import hindrance
-from surgery.quantizing.codes import Codes
-from surgery.quantizing.formats import DYNAMIC, FormatPass
-from surgery.quantizing.layout import Layout
-from surgery.quantizing.smoothing import Map, moved_by_rounding, smoothing
-from surgery.quantizing.stored import CodesPass
-from surgery.rewriter import Rewriter
-from surgery.sites import Site, SiteKey, live_nodes, tail
-from surgery.weight_ops import LINEAR
+from surgery.common.errors import PassError
+from surgery.engine.contract.numerics import Numerics, changes
+from surgery.graph.graphs import live_nodes
+from surgery.graph.marks import tail
+from surgery.graph.ops import LINEAR
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Measurements, Site, SiteKey
+from surgery.passes.quantize.checks import hindrance
+from surgery.passes.quantize.codes import Codes
+from surgery.passes.quantize.codes_pass import CodesPass
+from surgery.passes.quantize.format_pass import DYNAMIC, FormatPass
+from surgery.passes.quantize.matrix import Layout
+from surgery.passes.quantize.smoothing import Map, moved_by_rounding, smoothing
 
 
 class Quantize(FormatPass, CodesPass):
@@ -89,7 +90,7 @@ class Quantize(FormatPass, CodesPass):
         if self.method == "gptq" and site.kind != LINEAR:
             return f"--method gptq is for linear maps, and this is a {site.kind} weight; quantize it in another pass"
         measuring = self._measuring
-        if measuring and not site.probe.program.base.in_memory:
+        if measuring and not site.probe.in_memory:
             return f"its weight is not in memory, and {measuring[0]} has to read it"
         why = self._hindrance(site)
         if why is None and measuring and not self._reached(site):
@@ -159,24 +160,22 @@ class Quantize(FormatPass, CodesPass):
 
     # -- what is measured of all sites at once
 
-    def _maps(self, probe: Probe) -> list[Map]:
+    def _maps(self, probe: Measurements) -> list[Map]:
         """The targeted sites at which nothing stands against it."""
 
         def make() -> list[Map]:
             live = live_nodes(probe.program.graph)
-            found = [
-                replace(s, measured=probe) for s in self.find(probe.program.view) if not s.selected_parts
-            ]
+            found = [replace(s, measured=probe) for s in self.find(probe.view) if not s.selected_parts]
             fit = [s for s in found if not live.isdisjoint(tail(call.node) for call in s.calls)]
             own = [s for s in fit if self._hindrance(s) is None]
             return [Map(s, self.layout(s), per_token=self.per_token, twice=self.twice) for s in own]
 
         return probe.once((self, "maps"), make)
 
-    def _smoothing(self, probe: Probe) -> Mapping[SiteKey, Tensor]:
+    def _smoothing(self, probe: Measurements) -> Mapping[SiteKey, Tensor]:
         return probe.once((self, "smooth"), lambda: smoothing(probe, self._maps(probe), self.smooth))
 
-    def _moved(self, probe: Probe) -> Mapping[SiteKey, float]:
+    def _moved(self, probe: Measurements) -> Mapping[SiteKey, float]:
         def make() -> dict[SiteKey, float]:
             factors = self._smoothing(probe) if self.smooth else {}
             maps = [replace(each, smooth=factors.get(each.site.key)) for each in self._maps(probe)]
@@ -184,7 +183,7 @@ class Quantize(FormatPass, CodesPass):
 
         return probe.once((self, "moved"), make)
 
-    def _names(self, probe: Probe) -> Mapping[SiteKey, str]:
+    def _names(self, probe: Measurements) -> Mapping[SiteKey, str]:
         """What the factors of each map that has them are called: those of one input go by its first map."""
 
         def make() -> dict[SiteKey, str]:

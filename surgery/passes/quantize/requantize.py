@@ -3,94 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from surgery.errors import PassError
-from surgery.factoring import stacked
-from surgery.journal import Entry, SiteRecord
-from surgery.lowrank import factor_shapes
-from surgery.output_error import Entering, Inputs, before
-from surgery.pass_base import RewritePass
-from surgery.probe import InputSet, Probe
-from surgery.quantizing.codes import Codes
-from surgery.quantizing.stored import CodesPass
-from surgery.replay import find_sites, live_entries, pass_of
-from surgery.sites import META, Site
-from surgery.weight_ops import CONV
-
-if TYPE_CHECKING:
-    from surgery.program import Program
-
-How = Literal["keep", "requantize", "residual", "auto"]
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.folds import Choice, How, Merged
+from surgery.engine.journal import Entry, SiteRecord
+from surgery.engine.probe import InputSet, Probe
+from surgery.engine.replay import find_sites, live_entries, pass_of
+from surgery.engine.state import State
+from surgery.graph.marks import META
+from surgery.graph.ops import CONV
+from surgery.graph.sites import Measurements, Site
+from surgery.passes.algebra.factor import stacked
+from surgery.passes.algebra.low_rank import factor_shapes
+from surgery.passes.measure.output_error import Entering, Inputs, before
+from surgery.passes.quantize.codes import Codes
+from surgery.passes.quantize.matrix import Layout
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What becomes of the adapters at one quantized weight.
-
-    how: keep, requantize or residual. errors: of the outputs of the op on the data, over theirs (without its bias), by
-    how; there is no error of another kind, and `of` says so. lost: of what the adapters add to the outputs, how much is
-    rounded away. unseen: the same of the weight's own values where the data say nothing, as no token picks a row, no
-    row goes to an expert or an input is always zero; 0 where there is no such place. rank: of the correction. why: they
-    stay.
-    """
-
-    path: str
-    codes: str
-    adapters: tuple[str, ...]
-    how: str
-    errors: Mapping[str, float] = field(default_factory=dict)
-    lost: float = 0.0
-    unseen: float = 0.0
-    rank: int = 0
-    of: str = "outputs"
-    why: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        found = {"how": self.how, "errors": dict(self.errors), "lost": self.lost, "unseen": self.unseen}
-        return {**found, "of": self.of, "rank": self.rank, "why": self.why}
-
-
-@dataclass(frozen=True)
-class Merged:
-    """choices: at each quantized weight under adapters. records, tensors: of the merge's entry in the journal."""
-
-    choices: tuple[Choice, ...] = ()
-    records: tuple[SiteRecord, ...] = ()
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+class Recodes(Protocol):
+    """A pass whose codes can be made again with adapters in them; see CodesPass."""
 
     @property
-    def gone(self) -> dict[str, int]:
-        """Adapter -> at how many sites it is in the codes now."""
-        found: dict[str, int] = {}
-        for record in self.records:
-            if record.decided.get("gone"):
-                found[record.decided["entry"]] = found.get(record.decided["entry"], 0) + 1
-        return found
+    def requires(self) -> tuple[str, ...]: ...
+
+    @property
+    def rounding(self) -> tuple[Any, ...]: ...
+
+    def layout(self, site: Site) -> Layout: ...
+
+    def keeps_out(self, site: Site) -> str: ...
+
+    def recode(self, site: Site, weight: Tensor, held: Codes) -> Codes: ...
+
+    def tensor_prefix(self, site: Site) -> str: ...
 
 
-def into_codes(program: Program, how: How, budget: float, ident: str, data: Sequence[InputSet]) -> Merged:
+def into_codes(program: State, how: How, budget: float, ident: str, data: Sequence[InputSet]) -> Merged:
     """Put adapters into the codes that they stand on, where `how` and the budget let them.
 
     budget: of what the adapters add to an op's outputs on the data, the part that may be lost (error over norm), for
     `auto` and the rank of `residual`. Over the outputs themselves an error may be small and yet all that was learned.
     What the data never use has no part in that: `auto` holds it to the same budget by its values, as an adapter lost
     at a token that is merely rare would be seen by nobody.
-    ident: of the merge, which names its tensors. Nothing of the program is changed. Raises PassError.
+    ident: of the merge, which names its tensors. Nothing of the program is changed.
     """
-    if how not in get_args(How):
-        raise PassError(f"merge: quantized is {how!r}; it is one of {', '.join(get_args(How))}")
-    if not budget >= 0:
-        raise PassError(
-            f"merge: the budget is {budget!r}; give a fraction of what the adapters add, such as 0.1"
-        )
-    if not program.base.in_memory:
-        raise PassError("merge: the weights are not in memory, so that no error can be measured")
     places = _places(program, Probe(program, data))
     choices: list[Choice] = []
     records: list[SiteRecord] = []
@@ -110,17 +72,18 @@ def into_codes(program: Program, how: How, budget: float, ident: str, data: Sequ
     return Merged(tuple(choices), tuple(records), tensors)
 
 
-def _places(program: Program, probe: Probe) -> list[_Place]:
+def _places(program: State, probe: Measurements) -> list[_Place]:
     """Where adapters stand on codes."""
     live = live_entries(program.journal)
     found: list[_Place] = []
     for entry in live:
         pass_ = pass_of(entry, program.base.plugins)
-        if not isinstance(pass_, CodesPass):
+        if not isinstance(pass_, RewritePass) or pass_.absorber is not into_codes:
             continue
+        coding = cast(Recodes, pass_)
         for site, record in zip(find_sites(entry, program.sites.by_key), entry.sites, strict=True):
             over = [e for e in live if e is not entry and any(r.key == record.key for r in e.sites)]
-            place = _Place(program, entry, pass_, replace(site, measured=probe), record, over)
+            place = _Place(program, entry, coding, replace(site, measured=probe), record, over)
             if place.over:
                 found.append(place)
     inputs = Inputs(probe, [(place.site, place.pass_.rounding) for place in found])
@@ -136,9 +99,9 @@ class _Place:
 
     def __init__(
         self,
-        program: Program,
+        program: State,
         entry: Entry,
-        pass_: CodesPass,
+        pass_: Recodes,
         site: Site,
         record: SiteRecord,
         over: list[Entry],

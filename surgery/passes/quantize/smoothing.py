@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.probe import Probe
-from surgery.quantizing.layout import Layout
-from surgery.quantizing.op import round_activation
-from surgery.sites import Site, SiteKey, head
-from surgery.weight_ops import operand
+from surgery.graph.marks import head
+from surgery.graph.ops import operand
+from surgery.graph.sites import Measurements, Site, SiteKey
+from surgery.passes.quantize.matrix import Layout
+from surgery.passes.quantize.ops import round_activation
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def factors(largest: Tensor, matrices: Sequence[Tensor], alpha: float, dtype: to
     return found.clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max).to(dtype).float()
 
 
-def smoothing(probe: Probe, maps: Sequence[Map], alpha: float) -> dict[SiteKey, Tensor]:
+def smoothing(probe: Measurements, maps: Sequence[Map], alpha: float) -> dict[SiteKey, Tensor]:
     """The factors of each map: the same ones for all that read the very same values, so that these are rounded once."""
     together: dict[tuple[str, ...], list[Map]] = defaultdict(list)
     for each in maps:
@@ -69,7 +69,7 @@ def smoothing(probe: Probe, maps: Sequence[Map], alpha: float) -> dict[SiteKey, 
     return found
 
 
-def moved_by_rounding(probe: Probe, maps: Sequence[Map]) -> dict[SiteKey, float]:
+def moved_by_rounding(probe: Measurements, maps: Sequence[Map]) -> dict[SiteKey, float]:
     """‖(x̂ − x) Wᵀ‖ / ‖x Wᵀ‖ of each map, the mean over the rows of the data, with x̂ the rounding of x.
 
     Over rows, as a few that are far larger than the rest would hide those in a total. A row of which the map makes zero

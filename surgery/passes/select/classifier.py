@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from surgery.errors import PassError
-from surgery.pass_base import Selection, SelectPass
-from surgery.selecting import Candidates
+from surgery.common.errors import PassError
+from surgery.engine.change.selection import Candidates, SelectPass
+from surgery.engine.contract.selection import Selection
 
 
 class Classifier(SelectPass):

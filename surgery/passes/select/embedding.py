@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import fx
 
-from surgery.dataflow import Rule, op_name, rule_of
-from surgery.errors import PassError
-from surgery.pass_base import Selection, SelectPass
-from surgery.selecting import Candidates
+from surgery.common.errors import PassError
+from surgery.engine.change.selection import Candidates, SelectPass
+from surgery.engine.contract.selection import Selection
+from surgery.graph.analysis.dataflow import Rule, op_name, rule_of
 
 _ROLES = {
     "token": ("embed.token", "embed"),

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from surgery.errors import PassError
-from surgery.pass_base import Selection, SelectPass
-from surgery.selecting import Candidates
-from surgery.sites import Site
-from surgery.weight_ops import CONV, EXPERTS, LINEAR
+from surgery.common.errors import PassError
+from surgery.engine.change.selection import Candidates, SelectPass
+from surgery.engine.contract.selection import Selection
+from surgery.graph.ops import CONV, EXPERTS, LINEAR
+from surgery.graph.sites import Site
 
 _KINDS = (LINEAR, CONV, EXPERTS)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from surgery.pass_base import Selection, SelectPass
-from surgery.selecting import Candidates
+from surgery.engine.change.selection import Candidates, SelectPass
+from surgery.engine.contract.selection import Selection
 
 
 class Full(SelectPass):

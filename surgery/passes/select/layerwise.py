@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from surgery.errors import PassError
-from surgery.pass_base import Selection, SelectPass
-from surgery.schedule import Window
-from surgery.selecting import Candidates
+from surgery.common.errors import PassError
+from surgery.engine.change.selection import Candidates, SelectPass
+from surgery.engine.contract.selection import Selection
+from surgery.engine.schedule import Window
 
 
 class Layerwise(SelectPass):

@@ -1,6 +1,6 @@
 """Weights with zeros: how a weight is laid out for it, which values stay, and what of the data tells that."""
 
-from surgery.sparsity.layout import Layout
-from surgery.sparsity.masks import Pattern, choose, count
+from surgery.passes.sparse.axes import Layout
+from surgery.passes.sparse.masks import Pattern, choose, count
 
 __all__ = ["Layout", "Pattern", "choose", "count"]

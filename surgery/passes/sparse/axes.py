@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.sites import Site
+from surgery.graph.sites import Site
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgery.sites import Site
-from surgery.sparsity.layout import Layout
-from surgery.weight_ops import CONV, LINEAR, arguments, operand
+from surgery.graph.ops import CONV, LINEAR, arguments, operand
+from surgery.graph.sites import Site
+from surgery.passes.sparse.axes import Layout
 
 
 def norms(site: Site) -> Tensor:

@@ -10,17 +10,20 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, fx
 
-from surgery.errors import PassError
-from surgery.pass_base import MergeOp, Numerics, RewritePass, TensorSpec, changes
-from surgery.quantizing import dequantize
-from surgery.ramp import Begin, End, Every, Unit, check_ramp, progress, window
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.sparsity import Layout, Pattern, choose, count
-from surgery.sparsity.activations import norms, output_error
-from surgery.sparsity.masks import Scope, above
-from surgery.standing import adapted_by, replaced_at, weight_given_by, weight_reader
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.numerics import Numerics, changes
+from surgery.engine.contract.ramp import Begin, End, Every, Unit, check_ramp, progress, window
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.graph.rewrite.current import adapted_by, replaced_at, weight_given_by, weight_reader
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.quantize import dequantize
+from surgery.passes.sparse import Layout, Pattern, choose, count
+from surgery.passes.sparse.inputs import norms, output_error
+from surgery.passes.sparse.masks import Scope, above
 
 aten = torch.ops.aten
 
@@ -167,7 +170,7 @@ class Sparse(RewritePass):
             return "a table is looked up, and nothing enters a product; use --criterion magnitude"
         if why := self._misfit(site):
             return why
-        if not site.probe.program.base.in_memory:
+        if not site.probe.in_memory:
             return "its weight is not in memory, and its values have to be compared; load the weights first"
         stored = site.probe.stored(site)
         if not bool(torch.isfinite(stored).all()):

@@ -11,13 +11,16 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx, nn
 
-from surgery import lowrank, unpacking
-from surgery.errors import PassError
-from surgery.pass_base import MergeOp, RewritePass, TensorSpec
-from surgery.rewriter import Rewriter
-from surgery.sites import Site
-from surgery.standing import replaced_at, weight_given_by, weight_reader
-from surgery.weight_ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.common.errors import PassError
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
+from surgery.graph.rewrite.current import replaced_at, weight_given_by, weight_reader
+from surgery.graph.rewrite.rewriter import Rewriter
+from surgery.graph.sites import Site
+from surgery.passes.algebra import low_rank, packed
+from surgery.passes.measure.fisher import fisher
 
 aten = torch.ops.aten
 
@@ -75,7 +78,7 @@ class SparseTune(RewritePass):
             return f"it has {there:,} values, and --count asks for {self.count:,}"
         if self.by != "gradient":
             return None
-        name, inserted = self._source(site), site.probe.program.tensors
+        name, inserted = self._source(site), site.probe.tensors
         if name in inserted and not isinstance(inserted[name], nn.Parameter):
             given = weight_given_by(site)
             return f"{given!r} has put a weight there that does not train; choose --by magnitude or random"
@@ -84,10 +87,10 @@ class SparseTune(RewritePass):
         return None
 
     def _check_packed(self, site: Site) -> str | None:
-        unread = unpacking.refusal(site)
+        unread = packed.refusal(site)
         if unread:
             return f"{unread}; leave it out with !, or use lora"
-        if site.kind == CONV and (lacking := lowrank.lacks(site)):
+        if site.kind == CONV and (lacking := low_rank.lacks(site)):
             return f"its op {site.op} has no argument {lacking}, so what S would compute is not known"
         if self.by == "gradient" and site.kind != LINEAR:
             return f"of a packed {site.kind} weight no gradient is measured; choose --by magnitude or random"
@@ -133,7 +136,7 @@ class SparseTune(RewritePass):
         assert site.weight is not None
         name = self._source(site)
         if self.by == "gradient":
-            return site.probe.fisher(name)
+            return fisher(site.probe, name)
         return (site.probe.dequantized(site) if site.packed else site.probe.tensor(name)).abs().float()
 
     @staticmethod
@@ -157,7 +160,7 @@ class SparseTune(RewritePass):
             g.swap_weight(add)
             return None
         made = g.once(f"S of {g['values'].target}", update) if len(site.calls) > 1 else update()
-        return g.call(aten.add.Tensor, g.out, lowrank.product(site, g, g.x, made, site.layout))
+        return g.call(aten.add.Tensor, g.out, low_rank.product(site, g, g.x, made, site.layout))
 
     def _scattered(self, site: Site, g: Rewriter, flat: fx.Node) -> fx.Node:
         values = g["values"] if g.weight == 1 else g.call(aten.mul.Tensor, g["values"], g.weight)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from surgery.errors import LoadError
-from surgery.files import staged_directory
+from surgery.common.errors import LoadError
+from surgery.common.files import staged_directory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPT = "prompt_embeddings"

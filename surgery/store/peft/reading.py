@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import LoadError, PassError, SurgeryError, nearest
-from surgery.journal import Entry
-from surgery.pass_base import Pass
-from surgery.passes.full import Full
-from surgery.passes.lora import Lora
-from surgery.passes.prefix import Prefix
-from surgery.passes.prompt import Prompt
-from surgery.peft_format import tables
-from surgery.peft_format.files import PROMPT, by_pattern, read
-from surgery.program import Program
+from surgery.common.errors import LoadError, PassError, SurgeryError, nearest
+from surgery.engine.contract.base import Pass
+from surgery.engine.journal import Entry
+from surgery.engine.program import Program
+from surgery.engine.registry import find_pass
+from surgery.passes.lora.lora import Lora
+from surgery.passes.prefix.prefix import Prefix
+from surgery.passes.prompt.prompt import Prompt
+from surgery.passes.select.full import Full
+from surgery.store.peft import tables
+from surgery.store.peft.files import PROMPT, by_pattern, read
 
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<what>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 _OURS = {"A": "A", "B": "B", "embedding_A": "A", "embedding_B": "B", "magnitude_vector": "m"}
@@ -161,7 +162,7 @@ def _ia3(given: _Checkpoint, base: Program) -> Program:
     scales = {n.removesuffix(".ia3_l"): t for n, t in given.tensors.items() if n.endswith(".ia3_l")}
     rest = {n: t for n, t in given.tensors.items() if not n.endswith(".ia3_l")}
     _check_paths(given, base, scales)
-    cls = base.base.plugins.find_pass("ia3", "torch-surgery-ia3").cls
+    cls = find_pass(base.base.plugins, "ia3", "torch-surgery-ia3").cls
     sides = {"input": [p for p, t in scales.items() if t.shape[0] == 1 and t.shape[-1] != 1], "output": []}
     sides["output"] = [p for p in scales if p not in sides["input"]]
     wanted = {side: paths for side, paths in sides.items() if paths}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from surgery.errors import ExportError
+from surgery.common.errors import ExportError
 
 Shape = tuple[int, ...]
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import ExportError
-from surgery.journal import Entry
-from surgery.passes.lora import Lora
-from surgery.passes.prefix import Prefix
-from surgery.peft_format import tables
-from surgery.peft_format.files import PROMPT, prefix, task_type, write
-from surgery.program import Program
-from surgery.replay import live_entries, pass_of
-from surgery.sites import Site
-from surgery.weight_ops import CONV, EMBEDDING, LINEAR
+from surgery.common.errors import ExportError
+from surgery.engine.journal import Entry
+from surgery.engine.program import Program
+from surgery.engine.replay import live_entries, pass_of
+from surgery.graph.ops import CONV, EMBEDDING, LINEAR
+from surgery.graph.sites import Site
+from surgery.passes.lora.lora import Lora
+from surgery.passes.prefix.prefix import Prefix
+from surgery.store.peft import tables
+from surgery.store.peft.files import PROMPT, prefix, task_type, write
 
 _METHODS = {"lora": "LORA", "ia3": "IA3", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
 

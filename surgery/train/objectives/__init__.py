@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from surgery.hookspecs import hookimpl
-from surgery.training.objectives.causal_lm import CausalLm
-from surgery.training.objectives.classification import Classification
-from surgery.training.objectives.contrastive import Contrastive
-from surgery.training.objectives.distill import Distill
-from surgery.training.objectives.dpo import Dpo
-from surgery.training.objectives.masked_lm import MaskedLm
-from surgery.training.objectives.multi_task import MultiTask
-from surgery.training.objectives.regression import Regression
-from surgery.training.objectives.reward import Reward
-from surgery.training.objectives.sft import Sft
+from surgery.common.hooks import hookimpl
+from surgery.train.objectives.causal_lm import CausalLm
+from surgery.train.objectives.classification import Classification
+from surgery.train.objectives.contrastive import Contrastive
+from surgery.train.objectives.distill import Distill
+from surgery.train.objectives.dpo import Dpo
+from surgery.train.objectives.masked_lm import MaskedLm
+from surgery.train.objectives.multi_task import MultiTask
+from surgery.train.objectives.regression import Regression
+from surgery.train.objectives.reward import Reward
+from surgery.train.objectives.sft import Sft
 
 
 @hookimpl

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Generator
 
-from surgery.training.objective import Batch
-from surgery.training.packing import PackingObjective
-from surgery.training.setting import Row, Setting
-from surgery.training.texts import TEXT, text_of
-from surgery.training.tokens import next_tokens
+from surgery.train.data_context import Row, Setting
+from surgery.train.objective import Batch
+from surgery.train.packing import PackingObjective
+from surgery.train.texts import TEXT, text_of
+from surgery.train.tokens import next_tokens
 
 
 class CausalLm(PackingObjective):

@@ -10,12 +10,12 @@ from pydantic import Field, model_validator
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from surgery.errors import TrainingError
-from surgery.training.embeddings import Pooling, embedded, retrieval, similarities
-from surgery.training.images import IMAGE, views
-from surgery.training.objective import Batch, Objective, run
-from surgery.training.setting import Row, Setting
-from surgery.training.texts import TEXT, read
+from surgery.common.errors import TrainingError
+from surgery.train.data_context import Row, Setting
+from surgery.train.embeddings import Pooling, embedded, retrieval, similarities
+from surgery.train.images import IMAGE, views
+from surgery.train.objective import Batch, Objective, run
+from surgery.train.texts import TEXT, read
 
 ROLES = ("anchor", "positive", "negative")
 ALONE = ("simcse", "simclr")  # the second vector is of the anchor too

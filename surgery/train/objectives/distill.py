@@ -13,20 +13,21 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from surgery.capture.shapes import input_names
-from surgery.errors import LoadError, TrainingError
-from surgery.training.learned import LEARNED, Learned
-from surgery.training.nested import Nested, nested_of, score_of, under
-from surgery.training.objective import Batch, Objective, output, run
-from surgery.training.objectives.regression import Regression
-from surgery.training.setting import Row, Setting
-from surgery.training.taps import Taps
-from surgery.training.texts import TEXT_OR_IMAGE, read
-from surgery.training.tokenizers import find_tokenizer
-from surgery.training.tokens import IGNORED
+from surgery.common.errors import LoadError, TrainingError
+from surgery.engine.program import Program
+from surgery.store.load import load
+from surgery.train.data_context import Row, Setting
+from surgery.train.learned import LEARNED, Learned
+from surgery.train.nested_objective import Nested, nested_of, score_of, under
+from surgery.train.objective import Batch, Objective, output, run
+from surgery.train.objectives.regression import Regression
+from surgery.train.taps import Taps
+from surgery.train.texts import TEXT_OR_IMAGE, read
+from surgery.train.tokenizers import find_tokenizer
+from surgery.train.tokens import IGNORED
 
 if TYPE_CHECKING:
-    from surgery.program import Program
-    from surgery.training.data import Examples
+    from surgery.train.examples import Examples
 
 
 class Distill(Objective):
@@ -105,8 +106,6 @@ class Distill(Objective):
     @cached_property
     def loaded(self) -> Program:
         """The teacher. Raises TrainingError."""
-        from surgery.loading import load
-
         try:
             return load(self.teacher, task=self.teacher_task)
         except LoadError as error:

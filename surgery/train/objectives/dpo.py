@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.training.objective import Batch, output, run
-from surgery.training.pairs import PairObjective, pair_accuracy
-from surgery.training.reference import copy_of, reference_of
-from surgery.training.tokens import IGNORED
+from surgery.train.objective import Batch, output, run
+from surgery.train.pairs import PairObjective, pair_accuracy
+from surgery.train.reference_policy import copy_of, reference_of
+from surgery.train.tokens import IGNORED
 
 if TYPE_CHECKING:
-    from surgery.program import Program
+    from surgery.engine.program import Program
 
 
 class Dpo(PairObjective):

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Generator
 
-from surgery.errors import TrainingError
-from surgery.training.objective import Batch
-from surgery.training.setting import Row, Setting
-from surgery.training.texts import TEXT, text_of
-from surgery.training.tokens import IGNORED, TokenObjective
+from surgery.common.errors import TrainingError
+from surgery.train.data_context import Row, Setting
+from surgery.train.objective import Batch
+from surgery.train.texts import TEXT, text_of
+from surgery.train.tokens import IGNORED, TokenObjective
 
 
 class MaskedLm(TokenObjective):

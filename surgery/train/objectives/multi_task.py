@@ -13,17 +13,17 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Generator, Tensor, nn
 
-from surgery.errors import SurgeryError, TrainingError, nearest
-from surgery.training.learned import LEARNED, Learned
-from surgery.training.nested import Nested, nested_of, score_of, under
-from surgery.training.objective import Batch, Objective
-from surgery.training.objectives.regression import Regression
-from surgery.training.setting import Row, Setting
-from surgery.training.tables import names_in, part_of, row_of
+from surgery.common.errors import SurgeryError, TrainingError, nearest
+from surgery.train.data_context import Row, Setting
+from surgery.train.learned import LEARNED, Learned
+from surgery.train.nested_objective import Nested, nested_of, score_of, under
+from surgery.train.objective import Batch, Objective
+from surgery.train.objectives.regression import Regression
+from surgery.train.tables import names_in, part_of, row_of
 
 if TYPE_CHECKING:
-    from surgery.program import Program
-    from surgery.training.data import Examples
+    from surgery.engine.program import Program
+    from surgery.train.examples import Examples
 
 NAME = re.compile(r"[A-Za-z0-9_]+")
 

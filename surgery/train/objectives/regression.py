@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from surgery.errors import TrainingError
-from surgery.training.objective import Batch, Objective, output, run
-from surgery.training.setting import Row, Setting
-from surgery.training.texts import TEXT_OR_IMAGE, read
+from surgery.common.errors import TrainingError
+from surgery.train.data_context import Row, Setting
+from surgery.train.objective import Batch, Objective, output, run
+from surgery.train.texts import TEXT_OR_IMAGE, read
 
 
 class Regression(Objective):

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from surgery.errors import TrainingError
-from surgery.training.objective import Batch, output, run
-from surgery.training.pairs import PairObjective, pair_accuracy
-from surgery.training.setting import Setting
+from surgery.common.errors import TrainingError
+from surgery.train.data_context import Setting
+from surgery.train.objective import Batch, output, run
+from surgery.train.pairs import PairObjective, pair_accuracy
 
 
 class Reward(PairObjective):

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Generator
 
-from surgery.errors import TrainingError
-from surgery.training.dialogues import Message, answered, chat_template, messages_of
-from surgery.training.objective import Batch
-from surgery.training.packing import PackingObjective
-from surgery.training.setting import Row, Setting
-from surgery.training.tokens import IGNORED, next_tokens
+from surgery.common.errors import TrainingError
+from surgery.train.data_context import Row, Setting
+from surgery.train.dialogues import Message, answered, chat_template, messages_of
+from surgery.train.objective import Batch
+from surgery.train.packing import PackingObjective
+from surgery.train.tokens import IGNORED, next_tokens
 
 
 class Sft(PackingObjective):

@@ -1,0 +1,33 @@
+"""Passes by name, from every plugin of a manager."""
+
+from __future__ import annotations
+
+from surgery.common.errors import PassError, PluginError, nearest
+from surgery.common.plugins import CORE, Info, Plugins
+from surgery.engine.contract.base import Pass
+
+PassInfo = Info[type[Pass]]
+
+
+def passes(plugins: Plugins) -> dict[str, PassInfo]:
+    """Passes by name. Raises PluginError where two distributions register one name."""
+    found: dict[str, PassInfo] = plugins.once(
+        "surgery_passes", lambda: plugins.named("surgery_passes", Pass, "passes")
+    )
+    return found
+
+
+def find_pass(plugins: Plugins, name: str, distribution: str = "") -> PassInfo:
+    """The pass of that name; PassError with the nearest names, or with the distribution to install."""
+    known = passes(plugins)
+    if name in known:
+        return known[name]
+    for entry_point, why in plugins.broken.items():
+        if distribution and distribution == entry_point.partition(" ")[0]:
+            raise PluginError(
+                f"pass {name!r} comes from the plugin {entry_point}, which does not load: {why}"
+            )
+    if distribution and distribution != CORE:
+        raise PassError(f"pass {name!r} comes from the plugin {distribution!r}; pip install {distribution}")
+    hint = nearest(name, known) or f"; there are {', '.join(sorted(known))}"
+    raise PassError(f"there is no pass {name!r}{hint}")

@@ -1,0 +1,22 @@
+"""How our own ops, and ATen ops that torch.onnx writes badly, become ONNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from surgery.common.hooks import hookimpl
+from surgery.export.lowerings import attention, conv3d, dequantize, round_activation
+from surgery.passes.quantize import ops
+
+
+@hookimpl
+def surgery_onnx_lowerings() -> dict[Any, Any]:
+    """Torch op -> onnxscript function."""
+    return {
+        ops.dequantize._opoverload: dequantize.translation(),
+        ops.round_activation._opoverload: round_activation.translation(),
+        torch.ops.aten.conv3d.default: conv3d.translation(),
+        torch.ops.aten.scaled_dot_product_attention.default: attention.translation(),
+    }

@@ -1,0 +1,21 @@
+"""ONNX formats, registered for `Program.export` and its kin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from surgery.common.hooks import hookimpl
+from surgery.export.adaptable import export_adaptable
+from surgery.export.generation import export_generation
+from surgery.export.program import export_program
+
+
+@hookimpl
+def surgery_writers() -> dict[str, Callable[..., Any]]:
+    """Format -> function (program, path, **options)."""
+    return {
+        "onnx": export_program,
+        "onnx-generate": export_generation,
+        "onnx-adapters": export_adaptable,
+    }

@@ -1,0 +1,109 @@
+"""Traces a third party's `WeightOp.dequantize` into ops, so that a packed weight can be computed as floats.
+
+The same ops run eagerly and in a graph: a value measured when a pass is applied equals, bit for bit, the value that its
+graph computes later.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from surgery.common.errors import PassError
+from surgery.graph.ops import Call, arguments
+
+aten = torch.ops.aten
+
+Apply = Callable[..., Any]  # of an op: to tensors, or in a graph to nodes
+
+
+def eagerly(op: Any, *args: Any, **kwargs: Any) -> Any:
+    return op(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """The ops of one `dequantize`.
+
+    names: arguments of the op that it reads, tensors all. constants: tensors of its own (a codebook). val: the fake
+    weight that it makes.
+    """
+
+    graph: fx.Graph
+    names: tuple[str, ...]
+    constants: tuple[Tensor, ...]
+    val: Any
+
+    def run(
+        self, call: Apply, tensors: Mapping[str, Any], constants: Sequence[Any], dtype: torch.dtype
+    ) -> Any:
+        """The weight in a dtype, from values for the names and the constants: of tensors, or of nodes."""
+        given, own = iter(self.names), iter(constants)
+        values: dict[fx.Node, Any] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = tensors[next(given)]
+            elif node.op == "get_attr":
+                values[node] = next(own)
+            elif node.op == "output":
+                weight = values[node.args[0]]
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = call(node.target, *args, **kwargs)
+        return weight if self.val.dtype == dtype else call(aten.to.dtype, weight, dtype)
+
+
+def unpacking(call: Call) -> Unpacking:
+    """How the weight of a packed op becomes floats. Raises PassError where its `dequantize` cannot be traced."""
+    assert call.op.dequantize is not None
+    given = arguments(call.node)
+    frozen = []
+    for name, value in given.items():
+        if name in (call.op.x, call.op.bias):
+            continue
+        if not isinstance(value, fx.Node):
+            frozen.append((name, _frozen(value)))
+        elif name in call.op.weights:
+            val = value.meta["val"]
+            frozen.append((name, (Tensor, tuple(val.shape), val.dtype, val.device)))
+    try:
+        return _traced(call.op.dequantize, tuple(frozen))
+    except Exception as error:  # a plugin's own code can raise anything
+        reason = str(error).strip().splitlines()[:1]
+        raise PassError(
+            f"the dequantize of {call.node.target} cannot be traced into ops ({type(error).__name__}"
+            f"{': ' if reason else ''}{''.join(reason)})"
+        ) from error
+
+
+@functools.lru_cache(maxsize=256)  # a model has few shapes, and many sites
+def _traced(dequantize: Callable[..., Tensor], given: tuple[tuple[str, Any], ...]) -> Unpacking:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = {name: how[1:] for name, how in given if how[0] is Tensor}
+    plain = {name: how[1] for name, how in given if how[0] is not Tensor}
+    with mode:
+        fakes = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in tensors.values()]
+
+    def run(*values: Tensor) -> Tensor:
+        return dequantize({**plain, **dict(zip(tensors, values, strict=True))})
+
+    with torch.no_grad():
+        traced = make_fx(run)(*fakes)
+        weight = run(*fakes)
+    constants = tuple(getattr(traced, str(n.target)) for n in traced.graph.nodes if n.op == "get_attr")
+    if not isinstance(weight, Tensor) or not all(isinstance(value, Tensor) for value in constants):
+        raise TypeError("it gives no tensor, or has control flow of its own")
+    return Unpacking(traced.graph, tuple(tensors), constants, weight)
+
+
+def _frozen(value: Any) -> Any:
+    """A number or a list of them, hashed with its type (1 is not True)."""
+    value = tuple(value) if isinstance(value, list) else value
+    return (type(value), value)
