@@ -8,7 +8,7 @@ the eager model, with what the model's attributes need afterwards. Exported mean
 onnxruntime on the same inputs to within 1e-4 of the outputs' scale.
 
 Coverage: of the timm models of `make sweep`, how many each prunes to a model that runs. Ours has to compute what the
-whole model does with the removed units at zero (see tests/test_prune_filters.py), which is not asked of the peer. The
+whole model does with the removed units at zero (see tests/passes/prune/test_prune_filters.py), which is not asked of the peer. The
 peer is told of attention heads, and afterwards sets the attribute that its own example sets; a model whose forward
 reads other sizes from attributes does not run then, and one whose groups are not found in 120 s counts as not pruned.
 """

@@ -11,7 +11,7 @@ import torch
 import surgery
 from surgery.api import make_plugin_manager
 from surgery.testing import check_pass
-from tests import models
+from tests.shared import models
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)

@@ -11,10 +11,10 @@ import torch
 from surgery.capture import LoadOptions, dynamic_axes, fresh_inputs, hf, pt2, py, trace
 from surgery.capture import timm as timm_loader
 from surgery.common.errors import CaptureError, LoadError, MissingExtraError
-from tests.capture import modules
+from tests.shared import modules
 
 transformers = pytest.importorskip("transformers")
-HERE = "py:tests.capture.modules:"
+HERE = "py:tests.shared.modules:"
 
 
 def _bert_config(**changes):
@@ -179,7 +179,7 @@ def test_py_factory():
 @pytest.mark.parametrize(
     ("ref", "message"),
     [
-        ("py:tests.capture.modules", "write py:package.module:callable"),
+        ("py:tests.shared.modules", "write py:package.module:callable"),
         (HERE + "mak", "did you mean 'make'"),
         (HERE + "number", "not a callable"),
         (HERE + "make_broken", "the factory raised ValueError: no such file"),

@@ -11,7 +11,7 @@ from torch.export import Dim
 
 from surgery.capture import dynamic_axes, fresh_inputs, from_module, named_sizes, trace
 from surgery.common.errors import CaptureError
-from tests.capture import modules
+from tests.shared import modules
 
 
 def _ops(captured):

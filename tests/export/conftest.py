@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from surgery.export import ExportSource
-
-from .models import capture, text_inputs, text_shapes
+from tests.shared.exported import capture, text_inputs, text_shapes
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("onnxruntime")

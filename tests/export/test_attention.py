@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import surgery
 from surgery.export.runtime import OnnxModel
 from surgery.export.unfused_sums import keep_sums_apart
-from tests.test_smooth_carried import optimised
+from tests.passes.quantize.test_smooth_carried import optimised
 
 BATCH, HEADS, QUERIES, KEYS, SIZE = 2, 4, 5, 7, 8
 # One product of 8 terms and one of 7, of numbers about 1, in float32: each within some 1e-6; an order more for safety.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import surgery
-from tests.test_quantize import randomise
+from tests.passes.quantize.test_quantize import randomise
 
 
 class First(nn.Module):

@@ -18,8 +18,8 @@ from surgery.common.errors import ExportError, PassError
 from surgery.export.generation import check_tokens
 from surgery.export.generator import open_generator
 from surgery.export.readback import journal_of, provenance_of
-from tests import tiny
 from tests.conftest import minilm_path
+from tests.shared import tiny
 
 NEW = 32
 TOLERANCE = 1e-4  # of the logits' scale: what surgery.export.parity argues for fp32

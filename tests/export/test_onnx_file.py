@@ -12,8 +12,7 @@ from torch import fx, nn
 
 from surgery.common.errors import ExportError, MissingExtraError
 from surgery.export import ExportSource, OnnxModel, export_onnx, journal_of, names_survive, provenance_of
-
-from .models import add_dora, add_lora, capture, merge_lora, text_inputs
+from tests.shared.exported import add_dora, add_lora, capture, merge_lora, text_inputs
 
 Make = Callable[[], ExportSource]
 

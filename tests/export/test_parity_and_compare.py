@@ -11,8 +11,7 @@ from onnx import numpy_helper
 from surgery.common.errors import ExportError
 from surgery.export import ExportSource, OnnxModel, check_parity, export_onnx, first_divergence
 from surgery.export.parity import difference, scale_of, tolerance_of
-
-from .models import add_lora, text_inputs
+from tests.shared.exported import add_lora, text_inputs
 
 INPUTS = ((), text_inputs(96, batch=3, seq=11, seed=3))
 
