@@ -1,4 +1,4 @@
-"""What inserted nodes give: fake results, each computed once."""
+"""Fake results (shapes and dtypes) of inserted nodes, each computed once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 class MetaCache:
-    """Fake results by (op, shapes, dtypes, constants): a pass inserts the same few ops hundreds of times."""
+    """Cache of fake results by op, shapes, dtypes and constants: a pass inserts the same few ops hundreds of times."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.mode = next(
@@ -23,6 +23,7 @@ class MetaCache:
         self._numbers: dict[int, tuple[int, Any]] = {}
 
     def tensor(self, like: torch.Tensor) -> FakeTensor:
+        """Return a fake tensor with the shape, dtype and device of a tensor."""
         key = ("tensor", tuple(like.shape), like.dtype, like.device)
         if key not in self._results:
             with self.mode:
@@ -30,10 +31,17 @@ class MetaCache:
         return self._results[key]
 
     def call(self, op: Any, args: Any, kwargs: Any) -> Any:
+        """Return the fake result of an op, computed once for equal arguments.
+
+        Args:
+            op: op to call.
+            args: positional arguments; nodes stand for their `val`.
+            kwargs: keyword arguments, likewise.
+        """
         key = (op, self._key(args), *((name, self._key(value)) for name, value in kwargs.items()))
         if key not in self._results:
             values = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-            # Some kernels written in C++ take no symbolic sizes, or would fix them.
+            # Some C++ kernels reject symbolic sizes or specialize them; the Python dispatcher avoids both.
             with self.mode, enable_python_dispatcher(), torch.no_grad():
                 self._results[key] = op(*values[0], **values[1])
         return self._results[key]
@@ -46,11 +54,12 @@ class MetaCache:
         return type(value).__name__, value
 
     def _number(self, val: Any) -> int:
-        """The same number for results that are alike; each is looked at once (symbols are slow to compare)."""
+        """Return a number that is equal for equal results. Each is examined once: symbols are slow to compare."""
         known = self._numbers.get(id(val))
         if known is None:
             number = self._alike.setdefault(_freeze(val), len(self._alike))
-            known = self._numbers[id(val)] = (number, val)  # held, so that its id stays its own
+            # The reference keeps the value alive, so that its id is not reused.
+            known = self._numbers[id(val)] = (number, val)
         return known[0]
 
 

@@ -1,4 +1,4 @@
-"""Graphs as wholes: a copy of one, and one without what passes have replaced."""
+"""Operations on whole graphs: copy, removal of replaced nodes, and the nodes that outputs depend on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.graph.marks import META
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy with its own nodes; metadata dictionaries are copied one level deep."""
+    """Copy a graph with new nodes; metadata dictionaries are copied one level deep."""
     fresh = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     result = fresh.graph_copy(graph, mapping)
@@ -25,9 +25,10 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def without_replaced(graph: fx.Graph) -> fx.Graph:
-    """The graph less the ops in whose place passes put others, and less what only these read.
+    """Return the graph without the ops that passes have replaced, and without nodes that only these read.
 
-    The graph itself, where there are none: later passes match the replaced ops, but nobody has to run them.
+    If nothing was replaced, this is the graph itself. The full graph is still needed for matching: later passes match
+    replaced ops, although these need not run.
     """
     live = live_nodes(graph)
     marks = [n.meta.get(META, {}) for n in graph.nodes if n not in live]
@@ -42,7 +43,13 @@ def without_replaced(graph: fx.Graph) -> fx.Graph:
 
 
 def flat_inputs(program: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The values of a GraphModule's placeholders, in their order, whatever the order of the keywords."""
+    """Return the values of a GraphModule's placeholders in their order, for any order of the keywords.
+
+    Args:
+        program: the GraphModule.
+        args: positional arguments of a call.
+        kwargs: keyword arguments of a call.
+    """
     spec = getattr(getattr(program.graph._codegen, "pytree_info", None), "in_spec", None)
     if spec is not None:
         order = spec.child(1).context if hasattr(spec, "child") else spec.children_specs[1].context
@@ -53,13 +60,14 @@ def flat_inputs(program: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether a node does something beside giving a value; to draw random numbers (a dropout) is no such thing."""
+    """True if a node has a side effect. Drawing random numbers (a dropout) does not count."""
     return node.op == "call_function" and node.is_impure(impure_random=False)
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that an output of the graph, or a write, depends on."""
-    acts: dict[Any, bool] = {}  # by op: torch takes its time to say so
+    """Return the nodes that an output of the graph, or a write, depends on."""
+    # Cached by op, because `is_impure` is slow.
+    acts: dict[Any, bool] = {}
     stack = []
     for node in graph.nodes:
         if node.op == "call_function" and node.target not in acts:
@@ -70,7 +78,7 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 def behind(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Nodes with all that they are computed from, down to `stop`, which is left out."""
+    """Return the nodes and all nodes they are computed from, down to `stop`, which is left out."""
     found: set[fx.Node] = set()
     stack = list(nodes)
     while stack:

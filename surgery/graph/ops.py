@@ -1,9 +1,9 @@
-"""What counts as an op with a weight, and how to read one: the normalised view that matching works on.
+"""Ops that hold a weight, and the normalized view of their calls that site matching works on.
 
-Nothing here changes a graph. A `WeightOp` says which arguments of an ATen op (or of a third party's op) are
-the activation, the weight and the bias; `read_call` turns a node into a `Call` whose weight has been followed
-back through transposes, casts and gathers to the parameter that holds it, so that `linear`, `addmm`,
-`t + matmul` and `index + bmm` look the same to a pass.
+This module only reads a graph. A `WeightOp` declares which arguments of an ATen op (or of a third party's op) are the
+activation, the weight and the bias. `read_call` turns a node into a `Call`: the weight is traced back through
+transposes, casts and gathers to the parameter that holds it. So `linear`, `addmm`, `t + matmul` and `index + bmm` look
+the same to a pass.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ LINEAR, CONV, EMBEDDING, EXPERTS, NORM = "linear", "conv", "embedding", "experts
 
 @dataclass(frozen=True)
 class WeightOp:
-    """How to read one op. Argument names are those of the op's schema.
+    """Declaration of an op that holds a weight. Argument names are those of the op's schema.
 
-    kind: linear, conv, embedding, experts or norm.
-    x: the activation argument; weights: the argument(s) that hold the weight, the main one first.
-    layout: axes of the weight as the op takes it: "oi" (out, in), "io", "vd" (vocabulary, dim), ….
-    dequantize: for an op whose weights are packed: (arguments by name) -> float weight in `layout`, in torch's ops. It
-    is given the tensors of `weights` and the op's numbers.
+    Attributes:
+        kind: linear, conv, embedding, experts or norm.
+        x: the activation argument.
+        weights: the argument(s) that hold the weight, the main one first.
+        bias: the bias argument, or None.
+        layout: axes of the weight as the op reads it: "oi" (out, in), "io", "vd" (vocabulary, dim), ….
+        dequantize: for an op with packed weights, a function from the op's arguments by name to the float weight in
+            `layout`. It is written in torch ops, and gets the tensors of `weights` and the op's numbers.
     """
 
     kind: str
@@ -45,10 +48,18 @@ class WeightOp:
 class Call:
     """One use of a weight in the graph.
 
-    node: the op. x: the node that gives its activation. weight: the get_attr node of the parameter, or None
-    where the weight is computed. layout: axes of the *parameter* as stored, such as "oi" for nn.Linear, "io"
-    for Conv1D, "eoi" for stacked experts. gather: for experts, the node of expert numbers, one per row.
-    x_axis: of a product: the axis of x that it sums over ("column" for W @ x, "row" for x @ W).
+    Attributes:
+        node: the op.
+        op: declaration of the op.
+        kind: kind of this use, such as "linear"; a product with stacked weights is "experts".
+        x: node that provides the activation.
+        weight: get_attr node of the parameter, or None if the weight is computed.
+        layout: axes of the *parameter* as stored, such as "oi" for nn.Linear, "io" for Conv1D, "eoi" for stacked
+            experts.
+        bias: get_attr node of the bias, or None.
+        gather: for experts, the node of expert indices, one per row.
+        x_axis: for a product, the axis of x that is summed over: "column" for W @ x, "row" for x @ W.
+        computed_from: parameters that a computed weight depends on.
     """
 
     node: fx.Node
@@ -68,7 +79,7 @@ class Call:
 
 
 def module_path(node: fx.Node) -> str:
-    """Dotted path of the module whose forward made this node; empty for the root."""
+    """Return the dotted path of the module whose forward created this node; empty for the root."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else ""
 
@@ -97,7 +108,7 @@ BUILTIN_WEIGHT_OPS: dict[Any, WeightOp] = {
     aten.instance_norm.default: WeightOp(NORM, "input", layout="o"),
 }
 
-# Ops that pass a weight on as it is, or with its axes moved.
+# Ops that return a weight unchanged, at most cast or copied.
 _SAME = {
     aten.detach.default,
     aten.alias.default,
@@ -113,7 +124,7 @@ _SAME = {
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by schema name, at full arity (defaults filled in); by number where there is no schema."""
+    """Return a node's arguments by schema name, with defaults filled in; by number if the op has no schema."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
@@ -129,18 +140,18 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def operand(call: Call) -> fx.Node:
-    """The node that the call's op reads as its activation now."""
+    """Return the node that the call's op currently reads as its activation."""
     args = arguments(call.node)
     return args[call.op.weights[0] if call.x_axis == "column" else call.op.x]
 
 
 def parameter_of(node: fx.Node) -> str | None:
-    """The parameter for which this value stands at a site, where a pass put it in the parameter's place."""
+    """Return the name of the parameter that this value replaces at a site, or None."""
     return node.meta.get("surgery", {}).get("weight_of")
 
 
 def _stored(value: fx.Node) -> fx.Node | None:
-    """The parameter's own node of a value that is one or stands for one."""
+    """Return the get_attr node of the parameter that a value is or replaces, or None."""
     name = parameter_of(value)
     if name is not None:
         return _own_node(value.graph, name)
@@ -148,7 +159,7 @@ def _stored(value: fx.Node) -> fx.Node | None:
 
 
 def _own_node(graph: fx.Graph, name: str) -> fx.Node:
-    """Where the model itself reads a parameter, not where a pass reads it in another's place."""
+    """Return the node at which the model itself reads a parameter, as opposed to a replacement made by a pass."""
     nodes = (n for n in graph.nodes if n.op == "get_attr" and n.target == name)
     return next(n for n in nodes if parameter_of(n) is None)
 
@@ -160,7 +171,7 @@ def rank_of(node: fx.Node) -> int:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where an operand comes from: parameter node, stored axis of each operand axis, gather indices."""
+    """Origin of an operand: parameter node, stored axis of each operand axis, gather indices."""
 
     node: fx.Node
     axes: tuple[int, ...]
@@ -168,10 +179,11 @@ class _Source:
 
 
 def _trace_weight(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> _Source | None:
-    """Follow an operand back to the parameter it is a view of; None where it is computed."""
+    """Trace an operand back to the parameter that it is a view of; None if the operand is computed."""
     node, gather = operand, None
     axes = list(range(max(rank_of(operand), 0)))
     while True:
+        # A pass may have put a computed value here (a scaled weight); the site is still that of the parameter.
         stands_for = parameter_of(node)
         if stands_for is not None:
             node = _own_node(node.graph, stands_for)
@@ -186,6 +198,7 @@ def _trace_weight(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> _So
         elif target in (aten.t.default, aten.numpy_T.default):
             if rank == 2:
                 axes = [1 - a for a in axes]
+                # `axes[k]` is the stored axis that became axis k of the operand.
         elif target is aten.transpose.int:
             i, j = args["dim0"] % rank, args["dim1"] % rank
             axes = [j if a == i else i if a == j else a for a in axes]
@@ -195,6 +208,7 @@ def _trace_weight(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> _So
         elif target is aten.unsqueeze.default and (whole := _before_squeeze(node)) is not None:
             node = whole
             continue
+            # Experts: the weights of the selected experts are gathered from the stacked parameter.
         elif target is aten.index.Tensor and len(args["indices"]) == 1 and gather is None:
             index = args["indices"][0]
             if not isinstance(index, fx.Node) or rank_of(index) != 1:
@@ -209,8 +223,7 @@ def _trace_weight(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> _So
 
 
 def _before_squeeze(node: fx.Node) -> fx.Node | None:
-    """What an unsqueeze gives back whole, where a squeeze of the same axis made its input (Mamba's depthwise
-    kernel); through casts."""
+    """Return the input of a squeeze that this unsqueeze undoes, looking through casts (Mamba's depthwise kernel)."""
     rank, below = rank_of(node), node.args[0]
     while isinstance(below, fx.Node) and below.target in _SAME:
         below = below.args[0]
@@ -223,7 +236,7 @@ def _before_squeeze(node: fx.Node) -> fx.Node | None:
 
 
 def _computed_from(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> tuple[str, ...]:
-    """Parameters from which an operand is computed without any activation, or empty."""
+    """Return the parameters that an operand is computed from without any activation; empty if there are none."""
     found: dict[str, None] = {}
     stack, seen = [operand], set()
     while stack:
@@ -231,6 +244,7 @@ def _computed_from(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> tu
         if node in seen:
             continue
         seen.add(node)
+        # The limit keeps a long chain of computed values from being searched at every node.
         if node.op == "placeholder" or len(seen) > 64:
             return ()
         if node.op == "get_attr" and is_weight(node):
@@ -242,7 +256,16 @@ def _computed_from(operand: fx.Node, is_weight: Callable[[fx.Node], bool]) -> tu
 def read_call(
     node: fx.Node, ops: Mapping[Any, WeightOp], is_weight: Callable[[fx.Node], bool]
 ) -> Call | None:
-    """The node as a use of a weight, or None where it is none (a product of two activations, say)."""
+    """Read a node as a use of a weight.
+
+    Args:
+        node: node to read.
+        ops: declarations by op.
+        is_weight: predicate for get_attr nodes of parameters.
+
+    Returns:
+        The call, or None if the node uses no weight (a product of two activations, for example).
+    """
     op = ops.get(node.target)
     if op is None:
         return None
@@ -253,11 +276,12 @@ def read_call(
     source = _trace_weight(operand, is_weight)
     column = False
     if source is None and op.kind in (LINEAR, EXPERTS) and op.layout.endswith("io"):
-        # W @ x: the weight is the left operand
+        # W @ x: the weight is the left operand.
         swapped = _trace_weight(x, is_weight)
         if swapped is not None and swapped.node is not operand and op.bias is None:
             source, x, column = swapped, operand, True
     if source is None:
+        # A product with a computed operand may be any product of activations, so only dedicated ops are accepted.
         made_of = _computed_from(operand, is_weight)
         if not made_of or op.kind == EXPERTS or _is_product(node):
             return None
@@ -295,6 +319,7 @@ def _resolve(
         if len(layout) != rank:
             return None
     else:
+        # A permuted conv or embedding weight has no layout letters, so it counts as computed.
         if source.axes != tuple(range(len(source.axes))):
             return Call(node, op, kind, x, None, letters, computed_from=(str(source.node.target),))
         layout = letters
@@ -304,31 +329,37 @@ def _resolve(
 def find_calls(
     nodes: Sequence[fx.Node], ops: Mapping[Any, WeightOp], is_weight: Callable[[fx.Node], bool]
 ) -> list[Call]:
-    """Every use of a weight, in graph order."""
+    """Return every use of a weight, in graph order.
+
+    Args:
+        nodes: nodes to read.
+        ops: declarations by op.
+        is_weight: predicate for get_attr nodes of parameters.
+    """
     calls = (read_call(node, ops, is_weight) for node in nodes if node.op == "call_function")
     return [call for call in calls if call is not None]
 
 
 def is_depthwise(call: Call) -> bool:
-    """A convolution that keeps channels apart: it moves positions, not features. Its weight may be computed."""
+    """True for a convolution that does not mix channels. Its weight may be computed."""
     groups, size = arguments(call.node).get("groups", 1), weight_shape(call)
     return call.kind == CONV and isinstance(groups, int) and groups > 1 and bool(size) and size[1] == 1
 
 
 def weight_shape(call: Call) -> list[int]:
-    """Shape of the weight as the op takes it; empty where that is not known."""
+    """Return the shape of the weight as the op reads it; empty if unknown."""
     operand = arguments(call.node).get(call.op.weights[0])
     value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
     return list(value.shape) if isinstance(value, torch.Tensor) else []
 
 
 def per_axis(value: int | Sequence[int], axes: int) -> list[int]:
-    """A convolution's argument (stride, padding, …) for each of its axes: one number stands for all."""
+    """Return a convolution argument (stride, padding, …) for each axis; a single number applies to all axes."""
     found = [value] if isinstance(value, int) else list(value)
     return found * axes if len(found) == 1 else found
 
 
 @hookimpl
 def surgery_weight_ops() -> dict[Any, WeightOp]:
-    """The ATen ops that hold a weight."""
+    """Return the ATen ops that hold a weight."""
     return BUILTIN_WEIGHT_OPS

@@ -1,4 +1,4 @@
-"""What a graph returns: its values by name, and adding one; and what follows from an output of another width."""
+"""Named outputs of a graph: reading and adding them, and propagating an output of another width."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from surgery.graph.analysis.dataflow import op_name
 if TYPE_CHECKING:
     from surgery.graph.fake import MetaCache
 
-ONLY = "output"  # the name of the one tensor of a model that returns no more
+# Name of the output of a model that returns a single tensor.
+ONLY = "output"
 
-# What takes an axis away without counting on its length.
+# Reductions remove an axis and do not depend on its length.
 _REDUCTIONS = {
     "argmax",
     "argmin",
@@ -38,7 +39,7 @@ _REDUCTIONS |= {"topk", "prod", "std", "var", "sym_size", "linalg_vector_norm"}
 
 
 def named_outputs(graph: fx.Graph) -> dict[str, fx.Node]:
-    """The values that the graph returns by name, as ONNX has them: a dict's keys, `0`, `1` of a tuple."""
+    """Return the graph's outputs by name, as in ONNX: the keys of a dict, or `0`, `1` for a tuple."""
     leaves, spec = _returned(graph)
     value = pytree.tree_unflatten(leaves, spec)
     if isinstance(value, fx.Node):
@@ -48,10 +49,17 @@ def named_outputs(graph: fx.Graph) -> dict[str, fx.Node]:
 
 
 def add_output(graph: fx.Graph, name: str, node: fx.Node) -> None:
-    """Let the graph return one value more: a new key of a dict, the last item of a tuple or list.
+    """Add an output to the graph: a new key of a dict, or the last item of a tuple or list.
 
-    A tensor by itself becomes {"output": tensor, name: node}. Raises PassError for any other structure, and
-    where the name is taken.
+    A single tensor becomes {"output": tensor, name: node}.
+
+    Args:
+        graph: graph to change.
+        name: name of the new output.
+        node: value of the new output.
+
+    Raises:
+        PassError: if the name is taken, or the outputs have any other structure.
     """
     leaves, spec = _returned(graph)
     value = _with(pytree.tree_unflatten(list(range(len(leaves))), spec), name, len(leaves))
@@ -64,7 +72,7 @@ def add_output(graph: fx.Graph, name: str, node: fx.Node) -> None:
 
 
 def refuse_output(graph: fx.Graph, name: str) -> str | None:
-    """Why no output of that name can be added, or None."""
+    """Return the reason why no output of that name can be added, or None."""
     leaves, spec = _returned(graph)
     try:
         _with(pytree.tree_unflatten(list(range(len(leaves))), spec), name, len(leaves))
@@ -79,7 +87,7 @@ def _returned(graph: fx.Graph) -> tuple[list[Any], Any]:
     if info is not None and info.out_spec is not None:
         return list(pytree.tree_leaves(returned)), info.out_spec
     raise PassError(
-        "the graph does not say what its outputs are called; capture the model with surgery.capture"
+        "the graph does not store the names of its outputs; capture the model with surgery.capture"
     )
 
 
@@ -102,10 +110,18 @@ def _key(part: Any) -> str:
 
 
 def follow(graph: fx.Graph, changed: Mapping[fx.Node, Any], cache: MetaCache) -> dict[fx.Node, Any]:
-    """The `val`s behind nodes whose values become of another width, by node: nothing is changed yet.
+    """Compute the new `val` of every node that depends on values of another width, without changing the graph.
 
-    changed: node -> its new val, with one axis of another length. Raises PassError naming the op that counts on
-    the old length: one that fails, or whose result is not the old one with just that axis longer or shorter.
+    Args:
+        graph: graph to propagate through.
+        changed: new `val` of each changed node, with one axis of another length.
+        cache: fake mode to run ops in.
+
+    Returns:
+        New `val` by node.
+
+    Raises:
+        PassError: if an op depends on the old length: it fails, or its result differs in more than that axis.
     """
     found = dict(changed)
     widths = {_step(node.meta["val"], val) for node, val in changed.items()}
@@ -118,21 +134,22 @@ def follow(graph: fx.Graph, changed: Mapping[fx.Node, Any], cache: MetaCache) ->
                 val = node.target(*args, **kwargs)
         except Exception as error:
             why = str(error).strip().splitlines() or [type(error).__name__]
-            raise PassError(f"{_place(node)} counts on the old number ({why[0][:120]})") from None
+            raise PassError(f"{_place(node)} depends on the old size ({why[0][:120]})") from None
         old = node.meta.get("val")
+        # A result of the old shape is right for a reduction; any other op must have cut the new elements off.
         if _alike(old, val):
             if isinstance(old, torch.Tensor) and op_name(node.target) not in _REDUCTIONS:
-                raise PassError(f"{_place(node)} cuts out the old number")
+                raise PassError(f"{_place(node)} cuts the values to the old size")
             continue
         if not _follows(old, val, widths):
-            raise PassError(f"{_place(node)} counts on the old number")
+            raise PassError(f"{_place(node)} depends on the old size")
         found[node] = val
     return found
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch logs an op that fails on shapes alone, which here is an answer."""
+    """Silence torch's log of an op that fails on its shapes, because here a failure is an expected result."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -168,13 +185,13 @@ def _alike(old: Any, new: Any) -> bool:
 
 
 def _follows(old: Any, new: Any, widths: set[tuple[int, int]]) -> bool:
-    """Whether a result differs in nothing but one of the lengths that were changed."""
+    """True if a result differs only in one of the changed lengths."""
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.dim() == new.dim():
         moved = [(a, b) for a, b in zip(old.shape, new.shape, strict=True) if not _same(a, b)]
         return len(moved) == 1 and moved[0] in widths
     if isinstance(old, int) and isinstance(new, int):
         return (old, new) in widths
     if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)) and len(old) == len(new):
-        # values and indices, as of sort or topk
+        # Values and indices, as returned by sort or topk.
         return all(_alike(a, b) or _follows(a, b, widths) for a, b in zip(old, new, strict=True))
     return False

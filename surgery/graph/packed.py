@@ -1,7 +1,7 @@
 """Traces a third party's `WeightOp.dequantize` into ops, so that a packed weight can be computed as floats.
 
-The same ops run eagerly and in a graph: a value measured when a pass is applied equals, bit for bit, the value that its
-graph computes later.
+The same ops run eagerly and in a graph. So a value measured when a pass is applied equals, bit for bit, the value that
+the graph computes later.
 """
 
 from __future__ import annotations
@@ -21,19 +21,24 @@ from surgery.graph.ops import Call, arguments
 
 aten = torch.ops.aten
 
-Apply = Callable[..., Any]  # of an op: to tensors, or in a graph to nodes
+# Calls an op: on tensors, or in a graph on nodes.
+Apply = Callable[..., Any]
 
 
 def eagerly(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call an op on tensors: the eager counterpart of inserting a node."""
     return op(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class Unpacking:
-    """The ops of one `dequantize`.
+    """Traced ops of one `dequantize`.
 
-    names: arguments of the op that it reads, tensors all. constants: tensors of its own (a codebook). val: the fake
-    weight that it makes.
+    Attributes:
+        graph: the traced ops.
+        names: tensor arguments of the op that the trace reads.
+        constants: tensors that `dequantize` holds itself (a codebook).
+        val: fake tensor of the resulting weight.
     """
 
     graph: fx.Graph
@@ -44,7 +49,14 @@ class Unpacking:
     def run(
         self, call: Apply, tensors: Mapping[str, Any], constants: Sequence[Any], dtype: torch.dtype
     ) -> Any:
-        """The weight in a dtype, from values for the names and the constants: of tensors, or of nodes."""
+        """Compute the weight, from tensors or in a graph from nodes.
+
+        Args:
+            call: calls an op, see `Apply`.
+            tensors: value of each argument in `names`.
+            constants: value of each tensor in `self.constants`.
+            dtype: dtype of the weight.
+        """
         given, own = iter(self.names), iter(constants)
         values: dict[fx.Node, Any] = {}
         for node in self.graph.nodes:
@@ -61,7 +73,11 @@ class Unpacking:
 
 
 def unpacking(call: Call) -> Unpacking:
-    """How the weight of a packed op becomes floats. Raises PassError where its `dequantize` cannot be traced."""
+    """Trace the `dequantize` of a call's op into ops.
+
+    Raises:
+        PassError: if it cannot be traced.
+    """
     assert call.op.dequantize is not None
     given = arguments(call.node)
     frozen = []
@@ -75,7 +91,7 @@ def unpacking(call: Call) -> Unpacking:
             frozen.append((name, (Tensor, tuple(val.shape), val.dtype, val.device)))
     try:
         return _traced(call.op.dequantize, tuple(frozen))
-    except Exception as error:  # a plugin's own code can raise anything
+    except Exception as error:  # The code is a plugin's and can raise anything.
         reason = str(error).strip().splitlines()[:1]
         raise PassError(
             f"the dequantize of {call.node.target} cannot be traced into ops ({type(error).__name__}"
@@ -83,7 +99,7 @@ def unpacking(call: Call) -> Unpacking:
         ) from error
 
 
-@functools.lru_cache(maxsize=256)  # a model has few shapes, and many sites
+@functools.lru_cache(maxsize=256)  # Few distinct shapes cover the many sites of a model.
 def _traced(dequantize: Callable[..., Tensor], given: tuple[tuple[str, Any], ...]) -> Unpacking:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tensors = {name: how[1:] for name, how in given if how[0] is Tensor}
@@ -99,11 +115,11 @@ def _traced(dequantize: Callable[..., Tensor], given: tuple[tuple[str, Any], ...
         weight = run(*fakes)
     constants = tuple(getattr(traced, str(n.target)) for n in traced.graph.nodes if n.op == "get_attr")
     if not isinstance(weight, Tensor) or not all(isinstance(value, Tensor) for value in constants):
-        raise TypeError("it gives no tensor, or has control flow of its own")
+        raise TypeError("it returns no tensor, or has control flow")
     return Unpacking(traced.graph, tuple(tensors), constants, weight)
 
 
 def _frozen(value: Any) -> Any:
-    """A number or a list of them, hashed with its type (1 is not True)."""
+    """Return a hashable key of a number or list that keeps the type apart (1 is not True)."""
     value = tuple(value) if isinstance(value, list) else value
     return (type(value), value)

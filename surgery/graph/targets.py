@@ -1,4 +1,4 @@
-"""Targets: from `"attn.*,!head"` to the sites or parameters it names, never missing silently."""
+"""Targets: resolves text such as `"attn.*,!head"` to sites or parameters; a term without a match is an error."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ ALL = ("all", "**")
 
 @dataclass(frozen=True)
 class Term:
-    """One comma-separated part of a target."""
+    """One comma-separated term of a target."""
 
     text: str
     exclude: bool
-    reading: str  # role, path, re, op, all, all-linear
+    # One of: role, path, re, op, all, all-linear.
+    reading: str
     pattern: re.Pattern[str]
 
     def matches_path(self, *names: str) -> bool:
@@ -31,7 +32,11 @@ class Term:
 
 
 def parse(target: str) -> list[Term]:
-    """Split a target into terms. Raises TargetError for an empty or malformed one."""
+    """Split a target into terms.
+
+    Raises:
+        TargetError: if the target is empty or malformed.
+    """
     terms = []
     for raw in target.split(","):
         text = raw.strip()
@@ -41,7 +46,7 @@ def parse(target: str) -> list[Term]:
             raise TargetError(f"target {target!r} has an empty part; write names separated by single commas")
         reading, colon, rest = body.partition(":")
         if colon and reading not in ("role", "path", "re", "op"):
-            raise TargetError(f"target {body!r}: {reading!r} is no reading; use role:, path:, re: or op:")
+            raise TargetError(f"target {body!r}: unknown prefix {reading!r}; use role:, path:, re: or op:")
         if not colon:
             rest = body
             if body in ALL:
@@ -51,6 +56,7 @@ def parse(target: str) -> list[Term]:
             else:
                 reading = "role" if re.split(r"[.*]", body)[0] in ROLE_ROOTS else "path"
         terms.append(Term(body, exclude, reading, _compile(reading, rest, body)))
+    # A target of exclusions alone ("!head") selects everything else.
     if all(term.exclude for term in terms):
         terms.insert(0, Term("all", False, "all", re.compile(".*")))
     return terms
@@ -63,13 +69,14 @@ def _compile(reading: str, pattern: str, shown: str) -> re.Pattern[str]:
         try:
             return re.compile(rf".*(?:{pattern}).*")
         except re.error as error:
-            raise TargetError(f"target {shown!r} is no regular expression: {error}") from None
+            raise TargetError(f"target {shown!r} is not a valid regular expression: {error}") from None
     body = "".join(
         ".*" if piece == "**" else "[^.]*" if piece == "*" else "[^.]" if piece == "?" else re.escape(piece)
         for piece in re.split(r"(\*\*|\*|\?)", pattern)
     )
     if reading == "op":
         return re.compile(rf".*(?:{body}).*")
+    # A path may omit its leading components, a role may not. Both also select everything below them.
     left = "" if reading == "role" else r"(?:.*\.)?"
     return re.compile(rf"{left}{body}(?:\..*)?")
 
@@ -88,7 +95,7 @@ def _site_matches(term: Term, site: Site) -> bool:
 
 
 def _part_matches(term: Term, site: Site) -> tuple[str, ...]:
-    """Parts of a fused projection that a role term names: `attn.q` on `attn.qkv`."""
+    """Return the parts of a fused projection that a role term names, such as `attn.q` on `attn.qkv`."""
     if term.reading != "role" or not site.parts:
         return ()
     family = site.role.rpartition(".")[0]
@@ -96,9 +103,10 @@ def _part_matches(term: Term, site: Site) -> tuple[str, ...]:
 
 
 def select_sites(sites: Sequence[Site], target: str) -> list[Site]:
-    """The sites that a target names, in graph order; parts of fused projections are marked on them.
+    """Return the sites that a target selects, in graph order, with selected parts of fused projections set.
 
-    Raises TargetError where any term matches nothing, with the nearest candidates.
+    Raises:
+        TargetError: if a term matches no site. The message lists the nearest candidates.
     """
     chosen: dict[str, Site] = {}
     for term in parse(target):
@@ -158,7 +166,17 @@ def _sample(names: Iterable[str]) -> str:
 def select_parameters(
     parameters: Sequence[str], roles: dict[str, str], target: str, aliases: Callable[[str], tuple[str, ...]]
 ) -> tuple[str, ...]:
-    """Parameter names that a target names. roles: parameter -> role of its site (weight and bias alike)."""
+    """Return the names of the parameters that a target selects.
+
+    Args:
+        parameters: parameter names to choose from.
+        roles: role of each parameter's site, for weights and biases.
+        target: target text.
+        aliases: all names of a parameter's tensor, given one of them.
+
+    Raises:
+        TargetError: if a term matches no parameter or is an op term.
+    """
     chosen: dict[str, None] = {}
     for term in parse(target):
         if term.reading == "op":
@@ -190,7 +208,7 @@ def select_parameters(
 
 
 def readings_differ(sites: Sequence[Site], target: str) -> list[str]:
-    """A sentence for every role term that would select other sites if it were read as a path."""
+    """Return a note for every role term that would select other sites if it were read as a path."""
     notes = []
     for term in parse(target):
         if term.reading != "role" or term.text.startswith("role:"):

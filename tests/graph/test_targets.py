@@ -75,8 +75,8 @@ def test_parts_of_a_fused_projection(fused):
         ("attn.qq", "'attn.qq' is a role and matches no site; did you mean 'attn.q'"),
         ("attn.*,,head", "has an empty part"),
         ("", "has an empty part"),
-        ("re:(", "is no regular expression"),
-        ("rôle:x", "is no reading; use role:"),
+        ("re:(", "is not a valid regular expression"),
+        ("rôle:x", "unknown prefix 'rôle'; use role:"),
         ("attn.*,!attn.*", "excludes everything"),
     ],
 )

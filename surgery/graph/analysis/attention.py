@@ -1,6 +1,6 @@
-"""Finding attentions in a graph: their cores, and which weight ops make q, k, v, the scores' bias and the output.
+"""Finds the attentions of a graph: the core ops, and the weight ops that produce q, k, v, score bias and output.
 
-A core is an op that is an attention by itself (scaled_dot_product_attention, flex_attention) or two products of
+The core of an attention is either one op (scaled_dot_product_attention, flex_attention) or two products of
 activations with a softmax between them: scores = q kᵀ, then softmax(scores) v. Scale, mask, bias, dropout,
 sinks, soft caps and "talking heads" (a linear map over the heads) may lie in between.
 """
@@ -16,17 +16,27 @@ from torch import fx
 from surgery.graph.analysis.dataflow import NONLINEAR, SOFTMAX, Dataflow, Origins, op_name
 from surgery.graph.ops import CONV, EXPERTS, LINEAR, arguments
 
-_MOST_MIXING = 2  # weight ops between the scores and the values: one before the softmax, one after
+# Most weight ops between the scores and the values: one before the softmax, one after it.
+_MOST_MIXING = 2
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention.
+    """One attention and the weight ops around it.
 
-    core: the op, or the product of scores, the softmax and the product with the values. q, k, v, out: the weight
-    ops next to the core on each side (in a low-rank chain the one at the core). operands: the nodes of q, k and
-    v at the core. cross: keys come from another stream than queries. bias: weight ops of what is added to the
-    scores. mix: weight ops that mix the scores' heads. gate: weight ops that gate the output.
+    In a low-rank chain, q, k, v and out hold the factor next to the core.
+
+    Attributes:
+        core: the attention op, or the score product, the softmax and the product with the values.
+        operands: nodes of q, k and v as the core reads them.
+        q: weight ops that produce the queries.
+        k: weight ops that produce the keys.
+        v: weight ops that produce the values.
+        out: weight ops that read the result.
+        cross: True if the keys come from another stream than the queries.
+        bias: weight ops that produce a term added to the scores.
+        mix: weight ops that mix the heads of the scores.
+        gate: weight ops that gate the output.
     """
 
     core: tuple[fx.Node, ...]
@@ -41,7 +51,7 @@ class Attention:
     gate: tuple[fx.Node, ...] = ()
 
     def letters(self) -> dict[fx.Node, set[str]]:
-        """Which of q, k, v each weight op makes."""
+        """Map each weight op to the operands ("q", "k", "v") that it produces."""
         found: dict[fx.Node, set[str]] = {}
         for letter, nodes in (("q", self.q), ("k", self.k), ("v", self.v)):
             for node in nodes:
@@ -51,7 +61,7 @@ class Attention:
 
 @dataclass
 class _Scores:
-    """What lies behind the operand of a product that may hold attention weights."""
+    """Nodes found behind an operand that may hold attention weights: products, head mixers and the rest."""
 
     products: dict[fx.Node, None]
     mix: dict[fx.Node, None]
@@ -59,13 +69,14 @@ class _Scores:
 
 
 def find_attentions(flow: Dataflow) -> list[Attention]:
-    """All attentions, in graph order."""
+    """Find all attentions, in graph order."""
     products = set(flow.products)
     found = []
     for node in flow.products:
         attention = _of_op(flow, node) if _is_attention(node) else _of_products(flow, node, products)
         if attention is not None:
             found.append(attention)
+    # Outputs come last: one attention's result may be added to another's, so all cores must be known first.
     cores = {attention.core[-1] for attention in found}
     return [_with_output(flow, attention, cores) for attention in found]
 
@@ -77,20 +88,23 @@ def _is_attention(node: fx.Node) -> bool:
 def _of_op(flow: Dataflow, node: fx.Node) -> Attention | None:
     args = arguments(node)
     operands = [args.get(name) for name in ("query", "key", "value")]
+    # Third-party attention ops may name their arguments differently; q, k, v then come first by convention.
     if None in operands:
         operands = list(node.args[:3])
     mask: Any = args.get("attn_mask", args.get("attn_bias"))
     q, k, v = operands
     if not (isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)):
         return None
+    # A mask may be a learned position bias, so its weight ops are candidates for `attn.bias`.
     others = dict.fromkeys(flow.expanded(flow.of(mask)))
     sources = [*others, *(flow.aside.get(mask, ()) if isinstance(mask, fx.Node) else ())]
     return _attention(flow, (node,), {"q": q, "k": k, "v": v}, sources)
 
 
 def _of_products(flow: Dataflow, node: fx.Node, products: set[fx.Node]) -> Attention | None:
-    """The attention whose last product this is, if it is one."""
+    """Return the attention whose product with the values is this node, or None."""
     pair = product_operands(node)
+    # Either factor may hold the attention weights: models that keep channels first compute v softmax(scores)ᵀ.
     for weights, values in (pair, pair[::-1]) if pair else ():
         scores = _Scores({}, {}, {})
         _search(flow, flow.of(weights), products, scores, False, _MOST_MIXING)
@@ -98,20 +112,23 @@ def _of_products(flow: Dataflow, node: fx.Node, products: set[fx.Node]) -> Atten
         if main is None or values is weights:
             continue
         q, k = _query_and_key(flow, main)
+        # With talking heads the softmax reads the mixing op, not the score product itself.
         softmax = flow.softmax.get(main) or next(
             (flow.softmax[n] for n in scores.mix if n in flow.softmax), None
         )
         core = (main, softmax, node) if softmax is not None else (main, node)
         sources = [*scores.others, *flow.aside.get(weights, ())]
+        # baddbmm(bias, q, kᵀ) adds its first argument to the scores.
         if op_name(main.target) == "baddbmm" and isinstance(main.args[0], fx.Node):
             sources += [*flow.expanded(flow.of(main.args[0])), *flow.aside.get(main.args[0], ())]
+        # Other products are score terms as well, such as DeBERTa's content-to-position products.
         sources += [other for other in scores.products if other is not main]
         return _attention(flow, core, {"q": q, "k": k, "v": values}, sources, tuple(scores.mix))
     return None
 
 
 def product_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two factors of a product of two activations."""
+    """Return the two factors of a product of two activations, or None if the node is not one."""
     name = op_name(node.target)
     if name == "einsum":
         factors = node.args[1]
@@ -130,18 +147,33 @@ def product_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 def _search(
     flow: Dataflow, origins: Origins, products: set[fx.Node], scores: _Scores, soft: bool, mixing: int
 ) -> bool:
-    """Collect the products that a softmax separates from a value, looking through up to `mixing` weight ops."""
+    """Collect the products that a softmax separates from a value.
+
+    Args:
+        flow: dataflow of the graph.
+        origins: origins of the value.
+        products: all products of two activations.
+        scores: receives the nodes that are found.
+        soft: True if a softmax lies between the value and these origins.
+        mixing: number of weight ops that the search may still pass through.
+
+    Returns:
+        True if a product was found.
+    """
     hit = False
+    # A junction hides its terms (scores + bias), so it is opened to look at each of them.
     opened = flow.expanded(origins) if any(n in flow.junctions for n in origins) else origins
     for node, flags in opened.items():
         softened = soft or bool(flags & SOFTMAX)
         call = flow.calls.get(node)
         if node in products:
+            # A product that no softmax follows is an ordinary matrix product, not attention scores.
             if softened and not _is_attention(node):
                 scores.products[node] = None
                 hit = True
         elif mixing and call is not None and call.kind in (LINEAR, CONV, EXPERTS):
             inner = flow.of(call.x)
+            # A sum before the weight op is a residual stream: the op does not mix heads, it starts another path.
             if not any(n in flow.junctions for n in inner) and _search(
                 flow, inner, products, scores, softened, mixing - 1
             ):
@@ -155,20 +187,24 @@ def _search(
 
 
 def _main_product(flow: Dataflow, products: dict[fx.Node, None]) -> fx.Node | None:
-    """Queries times keys: of the products behind the scores the one whose factors both rest on the input."""
+    """Return the product of queries and keys: the first of the products whose factors both depend on the input."""
     usable = [n for n in products if product_operands(n)]
     both = [n for n in usable if not any(o in flow.constant for o in product_operands(n) or ())]
-    # Where several remain (deberta's content-to-position terms on data), content to content comes first.
+    # DeBERTa has several such products (content to position as well); content to content comes first in the graph.
     return min(both or usable, key=flow.order.__getitem__, default=None)
 
 
 def _query_and_key(flow: Dataflow, product: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The softmax runs over keys: the factor that has the score's last axis is the key."""
+    """Return the factors of a score product as (query, key).
+
+    The softmax runs over the keys, so the key is the factor that holds the axis of the softmax.
+    """
     left, right = product_operands(product) or (product, product)
     softmax = flow.softmax.get(product)
     axis = arguments(softmax).get("dim", -1) if softmax is not None else -1
     value = product.meta.get("val")
     rank = value.dim() if value is not None else 0
+    # Count the axis from the end: the softmax may see the scores with other leading axes than the product.
     axis = axis - rank if axis >= 0 else axis
     if op_name(product.target) == "einsum":
         equation = str(product.args[0]).replace(" ", "")
@@ -183,29 +219,29 @@ def _attention(
     flow: Dataflow,
     core: tuple[fx.Node, ...],
     operands: dict[str, fx.Node],
-    beside: list[fx.Node],
+    score_terms: list[fx.Node],
     mix: tuple[fx.Node, ...] = (),
 ) -> Attention | None:
     made = {letter: _makers(flow, operand) for letter, operand in operands.items()}
     if not any(made.values()):
         return None
     own = {node for nodes in made.values() for node in nodes} | set(mix)
-    bias = tuple(n for n in _with_constant_part(flow, beside) if n not in own)
+    bias = tuple(n for n in _with_constant_part(flow, score_terms) if n not in own)
     cross = not _same_stream(flow, made["q"], made["k"])
     return Attention(core, operands, made["q"], made["k"], made["v"], (), cross, bias, mix)
 
 
 def _makers(flow: Dataflow, operand: fx.Node) -> tuple[fx.Node, ...]:
     found = flow.projections(operand)
-    # What comes through a softmax weights the others (a router of projections).
+    # A projection that is read through a softmax only weights the others (a router of projections).
     direct = [node for node, flags in found.items() if not flags & SOFTMAX]
     return tuple(direct or found)
 
 
 def _with_constant_part(flow: Dataflow, origins: list[fx.Node]) -> Iterator[fx.Node]:
-    """Weight ops among the origins, and those behind them as long as these rest on positions alone.
+    """Yield the weight ops among the origins and, while these depend on positions alone, the weight ops behind them.
 
-    Of a product of queries and positions the positions count.
+    In a product of queries and positions, only the position factor is followed.
     """
     stack, seen = list(origins), set[fx.Node]()
     while stack and len(seen) < 64:
@@ -220,6 +256,7 @@ def _with_constant_part(flow: Dataflow, origins: list[fx.Node]) -> Iterator[fx.N
         call = flow.calls.get(node)
         if call is not None:
             yield node
+            # An op that depends on an input ends the walk: weight ops before it belong to the stream.
             if node in flow.constant:
                 stack.extend(flow.of(call.x))
 
@@ -231,19 +268,20 @@ def _same_stream(flow: Dataflow, queries: tuple[fx.Node, ...], keys: tuple[fx.No
 
 
 def _streams(flow: Dataflow, projections: tuple[fx.Node, ...]) -> set[fx.Node | None]:
-    """What projections read, and what that is derived from by convolutions (spatial reduction) and low-rank maps."""
+    """Return the values that projections read, and those behind them through convolutions and low-rank maps."""
     found: set[fx.Node | None] = set()
     stack = list(projections)
     while stack and len(found) < 16:
         origins = flow.of(flow.calls[stack.pop()].x)
-        # Nothing behind it: zeros, as the first decoder layer of DETR starts from.
+        # No origin at all means zeros: the first decoder layer of DETR starts from them.
         found |= set(origins) or {None}
+        # Keys may be computed by spatial reduction (a convolution) or a low-rank map of the queries' stream.
         stack.extend(n for n in origins if flow.is_projection(n))
     return found
 
 
 def _with_output(flow: Dataflow, attention: Attention, cores: set[fx.Node]) -> Attention:
-    """Add what reads the core's result."""
+    """Add the output projection and the gates: the weight ops that read the result of the core."""
     last = attention.core[-1]
     own = {*attention.q, *attention.k, *attention.v}
     out: dict[fx.Node, None] = {}
@@ -251,8 +289,8 @@ def _with_output(flow: Dataflow, attention: Attention, cores: set[fx.Node]) -> A
     for user in flow.uses.get(last, ()):
         users = [user]
         if user in flow.junctions:
-            # What may be added to the result before its projection: the queries, a convolution of the values,
-            # another attention; anything else is the residual stream.
+            # Terms that may be added to the result before its projection: the queries, a convolution of the
+            # values, another attention. With any other term the sum is the residual stream.
             rest = set(flow.expanded(flow.junctions[user])) - own - cores
             users = [] if rest else flow.uses.get(user, [])
         for n in users:

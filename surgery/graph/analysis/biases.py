@@ -1,4 +1,4 @@
-"""Biases: the parameters that some op adds to a value, whether as an argument of its own or in a sum."""
+"""Bias parameters: vectors that an op adds to a value, as its bias argument or in a plain sum."""
 
 from __future__ import annotations
 
@@ -18,15 +18,23 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def biases_by_op(graph: fx.Graph, names: Collection[str]) -> dict[str, fx.Node]:
-    """The op that adds it, the first in the graph, by the name of every vector parameter that is added.
+    """Map every bias parameter to the first op in the graph that adds it.
 
-    That is: what an op takes as its argument `bias` (linear, convolution, norm), the vectors of recurrent layers,
-    and what a plain sum adds to something that rests on the inputs (Mamba's dt_proj). Learned positions and other
-    tables that are added are no biases.
+    A bias is the `bias` argument of an op (linear, convolution, norm), a vector of a recurrent layer, or a vector
+    that a plain sum adds to a value computed from the inputs (Mamba's dt_proj). Position embeddings and other
+    tables that are added do not count.
+
+    Args:
+        graph: graph to search.
+        names: names of the parameters to look for.
+
+    Returns:
+        Op by parameter name.
     """
     rests: set[fx.Node] = set()
     found: dict[str, fx.Node] = {}
     for node in graph.nodes:
+        # A sum of two constants adds no bias to an activation, so only ops computed from an input are looked at.
         if node.op == "placeholder" or not rests.isdisjoint(node.all_input_nodes):
             rests.add(node)
         if node.op == "call_function" and node in rests:
@@ -40,8 +48,20 @@ def biases_by_op(graph: fx.Graph, names: Collection[str]) -> dict[str, fx.Node]:
 def site_biases(
     graph: fx.Graph, names: Collection[str], sites: SiteIndex, flow: Dataflow
 ) -> dict[SiteKey, list[str]]:
-    """The biases by the site that they belong to: whose op adds them, whose result they are added to, or, where
-    that is no single site, the one that comes before them in the graph."""
+    """Assign every bias to a site.
+
+    That is the site whose op adds the bias, else the site whose result the bias is added to. If several sites
+    qualify, it is the last site before the bias in the graph, or the first site of all.
+
+    Args:
+        graph: graph to search.
+        names: names of the parameters to look for.
+        sites: sites of the program.
+        flow: dataflow of the graph.
+
+    Returns:
+        Bias names by site key.
+    """
     by_node = {call.node: site for site in sites for call in site.calls}
     order = {node: index for index, node in enumerate(graph.nodes)}
     first = next(iter(sites), None)
@@ -57,24 +77,27 @@ def site_biases(
 
 
 def _added(node: fx.Node, rests: set[fx.Node]) -> list[fx.Node]:
-    """What a node takes as a bias."""
+    """Return the operands that a node adds as a bias."""
     name, args = op_name(node.target), arguments(node)
     if name in ("add", "add_"):
         pair = [n for n in (args.get("self"), args.get("other")) if isinstance(n, fx.Node)]
+        # Only a sum of an activation and a constant has a bias; between two activations there is none.
         return [n for n in pair if n not in rests] if len(pair) == 2 else []
     if name in _RECURRENT:
         return [n for n in args.get("params") or () if isinstance(n, fx.Node)]
+    # addmm(self, mat1, mat2) adds its first argument: that is how t + matmul is traced for a bias.
     taken = [args.get("bias"), args.get("self") if name == "addmm" else None]
     return [n for n in taken if isinstance(n, fx.Node)]
 
 
 def _vector(node: fx.Node, names: Collection[str]) -> str | None:
-    """The vector parameter that a value is, by way of casts and views."""
+    """Return the name of the vector parameter that a value is a cast or view of, or None."""
     while node.op == "call_function" and op_name(node.target) in _MOVES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     value = node.meta.get("val")
     if node.op != "get_attr" or node.target not in names or not isinstance(value, torch.Tensor):
         return None
+    # A vector may be stored with axes of length 1, but a table (learned positions) is not a bias.
     return str(node.target) if value.numel() == max(value.shape, default=0) else None
 
 

@@ -1,9 +1,9 @@
-"""Rows of repeated blocks along the stream: the layers of an encoder or decoder, the blocks of a stage.
+"""Rows of repeated blocks along the residual stream: layers of an encoder or decoder, blocks of a stage.
 
-Branches that follow one another are steps; parallel branches are one step. A row is a tandem repeat in the
-sequence of steps: their kinds, and what lies between them (a post-norm, an activation), without shapes. So the
-blocks of a ResNet are one row, although its strided blocks have a projection shortcut (these are not
-`repeatable`); a change of stage by weights of its own (Swin's patch merging) ends a row.
+A step is a residual branch, or several parallel branches. A row is a tandem repeat in the sequence of steps.
+Steps are compared by the kinds of their branches and by the ops between them (a post-norm, an activation), but
+not by shapes. So all blocks of a ResNet stage form one row, although the strided ones have a projection
+shortcut (and are not `repeatable`). A change of stage with its own weights (Swin's patch merging) ends a row.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ _LONGEST_PERIOD = 32
 
 @dataclass(frozen=True)
 class Block:
-    """One of a row of repeated blocks along the stream.
+    """One block of a row of repeated blocks.
 
-    group, index: which row, and the place in it. input, output: the one value of the stream in, and out; the
-    output of a block is the input of the next.
-    nodes: the ops that a copy of the block must copy, in graph order: those on paths from input to output, and
-    what only these read and is computed there (keys and values of the encoder's output, tables of positions).
-    calls: its weight ops in graph order. branches: those of `find_branches` that lie in it.
-    repeatable: whether its output can be its input: they have one shape, and every shortcut is the identity.
+    Attributes:
+        group: index of the row.
+        index: position of the block in its row.
+        input: stream value that enters the block. It is the output of the previous block of the row.
+        output: stream value that leaves the block.
+        nodes: ops to copy with the block, in graph order: those on paths from input to output, and ops that only
+            these read (keys and values of the encoder's output, position tables).
+        calls: weight ops of the block, in graph order.
+        branches: the branches from `find_branches` that lie in the block.
+        repeatable: True if the output can be fed to the block again: the shapes of input and output are equal, and
+            every shortcut is the identity.
     """
 
     group: int
@@ -47,11 +52,15 @@ class Block:
 
 @dataclass
 class _Step:
-    """Residuals that read one value of the stream, from that value to the last one's sum.
+    """Residuals that read one value of the stream, up to the last one's sum.
 
-    kinds: of their branches, as rows tell them apart. has_identity: every shortcut is the identity.
-    between: what lies between the sum before and the input, in descending order. staged: weights change the
-    stream before or after it, and no more than that (a stage ends).
+    Attributes:
+        residuals: parallel residuals of this step.
+        input: stream value that they read.
+        kinds: kinds of their branches; steps are compared by these.
+        between: nodes between the previous step's sum and the input, in descending graph order.
+        has_identity: True if every shortcut is the identity.
+        staged: True if the step is next to a change of stage: a projection on the stream itself.
     """
 
     residuals: list[Residual]
@@ -67,16 +76,25 @@ class _Step:
 
     @property
     def signature(self) -> tuple[str, ...]:
-        """The ops before this step; those that only move values do not count."""
+        """Names of the ops before this step, without those that only move values."""
         return tuple(op_name(n.target) for n in reversed(self.between) if moved_from(n) is None)
 
 
 def find_blocks(
     graph: fx.Graph, calls: Sequence[Call], flow: Dataflow, branches: Sequence[Branch]
 ) -> list[tuple[Block, ...]]:
-    """Rows of repeated blocks, in graph order; none where a model has no residual adds.
+    """Find the rows of repeated blocks, in graph order; empty if the model has no residual adds.
 
-    A row has one block only where a stage of the model has (the same block is repeated in other stages).
+    A row of one block occurs only if the same block is repeated in another stage of the model.
+
+    Args:
+        graph: graph to search.
+        calls: weight ops of the graph.
+        flow: dataflow of these calls.
+        branches: result of `find_branches` for the graph.
+
+    Returns:
+        One tuple of blocks for each row.
     """
     stream = Stream(graph, calls, flow)
     by_join: dict[fx.Node, list[Branch]] = {}
@@ -92,7 +110,7 @@ def find_blocks(
 
 @dataclass(frozen=True)
 class _Extent:
-    """Where a block begins and ends. has_identity: every shortcut in between is the identity."""
+    """Input and output of a block. has_identity: every shortcut in between is the identity."""
 
     input: fx.Node
     output: fx.Node
@@ -114,10 +132,11 @@ def _block(
 def _spans(
     stream: Stream, residuals: Sequence[Residual], by_join: Mapping[fx.Node, Sequence[Branch]]
 ) -> Iterator[list[_Extent]]:
-    """Extents of the blocks of every row; where residuals are in no row, of those within them."""
+    """Yield the block extents of every row, searching inside residuals that belong to no row."""
     chains = _chains(stream, _steps(stream, residuals, by_join))
     rows = [row for chain in chains for row in _repeats(chain, 0, len(chain)) if any(row.kinds)]
     rows += _alone(chains, rows)
+    # An outer residual (MobileBERT, SwinIR's groups) may enclose a whole row, so the search goes one level down.
     yield from (_extents(stream, row) for row in rows)
     taken = {id(step) for row in rows for step in row.steps}
     for step in (step for chain in chains for step in chain if id(step) not in taken):
@@ -131,6 +150,7 @@ def _steps(
 ) -> list[_Step]:
     steps: list[_Step] = []
     for residual in residuals:
+        # Parallel branches read the same stream value, at most through different views or casts.
         parallel = bool(steps) and _line(residual.start)[-1] is _line(steps[-1].residuals[0].start)[-1]
         group = [*(steps.pop().residuals if parallel else ()), residual]
         kinds = tuple(sorted(_mixing(branch) for r in group for branch in by_join.get(r.join, ())))
@@ -142,12 +162,15 @@ def _steps(
 
 
 def _mixing(branch: Branch) -> str:
-    """Hybrid models (Jamba) have an attention in some blocks, where others have a state-space mixer."""
+    """Return the kind by which steps are compared.
+
+    Hybrid models (Jamba) have an attention in some blocks and a state-space mixer in others; these count as equal.
+    """
     return ATTENTION if branch.kind == OTHER else branch.kind
 
 
 def _common(residuals: Sequence[Residual]) -> fx.Node:
-    """The last value that the branches and the shortcut are both views or casts of."""
+    """Return the latest value that the starts of the branches and the shortcut have in common."""
     lines = [_line(r.start) for r in residuals]
     skip = _line(residuals[0].skip)
     if skip[-1] is lines[0][-1]:
@@ -163,7 +186,7 @@ def _line(node: fx.Node) -> list[fx.Node]:
 
 
 def _chains(stream: Stream, steps: Sequence[_Step]) -> list[list[_Step]]:
-    """Steps that follow one another with no projection in between and nothing else read there."""
+    """Group consecutive steps with no projection between them and no other stream value read there."""
     by_join = {step.join: step for step in steps}
     follower: dict[int, _Step] = {}
     chained: set[int] = set()
@@ -173,6 +196,7 @@ def _chains(stream: Stream, steps: Sequence[_Step]) -> list[list[_Step]]:
         if earlier is None or id(earlier) in follower or not _reads_only(stream, step, earlier.join):
             continue
         if any(stream.is_projection(node) for node in step.between):
+            # A projection on the stream itself is a change of stage (patch merging): the row ends here.
             earlier.staged = step.staged = True
         else:
             follower[id(earlier)] = step
@@ -195,7 +219,7 @@ def _reads_only(stream: Stream, step: _Step, join: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Row:
-    """Blocks of `period` steps each. border: a sum that such a block ends with and the step that follows it."""
+    """Blocks of `period` steps each. border: the sum that ends one such block, and the step that follows it."""
 
     steps: Sequence[_Step]
     period: int
@@ -207,36 +231,43 @@ class _Row:
 
 
 def _repeats(chain: Sequence[_Step], low: int, high: int) -> Iterator[_Row]:
-    """The tandem repeats within chain[low:high]: the longest, then those before and after it."""
+    """Yield the tandem repeats of chain[low:high]: the longest, and those before and after it."""
     first, period, run, length = low, 0, 0, 0
     for step in range(1, min(_LONGEST_PERIOD, (high - low) // 2) + 1):
+        # `equal` is the length of the current run in which every element equals the one `step` further on.
         equal = 0
         for i in range(low, high - step):
             same = chain[i].kinds == chain[i + step].kinds
             equal = equal + 1 if same and equal and _same_border(chain[i], chain[i + step]) else int(same)
             covered = (equal // step + 1) * step
             goes_on = (first, period) == (i - equal + 1, step)
+            # Only a strictly longer repeat wins, so of equal coverings the shortest period is kept.
             if covered > step and (covered > length or goes_on):
                 first, period, run, length = i - equal + 1, step, equal + step, covered
     if not length:
         return
-    # Where a repeat can begin at several steps: a block does not begin with a feed-forward.
+    # The same repeat can be cut at several steps. A block does not begin with a feed-forward branch.
     spare = range(run - length + 1)
     first += next((k for k in spare if chain[first + k].kinds != (FEED_FORWARD,)), 0)
     yield from _repeats(chain, low, first)
     heads = range(first + period, first + length, period)
+    # The border is read at a block with an identity shortcut: a projection shortcut may start elsewhere.
     head = next((k for k in heads if chain[k].has_identity), heads[0])
     yield _Row(chain[first : first + length], period, (chain[head - 1].join, chain[head]))
     yield from _repeats(chain, first + length, high)
 
 
 def _same_border(one: _Step, other: _Step) -> bool:
-    """A projection shortcut may start after a norm that is the branch's own in other blocks (Hiera)."""
+    """True if two steps are preceded by the same ops.
+
+    A projection shortcut may start after a norm that belongs to the branch in other blocks (Hiera), so steps with
+    one are not compared.
+    """
     return one.signature == other.signature or not (one.has_identity and other.has_identity)
 
 
 def _alone(chains: Sequence[Sequence[_Step]], rows: Iterable[_Row]) -> Iterator[_Row]:
-    """Rows of one: blocks like those of a row elsewhere, and stages of one block that is another stage's too."""
+    """Yield rows of one block: blocks that equal those of another row, and one-block stages that occur twice."""
     taken, borders = set[int](), dict[tuple[tuple[str, ...], ...], tuple[fx.Node, _Step] | None]()
     for row in rows:
         taken.update(map(id, row.steps))
@@ -249,6 +280,7 @@ def _alone(chains: Sequence[Sequence[_Step]], rows: Iterable[_Row]) -> Iterator[
     for kinds in stages:
         if any(kinds) and stages.count(kinds) > 1:
             borders.setdefault(kinds, None)
+    # Longer blocks first: a block of two steps must not be taken for two blocks of one step.
     longest_first = sorted(borders, key=len, reverse=True)
     for chain in chains:
         for i in range(len(chain)):
@@ -262,12 +294,17 @@ def _alone(chains: Sequence[Sequence[_Step]], rows: Iterable[_Row]) -> Iterator[
 
 
 def _extents(stream: Stream, row: _Row) -> list[_Extent]:
-    """A border is what a next block reads as its stream: the sum before, or what a post-norm, an activation or a
-    view makes of it. The last block ends with the same; where it has none, all borders are at the sums."""
+    """Return the extents of the blocks of a row.
+
+    The border of a block is the value that the next block reads as its stream: the sum, or the result of a
+    post-norm, an activation or a view of it. The last block ends with the same op; if it does not, all borders of
+    the row are the sums.
+    """
     first, border = row.steps[0].input, row.border
     joins = [step.join for step in row.steps[row.period - 1 :: row.period]]
     ends = [_alike(stream, *border, join) if border else _shaped(join, first) for join in joins]
     borders = [_past_gate(end) for end in ends if end is not None]
+    # All blocks must end alike: the output of one is the input of the next, and a copy is inserted there.
     borders = borders if len(borders) == len(joins) else joins
     starts = range(0, len(row.steps), row.period)
     identity = [all(step.has_identity for step in row.steps[i : i + row.period]) for i in starts]
@@ -276,13 +313,13 @@ def _extents(stream: Stream, row: _Row) -> list[_Extent]:
 
 
 def _past_gate(node: fx.Node) -> fx.Node:
-    """What the gate of a block that was put in makes of its result."""
+    """Return the output of the gate of an inserted block, or the node itself if no gate follows."""
     following = next((user for user in node.users if gated_by(user) is node), None)
     return _past_gate(following) if following is not None else node
 
 
 def _shaped(join: fx.Node, other: fx.Node) -> fx.Node | None:
-    """A sum as what is made of it alone and has the shape of another value."""
+    """Return the view of a sum that has the shape of `other`, or None if another op reads the sum."""
     node = join
     while shape_of(node) != shape_of(other):
         users = list(node.users)
@@ -293,15 +330,16 @@ def _shaped(join: fx.Node, other: fx.Node) -> fx.Node | None:
 
 
 def _alike(stream: Stream, join: fx.Node, step: _Step, other: fx.Node) -> fx.Node | None:
-    """What is to the sum `other` as the step's input is to `join`; None where other ops follow it."""
+    """Return the node that follows the sum `other` as `step.input` follows `join`, or None if other ops follow."""
     twin, taken = {join: other}, {other}
     for node in reversed(step.between):
         operand = next((n for n in stream.inputs[node] if n in twin), None)
         if operand is None:
-            continue  # rests on parameters alone
+            continue  # Depends on parameters alone.
         found = next((user for user in twin[operand].users if _is_twin(node, user, twin, taken)), None)
         if found is not None:
             taken.add(found)
+        # A cast or view may be missing at one of the blocks without changing the values.
         elif moved_from(node) is not None:
             found = twin[operand]
         else:

@@ -1,4 +1,4 @@
-"""Residual branches: what a model computes from its stream of values and adds back to it."""
+"""Residual branches: subgraphs that read the model's residual stream and whose result is added back to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from surgery.graph.ops import CONV, EXPERTS, NORM, Call, arguments
 
 ATTENTION, CROSS_ATTENTION, FEED_FORWARD, OTHER = "attention", "cross-attention", "feed-forward", "other"
 
-# Ops by name that leave every value at its place, and pointwise-looking ones that do not.
+# Ops that leave every value at its position, and ops that move values although they look pointwise.
 _STILL = {"to", "_to_copy", "type_as", "dropout", "dropout_", "contiguous", "clone", "detach", "alias"}
 _MOVING = {"pad", "constant_pad_nd", "flip", "cat", "stack"}
 
@@ -34,19 +34,22 @@ Axes = tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch: what is computed from the stream and added back to it.
+    """A subgraph that reads the residual stream and whose result is added back to it.
 
-    add: the op that takes the branch's result in. skip: the stream that it is added to, the other operand of
-    `add` (of `join`, where that is another op): the identity, or the projection shortcut of a ResNet. end: the
-    branch's result, an operand of `add`, after dropout, layer scale, post-norm. start: the stream value that
-    the branch reads; the same as skip where the shortcut is the identity, but for casts and for parallel
-    branches (the second one is added to the sum with the first).
-    join: the op whose result is the stream again. It is `add`, but where parallel branches are summed before
-    they are added to the stream.
-    ops: its weight ops in graph order, norms included. last: the weight op, not a norm, nearest to `end`;
-    where several are, the experts, or the one whose role says that it is the last.
-    kind: "attention", "cross-attention", "feed-forward", "conv" or "other".
-    inner: the value that enters its first projections, which a parallel adapter reads: after a pre-norm.
+    Attributes:
+        add: op that takes the branch's result.
+        skip: the other operand of `add` (of `join`, if that is another op): the identity, or the projection
+            shortcut of a ResNet.
+        end: result of the branch, an operand of `add`, after dropout, layer scale and post-norm.
+        start: stream value that the branch reads. It equals `skip` if the shortcut is the identity, except for
+            casts and for parallel branches (the second one is added to the sum with the first).
+        ops: weight ops of the branch in graph order, norms included.
+        last: weight op nearest to `end` that is not a norm. Among several, experts come first, then the op whose
+            role marks it as the last.
+        kind: "attention", "cross-attention", "feed-forward", "conv" or "other".
+        inner: input of the first projections, after a pre-norm. A parallel adapter reads it.
+        join: op whose result is the stream again. It differs from `add` if parallel branches are summed before
+            they are added to the stream.
     """
 
     add: fx.Node
@@ -61,10 +64,17 @@ class Branch:
 
 
 def find_branches(graph: fx.Graph, calls: Sequence[Call], flow: Dataflow, roles: Roles) -> list[Branch]:
-    """The residual branches that have a weight op besides norms, in the order of their adds.
+    """Find the residual branches that have a weight op besides norms, in the order of their adds.
 
-    A residual within a branch is part of it, unless there is a chain of them (MobileBERT's layers and SwinIR's
-    groups of blocks have a skip of their own): then the inner ones are listed, and the outer one as "other".
+    A residual inside a branch is part of that branch, unless there is a chain of them: MobileBERT's layers and
+    SwinIR's groups of blocks have a skip of their own. Then the inner branches are listed, and the outer one has
+    the kind "other".
+
+    Args:
+        graph: graph to search.
+        calls: weight ops of the graph.
+        flow: dataflow of these calls.
+        roles: roles of these calls.
     """
     stream = Stream(graph, calls, flow)
     residuals = find_residuals(stream)
@@ -82,15 +92,20 @@ def _is_listed(residual: Residual) -> bool:
 
 
 class _Reader:
-    """Makes branches of residuals."""
+    """Builds branches from residuals."""
 
     def __init__(self, stream: Stream, roles: Roles) -> None:
         self.stream, self.role = stream, roles.role
         self.cross = {attention.core[-1]: attention.cross for attention in roles.attentions}
 
     def branches(self, residual: Residual) -> list[Branch]:
-        """One, or several in parallel if attention is among them: a shared expert is no branch of its own."""
+        """Return the branches of a residual.
+
+        There are several if the branch is a sum of parallel terms and one of them is an attention. Without an
+        attention, a sum is one branch: a shared expert is not a branch of its own.
+        """
         start, stream = residual.start, self.stream
+        # The weights of the inner branches are listed with these, not a second time with the outer branch.
         if residual.has_chain:
             inner = {node for child in residual.children if child.weighted for node in child.nodes}
             nodes = [node for node in residual.nodes if node not in inner]
@@ -103,6 +118,7 @@ class _Reader:
                 _, passed = stream.behind(term, lambda n: n is start, stream.order[start])
                 found.append(self._branch(residual, add, term, stream.enclosed(start, passed)))
             parts = [part for part in found if part is not None]
+            # Exactly two values: some terms are attentions and some are not (GPT-J, PaLM, Falcon).
             attend = {part.kind in (ATTENTION, CROSS_ATTENTION) for part in parts}
             if len(parts) == len(terms) and len(attend) == 2:
                 return parts
@@ -110,10 +126,11 @@ class _Reader:
         return [whole] if whole is not None else []
 
     def _terms(self, add: fx.Node, end: fx.Node, nodes: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
-        """The terms of a sum of streams, each with the add that takes it in: parallel branches."""
+        """Return the terms of a sum of streams, each with the add that reads it (parallel branches)."""
         total: fx.Node | None = end
         while total is not None and not is_add(total):
             total = moved_from(total)
+        # A sum that is a residual add itself continues an inner stream; its operands are not parallel branches.
         if total is None or total not in nodes or self.stream.root.get(total) is not total:
             return [(add, end)]
         terms = [n for n in total.args[:2] if isinstance(n, fx.Node) and n in self.stream.values]
@@ -124,13 +141,14 @@ class _Reader:
     def _branch(
         self, residual: Residual, add: fx.Node, end: fx.Node, nodes: Sequence[fx.Node], kind: str = ""
     ) -> Branch | None:
-        """The branch that these nodes are, in descending order; None without a projection."""
+        """Build a branch from its nodes (in descending graph order), or return None if it has no projection."""
         ops = [self.stream.calls[n] for n in reversed(nodes) if n in self.stream.calls]
         last = self._last(end, set(nodes))
         if last is None:
             return None
         start = residual.start
         axes = self._axes(start, nodes)
+        # Keys and values of a cross-attention do not read the start, so the first op in graph order may be wrong.
         reads_start = (c for c in ops if c.kind != NORM and c.node in axes)
         first = next(reads_start, self.stream.calls[last])
         kind = kind or self._kind(ops, last, nodes)
@@ -142,7 +160,7 @@ class _Reader:
         )
 
     def _axes(self, start: fx.Node, nodes: Sequence[fx.Node]) -> dict[fx.Node, Axes]:
-        """By value of the branch that rests on its start, in graph order: where the start's axes are in it."""
+        """Map every value that depends on the start to the positions of the start's axes in it, in graph order."""
         axes: dict[fx.Node, Axes] = {start: tuple(range(len(shape_of(start))))}
         for node in reversed(nodes):
             operands = [n for n in self.stream.inputs[node] if n in axes]
@@ -175,7 +193,8 @@ class _Reader:
             return CROSS_ATTENTION if all(cross) else ATTENTION
         maps = [c for c in ops if c.kind != NORM and c.node in self.stream.values]
         spatial = [c for c in maps if c.kind == CONV and not is_pointwise(c)]
-        # Segformer moves positions within a feed-forward; Mamba's mixer has such a convolution too.
+        # Segformer mixes positions inside a feed-forward, and Mamba's mixer has such a convolution as well:
+        # a depthwise convolution between two linear ops does not make a branch convolutional.
         within = maps[0].kind != CONV != maps[-1].kind and all(is_depthwise(c) for c in spatial)
         if spatial and not within:
             return CONV
@@ -184,9 +203,9 @@ class _Reader:
         return FEED_FORWARD if len(maps) > 1 and is_nonlinear(self.stream, nodes) else OTHER
 
     def _inner(self, start: fx.Node, first: Call, axes: Mapping[fx.Node, Axes]) -> fx.Node:
-        """The last value before the first projection that all of the branch is computed from.
+        """Return the last value before the first projection on which the whole branch depends.
 
-        It has the stream's axes and positions, so what is computed from it can be added to the branch's end.
+        It has the axes and positions of the stream, so a result computed from it can be added to the branch's end.
         """
         order = self.stream.order
         last_use: dict[fx.Node, int] = {}
@@ -196,13 +215,14 @@ class _Reader:
         for node in axes:
             if order[node] >= order[first.node]:
                 break
+            # A value that is the only live one dominates the rest of the branch: everything later depends on it.
             live = {n for n in live if last_use.get(n, 0) > order[node]} | {node}
             if len(live) == 1 and axes[node] == axes[start] and shape_of(node) == shape_of(start):
                 inner = node
         return inner
 
     def _mixes_positions(self, ops: Sequence[Call], first: Call, axes: Mapping[fx.Node, Axes]) -> bool:
-        """Whether the features of the first projection are not those of the norm before it (MLP-Mixer)."""
+        """True if the first projection does not act on the features that the norm before it normalized (MLP-Mixer)."""
         norm = next((c for c in ops if c.kind == NORM and c.node in axes), None)
         if norm is None or first.kind == CONV or op_name(norm.node.target) not in ("layer_norm", "rms_norm"):
             return False
@@ -211,7 +231,7 @@ class _Reader:
 
 
 def _axes(node: fx.Node, operands: Sequence[fx.Node], axes: Mapping[fx.Node, Axes]) -> Axes:
-    """Where the axes of a branch's start are in a value; None where positions moved along an axis."""
+    """Return the positions of the start's axes in a value, or None if values moved along an axis."""
     name, args = op_name(node.target), arguments(node)
     before = axes[operands[0]]
     if name in ("permute", "transpose") and before is not None:

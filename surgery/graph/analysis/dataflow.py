@@ -1,16 +1,16 @@
-"""Where values come from: for every node the nearest weight ops and products behind it, in one forward sweep.
+"""Origins of values: for every node, the nearest weight ops and products behind it, found in one forward sweep.
 
-Roles, attention and the like are questions of this kind ("which weight ops feed the query?"), and asking them
-by walking back from each place would be quadratic. Here each node gets its *origins*, a small dict of the
-nearest nodes that made its value, read through views, rotary, norms, scaling and activations. An origin is
+Roles and attentions are found by asking which weight ops feed a value. Walking back from each value would be
+quadratic. Instead, each node gets its *origins*: a small dict of the nearest nodes that produced its value. Views,
+rotary embeddings, norms, scaling and activations are looked through. An origin is
 
 - a weight op (linear, convolution, embedding, experts; not a norm, not a depthwise convolution),
 - a product of two activations (matmul, einsum, scaled_dot_product_attention),
-- a junction: a sum of values with different origins, such as a residual add, which hides what is behind it, or
-- an input or a parameter taken as a value.
+- a junction: a sum of values with different origins, such as a residual add, which hides the origins behind it, or
+- an input, or a parameter used as a value.
 
-What rests on constants and shapes alone (position tables, rotary angles, latent queries) gives way to what
-rests on the inputs where both meet in one op; where it was added to attention scores, `aside` remembers it.
+If an op combines a value that depends on the inputs with a constant one (position tables, rotary angles, latent
+queries), it keeps only the origins of the first. The weight ops behind the constant are recorded in `aside`.
 """
 
 from __future__ import annotations
@@ -27,25 +27,28 @@ from torch import fx
 
 from surgery.graph.ops import CONV, EXPERTS, LINEAR, NORM, Call, is_depthwise
 
-# What happened to a value on the way from an origin (any path): a pointwise nonlinearity, a softmax.
+# Flags of an origin, set if any path from it to the value has a pointwise nonlinearity or a softmax.
 NONLINEAR, SOFTMAX = 1, 2
 
 Origins = dict[fx.Node, int]
 
-_CONSTANT, _INPUT, _ACTIVATION = 0, 1, 2  # what a value rests on; the highest at an op decides its origins
+# Levels of dependence: on constants, on integer or flat inputs, on activations. The highest level among an op's
+# operands decides its origins.
+_CONSTANT, _INPUT, _ACTIVATION = 0, 1, 2
+# A union with more origins becomes a junction, which bounds the cost of the sweep.
 _MOST_ORIGINS = 8
 
 
 class Rule(Enum):
-    """How an op passes origins on."""
+    """Rule by which an op derives its origins from those of its arguments."""
 
-    UNION = auto()  # from all tensor arguments: the default
-    SUM = auto()  # as UNION, but a junction where the arguments differ
-    FIRST = auto()  # from the first argument; the others say where, or how
+    UNION = auto()  # the union over all tensor arguments (default)
+    SUM = auto()  # like UNION, but a junction if the arguments differ
+    FIRST = auto()  # those of the first argument; the others are indices, sizes or dtypes
     NONLINEAR = auto()
     SOFTMAX = auto()
     PRODUCT = auto()
-    NOTHING = auto()  # a value made of shapes, or a mask
+    NOTHING = auto()  # none: the value is a mask or computed from shapes
 
 
 _NAMES = {
@@ -70,7 +73,7 @@ _RULE_BY_NAME = {name: rule for rule, names in _NAMES.items() for name in names.
 
 
 def op_name(target: Any) -> str:
-    """The op's name without namespace and overload: `add` for aten.add_.Tensor is `add_`."""
+    """Return the op's name without namespace and overload, such as "add_" for aten.add_.Tensor."""
     if isinstance(target, torch._ops.OpOverload):
         return target._opname
     return getattr(target, "__name__", str(target))
@@ -83,13 +86,19 @@ def rule_of(target: Any) -> Rule:
 
 @dataclass
 class Dataflow:
-    """The origins of every node of a graph. Made by `trace_origins`.
+    """Origins of every node of a graph, built by `trace_origins`.
 
-    calls: the weight ops by node. origins: by node; absent for what is no tensor. junctions: the origins that
-    meet in a junction. aside: constant weight ops and junctions mixed into a node since its origins. uses:
-    what takes an origin in: weight ops, products and junctions. writers: ops that write into a tensor in
-    place, by that tensor's node. softmax: the softmax of an origin. order: position in the graph. constant:
-    nodes that rest on no input.
+    Attributes:
+        calls: weight ops by node.
+        origins: origins of every node that is a tensor.
+        junctions: origins that meet in each junction.
+        aside: constant weight ops and junctions that were combined into a node on the way from its origins.
+        uses: weight ops, products and junctions that read each origin.
+        writers: ops that write into a tensor in place, by the tensor's node.
+        softmax: softmax that follows each origin.
+        products: products of two activations, in graph order.
+        order: position of each node in the graph.
+        constant: nodes that depend on no input.
     """
 
     calls: Mapping[fx.Node, Call]
@@ -107,7 +116,7 @@ class Dataflow:
         return self.origins.get(value, {}) if isinstance(value, fx.Node) else {}
 
     def expanded(self, origins: Origins, limit: int = 32) -> Origins:
-        """Origins with junctions opened, to `limit` nodes."""
+        """Replace junctions by the origins behind them, up to `limit` nodes."""
         found: Origins = {}
         stack = list(origins.items())
         while stack and len(found) < limit:
@@ -119,10 +128,10 @@ class Dataflow:
         return {node: flags for node, flags in found.items() if node not in self.junctions}
 
     def projections(self, value: Any) -> Origins:
-        """The matrix-like weight ops (linear, conv, experts) among a value's origins.
+        """Return the matrix-like weight ops (linear, conv, experts) among a value's origins.
 
-        A sum is opened only if all its terms are linear ops side by side (W x + B A x); any other junction is
-        the residual stream, and what wrote to that is not what this value was projected by.
+        A sum is opened only if all its terms are parallel linear ops (W x + B A x). Any other junction is the residual
+        stream, and the weight ops behind that did not project this value.
         """
         found: Origins = {}
         for node, flags in self.of(value).items():
@@ -135,10 +144,11 @@ class Dataflow:
         return found
 
     def _side_by_side(self, terms: Origins) -> bool:
-        """Whether terms are linear ops of which none feeds another (as in x = W x; x + MLP(x))."""
+        """True if all terms are linear ops and none feeds another (unlike x = W x; x + MLP(x))."""
         if not all(n in self.calls and self.calls[n].kind == LINEAR for n in terms):
             return False
         behind = [n for term in terms for n in self.of(self.calls[term].x)]
+        # The walk is limited to four weight ops back, to bound its cost.
         for _ in range(4):
             if any(n in terms for n in behind):
                 return False
@@ -146,12 +156,13 @@ class Dataflow:
         return True
 
     def is_projection(self, node: fx.Node) -> bool:
+        """True if a node is a matrix-like weight op: linear, conv or experts."""
         call = self.calls.get(node)
         return call is not None and call.kind in (LINEAR, CONV, EXPERTS)
 
 
 def trace_origins(nodes: Iterable[fx.Node], calls: Sequence[Call]) -> Dataflow:
-    """One sweep over the nodes in graph order; linear in their number."""
+    """Compute the origins of all nodes in one sweep in graph order; linear in their number."""
     flow = Dataflow({call.node: call for call in calls})
     rests_on: dict[fx.Node, int] = {}
     inserted: dict[str, fx.Node] = {}
@@ -160,9 +171,10 @@ def trace_origins(nodes: Iterable[fx.Node], calls: Sequence[Call]) -> Dataflow:
         inserted[node.name] = node
         mark = node.meta.get("surgery", {})
         if "gone_for" in mark:
-            continue  # nothing runs it any more, and what reads it is gone too
+            continue  # The node is superseded: nothing runs it, and its readers are superseded as well.
         if mark.get("aux"):
-            # What an adapter inserted stands for the value that it wraps, or for what it feeds on.
+            # A node inserted by an adapter counts as the value that it wraps, or that it feeds on. So an analysis
+            # finds the same structure with and without adapters.
             below: Any = inserted.get(mark.get("wraps") or mark.get("feeds", ""))
             below = below or (node.args[0] if mark.get("input") else None)
             if isinstance(below, fx.Node) and below in flow.origins:
@@ -181,6 +193,7 @@ def trace_origins(nodes: Iterable[fx.Node], calls: Sequence[Call]) -> Dataflow:
             if not isinstance(value, torch.Tensor):
                 continue
             flow.origins[node] = {node: 0}
+            # A float input of rank 3 or more is a stream of features; ids, masks and scalars are not.
             stream = value.dtype.is_floating_point and value.dim() >= 3
             rests_on[node] = _CONSTANT if node.op == "get_attr" else _ACTIVATION if stream else _INPUT
     flow.constant = {node for node, level in rests_on.items() if level == _CONSTANT}
@@ -216,13 +229,14 @@ def _pass_on(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node, call: 
         _note_uses(flow, node, inputs)
         return
     leading = [n for n in inputs if rests_on[n] == level]
+    # The level decides: the origins of constant operands give way to those of operands that depend on the inputs.
     aside = _aside(flow, inputs, rests_on, level)
     if aside:
         flow.aside[node] = aside
     known = flow.origins
     origins = known[leading[0]]
     if len(leading) > 1:
-        # Whole numbers beside floats say where values go (index_add, index_put): they are not the values.
+        # Integers next to floats are indices (index_add, index_put), not values.
         leading = [n for n in leading if _is_float(n)] or leading
         origins = known[leading[0]]
     if len(leading) > 1:
@@ -230,6 +244,7 @@ def _pass_on(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node, call: 
     if rule is Rule.NONLINEAR:
         origins = {n: flags | NONLINEAR for n, flags in origins.items()}
     elif rule is Rule.SOFTMAX:
+        # Opened, so that attention scores are found even if a bias was added to them before the softmax.
         for origin in flow.expanded(origins):
             flow.softmax.setdefault(origin, node)
         origins = {n: flags | SOFTMAX for n, flags in origins.items()}
@@ -244,7 +259,7 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _write_back(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node) -> None:
-    """An op in place whose result nobody takes (`k[..., :n] = x`): whoever reads the tensor later reads this."""
+    """Propagate an in-place write (`k[..., :n] = x`) to the tensor and its bases, for nodes that read these later."""
     target, steps = node.args[0], 0
     while isinstance(target, fx.Node) and target in rests_on and steps < 8:
         flow.writers.setdefault(target, []).append(node)
@@ -256,7 +271,7 @@ def _write_back(flow: Dataflow, rests_on: dict[fx.Node, int], node: fx.Node) -> 
 
 
 def _combine(flow: Dataflow, node: fx.Node, parts: list[Origins], rule: Rule) -> Origins:
-    """The union; or the node itself as a junction, where a sum has terms of different origins."""
+    """Return the union of the operands' origins, or the node as a junction if a sum has terms of different origins."""
     parts = [part for part in parts if part]
     if not parts:
         return {}
@@ -267,7 +282,7 @@ def _combine(flow: Dataflow, node: fx.Node, parts: list[Origins], rule: Rule) ->
     for part in parts[1:]:
         for origin, flags in part.items():
             union[origin] = union.get(origin, 0) | flags
-    # A term within the others' origins is no new stream: rotary, x·cdf(x), (x - mean)/std.
+    # A term whose origins are all among the others' is not a new stream: rotary, x·cdf(x), (x - mean)/std.
     differ = rule is Rule.SUM and all(len(part) < len(union) for part in parts)
     if not differ and len(union) <= _MOST_ORIGINS:
         return union

@@ -1,4 +1,4 @@
-"""How deep in a model each parameter is: its place among the repeated blocks."""
+"""Depth of each parameter: the index of its repeated block, or of its layer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from surgery.graph.ops import CONV, EXPERTS, LINEAR, Call
 
 
 def depth_of(graph: fx.Graph, calls: Sequence[Call], rows: Sequence[Sequence[Block]]) -> dict[str, int]:
-    """Depth of every parameter and buffer that the graph reads: 0 before the first block, 1..n the blocks, n + 1
-    after the last.
+    """Map every parameter and buffer that the graph reads to its block depth.
 
-    Blocks count over all rows in graph order. What lies outside of blocks is as deep as the next block on the
-    way to the outputs, or n + 1 if none follows it; what no block comes before (a second tower's embeddings)
-    is at 0. A parameter that is used more than once has the least depth. Without blocks, all are at 0.
+    The depth is 0 before the first block, 1..n in the blocks and n + 1 after the last. Blocks are counted over all
+    rows in graph order. A parameter outside of blocks has the depth of the next block on the way to the outputs, or
+    n + 1 if none follows. A parameter that no block precedes (embeddings of a second tower) has depth 0. A
+    parameter that is used more than once has the smallest of its depths. Without blocks, all depths are 0.
+
+    Args:
+        graph: graph to search.
+        calls: weight ops of the graph.
+        rows: result of `find_blocks` for the graph.
     """
     blocks = [block for row in rows for block in row]
     inside = {node: number for number, block in enumerate(blocks, 1) for node in block.nodes}
@@ -29,6 +34,7 @@ def depth_of(graph: fx.Graph, calls: Sequence[Call], rows: Sequence[Sequence[Blo
     leads_on: set[fx.Node] = set()
     depth: dict[fx.Node, int] = {}
     for node in reversed(graph.nodes):
+        # `leads_on` holds the nodes from which a block is still reachable.
         if node in inside or not leads_on.isdisjoint(node.users):
             leads_on.add(node)
         if node in inside:
@@ -37,7 +43,7 @@ def depth_of(graph: fx.Graph, calls: Sequence[Call], rows: Sequence[Sequence[Blo
             follows = before[node] + 1 if before[node] else 0
             depth[node] = follows if node in leads_on else len(blocks) + 1
         else:
-            # Made of parameters and shapes: as deep as where it meets the stream.
+            # A value computed from parameters and shapes alone is as deep as its first reader.
             depth[node] = min(depth[user] for user in node.users)
     found: dict[str, int] = {}
     for node in graph.nodes:
@@ -51,20 +57,22 @@ _LAYERS = (LINEAR, CONV, EXPERTS)
 
 
 def layers_of(graph: fx.Graph, calls: Sequence[Call]) -> dict[str, int]:
-    """Layer of every parameter and buffer that is read: 0 for embeddings, or the first weight where there are none.
+    """Map every parameter and buffer that is read to its layer, counted from 0.
 
-    A weight is one layer deeper than what enters it, by the longest way; a norm, a bias and whatever else reads a
-    parameter belong to the layer whose value they act on. A parameter that is used twice is in the first of them.
+    Layer 0 holds the embeddings, or the first weight if there are none. A weight is one layer deeper than its
+    input, along the longest path. A norm, a bias or any other parameter belongs to the layer of the value that it
+    acts on. A parameter that is used twice belongs to the first of its layers.
     """
     weights = {call.node for call in calls if call.kind in _LAYERS}
-    level: dict[fx.Node, int] = {}  # of what rests on the inputs
+    # Level of the nodes that depend on an input.
+    level: dict[fx.Node, int] = {}
     for node in graph.nodes:
         below = [level[n] for n in node.all_input_nodes if n in level]
         if node.op == "placeholder" or below:
             level[node] = max(below, default=0) + (node in weights)
     layer: dict[fx.Node, int] = {}
     for node in reversed(graph.nodes):
-        # What is made of parameters alone is as deep as what first reads it.
+        # A value computed from parameters alone is as deep as its first reader.
         readers = [layer[user] for user in node.users]
         layer[node] = level[node] if node in level else min(readers, default=0)
     found: dict[str, int] = {}

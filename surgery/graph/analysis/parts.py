@@ -1,9 +1,9 @@
-"""Which rows of a fused projection's weight make q, which k and which v.
+"""Rows of a fused projection's weight, assigned to q, k and v.
 
-An index tensor (row numbers, at the example's sizes) is sent through the ops that only move data, from the
-projection's output on. Where it meets any other op, that op leads to one of the attention's operands, and the
-numbers seen there are that part's rows: interleaved layouts (bloom, gpt_neox, falcon's groups) come out as
-they are, with no rule for each.
+An index tensor (row numbers, at the example's sizes) is propagated from the projection's output through the ops
+that only move data. At any other op the propagation ends. That op leads to one of the attention's operands, and
+the numbers that reach it are the rows of that part. Interleaved layouts (bloom, gpt_neox, falcon's groups) need
+no rules of their own.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from surgery.graph.ops import CONV, NORM, is_depthwise
 
 Rows = dict[str, tuple[int, ...]]
 
-# Ops that keep the elements and their order: the output's shape says it all.
+# Ops that keep the elements and their order: only the output's shape is needed.
 _RESHAPES = {
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as"),
     *("reshape_as", "contiguous", "clone", "alias", "detach", "to", "_to_copy", "type_as", "dropout"),
     *("dropout_", "lift_fresh_copy"),
 }
-# Ops on each element: they change values, but not which row a value came from.
+# Pointwise ops: they change values, but not the row that a value came from.
 _POINTWISE = {"clamp", "clamp_", "mul", "mul_", "div", "div_", "add", "add_", "neg", "batch_norm"}
-# Ops that move or repeat elements: run on the index tensor.
+# Ops that move or repeat elements: they are run on the index tensor.
 _MOVES = {
     *("permute", "transpose", "t", "numpy_T", "movedim", "swapaxes", "select", "slice", "split", "chunk"),
     *("split_with_sizes", "tensor_split", "unbind", "narrow", "index", "index_select", "getitem", "flip"),
@@ -37,9 +37,15 @@ _MOVES = {
 
 
 def find_parts(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> Rows | None:
-    """Part name to rows of the weight, or None where parts overlap, leave rows out or cannot be told.
+    """Map each part of a fused projection to its rows of the weight.
 
-    op: the fused projection. attentions: those that it feeds.
+    Args:
+        flow: dataflow of the graph.
+        op: the fused projection.
+        attentions: attentions that it feeds.
+
+    Returns:
+        Rows by part name, or None if parts overlap, do not cover all rows or cannot be determined.
     """
     shape = _sizes(op.meta.get("val"))
     if not shape:
@@ -51,6 +57,7 @@ def find_parts(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> 
     seen: dict[str, torch.Tensor] = {}
     try:
         for source, user, numbers in _ends(op, index):
+            # An op on the way to two operands (before the split) cannot be assigned to one part.
             letters = _leads_to(attentions, ways, source, user)
             if len(letters) > 1:
                 return None
@@ -58,17 +65,18 @@ def find_parts(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> 
                 seen.setdefault(letter, torch.zeros(rows, dtype=torch.bool))[_distinct(numbers)] = True
     except _Unknown:
         return None
+    # Every row must belong to exactly one part: a pass edits parts independently.
     if len(seen) < 2 or not bool((torch.stack(list(seen.values())).sum(0) == 1).all()):
         return None
     return {letter: tuple(seen[letter].nonzero().flatten().tolist()) for letter in "qkv" if letter in seen}
 
 
 class _Unknown(Exception):
-    """A size or an index that the graph alone does not tell."""
+    """Raised for a size or an index that the graph alone does not determine."""
 
 
 def _ways(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> dict[str, set[fx.Node]]:
-    """For each operand the nodes between it and the projection."""
+    """Map each operand of the attentions to the nodes between it and the projection."""
     start = flow.order[op]
     ways: dict[str, set[fx.Node]] = {}
     for attention in attentions:
@@ -76,7 +84,8 @@ def _ways(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> dict[
             way, stack = ways.setdefault(letter, set()), [operand]
             while stack:
                 node = stack.pop()
-                # Nodes before the projection cannot lead from it: rotary tables are not walked for each layer.
+                # Nodes before the projection cannot depend on it. Without this stop, every layer would walk
+                # the rotary tables.
                 if node in way or flow.order[node] <= start or rule_of(node.target) is Rule.PRODUCT:
                     continue
                 call = flow.calls.get(node)
@@ -84,6 +93,7 @@ def _ways(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> dict[
                     continue
                 way.add(node)
                 stack.extend([call.x] if call is not None else node._input_nodes)
+                # A key cache is filled in place (`k[..., :n] = x`): the written value also leads to the operand.
                 stack.extend(flow.writers.get(node, ()))
     return ways
 
@@ -102,7 +112,7 @@ def _leads_to(
 
 
 def _ends(op: fx.Node, index: torch.Tensor) -> Iterator[tuple[fx.Node, fx.Node, torch.Tensor]]:
-    """(node, user, row numbers) wherever data moved from the projection enters an op that does more than move."""
+    """Yield (node, user, row numbers) where data from the projection enters an op that does more than move it."""
     stack: list[tuple[fx.Node, Any]] = [(op, index)]
     while stack:
         node, numbers = stack.pop()
@@ -116,7 +126,7 @@ def _ends(op: fx.Node, index: torch.Tensor) -> Iterator[tuple[fx.Node, fx.Node, 
 
 
 def _reads(user: fx.Node, node: fx.Node) -> bool:
-    """Whether an op takes the node's values, not only its shape or type."""
+    """True if an op reads the node's values, not only its shape or dtype."""
     rule = rule_of(user.target)
     if rule is Rule.NOTHING or (rule is Rule.FIRST and user.args[0] is not node):
         return False
@@ -125,7 +135,8 @@ def _reads(user: fx.Node, node: fx.Node) -> bool:
 
 def _passes(user: fx.Node, name: str) -> bool:
     if name in _POINTWISE:
-        # With a parameter or a number, before the parts are split: clipping, a bias of its own, LeViT's norm.
+        # The other operand must be a parameter or a number, and the shape unchanged: clipping, a bias of its
+        # own, LeViT's norm. With an activation as operand the parts have already been separated.
         others = [n for n in user._input_nodes if n is not user.args[0]]
         first, value = _sizes(user.args[0].meta.get("val")), _sizes(user.meta.get("val"))  # type: ignore[union-attr]
         return first == value and all(n.op == "get_attr" for n in others)
@@ -148,7 +159,11 @@ def _moved(node: fx.Node, name: str, numbers: Any) -> Any:
 
 
 def _concrete(value: Any) -> Any:
-    """An argument with nodes replaced by what they are at the example's sizes."""
+    """Replace the nodes in an argument by their values at the example's sizes.
+
+    Raises:
+        _Unknown: if a value cannot be determined.
+    """
     if isinstance(value, (list, tuple)):
         return type(value)(_concrete(item) for item in value)
     if not isinstance(value, fx.Node):
@@ -170,7 +185,7 @@ def _concrete(value: Any) -> Any:
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    """A tensor's sizes, dynamic ones as in the example; None where one is unknown."""
+    """Return a tensor's sizes, dynamic ones as in the example; None if one is unknown."""
     if not isinstance(value, torch.Tensor):
         return None
     try:
@@ -188,7 +203,7 @@ def _hint(size: int | torch.SymInt) -> int:
 
 
 def _distinct(numbers: torch.Tensor) -> torch.Tensor:
-    """The numbers without the repeats that expanded axes (stride 0) make."""
+    """Return the numbers without the repeats that expanded axes (stride 0) cause."""
     for axis, stride in enumerate(numbers.stride()):
         if stride == 0 and numbers.shape[axis] > 1:
             numbers = numbers.narrow(axis, 0, 1)

@@ -1,13 +1,13 @@
-"""The stream of a model, and where it is added to.
+"""Residual adds and the stream of values that they add to.
 
-The *stream* is what rests on the inputs through a weight op, so masks, rotary tables and position biases are
-no part of it. Two of its values are *the same stream* when only casts, views, dropout, scaling by a number
-and residual adds lie between them. An add is residual where one operand (the skip) is a stream that the other
-is computed from. In a convolutional network the skip may also be a linear map of that stream, such as a
-strided 1×1 convolution with its norm, if the other operand is not one.
+The *stream* holds the values that depend on the inputs through a weight op. Masks, rotary tables and position
+biases are not part of it. Two values are *the same stream* if only casts, views, dropout, scaling by a number and
+residual adds lie between them. An add is residual if one operand (the skip) is a stream from which the other is
+computed. In a convolutional network the skip may also be a linear map of that stream, such as a strided 1×1
+convolution with its norm, if the other operand is nonlinear.
 
-Every walk goes back in descending graph order to the nearest value that it looks for, so it sees what lies
-between and nothing else: walks from every residual add are together linear in the size of the graph.
+Every walk goes back in descending graph order to the nearest value that it looks for, and visits only the nodes
+in between. So the walks from all residual adds together are linear in the size of the graph.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from surgery.graph.ops import (
     weight_shape,
 )
 
+# Rules of nonlinear ops: a shortcut must not pass through one.
 _BENDING = frozenset((Rule.NONLINEAR, Rule.SOFTMAX, Rule.PRODUCT))
 _LONGEST_SHORTCUT = 32
 _SAME = {
@@ -45,12 +46,15 @@ _SCALING = {"mul", "mul_", "div", "div_"}
 
 
 class Stream:
-    """A graph as the walks need it.
+    """A graph prepared for walks along its stream.
 
-    calls: weight ops by node. order: position in the graph. inputs: the operands of every op, and the ops that
-    wrote into them in place. values: the nodes of the stream. origins: from what else a stream may start:
-    inputs, and what rests on none (query tokens, a class token). root: by value, the first of the same stream;
-    filled in by `find_residuals`.
+    Attributes:
+        calls: weight ops by node.
+        order: position of each node in the graph.
+        inputs: operands of every op, and the ops that wrote into these operands in place.
+        values: nodes of the stream.
+        origins: further nodes that a stream may start from: inputs and constants (query tokens, a class token).
+        root: first value of the same stream, for each value. Filled in by `find_residuals`.
     """
 
     def __init__(self, graph: fx.Graph, calls: Iterable[Call], flow: Dataflow) -> None:
@@ -62,7 +66,7 @@ class Stream:
         self.root: dict[fx.Node, fx.Node] = {}
 
     def is_projection(self, node: fx.Node) -> bool:
-        """Whether a node is a weight op of the stream that mixes features."""
+        """True if a node is a weight op of the stream that mixes features."""
         call = self.calls.get(node)
         if call is None or node not in self.values:
             return False
@@ -71,10 +75,17 @@ class Stream:
     def behind(
         self, end: fx.Node, stop: Callable[[fx.Node], bool], floor: int = 0
     ) -> tuple[fx.Node | None, list[fx.Node]]:
-        """The ops that `end` rests on, itself first, in descending order down to the first that `stop` accepts.
+        """Collect the ops that `end` depends on, in descending graph order, until `stop` accepts one.
 
-        Returns that one, None where there is none at or after position `floor`, and those before it.
+        Args:
+            end: node to start from; it is visited first.
+            stop: predicate that ends the walk.
+            floor: position in the graph; nodes before it are not visited.
+
+        Returns:
+            The accepted node (None if there is none at or after `floor`), and the nodes visited before it.
         """
+        # Popping the latest node first visits every node after all its readers, so each is visited once.
         heap, seen = [(-self.order[end], end)], {end}
         passed: list[fx.Node] = []
         while heap:
@@ -91,7 +102,7 @@ class Stream:
         return None, passed
 
     def enclosed(self, start: fx.Node, nodes: Sequence[fx.Node]) -> list[fx.Node]:
-        """Of nodes in descending order: those that rest on `start`, and what only they read."""
+        """Return the nodes that depend on `start`, or that only such nodes read. `nodes` is in descending order."""
         kept = {start}
         for node in reversed(nodes):
             if not kept.isdisjoint(self.inputs[node]):
@@ -103,7 +114,7 @@ class Stream:
 
 
 def operands(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """By op and input: the nodes that it reads, and the ops that wrote into these in place before it."""
+    """Map every op and input to the nodes that it reads, and to the ops that wrote into these in place before it."""
     found: dict[fx.Node, list[fx.Node]] = {}
     written: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -114,6 +125,7 @@ def operands(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
             if written:
                 writers = (written[n] for n in found[node] if n in written)
                 found[node] = list(dict.fromkeys([*found[node], *writers]))
+            # A later reader of a tensor that was written in place depends on the writing op, not on the tensor alone.
             if _writes(node.target):
                 _note_write(node, written)
     return found
@@ -122,7 +134,13 @@ def operands(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 def stream_values(
     graph: fx.Graph, calls: Mapping[fx.Node, Call], inputs: Mapping[fx.Node, Sequence[fx.Node]]
 ) -> set[fx.Node]:
-    """The nodes that rest on the inputs through a weight op."""
+    """Return the nodes that depend on the inputs through a weight op.
+
+    Args:
+        graph: graph to search.
+        calls: weight ops by node.
+        inputs: result of `operands` for the graph.
+    """
     given: set[fx.Node] = set()
     values: set[fx.Node] = set()
     for node in graph.nodes:
@@ -145,7 +163,7 @@ def _writes(target: Any) -> bool:
 
 
 def _note_write(node: fx.Node, written: dict[fx.Node, fx.Node]) -> None:
-    """Who reads the tensor, or what it is a view of, from now on reads what was written."""
+    """Record an in-place write: later readers of the tensor, or of its base, read the written values."""
     target, steps = node.args[0] if node.args else None, 0
     while isinstance(target, fx.Node) and steps < 8:
         written[target] = node
@@ -165,13 +183,13 @@ def is_add(node: fx.Node) -> bool:
 
 
 def gated_by(node: fx.Node) -> fx.Node | None:
-    """The value that an op lets through in part, where it is the gate of a block that was put in."""
+    """Return the value that an op lets through in part if it is the gate of an inserted block, else None."""
     place = node.meta.get(META, {}).get("gate")
     return node.args[place] if place is not None else None
 
 
 def moved_from(node: fx.Node) -> fx.Node | None:
-    """The operand whose values an op gives moved, cast, dropped out or scaled by a number; None if it has none."""
+    """Return the operand that an op only moves, casts, drops out or scales by a number; None if there is none."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     gated = gated_by(node)
@@ -183,12 +201,12 @@ def moved_from(node: fx.Node) -> fx.Node | None:
 
 
 def is_pointwise(call: Call) -> bool:
-    """A convolution that keeps positions apart."""
+    """True for a convolution whose kernel covers one position."""
     return call.kind == CONV and all(length == 1 for length in weight_shape(call)[2:])
 
 
 def shape_of(node: fx.Node) -> tuple[str, ...]:
-    """Sizes as text: comparing symbols would guard on them."""
+    """Return a node's sizes as text, because comparing symbolic sizes would add guards."""
     value = node.meta.get("val")
     return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
 
@@ -197,10 +215,17 @@ def shape_of(node: fx.Node) -> tuple[str, ...]:
 class Residual:
     """A residual add.
 
-    join: the add. skip, end: its operands, the stream and what is added to it. start: the stream value that
-    `end` is computed from. nodes: those between, in descending order. weighted: one is a weight op, not a norm.
-    parent: the residual in whose branch this one lies; children: those in its branch.
-    before: the residual whose sum the start is computed from, through the nodes `between`, in descending order.
+    Attributes:
+        join: the add.
+        skip: operand that is the stream.
+        end: operand that is added to the stream.
+        start: stream value that `end` is computed from.
+        nodes: nodes between start and end, in descending graph order.
+        weighted: True if one of them is a weight op other than a norm.
+        parent: residual in whose branch this one lies.
+        children: residuals inside this one's branch.
+        before: residual whose sum the start is computed from.
+        between: nodes from that sum to the start, in descending graph order.
     """
 
     join: fx.Node
@@ -216,13 +241,13 @@ class Residual:
 
     @property
     def has_chain(self) -> bool:
-        """Whether there are branches one after another within its branch."""
+        """True if its branch contains branches one after another."""
         inner = [child for child in self.children if child.weighted]
         return any(child.before in inner for child in inner)
 
 
 def find_residuals(stream: Stream) -> list[Residual]:
-    """All residual adds in graph order, also those of branches without weights."""
+    """Find all residual adds in graph order, including those of branches without weights."""
     found: dict[fx.Node, Residual] = {}
     for node in stream.graph.nodes:
         if node not in stream.values and node not in stream.origins:
@@ -236,7 +261,7 @@ def find_residuals(stream: Stream) -> list[Residual]:
     for residual in found.values():
         for node in residual.nodes:
             inner = found.get(node)
-            # Inner residuals close first, so the first to hold one is its parent.
+            # Inner residuals close first, so the first residual that holds another is its parent.
             if inner is not None and inner.parent is None:
                 inner.parent = residual
                 residual.children.append(inner)
@@ -249,6 +274,7 @@ def _residual(stream: Stream, add: fx.Node) -> Residual | None:
     left, right = add.args[0], add.args[1]
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return None
+    # An adapter's add is not residual: the sum is the same stream as the value that the adapter wraps.
     if is_aux(add):
         base = right if is_aux(left) else left
         stream.root[add] = stream.root.get(base, add)
@@ -260,7 +286,9 @@ def _residual(stream: Stream, add: fx.Node) -> Residual | None:
         and (skip in stream.values or (skip in stream.origins and shape_of(skip) == shape_of(end)))
     ]
     for skip, end in pairs:
+        # An identity skip: the branch must start from a value of the same stream, at or before the skip.
         root = stream.root[skip]
+        # Both operands are the same stream already (x + dropout(x)): there is no branch between them.
         if stream.root[end] is root:
             stream.root[add] = root
             return None
@@ -268,6 +296,7 @@ def _residual(stream: Stream, add: fx.Node) -> Residual | None:
         if start is not None and (skip in stream.values or not _is_added(stream, start, add)):
             stream.root[add] = root
             return _between(stream, add, skip, end, start, nodes)
+    # Only then is a projection shortcut tried: an identity skip is the more certain reading.
     for skip, end in pairs:
         shortcut = _shortcut(stream, skip)
         start, nodes = stream.behind(end, set(shortcut).__contains__, stream.order[shortcut[-1]])
@@ -285,7 +314,7 @@ def _between(
 
 
 def _is_added(stream: Stream, node: fx.Node, add: fx.Node) -> bool:
-    """Whether a value is added to the stream elsewhere too: a bias that layers share, no stream of its own."""
+    """True if a value is also added to the stream elsewhere: it is a bias that layers share, not a stream."""
     return any(
         user is not add and is_add(user) and not stream.values.isdisjoint(user.all_input_nodes)
         for user in node.users
@@ -293,17 +322,21 @@ def _is_added(stream: Stream, node: fx.Node, add: fx.Node) -> bool:
 
 
 def _no_later(stream: Stream, skip: fx.Node) -> Callable[[fx.Node], bool]:
-    """Accepts what is the same stream as the skip and not younger: that would be within a skip over blocks."""
+    """Return a predicate for values of the skip's stream that are not later than the skip.
+
+    A later value would lie inside a skip over several blocks.
+    """
     root, latest = stream.root[skip], stream.order[skip]
     return lambda node: stream.root.get(node) is root and stream.order[node] <= latest
 
 
 def _shortcut(stream: Stream, node: fx.Node) -> list[fx.Node]:
-    """What a value is a linear map of, with one projection at the most: itself, then ever farther."""
+    """Return a value and the values that it is a linear map of, nearest first, through one projection at most."""
     chain, projections = [node], 0
     while len(chain) < _LONGEST_SHORTCUT:
         call = stream.calls.get(node)
         if call is not None:
+            # A shortcut has one projection at most; with two it would be a branch itself.
             projections += stream.is_projection(node)
             below = [call.x] if call.kind != EMBEDDING and projections < 2 else []
         elif rule_of(node.target) in _BENDING:
@@ -318,7 +351,7 @@ def _shortcut(stream: Stream, node: fx.Node) -> list[fx.Node]:
 
 
 def is_nonlinear(stream: Stream, nodes: Iterable[fx.Node]) -> bool:
-    """Whether there are weights and a nonlinearity, as low-rank updates and sums of convolutions have not."""
+    """True if the nodes contain weights and a nonlinearity, unlike low-rank updates and sums of convolutions."""
     nodes = [n for n in nodes if n in stream.values]
     bends = any(n not in stream.calls and rule_of(n.target) in _BENDING for n in nodes)
     return bends and any(stream.is_projection(n) for n in nodes)

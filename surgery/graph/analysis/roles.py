@@ -1,16 +1,16 @@
-"""Roles: what each weight op does in the model, told from the dataflow and never from names.
+"""Roles of the weight ops in a model, derived from the dataflow and never from names.
 
     attn.q attn.k attn.v attn.out    projections of an attention, self or cross; fused: attn.qkv, attn.kv, attn.qk
     attn.q.a attn.q.b                first and second factor of a low-rank projection, likewise attn.kv.a, ...
-    attn.bias                        makes what is added to the scores: relative position tables, their gates
-    attn.mix attn.gate               mixes the scores' heads (talking heads); gates the attention's result
-    mlp.up mlp.gate mlp.down         up and down around a nonlinearity; the gate is the factor that has it;
-    mlp.gate_up mlp.router           gate and up fused; chooses experts. Stacked experts have the same roles
+        attn.bias                        produces a term of the scores: relative position tables, their gates
+        attn.mix attn.gate               mixes the heads of the scores (talking heads); gates the attention's result
+        mlp.up mlp.gate mlp.down         up and down around a nonlinearity; the gate is the factor that has it
+        mlp.gate_up mlp.router           gate and up fused; selects experts. Stacked experts have the same roles
     embed.token embed.position embed.type embed.patch
     head head.dense                  feeds an output of the model; feeds the head only
-    norm conv linear embed           anything else, by kind
+        norm conv linear embed           all other ops, by kind
 
-Convolutions have the roles of attention, patch embeddings and (1×1) heads, and are otherwise `conv`.
+Convolutions take the roles of attention, patch embeddings and (1×1) heads; all others are `conv`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ from surgery.graph.analysis.dataflow import NONLINEAR, Dataflow, op_name, trace_
 from surgery.graph.analysis.parts import Rows, find_parts
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
 
-_FEW_TYPES = 16  # an embedding of at most this many rows, indexed by an input, is of types (segments)
+# An embedding that an input indexes and that has at most this many rows holds types (segments).
+_FEW_TYPES = 16
 
 
 @dataclass(frozen=True)
 class Roles:
-    """role: of every weight op. attentions: in graph order. parts: of fused projections, part name ("q", "k",
-    "v") to the output features (rows of the weight) that make it."""
+    """Roles and attentions of a graph.
+
+    Attributes:
+        role: role of every weight op.
+        attentions: all attentions, in graph order.
+        parts: for fused projections, output features (rows of the weight) by part name ("q", "k", "v").
+    """
 
     role: dict[fx.Node, str]
     attentions: list[Attention]
@@ -41,10 +47,17 @@ class Roles:
 
 
 def find_roles(graph: fx.Graph, calls: Sequence[Call], flow: Dataflow | None = None) -> Roles:
-    """The role of every call's node; linear in the size of the graph. flow: of these calls, where it is known."""
+    """Find the role of every weight op; linear in the size of the graph.
+
+    Args:
+        graph: graph to search.
+        calls: weight ops of the graph.
+        flow: dataflow of these calls, if it has been computed already.
+    """
     flow = flow or trace_origins(graph.nodes, calls)
     attentions = find_attentions(flow)
     role: dict[fx.Node, str] = {}
+    # The order matters: a later rule never overrides a role that an earlier, more specific one has set.
     parts = _attention_roles(flow, attentions, role)
     _router_roles(flow, role)
     _head_roles(flow, graph, role)
@@ -52,9 +65,9 @@ def find_roles(graph: fx.Graph, calls: Sequence[Call], flow: Dataflow | None = N
     _embedding_roles(flow, role)
     for call in calls:
         role.setdefault(call.node, "embed" if call.kind == EMBEDDING else _plain(call.kind))
-        told = call.node.meta.get("surgery", {}).get("role")
-        if told:  # by the pass that made it
-            role[call.node] = told
+        recorded = call.node.meta.get("surgery", {}).get("role")
+        if recorded:  # The pass that inserted the op has recorded its role.
+            role[call.node] = recorded
             parts.pop(call.node, None)
     return Roles(role, attentions, parts)
 
@@ -72,6 +85,7 @@ def _attention_roles(
         for node, made in attention.letters().items():
             letters.setdefault(node, set()).update(made)
             serves.setdefault(node, []).append(attention)
+    # Collected first: `_low_rank` adds first factors to `letters`, which serve several operands but are not fused.
     fused = [node for node, made in letters.items() if len(made) > 1]
     factors = _low_rank(flow, letters, serves)
     for node, made in letters.items():
@@ -86,7 +100,7 @@ def _attention_roles(
         for node in attention.gate:
             role.setdefault(node, "attn.gate")
         for node in attention.bias:
-            # deberta projects relative positions with the weights of q and k: one weight has one role.
+            # DeBERTa projects relative positions with the weights of q and k. One weight has only one role.
             weight = flow.calls[node].weight
             role.setdefault(node, weights.get(weight.target, "attn.bias") if weight else "attn.bias")
     found = {node: find_parts(flow, node, serves[node]) for node in fused if node in serves}
@@ -96,19 +110,23 @@ def _attention_roles(
 def _low_rank(
     flow: Dataflow, letters: dict[fx.Node, set[str]], serves: dict[fx.Node, list[Attention]]
 ) -> dict[fx.Node, str]:
-    """Second factors whose input is made by a first one, for this attention alone (DeepSeek's q_a, q_b, ...).
+    """Find low-rank projections: factors of one attention whose input another factor makes (DeepSeek's q_a, q_b).
 
     First factors are added to `letters`.
+
+    Returns:
+        Suffix of the role (".a" or ".b") by factor.
     """
     factors: dict[fx.Node, str] = {}
     for second in list(letters):
         firsts = flow.of(flow.calls[second].x)
         if _size(flow.calls[second], "i") >= _size(flow.calls[second], "o"):
-            # As wide before as after (MobileBERT's bottleneck): a change of stream, not a rank.
+            # Not narrower at the input (MobileBERT's bottleneck): this changes the width of the stream and has no rank.
             continue
         users = {n for attention in serves[second] for n in (*attention.letters(), *attention.core)}
         if not firsts or not all(flow.is_projection(n) and flow.calls[n].kind == LINEAR for n in firsts):
             continue
+        # If another op reads the first factor too, it is a shared projection and not part of this one.
         if not all(user in users for first in firsts for user in flow.uses[first]):
             continue
         factors[second] = ".b"
@@ -119,7 +137,7 @@ def _low_rank(
 
 
 def _router_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
-    """What the numbers of the experts to use come from."""
+    """Assign `mlp.router` to the linear ops that the indices of the selected experts are computed from."""
     for call in flow.calls.values():
         if call.gather is not None:
             for node in flow.expanded(flow.of(call.gather)):
@@ -138,7 +156,7 @@ def _head_roles(flow: Dataflow, graph: fx.Graph, role: dict[fx.Node, str]) -> No
                 heads.append(node)
     for head in heads:
         chain = list(_dense_chain(flow, head, role))
-        # A plain MLP is all head by this rule; it has none that is worth telling apart.
+        # By this rule a plain MLP would be all head, so the role is not used there.
         if chain and not any(n.op == "placeholder" for n in flow.of(flow.calls[chain[-1]].x)):
             role.update(dict.fromkeys(chain, "head.dense"))
 
@@ -161,12 +179,14 @@ def _mlp_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
         if call.kind not in (LINEAR, EXPERTS) or down in role:
             continue
         origins = flow.projections(call.x)
+        # An origin that is not a projection means that the input is not the product of an MLP's up and gate.
         if not origins or len(origins) != len(flow.expanded(flow.of(call.x))):
             continue
         if any(flow.calls[n].kind == CONV or not _may_be(role, n, "mlp.") for n in origins):
             continue
         gates = [n for n, flags in origins.items() if flags & NONLINEAR]
         ups = [n for n in origins if n not in gates]
+        # Without a nonlinearity two linear ops are a low-rank map, not an MLP.
         if not gates or any(_feeds_a_product(flow, n) for n in origins):
             continue
         role[down] = "mlp.down"
@@ -176,7 +196,7 @@ def _mlp_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
 
 
 def _feeds_a_product(flow: Dataflow, node: fx.Node) -> bool:
-    """Whether activations are multiplied as matrices with it, too: the input of a state-space scan is no MLP's."""
+    """True if the op's output enters a product of activations, as the input of a state-space scan does."""
     return any(user in flow.products for user in flow.uses.get(node, ()))
 
 
@@ -190,7 +210,7 @@ def _set(role: dict[fx.Node, str], nodes: Iterable[fx.Node], name: str) -> None:
 
 
 def _size(call: Call, letter: str) -> int:
-    """Input ("i") or output ("o") features of a linear or experts op; 0 where they are not known."""
+    """Return the input ("i") or output ("o") features of a linear or experts op; 0 if unknown."""
     value = call.weight.meta.get("val") if call.weight is not None else None
     if isinstance(value, torch.Tensor) and letter in call.layout:
         return int(value.shape[call.layout.index(letter)])
@@ -199,7 +219,10 @@ def _size(call: Call, letter: str) -> int:
 
 
 def _embedding_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
-    """Embeddings that are summed belong together: the one with most rows that the input indexes is of tokens."""
+    """Assign the roles of embeddings.
+
+    Embeddings that are summed form a group. The largest of them that an input indexes holds the tokens.
+    """
     groups: dict[fx.Node, list[Call]] = {}
     for call in flow.calls.values():
         if call.kind == EMBEDDING and call.node not in role:
@@ -213,7 +236,7 @@ def _embedding_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
         given = [call for call in group if _indexed_by_input(flow, call)]
         token = max(given, key=_rows, default=None)
         if token is not None and _rows(token) <= _FEW_TYPES < largest:
-            token = None  # types that are added later than the tokens (MobileBERT)
+            token = None  # Types that are added after the tokens (MobileBERT).
         for call in group:
             if token is not None and (call is token or call.weight is token.weight):
                 role[call.node] = "embed.token"
@@ -224,7 +247,7 @@ def _embedding_roles(flow: Dataflow, role: dict[fx.Node, str]) -> None:
 
 
 def _sum_of(flow: Dataflow, node: fx.Node) -> fx.Node:
-    """The largest sum of embeddings and constants that this embedding is a term of."""
+    """Return the largest sum of embeddings and constants that contains this embedding."""
     while True:
         sums = [n for n in flow.uses.get(node, ()) if n in flow.junctions]
         inner = flow.expanded({sums[0]: 0}) if sums else {}
@@ -234,7 +257,7 @@ def _sum_of(flow: Dataflow, node: fx.Node) -> fx.Node:
 
 
 def _indexed_by_input(flow: Dataflow, call: Call) -> bool:
-    """Whether the indices are an input as given; numbers counted along the sequence are positions."""
+    """True if the indices are an input itself; indices counted along the sequence are positions."""
     node = call.x
     for _ in range(32):
         if node.op == "placeholder":
@@ -249,7 +272,7 @@ def _indexed_by_input(flow: Dataflow, call: Call) -> bool:
 
 
 def _is_uniform(node: fx.Node) -> bool:
-    """Whether indices are one number everywhere: types that were not given."""
+    """True if all indices are equal: token types that the caller has not passed."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
         if op_name(node.target) in ("zeros_like", "full_like", "ones_like"):
             return True
@@ -269,7 +292,7 @@ def _rows(call: Call) -> int:
 
 
 def _is_patch(flow: Dataflow, call: Call) -> bool:
-    """A convolution of the input whose windows do not overlap."""
+    """True for a convolution of the input with windows that do not overlap."""
     if call.kind != CONV or not all(n.op == "placeholder" for n in flow.of(call.x)):
         return False
     kernel, stride = _kernel(call), arguments(call.node).get("stride")

@@ -1,4 +1,4 @@
-"""Patterns of many ops: written as code over ATen ops, found in a graph, and asked why where they nearly are."""
+"""Multi-op patterns: written as code over ATen ops, matched in a graph, with reasons for near misses."""
 
 from surgery.graph.patterns.expressions import (
     any_of,

@@ -1,8 +1,9 @@
-"""One place where a pattern may be: expressions against arguments, with every choice tried until all of it fits.
+"""Matches a pattern at one anchor: compares expressions with arguments and backtracks over all choices.
 
-From the anchor, arguments are compared downwards; outputs that lie above or beside are reached through users of what
-is bound already. Alternatives and operands in either order are choices; the first that satisfies all conditions, those
-of the whole match too, counts. A failure is kept where it came after more than any before.
+Arguments are compared downwards from the anchor. Outputs that the anchor does not depend on are reached through users
+of nodes that are bound already. Choices are alternatives and the order of commutative operands. The first combination
+that satisfies all conditions, including that of the whole match, wins. The failure that got furthest is kept as the
+reason.
 """
 
 from __future__ import annotations
@@ -21,22 +22,35 @@ from surgery.graph.patterns.expressions import COMMUTATIVE, AnyOf, Axis, Constan
 from surgery.graph.patterns.index import Argument, OpIndex, Where, read
 from surgery.graph.patterns.match import Match, NearMiss, Pattern
 
-_MOST_STEPS = 20_000  # comparisons at one anchor: a pattern that needs more says too little
+# Limit of comparisons at one anchor. A pattern that needs more is too general.
+_MOST_STEPS = 20_000
 
 
 class _TooLong(Exception):
-    pass
+    """Raised when an attempt exceeds `_MOST_STEPS`."""
 
 
 @dataclass
 class Attempt:
-    """One anchor of one pattern."""
+    """Attempt to match a pattern at one anchor.
+
+    Attributes:
+        pattern: pattern to match.
+        index: index of the graph.
+        anchor: expression to start at.
+        node: node to start at.
+        bound: graph value or constant by expression.
+        nodes: expression by node.
+        captured: captured values by name.
+        deepest: furthest failure: depth, node and reason.
+        steps: comparisons made so far.
+    """
 
     pattern: Pattern
     index: OpIndex
     anchor: Op
     node: fx.Node
-    bound: dict[Any, Any] = field(default_factory=dict)  # expression -> what it stands for
+    bound: dict[Any, Any] = field(default_factory=dict)
     nodes: dict[fx.Node, Op] = field(default_factory=dict)
     captured: dict[str, Any] = field(default_factory=dict)
     deepest: tuple[tuple[int, int], fx.Node | None, str] = ((-1, 0), None, "")
@@ -44,7 +58,10 @@ class Attempt:
 
     @cached_property
     def live(self) -> bool:
-        """Whether an output depends on the anchor. What a pass has replaced is found too, to keep the same number."""
+        """True if an output depends on the anchor.
+
+        Replaced nodes are matched too, so that sites keep their numbers.
+        """
         return self.node in self.index.live
 
     def match(self) -> Match | None:
@@ -55,7 +72,7 @@ class Attempt:
                     if found is not None:
                         return found
         except _TooLong:
-            why = f"more than {_MOST_STEPS:,} comparisons; the pattern says too little"
+            why = f"more than {_MOST_STEPS:,} comparisons; make the pattern more specific"
             self.deepest = (self._depth, self.node, why)
         return None
 
@@ -65,7 +82,7 @@ class Attempt:
 
     @property
     def _depth(self) -> tuple[int, int]:
-        """How much has been found: ops first, then captures."""
+        """Progress of the attempt: number of ops, then number of captures."""
         return len(self.nodes), len(self.captured)
 
     def _fail(self, node: fx.Node, reason: str) -> None:
@@ -79,6 +96,7 @@ class Attempt:
         nodes = tuple(sorted(self.nodes, key=order.__getitem__))
         outputs = tuple(self.bound[output] for output in self.pattern.outputs)
         for node in nodes:
+            # The match will be replaced as a whole, so an inner value must have no other readers.
             if node not in outputs:
                 outside = next((u for u in self.index.users(node, self.live) if u not in self.nodes), None)
                 if outside is not None:
@@ -87,6 +105,7 @@ class Attempt:
         match = Match(self.pattern, nodes, outputs, self.node, dict(self.captured))
         for name in match.captured:
             captured = match[name]
+            # The replacement reads captured values later than the original ops: a write in between would change them.
             writer = self._written(captured, nodes, outputs) if isinstance(captured, fx.Node) else None
             if writer is not None:
                 self._fail(writer, f"{name!r} is changed in place there, between the pattern's ops")
@@ -98,7 +117,7 @@ class Attempt:
         return match
 
     def _written(self, node: fx.Node, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Node | None:
-        """An op in place that changes a value while the pattern's ops run."""
+        """Return an in-place op that changes a value while the pattern's ops run, or None."""
         order = self.index.order
         first, last = order[nodes[0]], max(order[output] for output in outputs)
         return next((u for u in node.users if first < order[u] < last and _writes(u, node)), None)
@@ -116,7 +135,7 @@ class Attempt:
                 yield from self._outputs(number + 1)
 
     def _candidates(self, expression: Any) -> Iterator[fx.Node]:
-        """Nodes that an expression could stand for, reached through users of what is bound already."""
+        """Yield nodes that an expression could match, reached through users of nodes that are bound already."""
         known = self.bound.get(expression) if not isinstance(expression, Value) else None
         if isinstance(expression, Value) and expression.name in self.captured:
             known = read(self.captured[expression.name])
@@ -134,15 +153,16 @@ class Attempt:
                         if user not in seen and op_name(user.target) in expression.names:
                             seen.add(user)
                             yield user
+                # One bound operand is enough: each node of the op must read it, so other operands add no candidates.
                 if below is not None:
                     break
             if below is not None and not seen:
-                self._fail(below, f"nothing reads it as {expression}")
+                self._fail(below, f"no op reads it as {expression}")
 
     # -- one comparison
 
     def _same(self, expression: Any, found: Any, where: Where | None) -> Iterator[None]:
-        """Once for each way in which an expression can stand for an argument; undone when asked for the next."""
+        """Yield once for each way to match an expression with an argument; bindings are undone before the next."""
         self.steps += 1
         if self.steps > _MOST_STEPS:
             raise _TooLong
@@ -201,14 +221,14 @@ class Attempt:
 
     def _other(self, expression: Any, found: Any, where: Where | None) -> None:
         node = found if isinstance(found, fx.Node) else where[0] if where else self.node
-        self._fail(node, f"another value than before stands for {expression}")
+        self._fail(node, f"{expression} is bound to another value already")
 
     def _value(self, expression: Value, found: Any, where: Where | None) -> Iterator[None]:
         if not isinstance(found, fx.Node):
             self._differs(expression, found, where)
             return
         if expression.condition is not None and not expression.condition(found):
-            self._fail(found, f"{expression.name!r} is no {expression.what.removeprefix('a ')}")
+            self._fail(found, f"{expression.name!r} is not {expression.what}")
             return
         known = self.captured.get(expression.name)
         if known is not None:
@@ -255,7 +275,7 @@ class Attempt:
             self._differs(expression, found, where)
             return
         if found in self.nodes:
-            self._fail(found, f"it stands for another {expression} of the pattern already")
+            self._fail(found, f"it already matches another {expression} of the pattern")
             return
         for condition, what in expression.conditions:
             if not condition(found):
@@ -272,7 +292,7 @@ class Attempt:
         del self.bound[expression], self.nodes[found]
 
     def _pairings(self, expression: Op, node: fx.Node) -> Iterator[list[tuple[Any, Any, Where]]]:
-        """The arguments beside what the pattern says of them, in each order that the op allows."""
+        """Yield the arguments paired with the pattern's expressions, in each operand order that the op allows."""
         given, schema = self.index.arguments(node), getattr(node.target, "_schema", None)
         names = list(given)
         wanted = list(expression.args)
@@ -280,8 +300,9 @@ class Attempt:
         if open_ended:
             wanted.pop()
         if len(wanted) > len(names) or not expression.kwargs.keys() <= given.keys():
-            self._fail(node, f"this form of {expression} takes other arguments than the pattern has")
+            self._fail(node, f"this overload of {expression} has other arguments than the pattern")
             return
+        # An argument that the pattern omits must have its default, otherwise the op computes something else.
         if not open_ended and schema is not None:
             said = {*names[: len(wanted)], *expression.kwargs}
             for argument in schema.arguments:
@@ -289,7 +310,7 @@ class Attempt:
                 if argument.name not in said and given[argument.name] != default:
                     self._fail(
                         node,
-                        f"its {argument.name} is {given[argument.name]!r}, which the pattern does not have",
+                        f"its {argument.name} is {given[argument.name]!r}, but the pattern requires the default",
                     )
                     return
         keywords = [(e, given[name], (node, (name,))) for name, e in expression.kwargs.items()]
@@ -300,7 +321,7 @@ class Attempt:
 
 
 def _operands(expression: Op) -> Iterator[Any]:
-    """What an op reads; captured values last, as much may read these."""
+    """Yield the operands of an op expression, captured values last: these often have many users."""
     given = (*expression.args, *expression.kwargs.values())
     flat = [e for inner in given for e in (inner if isinstance(inner, (list, tuple)) else (inner,))]
     yield from sorted(flat, key=lambda e: isinstance(e, Value))
@@ -326,6 +347,7 @@ def _equal(expected: Any, found: Any, where: Where | None) -> bool:
     if isinstance(expected, Axis):
         if not isinstance(found, int) or where is None:
             return False
+        # Axes count from either end, so they are compared modulo the rank of the op's input.
         rank = rank_of(where[0].all_input_nodes[0])
         return rank > 0 and found % rank == expected.index % rank
     if isinstance(found, fx.Node):

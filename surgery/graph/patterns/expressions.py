@@ -1,4 +1,4 @@
-"""The language of patterns: ordinary code over `ops`, whose calls describe nodes in place of computing.
+"""Pattern language: ordinary code over `ops`, whose calls describe nodes instead of computing.
 
     @pattern
     def tanh_gelu():
@@ -7,12 +7,12 @@
         inner = ops.mul(ops.add(x, ops.mul(cube, 0.044715)), math.sqrt(2 / math.pi))
         return ops.mul(ops.mul(x, 0.5), ops.add(ops.tanh(inner), 1))
 
-`ops.NAME` is the ATen op of that name, whatever its overload; `ops["matmul", "bmm"]` either of two. Arguments that are
-not written must have their default; `...` in the place of one allows anything there, and as the last allows all that
-follow. A number matches an equal one; the two operands of a commutative op match in either order. `value` and
-`constant` capture: the same name used twice means the same tensor, or an equal constant. An expression used twice is
-one node. Alternatives are tried in the order in which they are written. A pattern may return several outputs; what
-lies inside must be read by nothing else.
+`ops.NAME` is the ATen op of that name with any overload; `ops["matmul", "bmm"]` is either of two ops. Omitted arguments
+must have their default. `...` allows any value for an argument; as the last argument it allows any further ones. A
+number matches an equal number. The two operands of a commutative op match in either order. `value` and `constant`
+capture: the same name used twice means the same tensor, or an equal constant. An expression used twice is one node.
+Alternatives are tried in the order in which they are written. A pattern may return several outputs. The other nodes of
+a match must have no readers outside of the match.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import fx
 if TYPE_CHECKING:
     pass
 
-# Two operands of these may change places.
+# Ops whose two operands may be swapped.
 COMMUTATIVE = frozenset(
     ("add", "mul", "eq", "ne", "maximum", "minimum", "logical_and", "logical_or", "logical_xor", "bitwise_and",
      "bitwise_or", "__and__", "__or__")
@@ -35,12 +35,12 @@ COMMUTATIVE = frozenset(
 
 
 class Expression:
-    """What a node, or an argument of one, is compared with."""
+    """Base class of the expressions that a node, or an argument of a node, is compared with."""
 
 
 @dataclass(eq=False)
 class Value(Expression):
-    """Any graph value, captured under a name. condition: of its node. what: the condition in words."""
+    """Any graph value, captured under a name. condition: check of its node. what: the condition in words."""
 
     name: str
     condition: Callable[[fx.Node], bool] | None = None
@@ -52,7 +52,7 @@ class Value(Expression):
 
 @dataclass(eq=False)
 class Constant(Expression):
-    """An argument that is no graph value (a number, a dtype, a list of sizes), captured under a name."""
+    """An argument that is not a graph value (a number, a dtype, a list of sizes), captured under a name."""
 
     name: str
     condition: Callable[[Any], bool] | None = None
@@ -64,7 +64,7 @@ class Constant(Expression):
 
 @dataclass(eq=False)
 class Axis(Expression):
-    """The number of an axis, counted from either end, of the first tensor that the op reads."""
+    """An axis number of the first tensor that the op reads, counted from either end."""
 
     index: int
 
@@ -74,7 +74,7 @@ class Axis(Expression):
 
 @dataclass(eq=False)
 class Op(Expression):
-    """A node of an op, of one of several names. capture: the name that its node has in a match."""
+    """A node of an op with one of several names. capture: name of this node in a match."""
 
     names: tuple[str, ...]
     args: tuple[Any, ...]
@@ -84,17 +84,17 @@ class Op(Expression):
     is_anchor: bool = False
 
     def named(self, name: str) -> Op:
-        """Capture the node of this op."""
+        """Capture the node of this op under a name."""
         self.capture = name
         return self
 
     def where(self, condition: Callable[[fx.Node], bool], what: str) -> Op:
-        """Let it match only nodes of which the condition holds. what: that condition, for who asks why not."""
+        """Restrict the op to nodes for which the condition holds. what: the condition in words, for near misses."""
         self.conditions.append((condition, what))
         return self
 
     def anchor(self) -> Op:
-        """Start looking here; without it, at the op of the pattern that is rarest in the graph."""
+        """Start the search at this op. By default it starts at the op of the pattern that is rarest in the graph."""
         self.is_anchor = True
         return self
 
@@ -104,7 +104,7 @@ class Op(Expression):
 
 @dataclass(eq=False)
 class AnyOf(Expression):
-    """The first of several alternatives that fits."""
+    """The first of several alternatives that matches."""
 
     alternatives: tuple[Any, ...]
 
@@ -113,7 +113,7 @@ class AnyOf(Expression):
 
 
 class _Ops:
-    """`ops.mul(x, 0.5)` is an expression; `ops["matmul", "bmm"](x, y)` is of either op."""
+    """Namespace of op expressions: `ops.mul(x, 0.5)`, or `ops["matmul", "bmm"](x, y)` for either op."""
 
     def __getattr__(self, name: str) -> Callable[..., Op]:
         if name.startswith("_"):
@@ -131,12 +131,24 @@ ops = _Ops()
 def value(
     name: str, condition: Callable[[fx.Node], bool] | None = None, what: str = "a graph value"
 ) -> Value:
-    """Capture any graph value. condition: of its node, `what` in words."""
+    """Capture any graph value.
+
+    Args:
+        name: name of the value in a match.
+        condition: check of the value's node.
+        what: the condition in words, for near misses.
+    """
     return Value(name, condition, what)
 
 
 def constant(name: str, condition: Callable[[Any], bool] | None = None, what: str = "a constant") -> Constant:
-    """Capture an argument that is no graph value."""
+    """Capture an argument that is not a graph value.
+
+    Args:
+        name: name of the argument in a match.
+        condition: check of the argument.
+        what: the condition in words, for near misses.
+    """
     return Constant(name, condition, what)
 
 
@@ -146,27 +158,27 @@ def number(name: str) -> Constant:
 
 
 def axis(index: int) -> Axis:
-    """An axis, counted from either end: axis(-1) is also 3 where the op reads four axes."""
+    """Match an axis, counted from either end: axis(-1) also matches 3 if the op reads four axes."""
     return Axis(index)
 
 
 def any_of(*alternatives: Any) -> AnyOf:
-    """The first alternative that fits."""
+    """Match the first alternative that fits."""
     return AnyOf(alternatives)
 
 
 def maybe(op: Callable[..., Op], inner: Any, *args: Any, **kwargs: Any) -> AnyOf:
-    """op(inner, …), or inner itself where that op is not there."""
+    """Match op(inner, …), or inner alone if the op is absent."""
     return AnyOf((op(inner, *args, **kwargs), inner))
 
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """Sizes of what a node gives; empty where that is no tensor."""
+    """Return the shape of a node's value; empty if it is not a tensor."""
     found = node.meta.get("val")
     return tuple(found.shape) if isinstance(found, torch.Tensor) else ()
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of what a node gives; None where that is no tensor."""
+    """Return the dtype of a node's value; None if it is not a tensor."""
     found = node.meta.get("val")
     return found.dtype if isinstance(found, torch.Tensor) else None

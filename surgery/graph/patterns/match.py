@@ -1,4 +1,4 @@
-"""What patterns are looked for in, and what looking gives: an index of a graph, matches, near misses."""
+"""Results of pattern matching: patterns, matches and near misses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from surgery.graph.patterns.index import Argument, read
 
 
 class Match:
-    """A place where a pattern is.
+    """A place where a pattern matches.
 
-    nodes: of the pattern's ops, in graph order. outputs: those that others may read. anchor: where it was found.
+    Attributes:
+        pattern: the pattern.
+        nodes: nodes of the pattern's ops, in graph order.
+        outputs: nodes that ops outside of the match may read.
+        anchor: node at which the match was found.
     """
 
     def __init__(
@@ -34,13 +38,17 @@ class Match:
         return name in self._captured
 
     def __getitem__(self, name: str) -> Any:
-        """What was captured under a name; of a value, the node that is read there now."""
+        """Return the value captured under a name; for a graph value, the node that is read there now.
+
+        Raises:
+            KeyError: if nothing was captured under this name.
+        """
         if name not in self._captured:
             raise KeyError(name)
         return self.get(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The same, or the default where the alternative that captures it was not taken."""
+        """Return the captured value, or the default if the alternative that captures it was not taken."""
         found = self._captured.get(name, default)
         return read(found) if isinstance(found, Argument) else found
 
@@ -56,10 +64,15 @@ class Match:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A place where the anchor is, and the pattern is not.
+    """A place where the anchor matches but the whole pattern does not.
 
-    node: where the comparison that got furthest ended. matched: how many ops it had found until then; at least one, as
-    an anchor that is not what the pattern wants of it is none. captured: how many values.
+    Attributes:
+        anchor: node that matches the anchor.
+        node: node at which the comparison that got furthest failed.
+        reason: cause of the failure, in words.
+        matched: number of ops matched until then, at least one (a node that fails the anchor's own conditions is not
+            a near miss).
+        captured: number of values captured until then.
     """
 
     anchor: fx.Node
@@ -79,7 +92,7 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class Found:
-    """What looking for a pattern gave: matches that share no node, in graph order, and near misses."""
+    """Result of a search: matches that share no node, in graph order, and near misses."""
 
     matches: tuple[Match, ...]
     misses: tuple[NearMiss, ...]
@@ -87,7 +100,13 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """outputs: what others may read. condition: of a whole match: None, or the reason why it is none."""
+    """A pattern of ops.
+
+    Attributes:
+        name: name of the function that defines it.
+        outputs: expressions whose nodes ops outside of the match may read.
+        condition: check of a whole match. It returns None, or the reason why the match is rejected.
+    """
 
     name: str
     outputs: tuple[Any, ...]
@@ -95,7 +114,7 @@ class Pattern:
 
     @property
     def required(self) -> tuple[Op, ...]:
-        """Ops that every match has, whichever alternatives it takes."""
+        """Ops that every match contains, whichever alternatives it takes."""
         sets = [_required(output) for output in self.outputs]
         return tuple(dict.fromkeys(op for found in sets for op in found))
 
@@ -128,7 +147,12 @@ def pattern(*, condition: Callable[[Match], str | None]) -> Callable[[Build], Pa
 def pattern(
     build: Build | None = None, /, *, condition: Callable[[Match], str | None] | None = None
 ) -> Pattern | Callable[[Build], Pattern]:
-    """Make a pattern of a function that writes it: what it returns are the outputs."""
+    """Decorator that turns a function into a pattern; the expressions it returns are the outputs.
+
+    Args:
+        build: function that builds the expressions.
+        condition: check of a whole match, see `Pattern.condition`.
+    """
 
     def make(build: Build) -> Pattern:
         made = build()

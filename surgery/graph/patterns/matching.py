@@ -1,8 +1,8 @@
-"""Where a pattern is in a graph, and where it nearly is.
+"""Finds the matches and near misses of patterns in a graph.
 
-The nodes of a graph are indexed by op once. A pattern is looked for at the nodes of its anchor, by default the op that
-is rarest in this graph; each place is tried to the end (see surgery.graph.patterns.attempt) and gives at most one match. So
-the work is that of the anchors, times the size of the pattern.
+The nodes of a graph are indexed by op once. A pattern is tried at the nodes of its anchor, by default the op of the
+pattern that is rarest in this graph. Each anchor gives at most one match (see surgery.graph.patterns.attempt). So
+the cost is the number of anchors times the size of the pattern.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from surgery.graph.patterns.match import Found, Match, NearMiss, Pattern
 
 
 def find(index: OpIndex, *patterns: Pattern) -> Found:
-    """Every match of the patterns.
+    """Find every match of the patterns.
 
-    Of matches that share a node, that of the pattern which is named first is taken; of one pattern the one that ends
-    first in the graph, then the one with more nodes. The others are near misses.
+    If matches share a node, the pattern that is named first wins; within one pattern, the match that ends first in the
+    graph, then the one with more nodes. The other matches become near misses.
     """
     order = index.order
     misses: list[NearMiss] = []
@@ -50,7 +50,7 @@ def find(index: OpIndex, *patterns: Pattern) -> Found:
 
 
 def _nearest(misses: Iterable[NearMiss], index: OpIndex) -> tuple[NearMiss, ...]:
-    """Of several at one anchor the one that got furthest, in graph order."""
+    """Keep the near miss that got furthest at each anchor, in graph order."""
     best: dict[fx.Node, NearMiss] = {}
     for miss in misses:
         known = best.get(miss.anchor)
@@ -60,11 +60,15 @@ def _nearest(misses: Iterable[NearMiss], index: OpIndex) -> tuple[NearMiss, ...]
 
 
 def _anchor(pattern: Pattern, index: OpIndex) -> Op:
-    """The op to start at: the one that the pattern names, or the rarest of those that every match has."""
+    """Return the op to start at: the one that the pattern names, or the rarest op that every match contains.
+
+    Raises:
+        ValueError: if all ops of the pattern are in alternatives.
+    """
     required = pattern.required
     if not required:
         raise ValueError(
-            f"pattern {pattern.name!r} has no op that every match has; write one outside of any_of"
+            f"pattern {pattern.name!r} has no op that every match contains; write one outside of any_of"
         )
     named = next((op for op in required if op.is_anchor), None)
     return named or min(required, key=lambda op: len(index.of(op)))

@@ -1,4 +1,4 @@
-"""Arguments of nodes, and sizes as arguments: a number, a node that has it, or new nodes that compute it."""
+"""Reads and writes sizes in node arguments: as a number, an existing node, or new nodes that compute the size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Draft:
-    """The arguments of a node, while a rule reads or mends them."""
+    """Editable arguments of a node, used while a rule updates them."""
 
     target: Any
     args: list[Any]
@@ -29,9 +29,11 @@ class Draft:
         return cls(node.target, list(node.args), dict(node.kwargs))
 
     def get(self, index: int, name: str, default: Any = None) -> Any:
+        """Return an argument by its position or name."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
 
     def set(self, index: int, name: str, value: Any) -> None:
+        """Set an argument: by position if it was passed by position, else by name."""
         if index < len(self.args):
             self.args[index] = value
         else:
@@ -39,36 +41,60 @@ class Draft:
 
 
 class Arguments:
+    """Finds or creates the nodes for the sizes of one propagation.
+
+    Attributes:
+        created: size nodes inserted so far.
+        known: the same nodes as a set, for fast look-up.
+    """
+
     def __init__(self, run: Run) -> None:
         self._run = run
         self._made: dict[Any, fx.Node] = {}
         self.created: list[fx.Node] = []
-        self.known: set[fx.Node] = set()  # the same, to look up
+        self.known: set[fx.Node] = set()
 
     def value(self, argument: Any) -> Any:
+        """Return the current value of an argument."""
         return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
     def before(self, argument: Any) -> Any:
+        """Return the value of an argument before the edit."""
         return self._run.before(argument) if isinstance(argument, fx.Node) else argument
 
     def fit(self, argument: Any, size: Size, user: fx.Node) -> Any:
-        """The argument where it has this size, else one that does.
+        """Return the argument if it has this size already, else an argument that has.
 
-        An argument that moved by itself follows another length than the operand, and is not overruled.
+        Args:
+            argument: the current argument, a number or a node.
+            size: required size.
+            user: node that the argument belongs to.
+
+        Raises:
+            Unclear: if the argument has changed by itself to another size. It follows another length than the
+                operand, so it must not be overwritten.
         """
         if same(self.value(argument), size):
             return argument
         if isinstance(argument, fx.Node) and self._run.moved(argument):
             raise Unclear(
-                f"its argument '{argument.name}' became {self.value(argument)}, where its operand asks for {size}"
+                f"its argument '{argument.name}' became {self.value(argument)}, but its operand requires {size}"
             )
         return self.write(size, argument, user)
 
     def write(self, size: Size, like: Any, user: fx.Node) -> Any:
+        """Return an argument for a size.
+
+        Args:
+            size: required size.
+            like: the current argument. If it is a node that differs by a constant, the constant is added to it.
+            user: node that the argument belongs to.
+        """
         wanted = expr(size)
         if wanted.is_Integer:
             return int(wanted)
         if isinstance(like, fx.Node):
+            # A constant difference keeps the original symbol, so the graph stays valid for every dynamic size.
             step = sympy.expand(wanted - expr(self.value(like)))
             if step.is_Integer:
                 return self._step(like, int(step)) if step else like
@@ -80,6 +106,7 @@ class Arguments:
     def _compute(self, wanted: sympy.Expr, user: fx.Node) -> Any:
         if wanted.is_Integer:
             return int(wanted)
+        # An existing node is preferred: equal sizes then stay one value, and the graph does not grow.
         found = self._find(wanted, user)
         if found is not None:
             return found
@@ -101,7 +128,7 @@ class Arguments:
             for _ in range(int(wanted.exp) - 1):
                 result = self._make(operator.mul, (result, base), user)
             return result
-        raise Unclear(f"no node before it computes the size {wanted}")
+        raise Unclear(f"no earlier node computes the size {wanted}")
 
     def _find(self, wanted: sympy.Expr, user: fx.Node) -> fx.Node | None:
         order = self._run.order
@@ -118,7 +145,7 @@ class Arguments:
         ]
 
     def _read(self, symbol: sympy.Expr, user: fx.Node) -> fx.Node | None:
-        """The symbol read off an input."""
+        """Return a node that reads the symbol from an input: the input itself or a `sym_size` of it."""
         inputs = [n for n in self._run.graph.nodes if n.op == "placeholder"]
         for node in inputs:
             value = node.meta.get("val")
@@ -127,6 +154,7 @@ class Arguments:
             if isinstance(value, torch.Tensor):
                 for dim, size in enumerate(value.shape):
                     if expr(size) == symbol:
+                        # All inputs come first in the graph, so the node is inserted after the last of them.
                         return self._make(aten.sym_size.int, (node, dim), user, after=inputs[-1])
         return None
 
@@ -142,6 +170,7 @@ class Arguments:
             "nn_module_stack": dict(user.meta.get("nn_module_stack", {})),
             "stack_trace": user.meta.get("stack_trace", ""),
         }
+        # A position between two neighbours is fractional, so that no other node needs a new number.
         following = order.get(node.next, order[after] + 1)
         self._run.add_node(node, (order[after] + following) / 2)
         self._made[op, args] = node

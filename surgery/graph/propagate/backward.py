@@ -1,4 +1,4 @@
-"""How a dimension of a node comes to have another size: by its own arguments, or by those of its inputs."""
+"""Backward rules: how to give a dimension of a node another size, by its own arguments or by its inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgery.graph.propagate.sizes import Size, Unclear, is_one, one_to_one, sam
 
 @dataclass(frozen=True)
 class Wish:
-    """Dimension `dim` of `node` is to have a size, because `reader` needs it."""
+    """A request: dimension `dim` of `node` must have `size`, because `reader` needs it."""
 
     run: Run
     reader: fx.Node
@@ -37,42 +37,58 @@ class Wish:
         return Draft.of(self.node).get(index, name, default)
 
     def shape(self, node: fx.Node | None = None) -> Any:
-        """What the shape was before the edit."""
+        """Return the shape of a node (default: this one) before the edit."""
         return self.run.before(node or self.node).shape
 
     def ask(self, operand: Any, dim: int, size: Size | None = None) -> None:
+        """Request a size of a dimension of an operand; the default is this request's own size."""
         self.run.demand(self.reader, operand, dim, self.size if size is None else size)
 
     def own(self) -> None:
-        """The node's own argument makes it; its forward rule writes that."""
+        """Record that the node's own argument determines the size; its forward rule writes the argument."""
         self.run.want(self.node, self.dim, self.size)
 
     def unclear(self, what: str) -> Unclear:
+        """Build the error for a length that is needed of an op that cannot provide it."""
         return Unclear(f"length {self.size} is needed of {what}")
 
 
 def follow(run: Run, reader: fx.Node, node: fx.Node, dim: int, size: Size) -> None:
-    """Ask for `size` at dimension `dim` of a node. Raises Unclear, or PassError from further back."""
+    """Give dimension `dim` of a node another size, with the backward rule of its op.
+
+    Args:
+        run: the propagation.
+        reader: node that needs the size; error messages name it.
+        node: node to change.
+        dim: dimension of the node.
+        size: size it must have.
+
+    Raises:
+        Unclear: if the op has more than one way to get this size.
+        PassError: if a node further back cannot be changed.
+    """
     wish = Wish(run, reader, node, dim, size)
     rule = _broadcast if is_broadcast(node.target) else _RULES.get(packet(node.target), _like_first)
     rule(wish)
 
 
 def _like_first(wish: Wish) -> None:
-    """An op that keeps the shape of its one operand, or of the first where the others are a norm's weights."""
+    """Handle an op that keeps the shape of its only operand, or of the first if the others are norm weights."""
     operands = tensors((wish.node.args, wish.node.kwargs))
     if operands and operands[0] is wish.x:
         a, b = wish.shape(wish.x), wish.shape()
         alike = len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
         norm = packet(wish.node.target) in ("layer_norm", "rms_norm")
+        # The normalized dimensions are fixed by the norm's weights, so only those before them may change.
         if alike and (len(operands) == 1 or (norm and wish.dim < len(b) - len(wish.arg(1, "")))):
             wish.ask(wish.x, wish.dim)
             return
     name = packet(wish.node.target)
-    raise wish.unclear(f"{name}, and how that comes from {wish.run.origin(wish.node)} is not known")
+    raise wish.unclear(f"{name}, and no rule tells how it follows from {wish.run.origin(wish.node)}")
 
 
 def _broadcast(wish: Wish) -> None:
+    # Operands of length 1 broadcast to any size and need no change.
     for operand in tensors((wish.node.args, wish.node.kwargs)):
         if rank(operand) >= -wish.from_end and not is_one(operand.meta["val"].shape[wish.from_end]):
             wish.ask(operand, wish.from_end)
@@ -91,6 +107,7 @@ def _reshape_as(wish: Wish) -> None:
 
 
 def _expand(wish: Wish) -> None:
+    # A dimension that the operand broadcasts into is set by the node's own size argument.
     source = wish.dim - (rank(wish.node) - rank(wish.x))
     if source >= 0 and not is_one(wish.shape(wish.x)[source]):
         wish.ask(wish.x, source)
@@ -122,14 +139,15 @@ def _slice(wish: Wish) -> None:
         if isinstance(first, int) and first < 0:
             if not same(-first, wish.shape(wish.x)[along]):
                 raise wish.unclear(f"a slice that starts at {first}, from the end")
-            wish.own()  # x[-n:] was the whole of x
+            wish.own()  # x[-n:] covered all of x, so it must cover the longer x as well.
             wish.ask(wish.x, along)
         else:
+            # The number of cut elements stays: the operand must grow by as much as the slice.
             wish.ask(wish.x, along, whole + (wish.size - have))
         return
     if not (isinstance(first, int) and first == 0):
-        raise wish.unclear(f"a slice that starts at {first}, and its start or its end may have to move")
-    if same(have, whole):  # it cuts nothing off
+        raise wish.unclear(f"a slice that starts at {first}; either its start or its end could move")
+    if same(have, whole):  # The slice cuts nothing off.
         wish.ask(wish.x, along)
     elif isinstance(whole, int) and isinstance(wish.size, int) and wish.size > whole:
         raise wish.unclear(f"{wish.run.origin(wish.node)}, which has {whole}")
@@ -139,7 +157,7 @@ def _slice(wish: Wish) -> None:
 def _unsqueeze(wish: Wish) -> None:
     new = wish.arg(1, "dim") % rank(wish.node)
     if wish.dim == new:
-        raise wish.unclear("a dimension of 1")
+        raise wish.unclear("a dimension of length 1")
     wish.ask(wish.x, wish.dim - (wish.dim > new))
 
 
@@ -203,7 +221,7 @@ def _attention(wish: Wish) -> None:
 
 def _cat(wish: Wish) -> None:
     if wish.dim == wish.arg(1, "dim", 0) % rank(wish.node):
-        raise wish.unclear("a concatenation, and any part of it could grow")
+        raise wish.unclear("a concatenation; any of its parts could grow")
     for operand in tensors(wish.node.args):
         wish.ask(operand, wish.dim)
 
@@ -213,14 +231,16 @@ def _index(wish: Wish) -> None:
     places = [i for i, index in enumerate(indices) if index is not None]
     used = [indices[i] for i in places]
     if any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in used):
-        raise wish.unclear("what a mask picks")
+        raise wish.unclear("the result of indexing with a boolean mask")
     width = max(rank(index) for index in used)
+    # As in numpy, index dimensions come first if a slice separates the index tensors.
     together = places == list(range(places[0], places[-1] + 1))
     begin = places[0] if together else 0
     if not begin <= wish.dim < begin + width:
         kept = [i for i in range(rank(x)) if i not in places]
         wish.ask(x, kept[wish.dim if wish.dim < begin else wish.dim - width])
         return
+    # From here on `dim` counts from the end, because the index tensors broadcast against each other.
     within = replace(wish, dim=wish.dim - begin - width)
     for index in used:
         if rank(index) >= -within.dim and not is_one(index.meta["val"].shape[within.dim]):
@@ -255,7 +275,7 @@ def _reduce(wish: Wish) -> None:
 
 
 def _item(wish: Wish) -> None:
-    """One piece of a split along another dimension."""
+    """Handle one piece of a split along another dimension."""
     whole = wish.x
     name = packet(whole.target)
     place = {"split": 2, "split_with_sizes": 2, "chunk": 2, "unbind": 1}.get(name)
@@ -269,6 +289,7 @@ def _item(wish: Wish) -> None:
     elif dim == along:
         raise wish.unclear("one piece of a split")
     wish.ask(x, dim)
+    # The split itself must be recomputed too, since `ask` only reached its operand.
     wish.run.visit(whole)
 
 

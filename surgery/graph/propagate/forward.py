@@ -1,4 +1,4 @@
-"""How the output of an op follows its inputs, and which of its arguments are sizes."""
+"""Forward rules: how the output of an op follows from its inputs, and which of its arguments are sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from surgery.graph.propagate.sizes import (
 
 aten = torch.ops.aten
 
-# Ops of several tensors that torch checks itself, beyond what `links` lists.
+# Ops of several tensors whose shapes torch checks itself, in addition to the ops in `links`.
 _CHECKED = frozenset([
     "linear", "addmm", "addbmm", "baddbmm", "mm", "bmm", "matmul", "dot", "mv", "einsum", "embedding",
     "prelu", "conv1d", "conv2d", "conv3d", "convolution", "layer_norm", "native_layer_norm", "rms_norm",
@@ -45,7 +45,16 @@ _ASSERTS = frozenset([
 
 
 def follow(run: Run, node: fx.Node, draft: Draft) -> Any:
-    """Mend the draft's arguments and return the node's new value. Raises Unclear."""
+    """Update the draft's arguments and return the node's new value.
+
+    Args:
+        run: the propagation.
+        node: node to follow.
+        draft: the node's original arguments; updated in place.
+
+    Raises:
+        Unclear: if an argument has more than one reading on the new shapes.
+    """
     name = packet(draft.target)
     if isinstance(draft.target, torch._ops.OpOverload) and torch.Tag.inplace_view in draft.target.tags:
         moved = any(run.moved(n) for n in tensors(draft.args))
@@ -55,6 +64,7 @@ def follow(run: Run, node: fx.Node, draft: Draft) -> Any:
         raise Unclear("its body is a graph of its own")
     if name in _ASSERTS:
         return _assertion(run, node, draft, name)
+    # Operands that must agree come first: a mask or a position table may have to be lengthened before the op runs.
     for places in links(run, name, draft):
         run.agree(node, places)
     rule = _RULES.get(name)
@@ -64,17 +74,19 @@ def follow(run: Run, node: fx.Node, draft: Draft) -> Any:
     else:
         _check_plain(run, node, draft, name)
     args = draft.args if exact is None else exact
+    # A slice of a longer tensor is not contiguous, and then not every view is possible. A reshape always is.
     if draft.target is aten.view.default and not run.works(draft.target, args, draft.kwargs):
-        draft.target = aten.reshape.default  # the strides of a slice do not allow every view
+        draft.target = aten.reshape.default
     return run.call(draft.target, args, draft.kwargs, node)
 
 
-# -- ops whose arguments are sizes; a rule returns the arguments to run with where they differ from the draft's
+# -- Ops with size arguments. A rule returns the arguments to run with if they differ from the draft's.
 
 
 def _view(run: Run, node: fx.Node, draft: Draft) -> list[Any]:
     sizes = draft.get(1, "size", draft.get(1, "shape"))
     old = run.before(node).shape
+    # The node runs on exact sizes: a -1 among them would be ambiguous for symbolic dimensions.
     dims = regroup(run.dims(draft.args[0]), old, run.products)
     new = list(sizes)
     for i, dim in enumerate(dims):
@@ -103,6 +115,7 @@ def _expand(run: Run, node: fx.Node, draft: Draft) -> None:
     lead = len(sizes) - len(dims)
     for i, size in enumerate(sizes):
         found = dims[i - lead] if i >= lead else Dim(1, 1)
+        # An argument of -1 keeps the operand's size, whatever that is now.
         if isinstance(size, int) and size == -1 and i >= lead and i not in wanted:
             continue
         if not is_one(found.new):
@@ -141,6 +154,7 @@ def _arange(run: Run, node: fx.Node, draft: Draft) -> None:
     if size is None:
         return
     counts = 0 if len(draft.args) == 1 else 1
+    # Only a range with step 1 has as many elements as the difference of its ends.
     start, end = (0, draft.args[0]) if counts == 0 else draft.args[:2]
     step = draft.get(2, "step", 1)
     if not (is_size(step) and same(step, 1)) or not is_size(run.arguments.value(end)):
@@ -152,6 +166,7 @@ def _slice(run: Run, node: fx.Node, draft: Draft) -> None:
     x = draft.args[0]
     along = draft.get(1, "dim", 0) % rank(x)
     start, end = draft.get(2, "start"), draft.get(3, "end")
+    # Rules may be visited more than once, so an earlier doubt about this slice is dropped first.
     run.pending.pop(node, None)
     wanted = run.wanted.get(node, {}).get(along)
     if wanted is not None:
@@ -169,11 +184,14 @@ def _slice(run: Run, node: fx.Node, draft: Draft) -> None:
         was, now = run.arguments.before(bound), run.arguments.value(bound)
         if not same(was, now) or (what == "starts" and same(was, 0)):
             continue
+        # A bound that equals the old length, or shares a symbol with it, may be a length or a constant. The
+        # refusal waits until the end, because a later request may settle the slice.
         if same(was, dim.old) or same(was, -dim.old) or (_symbols(was) & _symbols(dim.old)):
             run.pending[node] = f"its slice {what} at {was}, which may mean the length {dim.old}→{dim.new}"
         elif what == "ends" and _is_past(was, dim.old) and not _is_past(was, dim.new):
             raise Unclear(f"its slice would cut {dim.new} at {was}")
         elif what == "starts" or not _is_past(was, dim.old):
+            # A constant cut (x[:, :5]) stays valid, but its meaning depends on where the sequence grew.
             run.picks.add(node)
 
 
@@ -191,6 +209,7 @@ def _select(run: Run, node: fx.Node, draft: Draft) -> None:
     if dim.moved:
         was = run.arguments.before(index)
         still = not isinstance(index, fx.Node) or not run.moved(index)
+        # The last element and a fixed position cannot be told apart.
         if still and same(was, dim.old - 1):
             raise Unclear(f"it selects {was}, which may be the last of {dim.old} (now {dim.new})")
         run.picks.add(node)
@@ -211,7 +230,9 @@ def _parts(run: Run, node: fx.Node, draft: Draft) -> None:
         along = draft.get(2, "dim", 0)
     dim = run.dims(x)[along % rank(x)]
     if dim.moved:
-        raise Unclear(f"it takes {dim.old}→{dim.new} apart, and the new part could go to any piece")
+        raise Unclear(
+            f"it splits {dim.old}→{dim.new} into parts, and the new elements could belong to any of them"
+        )
 
 
 _RULES: dict[str, Callable[[Run, fx.Node, Draft], list[Any] | None]] = {
@@ -227,11 +248,11 @@ _RULES: dict[str, Callable[[Run, fx.Node, Draft], list[Any] | None]] = {
     "slice": _slice,
     "select": _select,
     "index": _index,
-    "type_as": lambda run, node, draft: None,  # of the other it takes the dtype
+    "type_as": lambda run, node, draft: None,  # Takes only the dtype of its second operand.
 }
 
 
-# -- all other ops: run as they are, unless an argument looks like a length
+# -- All other ops run unchanged, unless an argument looks like a length.
 
 
 def _check_plain(run: Run, node: fx.Node, draft: Draft, name: str) -> None:
@@ -240,6 +261,7 @@ def _check_plain(run: Run, node: fx.Node, draft: Draft, name: str) -> None:
     lengths = [d for n in moved for d in run.dims(n) if d.moved]
     if not lengths:
         return
+    # `mean` is often traced as a sum and a division by a constant length, which would then be wrong.
     if name.startswith("sum") or name == "einsum":
         _means(run, node, lengths)
     broadcasts = is_broadcast(draft.target)
@@ -252,12 +274,14 @@ def _check_plain(run: Run, node: fx.Node, draft: Draft, name: str) -> None:
         for n in operands:
             for found in run.dims(n):
                 if not found.moved and any(same(found.old, d.old) for d in lengths):
-                    raise Unclear(f"whether '{n.name}', of length {found.old}, has to follow is not known")
+                    raise Unclear(
+                        f"it is not known if '{n.name}', of length {found.old}, has to change as well"
+                    )
     _numbers(run, draft, lengths)
 
 
 def _numbers(run: Run, draft: Draft, lengths: list[Dim]) -> None:
-    """Refuse a number that is the old length: it may be one, and it may be something else."""
+    """Refuse a number that equals the old length: it may be a length or an unrelated number."""
     schema = getattr(draft.target, "_schema", None)
     names = [a.name for a in schema.arguments] if schema else [""] * len(draft.args)
     given = [*zip(names, draft.args, strict=False), *draft.kwargs.items()]
@@ -269,12 +293,12 @@ def _numbers(run: Run, draft: Draft, lengths: list[Dim]) -> None:
             if is_size(was) and same(was, now) and any(same(was, d.old) for d in lengths):
                 length = next(d for d in lengths if same(was, d.old))
                 raise Unclear(
-                    f"its argument {was} may be the length {length.old}→{length.new}, or another number"
+                    f"its argument {was} may be the length {length.old}→{length.new} or an unrelated number"
                 )
 
 
 def _means(run: Run, node: fx.Node, lengths: list[Dim]) -> None:
-    """A sum over the sequence that is divided by its old length."""
+    """Refuse a sum over the sequence that is divided by its old length."""
     olds = [d.old for d in lengths if isinstance(d.old, int)]
     for user in node.users:
         if packet(user.target) in ("div", "div_", "mul", "mul_"):
@@ -306,7 +330,7 @@ def _assertion(run: Run, node: fx.Node, draft: Draft, name: str) -> Any:
 
 
 def stale_assertions(graph: fx.Graph, lengths: set[int]) -> list[fx.Node]:
-    """Assertions that compare what is only known at run time with a length that is no more."""
+    """Find assertions that compare a data-dependent size with a length that no longer exists."""
     return [
         n
         for n in graph.nodes

@@ -1,4 +1,4 @@
-"""What an op is, and which dimensions of its operands have to agree."""
+"""Classifies ops, and finds the dimensions of their operands that must have equal sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from surgery.graph.propagate.run import Run
 from surgery.graph.propagate.sizes import same
 
 Place = tuple[fx.Node, int]
-_LAST = 1 << 62  # an end beyond any length: "to the end"
+# An end beyond any length, which means "to the end".
+_LAST = 1 << 62
 
 # Broadcasting ops that torch does not tag as pointwise.
 _BROADCAST = frozenset([
@@ -21,14 +22,14 @@ _BROADCAST = frozenset([
     "isin", "fmod", "true_divide", "square", "__and__", "__or__", "__xor__", "__iand__", "__ior__",
     "__ixor__",
 ])  # fmt: skip
-# Where the sizes stand in the arguments of what makes a tensor.
+# Index of the size argument of each op that creates a tensor.
 FACTORIES = {"zeros": 0, "ones": 0, "full": 0, "empty": 0, "rand": 0, "randn": 0} | {
     f"new_{kind}": 1 for kind in ("zeros", "ones", "full", "empty")
 }
 
 
 def packet(target: Any) -> str:
-    """`view` for aten.view.default; a dotted name for ops of other libraries, which no rule knows."""
+    """Return the op's name: "view" for aten.view.default, a dotted name for ops of other libraries."""
     if not isinstance(target, torch._ops.OpOverload):
         return f"python.{getattr(target, '__name__', target)}"
     library, _, name = target._schema.name.partition("::")
@@ -36,6 +37,7 @@ def packet(target: Any) -> str:
 
 
 def is_broadcast(target: Any) -> bool:
+    """True if the op broadcasts its tensor operands against each other."""
     if packet(target) in _BROADCAST:
         return True
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
@@ -46,7 +48,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def tensors(args: Any) -> list[fx.Node]:
-    """Tensor operands in order, those in lists too."""
+    """Return the tensor operands in order, including those in lists."""
     found: list[fx.Node] = []
     fx.node.map_arg(args, lambda n: found.append(n) if is_tensor(n) else None)
     return found
@@ -57,12 +59,18 @@ def rank(node: fx.Node) -> int:
 
 
 def is_open(end: Any) -> bool:
-    """Whether the end of a slice is counted from the end of the tensor."""
+    """True if the end of a slice is counted from the end of the tensor."""
     return end is None or (isinstance(end, int) and (end < 0 or end >= _LAST))
 
 
 def links(run: Run, name: str, draft: Draft) -> list[list[Place]]:
-    """Groups of operand dimensions of which each has one size, or 1 where the op broadcasts."""
+    """Return groups of operand dimensions that must have one size, or 1 if the op broadcasts.
+
+    Args:
+        run: the propagation.
+        name: name of the op, as `packet` returns it.
+        draft: arguments of the op.
+    """
     args = draft.args
     if is_broadcast(draft.target):
         return broadcast(tensors((args, draft.kwargs)))
@@ -107,6 +115,7 @@ def links(run: Run, name: str, draft: Draft) -> list[list[Place]]:
 
 
 def broadcast(operands: list[fx.Node], skip: int = 0) -> list[list[Place]]:
+    """Group the dimensions of operands that broadcast, counted from the end, without the last `skip` ones."""
     most = max((rank(n) for n in operands), default=0)
     return [[(n, -d) for n in operands if rank(n) >= d] for d in range(1 + skip, most + 1)]
 
@@ -122,8 +131,9 @@ def _joined(name: str, draft: Draft) -> list[list[Place]]:
 
 
 def _through(run: Run, x: fx.Node, dim: int, index: fx.Node) -> list[list[Place]]:
-    """An index as long as the dimension that it goes through goes through all of it: positions in a table."""
+    """Link an index to the dimension that it indexes, if they had equal lengths: positions in a table."""
     if index.meta["val"].dtype in (torch.bool, torch.uint8):
+        # A boolean mask has the length of its dimension by definition, but its result does not.
         return []
     groups = [[(x, dim), (index, d)] for d in range(rank(index))]
     return [group for group in groups if _were_equal(run, group)]

@@ -1,4 +1,4 @@
-"""The walk: nodes in graph order, each run on its new inputs, and back where a length is wanted."""
+"""Runs nodes in graph order on their new inputs, and walks back from a node that needs another length."""
 
 from __future__ import annotations
 
@@ -28,18 +28,22 @@ from surgery.graph.propagate.sizes import (
     same,
 )
 
-_DEEPEST = 150  # steps back: what makes a mask or positions is near, a whole model is not
-_REMEDY = "lengthen behind this node, or capture the model with this dimension dynamic"
+# Limit of steps back: the ops that make a mask or positions are near; a whole model is not meant to be walked.
+_DEEPEST = 150
+_REMEDY = "make the edit after this node, or capture the model with this dimension dynamic"
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What was done, in graph order.
+    """Result of a propagation; lists are in graph order.
 
-    repaired: nodes whose arguments changed. created: sizes that were inserted for them. dropped: names of
-    assertions on a baked size that were removed. picks: nodes that take a fixed part of a dimension that moved
-    (`x[:, 0]`, `x[:, :5]`): right in shape, but what they read depends on where the sequence grew.
-    updated: how many nodes have another shape.
+    Attributes:
+        repaired: nodes whose arguments changed.
+        created: size nodes that were inserted for them.
+        dropped: names of removed assertions on a baked size.
+        picks: nodes that read a constant part of a changed dimension (`x[:, 0]`, `x[:, :5]`). Their shape is right,
+            but the elements they read depend on where the sequence grew.
+        updated: number of nodes with a new shape.
     """
 
     repaired: list[fx.Node] = field(default_factory=list)
@@ -50,7 +54,7 @@ class Repair:
 
 
 def _as_much_data(old: Any, new: Any) -> bool:
-    """Whether two values differ only by symbols for what depends on data."""
+    """True if two values differ only in symbols for data-dependent sizes."""
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.dim() == new.dim():
         pairs = list(zip(old.shape, new.shape, strict=True))
     else:
@@ -62,7 +66,7 @@ def _as_much_data(old: Any, new: Any) -> bool:
 
 
 class Propagation:
-    """The state of one run; `forward` and `backward` hold the rules of the ops."""
+    """State of one run. `forward` and `backward` hold the rules of the ops."""
 
     def __init__(
         self, graph: fx.Graph, replaced: Mapping[fx.Node, fx.Node], fixed: Collection[fx.Node]
@@ -73,13 +77,15 @@ class Propagation:
         self.fixed = {*replaced, *fixed}
         self.products = Products()
         self.arguments = Arguments(self)
-        # A rule starts from what a node was, however often it is visited: the order of visits does not matter.
+        # Rules start from a node's original arguments at every visit, so the order of visits does not matter.
         self.originals: dict[fx.Node, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
         self.wanted: dict[fx.Node, dict[int, Size]] = {}
-        self.pending: dict[fx.Node, str] = {}  # cuts that may be meant whole
+        # Slices that may be meant to cover the whole dimension.
+        self.pending: dict[fx.Node, str] = {}
         self.picks: set[fx.Node] = set()
         self.dropped: set[fx.Node] = set()
-        self.lengths: set[int] = set()  # fixed sizes that something had, and has no more
+        # Constant sizes that some dimension had before and no dimension has now.
+        self.lengths: set[int] = set()
         self._replaced = dict(replaced)
         self._changed: set[fx.Node] = set()
         self._queue: list[tuple[float, int, fx.Node]] = []
@@ -90,10 +96,15 @@ class Propagation:
         self._old: dict[fx.Node, Any] = {}
 
     def run(self) -> Repair:
+        """Propagate until no node is due, or restore the graph and raise.
+
+        Raises:
+            PassError: if a node cannot be followed.
+        """
         metas = {node: dict(node.meta) for node in self.graph.nodes}
         env = self.mode.shape_env
         try:
-            # Sizes decided by the example (contiguity, a slice within its range) must not become guards.
+            # Sizes that depend on the example (contiguity, a slice within its range) must not become guards.
             with ExitStack() as quiet:
                 if env is not None:
                     quiet.enter_context(env.suppress_guards())
@@ -145,21 +156,29 @@ class Propagation:
     # -- values
 
     def before(self, node: fx.Node) -> Any:
-        """What the users of a node saw before the edit."""
+        """Return the value that the users of a node saw before the edit."""
         return self._old[self._replaced.get(node, node)]
 
     def moved(self, node: fx.Node) -> bool:
+        """True if a node's value has another shape than before the edit."""
         return node in self._changed
 
     def dims(self, node: fx.Node) -> list[Dim]:
+        """Return a node's dimensions before and after the edit."""
         old, new = self.before(node).shape, node.meta["val"].shape
         return [Dim(a, b) for a, b in zip(old, new, strict=True)]
 
     def put(self, node: fx.Node, value: Any, first: bool = False) -> None:
-        """Give a node its new value, and let its users follow where that is another one."""
+        """Set a node's new value, and schedule its users if it differs.
+
+        Args:
+            node: node to update.
+            value: new value, a fake tensor or a number.
+            first: True for the ends of the edit, whose users have not seen the value yet.
+        """
         old, have = self.before(node), node.meta["val"]
         if _as_much_data(old, value):
-            value = old  # a fresh symbol would say no more
+            value = old  # A fresh symbol would carry no more information.
         node.meta["val"] = value
         if self._describe(old) == self._describe(value):
             self._changed.discard(node)
@@ -175,7 +194,7 @@ class Propagation:
     def _check_shapes(self, node: fx.Node, old: Any, new: Any) -> None:
         olds, news = (v if isinstance(v, (list, tuple)) else [v] for v in (old, new))
         if len(olds) != len(news):
-            self.refuse(node, f"it would give {len(news)} tensors in the place of {len(olds)}", _REMEDY)
+            self.refuse(node, f"it would return {len(news)} tensors instead of {len(olds)}", _REMEDY)
         for a, b in zip(olds, news, strict=True):
             if not isinstance(a, torch.Tensor):
                 continue
@@ -184,8 +203,9 @@ class Propagation:
             for was, now in zip(a.shape, b.shape, strict=True):
                 if isinstance(was, int) and not same(was, now):
                     self.lengths.add(was)
+                    # A user may broadcast a dimension of length 1, and would compute something else on a longer one.
                 if isinstance(was, int) and was == 1 and not same(was, now):
-                    why = f"a length of 1 becomes {now}, and a length of 1 cannot be told from a broadcast"
+                    why = f"a length of 1 becomes {now}, and a length of 1 may be a broadcast"
                     self.refuse(node, why, "start from a longer sequence")
                 if isinstance(was, torch.SymInt) and isinstance(now, int):
                     self.refuse(node, f"the dynamic size {was} would be fixed at {now}", _REMEDY)
@@ -200,7 +220,14 @@ class Propagation:
         self._old[node] = node.meta["val"]
 
     def call(self, target: Any, args: Any, kwargs: Any, node: fx.Node) -> Any:
-        """The value of an op on the nodes' values; a failure is a refusal that names the node."""
+        """Run an op on the nodes' values; refuse the node if the op fails.
+
+        Args:
+            target: op to call.
+            args: positional arguments, with nodes.
+            kwargs: keyword arguments, with nodes.
+            node: node that an error message names.
+        """
         value, error = self._result(target, args, kwargs)
         if error is not None:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -208,15 +235,16 @@ class Propagation:
         return value
 
     def works(self, target: Any, args: Any, kwargs: Any) -> bool:
+        """True if an op runs on the nodes' values."""
         return self._result(target, args, kwargs)[1] is None
 
     def _result(self, target: Any, args: Any, kwargs: Any) -> tuple[Any, Exception | None]:
-        """Each op once for shapes that are alike: the layers of a model are."""
+        """Run an op once for equal shapes, because the layers of a model repeat them."""
         values = fx.node.map_arg((tuple(args), dict(kwargs)), lambda n: n.meta["val"])
         key = (target, self._key(values))
         if key not in self._results:
             try:
-                # Kernels in C++ would fix symbols at the example's sizes; the Python dispatcher avoids them.
+                # Kernels in C++ would specialize symbols to the example's sizes; the Python dispatcher does not.
                 with self.mode, enable_python_dispatcher(), torch.no_grad():
                     self._results[key] = target(*values[0], **values[1]), None
             except Exception as error:
@@ -237,8 +265,8 @@ class Propagation:
         if known is None:
             known = self._described[id(value)] = (
                 describe(value),
-                value,
-            )  # held, so that its id stays its own
+                value,  # The reference keeps the tensor alive, so that its id is not reused.
+            )
         return known[0]
 
     # -- visiting
@@ -248,16 +276,17 @@ class Propagation:
             self.visit(node)
 
     def visit(self, node: fx.Node) -> None:
-        """Run a node on the inputs that it has now, with its sizes mended."""
+        """Run a node on its current inputs, with updated size arguments."""
         self._due.discard(node)
         if node.op == "output":
             return
+        # A demand may reach a node before its operands had their turn in the queue.
         for operand in node.all_input_nodes:
             self._visit_due(operand)
         if node.op != "call_function" or not (
             isinstance(node.target, torch._ops.OpOverload) or callable(node.target)
         ):
-            self.refuse(node, f"a {node.op} node cannot be followed", _REMEDY)
+            self.refuse(node, f"a {node.op} node is not supported", _REMEDY)
         if node in self.fixed or node in self.arguments.known:
             self.put(node, self.call(node.target, node.args, node.kwargs, node))
             return
@@ -272,7 +301,12 @@ class Propagation:
         self.put(node, value)
 
     def agree(self, node: fx.Node, places: list[tuple[fx.Node, int]]) -> None:
-        """Let dimensions of a node's operands have one size again, where one of them moved."""
+        """Make dimensions of a node's operands equal again after one of them changed.
+
+        Args:
+            node: node that reads the operands.
+            places: operand and dimension of each member of the group.
+        """
         dims = [(operand, dim, self.dims(operand)[dim]) for operand, dim in places]
         lead = next((d for _, _, d in dims if d.moved), None)
         if lead is None:
@@ -280,13 +314,24 @@ class Propagation:
         for operand, dim, found in dims:
             if same(found.new, lead.new) or is_one(found.new):
                 continue
+            # An operand that changed to another length, or had another length before, cannot simply be lengthened.
             if found.moved or not same(found.old, lead.old):
-                why = f"its operands have lengths {lead.new} and {found.new} now"
+                why = f"its operands now have lengths {lead.new} and {found.new}"
                 self.refuse(node, f"{why} ('{operand.name}', from {self.origin(operand)})", _REMEDY)
             self.demand(node, operand, dim, lead.new)
 
     def demand(self, reader: fx.Node, node: fx.Node, dim: int, size: Size) -> None:
-        """Make a dimension of a node have a size, by changing what made it."""
+        """Give a dimension of a node another size, by changing the op that made it.
+
+        Args:
+            reader: node that needs the size.
+            node: node to change.
+            dim: dimension of the node.
+            size: size it must have.
+
+        Raises:
+            PassError: if the size comes from an input or a fixed tensor, or cannot be changed.
+        """
         self._visit_due(node)
         dim %= node.meta["val"].dim()
         have = self.dims(node)[dim]
@@ -300,7 +345,7 @@ class Propagation:
         if have.moved:
             self.refuse(reader, f"{stayed}, and it was {have.old}", _REMEDY)
         if node in self.fixed:
-            self.refuse(reader, f"{stayed}, and it was inserted by the pass", "make it of that length")
+            self.refuse(reader, f"{stayed}, and it was inserted by the pass", "insert it with that length")
         if self._depth > _DEEPEST:
             self.refuse(reader, f"{stayed}; it comes from {self.origin(node)}", _REMEDY)
         self._depth += 1
@@ -315,12 +360,13 @@ class Propagation:
             self.refuse(reader, f"{stayed}; it comes from {self.origin(node)}", _REMEDY)
 
     def want(self, node: fx.Node, dim: int, size: Size) -> None:
+        """Record the size that a node's own arguments must produce; its forward rule writes it."""
         self.wanted.setdefault(node, {})[dim] = size
 
-    # -- saying
+    # -- Messages
 
     def origin(self, node: fx.Node) -> str:
-        """The inputs and tensors that a value is made of, for a message."""
+        """Return the names of up to three inputs and tensors that a value is computed from, for a message."""
         names: list[str] = []
         seen, todo = {node}, [node]
         while todo and len(names) < 3:
@@ -334,6 +380,16 @@ class Propagation:
         return ", ".join(names) or f"'{node.name}'"
 
     def refuse(self, node: fx.Node, why: str, remedy: str) -> Any:
+        """Raise an error that names the node and its module.
+
+        Args:
+            node: node that cannot be followed.
+            why: reason.
+            remedy: advice to the user, an imperative.
+
+        Raises:
+            PassError: always.
+        """
         stack = node.meta.get("nn_module_stack") or {}
         path = next(reversed([path for path, _ in stack.values()]), "")
         name = getattr(node.target, "__name__", str(node.target))

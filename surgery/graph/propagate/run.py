@@ -1,7 +1,7 @@
-"""The interface of one propagation that the rules of ops are written against.
+"""Interface of a propagation, as the op rules see it.
 
 The rules call the walk (`demand` a length, `visit` a node), and the walk calls the rules. This interface lies below
-both, so that neither imports the other in a circle.
+both, so that their modules do not import each other.
 """
 
 from __future__ import annotations
@@ -14,23 +14,35 @@ from surgery.graph.propagate.sizes import Dim, Products, Size
 
 
 class SizeArguments(Protocol):
-    """Reads and writes sizes among the arguments of nodes; see `arguments.Arguments`."""
+    """Reads and writes sizes in node arguments; see `arguments.Arguments`."""
 
-    def value(self, argument: Any) -> Any: ...
+    def value(self, argument: Any) -> Any:
+        """Return the current value of an argument."""
+        ...
 
-    def before(self, argument: Any) -> Any: ...
+    def before(self, argument: Any) -> Any:
+        """Return the value of an argument before the edit."""
+        ...
 
-    def fit(self, argument: Any, size: Size, user: fx.Node) -> Any: ...
+    def fit(self, argument: Any, size: Size, user: fx.Node) -> Any:
+        """Return the argument if it has this size already, else an argument of `user` that has."""
+        ...
 
-    def write(self, size: Size, like: Any, user: fx.Node) -> Any: ...
+    def write(self, size: Size, like: Any, user: fx.Node) -> Any:
+        """Return an argument of `user` for a size; `like` is the current argument."""
+        ...
 
 
 class Run(Protocol):
-    """The state of one propagation, as rules see it; see `propagation.Propagation`.
+    """State of one propagation, as rules see it; see `propagation.Propagation`.
 
-    order: position of each node in the graph. wanted: sizes that a node's own argument has to give, by dimension.
-    pending: nodes that may be refused at the end, with the reason. picks: nodes that take a fixed part of a dimension
-    that changed. dropped: assertions that no longer hold.
+    Attributes:
+        order: position of each node in the graph.
+        products: factors of merged dimensions.
+        wanted: sizes that a node's own arguments must produce, by dimension.
+        pending: nodes to refuse at the end unless a later request settles them, with the reason.
+        picks: nodes that read a constant part of a dimension that changed.
+        dropped: assertions that no longer hold.
     """
 
     graph: fx.Graph
@@ -44,24 +56,46 @@ class Run(Protocol):
     @property
     def arguments(self) -> SizeArguments: ...
 
-    def before(self, node: fx.Node) -> Any: ...
+    def before(self, node: fx.Node) -> Any:
+        """Return the value that the users of a node saw before the edit."""
+        ...
 
-    def moved(self, node: fx.Node) -> bool: ...
+    def moved(self, node: fx.Node) -> bool:
+        """True if a node's value has another shape than before the edit."""
+        ...
 
-    def dims(self, node: fx.Node) -> list[Dim]: ...
+    def dims(self, node: fx.Node) -> list[Dim]:
+        """Return a node's dimensions before and after the edit."""
+        ...
 
-    def agree(self, node: fx.Node, places: list[tuple[fx.Node, int]]) -> None: ...
+    def agree(self, node: fx.Node, places: list[tuple[fx.Node, int]]) -> None:
+        """Make operand dimensions of a node equal again after one of them changed."""
+        ...
 
-    def demand(self, reader: fx.Node, node: fx.Node, dim: int, size: Size) -> None: ...
+    def demand(self, reader: fx.Node, node: fx.Node, dim: int, size: Size) -> None:
+        """Give a dimension of `node` another size, because `reader` needs it."""
+        ...
 
-    def want(self, node: fx.Node, dim: int, size: Size) -> None: ...
+    def want(self, node: fx.Node, dim: int, size: Size) -> None:
+        """Record the size that a node's own arguments must produce."""
+        ...
 
-    def visit(self, node: fx.Node) -> None: ...
+    def visit(self, node: fx.Node) -> None:
+        """Run a node on its current inputs, with updated size arguments."""
+        ...
 
-    def call(self, target: Any, args: Any, kwargs: Any, node: fx.Node) -> Any: ...
+    def call(self, target: Any, args: Any, kwargs: Any, node: fx.Node) -> Any:
+        """Run an op on the nodes' values; an error names `node`."""
+        ...
 
-    def works(self, target: Any, args: Any, kwargs: Any) -> bool: ...
+    def works(self, target: Any, args: Any, kwargs: Any) -> bool:
+        """True if an op runs on the nodes' values."""
+        ...
 
-    def add_node(self, node: fx.Node, order: float) -> None: ...
+    def add_node(self, node: fx.Node, order: float) -> None:
+        """Register an inserted node and its position in the graph."""
+        ...
 
-    def origin(self, node: fx.Node) -> str: ...
+    def origin(self, node: fx.Node) -> str:
+        """Return the names of inputs and tensors that a value is computed from, for a message."""
+        ...

@@ -1,4 +1,4 @@
-"""Sizes, whole or symbolic: which are equal, and which sizes of a view's output come from which of its input."""
+"""Integer and symbolic sizes: equality, and how a view maps its input dimensions to its output dimensions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Size = int | torch.SymInt
 
 
 class Unclear(Exception):
-    """A size has more than one reading; the text says which."""
+    """Raised for a size that has more than one reading; the text names the readings."""
 
 
 def expr(size: Size) -> sympy.Expr:
-    """A size as a sum of products, so that equal sizes are equal expressions."""
+    """Return a size as a sum of products, a form in which equal sizes are equal expressions."""
     if isinstance(size, torch.SymInt):
         return _settle(_expand(size.node.expr), size)
     return sympy.Integer(size)
@@ -32,14 +32,17 @@ def _expand(found: sympy.Expr) -> sympy.Expr:
 
 
 def _settle(found: sympy.Expr, size: torch.SymInt) -> sympy.Expr:
-    """A Max or Min is the part that it is on the example: a table of positions is not overrun."""
+    """Replace each Max or Min by the operand that it equals on the example.
+
+    A table of positions is not exceeded by any valid input, so the choice holds beyond the example.
+    """
     bounds = found.atoms(Max, Min)
     if not bounds:
         return found
     env = size.node.shape_env
     values = getattr(env, "backed_var_to_val", None) or env.var_to_val
     if not found.free_symbols <= values.keys():
-        return found  # it depends on data
+        return found  # A data-dependent symbol has no value on the example.
     parts = {
         b: (max if isinstance(b, Max) else min)(b.args, key=lambda a: int(a.xreplace(values))) for b in bounds
     }
@@ -53,7 +56,11 @@ def same(a: Size, b: Size) -> bool:
 
 
 def hint(size: Size) -> int:
-    """The size that the example inputs give it."""
+    """Return the size for the example inputs.
+
+    Raises:
+        Unclear: if the size depends on data.
+    """
     if not isinstance(size, torch.SymInt):
         return size
     if on_data(size):
@@ -66,6 +73,7 @@ def is_one(size: Size) -> bool:
 
 
 def on_data(value: Any) -> bool:
+    """True if a size is data-dependent: no value is known for it before the graph runs."""
     return isinstance(value, torch.SymInt) and not value.node.has_hint()
 
 
@@ -74,7 +82,7 @@ def is_size(value: Any) -> bool:
 
 
 def describe(value: Any) -> Any:
-    """What two values of one node are compared by: shapes and strides of tensors, expressions of numbers."""
+    """Return a key that is equal for equal values: shapes and strides of tensors, expressions of numbers."""
     if isinstance(value, torch.Tensor):
         strides = tuple(map(expr, value.stride())) if value.layout == torch.strided else ()
         return tuple(map(expr, value.shape)), strides, value.dtype, value.device
@@ -87,7 +95,7 @@ def describe(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Dim:
-    """A dimension as it was and as it is."""
+    """Size of a dimension before and after the edit."""
 
     old: Size
     new: Size
@@ -99,9 +107,9 @@ class Dim:
 
 @dataclass
 class Products:
-    """What merged dimensions were merged of, so that a later view can take them apart again.
+    """Factors of merged dimensions, so that a later view can split them again.
 
-    A merged dimension is known by its size before and after: (17·batch → 20·batch) was (batch, 17 → 20).
+    A merged dimension is identified by its sizes before and after: (17·batch → 20·batch) was (batch, 17 → 20).
     """
 
     known: dict[tuple[sympy.Expr, sympy.Expr], list[tuple[Dim, ...]]] = field(default_factory=dict)
@@ -117,6 +125,7 @@ class Products:
 
     def factors(self, dim: Dim) -> tuple[Dim, ...]:
         readings = self.known.get((expr(dim.old), expr(dim.new)), []) if dim.moved else []
+        # Two merges may give the same product (6→8·4 and 4·6→8), and then a split is ambiguous.
         if len(readings) > 1:
             raise Unclear(f"the product {dim.old}→{dim.new} can be {' or '.join(map(_many, readings))}")
         return readings[0] if readings else (dim,)
@@ -129,9 +138,15 @@ def _alike(a: Sequence[Dim], b: Sequence[Dim]) -> bool:
 
 
 def regroup(source: Sequence[Dim], target: Sequence[Size], products: Products) -> list[Dim]:
-    """The dimensions of a view's output: `target` is what they were, `source` those of its input.
+    """Return the dimensions of a view's output, before and after the edit.
 
-    Raises Unclear where a length that moved is split, or mixed with other dimensions.
+    Args:
+        source: dimensions of the view's input.
+        target: shape of the view's output before the edit.
+        products: factors of dimensions that were merged before; merges by this view are added.
+
+    Raises:
+        Unclear: if a changed length is split, or mixed with other dimensions.
     """
     dims = [Dim(size, size) for size in target]
     if not any(d.moved for d in source):
@@ -142,6 +157,7 @@ def regroup(source: Sequence[Dim], target: Sequence[Size], products: Products) -
         if len(sources) == len(targets) == 1:
             dims[targets[0]] = sources[0]
             continue
+        # Split merged dimensions into their factors first: a view that undoes a merge must find them again.
         parts = [factor for d in sources for factor in products.factors(d)]
         for i, places in _holders(parts, [target[i] for i in targets]).items():
             dims[targets[i]] = _merge(target[targets[i]], places)
@@ -150,15 +166,16 @@ def regroup(source: Sequence[Dim], target: Sequence[Size], products: Products) -
 
 
 def _holders(parts: Sequence[Dim], target: Sequence[Size]) -> dict[int, list[Dim]]:
-    """For each output dimension that holds one that moved: what it is the product of, in order.
+    """Map each output dimension that holds a changed one to its factors, in order.
 
-    Output dimension j holds part k where all strides of k are strides of j: it begins at or before k's
-    innermost stride and ends at or after its outermost one.
+    Output dimension j holds part k if every stride of k is a stride of j: j begins at or before the innermost
+    stride of k, and ends at or after its outermost one.
     """
     held: dict[int, list[Dim]] = {}
     for k, part in enumerate(parts):
         if not part.moved:
             continue
+        # `inner` and `below` are strides, in elements, of the part and of the output dimension.
         inner = _product(d.old for d in parts[k + 1 :])
         for j, size in enumerate(target):
             below = _product(target[j + 1 :])
@@ -186,7 +203,8 @@ def _product(sizes: Iterable[Size]) -> sympy.Expr:
 
 
 def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
-    """a / b where that is whole whatever the symbols are."""
+    """Return a / b if that is whole for all values of the symbols, else None."""
+    # The quotient of symbolic sizes is whole only if the denominator cancels as a polynomial.
     found = sympy.cancel(a / b)
     _, below = found.as_numer_denom()
     return sympy.expand(found) if below == 1 else None
@@ -197,7 +215,13 @@ def _as_size(found: sympy.Expr, env: Any) -> Size:
 
 
 def one_to_one(source: Sequence[Size], target: Sequence[Size], dim: int) -> int | None:
-    """The input dimension that an output dimension of a view is alone the copy of."""
+    """Return the input dimension that becomes this output dimension of a view unchanged, or None.
+
+    Args:
+        source: shape of the view's input.
+        target: shape of the view's output.
+        dim: dimension of the output.
+    """
     for sources, targets in _groups([Dim(s, s) for s in source], target, indices=True):
         if list(targets) == [dim] and len(sources) == 1:
             return int(sources[0])
@@ -207,7 +231,7 @@ def one_to_one(source: Sequence[Size], target: Sequence[Size], dim: int) -> int 
 def _groups(
     source: Sequence[Dim], target: Sequence[Size], indices: bool = False
 ) -> list[tuple[list, list[int]]]:
-    """Neighbouring input and output dimensions whose products are equal; ones belong nowhere."""
+    """Pair neighbouring input and output dimensions whose products are equal; dimensions of length 1 are ignored."""
     left = [i for i, d in enumerate(source) if not is_one(d.old)]
     right = [i for i, size in enumerate(target) if not is_one(size)]
     found: list[tuple[list, list[int]]] = []
@@ -216,6 +240,7 @@ def _groups(
         begin, start = i, j
         a, b = source[left[i]].old, target[right[j]]
         i, j = i + 1, j + 1
+        # Grow the smaller side until both products are equal; for symbols the example's sizes decide which is smaller.
         while not same(a, b):
             if hint(a) <= hint(b) and i < len(left):
                 a, i = a * source[left[i]].old, i + 1

@@ -399,11 +399,11 @@ REFUSED = {
     r"its slice starts at -6, which may mean": lambda m, x: x[:, -6:],
     r"it selects 5, which may be the last": lambda m, x: x + x[:, 5:6] * 0 + x[:, 5, None],
     r"it splits 6→8 into \(2, 3\)": lambda m, x: x.reshape(-1, 2, 3, 4).sum(2),
-    r"takes 6→8 apart": lambda m, x: torch.cat(x.chunk(2, 1), 1),
+    r"it splits 6→8 into parts": lambda m, x: torch.cat(x.chunk(2, 1), 1),
     r"divides the sum by 6": lambda m, x: x.sum(1, keepdim=True) / 6 + x,
     r"its argument 6 may be the length": lambda m, x: x + torch.remainder(x.argmax(-1), 6)[..., None],
     r"12 positions in the 10 rows": lambda m, x: x + nn.functional.embedding(torch.arange(6), m.table),
-    "is not known": lambda m, x: x + torch.linspace(0, 1, 6)[:, None],
+    "no rule tells how it follows from": lambda m, x: x + torch.linspace(0, 1, 6)[:, None],
 }  # fmt: skip
 
 

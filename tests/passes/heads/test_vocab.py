@@ -309,8 +309,8 @@ class Counts(nn.Module):
 
 
 COUNTS = [
-    ("view", r"op view.*counts on the old number.*, 9; grow the embedding alone with --output-layer off"),
-    ("slice", r"op slice.*cuts out the old number"),
+    ("view", r"op view.*depends on the old size.*, 9; grow the embedding alone with --output-layer off"),
+    ("slice", r"op slice.*cuts the values to the old size"),
     ("log_softmax", r"makes probabilities of its logits \(op log_softmax\)"),
 ]
 
