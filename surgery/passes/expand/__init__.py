@@ -1,1 +1,1 @@
-"""The three ways in which `expand` makes a program larger: deeper, wider, and with branches at its sites."""
+"""The three ways in which `expand` enlarges a program: deeper, wider, and with side branches."""

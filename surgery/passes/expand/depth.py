@@ -1,4 +1,4 @@
-"""Deeper: copies of whole blocks, each the identity when it is inserted."""
+"""Deeper: inserts copies of whole blocks, each of which is the identity at first."""
 
 from __future__ import annotations
 
@@ -31,8 +31,14 @@ GATE = "residual_gate"
 
 @dataclass(frozen=True)
 class Request:
-    """deeper: how many copies. after: numbers of the blocks that are copied, in their row. row: which row.
-    target: weights that the blocks have to hold."""
+    """Options of a deeper program.
+
+    Attributes:
+        deeper: number of copies.
+        after: indices of the blocks to copy, in their row.
+        row: index of the row of blocks.
+        target: weights that the copied blocks must contain.
+    """
 
     deeper: int | None
     after: tuple[int, ...] | None
@@ -42,18 +48,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Place:
-    """The blocks that go by one site (several, where layers share their weights), and how often each is copied."""
+    """Blocks that are identified by one site (several, if layers share their weights), and the copies of each."""
 
     site: Site
     blocks: tuple[Block, ...]
     copies: tuple[int, ...]
 
 
-# -- which blocks
+# -- Selection of blocks
 
 
 def places(request: Request, view: View) -> list[Place]:
-    """What is copied, in graph order. Raises PassError, TargetError."""
+    """Return the blocks to copy, in graph order.
+
+    Raises:
+        PassError: if the model has no such blocks.
+        TargetError: if a term of the target matches no site.
+    """
     rows = view.blocks
     if not rows:
         raise PassError(
@@ -73,7 +84,7 @@ def places(request: Request, view: View) -> list[Place]:
 
 
 def outside(target: str | None, view: View) -> list[Site]:
-    """The sites that a target names and that are in no block."""
+    """Return the sites that a target selects and that lie in no block."""
     if target is None:
         return []
     inside = {call.node for row in view.blocks for block in row for call in block.calls}
@@ -93,6 +104,7 @@ def _blocks(request: Request, rows: Sequence[Sequence[Block]], view: View) -> li
         named = {call.node for site in select_sites(view.sites.sites, request.target) for call in site.calls}
         blocks = [b for row in rows for b in row if any(call.node in named for call in b.calls)]
     else:
+        # Of rows of equal length the last is taken: in an encoder-decoder that is the decoder.
         longest = max(len(row) for row in rows)
         blocks = list([row for row in rows if len(row) == longest][-1])
     if request.after is None:
@@ -100,13 +112,17 @@ def _blocks(request: Request, rows: Sequence[Sequence[Block]], view: View) -> li
     for number in request.after:
         if not any(block.index == number for block in blocks):
             numbers = ", ".join(str(block.index) for block in blocks) or "none"
-            raise PassError(f"pass 'expand': --after {number}: there are the blocks {numbers}")
+            raise PassError(f"pass 'expand': --after {number}: no such block; the blocks are {numbers}")
     return [block for block in blocks if block.index in request.after]
 
 
 def _spread(request: Request, blocks: Sequence[Block]) -> dict[Block, int]:
-    """How often each block is copied: the blocks are split evenly, and the last of each part is copied."""
+    """Return the number of copies of each block.
+
+    The blocks are divided evenly into as many parts as copies are wanted, and the last block of each part is copied.
+    """
     if request.after is None:
+        # Blocks that change the shape cannot follow themselves; if there are no others, `check` refuses them.
         blocks = [block for block in blocks if block.repeatable] or blocks
     wanted = request.deeper or len(blocks)
     found: dict[Block, int] = {}
@@ -117,7 +133,7 @@ def _spread(request: Request, blocks: Sequence[Block]) -> dict[Block, int]:
 
 
 def _site_of(block: Block, view: View) -> Site:
-    """A site that no other block has; where layers share all their weights, the first."""
+    """Return a site that no other block contains; if layers share all their weights, the first site of the block."""
     sites = [view.site_of(call.node) for call in block.calls]
     inside = {call.node for call in block.calls}
     own = (site for site in sites if all(call.node in inside for call in site.calls))
@@ -125,15 +141,16 @@ def _site_of(block: Block, view: View) -> Site:
 
 
 def blocks_with(site: Site, view: View) -> list[Block]:
-    """Every block that holds a call of the site, in graph order."""
+    """Return every block that contains a call of the site, in graph order."""
     named = {call.node.name for call in site.calls}
     return [b for row in view.blocks for b in row if any(call.node.name in named for call in b.calls)]
 
 
-# -- whether and how
+# -- Checks and decisions
 
 
 def check(place: Place, view: View) -> str | None:
+    """Return the reason why the blocks of a place cannot be copied, or None."""
     regions = [region_of(block, view) for block in place.blocks]
     for block, region, copies in zip(place.blocks, regions, place.copies, strict=True):
         if not copies:
@@ -141,29 +158,39 @@ def check(place: Place, view: View) -> str | None:
         if not block.repeatable:
             return (
                 f"block {block.index} of row {block.group} cannot follow itself: it changes the shape of the stream, "
-                f"or has a projection in its shortcut; name others with --after"
+                f"or has a projection in its shortcut; choose others with --after"
             )
         adapters = adapters_in(region)
         if adapters:
             return f"it carries {adapters[0]!r}, which a copy would lose; apply expand first, or undo {adapters[0]!r}"
         if region.own != regions[0].own:
-            return "blocks that share this weight have other weights besides, and cannot be copied as one"
+            return "blocks that share this weight differ in their other weights; copy others with --after"
         if not region.own:
-            return "it has no weights of its own that could train"
+            return "it has no weights of its own to train"
     return None
 
 
 def decide(place: Place, view: View, probe: Measurements) -> dict[str, Any]:
+    """Return the journal data of a place.
+
+    Args:
+        place: blocks to copy.
+        view: the program.
+        probe: measurements of the program.
+    """
     block, region = next(
         (block, region_of(block, view)) for block, n in zip(place.blocks, place.copies, strict=True) if n
     )
+    # A copy is the identity if its output projections are zero. That is verified on data, because a bias or a
+    # post-norm may add more. Otherwise a gate that starts at zero makes it the identity.
     held = {name: probe.tensor(name) for name in region.own}
     zero = _output_projections(region, block, view)
     zero = [name for name in zero if name in held and held[name].is_floating_point()]
     x = _outer(place, view, probe)[region.output]
     exact = bool(zero) and torch.equal(run(probe, region, _outer(place, view, probe), zero, view), x)
     name = GATE
-    while any(own.endswith(f".{name}") for own in region.own):  # a copy of a copy has the first one's too
+    # A copy of a copy also copies the first one's gate, so the name must be free.
+    while any(own.endswith(f".{name}") for own in region.own):
         name += "_"
     return {
         "block": module_of(region.own),
@@ -184,7 +211,7 @@ def decide(place: Place, view: View, probe: Measurements) -> dict[str, Any]:
 
 
 def _outer(place: Place, view: View, probe: Measurements) -> dict[fx.Node, Any]:
-    """What the region reads from outside, on the first set of data."""
+    """Return the values that the region reads from outside, on the first set of data."""
 
     def measure() -> dict[fx.Node, Any]:
         nodes = {n for block in place.blocks for n in outer_values(region_of(block, view))}
@@ -195,7 +222,7 @@ def _outer(place: Place, view: View, probe: Measurements) -> dict[fx.Node, Any]:
 
 
 def _output_projections(region: Region, block: Block, view: View) -> list[str]:
-    """Weight and bias of what ends each branch: a norm, where one follows the last projection."""
+    """Return the names of the tensors that end each branch: those of the norm after the last projection, if any."""
     by_node = {call.node: call for call in region.calls}
     found: dict[str, None] = {}
     for branch in block.branches:
@@ -213,7 +240,7 @@ def _norms_after(branch: Branch, calls: Mapping[fx.Node, Call], view: View) -> l
 
 
 def _gate_shape(region: Region, block: Block, view: View) -> list[int]:
-    """One number for each feature of the stream, shaped to be broadcast; one for all where these cannot be told."""
+    """Return a shape that broadcasts over the stream's features, or that of a scalar if they cannot be determined."""
     shape = region.output.meta["val"].shape
     last = view.site_of(block.branches[-1].last) if block.branches else None
     width = last.out_features if last is not None else None
@@ -224,10 +251,11 @@ def _gate_shape(region: Region, block: Block, view: View) -> list[int]:
     return [int(shape[axis]), *(1 for _ in shape[2:])] if axis == 1 else [int(shape[-1])]
 
 
-# -- tensors and graph
+# -- Tensors and graph
 
 
 def tensors(site: Site) -> dict[str, TensorSpec]:
+    """Return the tensors of all copies at a site."""
     known, specs = site.decided, {}
     for number in range(1, sum(known["copies"]) + 1):
         for tensor in known["tensors"]:
@@ -242,7 +270,7 @@ def tensors(site: Site) -> dict[str, TensorSpec]:
 
 
 def _key(known: Mapping[str, Any], number: int, name: str) -> str:
-    """The tensor's name in the pass: number of the copy, and name within the block."""
+    """Return the tensor's name in the pass: number of the copy, and name within the block."""
     rest = name.removeprefix(f"{known['block']}.") if known["block"] else name
     return f"{number}.{rest}"
 
@@ -254,19 +282,26 @@ def _filled(site: Site, name: str) -> Callable[[Tensor], Any]:
 
 
 def tensor_names(site: Site, attribute: str) -> dict[str, str]:
-    """Under the block: layers.3.expand_1.mlp.up.weight is the first copy's of layers.3.mlp.up.weight."""
+    """Name the copies under the block: layers.3.expand_1.mlp.up.weight copies layers.3.mlp.up.weight."""
     block = site.decided["block"]
     stem = f"{block}.{attribute}_" if block else f"{attribute}_"
     return {key: f"{stem}{key}" for key in tensors(site)}
 
 
 def rewrite(site: Site, g: Rewriter, attribute: str) -> None:
+    """Insert the copies of a site's blocks.
+
+    Args:
+        site: site with the journal data.
+        g: rewriter of the graph.
+        attribute: attribute name of the pass, used in module paths.
+    """
     known, view, number = site.decided, g.view, 0
     blocks = blocks_with(site, view)
     if len(blocks) != len(known["copies"]):
         raise PassError(
-            f"expand at {site.path}: {len(known['copies'])} blocks were found there, and in this graph "
-            f"{len(blocks)} are; undo expand, and apply it to the model as it is"
+            f"expand at {site.path}: the pass recorded {len(known['copies'])} blocks there, but this graph has "
+            f"{len(blocks)}; undo expand, and apply it again"
         )
     for block, copies in zip(blocks, known["copies"], strict=True):
         if copies:
@@ -297,6 +332,7 @@ def _copy(site: Site, g: Rewriter, region: Region, x: fx.Node, number: int, name
         mapping[node] = g.copy(node, mapping)
         _move(mapping[node], known["block"], name)
     end = mapping[region.output]
+    # With a weight other than 1, the copy is interpolated with the identity: y = x + w·(copy(x) − x).
     if known["gate"] is None and g.weight == 1:
         return end
     block = known["block"]
@@ -308,13 +344,13 @@ def _copy(site: Site, g: Rewriter, region: Region, x: fx.Node, number: int, name
 
 
 def _gate(node: fx.Node, passes: int) -> fx.Node:
-    """Let the analysis see past a gate, to the argument that it lets through in part."""
+    """Mark a gate, so that analyses look through it to the argument with index `passes`."""
     node.meta[META] = {**node.meta[META], "gate": passes}
     return node
 
 
 def _move(node: fx.Node, block: str, name: str) -> fx.Node:
-    """Let a node belong to the copy's own module within the block's."""
+    """Assign a node to the module of the copy inside the block's module."""
     path, stack = f"{block}.{name}" if block else name, {}
     inner = {}
     kind = "torch.nn.modules.module.Module"
@@ -325,7 +361,8 @@ def _move(node: fx.Node, block: str, name: str) -> fx.Node:
             stack[key] = where, what
         elif not block or where.startswith(block + "."):
             rest = where.removeprefix(block + ".") if block else where
-            base, at, call = key.partition("@")  # torch.export numbers a module's calls like this
+            # torch.export numbers repeated calls of a module as `name@1`, so the number is kept at the end.
+            base, at, call = key.partition("@")
             inner[f"{base}.{name}{at}{call}"] = f"{path}.{rest}", what
     stack[f"{path}.{name}"] = path, kind
     node.meta["nn_module_stack"] = {**stack, **inner}

@@ -1,4 +1,4 @@
-"""Hidden layers: what lies between the ops that make some units and the one that takes them in, unit by unit."""
+"""Hidden layers: the ops between the producers of some units and the op that reads them, which keep units apart."""
 
 from __future__ import annotations
 
@@ -16,20 +16,28 @@ from surgery.graph.ops import CONV, LINEAR, Call, arguments, is_depthwise, opera
 if TYPE_CHECKING:
     from surgery.graph.view import View
 
-_MOST = 48  # ops between: what leads farther is a stream, no hidden layer
+# Limit of ops in between. A longer path is a stream, not a hidden layer.
+_MOST = 48
 _STILL = {"dropout", "dropout_", "to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias"}
 _POOLS = {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
 
 
 class Unfit(Exception):
-    """Why the units of a hidden layer cannot be told apart; the message is a clause."""
+    """Raised if the units of a hidden layer cannot be kept apart. The message is a clause that gives the reason."""
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """ups: the ops that make the units; one that is `fused` makes two halves of them. down: the op that takes them
-    in. nodes: the ops between, in graph order. axes: of each of those and of the ups, the axis of the units.
-    width: how many units. why: why it cannot be widened, or empty."""
+    """A hidden layer.
+
+    Attributes:
+        ups: ops that produce the units. A fused one produces two halves (gate and up).
+        down: op that reads the units.
+        nodes: ops in between, in graph order.
+        axes: axis of the units, for each of these nodes and the ups.
+        width: number of units.
+        why: reason why the layer cannot be widened, or empty.
+    """
 
     ups: tuple[Call, ...]
     down: Call
@@ -39,11 +47,12 @@ class Hidden:
     why: str = ""
 
     def is_fused(self, call: Call) -> bool:
+        """True if the op produces gate and up together."""
         return _units(call) == 2 * self.width
 
 
 def find_hidden(view: View) -> list[Hidden]:
-    """One for each linear or convolution that is fed by others through ops that keep units apart, in graph order."""
+    """Return the hidden layer before each linear or convolution that has one, in graph order."""
     calls = {call.node: call for call in view.calls}
     order = view.flow.order
     found = []
@@ -56,7 +65,7 @@ def find_hidden(view: View) -> list[Hidden]:
 
 
 def _hidden(down: Call, calls: Mapping[fx.Node, Call], order: Mapping[fx.Node, int]) -> Hidden | None:
-    """None where what the op reads is the model's stream, or no other op's units."""
+    """Return None if the op reads the model's stream, or units that no other op produces."""
     ups: dict[fx.Node, Call] = {}
     between: set[fx.Node] = set()
     blocked = ""
@@ -70,17 +79,20 @@ def _hidden(down: Call, calls: Mapping[fx.Node, Call], order: Mapping[fx.Node, i
             ups[node] = call
             continue
         between.add(node)
+        # An adapter was built for the present width; the walk continues only to name the layer in the refusal.
         if is_aux(node):
             entry = node.meta[META]["entry"]
-            blocked = _made_for(entry)  # says more than what the adapter is made of
+            blocked = _made_for(entry)  # More specific than a reason found inside the adapter.
             stack.extend([head(node, whole=True)] if node.meta[META].get("input") else _wrapped(node))
+        # A batch norm acts on each unit separately; other norms and weight ops combine units.
         elif call is not None and op_name(node.target) != "batch_norm":
             blocked = blocked or _in_the_way(call)
             stack.append(call.x)
         elif _passes(node):
             stack.extend(n for n in node.all_input_nodes if _is_floating(n))
         else:
-            blocked = blocked or f"{op_name(node.target)} lies between, which does not keep units apart"
+            blocked = blocked or f"{op_name(node.target)} lies between, and it does not keep units apart"
+        # A hidden layer has one producer, or two (gate and up).
         if len(between) > _MOST or len(ups) > 2:
             return None
     if not ups:
@@ -98,11 +110,13 @@ def _hidden(down: Call, calls: Mapping[fx.Node, Call], order: Mapping[fx.Node, i
 
 
 def _made_for(entry: str) -> str:
-    return f"it carries {entry!r}, made for the units that it has; apply expand first, or undo {entry!r}"
+    return (
+        f"it carries {entry!r}, which depends on the number of units; apply expand first, or undo {entry!r}"
+    )
 
 
 def _wrapped(node: fx.Node) -> list[fx.Node]:
-    """What an adapter's value stands for; of what lies within its branch nothing."""
+    """Return the value that an adapter's output wraps; nothing for values inside the adapter's branch."""
     inner = node.meta[META].get("wraps")
     return [n for n in node.graph.nodes if n.name == inner]
 
@@ -110,7 +124,7 @@ def _wrapped(node: fx.Node) -> list[fx.Node]:
 def _in_the_way(call: Call) -> str:
     if is_depthwise(call):
         return "a depthwise convolution lies between; target a layer without one"
-    return f"{op_name(call.node.target)} lies between, which sees all units together"
+    return f"{op_name(call.node.target)} lies between, and it combines all units"
 
 
 def _passes(node: fx.Node) -> bool:
@@ -126,7 +140,7 @@ def _is_floating(node: fx.Node) -> bool:
 
 
 def _units(call: Call) -> int:
-    """How many units an op makes."""
+    """Return the number of units that an op produces."""
     assert call.weight is not None
     return int(call.weight.meta["val"].shape[call.layout.index("o")])
 
@@ -136,7 +150,7 @@ def _taken(down: Call) -> int:
     return int(down.weight.meta["val"].shape[down.layout.index("i")])
 
 
-# -- along which axis the units lie
+# -- Axis of the units
 
 
 def _axes(ups: Sequence[Call], nodes: Sequence[fx.Node], down: Call) -> dict[fx.Node, int]:
@@ -147,7 +161,7 @@ def _axes(ups: Sequence[Call], nodes: Sequence[fx.Node], down: Call) -> dict[fx.
             axes[node] = _RULES.get(op_name(node.target), _pointwise)(node, axes)
     end = operand(down)
     if end not in axes or axes[end] != (1 if down.kind == CONV else _rank(end) - 1):
-        raise Unfit("what enters it is not the units of one axis")
+        raise Unfit("its input does not have the units along one axis")
     return axes
 
 
@@ -161,7 +175,7 @@ def _value(node: fx.Node) -> Any:
 
 
 def _pointwise(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
-    """Of one rank with what it reads; what else it reads is the same for all units."""
+    """Return the axis of the units after a pointwise op; its other operands must be equal for all units."""
     found: set[int] = set()
     for n in node.all_input_nodes:
         if not isinstance(n.meta.get("val"), Tensor):
@@ -200,19 +214,20 @@ def _pool(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
     source, axis = _first(node, axes)
     spatial = int(op_name(node.target)[-2])
     if axis != _rank(source) - spatial - 1:
-        raise Unfit(f"{op_name(node.target)} works along the units")
+        raise Unfit(f"{op_name(node.target)} acts along the units")
     return axis
 
 
 def _pad(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
     source, axis = _first(node, axes)
     if len(arguments(node)["pad"]) // 2 >= _rank(source) - axis:
-        raise Unfit("a padding works along the units")
+        raise Unfit("a padding acts along the units")
     return axis
 
 
 def _reshape(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
     source, axis = _first(node, axes)
+    # The axis of units must survive alone: as the last axis, or as the only one left after global pooling.
     before, after = source.meta["val"].shape, node.meta["val"].shape
     if axis == len(before) - 1 and isinstance(after[-1], int) and after[-1] == before[-1]:
         return len(after) - 1
@@ -232,7 +247,7 @@ def _turn(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
 
 
 def _halve(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
-    """Two halves along the units: gate and up in one."""
+    """Return the axis of the units after a split into two halves: gate and up of a fused op."""
     source, axis = _first(node, axes)
     args, total = arguments(node), _value(source).shape[axis]
     dim = args["dim"] % _rank(source)
@@ -246,13 +261,13 @@ def _halve(node: fx.Node, axes: Mapping[fx.Node, int]) -> int:
             or 2 * start not in (0, total)
             or not (end is None or 2 * end == total or end >= total)
         ):
-            raise Unfit("a slice takes apart its units, and not into halves")
+            raise Unfit("a slice splits its units, but not into halves")
         return axis
     if dim != axis:
-        raise Unfit(f"{name} takes apart something else than its units")
+        raise Unfit(f"{name} splits another axis than its units")
     sizes = [int(v.shape[axis]) for v in node.meta["val"]] if name != "glu" else [1, 1]
     if len(sizes) != 2 or sizes[0] != sizes[1]:
-        raise Unfit(f"{name} takes apart its units, and not into halves")
+        raise Unfit(f"{name} splits its units, but not into halves")
     return axis
 
 
@@ -270,6 +285,7 @@ _RULES = {
 def _check_ends(
     ups: Sequence[Call], nodes: Sequence[fx.Node], down: Call, axes: Mapping[fx.Node, int]
 ) -> None:
+    # Every reader of the units must be part of the layer, since it would receive more of them.
     inside = {*nodes, down.node}
     for node in (*(call.node for call in ups), *(n for n in nodes if n in axes)):
         adapters = [n for n in (node, *node.users) if is_aux(n)]
@@ -277,17 +293,17 @@ def _check_ends(
             raise Unfit(_made_for(adapters[0].meta[META]["entry"]))
         for user in node.users:
             if user not in inside and not _reads_other_size(user, axes[node]) and not is_gone(user):
-                raise Unfit(f"its units are read in another place too ({user.name})")
+                raise Unfit(f"another op reads its units too ({user.name})")
     outer = tail(down.node, whole=True)
     if outer is not down.node:
         entry = outer.meta[META]["entry"]
-        raise Unfit(f"what takes in its units carries {entry!r}; apply expand first, or undo {entry!r}")
+        raise Unfit(f"the op that reads its units carries {entry!r}; apply expand first, or undo {entry!r}")
     width = _taken(down)
     for call in (*ups, down):
         groups = arguments(call.node).get("groups", 1) if call.kind == CONV else 1
         if groups != 1:
             raise Unfit(
-                f"a convolution of {groups} groups makes its units or takes them in, which ties their number"
+                f"a convolution of {groups} groups produces or reads its units, so their number cannot change"
             )
         if call.op.dequantize is not None:
             raise Unfit("its weights are packed; widen before quantizing")
@@ -295,7 +311,7 @@ def _check_ends(
         if call.weight is None:
             raise Unfit(f"one of its weights is computed from {', '.join(call.computed_from)}")
         if call.x_axis != "row" or (call.kind == CONV and call.layout == "io"):
-            raise Unfit(f"{op_name(call.node.target)} makes its units in a form that cannot be widened")
+            raise Unfit(f"{op_name(call.node.target)} produces its units in a layout that cannot be widened")
         given = arguments(call.node).get(call.op.bias) if call.op.bias else None
         if given is not None and call.bias is None:
             raise Unfit("a bias of its units is computed")
@@ -303,7 +319,7 @@ def _check_ends(
             op_name(n.target) in ("chunk", "split", "split_with_sizes", "glu", "slice") for n in nodes
         )
         if _units(call) != (2 * width if fused and len(ups) == 1 else width):
-            raise Unfit(f"{_units(call)} units are made, and {width} are taken in")
+            raise Unfit(f"{_units(call)} units are produced, but {width} are read")
 
 
 def _reads_other_size(node: fx.Node, axis: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a copy of a block is made of: the ops that have to run again, and the tensors that it has for itself."""
+"""Region of a block copy: the ops to run again, and the tensors that each copy owns."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ _STATISTICS = ("running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Region:
-    """inputs: the graph values that stand for the stream as it enters. output: the stream as it leaves.
-    nodes: the ops to copy, in graph order. calls: the weight ops among them. own: names of the parameters and
-    running statistics that a copy has for itself, by their first names; it shares everything else."""
+    """The part of a block that a copy repeats.
+
+    Attributes:
+        inputs: nodes that hold the stream where it enters the block.
+        output: node that holds the stream where it leaves the block.
+        nodes: ops to copy, in graph order.
+        calls: weight ops among them.
+        own: first names of the parameters and running statistics that each copy owns; all others are shared.
+    """
 
     inputs: frozenset[fx.Node]
     output: fx.Node
@@ -38,11 +44,11 @@ class Region:
 
 
 def region_of(block: Block, view: View) -> Region:
-    """The region of a block in the graph as it is now.
+    """Return the region of a block in the current graph.
 
-    Copied is what depends on the values of the stream, and what only that reads: keys and values of an encoder's
-    output, transposed weights, tensors that are written in place. Masks, position tables and sizes that other
-    blocks read too are shared.
+    Copied are the ops that depend on the stream, and the ops that only these read: keys and values of an encoder's
+    output, transposed weights, tensors that are written in place. Masks, position tables and sizes that other blocks
+    read too are shared.
     """
     output = _end(block)
     place = {node: index for index, node in enumerate(view.graph.nodes)}
@@ -51,10 +57,12 @@ def region_of(block: Block, view: View) -> Region:
     names = (n for node in nodes for n in reads[node] if n not in inside)
     inputs = {block.input, *(n for n in names if n.meta.get(META, {}).get("follows") == block.input.name)}
     copied = set(inputs)
+    # Sizes (SymInts) are not copied: the copy has the same shapes.
     for node in nodes:
         if _is_tensor(node) and not copied.isdisjoint(reads[node]):
             copied.add(node)
     readers = _readers(reads)
+    # Backwards, so that chains of ops that only the copy reads are collected from their ends.
     for node in reversed(nodes):
         if node not in copied and _is_tensor(node) and copied.issuperset(readers.get(node, [block.input])):
             copied.add(node)
@@ -64,7 +72,7 @@ def region_of(block: Block, view: View) -> Region:
 
 
 def _end(block: Block) -> fx.Node:
-    """The block's output, before a cast to the dtype that it has: that belongs to the module of the next block."""
+    """Return the block's output before a cast to the same dtype, which belongs to the next block's module."""
     node = block.output
     while op_name(node.target) in _CASTS and isinstance(node.args[0], fx.Node):
         below = node.args[0]
@@ -91,7 +99,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _own(nodes: Sequence[fx.Node], calls: Sequence[Call], view: View) -> tuple[str, ...]:
-    """A weight op's tensors, and other parameters that nothing else reads."""
+    """Return the names of the weight ops' tensors and of other parameters that only the region reads."""
     inside, named = set(nodes), view.names
     weights = {str(n.target) for call in calls for n in (call.weight, call.bias) if n is not None}
     elsewhere = {
@@ -106,13 +114,14 @@ def _own(nodes: Sequence[fx.Node], calls: Sequence[Call], view: View) -> tuple[s
             name = str(operand.target)
             aliases = named.get(name, (name,))
             alone = name in named and elsewhere.isdisjoint(aliases)
+            # Running statistics are updated by each norm on its own input, so a copy needs its own.
             if alone or operand in statistics or not weights.isdisjoint(aliases):
                 found[aliases[0]] = None
     return tuple(found)
 
 
 def adapters_in(region: Region) -> list[str]:
-    """Entries of adapters that stand in the region, under its ops or round its output."""
+    """Return the entries of adapters inside the region, or around its output."""
     found: dict[str, None] = {}
     for node in region.nodes:
         for n in (node, *node.all_input_nodes):
@@ -126,7 +135,7 @@ def adapters_in(region: Region) -> list[str]:
 
 
 def module_of(names: Iterable[str]) -> str:
-    """The module that holds all these tensors."""
+    """Return the innermost module that contains all these tensors."""
     paths = [name.split(".")[:-1] for name in names]
     shared = paths[0] if paths else []
     for path in paths[1:]:
@@ -138,7 +147,7 @@ def module_of(names: Iterable[str]) -> str:
 
 
 def outer_values(region: Region) -> set[fx.Node]:
-    """Graph values that the region reads and does not make, and its output."""
+    """Return the graph values that the region reads from outside, and its output."""
     inside = set(region.nodes)
     read = {n for node in region.nodes for n in node.all_input_nodes if n not in inside}
     return {n for n in read if n.op != "get_attr"} | {region.output}
@@ -147,7 +156,15 @@ def outer_values(region: Region) -> set[fx.Node]:
 def run(
     probe: Measurements, region: Region, outer: Mapping[fx.Node, Any], zero: Collection[str], view: View
 ) -> Tensor:
-    """What a copy computes of the region's own output, with these tensors (by first name) at zero."""
+    """Run a copy on the region's own output.
+
+    Args:
+        probe: measurements of the program.
+        region: the region.
+        outer: values that the region reads from outside, and its output.
+        zero: first names of the tensors to set to zero.
+        view: the program.
+    """
     module = probe.program.graph_module
     known: dict[fx.Node, Any] = {}
 
@@ -157,8 +174,9 @@ def run(
                 held, name = attrgetter(str(node.target))(module), str(node.target)
                 known[node] = torch.zeros_like(held) if view.names.get(name, (name,))[0] in zero else held
             else:
+                # Values are cloned, because ops may write into them in place.
                 held = outer[region.output if node in region.inputs else node]
-                known[node] = held.clone() if isinstance(held, Tensor) else held  # ops may write in place
+                known[node] = held.clone() if isinstance(held, Tensor) else held
         return known[node]
 
     with torch.no_grad():

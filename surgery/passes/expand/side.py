@@ -1,4 +1,4 @@
-"""Branches beside an op, at zero when they are inserted: dense, or convolutional over the positions."""
+"""Side branches: parallel to an op and zero at first, either dense or convolutional over the positions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 @dataclass(frozen=True)
 class Branch:
-    """What the options ask for; kernel None: the site's own, or 3 along a sequence."""
+    """Options of a side branch. kernel: None for the site's own kernel, or 3 along a sequence."""
 
     side: str
     size: int
@@ -41,18 +41,25 @@ class Branch:
 
     @property
     def along(self) -> int:
-        """Kernel along a sequence."""
+        """Kernel length along a sequence."""
         return self.kernel or 3
 
 
-# -- whether and how
+# -- Checks and decisions
 
 
 def check(branch: Branch, site: Site, view: View) -> str | None:
+    """Return the reason why a site cannot have this side branch, or None.
+
+    Args:
+        branch: options of the branch.
+        site: site to check.
+        view: the program.
+    """
     if site.kind == EXPERTS:
-        return "stacked experts get no side branch; target the router, the attention, or use lora"
+        return "stacked experts cannot have a side branch; target the router or the attention, or use lora"
     if site.kind in (EMBEDDING, NORM):
-        return f"an op of kind {site.kind} has no matrix that a branch could stand beside; target a linear or a conv"
+        return f"an op of kind {site.kind} has no matrix that a branch could be added to; target a linear or a conv"
     if not site.float_dtype.is_floating_point:
         return f"its weight is {site.dtype}; a side branch needs a floating-point stream"
     if site.kind == CONV:
@@ -62,27 +69,26 @@ def check(branch: Branch, site: Site, view: View) -> str | None:
     if branch.side == "conv":
         if any(call.x.meta["val"].dim() != 3 for call in site.calls):
             rank = site.calls[0].x.meta["val"].dim()
-            return (
-                f"its input has {rank} axes, and no sequence among them to convolve along; use --side dense"
-            )
+            return f"its input has {rank} axes, and none of them is a sequence to convolve along; use --side dense"
         if branch.causal == "no" and branch.along % 2 == 0:
-            return f"--kernel {branch.along} has no middle; give an odd one, or --causal yes"
+            return f"--kernel {branch.along} has no middle; use an odd one, or --causal yes"
     return None
 
 
 def _check_conv(branch: Branch, site: Site) -> str | None:
     if site.layout == "io":
-        return "a transposed convolution has no side branch; target its neighbours"
+        return "a transposed convolution cannot have a side branch; target its neighbours"
     if site.packed and (lacking := lacks(site)):
-        return f"its op {site.op} has no argument {lacking}, so the shape of a branch beside it is not known"
+        return f"its op {site.op} has no argument {lacking}, so the shape of a parallel branch is unknown"
     for call in site.calls:
         if _padding(branch, site, arguments(call.node)) is None:
             kernel = "×".join(str(size) for size in site.float_shape[2:])
-            odd = "of its parity and of its size or more"
+            # The padding p + d(k' − k)/2 must be whole and not negative, hence the conditions on k'.
+            odd = "of the same parity and at least that size"
             asked = 1 if branch.side == "dense" else branch.kernel
             remedy = "use --side conv" if branch.side == "dense" else f"give a --kernel {odd}"
             return (
-                f"with a kernel of {asked} in place of {kernel}, padding cannot give its positions; {remedy}"
+                f"with a kernel of {asked} instead of {kernel}, no padding gives the same positions; {remedy}"
             )
     return None
 
@@ -94,7 +100,7 @@ def _kernel(branch: Branch, site: Site) -> tuple[int, ...]:
 
 
 def _padding(branch: Branch, site: Site, args: dict[str, Any]) -> Any:
-    """The padding with which the branch's kernel gives the op's positions, or None where none does.
+    """Return the padding with which the branch's kernel gives the positions of the op, or None if there is none.
 
     out = ⌊(n + 2p − d(k − 1) − 1)/s⌋ + 1 is the same for k' with p' = p + d(k' − k)/2.
     """
@@ -107,6 +113,14 @@ def _padding(branch: Branch, site: Site, args: dict[str, Any]) -> Any:
 
 
 def decide(branch: Branch, site: Site, view: View, probe: Measurements) -> dict[str, Any]:
+    """Return the journal data of a site: sizes, kernel and causality of its branch.
+
+    Args:
+        branch: options of the branch.
+        site: site of the branch.
+        view: the program.
+        probe: measurements of the program.
+    """
     known: dict[str, Any] = {"in": site.in_features * site.groups, "out": site.out_features}
     if site.kind == CONV:
         known["kernel"] = list(_kernel(branch, site))
@@ -114,15 +128,16 @@ def decide(branch: Branch, site: Site, view: View, probe: Measurements) -> dict[
         known["causal"] = branch.causal == "yes" or (
             branch.causal == "auto" and not _looks_ahead(site, view, probe)
         )
+        # An even kernel has no middle, so the branch must be causal; `check` has refused --causal no.
         if branch.along % 2 == 0:
             known["causal"] = True
     return known
 
 
 def _looks_ahead(site: Site, view: View, probe: Measurements) -> bool:
-    """Whether a self-attention of the site's row of blocks lets a position see later ones.
+    """True if a self-attention in the site's row of blocks lets a position see later ones.
 
-    Where the model has no attention that says so, nothing may look ahead.
+    Without such an attention the branch must not look ahead.
     """
     nodes = {call.node for call in site.calls}
     rows = [{n for block in row for n in block.nodes} for row in view.blocks]
@@ -133,7 +148,7 @@ def _looks_ahead(site: Site, view: View, probe: Measurements) -> bool:
 
 
 def _sees_later(attention: Attention, probe: Measurements) -> bool:
-    """What its mask or its weights say on the first set of data."""
+    """True if the mask or the attention weights let a position see later ones, on the first set of data."""
     core = attention.core
     if len(core) == 1:
         args = arguments(core[0])
@@ -152,10 +167,11 @@ def _sees_later(attention: Attention, probe: Measurements) -> bool:
     return bool((open_ & later).any())
 
 
-# -- tensors and graph
+# -- Tensors and graph
 
 
 def tensors(branch: Branch, site: Site) -> dict[str, TensorSpec]:
+    """Return the tensors of a branch. `up` starts at zero, so the branch adds nothing at first."""
     known, size = site.decided, branch.size
     kernel = tuple(known.get("kernel", ()))
     points = tuple(1 for _ in kernel)
@@ -176,12 +192,19 @@ def _spread(tensor: Tensor) -> None:
 
 
 def rewrite(branch: Branch, site: Site, g: Rewriter) -> None:
+    """Add the branch to the output of every call of a site.
+
+    Args:
+        branch: options of the branch.
+        site: site of the branch.
+        g: rewriter of the graph.
+    """
     for call in site.calls:
         with g.at(call):
-            g.wrap(call.node, partial(_beside, branch, site, g, g.x))
+            g.wrap(call.node, partial(_add_branch, branch, site, g, g.x))
 
 
-def _beside(branch: Branch, site: Site, g: Rewriter, x: fx.Node, value: fx.Node) -> fx.Node:
+def _add_branch(branch: Branch, site: Site, g: Rewriter, x: fx.Node, value: fx.Node) -> fx.Node:
     out = _conv(branch, site, g, x) if site.kind == CONV else _linear(branch, site, g, x)
     return g.call(aten.add.Tensor, value, out, alpha=g.weight)
 
@@ -199,6 +222,7 @@ def _conv(branch: Branch, site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
 def _linear(branch: Branch, site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
     hidden = g.call(aten.linear.default, x, g["down"], g["down_bias"])
     if "causal" in site.decided:
+        # conv1d pads both ends alike, so a one-sided (causal) padding is inserted before it.
         turned = g.call(aten.transpose.int, hidden, 1, 2)
         padding = _before(branch, site.decided["causal"])
         if padding[0] != padding[1]:
@@ -210,7 +234,7 @@ def _linear(branch: Branch, site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
 
 
 def _before(branch: Branch, causal: bool) -> Sequence[int]:
-    """Zeros before and after the sequence."""
+    """Return the number of zeros before and after the sequence."""
     return (branch.along - 1, 0) if causal else (branch.along // 2, branch.along // 2)
 
 

@@ -1,4 +1,4 @@
-"""Wider: hidden layers with more units, some of them twice and more, whose sum is what it was."""
+"""Wider: repeats units of hidden layers, and divides their outgoing weights so that the output stays the same."""
 
 from __future__ import annotations
 
@@ -26,18 +26,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Hidden layers whose units go into one site; several, where layers share their weights. why: a refusal."""
+    """Hidden layers that one site reads (several, if layers share their weights). why: reason for a refusal."""
 
     site: Site
     layers: tuple[Hidden, ...]
     why: str = ""
 
 
-# -- which layers
+# -- Selection of layers
 
 
 def places(view: View, target: str | None) -> list[Place]:
-    """The hidden layers that a target names, by what makes them or else what takes them in. Raises TargetError."""
+    """Return the hidden layers that a target selects, by the ops that produce their units or else by the reader.
+
+    Raises:
+        TargetError: if a term of the target matches no site.
+    """
     layers = find_hidden(view)
     if target is None:
         found = _merged(view, [layer for layer in layers if _is_usual(layer, view)])
@@ -47,14 +51,14 @@ def places(view: View, target: str | None) -> list[Place]:
 
 
 def _without_overlap(found: Sequence[Place]) -> list[Place]:
-    """Of two layers with an op in common, the second is refused: its weight would be widened both ways at once."""
+    """Refuse the second of two layers that share an op: its weight would be widened along both axes at once."""
     ops: dict[fx.Node, Place] = {}
     result = []
     for place in found:
         nodes = {call.node for layer in place.layers for call in (*layer.ups, layer.down)}
         other = next((ops[n] for n in nodes if n in ops), None)
         if other is not None and not place.why:
-            why = f"an op of it is widened with {other.site.path} already; widen it by a second expand, with --as"
+            why = f"one of its ops is already widened with {other.site.path}; widen it in a second expand, with --as"
             place = Place(place.site, place.layers, why)
         if not place.why:
             ops.update(dict.fromkeys(nodes, place))
@@ -63,7 +67,7 @@ def _without_overlap(found: Sequence[Place]) -> list[Place]:
 
 
 def _is_usual(layer: Hidden, view: View) -> bool:
-    """An MLP's hidden layer, or channels within one residual branch of a convolutional net."""
+    """True for the hidden layer of an MLP, or for channels within one residual branch of a convolutional network."""
     if layer.down.kind != CONV:
         return view.site_of(layer.down.node).role == "mlp.down"
     nodes = {layer.down.node, *(call.node for call in layer.ups)}
@@ -81,7 +85,7 @@ def _merged(view: View, layers: Sequence[Hidden]) -> list[Place]:
 def _differences(layers: Sequence[Hidden]) -> str:
     why = next((layer.why for layer in layers if layer.why), "")
     if not why and len({tuple(_tensors_of(layer)) for layer in layers}) > 1:
-        why = "its calls take in units of different weights"
+        why = "its calls read units that different weights produce; target layers that do not share it"
     return why
 
 
@@ -110,37 +114,51 @@ def _named(view: View, layers: Sequence[Hidden], chosen: Sequence[Site]) -> list
 
 def _no_layer(site: Site) -> str:
     if site.kind == EXPERTS:
-        return (
-            "stacked experts are not widened; target another layer, or --side, which leaves them as they are"
-        )
-    return "it neither makes nor takes in a hidden layer whose units stay apart; target the ops of an MLP"
+        return "stacked experts cannot be widened; target another layer, or use --side, which leaves them unchanged"
+    return "it neither produces nor reads a hidden layer whose units stay apart; target the ops of an MLP"
 
 
-# -- how
+# -- Checks and decisions
 
 
 def check(place: Place, wider: str, view: View) -> str | None:
+    """Return the reason why a hidden layer cannot be widened, or None.
+
+    Args:
+        place: hidden layers to widen.
+        wider: new width, see `grown`.
+        view: the program.
+    """
     if place.why:
         return place.why
     layer = place.layers[0]
     if grown(wider, layer.width) <= layer.width:
         return f"--wider {wider} adds no unit to the {layer.width} that it has; ask for more"
     for call in (*layer.ups, layer.down):
+        # The copy is made of the model's own tensors, so another tensor under the op would be lost.
         standing = tensors_now(view.site_of(call.node))
         if isinstance(standing, str):
             return f"{call.module_path}: {standing}"
         assert call.weight is not None
         if standing[0] not in view.names.get(str(call.weight.target), (str(call.weight.target),)):
-            return f"{call.module_path} reads {standing[0]} in its weight's place; expand before what put it there"
+            return f"{call.module_path} reads {standing[0]} instead of its weight; apply expand first"
     return None
 
 
 def grown(wider: str, width: int) -> int:
-    """The new width: `1.5` times the old, or `+64` units more."""
+    """Return the new width for `1.5` (times the old) or `+64` (more units)."""
     return width + int(wider[1:]) if wider.startswith("+") else round(width * float(wider))
 
 
 def decide(place: Place, wider: str, view: View, probe: Measurements) -> dict[str, Any]:
+    """Return the journal data of a place: widths, sources of the added units, and the tensors to widen.
+
+    Args:
+        place: hidden layers to widen.
+        wider: new width, see `grown`.
+        view: the program.
+        probe: measurements of the program.
+    """
     layer = place.layers[0]
     width = grown(wider, layer.width)
     sources = _draw(place, width, probe)
@@ -162,7 +180,7 @@ def decide(place: Place, wider: str, view: View, probe: Measurements) -> dict[st
 
 
 def _widened(layer: Hidden) -> Iterator[tuple[fx.Node, int, int, bool]]:
-    """The tensors that have an axis of units: node, axis, how many runs of units, whether it takes them in."""
+    """Yield the tensors with an axis of units, as (node, axis, number of runs of units, True for outgoing weights)."""
     for call in layer.ups:
         halves = 2 if layer.is_fused(call) else 1
         assert call.weight is not None
@@ -178,19 +196,23 @@ def _widened(layer: Hidden) -> Iterator[tuple[fx.Node, int, int, bool]]:
 
 
 def _draw(place: Place, width: int, probe: Measurements) -> list[int]:
-    """For each unit that is added, the one that it repeats."""
+    """Draw the unit that each added unit repeats."""
     old = place.layers[0].width
     return probe.once(("expand", place.site.key, width), lambda: torch.randint(old, (width - old,)).tolist())
 
 
 def _shares(site: Site, noise: float) -> Tensor:
-    """The part of its source's outgoing weights that each unit gets; of one source they add up to 1."""
+    """Return each unit's share of its source's outgoing weights; the shares of one source add up to 1.
+
+    Unequal shares (noise) break the symmetry between copies of a unit, which would otherwise train alike.
+    """
     known = site.decided
     index = torch.tensor([*range(known["units"]), *known["sources"]])
     counts = torch.bincount(index, minlength=known["units"]).double()
 
     def draw() -> Tensor:
         uneven = 1 + noise * (2 * torch.rand(len(index), dtype=torch.float64) - 1)
+        # A unit without a copy keeps its weights exactly.
         uneven = torch.where(counts[index] > 1, uneven, 1.0)
         return uneven / torch.zeros_like(counts).index_add_(0, index, uneven)[index]
 
@@ -198,6 +220,7 @@ def _shares(site: Site, noise: float) -> Tensor:
 
 
 def tensors(site: Site, noise: float) -> dict[str, TensorSpec]:
+    """Return the wider tensors of a site."""
     return {
         t["name"]: TensorSpec(
             tuple(t["shape"]),
@@ -213,11 +236,13 @@ def _filled(site: Site, known: dict[str, Any], noise: float) -> Callable[[Tensor
     def fill(tensor: Tensor) -> None:
         units = site.decided["units"]
         one = [*range(units), *site.decided["sources"]]
+        # A fused weight holds gate and up one after the other, so both halves are widened with the same sources.
         index = torch.tensor([unit + half * units for half in range(known["halves"]) for unit in one])
         value = site.probe.tensor(known["name"]).index_select(known["axis"], index)
         if known["outgoing"]:
             along = [1] * value.dim()
             along[known["axis"]] = -1
+            # Multiplied in fp64, so that only the final cast rounds.
             value = value.double() * _shares(site, noise).view(along)
         tensor.copy_(value)
 
@@ -225,7 +250,7 @@ def _filled(site: Site, known: dict[str, Any], noise: float) -> Callable[[Tensor
 
 
 def tensor_names(site: Site, attribute: str) -> dict[str, str]:
-    """mlp.up.expand.weight is the wider one of mlp.up.weight."""
+    """Name the wider tensors: mlp.up.expand.weight widens mlp.up.weight."""
     found = {}
     for known in site.decided["tensors"]:
         owner, _, leaf = known["name"].rpartition(".")
@@ -233,17 +258,18 @@ def tensor_names(site: Site, attribute: str) -> dict[str, str]:
     return found
 
 
-# -- graph
+# -- Graph
 
 
 def rewrite(site: Site, g: Rewriter) -> None:
+    """Replace the ops of a site's hidden layers by ops with the wider tensors."""
     named = {call.node.name for call in site.calls}
     layers = [layer for layer in find_hidden(g.view) if layer.down.node.name in named]
     for layer in layers:
         if layer.why or layer.width != site.decided["units"]:
             raise PassError(
                 f"expand at {site.path}: its hidden layer is not the same in this graph "
-                f"({layer.why or f'{layer.width} units'}); undo expand, and apply it to the model as it is"
+                f"({layer.why or f'{layer.width} units'}); undo expand, and apply it again"
             )
         _widen(site, g, layer)
 
@@ -263,12 +289,12 @@ def _widen(site: Site, g: Rewriter, layer: Hidden) -> None:
 
 
 def _replace(site: Site, g: Rewriter, node: fx.Node) -> None:
-    """The op again, with the wider tensors."""
+    """Replace an op by a call with the wider tensors."""
     known = {tensor["name"] for tensor in site.decided["tensors"]}
     wide: dict[fx.Node, fx.Node] = {}
 
     def value(n: fx.Node) -> fx.Node:
-        """What the op reads: the same, or what its weight went through, from the wider tensor on."""
+        """Return an operand, or the same operand computed from the wider tensor."""
         if n not in wide:
             first = g.view.names.get(str(n.target), (str(n.target),)) if n.op == "get_attr" else ()
             own = next((name for name in first if name in known), None)
@@ -288,7 +314,7 @@ def _replace(site: Site, g: Rewriter, node: fx.Node) -> None:
 
 
 def _rests_on(node: fx.Node, names: set[str], g: Rewriter) -> bool:
-    """Whether a value is made of one of these tensors alone: transposed, cast."""
+    """True if a value is computed from one of these tensors alone (transposed, cast)."""
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     aliases = g.view.names.get(str(node.target), (str(node.target),))
@@ -296,18 +322,18 @@ def _rests_on(node: fx.Node, names: set[str], g: Rewriter) -> bool:
 
 
 def _arguments(site: Site, node: fx.Node, axis: int) -> tuple[Any, ...]:
-    """A node's arguments, with the number of units in them mended."""
+    """Return a node's arguments with the new number of units."""
     old, new = site.decided["units"], site.decided["width"]
     args: list[Any] = list(node.args)
     name = op_name(node.target)
 
-    def mended(size: Any) -> Any:
+    def resized(size: Any) -> Any:
         return {old: new, 2 * old: 2 * new}.get(size, size) if isinstance(size, int) else size
 
     if name in ("view", "reshape", "_unsafe_view"):
-        args[1] = [*args[1][:-1], mended(args[1][-1])]
+        args[1] = [*args[1][:-1], resized(args[1][-1])]
     elif name in ("split", "split_with_sizes"):
-        args[1] = [mended(s) for s in args[1]] if isinstance(args[1], (list, tuple)) else mended(args[1])
+        args[1] = [resized(s) for s in args[1]] if isinstance(args[1], (list, tuple)) else resized(args[1])
     elif name == "slice" and arguments(node)["dim"] % node.args[0].meta["val"].dim() == axis:  # type: ignore[union-attr]
-        args[2:4] = [mended(size) for size in args[2:4]]
+        args[2:4] = [resized(size) for size in args[2:4]]
     return tuple(args)

@@ -1,18 +1,18 @@
-"""Prefixes: keys and values that an attention sees before its own.
+"""Prefixes: keys and values that are inserted before those of an attention.
 
     (B, h, S, D) ──repeated──▶ (B, H, S, D)  ──▶ cat with (B, H, P, D) along S ──▶ the attention's core
     mask (…, Q, S) ──────────────────────────────▶ P visible columns before it
 
-A prefix has the heads h that the model computes, not those that grouped queries repeat them to; it is repeated as
-the keys are.
+A prefix has the h heads that the model computes, before grouped queries repeat them to H; it is repeated as the
+keys are.
 
-operands   keys and values at the op that reads them
+operands   keys and values as the attention op reads them
 scores     masks and biases in eager attention
-places     every attention, with the above
-insert     cat, masks
-gate       a prefix with a softmax of its own
-positions  where positions enter, to count from the prefix on
-start      keys and values of real tokens to start at
+places     all attentions, with their operands and masks
+insert     insertion of the prefix, and of mask columns
+gate       a prefix with its own softmax
+positions  sources of positions, so that real tokens are counted after the prefix
+start      initialization from keys and values of real tokens
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Putting a prefix before keys and values, and visible columns before masks."""
+"""Inserts a prefix before keys and values, and columns for it before masks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ Columns = Callable[[fx.Node, int], fx.Node | None]
 
 
 def visible(mask: fx.Node, axis: int) -> fx.Node | None:
-    """No columns of its own: a mask is filled with what lets the prefix be seen."""
+    """Return no columns: a mask is then extended with its fill value, which leaves the prefix visible."""
     return None
 
 
 def attend(g: Rewriter, place: Place, keys: fx.Node, values: fx.Node, columns: Columns = visible) -> None:
-    """Let the attention see a prefix: keys and values (heads, tokens, width).
+    """Let an attention see a prefix.
 
-    columns: what a mask or bias holds for the prefix, from the operand and its axis of keys; None for "visible".
+    Args:
+        g: rewriter of the graph.
+        place: the attention.
+        keys: keys of the prefix, (heads, tokens, width).
+        values: values of the prefix, (heads, tokens, width).
+        columns: function that builds a mask's columns for the prefix, from the mask and its axis of keys; None from
+            it means "visible".
     """
     tokens = int(keys.meta["val"].shape[1])
     if place.causal:
@@ -43,11 +49,14 @@ def attend(g: Rewriter, place: Place, keys: fx.Node, values: fx.Node, columns: C
         fresh = g.feed(operand.user, operand.where, partial(lengthen, g, operand, prefix))
         fresh.meta[META] = {**fresh.meta[META], "prefix": tokens}
         moved[fresh] = bare
+        # In eager attention the scores now have more keys, so the ops behind them get new sizes. The output of the
+        # sdpa op keeps its shape.
     if len(place.core) > 1:
         g.settle(moved)
 
 
 def _pad(g: Rewriter, place: Place, pad: Pad, tokens: int, columns: Columns, mask: fx.Node) -> fx.Node:
+    # A mask that broadcasts over the keys is expanded first, since the prefix is an exception to it.
     if not has_keys(mask, pad.axis):
         sizes: list[Any] = [-1] * mask.meta["val"].dim()
         sizes[pad.axis] = size(g, place.key.node, place.key.axis)
@@ -57,14 +66,14 @@ def _pad(g: Rewriter, place: Place, pad: Pad, tokens: int, columns: Columns, mas
         with g.after(mask):
             return _before(g, mask, pad, tokens, columns(mask, pad.axis))
 
-    # Layers that share a mask share this too.
+    # Layers that share a mask also share its extension.
     return g.once(f"{mask.name} for {tokens}, {pad.fill} at {pad.axis}", build, stack_of(mask))
 
 
 def _before(g: Rewriter, mask: fx.Node, pad: Pad, tokens: int, columns: fx.Node | None) -> fx.Node:
-    """columns, or as many that leave all visible, before those of a mask."""
+    """Insert the columns before those of a mask, by default as many as leave all prefix tokens visible."""
     if columns is None:
-        # constant_pad_nd would fix the batch of a mask that was expanded: its fake compares strides.
+        # constant_pad_nd would specialize the batch of an expanded mask, because its fake kernel compares strides.
         one = g.call(aten.full_like.default, g.call(aten.slice.Tensor, mask, pad.axis, 0, 1), pad.fill)
         sizes = [-1] * mask.meta["val"].dim()
         sizes[pad.axis] = tokens
@@ -73,7 +82,10 @@ def _before(g: Rewriter, mask: fx.Node, pad: Pad, tokens: int, columns: fx.Node 
 
 
 def _uncausal(g: Rewriter, place: Place, keys: fx.Node, values: fx.Node, tokens: int) -> None:
-    """is_causal counts from the top left, where the prefix stands now: the same mask, written out."""
+    """Replace is_causal by an explicit mask.
+
+    is_causal aligns the diagonal with the top left of the scores, where the prefix is now.
+    """
     (core,), args = place.core, arguments(place.core[0])
 
     def build(_: fx.Node) -> fx.Node:
@@ -91,10 +103,16 @@ def _uncausal(g: Rewriter, place: Place, keys: fx.Node, values: fx.Node, tokens:
 
 
 def spread(g: Rewriter, operand: Operand, prefix: fx.Node, like: fx.Node) -> fx.Node:
-    """A prefix (heads, tokens, width) for every row of the batch, as the keys are: repeated, of their dtype.
+    """Expand a prefix over the batch and the repeated heads, in the dtype of the keys.
 
-    like: the keys, or what else has their batch and heads. Returns (batch, repeated heads, tokens, width), with
-    batch and heads as one axis where the keys have them so.
+    Args:
+        g: rewriter of the graph.
+        operand: the keys or values.
+        prefix: the prefix, (heads, tokens, width).
+        like: the keys, or another value with their batch and heads.
+
+    Returns:
+        Node of shape (batch, repeated heads, tokens, width); batch and heads are one axis if those of the keys are.
     """
     heads, tokens, width = prefix.meta["val"].shape
     value = g.call(aten.unsqueeze.default, prefix, 0)
@@ -113,7 +131,14 @@ def spread(g: Rewriter, operand: Operand, prefix: fx.Node, like: fx.Node) -> fx.
 
 
 def lengthen(g: Rewriter, operand: Operand, prefix: fx.Node, now: fx.Node) -> fx.Node:
-    """The prefix before the keys (values). now: these, as their op reads them."""
+    """Insert the prefix before the keys or values.
+
+    Args:
+        g: rewriter of the graph.
+        operand: the keys or values.
+        prefix: the prefix, (heads, tokens, width).
+        now: the keys or values as their op currently reads them.
+    """
     before = spread(g, operand, prefix, now)
     if operand.axis == -1:
         before = g.call(aten.transpose.int, before, -1, -2)
@@ -121,18 +146,25 @@ def lengthen(g: Rewriter, operand: Operand, prefix: fx.Node, now: fx.Node) -> fx
 
 
 def size(g: Rewriter, node: fx.Node, axis: int) -> Any:
-    """A length, as a number or a graph value."""
+    """Return a length as a number, or as a graph value if it is dynamic.
+
+    Args:
+        g: rewriter of the graph.
+        node: node to measure.
+        axis: axis of the length.
+    """
     length = node.meta["val"].shape[axis]
     return length if isinstance(length, int) else g.call(aten.sym_size.int, node, axis)
 
 
 def stack_of(node: fx.Node) -> dict[str, Any]:
-    """The modules that a node is in; a constant is in the model itself."""
+    """Return the module stack of a node; a constant belongs to the root module."""
     stack = node.meta.get("nn_module_stack")
     return dict(stack) if stack else root_stack(node.graph)
 
 
 def root_stack(graph: fx.Graph) -> dict[str, Any]:
+    """Return the module stack of the root module."""
     for node in graph.nodes:
         outermost = [*node.meta.get("nn_module_stack", {}).items()][:1]
         if outermost and outermost[0][1][0] == "":

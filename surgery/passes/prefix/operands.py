@@ -1,4 +1,4 @@
-"""The keys and values of an attention, as the op that reads them has them."""
+"""Keys and values of an attention, in the form in which the attention op reads them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ from surgery.graph.view import View
 
 
 class Unsuited(Exception):
-    """Why an attention cannot take a prefix."""
+    """Raised if an attention cannot take a prefix; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """The keys or values at the op that reads them.
+    """Keys or values as the attention op reads them.
 
-    user, where: that op and the argument's position. axis: of the sequence, -2 or -1. heads, width: of what the
-    model computes. repeat: how often each head is repeated for the queries; inner: side by side (h0 h0 h1 h1).
-    folded: batch and heads are one axis. source: the keys before they were repeated; turned: features before the
-    sequence there.
+    Attributes:
+        user: op that reads them.
+        where: position of the argument.
+        axis: axis of the sequence, -2 or -1.
+        heads: number of heads that the model computes.
+        width: features of each head.
+        repeat: number of times that each head is repeated for the queries.
+        inner: True if the repeats of a head are adjacent (h0 h0 h1 h1).
+        folded: True if batch and heads are one axis.
+        source: the keys or values before they are repeated.
+        turned: True if the features come before the sequence in `source`.
     """
 
     user: fx.Node
@@ -49,17 +56,30 @@ class Operand:
 def read_operand(
     view: View, attention: Attention, letter: str, user: fx.Node, where: int, axis: int
 ) -> Operand:
+    """Read the keys or values of an attention.
+
+    Args:
+        view: the program.
+        attention: the attention.
+        letter: "k" or "v".
+        user: op that reads the operand.
+        where: position of the argument.
+        axis: axis of the sequence, -2 or -1.
+
+    Raises:
+        Unsuited: if their shape does not allow a prefix.
+    """
     node = user.args[where]
     assert isinstance(node, fx.Node)
     shape = node.meta["val"].shape
     width = shape[-1 if axis == -2 else -2]
     if not isinstance(width, int):
-        raise Unsuited("the width of its heads is not fixed: it attends over features")
+        raise Unsuited("the width of its heads is dynamic, so it attends over features")
     if len(shape) == 3:
         heads = _folded_heads(view, attention, letter, shape[0], width)
         return Operand(user, where, axis, heads, width, folded=True, source=node, turned=axis == -1)
     if len(shape) != 4 or not isinstance(shape[1], int):
-        raise Unsuited(f"its keys are of shape {_shape(shape)}, not batch × heads × sequence × width")
+        raise Unsuited(f"its keys have the shape {_shape(shape)}, not batch × heads × sequence × width")
     heads, repeat, inner, source, turns = _repetition(node, shape[1])
     return Operand(
         user, where, axis, heads, width, repeat, inner, source=source, turned=(axis == -1) != turns
@@ -71,7 +91,15 @@ def _shape(shape: Any) -> str:
 
 
 def features(view: View, attention: Attention, letter: str) -> tuple[int, fx.Node] | None:
-    """How many features of its projection are the keys (values), and that projection; None where several are."""
+    """Return the number of features that a projection gives the keys (or values), and the projection.
+
+    None if there are several projections.
+
+    Args:
+        view: the program.
+        attention: the attention.
+        letter: "k" or "v".
+    """
     makers = attention.k if letter == "k" else attention.v
     if len(makers) != 1:
         return None
@@ -83,13 +111,18 @@ def features(view: View, attention: Attention, letter: str) -> tuple[int, fx.Nod
 
 
 def _folded_heads(view: View, attention: Attention, letter: str, folded: Any, width: int) -> int:
-    """Heads of keys of shape (batch · heads, sequence, width)."""
+    """Return the number of heads of keys with shape (batch · heads, sequence, width).
+
+    Raises:
+        Unsuited: if it cannot be determined.
+    """
     known = features(view, attention, letter)
     if known is not None and known[0] % width == 0:
         heads = known[0] // width
         sizes = known[1].meta["val"].shape[:-1]
         if any(same(folded, heads * size) for size in sizes):
             return heads
+    # Fall back to the view that split the heads, before they were folded into the batch.
     node = attention.operands[letter]
     for _ in range(8):
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
@@ -100,16 +133,22 @@ def _folded_heads(view: View, attention: Attention, letter: str, folded: Any, wi
             continue
         if same(folded, value.shape[0] * value.shape[1]) and width in value.shape[2:]:
             return int(value.shape[1])
-    raise Unsuited(f"its keys are of shape {folded}×…×{width}, and their heads cannot be told")
+    raise Unsuited(f"its keys have the shape {folded}×…×{width}, from which the heads cannot be determined")
 
 
 _KEEPS = {"reshape", "view", "_unsafe_view", "clone", "contiguous", "transpose", "to", "slice"}
 
 
 def _repetition(node: fx.Node, heads: int) -> tuple[int, int, bool, fx.Node, bool]:
-    """(heads before they were repeated for the queries, times, side by side, the value before, turned since)."""
+    """Return the repetition of heads for grouped queries.
+
+    Returns:
+        Heads before the repetition, number of repeats, True if repeats are adjacent, the value before the repetition,
+        and True if it was transposed since.
+    """
     current, turned = node, False
-    while "feeds" in current.meta.get(META, {}):  # an earlier prefix before them
+    # Skip an earlier prefix before the keys.
+    while "feeds" in current.meta.get(META, {}):
         current = next(n for n in current.all_input_nodes if n.name == current.meta[META]["feeds"])
     whole = (heads, 1, True, current, False)
     for _ in range(8):
@@ -124,6 +163,7 @@ def _repetition(node: fx.Node, heads: int) -> tuple[int, int, bool, fx.Node, boo
             return (before, times, True, below, turned) if isinstance(times, int) else whole
         if name not in _KEEPS:
             return whole
+        # Transposing twice restores the order, hence the exclusive or.
         turned ^= name == "transpose"
         current = below
     return whole

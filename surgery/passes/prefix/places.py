@@ -1,4 +1,4 @@
-"""Every attention as one place for a prefix: its core, its keys and values, its masks."""
+"""All attentions as places for a prefix: core, keys, values and masks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,17 @@ SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class Place:
-    """One attention. core: the op that is it, or the product of scores and that with the values.
+    """One attention that can take a prefix.
 
-    chain: from the one product to the other. causal: the op masks by itself. query: what asks.
+    Attributes:
+        attention: the attention.
+        core: the attention op, or the product of scores and the product with the values.
+        query: the queries.
+        key: the keys.
+        value: the values.
+        pads: masks and biases to extend.
+        causal: True if the op applies a causal mask itself.
+        chain: nodes from one product to the other.
     """
 
     attention: Attention
@@ -47,7 +55,7 @@ class Place:
 
 
 def attentions_by_site(view: View) -> dict[SiteKey, list[Attention]]:
-    """Every attention by the site that makes its keys (its values or queries, where no weight makes these)."""
+    """Map each site to the attentions whose keys it produces (or values or queries, if no weight produces these)."""
     found: dict[SiteKey, list[Attention]] = {}
     for attention in view.attentions:
         for node in (*attention.k, *attention.v, *attention.q):
@@ -61,11 +69,15 @@ def attentions_by_site(view: View) -> dict[SiteKey, list[Attention]]:
 
 
 def read_place(view: View, attention: Attention) -> Place:
-    """The attention as it stands now, earlier prefixes included. Raises Unsuited."""
+    """Read an attention in its current state, including earlier prefixes.
+
+    Raises:
+        Unsuited: if it cannot take a prefix.
+    """
     if len(attention.core) == 1:
         return _of_op(view, attention)
     if len(attention.core) == 2:
-        raise Unsuited("its scores pass through no softmax that could weigh a prefix too")
+        raise Unsuited("its scores pass through no softmax that could include a prefix")
     return _of_products(view, attention)
 
 
@@ -93,20 +105,21 @@ def _visible(mask: fx.Node) -> float | bool:
 
 
 def _acting(core: fx.Node) -> fx.Node:
-    """The op itself, or the one of its kind that an earlier prefix has put in its place."""
+    """Return the attention op, or the op with which an earlier prefix has replaced it."""
     return next((n for n in reversed(wrappers(core, whole=True)) if n.target is core.target), core)
 
 
 def _of_products(view: View, attention: Attention) -> Place:
     product, last = attention.core[0], attention.core[-1]
     if op_name(product.target) == "einsum" or op_name(last.target) == "einsum":
-        raise Unsuited("it is written as einsum, whose axes are named freely")
+        raise Unsuited("it is written as einsum, whose axes have no fixed order")
     offset = 1 if op_name(product.target) == "baddbmm" else 0
     left, right = product_operands(product) or (None, None)
     k_right = right is attention.operands["k"]
     query = left if k_right else right
     assert isinstance(query, fx.Node)
-    key_axis = -1 if k_right else -2  # of the scores, and of the keys as the product reads them
+    # The axis of the keys, in the scores and in the keys as the product reads them.
+    key_axis = -1 if k_right else -2
     key = read_operand(view, attention, "k", product, offset + int(k_right), key_axis)
     v_offset = 1 if op_name(last.target) == "baddbmm" else 0
     weights, _ = product_operands(last) or (None, None)
@@ -123,18 +136,19 @@ def _check(view: View, place: Place) -> None:
     key, value = place.key, place.value
     sizes = key.node.meta["val"].shape, value.node.meta["val"].shape
     if not same(sizes[0][key.axis], sizes[1][value.axis]):
-        raise Unsuited("its keys and values are of different lengths")
+        raise Unsuited("its keys and values have different lengths")
     known = features(view, place.attention, "k")
     length = sizes[0][key.axis]
+    # With one fixed key, a mask of one column may apply to that key or broadcast over all keys.
     if len(place.core) > 1 and isinstance(length, int) and length == 1:
-        raise Unsuited("it has a single key, and no mask says whether that stands for one or for all")
+        raise Unsuited("it has a single key, and its mask may apply to that key or to all keys")
     over_channels = isinstance(length, int) and known is not None and key.heads * length == known[0]
     if over_channels and key.heads * key.width != known[0]:  # type: ignore[index]
-        raise Unsuited("it attends over features, not over positions, so there is no place for tokens")
+        raise Unsuited("it attends over features, not over positions, so a prefix of tokens does not apply")
 
 
 def earlier(g: Rewriter, place: Place) -> int:
-    """How many tokens earlier prefixes put before the keys."""
+    """Return the number of tokens that earlier prefixes inserted before the keys."""
     node, found = place.key.node, 0
     while "feeds" in node.meta.get(META, {}):
         found += int(node.meta[META].get("prefix", 0))

@@ -1,10 +1,10 @@
-"""Where positions enter an attention, so that a prefix can stand before the first: its tokens take 0 … P − 1.
+"""Sources of positions in an attention, so that a prefix can take positions 0 … P − 1 before the real tokens.
 
-Three sources are found by dataflow:
-- rotary angles: whole numbers, as long as the sequence, that become floats on the way to what q and k are
-  multiplied with;
-- a table of absolute positions, whose rows are added to what the attention's block reads;
-- a table of relative positions, whose rows are added to the scores: real tokens keep theirs, and the prefix gets
+Three sources are found in the dataflow:
+- rotary angles: integers, as many as the sequence is long, that are converted to floats on the way to the values
+  that q and k are multiplied with;
+- a table of absolute positions, whose rows are added to the input of the attention's block;
+- a table of relative positions, whose rows are added to the scores. Real tokens keep their rows, and the prefix gets
   those of keys at −P … −1.
 """
 
@@ -30,24 +30,31 @@ from surgery.passes.prefix.places import Place, earlier
 from surgery.passes.prefix.scores import between
 
 aten = torch.ops.aten
-Use = tuple[fx.Node, fx.Node]  # an op and the value that holds its positions
+# An op, and the value that holds its positions.
+Use = tuple[fx.Node, fx.Node]
 
 
 def has_source(view: View, place: Place) -> bool:
-    """Whether positions of this attention are found (a cross-attention has none to shift)."""
+    """True if a source of positions is found for the attention (a cross-attention needs none)."""
     attention = place.attention
     return attention.cross or bool(uses(view, attention)) or relative(view, place) is not None
 
 
 def uses(view: View, attention: Attention) -> list[Use]:
-    """Where whole numbers that count the sequence are turned into angles or rows of a table."""
+    """Return the ops that convert integer positions of the sequence to angles or to rows of a table."""
     if attention.cross:
         return []
     return list(dict.fromkeys([*_rotary(view, attention), *_absolute(view, attention)]))
 
 
 def shift(g: Rewriter, attention: Attention, tokens: int) -> None:
-    """Count the real tokens from `tokens` on, once for all attentions that share a source."""
+    """Count real tokens from `tokens` on, once for all attentions that share a source.
+
+    Args:
+        g: rewriter of the graph.
+        attention: the attention.
+        tokens: number of prefix tokens.
+    """
     for user, counted in uses(g.view, attention):
         key = f"positions of {user.name}"
         if counted.meta.get(META, {}).get("once") == key:
@@ -60,7 +67,7 @@ def shift(g: Rewriter, attention: Attention, tokens: int) -> None:
 
 
 def tables(view: View, attention: Attention) -> Iterator[tuple[int, Any]]:
-    """Of each table of positions the number of its rows, and how many positions are looked up in it."""
+    """Yield for each table of positions its number of rows, and the number of positions that are looked up."""
     for user, index in uses(view, attention):
         name, table = op_name(user.target), user.args[0]
         if name in ("embedding", "index_select", "gather", "index") and isinstance(table, fx.Node):
@@ -70,7 +77,7 @@ def tables(view: View, attention: Attention) -> Iterator[tuple[int, Any]]:
                 yield rows, index.meta["val"].shape[1 if name == "gather" else -1]
 
 
-# -- rotary angles
+# -- Rotary angles
 
 
 def _rotary(view: View, attention: Attention) -> Iterator[Use]:
@@ -85,11 +92,11 @@ def _rotary(view: View, attention: Attention) -> Iterator[Use]:
 
 
 def _counted(view: View, side: fx.Node, length: Any) -> Iterator[Use]:
-    """Behind a value that q and k meet: where positions become floats."""
+    """Yield the ops at which positions become floats, behind a value that q or k is multiplied with."""
     if not isinstance(side.meta.get("val"), torch.Tensor) or _is_whole(side):
         return
     if any(n in view.flow.calls for n in view.flow.of(side)):
-        return  # a gate or the like: made by a weight
+        return  # A weight computes it, so it is a gate or the like.
     seen, stack = {side}, [side]
     while stack:
         node = stack.pop()
@@ -108,7 +115,7 @@ def _is_whole(node: fx.Node) -> bool:
 
 
 def _counts(node: fx.Node, length: Any) -> bool:
-    """Whether whole numbers count the sequence: as many as it is long, from an arange or an input."""
+    """True if integers count the sequence: as many as it is long, from an arange or an input."""
     if not any(same(size, length) for size in node.meta["val"].shape):
         return False
     seen, stack = {node}, [node]
@@ -123,11 +130,11 @@ def _counts(node: fx.Node, length: Any) -> bool:
     return False
 
 
-# -- a table of absolute positions
+# -- Table of absolute positions
 
 
 def _absolute(view: View, attention: Attention) -> Iterator[Use]:
-    """Position embeddings behind the queries, not looking into the stream that a cross-attention reads."""
+    """Yield the position embeddings behind the queries; the stream that a cross-attention reads is not searched."""
     crossing = {a.core[-1]: a.operands["q"] for a in view.attentions if a.cross}
     start = attention.operands["q"]
     seen, stack = {start}, [start]
@@ -144,11 +151,11 @@ def _absolute(view: View, attention: Attention) -> Iterator[Use]:
                 stack.append(n)
 
 
-# -- a table of relative positions
+# -- Table of relative positions
 
 
 def relative(view: View, place: Place) -> tuple[fx.Node, fx.Node] | None:
-    """(bias of the scores that counts queries and keys, the arange of its keys), or None."""
+    """Return the bias of the scores that depends on relative positions, and the arange of its keys, or None."""
     for table in place.attention.bias:
         call = view.flow.calls.get(table)
         if call is None or call.kind != EMBEDDING or table not in view.flow.constant:
@@ -165,7 +172,7 @@ def _aranges(node: fx.Node) -> list[fx.Node]:
 
 
 def _behind(node: fx.Node) -> list[fx.Node]:
-    """What a value is computed from, in graph order, sizes left out."""
+    """Return the tensors that a value is computed from, in graph order."""
     seen, stack = {node}, [node]
     while stack:
         for below in stack.pop().all_input_nodes:
@@ -180,9 +187,10 @@ def _behind(node: fx.Node) -> list[fx.Node]:
 
 
 def _last_alike(view: View, place: Place, table: fx.Node, counted: fx.Node) -> fx.Node | None:
-    """The last value on the way from the table to the scores that is right with fewer keys: before the mask.
+    """Return the last value between table and scores that is still valid for fewer keys, so before the mask.
 
-    None where that arange does not count the keys alone.
+    The arange is replaced by one of three elements. A value is valid as long as only its last axis changes with it.
+    The result is None if the arange does not count the keys alone.
     """
     mode = MetaCache(view.graph).mode
     arange = arguments(counted)
@@ -210,7 +218,7 @@ def _last_alike(view: View, place: Place, table: fx.Node, counted: fx.Node) -> f
 
 
 def _evaluate(mode: Any, node: fx.Node, known: dict[fx.Node, Any]) -> bool:
-    """Run a node on values that changed; nodes behind none keep their own."""
+    """Run a node on changed values; a node that depends on none keeps its own value. False if it fails."""
     if node in known or known.keys().isdisjoint(node.all_input_nodes):
         return True
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known.get(n, n.meta.get("val")))
@@ -223,10 +231,17 @@ def _evaluate(mode: Any, node: fx.Node, known: dict[fx.Node, Any]) -> bool:
 
 
 def columns(g: Rewriter, place: Place, tokens: int) -> Columns:
-    """What a mask or bias of the scores holds for the prefix, for `surgery.passes.prefix.insert.attend`."""
+    """Return a function that builds a mask's columns for the prefix, for `surgery.passes.prefix.insert.attend`.
+
+    Args:
+        g: rewriter of the graph.
+        place: the attention.
+        tokens: number of prefix tokens.
+    """
     source, after = relative(g.view, place), earlier(g, place)
 
     def build(mask: fx.Node, axis: int) -> fx.Node | None:
+        # A mask without relative positions needs no columns of its own: the prefix is visible.
         if source is None or axis != -1 or source[0] not in [mask, *_behind(mask)]:
             return None
         make = partial(_before_first, g, *source, tokens, after)
@@ -238,7 +253,7 @@ def columns(g: Rewriter, place: Place, tokens: int) -> Columns:
 
 
 def _before_first(g: Rewriter, bias: fx.Node, counted: fx.Node, tokens: int, after: int) -> fx.Node:
-    """The bias again, for that many keys before −after."""
+    """Compute the bias for as many keys before position −after."""
     given = {key: value for key, value in counted.kwargs.items() if key in ("dtype", "device")}
     made = {counted: g.call(aten.arange.start, -tokens - after, -after, **given)}
     for node in _behind(bias):

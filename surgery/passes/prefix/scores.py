@@ -1,4 +1,4 @@
-"""What lies between the scores and the values in eager attention, and which masks and biases meet the scores there."""
+"""Path from the scores to the values in eager attention, and the masks and biases that are applied on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from surgery.passes.prefix.operands import Unsuited
 
 @dataclass(frozen=True)
 class Pad:
-    """An operand of the scores that has to grow with the keys: fill is what leaves the prefix visible."""
+    """A mask or bias that must be extended with the keys.
+
+    Attributes:
+        user: op that applies it to the scores.
+        where: position or name of the argument.
+        axis: axis of the keys, from the end.
+        fill: value that leaves the prefix visible.
+    """
 
     user: fx.Node
     where: int | str
@@ -30,7 +37,7 @@ class Pad:
 
 
 def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    """The nodes on the ways from one to the other, both included, in graph order."""
+    """Return the nodes on all paths from one node to another, both included, in graph order."""
     reached, stack = {first}, [first]
     while stack:
         for user in stack.pop().users:
@@ -46,9 +53,11 @@ def between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return sorted(found)
 
 
+# Fill values that leave scores unchanged.
 _NEUTRAL: dict[str, float] = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0}
 _MASKS = {"masked_fill", "where"}
-_ALONE = {  # what scores go through by themselves, key by key or over all of them
+# Ops that act on scores alone, for each key or over all keys.
+_ALONE = {
     "softmax", "_softmax", "_safe_softmax", "dropout", "sum", "amax", "max", "min", "exp", "neg", "tanh", "sigmoid",
     "relu", "square", "isnan", "isinf", "eq", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "nan_to_num",
     "logical_not", "bitwise_not", "to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "unsqueeze",
@@ -58,7 +67,15 @@ _ALONE = {  # what scores go through by themselves, key by key or over all of th
 
 
 def find_pads(chain: list[fx.Node], key_axis: int) -> Iterator[Pad]:
-    """The masks and biases of eager attention. Raises Unsuited for an op that says nothing of its operands."""
+    """Yield the masks and biases of an eager attention.
+
+    Args:
+        chain: nodes from the scores to the product with the values.
+        key_axis: axis of the keys in the scores, from the end.
+
+    Raises:
+        Unsuited: if an op's effect on a prefix is unknown.
+    """
     axes: dict[fx.Node, int | None] = {chain[0]: key_axis}
     inside = set(chain)
     if op_name(chain[0].target) == "baddbmm" and has_keys(chain[0].args[0], key_axis):
@@ -67,8 +84,9 @@ def find_pads(chain: list[fx.Node], key_axis: int) -> Iterator[Pad]:
         name = op_name(node.target).rstrip("_")
         axis = next((axes[n] for n in node.all_input_nodes if axes.get(n) is not None), None)
         axes[node] = axis = _axis_after(node, name, axis)
+        # A linear op over another axis than the keys mixes the heads, separately for each key (talking heads).
         if name == "linear" and axis != -1:
-            continue  # mixes the heads, key by key
+            continue
         side = [
             (i, arg)
             for i, arg in enumerate(node.args)
@@ -78,12 +96,12 @@ def find_pads(chain: list[fx.Node], key_axis: int) -> Iterator[Pad]:
             fill = _fill(node, name, i, inside)
             if fill is None:
                 raise Unsuited(
-                    f"its scores meet {arg.name} in {name}, and what that means for a prefix is not known"
+                    f"its scores are combined with {arg.name} in {name}, and no rule gives the value for a prefix"
                 )
             assert axis is not None
             yield Pad(node, i, axis, fill)
         if not side and name not in _NEUTRAL and name not in _ALONE | _MASKS:
-            raise Unsuited(f"its scores go through {name}, which may depend on how many keys there are")
+            raise Unsuited(f"its scores go through {name}, which may depend on the number of keys")
 
 
 def _fill(node: fx.Node, name: str, index: int, inside: set[fx.Node]) -> float | bool | None:
@@ -101,7 +119,7 @@ def _fill(node: fx.Node, name: str, index: int, inside: set[fx.Node]) -> float |
 
 
 def has_keys(value: Any, axis: int | None) -> bool:
-    """Whether a tensor has an entry for each key: it does not broadcast along their axis."""
+    """True if a tensor has an entry for each key, that is, does not broadcast along the axis of the keys."""
     tensor = value.meta.get("val") if isinstance(value, fx.Node) else None
     if axis is None or not isinstance(tensor, torch.Tensor) or tensor.dim() < -axis:
         return False
@@ -109,7 +127,7 @@ def has_keys(value: Any, axis: int | None) -> bool:
 
 
 def _axis_after(node: fx.Node, name: str, axis: int | None) -> int | None:
-    """Where the keys' axis is in what an op makes of scores, from the end; None where it is gone."""
+    """Return the axis of the keys, from the end, in the result of an op on scores; None if it is reduced."""
     if axis is None:
         return None
     rank = node.meta["val"].dim() if isinstance(node.meta.get("val"), torch.Tensor) else 0

@@ -1,4 +1,4 @@
-"""Where a prefix may start: at keys and values of real tokens."""
+"""Initialization of a prefix from the keys and values of real tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from surgery.passes.prefix.operands import Operand
 
 
 def from_activations(probe: Measurements, operand: Operand, tensor: Tensor) -> None:
-    """Fill (heads, tokens, width) with what the model computes for tokens of the data, spread evenly over it.
+    """Fill a prefix with keys (or values) that the model computes for tokens of the data, spread evenly over it.
 
-    The same tokens for keys and values, and in every layer: the prefix then is what these tokens would have left in
-    a cache, side by side.
+    The tokens are the same for keys and values, and in every layer. So the prefix is what these tokens would leave in
+    a key-value cache.
+
+    Args:
+        probe: measurements of the program.
+        operand: keys or values of an attention.
+        tensor: prefix to fill, (heads, tokens, width).
     """
     assert operand.source is not None
     rows = []

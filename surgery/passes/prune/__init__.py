@@ -1,4 +1,4 @@
-"""Removing units physically: which indices of which tensors belong together, which go, and the sizes behind them."""
+"""Structured pruning: finds coupled tensor indices (units), selects units to remove, and updates the graph's sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What convolutions couple: channels that enter, channels that leave, and the groups that hold them apart."""
+"""Coupling rule of convolutions: input channels, output channels, and the groups that separate them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from surgery.passes.prune.products import Term, aligned, merge, product, split_l
 
 
 def convolution(run: Coupling, node: fx.Node, given: dict[str, Any]) -> Labels:
+    """Return the labels of a convolution, and couple its input channels with those of its weight.
+
+    Args:
+        run: the analysis.
+        node: the convolution.
+        given: its arguments by name.
+    """
     x, weight, turned = given["input"], given["weight"], "transpose" in packet(node.target)
     sizes, rank = sizes_of(x), len(sizes_of(weight))
     if len(sizes) != rank:
@@ -20,9 +27,11 @@ def convolution(run: Coupling, node: fx.Node, given: dict[str, Any]) -> Labels:
     for n in (x, weight):
         for label in run.labels.get(n, ()):
             run.keep_whole(label, range(2, rank), f"{where(node)} slides along it")
+    # Capital letters for the kernel: its axes are not the spatial axes of the input, and are not summed with them.
     spatial, kernel = split_letters(rank - 2), split_letters(rank - 2).upper()
     into, shape = ("io", [1, 0]) if turned else ("oi", [0, 1])
     groups = given["groups"]
+    # An ordinary convolution is a matrix product over channels, so the rule of products applies.
     if groups == 1:
         terms = [
             Term(_on(run, x, {0, 1}), [*sizes[:2], *[1] * (rank - 2)], "bi" + spatial),
@@ -56,10 +65,19 @@ def _grouped(
     groups: int,
     turned: bool,
 ) -> Labels:
-    """Whole groups go, or the same places of each: what leaves more to choose from.
+    """Couple the channels of a grouped convolution: whole groups are removed, or the same positions of each group.
 
-    made, taken: the weight's atoms of channels made and taken in; of the first it has as many per group if `turned`,
-    of the second otherwise.
+    Of the two, the rule takes the one that leaves more units to choose from.
+
+    Args:
+        run: the analysis.
+        node: the convolution.
+        x: its input.
+        made: the weight's atoms of output channels; the weight has one per output channel, or with `turned` one per
+            output channel of a group.
+        taken: the weight's atoms of input channels; the other way round.
+        groups: number of groups.
+        turned: True for a transposed convolution.
     """
     why = f"{where(node)} ties it to channels that cannot shrink"
     here = _axis(run, x, 1)
@@ -77,10 +95,12 @@ def _grouped(
     else:
         inner = taken.expand(groups, inside) if taken is not None else None
         outer = made.reshape(groups, outside) if made is not None else None
+    # Whole groups can be removed if there are many small ones (depthwise); else the same positions of each group.
     whole = groups >= max(inside, outside) and not turned
     if entering is None and outer is not None and whole:
         run.freeze(outer, why)
     if whole:
+        # The weight's input axis is shared by all groups, so it keeps its size when a group is removed.
         if taken is not None:
             run.freeze(taken, f"{where(node)} has it in every group")
         if entering is not None and outer is not None:

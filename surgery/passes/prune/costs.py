@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of a graph, as it is and with some atoms gone."""
+"""Multiply-adds and parameters of a graph, before and after removing some atoms."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from surgery.passes.prune.mend import sizes_after
 
 
 class Costs:
-    """Of one graph, on its example inputs. names: parameter name -> all names of that tensor."""
+    """Costs of one graph on its example inputs. names: parameter name -> all names of that tensor."""
 
     def __init__(self, run: Coupling, names: Mapping[str, tuple[str, ...]]) -> None:
         self._run = run
         live = live_nodes(run.graph)
         plain = {node: _macs(node, sizes_of) for node in run.graph.nodes if node in live}
         self._macs = {node: count for node, count in plain.items() if count}
+        # The groups that each node depends on. For a selection, only the nodes of its groups are counted again.
         self._touched = {
             node: frozenset().union(*(self._groups(n) for n in (node, *node.all_input_nodes)))
             for node in self._macs
@@ -48,10 +49,16 @@ class Costs:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters that the graph reads."""
         return sum(map(prod, self._shapes.values()))
 
     def saved(self, keep: Tensor, groups: Collection[int]) -> tuple[int, int]:
-        """Parameters and multiply-adds that are saved where only these atoms are kept. groups: those of the others."""
+        """Return the parameters and multiply-adds saved by keeping only some atoms.
+
+        Args:
+            keep: True for atoms that are kept.
+            groups: numbers of the groups that the removed atoms belong to.
+        """
         run = self._run
 
         def size(node: Any) -> list[int]:
@@ -62,6 +69,7 @@ class Costs:
             for node, count in self._macs.items()
             if not self._touched[node].isdisjoint(groups)
         )
+        # Only tensors on the axes of these groups can change.
         tensors = {axis.tensor for number in groups for axis in run.groups[number].axes}
         parameters = sum(
             prod(self._shapes[name]) - prod(self.shape(name, keep))
@@ -71,7 +79,7 @@ class Costs:
         return parameters, macs
 
     def shape(self, name: str, keep: Tensor) -> list[int]:
-        """Of a parameter, once only these atoms are kept."""
+        """Return the shape of a parameter after keeping only some atoms."""
         axes = self._run.axes[name]
         return [
             size if axis is None else int(keep[axis.atoms].sum())
@@ -80,12 +88,14 @@ class Costs:
 
 
 def _macs(node: fx.Node, size: Any) -> int:
+    """Count the multiply-adds of a node. size: function that returns the sizes of a value."""
     if node.op != "call_function":
         return 0
     name, given = packet(node.target), arguments(node)
     if name == "linear":
         return prod(size(node)) * size(given["input"])[-1]
     if name.startswith("conv") and "weight" in given:
+        # A transposed convolution applies the kernel at each input position, an ordinary one at each output position.
         made = given["input"] if "transpose" in name else node
         return prod(size(made)) * prod(size(given["weight"])[1:])
     if name in ("matmul", "mm", "bmm"):

@@ -1,4 +1,4 @@
-"""Labels: for each index of a value, the indices of tensors (atoms) that it depends on."""
+"""Labels: for each index of a value, the tensor indices (atoms) that it depends on."""
 
 from __future__ import annotations
 
@@ -14,42 +14,58 @@ Labels = list[Tensor]
 
 
 def covered(label: Tensor) -> set[int]:
-    """The dimensions that a label depends on."""
+    """Return the dimensions that a label depends on."""
     return {d for d, size in enumerate(label.shape) if size > 1}
 
 
 def shrunk(label: Tensor) -> Tensor:
-    """The label with size 1 along what it does not depend on."""
+    """Return the label with size 1 along the dimensions that it does not depend on."""
     for d, size in enumerate(label.shape):
         if size > 1:
             first = label.narrow(d, 0, 1)
+            # The stride is checked first, because it avoids comparing the elements of an expanded label.
             if label.stride(d) == 0 or bool((label == first).all()):
                 label = first
     return label
 
 
 def first_of(label: Tensor, dims: Iterable[int]) -> Tensor:
-    """The label at index 0 of these dimensions, which stay, with size 1."""
+    """Return the label at index 0 of these dimensions, which stay with size 1."""
     for d in dims:
         label = label.narrow(d, 0, 1)
     return label
 
 
 def sizes_of(node: fx.Node) -> list[int]:
-    """The sizes of a value on the example. Raises Unclear where they depend on data."""
+    """Return the sizes of a value on the example.
+
+    Raises:
+        Unclear: if a size depends on data.
+    """
     return [hint(size) for size in node.meta["val"].shape]
 
 
 def where(node: fx.Node) -> str:
+    """Name an op and its module, for a message."""
     name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
     return f"{name} in {module_path(node) or 'the model'}"
 
 
 def kept_along(label: Tensor, keep: Tensor, dim: int) -> Tensor:
-    """Which indices along a dimension stay, where these atoms do."""
+    """Return a mask of the indices along a dimension that remain if only some atoms are kept.
+
+    Args:
+        label: label of the value.
+        keep: True for atoms that are kept.
+        dim: dimension of the value.
+    """
+    # An index remains if any of its elements does: units along another dimension leave this one whole.
     return keep[label].movedim(dim, 0).reshape(label.shape[dim], -1).any(1)
 
 
 def carries(node: fx.Node) -> str:
+    """Return the reason why the units at a node of another pass cannot be removed."""
     entry = node.meta[META]["entry"]
-    return f"it carries {entry!r}, made for the units that it has; prune before that, or undo {entry!r}"
+    return (
+        f"{entry!r} is applied there and depends on the number of units; prune before it, or undo {entry!r}"
+    )

@@ -1,4 +1,4 @@
-"""The graph with some atoms gone: smaller tensors in the place of the model's, and the sizes behind them mended."""
+"""Updates a graph after pruning: inserts smaller tensors, and updates the sizes in arguments that depend on them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ from surgery.passes.prune.labels import Labels, kept_along, sizes_of, where
 
 aten = torch.ops.aten
 
-# Where the sizes of the result stand in the arguments.
+# Index of the size argument.
 _SIZES = {"view": 1, "reshape": 1, "_unsafe_view": 1, "view_copy": 1, "expand": 1}
 _SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split")
 
 
 def sizes_after(labels: Labels, sizes: list[int], keep: Tensor) -> list[int]:
-    """Sizes of a value once only these atoms are kept."""
+    """Return the sizes of a value after keeping only some atoms.
+
+    Args:
+        labels: labels of the value.
+        sizes: sizes of the value before.
+        keep: True for atoms that are kept.
+    """
     found = list(sizes)
     for label in labels:
         for d, size in enumerate(label.shape):
@@ -38,22 +44,33 @@ def sizes_after(labels: Labels, sizes: list[int], keep: Tensor) -> list[int]:
 
 
 def mend(g: Rewriter, run: Coupling, keep: Tensor) -> None:
-    """Give every node behind an exchanged tensor its new sizes. run: of the graph as it was."""
+    """Update the sizes of every node that depends on an exchanged tensor.
+
+    Args:
+        g: rewriter of the graph.
+        run: coupling analysis of the graph before the exchange.
+        keep: True for atoms that are kept.
+
+    Raises:
+        PassError: if an op fails on the new sizes.
+    """
+    # Nodes of exchanged tensors were inserted after the analysis, so it has no labels for them.
     changed = {n for n in g.graph.nodes if n.op == "get_attr" and n not in run.labels}
     labels = dict(run.labels)
     before = {node: node.meta.get("val") for node in g.graph.nodes}
     live = live_nodes(g.graph)
+    # The list is taken first, because superseding a node inserts others.
     for node in [n for n in g.graph.nodes if n in live]:
         if node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
-            fresh = _Mend(g, run, labels, keep, node, before).do()
+            fresh = _NodeUpdate(g, run, labels, keep, node, before).do()
             changed |= {node, fresh}
             before[fresh] = before[node]
             if fresh is not node:
                 labels[fresh] = labels.get(node, [])
 
 
-class _Mend:
-    """One node. before: what values were."""
+class _NodeUpdate:
+    """Updates one node. before: values of all nodes before pruning."""
 
     def __init__(
         self,
@@ -66,10 +83,11 @@ class _Mend:
     ) -> None:
         self.g, self.run, self.labels, self.keep, self.node, self.before = g, run, labels, keep, node, before
         self.draft = Draft.of(node)
-        self.instead: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None  # an op that takes its place
+        # Another op to use instead, with its arguments.
+        self.instead: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
 
     def do(self) -> fx.Node:
-        """The node with its new sizes, or what took its place."""
+        """Return the node with its new sizes, or the node that replaced it."""
         node, wanted = self.node, self._wanted()
         self._sizes(packet(node.target), wanted)
         try:
@@ -85,15 +103,16 @@ class _Mend:
             raise
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PassError(f"{where(self.node)} fails on what is left ({first})") from None
+            raise PassError(f"{where(self.node)} fails on the remaining sizes ({first})") from None
+        # Each result is checked against the analysis: a wrong size here would only fail much later, or not at all.
         got = node.meta["val"]
         for value, sizes in zip(got if isinstance(got, (list, tuple)) else [got], wanted, strict=False):
             if isinstance(value, Tensor) and sizes is not None and [hint(s) for s in value.shape] != sizes:
-                raise PassError(f"{where(self.node)} would give {tuple(value.shape)}, where {sizes} are left")
+                raise PassError(f"{where(self.node)} returns {tuple(value.shape)}, but {sizes} are expected")
         return node
 
     def _wanted(self) -> list[list[int] | None]:
-        """Sizes of the node's results; None for one that is no tensor."""
+        """Return the sizes of the node's results; None for a result that is not a tensor."""
         value = self.node.meta["val"]
         if isinstance(value, (list, tuple)):
             parts = self.run.parts.get(self.node) or [[] for _ in value]
@@ -106,7 +125,7 @@ class _Mend:
         return sizes_after(labels, [hint(s) for s in value.shape], self.keep)
 
     def _sizes(self, name: str, wanted: list[list[int] | None]) -> None:
-        """Mend what is a size, or a place, in the arguments."""
+        """Update sizes and positions among the arguments."""
         new, draft = wanted[0], self.draft
         if name in _SIZES and new is not None:
             old = sizes_of(self.node)
@@ -136,7 +155,8 @@ class _Mend:
             return given
         if not isinstance(given, fx.Node):
             return new
-        part = Fraction(new, old)  # a product of a dynamic size and a number of units
+        # The size is a product of a dynamic size and the number of units, so it scales by the fraction that remains.
+        part = Fraction(new, old)
         with self.g.before(self.node):
             whole = self.g.call(operator.mul, given, part.numerator)
             return whole if part.denominator == 1 else self.g.call(operator.floordiv, whole, part.denominator)
@@ -154,6 +174,7 @@ class _Mend:
             self.draft.args[1] = new
         elif name in ("split", "unsafe_split"):
             self.draft.args[1] = new[0]
+            # `split` with one size needs equal pieces, and only the last may be smaller.
             self._unless(new[:-1] == [new[0]] * (len(new) - 1) and new[-1] <= new[0], new, dim)
         else:
             self._unless(new == [new[0]] * len(new), new, dim)
@@ -163,7 +184,10 @@ class _Mend:
             self.instead = aten.split_with_sizes.default, (self.node.args[0], sizes, dim), {}
 
     def _scale(self) -> None:
-        """An attention that divides by the root of the width of its queries goes on to divide by what that was."""
+        """Keep the scale of an attention whose queries became narrower.
+
+        By default the scores are divided by the root of the queries' width; the model was trained with the old width.
+        """
         query, kwargs = self.node.args[0], dict(self.node.kwargs)
         before = hint(self.before[query].shape[-1])  # type: ignore[index]
         if kwargs.get("scale") is None and before != sizes_of(query)[-1]:  # type: ignore[arg-type]
@@ -178,6 +202,7 @@ class _Mend:
         )
         if kept is None or bool(kept.all()):
             return
+        # Bounds are mapped to the number of kept indices before them.
         size, before = len(kept), [0, *accumulate(kept.long().tolist())]
         start = 0 if start is None else min(max(start + size if start < 0 else start, 0), size)
         self.draft.args = [x, dim, before[start], before[start] + new[dim]]
@@ -185,7 +210,7 @@ class _Mend:
             self.draft.args[3] = end if end is not None else (1 << 63) - 1
 
     def _groups(self, groups: int, turned: bool) -> int:
-        """Of a convolution: channels that enter over channels of one group."""
+        """Return the new number of groups of a convolution: input channels divided by input channels per group."""
         x, weight = self.node.args[0], self.node.args[1]
         entering = int(x.meta["val"].shape[1])  # type: ignore[union-attr]
         if turned:

@@ -1,4 +1,4 @@
-"""Which groups of units a target names, each by the op that makes them."""
+"""Groups of units that a target selects, each with the op that produces its units."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Groups whose units one site makes; why: a refusal."""
+    """Groups whose units one site produces. why: reason for a refusal, or empty."""
 
     site: Site
     groups: tuple[Group, ...] = ()
@@ -32,7 +32,14 @@ class Place:
 
 
 class Makers:
-    """Which groups the weight ops of a graph make and take in, and the first that makes each."""
+    """Groups that the weight ops of a graph produce and read.
+
+    Attributes:
+        run: coupling analysis of the graph.
+        makes: groups that each op produces.
+        takes: groups that each op reads.
+        lead: the first op that produces each group.
+    """
 
     def __init__(self, view: View) -> None:
         self.run: Coupling = coupling_of(view)
@@ -44,35 +51,47 @@ class Makers:
             if call.node not in live:
                 continue
             self.takes[call.node] = self.run.groups_along(operand(call), _features(call))
+            # A norm acts on units but does not produce them.
             if call.kind == NORM:
                 continue
             made = self.run.groups_along(call.node, _features(call))
+            # A residual add or a depthwise op passes groups through; such an op does not produce them.
             self.makes[call.node] = made - self.takes[call.node]
             for number in self.makes[call.node]:
                 self.lead.setdefault(number, call)
 
     def fits(self, number: int) -> bool:
+        """True if units of the group can be removed, and an op is known that produces them."""
         group = self.run.groups[number]
         return not group.why and group.units > 1 and number in self.lead
 
     def spent(self) -> bool:
-        """Whether there are units that nothing normalises or averages, but one alone in each group."""
+        """True if some group that no norm or mean mixes has one unit left."""
         groups = (self.run.groups[number] for number in self.lead)
         return any(group.units == 1 and not (group.why or group.mixed) for group in groups)
 
     def is_inner(self, number: int) -> bool:
-        """Whether nothing normalises or averages its units: their number is nobody else's business."""
+        """True if no norm or mean mixes the group's units, so their number affects no other values."""
         return self.fits(number) and not self.run.groups[number].mixed
 
 
 def _features(call: Call) -> int:
+    """Return the feature dimension of an op's input and output."""
     if call.kind == CONV or (call.op.layout == "o" and "batch" in str(call.node.target)):
         return 1
     return -2 if call.kind == LINEAR and call.x_axis == "column" else -1
 
 
 def places(view: View, target: str | None) -> list[Place]:
-    """Raises TargetError where a target misses."""
+    """Return the groups that a target selects, with the site that produces them.
+
+    Args:
+        view: the program.
+        target: target text, or None for all groups that no norm or mean mixes.
+
+    Raises:
+        TargetError: if a term of the target matches no site.
+    """
     makers = Makers(view)
     if target is None:
         return _led(view, makers, [number for number in makers.lead if makers.is_inner(number)])
@@ -81,6 +100,8 @@ def places(view: View, target: str | None) -> list[Place]:
     for site in select_sites(view.sites.sites, target):
         nodes = [call.node for call in site.calls]
         made, taken = (set().union(*(of[n] for n in nodes)) for of in (makers.makes, makers.takes))
+        # A site stands for the groups it produces. A group mixed by norms (the residual stream) is taken only if the
+        # site is the first that produces it, else every layer would remove features of the whole stream.
         found = {
             number
             for number in made
@@ -101,7 +122,7 @@ def places(view: View, target: str | None) -> list[Place]:
 
 
 def are_spent(view: View) -> bool:
-    """Whether groups within blocks have one unit left each, where none can be removed."""
+    """True if the groups inside blocks have one unit left each, and none can be removed."""
     return Makers(view).spent()
 
 
@@ -124,12 +145,12 @@ def _reason(site: Site, makers: Makers, touched: set[int]) -> str:
     others: Sequence[Group] = [makers.run.groups[n] for n in sorted(touched)]
     for group in (*made, *others):
         if group.why:
-            return f"its units cannot go: {group.why}"
+            return f"its units cannot be removed: {group.why}"
     for group in made:
         if group.units == 1:
-            return "its units all depend on each other, so that none can go alone"
+            return "its units all depend on each other, so none can be removed alone"
     for group in (*made, *others):
         if group.mixed and group.number in makers.lead:
             lead = makers.lead[group.number].module_path
-            return f"its units are those of {lead}, which {group.mixed} takes together; target that to remove some"
-    return "it makes no units that could be removed, and takes none in"
+            return f"its units are those of {lead}, and {group.mixed} combines them; target {lead} to remove some"
+    return "it neither produces nor reads units that can be removed"

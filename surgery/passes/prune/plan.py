@@ -1,4 +1,4 @@
-"""Which units go, decided for all places together, and written down by tensor and axis."""
+"""Selects the units to remove, for all places together, and records them by tensor and axis."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from surgery.graph.sites import Measurements
     from surgery.graph.view import View
 
-_LEFT = 0.1  # of the units of a group, at least, where all are ranked together
+# Fraction of the units that every group keeps, if all groups are ranked together.
+_LEFT = 0.1
 
 
 @dataclass(frozen=True)
 class Request:
-    """See PruneFilters."""
+    """Options of PruneFilters."""
 
     ratio: float
     importance: str
@@ -37,6 +38,7 @@ class Request:
 
 
 def refusal(place: Place, request: Request) -> str | None:
+    """Return the reason why nothing can be removed at a place, or None."""
     if place.why:
         return place.why
     if request.scope == "local" and not any(_local(group, place.site, request) for group in place.groups):
@@ -58,11 +60,17 @@ def _what(site: Site, group: Group) -> str:
     return "filters" if site.kind == CONV else "neurons" if site.role.startswith("mlp") else "units"
 
 
-# -- deciding
+# -- Selection
 
 
 def decide(places: Sequence[Place], request: Request, probe: Measurements) -> dict[SiteKey, dict[str, Any]]:
-    """What the journal says of each place that is not refused."""
+    """Return the journal data of each place that is not refused.
+
+    Args:
+        places: places to prune.
+        request: options of the pass.
+        probe: measurements of the program.
+    """
     view = probe.view
     run, accepted = coupling_of(view), [place for place in places if refusal(place, request) is None]
     going = _going(accepted, request, probe)
@@ -74,6 +82,7 @@ def decide(places: Sequence[Place], request: Request, probe: Measurements) -> di
     owner = _owners(accepted, keep, view)
     found = {}
     for place in accepted:
+        # Each place reports its own savings, so they are computed as if it were pruned alone.
         own = torch.ones_like(keep)
         for group in place.groups:
             own[group.of(going[group.number])] = False
@@ -98,7 +107,10 @@ def decide(places: Sequence[Place], request: Request, probe: Measurements) -> di
 
 
 def _owners(places: Sequence[Place], keep: Tensor, view: View) -> dict[str, SiteKey]:
-    """The place that writes down each tensor: of a weight the one that makes its units, so that a bias goes with it."""
+    """Map each pruned tensor to the place that records it.
+
+    A weight is recorded by the place that produces its units, so that its bias is recorded at the same place.
+    """
     made = {
         coupling_of(view).name(call.weight): call.layout.index("d" if call.kind == EMBEDDING else "o")
         for call in view.calls
@@ -107,6 +119,7 @@ def _owners(places: Sequence[Place], keep: Tensor, view: View) -> dict[str, Site
     found: dict[str, SiteKey] = {}
     for place in places:
         for axis in (axis for group in place.groups for axis in group.axes):
+            # An axis that loses no index is not recorded.
             if bool(keep[axis.atoms].all()):
                 continue
             if axis.axis == made.get(axis.tensor, 0):
@@ -117,8 +130,9 @@ def _owners(places: Sequence[Place], keep: Tensor, view: View) -> dict[str, Site
 
 
 def _going(places: Sequence[Place], request: Request, probe: Measurements) -> dict[int, Tensor]:
-    """The units that go, by group."""
+    """Return the units to remove, by group."""
     view = probe.view
+    # Taylor scores of all parameters are comparable. For l1 and l2, only weights count, relative to their tensor.
     worth, relative = _worth(request, probe), request.importance != "taylor"
     if relative:
         calls = [call for call in view.calls if call.kind != NORM and call.weight is not None]
@@ -150,13 +164,13 @@ def _worth(request: Request, probe: Measurements) -> Value:
     return cache(value)
 
 
-# -- written down, and read again
+# -- Journal data
 
 
 def _written(
     run: Coupling, names: Sequence[str], keep: Tensor, parameters: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-    """The tensors, and the lists of indices that are removed; those of many tensors are the same."""
+    """Return the pruned tensors and the lists of removed indices; equal lists are stored once."""
     lists: dict[tuple[int, ...], int] = {}
     tensors = []
     for name in names:
@@ -166,6 +180,7 @@ def _written(
             gone = torch.nonzero(~keep[axis.atoms]).reshape(-1).tolist() if axis is not None else []
             if axis is not None and gone:
                 shape[axis.axis] -= len(gone)
+                # The journal stores equal index lists once, since all tensors of a residual stream share them.
                 removed[str(axis.axis)] = lists.setdefault(tuple(gone), len(lists))
         tensors.append(
             {
@@ -180,7 +195,13 @@ def _written(
 
 
 def left_of(value: Tensor, known: Mapping[str, Any], lists: Sequence[Sequence[int]]) -> Tensor:
-    """What is left of a tensor."""
+    """Return a tensor without its removed indices.
+
+    Args:
+        value: the full tensor.
+        known: the tensor's entry in the journal data.
+        lists: lists of removed indices.
+    """
     for axis, number in known["removed"].items():
         stays = torch.ones(value.shape[int(axis)], dtype=torch.bool, device=value.device)
         stays[list(lists[number])] = False
@@ -189,7 +210,7 @@ def left_of(value: Tensor, known: Mapping[str, Any], lists: Sequence[Sequence[in
 
 
 def kept_atoms(run: Coupling, sites: Sequence[Site]) -> Tensor:
-    """The atoms that stay, from what the sites say is removed."""
+    """Return a mask of the atoms that are kept, from the journal data of sites."""
     keep = torch.ones(len(run.unit_of), dtype=torch.bool)
     for site in sites:
         for known in site.decided["tensors"]:

@@ -1,4 +1,4 @@
-"""How ops pass labels on, and what they couple. What no rule knows keeps all that enters it as it is, by name."""
+"""Coupling rules of all ops. An op without a rule freezes everything that enters it, and the refusal names the op."""
 
 from __future__ import annotations
 
@@ -34,19 +34,25 @@ from surgery.passes.prune.products import Term, aligned, merge, product, split_l
 
 
 def follow(run: Coupling, node: fx.Node) -> Labels | list[Labels]:
-    """Labels of the node, or of each of its results. Raises Unclear."""
+    """Return the labels of a node, or of each of its results.
+
+    Raises:
+        Unclear: if a size depends on data.
+    """
     name, given = packet(node.target), arguments(node)
     if node.target is operator.getitem:
         return _getitem(run, node)
     rule = _RULES.get(name) or _RULES.get(name.removesuffix("_"))
     if rule is not None:
         return rule(run, node, given)
+    # The weights that read a unit are removed with it, so f(0) ≠ 0 does no harm, and any pointwise op is allowed.
     if is_broadcast(node.target) or rule_of(node.target) is DataflowRule.NONLINEAR:
         return pointwise(run, node, tensors((node.args, node.kwargs)))
-    return run.unknown(node, "what it does to units is not known")
+    return run.unknown(node, "no pruning rule for this op")
 
 
 def pointwise(run: Coupling, node: fx.Node, operands: Sequence[fx.Node]) -> Labels:
+    """Handle a pointwise op: the operands' labels are combined with broadcasting."""
     return merge(run, [aligned(run, node, n) for n in operands], sizes_of(node), where(node), defer=True)
 
 
@@ -60,11 +66,11 @@ def _getitem(run: Coupling, node: fx.Node) -> Labels:
     return list(parts[index]) if parts else []  # type: ignore[index]
 
 
-# -- ops on some dimensions
+# -- Ops that act on some dimensions
 
 
 def _along(argument: str, what: str) -> Rule:
-    """An op of one tensor whose results along a dimension depend on all of it."""
+    """Return the rule of an op of one tensor whose results depend on all elements along a dimension."""
 
     def rule(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels]:
         x, dim = node.args[0], given[argument]
@@ -80,7 +86,7 @@ def _along(argument: str, what: str) -> Rule:
 
 def _reduce(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels]:
     x = node.args[0]
-    if "other" in given:  # the larger of two
+    if "other" in given:  # The elementwise maximum or minimum of two tensors.
         return pointwise(run, node, tensors(node.args))
     rank = len(sizes_of(x))  # type: ignore[arg-type]
     dims = given.get("dim")
@@ -88,6 +94,7 @@ def _reduce(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels]
     gone = {d % rank for d in dims}
     found = []
     for label in run.labels.get(x, ()):  # type: ignore[arg-type]
+        # A mean over positions keeps channels apart; a mean over channels combines them.
         left = run.reduced(label, gone, where(node))
         if left is not None:
             kept = (
@@ -101,12 +108,12 @@ def _reduce(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels]
 
 
 def _spatial(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels]:
-    """Pooling and resampling: channels are kept apart."""
+    """Handle pooling and resampling, which act on each channel separately."""
     (digit,) = re.findall(r"(\d)d", packet(node.target))
     count = int(digit)
     labels = run.labels.get(node.args[0], [])  # type: ignore[arg-type]
     for label in labels:
-        run.keep_whole(label, range(label.dim() - count, label.dim()), f"{where(node)} works along it")
+        run.keep_whole(label, range(label.dim() - count, label.dim()), f"{where(node)} acts along it")
     if isinstance(node.meta["val"], (list, tuple)):
         return [list(labels) for _ in node.meta["val"]]
     return list(labels)
@@ -120,11 +127,11 @@ def _pad(run: Coupling, node: fx.Node, given: Given) -> Labels:
     return list(labels)
 
 
-# -- norms
+# -- Norms
 
 
 def _channels(run: Coupling, node: fx.Node, given: Given) -> Labels:
-    """Batch and instance norm: every channel by itself."""
+    """Handle batch and instance norm, which normalize each channel separately."""
     held = tensors((node.args[1:], node.kwargs))
     x = aligned(run, node, node.args[0])  # type: ignore[arg-type]
     return merge(
@@ -133,13 +140,15 @@ def _channels(run: Coupling, node: fx.Node, given: Given) -> Labels:
 
 
 def _group_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    """Handle group norm: the same number of channels must remain in each group, or whole groups are removed."""
     groups = given["num_groups"]
     for label in run.labels.get(node.args[0], ()):  # type: ignore[arg-type]
         if covered(label) != {1}:
-            run.freeze(label, f"{where(node)} normalises along it")
+            run.freeze(label, f"{where(node)} normalizes along it")
         elif groups == 1:
             run.mix(label, where(node))
         else:
+            # Channels of a normalization group depend on each other, so the group is removed as a whole.
             split = label.reshape(groups, -1)
             run.couple(split, split[:, :1])
     return _channels(run, node, given)
@@ -148,6 +157,7 @@ def _group_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
 def _layer_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
     x, rank = node.args[0], len(sizes_of(node))
     normed = set(range(rank - len(given["normalized_shape"]), rank))
+    # A norm over the last dimensions mixes its units, but their scale parameters are still per unit.
     for label in run.labels.get(x, ()):  # type: ignore[arg-type]
         run.reduced(label, normed, where(node))
     held = tensors((node.args[2:], node.kwargs))
@@ -155,7 +165,7 @@ def _layer_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
     return merge(run, operands, sizes_of(node), where(node), defer=True)
 
 
-# -- products
+# -- Products
 
 
 def _term(run: Coupling, node: Any, letters: str) -> Term:
@@ -195,7 +205,7 @@ def _matmul(run: Coupling, node: fx.Node, given: Given) -> Labels:
 def _einsum(run: Coupling, node: fx.Node, given: Given) -> Labels:
     equation = given["equation"].replace(" ", "")
     if "..." in equation or "->" not in equation:
-        return run.unknown(node, f"its equation {equation!r} leaves letters out")
+        return run.unknown(node, f"its equation {equation!r} omits letters")
     inputs, output = equation.split("->")
     if any(len(set(letters)) < len(letters) for letters in inputs.split(",")):
         return run.unknown(node, f"its equation {equation!r} takes a diagonal")
@@ -204,6 +214,7 @@ def _einsum(run: Coupling, node: fx.Node, given: Given) -> Labels:
 
 
 def _attention(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    """Handle scaled_dot_product_attention as two products with a softmax between them."""
     q, k, v = (given[name] for name in ("query", "key", "value"))
     rank = len(sizes_of(q))
     batch = split_letters(rank - 2)
@@ -215,16 +226,17 @@ def _attention(run: Coupling, node: fx.Node, given: Given) -> Labels:
     scores = product(run, terms[:2], batch + "st", where(node))
     mask = given.get("attn_mask")
     if isinstance(mask, fx.Node):
+        # A mask broadcasts over batch and heads, so its labels are aligned from the right.
         lead = [1] * (rank - len(sizes_of(mask)))
         labels = [label.reshape([*lead, *label.shape]) for label in run.labels.get(mask, ())]
         scores = merge(run, [(scores, shape), (labels, [*lead, *sizes_of(mask)])], shape, where(node))
     for label in scores:
-        run.keep_whole(label, {rank - 1}, f"{where(node)} normalises along it")
+        run.keep_whole(label, {rank - 1}, f"{where(node)} normalizes along it")
     return product(run, [Term(scores, shape, batch + "st"), terms[2]], batch + "se", where(node))
 
 
 def _repeated(term: Term, heads: int) -> Term:
-    """Each head of keys and values for its group of query heads."""
+    """Repeat each head of the keys or values for its group of query heads (grouped-query attention)."""
     times = heads // term.sizes[-3]
     labels = [one.repeat_interleave(times, -3) if one.shape[-3] > 1 else one for one in term.labels]
     return Term(labels, [*term.sizes[:-3], heads, *term.sizes[-2:]], term.letters)
@@ -234,6 +246,7 @@ def _embedding(run: Coupling, node: fx.Node, given: Given) -> Labels:
     rank, found = len(sizes_of(node)), []
     for label in run.labels.get(given["weight"], ()):
         if covered(label) == {0}:
+            # Rows are selected by the input ids, so none of them may be removed.
             run.freeze(label, f"{where(node)} looks up its rows")
         else:
             found.append(label.reshape([1] * (rank - 1) + [-1]))
@@ -247,9 +260,9 @@ def _prelu(run: Coupling, node: fx.Node, given: Given) -> Labels:
 
 
 def _shape_only(run: Coupling, node: fx.Node, given: Given) -> Labels:
-    """Its values do not depend on those of what it reads, but their number does."""
+    """Handle an op that creates a tensor of its input's size: it does not read the values, but their number."""
     for label in run.labels.get(node.args[0], ()):  # type: ignore[arg-type]
-        run.freeze(label, f"{where(node)} is made in its size")
+        run.freeze(label, f"{where(node)} creates a tensor of its size")
     return []
 
 
@@ -277,8 +290,8 @@ _RULES: dict[str, Rule] = {
     **_names("cat concat", cat),
     **_names("stack", stack),
     **_names("pixel_shuffle", pixels),
-    **_names("softmax _softmax _safe_softmax log_softmax _log_softmax", _along("dim", "normalises along it")),
-    **_names("cumsum cumprod sort topk", _along("dim", "works along it")),
+    **_names("softmax _softmax _safe_softmax log_softmax _log_softmax", _along("dim", "normalizes along it")),
+    **_names("cumsum cumprod sort topk", _along("dim", "acts along it")),
     **_names("mean sum var std amax amin max min prod any all norm logsumexp argmax argmin", _reduce),
     **_names("var_mean std_mean linalg_vector_norm", _reduce),
     **{

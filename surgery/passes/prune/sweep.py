@@ -1,4 +1,4 @@
-"""Sends the labels of every tensor through a graph, node by node, and forms units from what the rules couple."""
+"""Sends the labels of every tensor through a graph, and forms units from the couplings that the rules report."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from surgery.passes.prune.labels import carries
 
 
 def coupling_of(view: View) -> Coupling:
-    """The coupling of a view's graph, made once for the view."""
+    """Return the coupling analysis of a view's graph, computed once for the view."""
     return view.once(Coupling, lambda: couple(view.graph, view.names))
 
 
 def couple(graph: fx.Graph, names: Mapping[str, tuple[str, ...]]) -> Coupling:
-    """The coupling of all units of a graph.
+    """Analyze which units of a graph must be removed together.
 
     Args:
         graph: a captured graph whose nodes have `val`.
@@ -43,12 +43,13 @@ def _visit(run: Coupling, node: fx.Node) -> None:
     if node.op == "output":
         for operand in node.all_input_nodes:
             for label in run.labels.get(operand, ()):
-                run.freeze(label, "the model returns what it makes")
+                run.freeze(label, "the model returns them")
         return
     if node.op != "call_function" or not any(
         run.labels.get(n) or any(run.parts.get(n, ())) for n in node.all_input_nodes
     ):
         return
+    # An adapter was built for the present number of units, so the units around it are kept.
     if is_aux(node):
         run.labels[node] = run.unknown(node, carries(node))
         return
@@ -56,6 +57,7 @@ def _visit(run: Coupling, node: fx.Node) -> None:
         found = rules.follow(run, node)
     except Unclear as error:
         found = run.unknown(node, str(error))
+    # An op with several results (split, chunk) returns one list of labels for each.
     if found and isinstance(found[0], list):
         run.parts[node] = [run.checked(node, part) for part in found]
     else:

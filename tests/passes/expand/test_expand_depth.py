@@ -74,7 +74,7 @@ def test_later_passes_stand_on_a_copy(net):
 
 
 def test_refusals(net):
-    with pytest.raises(PassError, match="--after 9: there are the blocks 0, 1, 2, 3"):
+    with pytest.raises(PassError, match="--after 9: no such block; the blocks are 0, 1, 2, 3"):
         net.apply(surgery.Expand(after="9"))
     with pytest.raises(PassError, match="give one of --deeper"):
         surgery.Expand(deeper=1, wider="2")

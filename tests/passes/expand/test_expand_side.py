@@ -25,7 +25,7 @@ def test_refusals():
     assert torch.equal(
         base.apply(surgery.Expand(side="conv", size=4, kernel=5, target="0")).run(), base.run()
     )
-    with pytest.raises(PassError, match="give a --kernel of its parity"):
+    with pytest.raises(PassError, match="give a --kernel of the same parity"):
         base.apply(surgery.Expand(side="conv", kernel=2, target="0"))
     with pytest.raises(PassError, match="--side needs a target"):
         base.apply(surgery.Expand(side="dense"))

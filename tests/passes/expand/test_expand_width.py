@@ -39,7 +39,7 @@ def test_later_passes_see_the_new_sizes():
 def test_refusals():
     with pytest.raises(PassError, match="layer_norm lies between"):
         mlp(nn.LayerNorm(8)).apply(surgery.Expand(wider="1.5", target="0"))
-    with pytest.raises(PassError, match=r"--wider '0\.5' is no growth"):
+    with pytest.raises(PassError, match=r"--wider '0\.5' adds no units"):
         surgery.Expand(wider="0.5")
     with pytest.raises(PassError, match=r"'lora'.*apply expand first"):
         mlp().apply(surgery.Lora(target="0", rank=2)).apply(surgery.Expand(wider="1.5", target="0"))
