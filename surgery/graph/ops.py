@@ -165,6 +165,7 @@ def _own_node(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def rank_of(node: fx.Node) -> int:
+    """Return the number of dimensions of a node's tensor, or -1."""
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else -1
 

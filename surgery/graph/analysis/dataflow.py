@@ -81,6 +81,7 @@ def op_name(target: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def rule_of(target: Any) -> Rule:
+    """Return the rule of an op; ops that are not listed take the union."""
     return Rule.FIRST if target is operator.getitem else _RULE_BY_NAME.get(op_name(target), Rule.UNION)
 
 
@@ -113,6 +114,7 @@ class Dataflow:
     constant: set[fx.Node] = field(default_factory=set)
 
     def of(self, value: Any) -> Origins:
+        """Return the origins of a value; empty for a value that is not a tensor."""
         return self.origins.get(value, {}) if isinstance(value, fx.Node) else {}
 
     def expanded(self, origins: Origins, limit: int = 32) -> Origins:

@@ -173,12 +173,14 @@ def _note_write(node: fx.Node, written: dict[fx.Node, fx.Node]) -> None:
 
 
 def is_value(node: fx.Node) -> bool:
+    """True if a node computes a tensor, or several, from other values."""
     if node.op != "call_function" or rule_of(node.target) is Rule.NOTHING:
         return False
     return isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
 
 
 def is_add(node: fx.Node) -> bool:
+    """True if a node is an addition."""
     return node.op == "call_function" and op_name(node.target) in ("add", "add_")
 
 

@@ -26,6 +26,7 @@ class Draft:
 
     @classmethod
     def of(cls, node: fx.Node) -> Draft:
+        """Copy the arguments of a node."""
         return cls(node.target, list(node.args), dict(node.kwargs))
 
     def get(self, index: int, name: str, default: Any = None) -> Any:

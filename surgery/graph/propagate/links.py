@@ -44,6 +44,7 @@ def is_broadcast(target: Any) -> bool:
 
 
 def is_tensor(value: Any) -> bool:
+    """True if a value is a node that holds a tensor."""
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
@@ -55,6 +56,7 @@ def tensors(args: Any) -> list[fx.Node]:
 
 
 def rank(node: fx.Node) -> int:
+    """Return the number of dimensions of a node's tensor."""
     return int(node.meta["val"].dim())
 
 

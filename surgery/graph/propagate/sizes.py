@@ -50,6 +50,7 @@ def _settle(found: sympy.Expr, size: torch.SymInt) -> sympy.Expr:
 
 
 def same(a: Size, b: Size) -> bool:
+    """True if two sizes are equal for all values of their symbols; adds no guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return bool(expr(a) == expr(b))
@@ -69,6 +70,7 @@ def hint(size: Size) -> int:
 
 
 def is_one(size: Size) -> bool:
+    """True if a size is 1 for all values of its symbols."""
     return size == 1 if isinstance(size, int) else bool(expr(size) == 1)
 
 
@@ -78,6 +80,7 @@ def on_data(value: Any) -> bool:
 
 
 def is_size(value: Any) -> bool:
+    """True for an int or SymInt, but not for a bool."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
