@@ -1,4 +1,4 @@
-"""Capture: loaders turn a reference into a module with example inputs; `trace` turns that into a graph."""
+"""Loading and tracing: a loader turns a reference into a module with example inputs, `trace` captures it as a graph."""
 
 from surgery.capture.module import from_module
 from surgery.capture.shapes import dynamic_axes, fresh_inputs, named_sizes, other_sizes

@@ -1,4 +1,4 @@
-"""Gives up what torch.export will not have of a dynamic dimension: an end of its range, or the whole of it."""
+"""Narrowing of dynamic dimensions that torch.export rejects: an end of the range, or the whole dimension."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from torch.export import Dim
 
 from surgery.capture.shapes import Axis
 
-# What torch.export will not have: `L['ids'].size()[1] != 64` or `((-1) + L['ids'].size()[1]) != 1`, because a
-# slice to the full table and a slice to one element are cases of their own to it.
+# A guard that excludes one size: `L['ids'].size()[1] != 64` or `((-1) + L['ids'].size()[1]) != 1`. torch.export adds
+# it because it treats a slice of the full table, and a slice of one element, as special cases.
 _EXCLUDED = re.compile(r"(?:\(\((-?\d+)\) \+ )?L\['(\w+)'\]\.size\(\)\[(\d+)\]\)? != (\d+)")
-# Its own advice: `seq = Dim('seq', min=3, max=64)`.
+# A fix suggested by torch.export: `seq = Dim('seq', min=3, max=64)`.
 _ADVICE = re.compile(r"^\s*(\w+) = Dim\('\w+', min=(\d+)", re.MULTILINE)
+# Largest lower bound to accept from such a suggestion: a higher one excludes more than an end of the range.
 _SMALL = 4
 _FIXED = re.compile(r"You marked (.+?) as dynamic but your code specialized it to be a constant \((\d+)\)")
 _SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
 
 
 def fixed_dimensions(message: str, axes: list[Axis]) -> dict[str, int]:
-    """The named dimensions that the model's code makes constants of, from torch.export's error, with their sizes."""
+    """Parse torch.export's error for dynamic dimensions that the model's code specializes to a constant.
+
+    Returns:
+        The constant size of each such dimension by name.
+    """
     found: dict[str, int] = {}
     for name, size in _FIXED.findall(message):
         place = _SIZE.match(name)
@@ -30,12 +35,13 @@ def fixed_dimensions(message: str, axes: list[Axis]) -> dict[str, int]:
             None,
         )
         if axis is not None:
+            # Convert the size of a derived dimension (scale * root + offset) to that of its root.
             found[axis.root] = (int(size) - axis.offset) // axis.scale
     return found
 
 
 def without(shapes: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """`shapes` with named dimensions left out, and what is derived from them."""
+    """Copy of `shapes` in which the named dimensions, and dimensions derived from them, are static."""
 
     def leave_out(spec: Any) -> Any:
         if isinstance(spec, Mapping):
@@ -49,11 +55,18 @@ def without(shapes: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]
 
 
 def without_ends(shapes: Mapping[str, Any], axes: list[Axis], message: str) -> dict[str, Any] | None:
-    """`shapes` with every value that torch excludes cut off its dimension's range; None where that is not just
-    an end of it (a few of the smallest sizes, or the very largest).
+    """Narrow the ranges of dimensions so that they no longer contain sizes that torch.export excludes.
 
-    A GPT-Neo whose table has 2048 positions has `seq` up to 2047 then: torch.export makes a slice of all 2048
-    a case of its own.
+    Only an end of a range is cut off: a few of the smallest sizes, or the largest. For example, `seq` of a GPT-Neo
+    with 2048 positions gets the upper bound 2047, because torch.export treats a slice of all 2048 as a special case.
+
+    Args:
+        shapes: dynamic shapes by input name.
+        axes: the dynamic axes in `shapes`.
+        message: error message of torch.export.
+
+    Returns:
+        The narrowed shapes, or None if the message excludes no size at an end of a range.
     """
     roots = {(axis.input, axis.axis): axis for axis in axes if (axis.scale, axis.offset) == (1, 0)}
     cut: dict[str, tuple[int, int]] = {}
@@ -65,6 +78,7 @@ def without_ends(shapes: Mapping[str, Any], axes: list[Axis], message: str) -> d
         low, high = cut.get(axis.root, (axis.low, axis.high))
         if excluded == high:
             cut[axis.root] = (low, high - 1)
+        # torch.export specializes sizes 0 and 1, so 2 is the smallest dynamic size.
         elif max(low, 2) == excluded:
             cut[axis.root] = (excluded + 1, high)
     for root, low_text in _ADVICE.findall(message):
@@ -85,6 +99,7 @@ def without_ends(shapes: Mapping[str, Any], axes: list[Axis], message: str) -> d
             return type(spec)(replace(item) for item in spec)
         root = getattr(spec, "root", None)
         if root is not None and root.__name__ in fresh:
+            # Derive the dimension again from the new root; `fn` is linear, so two values determine it.
             base, scale, offset = fresh[root.__name__], spec.fn(1) - spec.fn(0), spec.fn(0)
             return scale * base + offset if offset else scale * base
         return fresh.get(getattr(spec, "__name__", ""), spec)

@@ -1,4 +1,4 @@
-"""Is a capture what eager is? Run both, at the example's sizes and at others."""
+"""Comparison of a captured graph with the eager module, at the example sizes and at other sizes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ from surgery.capture.shapes import Axis, fresh_inputs, input_names
 from surgery.capture.types import Captured
 from surgery.common.errors import CaptureError
 
-# Graph and eager run the same ATen ops on the same kernels in the same order: the example agrees to the bit
-# in nearly every model. What differs is which form of a mask or an attention kernel is chosen (an all-ones
-# mask is dropped in eager and kept in the graph), a few reassociated sums: 64 and 1024 units in the last place
-# of the largest output. A baked-in size or mask is wrong in the first digit.
+# Tolerances in units in the last place (ULP) of the largest output value. The graph and the eager module run the
+# same ATen ops on the same kernels in the same order, so nearly every model agrees bit for bit on the example.
+# Small differences come from another attention kernel or mask form (eager drops an all-ones mask, the graph keeps
+# it), which reorders a few sums. A baked-in size or mask produces an error in the first digit.
 _EXAMPLE_ULPS = 64
 _OTHER_ULPS = 1024
 
 
 def in_memory(module: nn.Module) -> bool:
-    """Whether every weight has real storage (not fake, not on the meta device)."""
+    """True if every parameter and buffer has real storage (is neither fake nor on the meta device)."""
     tensors = [*module.parameters(), *module.buffers()]
     return not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)
 
 
 def refuse_static(captured: Captured, axes: list[Axis]) -> None:
-    """Raise CaptureError where an axis that was to be dynamic is a number in the graph."""
+    """Check that every requested dynamic axis is symbolic in the graph.
 
+    Raises:
+        CaptureError: an axis became a constant during the export.
+    """
     names = input_names(captured)
     values = [*captured.args, *captured.kwargs.values()]
     placeholders = iter(node for node in captured.graph.nodes if node.op == "placeholder")
+    # One placeholder exists for each pytree leaf, in pytree order. The leaves have to be walked along with the
+    # placeholders, because placeholder names of nested inputs differ from the names that `Axis.input` uses.
     by_name = {}
     for name, value in zip(names, values, strict=True):
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
@@ -52,10 +57,15 @@ def refuse_static(captured: Captured, axes: list[Axis]) -> None:
 
 
 def compare(module: nn.Module, captured: Captured, sizes: Mapping[str, int] | None = None) -> None:
-    """Run eager and capture on the example inputs, or on fresh ones at `sizes`.
+    """Compare the outputs of the eager module and of the captured graph.
 
-    `module` must already return what the capture returns. Raises CaptureError naming the first output that
-    differs.
+    Args:
+        module: the eager module; its outputs must have the structure of the captured graph's outputs.
+        captured: the captured graph.
+        sizes: sizes of the named dimensions for fresh random inputs; None runs the example inputs.
+
+    Raises:
+        CaptureError: one of the two fails to run, or an output differs; the message names the first such output.
     """
     if sizes is None:
         args, kwargs, ulps, at = captured.args, dict(captured.kwargs), _EXAMPLE_ULPS, "the example inputs"
@@ -69,15 +79,15 @@ def compare(module: nn.Module, captured: Captured, sizes: Mapping[str, int] | No
                 expected = module(*args, **kwargs)
             except Exception as error:
                 raise CaptureError(
-                    f"eager itself fails at {at}: {_first_line(error)}; narrow the range"
+                    f"the eager module fails at {at}: {_first_line(error)}; narrow the range of the dimension"
                 ) from error
         with _same_state(module):
             try:
                 got = captured.graph_module(*args, **kwargs)
             except Exception as error:
                 raise CaptureError(
-                    f"the capture fails at {at}, where eager runs: {_first_line(error)}; a size is baked into "
-                    "the model's code: leave that dimension static"
+                    f"the capture fails at {at}, but the eager module runs: {_first_line(error)}; the model's "
+                    "code fixes a size, so make that dimension static"
                 ) from error
     problem = difference(expected, got, ulps)
     if problem is not None:
@@ -85,9 +95,16 @@ def compare(module: nn.Module, captured: Captured, sizes: Mapping[str, int] | No
 
 
 def difference(expected: object, got: object, ulps: int) -> str | None:
-    """The first difference between two outputs, as a clause; None where there is none.
+    """Describe the first difference between two outputs.
 
-    Floats may differ by `ulps` units in the last place of the largest expected value; all else must be equal.
+    Args:
+        expected: the outputs of the eager module (any pytree).
+        got: the outputs to check.
+        ulps: allowed difference of floats, in units in the last place of the largest expected value. All other
+            values must be equal.
+
+    Returns:
+        A clause for an error message, or None if the outputs agree.
     """
     wanted, wanted_spec = pytree.tree_flatten_with_path(expected)
     found, found_spec = pytree.tree_flatten_with_path(got)
@@ -105,6 +122,7 @@ def difference(expected: object, got: object, ulps: int) -> str | None:
             if not torch.equal(a, b):
                 return f"{name} differs in {int((a != b).sum())} of {a.numel()} values"
             continue
+        # Infinite entries, such as those of a mask, would make the tolerance infinite.
         finite = a[torch.isfinite(a)].double().abs()
         largest = max(1.0, float(finite.max())) if finite.numel() else 1.0
         tolerance = ulps * torch.finfo(a.dtype).eps * largest
@@ -121,7 +139,10 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _same_state(module: nn.Module) -> Iterator[None]:
-    """The same random numbers and the same buffers for both runs; both are restored."""
+    """Fix the random seed during the block, and restore the random state and the buffers after it.
+
+    Without it, dropout or an updated running statistic would make the second run differ from the first.
+    """
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

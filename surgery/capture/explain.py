@@ -1,4 +1,4 @@
-"""One clear sentence from what torch.export raises."""
+"""One-sentence explanations of the errors that torch.export raises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
-# (in the message or the type's name, what it means, what to do)
+# (text in the message or in the name of the exception type, meaning, remedy)
 _KNOWN = (
     (
         "GuardOnDataDependent",
@@ -35,7 +35,11 @@ _KNOWN = (
         "the size of an output depends on the values of a tensor",
         "use torch.where",
     ),
-    ("Unsupported FakeTensor", "the example inputs hold values that cannot be traced", "give plain tensors"),
+    (
+        "Unsupported FakeTensor",
+        "the example inputs contain values that cannot be traced",
+        "pass plain tensors",
+    ),
     (
         "UnsupportedOperatorException",
         "an op has no shape rule (fake implementation)",
@@ -45,7 +49,11 @@ _KNOWN = (
 
 
 def explain(error: BaseException) -> str:
-    """`what is wrong (at file:line in function: `code`); remedy`, from an error raised while exporting."""
+    """Explain an error raised by torch.export in one sentence.
+
+    The form is "cause at file:line in function: `code`; remedy". The place is left out if the error does not come
+    from the model's code, and the remedy if the error is unknown.
+    """
     text = f"{type(error).__name__}: {error}"
     constraint = _constraint(text)
     if constraint is not None:
@@ -60,14 +68,14 @@ def explain(error: BaseException) -> str:
 
 
 def _constraint(text: str) -> str | None:
-    """The first violated constraint on a dynamic dimension, with the range that torch suggests."""
+    """Explain a violated constraint on a dynamic dimension, with the range torch suggests; None for other errors."""
     static = re.search(
         r"marked (.+?) as dynamic but your code specialized it to be a constant \((\d+)\)", text
     )
     if static:
         dimension = _readable(static[1])
         return (
-            f"dimension {dimension} is the constant {static[2]} to this model's code, so it cannot be dynamic; "
+            f"the model's code fixes dimension {dimension} to the constant {static[2]}, so it cannot be dynamic; "
             "leave it out of the dynamic dimensions"
         )
     suggested = re.search(r"Suggested fixes:\s*\n(.+?)(?:\n\s*\n|\Z)", text, re.DOTALL)
@@ -76,18 +84,19 @@ def _constraint(text: str) -> str | None:
     if values or "onstraints violated" in text:
         name = _readable(values[1]) if values else "a dynamic dimension"
         fix = f"; torch suggests {', '.join(ranges[:3])}" if ranges else "; narrow its range"
-        return f"the model does not hold for the whole range of {name}{fix}"
+        return f"the model does not support the whole range of {name}{fix}"
     return None
 
 
 def _readable(name: str) -> str:
+    """Translate torch's name of a dimension: `L['x'].size()[1]` becomes `axis 1 of input 'x'`."""
     name = name.split(" = ")[0]
     found = re.match(r"L\['(\w+)'\](?:\[\d+\])*\.size\(\)\[(\d+)\]", name)
     return f"axis {found[2]} of input '{found[1]}'" if found else f"'{name}'"
 
 
 def _place(error: BaseException) -> str:
-    """The innermost frame of the user's model code, outside torch and outside us."""
+    """Location of the innermost frame in the model's code, outside torch and surgery; "" if there is none."""
     frames = [frame for e in _chain(error) for frame in traceback.extract_tb(e.__traceback__)]
     outside = [
         frame
@@ -97,6 +106,7 @@ def _place(error: BaseException) -> str:
         and not frame.filename.endswith(("contextlib.py", "threading.py", "functools.py"))
     ]
     models = [f for f in outside if f.name != "<module>"]
+    # Only frames below the patched `forward` in capture/trace.py belong to the model. Frames above it are the caller's.
     inside_forward = [i for i, f in enumerate(frames) if f.filename.startswith(_HERE) and f.name == "forward"]
     if not inside_forward or not models or frames.index(models[-1]) < inside_forward[0]:
         return ""
@@ -107,6 +117,7 @@ def _place(error: BaseException) -> str:
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
+    """The error followed by its causes."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)

@@ -1,4 +1,4 @@
-"""`hf:DIR_OR_ID`: a transformers model from a directory or the local cache."""
+"""Loader of `hf:DIR_OR_ID`: a transformers model from a directory or the local cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from surgery.common.errors import LoadError, MissingExtraError, nearest
 
 PREFIX = "hf:"
 
-# transformers' task names, first class that has the architecture wins.
+# Auto classes by transformers task name. The first class that supports the architecture is used.
 TASKS: dict[str, tuple[str, ...]] = {
     "audio-classification": ("AutoModelForAudioClassification",),
     "automatic-speech-recognition": ("AutoModelForCTC", "AutoModelForSpeechSeq2Seq"),
@@ -55,15 +55,17 @@ ALIASES = {
     "speech-recognition": "automatic-speech-recognition",
     "semantic-segmentation": "image-segmentation",
 }
-# State-space models unroll their scan over these: captured at the example's length, which is noted.
+# State-space models unroll their scan over these dimensions, so the capture may fix them at the example's length.
 _LENGTHS = frozenset({"seq", "src_seq", "tgt_seq"})
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 
 def load(ref: str, options: LoadOptions) -> LoadedModel | None:
-    """Load `hf:DIR_OR_ID`; None for any other reference.
+    """Load `hf:DIR_OR_ID`; return None for any other reference.
 
-    Raises LoadError where the model cannot be read, MissingExtraError without transformers.
+    Raises:
+        LoadError: the model cannot be read.
+        MissingExtraError: transformers is not installed.
     """
     if not ref.startswith(PREFIX):
         return None
@@ -73,13 +75,14 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
     if keywords.pop("trust_remote_code", False):
         raise LoadError(
             f"{ref}: trust_remote_code is never used, because it runs code from the model's directory; "
-            "write a py: factory that builds the model from code of your own"
+            "write a py: factory that builds the model from your own code"
         )
     _check_directory(ref, name, keywords)
     dtype = _dtype(keywords.pop("dtype", keywords.pop("torch_dtype", "auto")))
     with silenced(transformers):
         config, chosen = _config(transformers, ref, name, keywords)
-        task = options.task or ("text-generation" if "gguf_file" in chosen else None)  # GGUF names no class
+        # A GGUF file does not name its model class.
+        task = options.task or ("text-generation" if "gguf_file" in chosen else None)
         model_class = _model_class(transformers, ref, config, task)
         try:
             model, info = model_class.from_pretrained(
@@ -87,6 +90,7 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
             )
         except Exception as error:
             raise LoadError(f"{ref}: {_sentence(error)}") from error
+    # transformers initializes missing and mismatched weights randomly.
     unsourced = {
         *info["missing_keys"],
         *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]),
@@ -111,11 +115,23 @@ def from_model(
     metadata: Mapping[str, Any] | None = None,
     example: Mapping[str, int] | None = None,
 ) -> LoadedModel:
-    """A LoadedModel of a transformers model in hand, set up to be captured (no cache, traceable experts).
+    """Build a LoadedModel from an existing transformers model.
 
-    unsourced: None means all of its weights. The model is taken over, not copied.
-    Raises LoadError where no example inputs are known for it.
+    The model itself is used, not copied, and is prepared for capture: the cache is turned off and experts are made
+    traceable.
+
+    Args:
+        model: the transformers model.
+        task: task name or alias, recorded in the metadata.
+        unsourced: names of weights that `files` do not contain; None means all weights.
+        files: files that the weights and the configuration were read from.
+        metadata: additional facts about the model.
+        example: sizes of the example inputs by dimension name.
+
+    Raises:
+        LoadError: no example inputs are known for the model.
     """
+    # Copy the configuration first, because make_traceable changes it.
     config = copy.deepcopy(model.config)
     cached = make_traceable(model)
     built = hf_inputs(model, example)
@@ -142,7 +158,7 @@ def from_model(
 
 
 def auto_classes(task: str) -> tuple[str, ...]:
-    """The names of the transformers classes for a task or its alias; LoadError for an unknown one."""
+    """Names of the transformers Auto classes for a task or its alias. Raises LoadError for an unknown task."""
     key = ALIASES.get(task, task)
     if key not in TASKS:
         raise LoadError(
@@ -157,15 +173,16 @@ def _transformers() -> Any:
     except ModuleNotFoundError as error:
         if error.name == "transformers":
             raise MissingExtraError("transformers", "hf") from None
-        raise LoadError(f"transformers is installed, but cannot be imported: {error}") from error
+        raise LoadError(f"transformers is installed but cannot be imported: {error}") from error
     return transformers
 
 
 def _check_directory(ref: str, name: str, keywords: Mapping[str, Any]) -> None:
+    """Raise LoadError for a local path that is no model directory; transformers would report a hub error instead."""
     path = Path(name).expanduser()
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.is_file():
-        raise LoadError(f"{ref} is a file: name the directory that holds config.json")
+        raise LoadError(f"{ref} is a file; name the directory that holds config.json")
     if looks_local and not path.is_dir():
         raise LoadError(f"{ref}: there is no directory {name}")
     if path.is_dir() and not (path / "config.json").exists() and "gguf_file" not in keywords:
@@ -187,13 +204,14 @@ def _dtype(value: Any) -> Any:
 def _config(
     transformers: Any, ref: str, name: str, keywords: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
+    """The model's configuration, and the keywords that it does not consume."""
     try:
         config, unused = transformers.AutoConfig.from_pretrained(
             name, return_unused_kwargs=True, trust_remote_code=False, **keywords
         )
     except Exception as error:
         raise LoadError(f"{ref}: {_sentence(error)}") from error
-    # AutoConfig eats gguf_file, which the weights need too.
+    # AutoConfig consumes gguf_file, but from_pretrained needs it too.
     if "gguf_file" in keywords:
         unused["gguf_file"] = keywords["gguf_file"]
     unused.pop("trust_remote_code", None)
@@ -201,6 +219,7 @@ def _config(
 
 
 def _model_class(transformers: Any, ref: str, config: Any, task: str | None) -> Any:
+    """The class for the task, else the one named in the configuration, else AutoModel."""
     if task is not None:
         classes = auto_classes(task)
         for class_name in classes:
@@ -217,7 +236,7 @@ def _model_class(transformers: Any, ref: str, config: Any, task: str | None) -> 
             )
         ]
         raise LoadError(
-            f"{ref}: {config.model_type} has no model for task '{task}'; it has {', '.join(able) or 'none'}"
+            f"{ref}: {config.model_type} has no model for task '{task}'; it supports {', '.join(able) or 'none'}"
         )
     for architecture in getattr(config, "architectures", None) or ():
         found = getattr(transformers, architecture, None)
@@ -227,7 +246,7 @@ def _model_class(transformers: Any, ref: str, config: Any, task: str | None) -> 
 
 
 def _sentence(error: BaseException) -> str:
-    """transformers explains itself over many lines; the user needs the first and a remedy."""
+    """Shorten a multi-line error of transformers to one sentence with a remedy."""
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     lowered = text.lower()
     if "trust_remote_code" in lowered:
@@ -249,26 +268,25 @@ def _sentence(error: BaseException) -> str:
             "is not a local folder",
         )
     ):
-        return (
-            "it is no directory and not in the local cache, and the hub cannot be reached; give a directory"
-        )
+        return "it is not a directory, is not in the local cache, and the hub cannot be reached; name a directory"
     if "weights_only" in lowered or "unpickl" in lowered:
-        return "its .bin weights hold more than tensors, so reading them could run code; convert them to safetensors"
+        return "its .bin files hold more than tensors, so reading them could run code; convert them to safetensors"
     if "no file named" in lowered or "does not appear to have a file" in lowered:
         return "it holds no weights that transformers reads (model.safetensors); check that the directory is complete"
     if "unexpected keyword argument" in lowered:
-        return f"{text.split(' got an ')[-1]}: no such --model-kwarg"
+        return f"{text.split(' got an ')[-1]}: there is no such --model-kwarg; remove it"
     return f"{type(error).__name__}: {text[:240]}"
 
 
 def _files(name: str, keywords: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The weight files that transformers reads, in its order of preference, and the configuration."""
+    """Weight and configuration files that transformers reads, chosen in its order of preference."""
     folder = _folder(name)
     if folder is None:
         return ()
     folder = folder / str(keywords.get("subfolder", ""))
     if "gguf_file" in keywords:
         return tuple(path for path in (folder / str(keywords["gguf_file"]),) if path.exists())
+    # Take only the first format that exists: transformers ignores the others, so they must not change the fingerprint.
     for pattern in ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"):
         found = sorted(folder.glob(pattern))
         if found:
@@ -278,6 +296,7 @@ def _files(name: str, keywords: Mapping[str, Any]) -> tuple[Path, ...]:
 
 
 def _folder(name: str) -> Path | None:
+    """The model's directory: `name` itself, or its snapshot in the hub cache; None if neither exists."""
     if Path(name).is_dir():
         return Path(name)
     with contextlib.suppress(Exception):
@@ -290,16 +309,20 @@ def _folder(name: str) -> Path | None:
 
 
 def _with_ties(model: nn.Module, names: set[str]) -> frozenset[str]:
-    """`names` without those that are tied to a weight that was loaded."""
+    """Remove from `names` the weights that are tied to a loaded weight."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(tensor) for name, tensor in tensors.items() if name not in names}
     return frozenset(name for name in names if name not in tensors or id(tensors[name]) not in loaded)
 
 
 def make_traceable(model: Any) -> tuple[tuple[str, int], ...]:
-    """Set a model up to be captured. Returns where its cache was on: module path and number in `configs`."""
+    """Prepare a model for capture: turn the cache off, set a padding token, and make experts traceable.
+
+    Returns:
+        The configurations that had `use_cache` on, each as module path and index in `configs`.
+    """
     cached = []
-    # T5's stacks hold copies of the configuration.
+    # Submodules may hold copies of the configuration, as the stacks of T5 do.
     for path, holder in model.named_modules():
         for number, config in enumerate(configs(getattr(holder, "config", None))):
             if getattr(config, "use_cache", False):
@@ -308,14 +331,14 @@ def make_traceable(model: Any) -> tuple[tuple[str, int], ...]:
         config.use_cache = False
     if type(model).__name__.endswith("ForSequenceClassification"):
         _give_padding_token(model.config)
-    # The default dispatches tokens to experts by their values, which no graph can hold.
+    # The default implementation routes tokens with data-dependent control flow, which cannot be traced.
     with contextlib.suppress(Exception):
         model.set_experts_implementation("batched_mm")
     return tuple((path, number) for path, number, _ in cached)
 
 
 def _give_padding_token(config: Any) -> None:
-    """A classification head on a decoder finds each row's last token by the padding token."""
+    """Set a padding token if there is none: a decoder's classification head uses it to find the last token."""
     text = config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
         end = getattr(text, "eos_token_id", None)
@@ -324,7 +347,7 @@ def _give_padding_token(config: Any) -> None:
 
 
 def configs(config: Any) -> Iterator[Any]:
-    """A transformers configuration and those nested in it; nothing for what is none."""
+    """Yield a transformers configuration and the configurations nested in it; nothing for any other object."""
     if not hasattr(config, "model_type"):
         return
     yield config
@@ -335,7 +358,10 @@ def configs(config: Any) -> Iterator[Any]:
 
 
 def _train_ready(model: Any) -> None:
-    """Random skipping of whole layers and of time spans is Python control flow: off in a train capture."""
+    """Turn off LayerDrop and SpecAugment before a capture in train mode.
+
+    Both make random choices in Python code: a trace would fail, or repeat the choices of one draw.
+    """
     for config in configs(model.config):
         for key in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
             if hasattr(config, key):
@@ -350,7 +376,7 @@ def _train_ready(model: Any) -> None:
 
 @contextlib.contextmanager
 def _patches(model: Any) -> Iterator[None]:
-    """transformers' own fixes for torch.export, and caches kept on modules set aside."""
+    """Apply transformers' patches for torch.export, and reset caches stored on modules, inside the block."""
     try:
         from transformers.exporters import exporter_dynamo
         from transformers.exporters.utils import apply_patches
@@ -363,7 +389,7 @@ def _patches(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silenced(transformers: Any) -> Iterator[None]:
-    """No load report, progress bar or warning: what was not loaded is told through `unsourced`."""
+    """Silence load reports, progress bars and warnings; missing weights are reported as `unsourced` instead."""
     logger = transformers.utils.logging
     level = logger.get_verbosity()
     bars = logger.is_progress_bar_enabled()

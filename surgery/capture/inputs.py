@@ -1,4 +1,4 @@
-"""Example inputs with named dynamic dimensions for a transformers model, from its config and its forward."""
+"""Example inputs and named dynamic dimensions of a transformers model, derived from its config and signature."""
 
 from __future__ import annotations
 
@@ -13,33 +13,45 @@ from torch.export import Dim
 
 from surgery.common.errors import LoadError
 
-# Default sizes: no two equal, so that a dimension mistaken for another shows.
+# Default sizes. Dimensions that occur together differ in size, so that confusing two of them causes a shape error.
 _SIZES = {"batch": 2, "seq": 11, "src_seq": 11, "tgt_seq": 7, "image_batch": 3, "frames": 64, "samples": 6000}
 _UNBOUNDED_TABLES = ("relative", "rel_pos", "distance")
 
 
 @dataclass
 class Example:
-    """Inputs by name, and their dynamic shapes by the same names."""
+    """Example inputs of a model.
+
+    Attributes:
+        inputs: input tensors by name.
+        shapes: dynamic dimensions by input name and axis; None for a static input.
+    """
 
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     shapes: dict[str, dict[int, Any] | None] = field(default_factory=dict)
 
 
 def hf_inputs(model: nn.Module, sizes: Mapping[str, int] | None = None, seed: int = 0) -> Example:
-    """Example inputs for a transformers model.
+    """Build example inputs for a transformers model.
 
-    Dimensions: `batch` and `seq` for text; `src_seq` and `tgt_seq` for encoder-decoders; `image_batch` beside
-    `batch` where texts and images are encoded apart; `samples` for raw audio; images and spectrograms are of
-    fixed size. `max=` is the smallest position table.
+    The dynamic dimensions are `batch` and `seq` for text, `src_seq` and `tgt_seq` for encoder-decoders, and `samples`
+    for raw audio. Models that encode texts and images separately, such as CLIP, also have `image_batch`. Images and
+    spectrograms have a fixed size. The upper bound of a text dimension is the smallest position table.
 
-    sizes: overrides by dimension name, and `image_size` for models whose config has none.
-    Raises LoadError for a model whose inputs are not known here.
+    Args:
+        model: the model; its config and the signature of its forward determine the inputs.
+        sizes: example sizes by dimension name, and `image_size` for models without one in the config.
+        seed: seed of the random inputs.
+
+    Raises:
+        LoadError: no example inputs are known for the model.
     """
     return _Builder(model, {**_SIZES, **(sizes or {})}, sizes or {}, seed).build()
 
 
 class _Builder:
+    """Builder of one `Example`: chooses the modality from the accepted inputs and adds one input after another."""
+
     def __init__(self, model: nn.Module, sizes: dict[str, int], given: Mapping[str, int], seed: int) -> None:
         self.model: Any = model
         self.config: Any = model.config
@@ -53,6 +65,7 @@ class _Builder:
         self.dtype = parameter.dtype if parameter is not None else torch.float32
 
     def build(self) -> Example:
+        """Add all inputs. Audio takes precedence over images, and images over text."""
         vision, audio = self._vision_input(), self._audio_input()
         text = "input_ids" in self.accepted
         decoder = "decoder_input_ids" in self.accepted
@@ -77,25 +90,26 @@ class _Builder:
             known = ", ".join(sorted(self.accepted)[:6])
             raise LoadError(
                 f"no example inputs are known for {type(self.model).__name__} (it takes {known}); "
-                "load it with a py: factory that gives them"
+                "load it with a py: factory that returns example inputs"
             )
         if decoder and self._needs_decoder_ids():
             self._ids("decoder_input_ids", "batch", "tgt_seq", self._limit("decoder"))
         return self.example
 
     def _needs_decoder_ids(self) -> bool:
-        """Heads that derive the decoder's input from the encoder's need none."""
+        """False for heads that derive the decoder input from the encoder input."""
         name = type(self.model).__name__
         return not name.endswith(("ForSequenceClassification", "ForQuestionAnswering"))
 
     def _dim(self, name: str, high: int | None = None, low: int | None = None) -> Any:
+        """The Dim of a name. The first call sets its bounds; torch.export needs one object for equal dimensions."""
         if name not in self.dims:
             bounds = {k: v for k, v in (("min", low), ("max", high)) if v is not None}
             self.dims[name] = Dim(name, **bounds)
         return self.dims[name]
 
     def _size(self, name: str, high: int | None = None) -> int:
-        # One below the limit at most, so that there is another size to check at.
+        # At most one below the limit, so that the capture can also be checked at a larger size.
         return self.sizes[name] if high is None else max(2, min(self.sizes[name], high - 1))
 
     def _add(self, name: str, value: torch.Tensor, shape: dict[int, Any] | None) -> None:
@@ -112,7 +126,8 @@ class _Builder:
         if "attention_mask" in self.accepted:
             mask = torch.ones(shape, dtype=torch.long)
             if not choices:
-                mask[-1, -2:] = 0  # right padding in the last row: a capture that drops the mask shows
+                # With padding in the last row, a capture that drops the mask fails its check.
+                mask[-1, -2:] = 0
             self._add("attention_mask", mask, dynamic)
         text = _text_config(self.config)
         if "token_type_ids" in self.accepted and (getattr(text, "type_vocab_size", 0) or 0) > 1:
@@ -123,6 +138,8 @@ class _Builder:
         vocabulary = _vocabulary(self.model, text)
         rows, length = self._size(batch), self._size(seq, limit)
         special = _special_ids(self.config) | _special_ids(text)
+        # Draw ordinary tokens only. Special tokens lie at either end of the vocabulary, so `low` and `high` exclude
+        # those of the lower and of the upper half.
         low = max([i for i in special if i < vocabulary // 2], default=-1) + 1
         high = min([i for i in special if i >= vocabulary // 2] + [vocabulary])
         shape = (rows, choices, length) if choices else (rows, length)
@@ -134,13 +151,17 @@ class _Builder:
         self._add(name, ids, {0: self._dim(batch), len(shape) - 1: self._dim(seq, limit)})
 
     def _reads_end_token(self) -> bool:
-        """Heads that pool at the end token (BART and T5 classification, CLIP text)."""
+        """True for models that pool at the end token: BART and T5 classification, and CLIP text encoders."""
         name = type(self.model).__name__
         pools = "decoder_input_ids" in self.accepted and name.endswith("ForSequenceClassification")
         return pools or "clip" in self.config.model_type
 
     def _limit(self, part: str | None) -> int | None:
-        """The longest sequence that the position tables of the encoder, the decoder or the whole allow."""
+        """Longest sequence that the position tables allow.
+
+        Args:
+            part: "encoder" or "decoder" considers the tables of that part only; None considers all.
+        """
         limits = []
         for name, module in self.model.named_modules():
             leaf = name.rpartition(".")[2]
@@ -152,6 +173,7 @@ class _Builder:
             weight = getattr(module, "weight", None)
             positional = "pos" in leaf or leaf == "wpe"
             if positional and isinstance(weight, torch.Tensor) and weight.ndim == 2 and _is_table(module):
+                # OPT and BART reserve the first `offset` rows. RoBERTa starts at padding_idx + 1 instead.
                 offset = getattr(module, "offset", 0) or 0
                 padding = getattr(module, "padding_idx", None)
                 taken = padding + 1 if isinstance(padding, int) and not offset else 0
@@ -166,6 +188,7 @@ class _Builder:
     # Images
 
     def _vision_input(self) -> Callable[[str], None] | None:
+        """Function that adds the image or video input, given the name of the batch dimension; None without one."""
         if "pixel_values_videos" in self.accepted and "input_ids" not in self.accepted:
             return lambda batch: self._pixels("pixel_values_videos", batch, video=True)
         if "pixel_values" not in self.accepted:
@@ -187,9 +210,10 @@ class _Builder:
             mask = torch.ones((shape[0], shape[-2], shape[-1]), dtype=torch.long)
             self._add("pixel_mask", mask, {0: self._dim(batch)})
 
-    # Sound
+    # Audio
 
     def _audio_input(self) -> Callable[[], None] | None:
+        """Function that adds the audio input; None if the model takes no audio."""
         if "input_features" in self.accepted:
             return self._features
         if "input_values" in self.accepted:
@@ -199,7 +223,7 @@ class _Builder:
     def _waveform(self) -> None:
         rows, length = self._size("batch"), self.sizes["samples"]
         wave = torch.randn((rows, length), generator=self.generator).to(self.dtype)
-        # Shorter than this, the stack of convolutions gives no frame at all.
+        # For a shorter waveform the stack of convolutions outputs no frame at all.
         low = max(2 * _reach(self.config), 400)
         self._add(
             "input_values", wave, {0: self._dim("batch"), 1: self._dim("samples", low=low, high=1 << 20)}
@@ -234,7 +258,7 @@ class _Builder:
             self._add("is_longer", torch.zeros((rows, 1), dtype=torch.bool), {0: self._dim("batch")})
 
 
-# Texts and images attend to each other, so there are as many of one as of the other.
+# Model types in which texts and images attend to each other: both inputs share one batch dimension.
 _ONE_BATCH = ("vilt", "flava", "bridgetower", "git", "blip", "pix2struct", "vision-text-dual-encoder")
 
 
@@ -243,7 +267,7 @@ def _is_table(module: nn.Module) -> bool:
 
 
 def _text_config(config: Any, decoder: bool = False) -> Any:
-    """The configuration of the text model; CLIP's own `get_text_config` gives the whole."""
+    """Configuration of the text model. CLIP's `get_text_config` returns the whole config, hence the fallback."""
     found = config.get_text_config(decoder=True) if decoder else config.get_text_config()
     if found is None or not hasattr(found, "vocab_size"):
         found = getattr(config, "text_config", None) or config
@@ -255,18 +279,20 @@ def _vision_config(config: Any) -> Any:
 
 
 def _vocabulary(model: nn.Module, config: Any) -> int:
-    """Token ids are below this: the config's number, or the rows of the input embedding where it has none."""
+    """Vocabulary size: from the config, else the number of rows of the input embedding."""
     size = getattr(config, "vocab_size", None)
     if isinstance(size, int):
         return size
     try:
         return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
-        raise LoadError(f"{type(model).__name__} has no vocab_size in its configuration") from None
+        raise LoadError(
+            f"{type(model).__name__} has no vocab_size in its configuration; set it, or write a py: factory"
+        ) from None
 
 
 def _special_ids(config: Any) -> set[int]:
-    """Padding, start and end tokens: models treat them apart, so examples avoid them."""
+    """Ids of padding, start, end and image tokens. Models treat them specially, so examples avoid them."""
     keys = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "image_token_id")
     values = [getattr(config, key, None) for key in keys]
     flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
@@ -274,7 +300,7 @@ def _special_ids(config: Any) -> set[int]:
 
 
 def _reach(config: Any) -> int:
-    """How many samples one frame of a stack of convolutions covers."""
+    """Receptive field, in samples, of one output frame of the feature encoder (400 if the config has no sizes)."""
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if not isinstance(kernels, (list, tuple)) or not isinstance(strides, (list, tuple)):
         return 400

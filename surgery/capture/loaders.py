@@ -1,4 +1,4 @@
-"""The built-in loaders as hook implementations; each imports its library only when a reference asks for it."""
+"""Hook implementation of the built-in loaders. The library of a loader is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOADERS = {
 
 @hookimpl
 def surgery_load_model(ref: str, options: LoadOptions) -> LoadedModel | None:
-    """hf:DIR_OR_ID, timm:NAME, py:package.module:callable, FILE.pt2."""
+    """Load hf:DIR_OR_ID, timm:NAME, py:package.module:callable or FILE.pt2; None for any other reference."""
     for prefix, module in _LOADERS.items():
         if ref.startswith(prefix):
             return import_module(module).load(ref, options)

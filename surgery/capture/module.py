@@ -1,4 +1,4 @@
-"""`from_module`: a user's own module with example inputs becomes a LoadedModel."""
+"""Builder of a LoadedModel from a user's own module and example inputs: `from_module`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ def from_module(
     copy_module: bool = True,
     metadata: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """A LoadedModel of a deep copy of `module`, in eval mode.
+    """Build a LoadedModel from a deep copy of `module`, in eval mode.
 
-    example_inputs: a tensor, a tuple (positional) or a mapping (by name).
-    dynamic: None makes axis 0 of every tensor the dimension `batch` where all agree and it is at least 2,
-        else all is static; `{}` makes all static; `{input: {axis: "name"}}` names dimensions, one name being
-        one size; `torch.export.Dim`s in place of names give bounds.
-    copy_module: False takes the module itself (the caller gives it away).
+    Args:
+        module: the module to capture.
+        example_inputs: a tensor, a tuple of positional inputs, or a mapping of inputs by name.
+        dynamic: the dynamic dimensions. None makes axis 0 of every tensor the dimension `batch` if all tensors
+            have the same size of at least 2 there, and makes everything static otherwise. `{}` makes everything
+            static. `{input: {axis: "name"}}` names dimensions; axes with the same name have the same size.
+            A `torch.export.Dim` instead of a name also sets bounds.
+        copy_module: False uses `module` itself instead of a copy; the caller must not use it afterwards.
+        metadata: JSON-compatible facts about the model; None records only the loader.
 
-    Raises CaptureError where inputs and `dynamic` do not fit the module, or it cannot be copied.
+    Raises:
+        CaptureError: the inputs or `dynamic` do not fit the module, or the module cannot be copied.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -46,13 +51,15 @@ def from_module(
         args = tuple(example_inputs)
     else:
         raise CaptureError(
-            f"example inputs are a {type(example_inputs).__name__}: give a tensor, a tuple or a dict"
+            f"example inputs are a {type(example_inputs).__name__}; pass a tensor, a tuple or a dict"
         )
     if copy_module:
         try:
             module = copy.deepcopy(module)
         except Exception as error:
-            raise CaptureError(f"{type(module).__name__} cannot be deep-copied: {error}") from error
+            raise CaptureError(
+                f"{type(module).__name__} cannot be deep-copied: {error}; pass copy_module=False"
+            ) from error
     module.eval()
     names = argument_names(module, args, kwargs)
     values = [*args, *kwargs.values()]
@@ -67,19 +74,22 @@ def from_module(
         unsourced=_names(module),
         metadata=dict(metadata or {"loader": "module"}),
     )
+    # Listing the axes validates `dynamic` here, before the slow trace.
     list_axes(loaded)
     return loaded
 
 
 def _names(module: nn.Module) -> frozenset[str]:
-    """Parameters and persistent buffers, by every name they have."""
+    """Names of all parameters and persistent buffers; a tied tensor contributes each of its names."""
     state = module.state_dict(keep_vars=True)
     return frozenset(name for name, value in state.items() if isinstance(value, torch.Tensor))
 
 
 def _batch(values: list[Any], names: list[str]) -> dict[str, Any] | None:
+    """Dynamic shapes with `batch` on axis 0 of every tensor; None if the tensors do not share a batch size."""
     tensors = [tensor for value in values for tensor in tensor_leaves(value)]
     sizes = {tensor.shape[0] if tensor.ndim else None for tensor in tensors}
+    # torch.export specializes sizes 0 and 1, so an example batch of 1 cannot become dynamic.
     if len(sizes) != 1 or any(size is None or size < 2 for size in sizes):
         return None
     batch = Dim("batch")
@@ -90,7 +100,7 @@ def _batch(values: list[Any], names: list[str]) -> dict[str, Any] | None:
 
 
 def _named(dynamic: Any, inputs: Mapping[str, Any]) -> Any:
-    """`dynamic` with names made into Dims, one Dim for each name."""
+    """Copy of `dynamic` with each name replaced by a Dim; equal names share one Dim."""
     dims: dict[str, Any] = {}
     if isinstance(dynamic, Mapping):
         for name in dynamic:
@@ -103,7 +113,7 @@ def _named(dynamic: Any, inputs: Mapping[str, Any]) -> Any:
         if isinstance(spec, str):
             if not spec.isidentifier():
                 raise CaptureError(
-                    f"'{spec}' is no name for a dimension: use letters, digits and underscores"
+                    f"'{spec}' is not a valid dimension name; use letters, digits and underscores"
                 )
             return dims.setdefault(spec, Dim(spec))
         if isinstance(spec, Mapping):

@@ -1,4 +1,4 @@
-"""`FILE.pt2`: a saved torch.export program, only where the user trusts it."""
+"""Loader of `FILE.pt2`, a saved torch.export program; reading one requires the user's trust."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
 def load(ref: str, options: LoadOptions) -> LoadedModel | None:
-    """Load `FILE.pt2`; None for a reference that names no such file.
+    """Load `FILE.pt2`; return None for a reference without that suffix.
 
-    Raises LoadError for a pickle (`.pt`, `.pth`, `.bin`, `.pkl`), for a `.pt2` without trust, and for one that
-    cannot be read.
+    Raises:
+        LoadError: the file is a pickle (`.pt`, `.pth`, `.bin`, `.pkl`, `.ckpt`), the user does not trust the `.pt2`
+            file, or it cannot be read.
     """
     path = Path(ref)
     if path.suffix in _PICKLES and ":" not in ref:
         raise LoadError(
             f"{ref}: a {path.suffix} file holds a pickle, which can run code when read, and no architecture; "
-            "write a py: factory that builds the module and loads torch.load(..., weights_only=True)"
+            "write a py: factory that builds the module and reads it with torch.load(..., weights_only=True)"
         )
     if path.suffix != ".pt2":
         return None
@@ -37,7 +38,7 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
     if not options.trust:
         raise LoadError(
             f"{ref}: torch.export.load unpickles parts of a .pt2 file, which can run code; give --trust if you "
-            "know where the file comes from"
+            "trust the source of the file"
         )
     try:
         with _no_log():
@@ -48,7 +49,7 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
             f"{ref}: torch.export.load failed: {(str(error).splitlines() or [''])[0][:200]}"
         ) from error
     if program.example_inputs is None:
-        raise LoadError(f"{ref}: it holds no example inputs; save it again with torch.export.save")
+        raise LoadError(f"{ref}: the file holds no example inputs; save it again with torch.export.save")
     args, kwargs = program.example_inputs
     return LoadedModel(
         module=module,
@@ -62,7 +63,7 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
 
 @contextlib.contextmanager
 def _no_log() -> Iterator[None]:
-    """What torch logs about a damaged archive says less than the exception that follows."""
+    """Disable logging inside the block: the exception for a damaged archive says more than torch's log."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -72,7 +73,11 @@ def _no_log() -> Iterator[None]:
 
 
 def _dynamic(program: Any, module: fx.GraphModule, args: Any, kwargs: Any) -> dict[str, Any] | None:
-    """Named dimensions from the symbols of the saved inputs: `batch` on axis 0, else `dim1`, `dim2`, ..."""
+    """Dynamic shapes from the symbolic sizes of the saved inputs.
+
+    The first symbol on an axis 0 is named `batch`; others are named `dim` and their number (`dim1`, `dim2`, ...).
+    Returns None if no dimension is dynamic or the dynamic ones cannot be named.
+    """
     dims: dict[Any, Any] = {}
     values = iter([*args, *kwargs.values()])
     names = set(program.graph_signature.user_inputs)
@@ -82,12 +87,15 @@ def _dynamic(program: Any, module: fx.GraphModule, args: Any, kwargs: Any) -> di
             continue
         value, fake = next(values, None), node.meta.get("val")
         if not isinstance(value, torch.Tensor) or not isinstance(fake, torch.Tensor):
-            return None  # a container: its dimensions cannot be told apart by placeholder, so all stay static
+            # A container input has several placeholders, so placeholders and inputs no longer correspond
+            # one to one. All dimensions stay static.
+            return None
         spec: dict[int, Any] = {}
         for axis, size in enumerate(fake.shape):
             if isinstance(size, int):
                 continue
             symbol = size.node.expr
+            # A derived size such as 2*s0 has no Dim of its own.
             if not symbol.is_symbol:
                 return None
             if symbol not in dims:
@@ -100,6 +108,7 @@ def _dynamic(program: Any, module: fx.GraphModule, args: Any, kwargs: Any) -> di
 
 
 def _bounds(limits: Any) -> dict[str, int]:
+    """`min` and `max` arguments of a Dim from torch's value range; an unbounded end is omitted."""
     if limits is None:
         return {}
     bounds = {"min": int(limits.lower)} if limits.lower > 0 else {}

@@ -1,4 +1,4 @@
-"""`py:package.module:callable`: a factory of the user's own."""
+"""Loader of `py:package.module:callable`, a factory function written by the user."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ PREFIX = "py:"
 
 
 def load(ref: str, options: LoadOptions) -> LoadedModel | None:
-    """Call the factory; None for any other reference.
+    """Call the factory; return None for any other reference.
 
-    The factory gets `--model-kwarg` as keywords and returns (module, example_inputs), (module, example_inputs,
-    dynamic) as `from_module` takes them, or a LoadedModel. The current directory is importable, as with
-    `python -m`.
+    The factory receives the `--model-kwarg` options as keyword arguments. It returns (module, example_inputs) or
+    (module, example_inputs, dynamic), the arguments of `from_module`, or a LoadedModel. Modules in the current
+    directory can be imported, as with `python -m`.
 
-    Raises LoadError where the factory cannot be found, fails, or returns something else.
+    Raises:
+        LoadError: the factory cannot be found, fails, or returns something else.
     """
     if not ref.startswith(PREFIX):
         return None
@@ -54,7 +55,16 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
 
 
 def imported(ref: str, module_name: str, attribute: str) -> Any:
-    """What a module on the path, or in the current directory, has under a dotted name. Raises LoadError."""
+    """Import an attribute of a module on sys.path or in the current directory.
+
+    Args:
+        ref: the reference, for error messages.
+        module_name: dotted name of the module.
+        attribute: dotted name of the attribute inside the module.
+
+    Raises:
+        LoadError: the module cannot be imported, or has no such attribute.
+    """
     here = os.getcwd()
     added = here not in sys.path and "" not in sys.path
     if added:
@@ -64,9 +74,10 @@ def imported(ref: str, module_name: str, attribute: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            # The missing module may also be one that the user's module imports; that case is reported below.
             raise LoadError(f"{ref}: there is no module '{error.name}' in {here} or on sys.path") from error
         raise LoadError(
-            f"{ref}: {module_name} needs the module '{error.name}', which is not installed"
+            f"{ref}: {module_name} imports the module '{error.name}', which is not installed; install it"
         ) from error
     except Exception as error:
         raise LoadError(

@@ -1,4 +1,4 @@
-"""Dynamic dimensions by name, and fresh example inputs at other sizes of them."""
+"""Named dynamic dimensions, and random example inputs at other sizes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ _UNBOUNDED = 1 << 30
 
 @dataclass(frozen=True)
 class Axis:
-    """One dynamic axis of one input tensor.
+    """One dynamic axis of one input tensor. Its size is `scale * sizes[root] + offset`.
 
-    input: name of the input; a tensor inside a container is `name.0` or `name.key`.
-    name: what the user sees (`seq`, or `2*seq` for a derived dimension).
-    root: the dimension that decides the size; size = scale * sizes[root] + offset.
+    Attributes:
+        input: name of the input; a tensor inside a container is `name.0` or `name.key`.
+        axis: non-negative index of the axis.
+        name: name shown to the user (`seq`, or `2*seq` for a derived dimension).
+        root: name of the dimension that determines the size.
+        scale: factor of the root's size.
+        offset: constant added to it.
+        low: smallest size of the root dimension.
+        high: largest size of the root dimension (2**30 if unbounded).
     """
 
     input: str
@@ -38,7 +44,7 @@ class Axis:
 
 
 def dynamic_axes(model: LoadedModel | Captured) -> dict[str, dict[int, str]]:
-    """The dynamic axes by input: `{"input_ids": {0: "batch", 1: "seq"}}`. Static inputs are left out."""
+    """Names of the dynamic axes by input: `{"input_ids": {0: "batch", 1: "seq"}}`. Static inputs are omitted."""
     found: dict[str, dict[int, str]] = {}
     for axis in list_axes(model):
         found.setdefault(axis.input, {})[axis.axis] = axis.name
@@ -46,7 +52,7 @@ def dynamic_axes(model: LoadedModel | Captured) -> dict[str, dict[int, str]]:
 
 
 def named_sizes(model: LoadedModel | Captured) -> dict[str, int]:
-    """The size that each named dynamic dimension has in the example inputs."""
+    """Size of each named dynamic dimension in the example inputs."""
     tensors = dict(_named_leaves(model))
     sizes: dict[str, int] = {}
     for axis in list_axes(model):
@@ -56,10 +62,16 @@ def named_sizes(model: LoadedModel | Captured) -> dict[str, int]:
 
 
 def limited(captured: Captured, limits: Mapping[str, int]) -> Captured:
-    """The capture with lower upper bounds of named dimensions.
+    """Copy of a capture with reduced upper bounds of named dimensions.
 
-    Raises CaptureError where the example inputs are longer than a new bound.
+    Args:
+        captured: the capture.
+        limits: largest size by dimension name; bounds that are already lower are kept.
+
+    Raises:
+        CaptureError: the example inputs exceed a new bound.
     """
+    # Axes with the same name must share one Dim object.
     known: dict[str, Any] = {}
 
     def narrow(spec: Any) -> Any:
@@ -76,15 +88,16 @@ def limited(captured: Captured, limits: Mapping[str, int]) -> Captured:
     for name, size in named_sizes(captured).items():
         if size > limits.get(name, size):
             raise CaptureError(
-                f"the example has {name}={size}, and a pass leaves {limits[name]}; load with a shorter one"
+                f"the example has {name}={size}, but a pass limits it to {limits[name]}; load with a shorter example"
             )
     return replace(captured, dynamic_shapes=narrow(captured.dynamic_shapes))
 
 
 def other_sizes(model: LoadedModel | Captured) -> dict[str, int]:
-    """A size different from the example's for every named dimension, within its bounds.
+    """Choose, for every named dimension, a size within its bounds that differs from the example's.
 
-    Raises CaptureError where a dimension's bounds leave no other size.
+    Raises:
+        CaptureError: the bounds of a dimension allow no other size.
     """
     bounds: dict[str, tuple[int, int]] = {}
     for axis in list_axes(model):
@@ -93,12 +106,13 @@ def other_sizes(model: LoadedModel | Captured) -> dict[str, int]:
     sizes = {}
     for name, size in named_sizes(model).items():
         low, high = bounds[name]
-        # An odd step: a size that shares few factors with the example's shows a baked-in reshape.
+        # An odd step gives a size that shares few factors with the example's, so that a reshape with a baked-in
+        # size fails instead of dividing evenly.
         options = (size + 3, size + 1, size - 1, size - 3)
         chosen = next((option for option in options if max(low, 2) <= option <= high), None)
         if chosen is None:
             raise CaptureError(
-                f"dimension '{name}' has no size other than the example's {size} in {low}..{high}: "
+                f"dimension '{name}' has no size other than the example's {size} in {low}..{high}; "
                 "widen its bounds or leave it out of the dynamic dimensions"
             )
         sizes[name] = chosen
@@ -108,14 +122,22 @@ def other_sizes(model: LoadedModel | Captured) -> dict[str, int]:
 def fresh_inputs(
     model: LoadedModel | Captured, sizes: Mapping[str, int] | None = None, seed: int = 0
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """New random inputs of the example's kind, at other sizes of the named dynamic dimensions.
+    """Draw random inputs that resemble the example inputs, at other sizes of the named dynamic dimensions.
 
-    Integers are drawn from the range that the example has; masks stay masks; floats are normal with the
-    example's mean and deviation. A first or last column that is the same in every row of the example (a
-    start or an end token) is kept.
+    Integers are uniform over the range of the example. Attention masks have random right padding. Floats are
+    normal with the mean and standard deviation of the example. If the first or last column of an integer input is
+    constant in the example (a start or end token), it keeps that value.
 
-    sizes: by dimension name; those not named keep the example's size.
-    Raises CaptureError for a name that is no dynamic dimension, or a size out of its bounds.
+    Args:
+        model: the model whose example inputs are imitated.
+        sizes: size by dimension name; other dimensions keep the example's size.
+        seed: seed of the random inputs.
+
+    Returns:
+        The positional inputs and the inputs by name.
+
+    Raises:
+        CaptureError: a name is not a dynamic dimension, or a size is out of bounds.
     """
     wanted = named_sizes(model)
     for name in sizes or {}:
@@ -145,9 +167,11 @@ def fresh_inputs(
 def _fresh_tensor(
     name: str, like: torch.Tensor, shape: list[int], generator: torch.Generator
 ) -> torch.Tensor:
+    """Random tensor of the given shape with the dtype and value range of `like`; see `fresh_inputs`."""
     if like.numel() == 0:
         return like.new_zeros(shape)
     if like.dtype.is_floating_point or like.dtype.is_complex:
+        # A constant float input is a setting rather than data; random values could be invalid for it.
         if like.numel() > 1 and bool((like == like.reshape(-1)[0]).all()):
             return torch.full(shape, like.reshape(-1)[0].item(), dtype=like.dtype, device=like.device)
         noise = torch.randn(shape, generator=generator)
@@ -158,6 +182,7 @@ def _fresh_tensor(
         length = shape[1]
         kept = torch.randint(max(1, length // 2), length + 1, (shape[0], 1), generator=generator)
         return (torch.arange(length)[None, :] < kept).to(like.dtype).to(like.device)
+    # Exclude the edge columns from the range, so that no start or end token is drawn in the middle of a sequence.
     columns = like.ndim >= 2 and like.shape[-1] > 2
     inner = like[..., 1:-1] if columns else like
     low, high = int(inner.min()), int(inner.max())
@@ -171,10 +196,11 @@ def _fresh_tensor(
 
 
 def list_axes(model: LoadedModel | Captured) -> list[Axis]:
-    """Every dynamic axis of every input tensor, in input order.
+    """List every dynamic axis of every input tensor, in input order.
 
-    Raises CaptureError for `Dim.AUTO` (it becomes static silently) and for a specification that does not fit
-    the inputs.
+    Raises:
+        CaptureError: a dimension is `Dim.AUTO` (torch.export may silently make it static), or the specification does
+            not fit the inputs.
     """
     return list(_axes(model))
 
@@ -189,20 +215,21 @@ def _axes(model: LoadedModel | Captured) -> Iterator[Axis]:
         unknown = [name for name in spec if name not in names]
         if unknown:
             raise CaptureError(
-                f"dynamic names an input '{unknown[0]}' that is not given{nearest(unknown[0], names)}"
+                f"dynamic names an input '{unknown[0]}', which is not given{nearest(unknown[0], names)}"
             )
         specs = [spec.get(name) for name in names]
     else:
         specs = list(spec)
         if len(specs) != len(values):
             raise CaptureError(
-                f"dynamic has {len(specs)} entries for {len(values)} inputs: give one for each"
+                f"dynamic has {len(specs)} entries for {len(values)} inputs; give one entry for each input"
             )
     for name, value, entry in zip(names, values, specs, strict=True):
         yield from _value_axes(name, value, entry)
 
 
 def _value_axes(name: str, value: Any, spec: Any) -> Iterator[Axis]:
+    """Dynamic axes of one input, which may be a nested container of tensors."""
     if spec is None:
         return
     if isinstance(value, torch.Tensor):
@@ -222,14 +249,16 @@ def _value_axes(name: str, value: Any, spec: Any) -> Iterator[Axis]:
 
 
 def _axis(name: str, axis: int, dim: Any) -> Axis:
+    """The Axis of one Dim. Raises CaptureError for an unnamed one such as `Dim.AUTO`."""
     if isinstance(dim, _DimHint):
         raise CaptureError(
-            f"axis {axis} of input '{name}' is Dim.{dim.type.name}: name it (torch.export.Dim('seq')), "
-            "because an unnamed dimension can become static without a word"
+            f"axis {axis} of input '{name}' is Dim.{dim.type.name}; name it (torch.export.Dim('seq')), "
+            "because torch.export can silently make an unnamed dimension static"
         )
     root = getattr(dim, "root", None)
     scale, offset = 1, 0
     if root is not None:
+        # A derived Dim is a linear function `fn` of its root; two values determine it.
         scale, offset = dim.fn(1) - dim.fn(0), dim.fn(0)
     base = root if root is not None else dim
     low, high = int(getattr(base, "min", 0)), getattr(base, "max", _UNBOUNDED)
@@ -238,13 +267,24 @@ def _axis(name: str, axis: int, dim: Any) -> Axis:
 
 
 def input_names(model: LoadedModel | Captured) -> list[str]:
-    """The names of the inputs, positional ones first, as the module's forward calls them."""
+    """Names of the inputs as in the signature of forward, positional inputs first."""
     target = model.module if isinstance(model, LoadedModel) else model.graph_module
     return argument_names(target, model.args, model.kwargs)
 
 
 def argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """Names for positional arguments from the signature of forward (`args_0` where it has `*args`)."""
+    """Names of the given inputs, positional inputs first.
+
+    Positional inputs are named by the signature of forward; those collected by `*args` are `args_0`, `args_1`, ...
+
+    Args:
+        module: the module, or a captured graph module, which stores the original names.
+        args: positional inputs.
+        kwargs: inputs by name.
+
+    Raises:
+        CaptureError: forward takes fewer positional inputs than given.
+    """
     if isinstance(module, fx.GraphModule):
         names = module.meta.get("surgery_inputs")
         if names is not None:
@@ -257,14 +297,14 @@ def argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     if len(positional) < len(args):
         if star is None:
             raise CaptureError(
-                f"{type(module).__name__}.forward takes {len(positional)} positional inputs, {len(args)} given"
+                f"{type(module).__name__}.forward takes {len(positional)} positional inputs, but {len(args)} are given"
             )
         positional += [f"{star}_{i}" for i in range(len(args) - len(positional))]
     return [*positional, *kwargs]
 
 
 def _named_leaves(model: LoadedModel | Captured, tensors_only: bool = True) -> Iterator[tuple[str, Any]]:
-    """Leaves of the inputs in pytree order, named as `Axis.input` names them."""
+    """Names and leaves of the inputs in pytree order; the names match `Axis.input`."""
     names = input_names(model)
     for i, (path, leaf) in enumerate(pytree.tree_flatten_with_path((model.args, dict(model.kwargs)))[0]):
         del i

@@ -1,4 +1,4 @@
-"""`timm:NAME`: a timm image model with random weights, or with those of `--model-kwarg checkpoint_path=...`."""
+"""Loader of `timm:NAME`: a timm image model with random weights or with weights from a local checkpoint."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ PREFIX = "timm:"
 
 
 def load(ref: str, options: LoadOptions) -> LoadedModel | None:
-    """Load `timm:NAME`; None for any other reference. Input: `x` of shape (batch, channels, height, width).
+    """Load `timm:NAME`; return None for any other reference.
 
-    Raises LoadError for an unknown name or options that the model does not take, MissingExtraError without
-    timm.
+    The input is `x` of shape (batch, channels, height, width). `--model-kwarg checkpoint_path=...` names the weights.
+
+    Raises:
+        LoadError: the name is unknown, or the model does not take an option.
+        MissingExtraError: timm is not installed.
     """
     if not ref.startswith(PREFIX):
         return None
@@ -30,8 +33,8 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
     dtype = keywords.pop("dtype", "float32")
     if keywords.pop("pretrained", False):
         raise LoadError(
-            f"{ref}: pretrained weights are fetched from the network, which a reference never does; download the "
-            "checkpoint and give --model-kwarg checkpoint_path=FILE.safetensors"
+            f"{ref}: pretrained=True is not supported, because it downloads weights; download the checkpoint and "
+            "give --model-kwarg checkpoint_path=FILE.safetensors"
         )
     checkpoint = keywords.get("checkpoint_path")
     if checkpoint and not str(checkpoint).endswith(".safetensors"):
@@ -62,7 +65,17 @@ def from_model(
     sourced: bool = False,
     metadata: dict[str, Any] | None = None,
 ) -> LoadedModel:
-    """A LoadedModel of a timm model in hand; the batch is dynamic, the image is of the configured size."""
+    """Build a LoadedModel from an existing timm model. The batch is dynamic and the image size is fixed.
+
+    Args:
+        model: the timm model; it is used itself, not copied.
+        batch: batch size of the example input.
+        image_size: height and width, or one number for both; None takes the model's configured size.
+        channels: number of input channels; None takes the configured number.
+        files: checkpoint files that the weights were read from.
+        sourced: True if `files` contain all weights.
+        metadata: additional facts about the model.
+    """
     settings = getattr(model, "pretrained_cfg", None) or {}
     default_channels, height, width = settings.get("input_size") or (3, 224, 224)
     if image_size is not None:
@@ -86,5 +99,5 @@ def _timm() -> Any:
     except ModuleNotFoundError as error:
         if error.name == "timm":
             raise MissingExtraError("timm", "timm") from None
-        raise LoadError(f"timm is installed, but cannot be imported: {error}") from error
+        raise LoadError(f"timm is installed but cannot be imported: {error}") from error
     return timm

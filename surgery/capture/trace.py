@@ -1,4 +1,4 @@
-"""Capture: an nn.Module becomes a flat fx graph over ATen ops that keeps the module's own names."""
+"""Capture of an nn.Module as a flat fx graph of ATen ops that keeps the module's parameter names."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ from surgery.common.errors import CaptureError
 def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) -> Captured:
     """Capture a module as a flat graph of ATen ops.
 
-    The graph's parameters and buffers are the module's own objects under their own names. It takes the
-    module's inputs and returns what the module returns, with plain dicts for mapping types such as
-    transformers' ModelOutput. The module is left as found: training flags, requires_grad, forward.
+    The graph shares the module's parameters and buffers, under their original names. It takes the module's
+    inputs and returns the module's outputs, with plain dicts for mapping types such as transformers' ModelOutput.
+    The module's training flags, requires_grad flags and forward are restored afterwards.
 
-    Where torch.export would make one end of a range a case of its own, that end is given up: the bounds of the
-    result's `dynamic_shapes` are what holds.
+    torch.export may reject one end of a dimension's range as a special case. The range is then narrowed, so read
+    the valid bounds from the `dynamic_shapes` of the result.
 
-    training: capture what the module does in train mode (dropout drops, drop-path too).
-    check: after a capture in eval mode, compare with eager on the example inputs and, where there are dynamic
-        dimensions, on fresh inputs at other sizes of all of them. Skipped where weights are not in memory.
+    Args:
+        loaded: the module with its example inputs and dynamic shapes.
+        training: capture the train-mode behavior (active dropout and drop-path).
+        check: after a capture in eval mode, compare the graph with the eager module on the example inputs and, if
+            there are dynamic dimensions, on fresh inputs at other sizes. Skipped if the weights are not in memory.
 
-    Raises CaptureError, in one sentence, where the module cannot be captured, or a dimension that was to be
-    dynamic became static, or the capture disagrees with eager.
+    Raises:
+        CaptureError: the module cannot be captured, a dynamic dimension became static, or the graph disagrees with
+            the eager module. The message is one sentence.
     """
     module = loaded.module
     axes = list_axes(loaded)
@@ -65,11 +68,17 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
 def _export(
     loaded: LoadedModel, axes: list[Axis], training: bool
 ) -> tuple[fx.GraphModule, Any, tuple[str, ...]]:
-    """The exported graph, the dynamic shapes that it holds for, and notes on dimensions that were fixed."""
+    """Export the module, narrowing the dynamic shapes until torch.export accepts them.
+
+    Returns:
+        The graph, the dynamic shapes it is valid for, and a note for each dimension that had to be fixed.
+    """
     module = loaded.module
-    what = f"{type(module).__name__}{' in train mode' if training else ''}"
+    subject = f"{type(module).__name__}{' in train mode' if training else ''}"
     shapes = _by_name(loaded)
     notes: tuple[str, ...] = ()
+    # Each round removes a dimension or shrinks a range, so the loop ends: either the export succeeds or nothing is
+    # left to narrow.
     while True:
         try:
             with _quiet(), loaded.patches(), plain_outputs(module, loaded.args, loaded.kwargs):
@@ -87,17 +96,17 @@ def _export(
             else:
                 narrower = without_ends(shapes, axes, str(error)) if shapes else None
             if narrower is None:
-                raise CaptureError(f"cannot capture {what}: {explain(error)}") from error
+                raise CaptureError(f"cannot capture {subject}: {explain(error)}") from error
             shapes, axes = narrower, list_axes(replace(loaded, dynamic_shapes=narrower))
     if not isinstance(gm, fx.GraphModule):
-        raise CaptureError(f"cannot capture {what}: torch.export returned no graph")
+        raise CaptureError(f"cannot capture {subject}: torch.export returned no graph")
     return gm, shapes, notes
 
 
 def _note(name: str, size: int) -> str:
     return (
-        f"{name} is fixed at {size}, because the model's code fixes it (a scan that is unrolled, say); "
-        f"inputs of another length need a capture of their own: --example {name}=N"
+        f"{name} is fixed at {size}, because the model's code fixes it (for example by unrolling a scan); "
+        f"capture the model again for inputs of another length: --example {name}=N"
     )
 
 
@@ -109,19 +118,20 @@ def _run_export(loaded: LoadedModel, shapes: Any) -> torch.export.ExportedProgra
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:
+    """Set the training mode of the module. Raises CaptureError if an exported program has no train mode."""
     try:
         module.train(training)
     except NotImplementedError:
-        # The program of a .pt2 file keeps the mode that it was saved in.
+        # The module of a .pt2 file cannot switch mode: it keeps the mode it was exported in.
         if training:
             raise CaptureError(
                 f"{type(module).__name__} is an exported program, which has no train mode; "
-                "capture the module that it was made from"
+                "capture the original module instead"
             ) from None
 
 
 def _by_name(loaded: LoadedModel) -> Any:
-    """The dynamic shapes with an entry for every input, as torch.export wants them."""
+    """Dynamic shapes with an entry for every input, the form that torch.export requires."""
     spec = loaded.dynamic_shapes
     if not isinstance(spec, Mapping):
         names = argument_names(loaded.module, loaded.args, loaded.kwargs)
@@ -134,10 +144,15 @@ def _by_name(loaded: LoadedModel) -> Any:
 def plain_outputs(
     module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """Let the module return plain dicts while the block runs, through its own `forward`.
+    """Override the module's `forward` inside the block so that it returns plain dicts.
 
-    The override is an instance attribute: a wrapping module would prefix every name. With `kwargs`, forward
-    shows only the inputs that are given, because torch.export bundles what a `**kwargs` would take.
+    The override is an instance attribute, because a wrapper module would add a prefix to every parameter name.
+
+    Args:
+        module: the module to override.
+        args: positional example inputs.
+        kwargs: keyword example inputs. If given, the signature of forward lists only the given inputs, because
+            torch.export bundles everything that `**kwargs` collects into one input.
     """
     original = module.forward
     shadowed = module.__dict__.get("forward")
@@ -149,6 +164,7 @@ def plain_outputs(
     if kwargs is not None:
         shown = argument_names(module, args, kwargs)
         starred = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+        # Inputs collected by `*args` have invented names, so the original signature has to stay.
         if not (starred and args):
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
             signature = inspect.Signature([inspect.Parameter(name, kind) for name in shown])
@@ -164,8 +180,10 @@ def plain_outputs(
 
 
 def to_plain(value: Any) -> Any:
-    """`value` with every mapping a dict, at any depth; entries that are None are left out of mapping types
-    other than dict, as ModelOutput does itself."""
+    """Convert every mapping in a nested value to a plain dict.
+
+    A ModelOutput omits its None entries itself, so they do not appear in the dict.
+    """
     if isinstance(value, Mapping):
         return {key: to_plain(item) for key, item in value.items()}
     if type(value) in (tuple, list):
@@ -175,7 +193,7 @@ def to_plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _as_found(module: nn.Module) -> Iterator[None]:
-    """Restore training and requires_grad flags, and plain tensor attributes that tracing left behind."""
+    """Restore, after the block, the training and requires_grad flags and the tensors stored as plain attributes."""
     training = [(child, child.training) for child in module.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     attributes = [(child, dict(child.__dict__)) for child in module.modules()]
@@ -191,7 +209,7 @@ def _as_found(module: nn.Module) -> Iterator[None]:
             for key, value in list(child.__dict__.items()):
                 if not isinstance(value, torch.Tensor) or value is found.get(key):
                     continue
-                # A fake tensor cached by the trace would break the next eager call.
+                # A fake tensor that the trace cached on the module would break the next eager call.
                 if key in found:
                     child.__dict__[key] = found[key]
                 else:
@@ -200,10 +218,10 @@ def _as_found(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Failures are told as CaptureError; what torch logs on the way is noise."""
+    """Silence torch's logs and warnings; a failure is reported as a CaptureError instead."""
     names = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes", "torch._dynamo")
     levels = [(logger, logger.level) for logger in map(logging.getLogger, names)]
-    # torch prints the whole graph on a data-dependent branch.
+    # torch prints the whole graph to stderr when control flow depends on data.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger, _ in levels:

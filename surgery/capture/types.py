@@ -1,4 +1,4 @@
-"""What a loader hands over, and what a capture yields."""
+"""Data types of capture: load options, a loaded model and a captured graph."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the user said about how to load a reference.
+    """User options for loading a reference.
 
-    task: the head to load (`text-classification`, ...); None means what the configuration names.
-    model_kwargs: passed to the loader's constructor (`num_labels`, `dtype`, `gguf_file`, ...).
-    trust: whether a file that can run code when it is read may be read.
-    example: overrides of the example's sizes by dimension or setting name (`{"batch": 4, "seq": 32}`).
+    Attributes:
+        task: head to load (`text-classification`, ...); None loads the class named in the configuration.
+        model_kwargs: keyword arguments of the model's constructor (`num_labels`, `dtype`, `gguf_file`, ...).
+        trust: True allows reading a file that can run code.
+        example: sizes of the example inputs by dimension or setting name (`{"batch": 4, "seq": 32}`).
     """
 
     task: str | None = None
@@ -31,22 +32,26 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A module with what is needed to trace it and to find it again.
+    """A module with the inputs, shapes and files needed to trace it and to load it again.
 
-    module: in eval mode, and owned by us (the caller of the loader never sees it again).
-    args, kwargs: example inputs, batch of at least 2.
-    dynamic_shapes: as `torch.export.export` takes it, keyed by input name (kwargs) or a tuple (args), with
-        named `torch.export.Dim`s.
-    files: the files whose bytes gave the weights and the configuration; hashed for the fingerprint.
-    unsourced: names of parameters and persistent buffers that `files` did not provide (a new head, a random
-        initialisation); they are stored with every saved program.
-    metadata: JSON-able facts for the user and for exporters (task, model type, tokenizer directory).
-    train_ready: called on the module before it is captured in train mode (to mend what cannot be traced).
-    patches: gives the context in which the module is exported (library fixes that make it traceable).
-    may_fix: dynamic dimensions that may stay at the example's size where the model's code fixes them (a scan
-        that is unrolled over the sequence); the capture says so in its notes. Any other is an error then.
-    config: of a transformers model, its configuration as it was before it was set up to be captured.
-    cached: of one, the modules whose configuration had its cache on then: path, and number among nested ones.
+    Attributes:
+        module: the module, in eval mode. The LoadedModel owns it; the code that loaded it must not use it further.
+        args: positional example inputs, with a batch of at least 2.
+        kwargs: example inputs by name, with a batch of at least 2.
+        dynamic_shapes: dynamic dimensions as `torch.export.export` takes them, with named `torch.export.Dim`s: a dict
+            by input name, or a tuple with one entry for each input.
+        files: files that the weights and the configuration were read from; their hash is the fingerprint.
+        unsourced: names of parameters and persistent buffers that `files` do not contain (a new head, random
+            weights). They are stored with every saved program.
+        metadata: JSON-compatible facts for the user and for exporters (task, model type, tokenizer directory).
+        train_ready: function called on the module before a capture in train mode, to disable code that cannot be
+            traced.
+        patches: returns a context manager for the export (library patches that make the module traceable).
+        may_fix: dynamic dimensions that may become static if the model's code fixes their size (for example a scan
+            unrolled over the sequence). The capture notes it. For any other dimension it is an error.
+        config: transformers models only: the configuration before the model was prepared for capture.
+        cached: transformers models only: modules whose configuration had `use_cache` on before the capture, as
+            module path and index among the nested configurations.
     """
 
     module: nn.Module
@@ -65,12 +70,16 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Captured:
-    """A traced graph over ATen ops; its parameters and buffers are the module's own objects.
+    """A traced graph of ATen ops that shares the parameters and buffers of the eager module.
 
-    graph_module: flat (no submodule calls), get_attr targets are the module's own parameter names, and it
-        takes and returns what the eager module does (a dict where that returns a ModelOutput).
-    training: the mode that it was traced in.
-    notes: what a user has to know about it, in sentences: a dimension that the model's code fixes.
+    Attributes:
+        graph_module: flat graph module without submodule calls. Its get_attr targets are the module's parameter
+            names. Its inputs and outputs are those of the eager module, with a dict instead of a ModelOutput.
+        args: positional example inputs.
+        kwargs: example inputs by name.
+        dynamic_shapes: dynamic dimensions that the graph is valid for.
+        training: True if the module was traced in train mode.
+        notes: sentences for the user, for example about a dimension that had to be fixed.
     """
 
     graph_module: fx.GraphModule
@@ -82,6 +91,7 @@ class Captured:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of `graph_module`."""
         return self.graph_module.graph
 
 

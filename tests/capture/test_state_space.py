@@ -46,7 +46,7 @@ def test_a_module_of_yours_is_not_fixed_in_silence():
                 out.append(state)
             return torch.stack(out, 1)
 
-    with pytest.raises(CaptureError, match="'seq' is the constant 4 to this model's code"):
+    with pytest.raises(CaptureError, match="model's code fixes dimension 'seq' to the constant 4"):
         surgery.capture(Scan(), torch.randn(3, 4, 2), {"x": {0: "batch", 1: "seq"}})
 
 

@@ -172,7 +172,7 @@ def test_dynamic_by_names_and_by_dims():
         ({"y": {0: "batch"}}, "'y', which is not given"),
         ({"x": {5: "batch"}}, "no dynamic axis 5"),
         ({"x": {0: Dim.AUTO}}, "name it"),
-        ({"x": {0: "a b"}}, "no name for a dimension"),
+        ({"x": {0: "a b"}}, "not a valid dimension name"),
     ],
 )
 def test_wrong_dynamic_is_refused_before_tracing(dynamic, message):
