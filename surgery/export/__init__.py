@@ -1,4 +1,4 @@
-"""Export to ONNX, and what checks and reads the result. onnx, onnxscript and onnxruntime load when needed."""
+"""Export to ONNX, with checks and readers of the file. onnx, onnxscript and onnxruntime are imported on first use."""
 
 from __future__ import annotations
 

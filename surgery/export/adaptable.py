@@ -1,4 +1,4 @@
-"""A program as one ONNX model and an adapter file for each LoRA, checked one by one."""
+"""Export of a program as one ONNX model with a separate, checked adapter file for each LoRA."""
 
 from __future__ import annotations
 
@@ -25,8 +25,15 @@ MANIFEST = "adapters.json"
 
 @dataclass(frozen=True)
 class AdaptableReport:
-    """model: of the file with no adapter. adapters: files by name, and errors: how far, over the outputs' scale, the
-    model with each is from the program with that adapter alone."""
+    """Result of `export_adaptable`.
+
+    Attributes:
+        path: the directory.
+        model: report of the ONNX model without an adapter.
+        adapters: adapter files by adapter name.
+        errors: largest output difference by adapter name, as a fraction of the output's scale, between the ONNX model
+            with that adapter and the program with that adapter alone.
+    """
 
     path: Path
     model: ExportReport
@@ -37,22 +44,33 @@ class AdaptableReport:
 def export_adaptable(
     program: Program, path: Any, *, seed: int = 0, overwrite: bool = False, **options: Any
 ) -> AdaptableReport:
-    """Write a directory: `model.onnx`, whose LoRA is optional inputs, `NAME.onnx_adapter` for each that the program
-    carries, and `adapters.json`, which lists them. options: as for `export_program`.
+    """Write a directory with an ONNX model that takes LoRA weights as optional inputs.
 
-    In onnxruntime: `LoraAdapter().Load(file)`, `RunOptions.add_active_adapter(adapter)`, `session.run(…, options)`.
-    Raises ExportError where there is no LoRA, or an adapter's outputs are not those of the program.
+    The directory holds `model.onnx`, one `NAME.onnx_adapter` for each LoRA of the program, and `adapters.json`, which
+    lists them. To use an adapter in onnxruntime, call `LoraAdapter().Load(file)`,
+    `RunOptions.add_active_adapter(adapter)` and `session.run(…, options)`.
+
+    Args:
+        program: the program.
+        path: the directory to write.
+        seed: seed of the inputs for the checks.
+        overwrite: True replaces an existing directory.
+        options: options of `export_program`.
+
+    Raises:
+        ExportError: the program has no LoRA, or the outputs with an adapter differ from the program's.
     """
     slotted = slots(program)
     with staged_directory(Path(path), overwrite) as folder:
         report = export_program(slotted.program, folder / MODEL, seed=seed, optional=slotted.names, **options)
         write_adapters(slotted.adapters, report.stored, folder)
-        told = {
+        manifest = {
             "model": MODEL,
             "adapters": {name: adapter_file(folder, name).name for name in slotted.adapters},
             "inputs": [report.stored[name] for name in slotted.names],
         }
-        (folder / MANIFEST).write_text(json.dumps(told, indent=1))
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        # Check the files before the directory is moved to its place.
         model = OnnxModel(folder / MODEL)
         errors = {name: _error(alone, model, folder, name, seed) for name, alone in slotted.alone.items()}
     place = Path(path)
@@ -62,6 +80,7 @@ def export_adaptable(
 
 
 def _error(alone: Program, model: OnnxModel, folder: Path, name: str, seed: int) -> float:
+    """Largest difference between the model with adapter `name` and the program `alone`, relative to the scale."""
     source, worst = source_of(alone), 0.0
     for args, kwargs in parity_inputs(alone, seed):
         got = model.run(source.named_inputs(args, kwargs), [adapter_file(folder, name)])
@@ -69,8 +88,8 @@ def _error(alone: Program, model: OnnxModel, folder: Path, name: str, seed: int)
             error = difference(value, got[output]) / scale_of(value)
             if error > tolerance_of(value.dtype):
                 raise ExportError(
-                    f"with the adapter {name!r}, output '{output}' of the ONNX model is {error:.1e} of its scale from "
-                    f"the program's, where {tolerance_of(value.dtype):.0e} is rounding"
+                    f"with the adapter {name!r}, output '{output}' of the ONNX model differs from the program by "
+                    f"{error:.1e} of its scale; rounding explains at most {tolerance_of(value.dtype):.0e}"
                 )
             worst = max(worst, error)
     return worst

@@ -1,8 +1,8 @@
-"""LoRA as optional inputs of an ONNX model, and onnxruntime's `.onnx_adapter` files: one model, several adapters.
+"""LoRA weights as optional inputs of an ONNX model, with one `.onnx_adapter` file for each adapter.
 
-All LoRAs of a program become one of the largest rank, of scale 1 and zeros, whose A and B are inputs with these zeros
-as their defaults: with no adapter the model is its base. Each adapter's file holds its own A and B by those names, with
-its scale multiplied into B, filled with zeros up to that rank.
+All LoRAs of a program are replaced by a single LoRA of the largest rank, with scale 1. Its A and B are optional inputs
+with zeros as defaults, so the model without an adapter computes the base. The file of an adapter holds values for these
+inputs: the adapter's A and B, with its scale multiplied into B, padded with zeros to the largest rank.
 """
 
 from __future__ import annotations
@@ -31,8 +31,14 @@ _LABEL = "slot"
 
 @dataclass(frozen=True)
 class Slots:
-    """program: with one LoRA of zeros in the place of all. names: of its tensors. adapters: by name, the tensors that
-    each puts there. alone: by name, the program with that adapter only, to compare with."""
+    """A program whose LoRAs were replaced by one LoRA of zeros.
+
+    Attributes:
+        program: the program with the LoRA of zeros.
+        names: names of the tensors of that LoRA.
+        adapters: values of these tensors by adapter name.
+        alone: the original program with only one adapter, by adapter name, for comparison.
+    """
 
     program: Program
     names: tuple[str, ...]
@@ -41,26 +47,32 @@ class Slots:
 
 
 def slots(program: Program) -> Slots:
-    """Raises ExportError where there is no LoRA, PassError for one that is no plain low-rank update."""
+    """Replace all LoRAs of a program with one LoRA of zeros.
+
+    Raises:
+        ExportError: the program has no active LoRA.
+        PassError: a LoRA is not a plain low-rank update (for example with DoRA).
+    """
     chosen = [
         (entry, entry.weight)
         for entry in live_entries(program.journal)
         if type(pass_of(entry, program.base.plugins)) is Lora
     ]
     if not chosen:
-        out = [e.id for e in program.journal if e.kind == "rewrite" and e.weight == 0]
+        disabled = [e.id for e in program.journal if e.kind == "rewrite" and e.weight == 0]
         remedy = (
-            f"let in what is left out (--weight {out[0]}=1)" if out else "apply one, or leave the option out"
+            f"enable a disabled adapter (--weight {disabled[0]}=1)"
+            if disabled
+            else "apply one, or remove the option"
         )
-        raise ExportError(
-            f"--adapters-as-inputs: the program carries no LoRA that is in and not folded; {remedy}"
-        )
+        raise ExportError(f"--adapters-as-inputs: the program has no active, unmerged LoRA; {remedy}")
     labels = {entry.id: entry.label or entry.id for entry, _ in chosen}
     places = places_of(program, chosen, "--adapters-as-inputs")
     pairs = [
         {source.entry: plain_pairs(place.site, source, "--adapters-as-inputs") for source in place.sources}
         for _, place in places
     ]
+    # One shared LoRA has to hold every adapter, so it takes the largest rank at any site.
     rank = max(a.shape[1] for own in pairs for by_end in own.values() for a, _ in by_end.values())
     carrier = Lora.carrier([place for _, place in places], rank, _LABEL)
     zeros = [
@@ -78,11 +90,13 @@ def slots(program: Program) -> Slots:
     for record, (_, place), own, held in zip(records, places, pairs, zeros, strict=True):
         names += [record.tensors[name] for name in held]
         for source in place.sources:
+            # The shared LoRA has scale 1, so the scale and the weight of the adapter go into B.
             scale = source.weight * source.pass_.scale  # type: ignore[attr-defined]
             scaled = {end: (a, b * scale) for end, (a, b) in own[source.entry].items()}
             for name, value in combine.named(scaled, rank).items():
                 slot = slotted.tensors[record.tensors[name]]
                 adapters[labels[source.entry]][record.tensors[name]] = value.reshape(slot.shape).to(slot)
+    # Each adapter is compared with the original program without the other adapters.
     alone = {
         label: program.without(*(other for other in labels if other != own)) for own, label in labels.items()
     }
@@ -92,7 +106,16 @@ def slots(program: Program) -> Slots:
 def write_adapters(
     adapters: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, str], folder: Path
 ) -> None:
-    """`NAME.onnx_adapter` for each. stored: the names of the tensors in the model."""
+    """Write `NAME.onnx_adapter` for each adapter.
+
+    Args:
+        adapters: tensors of each adapter, by adapter name and tensor name.
+        stored: name of each tensor in the ONNX model.
+        folder: the directory to write to.
+
+    Raises:
+        ExportError: a file cannot be written.
+    """
     ort = require("onnxruntime")
     for name, tensors in adapters.items():
         values = {

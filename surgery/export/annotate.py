@@ -1,4 +1,4 @@
-"""Ties, names and provenance on an onnx_ir model."""
+"""Tied weights, names and provenance of an onnx_ir model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ Provenance = Mapping[str, Mapping[str, Any]]
 
 
 def tie_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Store a tensor that has several names once; returns each dropped name with the one that was kept.
+    """Store a tensor with several names once.
 
-    Tensors are tied where they are the same memory, never where they are merely equal. Tracing often leaves
-    one initializer for both names already, under either of them.
+    Tensors are tied if they share memory, not if they are merely equal. Tracing often leaves a single initializer for
+    both names already, under either of them.
+
+    Returns:
+        Each dropped name with the name that was kept.
     """
     kept: dict[tuple[Any, ...], str] = {}
     dropped: dict[str, str] = {}
     initializers = model.graph.initializers
+    # Process the names with an initializer first, so that every tensor keeps a name that exists in the file.
     present = [name for name in initializers if name in tensors]
     for name in [*present, *(name for name in tensors if name not in initializers)]:
         tensor = tensors[name]
@@ -44,10 +48,12 @@ def tie_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, st
 
 
 def note_ties(model: Any, names: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> None:
-    """Write on each initializer the other names of its tensor.
+    """Record the other names of each tensor in the metadata of its initializer.
 
-    names: every name that the program has for a tensor, used by the graph or not.
-    stored: parameter name to the initializer that holds it.
+    Args:
+        model: the onnx_ir model.
+        names: tensors by every name in the program, whether the graph uses the name or not.
+        stored: name of the initializer that stores each parameter, by parameter name.
     """
     holders: dict[tuple[int, int], str] = {}
     for name, initializer in stored.items():
@@ -67,12 +73,13 @@ def note_ties(model: Any, names: Mapping[str, torch.Tensor], stored: Mapping[str
 
 
 def tag_nodes(model: Any) -> None:
-    """Write on each ONNX node the program's node and module that it came from.
+    """Record in each ONNX node the graph node and the module it came from.
 
-    In place of what the exporter writes there: stack traces, with the names of this machine's files, which take more
-    room than all else in a small model's file.
-    Must run before any pass: a rewrite keeps metadata_props but not the graph node behind them.
+    This replaces the exporter's metadata: stack traces that contain local file names and take more space than
+    everything else in the file of a small model. Call it before any optimization pass, because a rewrite keeps
+    metadata_props but drops the reference to the graph node.
     """
+    # One graph node may be decomposed into several traced nodes; the last of them computes its value.
     last: dict[str, str] = {}
     for node in model.graph:
         traced = node.meta.get("node")
@@ -95,12 +102,18 @@ def tag_nodes(model: Any) -> None:
 
 
 def write_provenance(model: Any, provenance: Provenance, stored: Mapping[str, str]) -> None:
-    """Write pass, name and site on the tensors of `provenance` and on the nodes that compute with them.
+    """Record pass, name and site on the tensors of `provenance` and on the nodes that use them.
 
-    A node computes with a tensor where it reads it, or reads what was made from tensors alone (Bᵀ, B·A). What
-    the graph itself said of a node, in `meta["custom"]`, stands.
+    A node uses a tensor if it reads the tensor, or a value computed from tensors alone (Bᵀ, B·A). Provenance that
+    the graph already recorded for a node in `meta["custom"]` is kept.
 
-    Raises ExportError where a tensor with provenance is not in the file: an optimisation lost it.
+    Args:
+        model: the onnx_ir model.
+        provenance: {"pass", "name", "site"} of each tensor, by tensor name.
+        stored: name of the initializer that stores each tensor, by tensor name.
+
+    Raises:
+        ExportError: a tensor with provenance is not in the file.
     """
     origin: dict[Any, Mapping[str, Any]] = {}
     for name, entry in provenance.items():
@@ -118,8 +131,9 @@ def write_provenance(model: Any, provenance: Provenance, stored: Mapping[str, st
             continue
         if metadata_keys.PASS not in node.metadata_props:
             node.metadata_props.update(_properties(entries[0]))
-        made = [value for value in node.inputs if value is not None]
-        if all(value in origin or value.is_initializer() for value in made):
+        # Pass the provenance on only while no activation is involved; otherwise it would reach the model's outputs.
+        given = [value for value in node.inputs if value is not None]
+        if all(value in origin or value.is_initializer() for value in given):
             origin.update(dict.fromkeys(node.outputs, entries[0]))
 
 
@@ -129,7 +143,13 @@ def _properties(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def stored_names(model: Any, names: Iterable[str], tied: Mapping[str, str]) -> dict[str, str]:
-    """For each tensor of the program that the file holds, the name of the initializer that holds it."""
+    """Map each of the program's tensor names to the initializer that stores it.
+
+    Args:
+        model: the onnx_ir model.
+        names: tensor names of the program; names missing from the file are omitted.
+        tied: dropped names with the names that were kept, from `tie_weights`.
+    """
     by_source = {
         value.metadata_props.get(metadata_keys.SOURCE, name): name
         for name, value in model.graph.initializers.items()
@@ -138,18 +158,24 @@ def stored_names(model: Any, names: Iterable[str], tied: Mapping[str, str]) -> d
 
 
 def rename_ends(model: Any, inputs: list[str], outputs: list[str]) -> None:
-    """Give the graph's inputs and outputs their names, moving aside inner values that have them.
+    """Rename the inputs and outputs of the graph. An inner value with the same name gets the suffix `.inner`.
 
-    Raises ExportError where the counts differ or a name stands for two things.
+    Args:
+        model: the onnx_ir model.
+        inputs: names of the inputs, in order.
+        outputs: names of the outputs, in order.
+
+    Raises:
+        ExportError: the counts differ, or a name occurs twice.
     """
     graph = model.graph
     if len(inputs) != len(graph.inputs) or len(outputs) != len(graph.outputs):
         raise ExportError(
-            f"the ONNX graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, where the "
-            f"program has {len(inputs)} and {len(outputs)}: one that is not a tensor cannot be kept"
+            f"the ONNX graph has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, but the "
+            f"program has {len(inputs)} and {len(outputs)}; make every input and output a tensor"
         )
     if double := sorted({name for name in [*inputs, *outputs] if [*inputs, *outputs].count(name) > 1}):
-        raise ExportError(f"'{double[0]}' names two inputs or outputs: rename one with output_names")
+        raise ExportError(f"'{double[0]}' names two inputs or outputs; rename one with output_names")
     taken = {*inputs, *outputs}
     ends = {*graph.inputs, *graph.outputs}
     for node in graph:

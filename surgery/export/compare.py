@@ -1,4 +1,4 @@
-"""Where two programs, or a program and its ONNX file, first stop agreeing."""
+"""Search for the first node at which two programs, or a program and its ONNX file, differ."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first node, in the order of the first argument, whose values differ.
+    """The first node, in the order of the first model, whose values differ.
 
-    node: its name in the first argument. other: its counterpart's in the second.
-    max_abs: the largest difference. relative: the same as a fraction of the value's scale.
+    Attributes:
+        node: name of the node in the first model.
+        other: name of its counterpart in the second model.
+        module_path: path of the module that the node was traced in; "" if unknown.
+        op: the op of the node.
+        max_abs: largest absolute difference.
+        relative: largest difference as a fraction of the value's scale.
     """
 
     node: str
@@ -37,6 +42,8 @@ class Divergence:
 
 @dataclass(frozen=True)
 class _Value:
+    """The tensor that one node returned."""
+
     node: str
     module_path: str
     op: str
@@ -49,24 +56,33 @@ def first_divergence(
     inputs: InputSet,
     tol: float | None = None,
 ) -> Divergence | None:
-    """The first node whose values differ by more than `tol` of their scale; None where all agree.
+    """Find the first node whose values differ by more than `tol`.
 
-    inputs: (args, kwargs) of the program. Between two ONNX files there is no program to name positional
-        arguments: pass everything in kwargs, by input name.
-    tol: None takes what parity takes for the dtype.
+    Nodes of two graphs are paired by module path, op and running number among the nodes with the same path and op.
+    If a model is an ONNX file, nodes are paired by the name of the graph node, which the export writes into the file.
+    ONNX nodes without that name are paired by the name of their output. Nodes without a counterpart are skipped.
 
-    Nodes of two graphs are paired by (module path, op, how many such came before); nodes of a graph and an
-    ONNX file by the graph node's name, which the export writes into the file; nodes of two files by that name
-    too, and by value name where neither has it. What has no partner is not compared.
+    Args:
+        a: a graph or an ONNX file.
+        b: the graph or ONNX file to compare with.
+        inputs: (args, kwargs) of the program. For two ONNX files, pass all inputs in kwargs by input name, because no
+            program names positional inputs.
+        tol: allowed difference as a fraction of the value's scale; None uses the parity tolerance of the dtype.
 
-    Raises ExportError where nothing could be paired.
+    Returns:
+        The first differing node, or None if all paired nodes agree.
+
+    Raises:
+        ExportError: no nodes could be paired.
     """
     by_origin = isinstance(a, OnnxModel) or isinstance(b, OnnxModel)
     named = _named_inputs(a, b, inputs)
     left, right = _values(a, inputs, named, by_origin), _values(b, inputs, named, by_origin)
     pairs = [(value, right[key]) for key, value in left.items() if key in right]
     if not pairs:
-        raise ExportError("the two have no node in common: compare a program with its own export or edit")
+        raise ExportError(
+            "the two models have no node in common; compare a program with its own export or an edited version"
+        )
     for first, second in pairs:
         gap = difference(first.tensor, second.tensor)
         relative = gap / scale_of(first.tensor)
@@ -91,6 +107,7 @@ def _values(
     named: Mapping[str, torch.Tensor],
     by_origin: bool,
 ) -> dict[Key, _Value]:
+    """Run a model and return its values by pairing key; `by_origin` pairs by the name of the graph node."""
     if isinstance(program, OnnxModel):
         return _onnx_values(program, named)
     recorder = _Recorder(program)
@@ -108,6 +125,8 @@ def _values(
 
 
 def _onnx_values(model: OnnxModel, named: Mapping[str, torch.Tensor]) -> dict[Key, _Value]:
+    # An op may become several ONNX nodes, and only the last one has its value. A file that surgery did not write has
+    # no such marks, so all its nodes are used.
     nodes = [node for node in model.nodes if node.is_value] or list(model.nodes)
     tensors = model.intermediate([node.outputs[0] for node in nodes], named)
     return {
@@ -119,7 +138,7 @@ def _onnx_values(model: OnnxModel, named: Mapping[str, torch.Tensor]) -> dict[Ke
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps every tensor that an op returned, before a later op writes into it."""
+    """Interpreter that copies every tensor an op returns, because a later op may write to it in place."""
 
     def __init__(self, program: fx.GraphModule) -> None:
         super().__init__(program)

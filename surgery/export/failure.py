@@ -1,4 +1,4 @@
-"""One sentence from an exporter's chain of exceptions: which op, at which node, and what to do."""
+"""One-sentence explanations of exporter failures: the op, the node and the remedy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ _AT_NODE = re.compile(r"Error when translating node %?([A-Za-z0-9_.]+)")
 
 
 def explain(error: BaseException, origins: Mapping[str, str] | None = None) -> str:
-    """Name the op and the node of a failed translation with the remedy; otherwise the first cause's words.
+    """Explain a failed ONNX translation in one sentence.
 
-    origins: the program's own name of each traced node.
+    The message names the op and the node if the exporter reports them, and otherwise quotes the root cause.
+
+    Args:
+        error: the exception that the exporter raised.
+        origins: name of the program's node for each traced node.
     """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -29,12 +33,12 @@ def explain(error: BaseException, origins: Mapping[str, str] | None = None) -> s
         if match := _NO_FORM.search(str(part)):
             op = f"{match.group(1)}.{match.group(2)}" if match.group(1) else match.group(3).rstrip(".,")
             return (
-                f"op '{op.replace('::', '.')}'{where} has no ONNX form: give it a lowering "
+                f"op '{op.replace('::', '.')}'{where} has no ONNX form; register a lowering "
                 "(hook surgery_onnx_lowerings) or remove the pass that inserted it"
             )
     return f"the ONNX translation failed{where}: {first_line(chain[-1]).rstrip('.')}"
 
 
 def first_line(error: BaseException) -> str:
-    """The first words that an exception has, its type where it has none."""
+    """First non-empty line of an exception's message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Generation in onnxruntime with transformers' own `generate`: greedy, sampled, beams."""
+"""Generation in onnxruntime with transformers' `generate`: greedy, sampling and beam search."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from surgery.export.runtime import ADAPTER, adapter_file
 
 
 def open_generator(path: Any, **session: Any) -> Any:
-    """A model whose `generate` runs what `surgery export --generate` wrote in onnxruntime.
+    """Open a directory written by `surgery export --generate` as a model whose `generate` runs in onnxruntime.
 
-    session: `device`, `providers`, `session_options`, as for transformers' `ExportedModel.from_pretrained`. Where
-    the directory holds adapters, `with model.adapter("film"):` lets one in (several: `model.adapter("a", "b")`).
-    Raises ExportError where the directory is none of these.
+    If the directory contains adapters, `with model.adapter("film"):` activates one, and `model.adapter("a", "b")`
+    activates several.
+
+    Args:
+        path: the directory.
+        session: `device`, `providers` and `session_options` of transformers' `ExportedModel.from_pretrained`.
+
+    Raises:
+        ExportError: the directory was not written by `surgery export --generate`, or cannot be opened.
     """
     ort = require("onnxruntime")
     import transformers
@@ -29,9 +35,9 @@ def open_generator(path: Any, **session: Any) -> Any:
 
     folder = Path(path)
     if not (folder / "export.json").is_file():
-        raise ExportError(f"{path} is no directory that `surgery export --generate` wrote")
+        raise ExportError(f"{path} was not written by `surgery export --generate`; name a directory that was")
     if "session_options" not in session:
-        # It warns of every input that has a default.
+        # Suppress the warning that onnxruntime logs for every input with a default value.
         session["session_options"] = ort.SessionOptions()
         session["session_options"].log_severity_level = 3
     try:
@@ -41,8 +47,11 @@ def open_generator(path: Any, **session: Any) -> Any:
     title = str(exported.components["decode"].metadata.architecture)
     cls = getattr(transformers, title, None)
     if cls is None:
-        raise ExportError(f"{path} was made of {title}, which this transformers has not")
-    with torch.device("meta"):  # its generate, and what that asks of the model, without the weights
+        raise ExportError(
+            f"{path} was exported from {title}, which the installed transformers lacks; upgrade transformers"
+        )
+    # Only `generate` and the attributes it reads are needed, so the model is created without weights.
+    with torch.device("meta"):
         shell = cls(exported.config)
     if exported.generation_config is not None:
         shell.generation_config = exported.generation_config
@@ -57,7 +66,14 @@ def open_generator(path: Any, **session: Any) -> Any:
 
 
 class _Generator:
-    """Put before a transformers class, whose forward is then in onnxruntime."""
+    """Mixin placed before a transformers class whose forward runs in onnxruntime.
+
+    Attributes:
+        exported: transformers' ExportedModel.
+        folder: the exported directory.
+        given: values of the LoRA inputs of the active adapters.
+        slots: names of the LoRA inputs of the graphs.
+    """
 
     exported: Any
     folder: Path
@@ -66,22 +82,29 @@ class _Generator:
 
     @property
     def device(self) -> torch.device:
+        """Device of the onnxruntime sessions."""
         return self.exported.device
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers has it, with the kind of cache that the graphs take."""
+        """Run transformers' `generate` with the type of cache that the graphs need."""
         for name, cache in whole_cache(self).items():
             kwargs.setdefault(name, cache)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Raise ExportError: the weights are in the directory, not in this model."""
         raise ExportError(
-            f"this model runs what is in {self.folder}, and has no weights to save; copy that directory"
+            f"this model runs the graphs in {self.folder} and has no weights to save; copy that directory"
         )
 
     @contextlib.contextmanager
     def adapter(self, *names: str) -> Iterator[Any]:
-        """These adapters are in while the block runs, in every graph."""
+        """Activate adapters in all graphs during the block.
+
+        Raises:
+            ExportError: an adapter is missing, unreadable or made for another model, or two adapters set the same
+                input.
+        """
         ort = require("onnxruntime")
         files = [adapter_file(self.folder, name) for name in names]
         for name, file in zip(names, files, strict=True):
@@ -92,16 +115,19 @@ class _Generator:
                 )
         given: dict[str, Any] = {}
         for file in files:
-            # A run with bound inputs has no place for active adapters: their tensors are bound like other inputs.
+            # A run with IO binding cannot take active adapters, so their tensors are bound like other inputs.
             try:
                 values = ort.AdapterFormat.read_adapter(str(file)).get_parameters()
             except Exception as error:
-                raise ExportError(f"{file} is no adapter that can be read; export it again") from error
+                raise ExportError(f"{file} cannot be read as an adapter; export it again") from error
             if foreign := sorted(set(values) - self.slots):
-                raise ExportError(f"{file} is for another model: this one has no input {foreign[0]}")
+                raise ExportError(
+                    f"{file} is for another model: this one has no input {foreign[0]}; export the adapter again"
+                )
             if both := sorted(set(values) & set(given)):
                 raise ExportError(
-                    f"{names} both give {both[0]}; combine them into one, or let in one of them"
+                    f"the adapters {', '.join(names)} overlap: two of them set {both[0]}; combine them into one, or "
+                    "activate only one"
                 )
             given.update(values)
         before, self.given = self.given, given
@@ -112,7 +138,7 @@ class _Generator:
 
 
 def sliding_window(model: Any) -> int:
-    """How far sliding attention looks back; 0 where there is none."""
+    """Size of the largest sliding attention window in positions; 0 without sliding attention."""
     from transformers import DynamicCache
 
     layers: list[Any] = DynamicCache(config=model.config).layers
@@ -120,25 +146,28 @@ def sliding_window(model: Any) -> int:
 
 
 def whole_cache(model: Any) -> dict[str, Any]:
-    """For `generate`, where attention slides: a cache that keeps every position, and the mask hides them. The default
-    drops some, by Python arithmetic that no graph can hold."""
+    """Arguments of `generate` that set the cache of a model with sliding attention; empty for other models.
+
+    The cache keeps every position, and the mask hides those outside the window. The default cache drops positions in
+    Python code, which cannot be traced.
+    """
     from transformers import DynamicCache
 
     return {"past_key_values": DynamicCache()} if sliding_window(model) else {}
 
 
 def _forward_like(cls: Any) -> Callable[..., Any]:
-    """A forward in onnxruntime that says it takes what the class's own does: `generate` asks for that."""
+    """Create a forward that runs in onnxruntime. It has the signature of `cls.forward`, which `generate` inspects."""
 
     def forward(self: Any, input_ids: Any = None, past_key_values: Any = None, **given: Any) -> Any:
         if input_ids is None:
-            raise ExportError("the graphs take tokens: give input_ids")
+            raise ExportError("the graphs take token ids; pass input_ids")
         input_ids = input_ids.long()
         uses_cache = given.get("use_cache") is not False
         filled = uses_cache and past_key_values is not None and past_key_values.get_seq_length() > 0
         runner = self.exported.runners["decode" if filled else "prefill"]
         inputs = {name: value for name, value in given.items() if name in runner.metadata.kwargs}
-        # As the graphs have them, and as transformers fills them in.
+        # The graphs require int64 and all inputs; missing ones get the defaults of transformers.
         for name in ("attention_mask", "position_ids"):
             if isinstance(inputs.get(name), torch.Tensor):
                 inputs[name] = inputs[name].long()
@@ -149,7 +178,7 @@ def _forward_like(cls: Any) -> Callable[..., Any]:
             positions = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
             inputs["position_ids"] = positions[:, -input_ids.shape[1] :]
         if past_key_values is not None and uses_cache:
-            # An empty one too: of a sliding window it holds the size.
+            # An empty cache is passed as well, because it holds the size of a sliding window.
             inputs["past_key_values"] = past_key_values
         outputs = runner(input_ids=input_ids, **inputs)
         if not uses_cache:
@@ -161,7 +190,7 @@ def _forward_like(cls: Any) -> Callable[..., Any]:
 
 
 class _Session:
-    """An onnxruntime session whose runs also get what the model has been given."""
+    """Wrapper of an onnxruntime session that also binds the inputs of the model's active adapters."""
 
     def __init__(self, session: Any, model: Any) -> None:
         self._session, self._model = session, model
@@ -170,6 +199,7 @@ class _Session:
         return getattr(self._session, name)
 
     def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
+        """Bind the adapters' tensors and run the session."""
         for name, value in self._model.given.items():
             binding.bind_ortvalue_input(name, value)
         self._session.run_with_iobinding(binding, options)

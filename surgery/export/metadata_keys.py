@@ -1,8 +1,8 @@
-"""The metadata keys that an exported file carries.
+"""Metadata keys of an exported ONNX file.
 
-On the model: JOURNAL. On tensors: PASS, NAME, SITE, SOURCE, TIED. On nodes: PASS, NAME, SITE, FX_NODE,
-FX_OUTPUT, MODULE. On a graph node's `meta["custom"]`, which survives tracing and decomposition: CUSTOM (a
-mapping with the keys pass, name and site) and FX_NODE.
+The model has JOURNAL. Tensors have PASS, NAME, SITE, SOURCE and TIED. Nodes have PASS, NAME, SITE, FX_NODE, FX_OUTPUT
+and MODULE. CUSTOM (a mapping with the keys pass, name and site) and FX_NODE are also keys of `meta["custom"]` of an fx
+node, because that dict survives tracing and decomposition.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ JOURNAL = "surgery.journal"
 PASS = "surgery.pass"
 NAME = "surgery.name"
 SITE = "surgery.site"
-SOURCE = "surgery.source"  # the weight that this tensor is a transposed copy of
-TIED = "surgery.tied"  # JSON list: the other names of a tensor that is stored once
-FX_NODE = "surgery.node"  # the node of the program's graph that this ONNX node is part of
-FX_OUTPUT = "surgery.output"  # present where this ONNX node's output is that node's value
-MODULE = "surgery.module"  # path of the module that the node was traced in
-CUSTOM = "surgery"  # in meta["custom"] only
+SOURCE = "surgery.source"  # name of the weight that this tensor stores transposed
+TIED = "surgery.tied"  # JSON list of the other names of this tensor
+FX_NODE = "surgery.node"  # fx node of the program that this ONNX node is part of
+FX_OUTPUT = "surgery.output"  # present if the first output is the value of that fx node
+MODULE = "surgery.module"  # path of the module that the fx node was traced in
+CUSTOM = "surgery"  # only in meta["custom"] of an fx node

@@ -1,4 +1,4 @@
-"""Write a program as an ONNX file that keeps its weights' names, its adapters and where they came from."""
+"""Export of a program to an ONNX file that keeps parameter names, adapters and their provenance."""
 
 from __future__ import annotations
 
@@ -29,18 +29,27 @@ from surgery.export.postprocess import finish
 from surgery.export.reexport import export_again
 from surgery.export.source import ExportSource, InputSet, axis_names, tagged_copy
 
-_INLINE_LIMIT = 1_500_000_000  # a protobuf file ends at 2 GiB, and the graph needs room too
+_INLINE_LIMIT = 1_500_000_000  # bytes of weights: a protobuf file is limited to 2 GiB, including the graph
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
+    """Result of an ONNX export.
 
-    files: the model file, and its data file where the weights are beside it.
-    nodes, traced_nodes: ONNX nodes in the file, and before simplification.
-    stored: every weight of the program by name, with the tensor that holds it (`x.weight` → `x.weight.T`).
-    tied: names that share another's tensor.
-    lost: tensors not in the file under any name: no output depends on them, or a buffer became a constant.
+    Attributes:
+        path: the model file.
+        files: the model file, and the data file if the weights are stored separately.
+        size: total size of the files in bytes.
+        opset: ONNX opset of the file.
+        nodes: number of ONNX nodes in the file.
+        traced_nodes: number of ONNX nodes before simplification.
+        inputs: shapes of the inputs by name, with named dynamic axes.
+        outputs: shapes of the outputs by name, with named dynamic axes.
+        stored: tensor of the file that stores each weight of the program, by name (`x.weight` → `x.weight.T`).
+        tied: names that share a tensor, with the name that was kept.
+        lost: tensors missing from the file: no output depends on them, or a buffer became a constant.
+        seconds: duration of the export.
+        parity: result of the parity check; None if it was not requested.
     """
 
     path: Path
@@ -71,17 +80,24 @@ def export_onnx(
     parity: Sequence[InputSet] = (),
     optional: Sequence[str] = (),
 ) -> ExportReport:
-    """Export `source` to `path`.
+    """Export `source` to an ONNX file.
 
-    provenance: parameter name to {"pass", "name", "site"}, for the tensors that must stay apart: nothing
-        folds across them. An entry with "pinned": False is recorded only; its tensor may be stored transposed.
-    lowerings: torch op to an onnxscript function, for ops that torch does not know how to write.
-    external_data: the weights in `<path>.data`; None does so above 1.5 GB.
-    check: run onnx's checker on the file.
-    parity: input sets to compare with onnxruntime before the file takes its place.
-    optional: tensors that are left as optional inputs; see surgery.export.adapter_inputs.
+    Args:
+        source: the program.
+        path: the file to write; an existing file is replaced only if the export succeeds.
+        opset: ONNX opset; None uses torch's default, or a later one if an op of the graph needs it.
+        provenance: {"pass", "name", "site"} by tensor name, for the tensors that have to stay separate in the file.
+            With "pinned": False the provenance is recorded, but the tensor may be stored transposed.
+        journal_json: the program's journal as JSON, stored in the file's metadata.
+        lowerings: onnxscript function by torch op, for ops that torch.onnx cannot translate.
+        external_data: True stores the weights in `<path>.data`; None does so above 1.5 GB.
+        check: run onnx's checker on the file, and check that onnxruntime keeps quantized weights quantized.
+        parity: input sets on which onnxruntime is compared with the program before `path` is replaced.
+        optional: tensors that become optional inputs; see surgery.export.adapter_inputs.
 
-    Raises ExportError, and leaves what was at `path` as it was; MissingExtraError without the onnx extra.
+    Raises:
+        ExportError: the export or a check fails; a file at `path` is left unchanged.
+        MissingExtraError: the onnx extra is not installed.
     """
     onnx = require("onnx")
     require("onnxscript")
@@ -101,10 +117,11 @@ def export_onnx(
         _all_names(source),
         provenance,
         journal_json,
-        lambda model: _name_ends(model, program, source),
+        lambda model: _rename_inputs_and_outputs(model, program, source),
         optional,
     )
     stored, tied = finished.stored, finished.tied
+    # The size limit of a protobuf file applies to the weights that are left after tying.
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external_data is None:
         external_data = weight_bytes > _INLINE_LIMIT
@@ -127,8 +144,8 @@ def export_onnx(
         opset=model.opset_imports[""],
         nodes=model.graph.num_nodes(),
         traced_nodes=traced_nodes,
-        inputs=_ends([value for value in model.graph.inputs if value.name not in optional]),
-        outputs=_ends(model.graph.outputs),
+        inputs=_shapes([value for value in model.graph.inputs if value.name not in optional]),
+        outputs=_shapes(model.graph.outputs),
         stored=stored,
         tied=tied,
         lost=tuple(name for name in tensors if name not in stored),
@@ -138,6 +155,7 @@ def export_onnx(
 
 
 def _trace(source: ExportSource) -> torch.export.ExportedProgram:
+    """Export the edited graph again, with the math attention kernel, which decomposes into standard ops."""
     try:
         with sdpa_kernel(SDPBackend.MATH), quiet():
             return export_again(
@@ -153,7 +171,7 @@ def _translate(
     opset: int | None,
     lowerings: Mapping[Any, Callable[..., Any]] | None,
 ) -> Any:
-    """The onnx_ir.Model, nothing folded: with the fused attention kernels there is no ONNX form."""
+    """Translate to an onnx_ir.Model without optimization. Fused attention kernels have no ONNX form."""
     try:
         with sdpa_kernel(SDPBackend.MATH), quiet():
             exported = torch.onnx.export(
@@ -168,6 +186,7 @@ def _translate(
                 custom_translation_table=dict(lowerings) if lowerings else None,
             )
     except Exception as error:
+        # torch.onnx reports the traced node; users know the node of their own graph.
         origins = {
             node.name: origin
             for node in program.graph.nodes
@@ -175,18 +194,19 @@ def _translate(
         }
         raise ExportError(explain(error, origins)) from error
     if exported is None:
-        raise ExportError("torch.onnx.export returned nothing: this torch is older than 2.11")
+        raise ExportError("torch.onnx.export returned nothing: this torch is older than 2.11; upgrade torch")
     model = exported.model
+    # torch.onnx only warns if it cannot convert the model to the requested opset.
     if opset is not None and model.opset_imports.get("") != opset:
         raise ExportError(
-            f"the graph needs opset {model.opset_imports.get('')} and could not be converted to {opset}: "
-            "leave the opset out"
+            f"the graph needs opset {model.opset_imports.get('')} and could not be converted to {opset}; "
+            "do not set the opset"
         )
     return model
 
 
 def _tensors(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
-    """Every parameter, buffer and constant that the traced graph reads, by name."""
+    """Parameters, buffers and constants that the traced graph reads, by name."""
     signature = program.graph_signature
     used = {
         **signature.inputs_to_parameters,
@@ -198,12 +218,15 @@ def _tensors(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
 
 
 def _all_names(source: ExportSource) -> dict[str, torch.Tensor]:
-    """Tied names too, which `named_parameters` leaves out by default."""
+    """Parameters by every name, including tied names, which `named_parameters` omits by default."""
     return dict(source.graph_module.named_parameters(remove_duplicate=False))
 
 
-def _name_ends(model: Any, program: torch.export.ExportedProgram, source: ExportSource) -> None:
-    # An output that is also another output or an input is one value with two names: give each its own.
+def _rename_inputs_and_outputs(
+    model: Any, program: torch.export.ExportedProgram, source: ExportSource
+) -> None:
+    """Rename the inputs and outputs of the ONNX graph as in the program."""
+    # A value that is both an input and an output, or two outputs, would need two names. The pass inserts an Identity.
     require("onnx_ir.passes.common").OutputFixPass()(model)
     assert program.example_inputs is not None
     args, kwargs = program.example_inputs
@@ -218,7 +241,7 @@ def _name_ends(model: Any, program: torch.export.ExportedProgram, source: Export
 
 
 def _returned(program: torch.export.ExportedProgram) -> list[Any]:
-    """The graph's returned nodes without the values of mutated buffers."""
+    """The nodes that the graph returns to the user, without the new values of mutated buffers."""
     (returned,) = program.graph.output_node().args
     specs = program.graph_signature.output_specs
     kind = torch.export.graph_signature.OutputKind.USER_OUTPUT
@@ -226,7 +249,8 @@ def _returned(program: torch.export.ExportedProgram) -> list[Any]:
     return [node for node, spec in zip(returned, specs, strict=True) if spec.kind == kind]
 
 
-def _ends(values: Sequence[Any]) -> dict[str, tuple[int | str, ...]]:
+def _shapes(values: Sequence[Any]) -> dict[str, tuple[int | str, ...]]:
+    """Shapes of inputs or outputs by name."""
     return {
         value.name: tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ())
         for value in values
@@ -234,6 +258,7 @@ def _ends(values: Sequence[Any]) -> dict[str, tuple[int | str, ...]]:
 
 
 def _data_file(path: Path) -> Path:
+    """Path of the external data file of a model file."""
     return path.with_name(f"{path.name}.data")
 
 
@@ -256,7 +281,7 @@ def _check(onnx: Any, path: Path) -> None:
 
 @contextlib.contextmanager
 def _staged(path: Path) -> Iterator[Path]:
-    """A path in a fresh directory beside `path`, whose files take their place when the block succeeds."""
+    """Yield a path in a temporary directory next to `path`; move the files to `path` if the block succeeds."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -265,7 +290,7 @@ def _staged(path: Path) -> Iterator[Path]:
     try:
         staged = directory / path.name
         yield staged
-        # The data first: a model file must never name data that is not there yet.
+        # Move the data first, so that the model file never refers to data that does not exist yet.
         if _data_file(staged).exists():
             os.replace(_data_file(staged), _data_file(path))
         os.replace(staged, path)
@@ -275,7 +300,7 @@ def _staged(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the exporters' warnings: what matters is raised, or found by the parity check."""
+    """Silence the exporters' warnings and logs; failures are raised or found by the parity check."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

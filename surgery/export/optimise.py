@@ -1,9 +1,9 @@
-"""Simplify an exported ONNX graph without looking at a weight's value.
+"""Simplification of an exported ONNX graph without reading the values of weights.
 
-PyTorch's `optimize=True` folds whatever is constant: names are lost, and a DoRA's A, B and magnitude vanish
-into one matrix. Here the weights have no value while the passes run, so nothing can fold across them, and
-whether a node stays never depends on what was trained: a merged program has as many nodes as its base. What
-does fold afterwards is the transpose of a base weight, into a tensor that names its source.
+PyTorch's `optimize=True` folds every constant: names are lost, and A, B and the magnitude of a DoRA are combined into
+one matrix. Here the values of weights are hidden while the passes run, so nothing can be folded across them. The
+resulting nodes therefore do not depend on the trained values: a merged program has as many nodes as its base.
+Afterwards only the transpose of a base weight is folded, into a tensor that names its source.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from surgery.export import metadata_keys
 from surgery.export.optional import require
 
-# Rules that compute new weights (batch norm into a convolution) or that test a weight for zeros (an optional
-# bias) are left out: onnxruntime does the same when it loads the file, where no name is lost.
+# The list omits rules that compute new weights (batch norm into a convolution) or test a weight for zeros (an optional
+# bias). onnxruntime applies the same rules when it loads the file, which does not change the names in the file.
 _RULES = (
     "add_0_rule",
     "cast_cast_rule",
@@ -40,26 +40,31 @@ _RULES = (
     "two_reshapes_matmul_reshape_rule",
     "unsqueeze_unsqueeze_rule",
 )
+# Rules whose pattern matches the constant on one side only; the commuted rule matches it on the other side.
 _COMMUTING = ("add_0_rule", "mul_by_1_rule")
-_FOLD_LIMIT = 1 << 16
-_SHARE_LIMIT = 1024
+_FOLD_LIMIT = 1 << 16  # elements: nodes with larger inputs or outputs are not folded
+_SHARE_LIMIT = 1024  # elements: larger constants are not merged
 
 
 def optimise(model: Any, weights: Iterable[str], pinned: Iterable[str]) -> None:
     """Simplify `model` (an onnx_ir.Model) in place.
 
-    weights: names of the initializers whose values may not be read, parameters and what carries provenance.
-    pinned: names of those among them that may not be transposed either.
+    Args:
+        model: the onnx_ir model.
+        weights: names of the initializers whose values must not be read: parameters and tensors with provenance.
+        pinned: names of those weights that must not be stored transposed either.
     """
     ir, common = require("onnx_ir"), require("onnx_ir.passes.common")
     folding = require("onnxscript.optimizer")
     initializers = model.graph.initializers
     hidden = {name: initializers[name] for name in weights if name in initializers}
+    # Initializers that exist now have a name of the program; constants that the passes add later do not.
     named = set(initializers)
     values = {name: value.const_value for name, value in hidden.items()}
     for value in hidden.values():
         value.const_value = None
     try:
+        # The rewrite rules can expose new constants, which a second round folds.
         for _ in range(2):
             before = model.graph.num_nodes()
             folding.fold_constants_ir(
@@ -90,16 +95,21 @@ def optimise(model: Any, weights: Iterable[str], pinned: Iterable[str]) -> None:
 
 def _rewrite(model: Any) -> None:
     rules = require("onnxscript.rewriter.rules.common")
-    # The set of rules differs between onnxscript versions; each is a simplification that can be missed.
+    # The available rules differ between onnxscript versions. Each only simplifies the graph, so a missing rule is fine.
     chosen = [(name, getattr(rules, name)) for name in _RULES if hasattr(rules, name)]
     commuted = [rule.commute() if name in _COMMUTING else [rule] for name, rule in chosen]
     require("onnxscript.rewriter").RewritePass([rule for group in commuted for rule in group])(model)
 
 
 def _share_constants(model: Any, named: set[str]) -> None:
-    """One initializer for equal small constants without a name of their own.
+    """Merge equal small constants that have no name in the program.
 
-    onnx_ir's own pass would merge equal weights too (two fresh LoRA Bs, every norm's zero bias).
+    The pass of onnx_ir is not used, because it would also merge equal weights, such as the zero B of two new LoRAs or
+    the zero biases of all norms.
+
+    Args:
+        model: the onnx_ir model.
+        named: names of initializers that must not be merged.
     """
     seen: dict[tuple[Any, ...], Any] = {}
     for name, value in list(model.graph.initializers.items()):
@@ -115,9 +125,10 @@ def _share_constants(model: Any, named: set[str]) -> None:
 
 
 def _fold_transposes(model: Any, foldable: set[str]) -> None:
-    """Store a weight that is only ever used transposed in that form, with its source recorded.
+    """Store weights transposed if every use transposes them, and record the name of the source.
 
-    A weight that is also used as it is (a tied embedding) keeps its Transpose: it must be stored once.
+    A weight that is also used without a transpose, such as a tied embedding, keeps its Transpose node, because folding
+    would store it twice.
     """
     ir = require("onnx_ir")
     for name in sorted(foldable):
@@ -139,15 +150,16 @@ def _fold_transposes(model: Any, foldable: set[str]) -> None:
 
 
 def _order(node: Any, rank: int) -> tuple[int, ...] | None:
-    """The permutation of a Transpose that can go, None for any other node."""
+    """The permutation of a Transpose node that can be removed; None for any other node."""
     if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx") or node.outputs[0].is_graph_output():
         return None
     perm = node.attributes.get("perm")
+    # Without `perm`, ONNX reverses all axes.
     return tuple(perm.as_ints()) if perm is not None else tuple(reversed(range(rank)))
 
 
 def _transposed(ir: Any, weight: Any, order: tuple[int, ...]) -> Any:
-    """A new initializer, computed only when it is written: a large model is never held twice."""
+    """Create the transposed initializer. Its values are computed when the file is written, to save memory."""
     swapped = (*range(len(order) - 2), len(order) - 1, len(order) - 2)
     suffix = "T" if order == swapped else "perm" + "_".join(map(str, order))
     name, tensor = f"{weight.name}.{suffix}", weight.const_value

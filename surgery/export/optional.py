@@ -1,4 +1,4 @@
-"""ONNX's libraries, imported when they are first needed: they are an extra."""
+"""Import of the optional ONNX libraries on first use."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from surgery.common.errors import MissingExtraError
 
 
 def require(module: str) -> Any:
-    """The imported `module`; raises MissingExtraError where its distribution is not installed."""
+    """Import a module of an optional library.
+
+    Raises:
+        MissingExtraError: the library is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        # A library that is there but lacks something of its own is a different fault: let it show.
+        # If an installed library lacks one of its own dependencies, the original error is more helpful.
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise MissingExtraError(module.split(".")[0], "onnx") from error

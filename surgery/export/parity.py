@@ -1,20 +1,20 @@
-"""Does an ONNX file compute what the program computes?
+"""Parity check: comparison of an ONNX file with the program it was exported from.
 
-Tolerance: an output y may be off by `relative(dtype) * max|y|`, each output against its own scale, because
-what two correct implementations differ by is rounding, and rounding grows with the values that were summed.
+An output y may differ by `relative(dtype) * max|y|`. Each output is compared at its own scale, because two correct
+implementations differ by rounding, and rounding errors grow with the summed values.
 
-- float32, 1e-4. One product of K ≤ 4096 terms summed in another order is off by about sqrt(K)·eps = 8e-6 of
-  its scale; 100 such layers in a row, independent, by 8e-5. Measured: 1e-6 for MiniLM, 2e-6 for a 30-layer llama.
-  A LoRA whose B is 1% too large is found (tests/export).
-- float64, 1e-11: the same with its eps.
-- float16 and bfloat16, 10·eps (1e-2 and 8e-2): products are summed in float32 and rounded once per op, so the
-  error is eps times the root of about 100 ops. Such a check finds a wrong graph, not a slightly wrong weight.
-- integers and booleans: equal.
+- float32, 1e-4: a dot product of K ≤ 4096 terms summed in another order differs by about sqrt(K)·eps = 8e-6 of its
+  scale, and 100 such layers with independent errors by 8e-5. Measured: 1e-6 for MiniLM, 2e-6 for a 30-layer llama.
+  The check detects a LoRA whose B is 1% too large (tests/export).
+- float64, 1e-11: the same estimate with the eps of float64.
+- float16 and bfloat16, 10·eps (1e-2 and 8e-2): products are summed in float32 and rounded once per op, so the error
+  is eps times the square root of about 100 ops. The check detects a wrong graph, but not a slightly wrong weight.
+- integers and booleans: the values must be equal.
 
-Programs that round activations to a few steps are held to more than that; see surgery.export.rounded_parity.
+Programs that round activations to a few levels need further checks; see surgery.export.rounded_parity.
 
-Values at or above 1e30 (masks filled with the dtype's minimum), infinities and NaNs must stand in the same
-places and are left out of the scale.
+Values at or above 1e30 (masks filled with the dtype's minimum), infinities and NaNs must occur at the same positions.
+They do not count for the scale.
 """
 
 from __future__ import annotations
@@ -43,10 +43,15 @@ _SIZES: tuple[Mapping[str, int], ...] = ({"batch": 3, "seq": 11},)
 
 @dataclass(frozen=True)
 class OutputParity:
-    """One output on one input set.
+    """Difference of one output on one input set.
 
-    error: the largest difference, as a fraction of the output's scale, of the file as it is written.
-    optimised_error: the same with onnxruntime's default optimisations; reported, not judged.
+    Attributes:
+        name: name of the output.
+        shape: its shape.
+        scale: largest magnitude of the program's output.
+        error: largest difference as a fraction of the scale, for the file as written.
+        optimised_error: the same with onnxruntime's default optimizations. It is reported, but does not affect `ok`.
+        tolerance: largest allowed `error`.
     """
 
     name: str
@@ -58,29 +63,34 @@ class OutputParity:
 
     @property
     def ok(self) -> bool:
+        """True if the error is within tolerance."""
         return self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """Every output on every input set; `ok` judges the file as it is written."""
+    """Differences of every output on every input set, for the file as written and as onnxruntime optimizes it."""
 
     outputs: tuple[OutputParity, ...]
 
     @property
     def ok(self) -> bool:
+        """True if every output of the file as written is within tolerance."""
         return all(output.ok for output in self.outputs)
 
     @property
     def error(self) -> float:
+        """Largest error of the file as written."""
         return max((output.error for output in self.outputs), default=0.0)
 
     @property
     def optimised_error(self) -> float:
+        """Largest error of the file as onnxruntime optimizes it."""
         return max((output.optimised_error for output in self.outputs), default=0.0)
 
     @property
     def worst(self) -> OutputParity:
+        """The output with the largest error in relation to its tolerance."""
         return max(self.outputs, key=lambda output: output.error / (output.tolerance or 1e-45))
 
 
@@ -95,27 +105,36 @@ def check_parity(
     relative: float | None = None,
     remove: bool = True,
 ) -> ParityReport:
-    """Compare the file with the program on `inputs`, and on what `fresh_inputs(source, size, seed)` makes.
+    """Compare an ONNX file with the program.
 
-    relative: instead of the tolerance for each dtype above.
-    remove: delete the file, and its data file, where it fails.
+    Args:
+        path: the ONNX file.
+        source: the program.
+        inputs: input sets to compare on.
+        fresh_inputs: function (source, sizes, seed) that creates further input sets.
+        sizes: sizes passed to `fresh_inputs`.
+        seeds: seeds passed to `fresh_inputs`.
+        relative: tolerance as a fraction of the scale; None uses the tolerance of each dtype.
+        remove: True deletes the file and its data file if the check fails.
 
-    Raises ExportError where an output differs, is missing or has another shape; ValueError where there is
-    nothing to compare on.
+    Raises:
+        ExportError: an output differs, is missing or has another shape.
+        ValueError: there are no inputs to compare on.
     """
     sets = list(inputs)
     if fresh_inputs is not None:
         sets += [fresh_inputs(source, size, seed) for size in sizes for seed in seeds]
     if not sets:
-        raise ValueError("check_parity needs inputs, or fresh_inputs to make them")
+        raise ValueError("check_parity needs inputs; pass inputs or fresh_inputs")
     try:
+        # Rounding hides errors up to one level, so check at full tolerance without it first.
         if rounds(source):
             with unrounded_file(Path(path)) as plain:
                 if plain is not None:
                     found = _compare(plain, unrounded(source), sets, relative)
-                    _hold(found, " without the rounding of activations")
+                    _require_ok(found, " without activation rounding")
         report = _compare(Path(path), source, sets, relative)
-        _hold(report)
+        _require_ok(report)
         return report
     except ExportError:
         if remove:
@@ -124,12 +143,13 @@ def check_parity(
         raise
 
 
-def _hold(report: ParityReport, how: str = "") -> None:
+def _require_ok(report: ParityReport, how: str = "") -> None:
+    """Raise ExportError if an output is not within tolerance."""
     if not report.ok:
         worst = report.worst
         raise ExportError(
             f"output '{worst.name}' of the ONNX file{how} differs from the program by {worst.error:.2g} of "
-            f"its scale, where {worst.tolerance:.2g} is rounding (shape {list(worst.shape)}): find "
+            f"its scale; rounding explains at most {worst.tolerance:.2g} (shape {list(worst.shape)}); find "
             "the first wrong node with surgery.export.first_divergence"
         )
 
@@ -143,20 +163,21 @@ def _compare(
         expected = source.run(args, kwargs)
         named = source.named_inputs(args, kwargs)
         got, faster = written.run(named), optimised.run(named)
-        moved = sensitivity(source, args, kwargs) if rounds(source) else []
+        noisy = sensitivity(source, args, kwargs) if rounds(source) else []
         for name, value in expected.items():
             if name not in got:
                 raise ExportError(f"the ONNX file has no output '{name}'; it has {', '.join(got)}")
             if got[name].shape != value.shape:
                 raise ExportError(
                     f"output '{name}' has shape {list(got[name].shape)} in the ONNX file and "
-                    f"{list(value.shape)} in the program: a dimension was fixed while "
-                    "exporting; name it in dynamic_shapes"
+                    f"{list(value.shape)} in the program: the export fixed a dimension; "
+                    "name it in dynamic_shapes"
                 )
             scale = scale_of(value)
             allowed = tolerance_of(value.dtype) if relative is None else relative
-            if moved:
-                steps = (2 * difference(value, other[name]) / scale for other in moved)
+            # Rounded activations can move by a whole level; see surgery.export.rounded_parity.
+            if noisy:
+                steps = (2 * difference(value, other[name]) / scale for other in noisy)
                 allowed = max(allowed, ONE_STEP, *steps)
             found.append(
                 OutputParity(
@@ -172,12 +193,12 @@ def _compare(
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """The fraction of an output's scale that rounding accounts for; 0 for integers and booleans."""
+    """Largest difference that rounding explains, as a fraction of the output's scale; 0 for integers and booleans."""
     return _RELATIVE.get(dtype, 0.0)
 
 
 def scale_of(value: torch.Tensor) -> float:
-    """The largest ordinary magnitude; 1 where there is none (empty, all zeros)."""
+    """Largest magnitude below 1e30; 1 if the tensor is empty or all zeros."""
     magnitudes = value.detach().double().abs()
     ordinary = magnitudes[magnitudes < _HUGE]
     largest = float(ordinary.max()) if ordinary.numel() else 0.0
@@ -185,13 +206,14 @@ def scale_of(value: torch.Tensor) -> float:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest |a - b|; infinite where shapes, NaNs, or huge values do not stand in the same places."""
+    """Largest |a - b|; infinite if the shapes, or the positions of NaNs or huge values, differ."""
     if a.shape != b.shape:
         return float("inf")
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     odd = ~(a.abs() < _HUGE)
     if not torch.equal(odd, ~(b.abs() < _HUGE)) or not torch.equal(a[odd].isnan(), b[odd].isnan()):
         return float("inf")
+    # Huge values differ between implementations, so only their positions and signs are compared.
     signs = a[odd].nan_to_num().sign(), b[odd].nan_to_num().sign()
     if not torch.equal(*signs):
         return float("inf")

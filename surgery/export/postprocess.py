@@ -1,4 +1,4 @@
-"""What is done to every translated graph: names kept, simplified without reading weights, provenance written."""
+"""Postprocessing of every translated graph: names, simplification, lowering of quantized weights and provenance."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from surgery.export.unfused_sums import keep_sums_apart
 
 @dataclass(frozen=True)
 class Finished:
-    """stored: name of a program's tensor -> initializer that holds it. tied: name -> name that is kept. quantized: the
-    weights that stand there in few bits."""
+    """Result of postprocessing a graph.
+
+    Attributes:
+        stored: name of the initializer that stores each tensor of the program, by tensor name.
+        tied: dropped names of tied tensors, with the name that was kept.
+        quantized: the quantized weights of the graph.
+    """
 
     stored: Mapping[str, str]
     tied: Mapping[str, str]
@@ -34,13 +39,23 @@ def finish(
     ends: Callable[[Any], None] | None = None,
     optional: Iterable[str] = (),
 ) -> Finished:
-    """Finish an onnx_ir.Model that nothing has folded yet, in place.
+    """Postprocess an unoptimized onnx_ir.Model in place.
 
-    tensors: what the traced graph reads, by name. parameters: names of those whose values may not be looked at. names:
-    every name that the program has for a tensor. ends: names inputs and outputs, after the nodes were tagged.
-    optional: tensors that may be given from outside: inputs of the same name, of which they are the default.
-    Raises ExportError where a tensor with provenance is lost.
+    Args:
+        model: the onnx_ir model.
+        tensors: tensors that the traced graph reads, by name.
+        parameters: names of the tensors whose values the simplification must not read.
+        names: tensors by every name in the program.
+        provenance: {"pass", "name", "site"} by tensor name.
+        journal_json: the program's journal as JSON; None writes no journal.
+        ends: function that renames the inputs and outputs of the model; None leaves them as they are.
+        optional: names of tensors that become optional inputs, with their values as defaults.
+
+    Raises:
+        ExportError: a tensor with provenance is missing from the result.
     """
+    # Tag the nodes first: later steps drop the reference to the traced node, and `ends` renames outputs that tagging
+    # compares with traced names. Lower quantized weights after the simplification, which would fold them to floats.
     annotate.tag_nodes(model)
     tied = annotate.tie_weights(model, tensors)
     pinned = {tied.get(name, name) for name, entry in provenance.items() if entry.get("pinned", True)}
@@ -56,5 +71,6 @@ def finish(
     model.producer_name = "surgery"
     if journal_json is not None:
         model.metadata_props[metadata_keys.JOURNAL] = journal_json
+    # In ONNX an initializer that is also an input is the default value of an optional input.
     model.graph.inputs.extend(model.graph.initializers[stored[name]] for name in optional)
     return Finished(stored, tied, quantized)

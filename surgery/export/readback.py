@@ -1,4 +1,4 @@
-"""What an exported file says about its tensors: read back without running it."""
+"""Readers of the metadata in an exported file: tensors, provenance and journal. The file is not run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from surgery.export.optional import require
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the file.
+    """A tensor stored in an exported file.
 
-    name: in the file. source: the program's name for it, where the file stores it transposed, else `name`.
-    tied: the program's other names for it.
-    pass_name, instance, site: the pass that made it, under which name, where; empty for base weights.
-    nodes: names of the nodes that carry the same provenance.
+    Attributes:
+        name: name in the file.
+        source: name in the program; it differs from `name` if the file stores the tensor transposed.
+        shape: shape in the file.
+        dtype: ONNX data type in lower case.
+        tied: other names of the tensor in the program.
+        pass_name: the pass that created or changed the tensor; "" for unchanged base weights.
+        instance: name of that pass instance, or "".
+        site: path of the layer that the pass was applied to, or "".
+        nodes: names of the nodes with the same provenance.
     """
 
     name: str
@@ -35,9 +41,10 @@ class StoredTensor:
 
 
 def provenance_of(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the file by its name in the file, constants that the exporter made included.
+    """Read all tensors of a file by name, including constants that the exporter created.
 
-    Raises ExportError where the file cannot be read.
+    Raises:
+        ExportError: the file cannot be read.
     """
     model = _load(path)
     by_place: dict[tuple[str, str, str], list[str]] = {}
@@ -63,7 +70,7 @@ def provenance_of(path: Path) -> dict[str, StoredTensor]:
 
 
 def names_survive(path: Path) -> dict[str, str]:
-    """Each of the program's names that the file knows, tied ones too, with the tensor that holds it."""
+    """Map each of the program's tensor names in the file, including tied names, to the tensor that stores it."""
     held: dict[str, str] = {}
     for name, tensor in provenance_of(path).items():
         for known in (tensor.source, *tensor.tied):
@@ -72,12 +79,13 @@ def names_survive(path: Path) -> dict[str, str]:
 
 
 def journal_of(path: Path) -> Any:
-    """The journal that the file was exported with, None where there is none."""
+    """Read the journal that the program had when it was exported; None if the file has no journal."""
     text = _load(path).metadata_props.get(metadata_keys.JOURNAL)
     return None if text is None else json.loads(text)
 
 
 def _place(meta: Mapping[str, str]) -> tuple[str, str, str]:
+    """Pass, instance name and site from metadata; "" for each one that is missing."""
     return (
         meta.get(metadata_keys.PASS, ""),
         meta.get(metadata_keys.NAME, ""),

@@ -1,4 +1,4 @@
-"""Exporting an edited graph again."""
+"""Repeated torch.export of an edited graph."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from torch import fx
 def export_again(
     graph_module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> torch.export.ExportedProgram:
-    """torch.export of a program's graph, with its dynamic dimensions.
+    """Run torch.export on a program's graph, with its dynamic dimensions.
 
-    Where torch cannot prove that a size holds over a whole range (of a sequence with a prompt before it, 8·(s + 3)
-    against 16·(s + 3)), what it would refuse becomes an assertion that is checked when the program runs.
+    torch cannot always prove a relation between sizes for the whole range. For example, a prompt before the sequence
+    leads to 8·(s + 3) against 16·(s + 3). Instead of failing, such a relation becomes an assertion at run time.
+
+    Args:
+        graph_module: the edited graph.
+        args: positional example inputs.
+        kwargs: example inputs by name.
+        dynamic_shapes: dynamic dimensions as `torch.export.export` takes them.
     """
 
     def export(deferred: bool) -> torch.export.ExportedProgram:
@@ -28,6 +34,7 @@ def export_again(
             prefer_deferred_runtime_asserts_over_guards=deferred,
         )
 
+    # Try with guards first: deferred assertions add nodes to the graph.
     try:
         return export(False)
     except Exception as error:

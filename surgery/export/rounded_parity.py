@@ -1,14 +1,15 @@
-"""Parity where a program rounds activations to a few steps.
+"""Parity check of programs that round activations to a few levels.
 
-What lies within float error of the middle between two steps goes to one in PyTorch and to the other in onnxruntime: a
-whole step, which moves what follows, and so more values over a middle. Two correct implementations differ by that, and
-by how much depends on the model. So such a program is held to two things:
+A value within float error of the midpoint between two levels can round up in PyTorch and down in onnxruntime. The two
+results then differ by a whole level, which can push later values over a midpoint as well. Two correct implementations
+differ in this way, by an amount that depends on the model. Such a program is therefore checked twice:
 
-- without the rounding of activations, in the program and in the file, to the same tolerance as any other;
-- with it, to twice what the program itself moves by where its parameters are moved by rounding (`sensitivity`), or
-  to `ONE_STEP` where none of that happens to cross a middle.
+- with activation rounding removed from the program and from the file, at the usual tolerance;
+- with rounding, at twice the change of the program's own outputs under parameter noise of the size of rounding errors
+  (`sensitivity`), and at least at `ONE_STEP`, because the noise may happen to push no value over a midpoint.
 
-Where ranges are found at run time the first is left out: products are of integers there.
+If activation ranges are computed at run time, the first check is skipped: the file then contains integer products that
+cannot be separated from the rounding.
 """
 
 from __future__ import annotations
@@ -26,39 +27,49 @@ from surgery.export.optional import require
 from surgery.export.source import ExportSource
 from surgery.graph.graphs import copy_graph
 
-# By how much parameters are moved: what MiniLM's activations differ by (see surgery.export.parity).
+# Relative noise added to parameters: the measured difference of MiniLM's activations (see surgery.export.parity).
 _NOISE = 1e-6
 _DRAWS = 4
-# Of 255 steps over a range of about 12 deviations, one in one of at least 16 summed values.
+# Effect of one value that moves by one level: 255 levels span about 12 standard deviations, and an output sums at
+# least 16 values, so 12 / 255 / sqrt(16).
 ONE_STEP = 0.012
 
 
 def rounds(source: ExportSource) -> bool:
-    """Whether the program rounds activations."""
+    """True if the program rounds activations."""
     return any(node.target in source.rounding for node in source.graph_module.graph.nodes)
 
 
 def sensitivity(source: ExportSource, args: Any, kwargs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """The outputs with every floating parameter and buffer moved by rounding, drawn anew each time."""
+    """Compute the program's outputs under random relative noise on all floating-point parameters and buffers.
+
+    Args:
+        source: the program.
+        args: positional inputs.
+        kwargs: inputs by name.
+
+    Returns:
+        The outputs by name, for each of several noise draws.
+    """
     module = source.graph_module
     generator = torch.Generator().manual_seed(0)
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     found = []
     for _ in range(_DRAWS):
-        moved = {
+        perturbed = {
             name: t * (1 + _NOISE * torch.randn(t.shape, generator=generator).to(t))
             for name, t in held.items()
             if t.is_floating_point()
         }
         with torch.no_grad():
             found.append(
-                source.named_outputs(torch.func.functional_call(module, moved, tuple(args), dict(kwargs)))
+                source.named_outputs(torch.func.functional_call(module, perturbed, tuple(args), dict(kwargs)))
             )
     return found
 
 
 def unrounded(source: ExportSource) -> ExportSource:
-    """The program without the rounding of its activations."""
+    """Copy of the program in which activations are not rounded."""
     graph = copy_graph(source.graph_module.graph)
     for node in list(graph.nodes):
         if node.target in source.rounding:
@@ -69,9 +80,10 @@ def unrounded(source: ExportSource) -> ExportSource:
 
 @contextlib.contextmanager
 def unrounded_file(path: Path) -> Iterator[Path | None]:
-    """The file without the pairs of QuantizeLinear and DequantizeLinear over activations, beside it while this runs.
+    """Write a temporary copy of the file without QuantizeLinear/DequantizeLinear pairs on activations.
 
-    None where activations are rounded at run time: their products are of integers, which nothing takes apart.
+    The copy is next to the original, where external data is found, and is deleted after the block. Yields None if
+    activation ranges are computed at run time: the file then contains integer products, which cannot be undone.
     """
     onnx = require("onnx")
     model = onnx.load(str(path), load_external_data=False)
@@ -79,6 +91,8 @@ def unrounded_file(path: Path) -> Iterator[Path | None]:
         yield None
         return
     made = {output: node for node in model.graph.node for output in node.output}
+    # Output of each pair -> the value before the pair. A DequantizeLinear over a weight reads an initializer and has no
+    # QuantizeLinear before it, so it stays.
     back = {}
     for node in model.graph.node:
         quantized = made.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
@@ -86,9 +100,11 @@ def unrounded_file(path: Path) -> Iterator[Path | None]:
             back[node.output[0]] = quantized.input[0]
     for node in model.graph.node:
         for index, name in enumerate(node.input):
+            # The value before a pair can itself be the output of a pair.
             while name in back:
                 name = back[name]
             node.input[index] = name
+    # A graph output must keep its name, so an Identity replaces the DequantizeLinear that produced it.
     for output in model.graph.output:
         if output.name in back:
             model.graph.node.append(onnx.helper.make_node("Identity", [back[output.name]], [output.name]))

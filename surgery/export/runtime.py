@@ -1,4 +1,4 @@
-"""An ONNX file as something that runs on torch tensors."""
+"""Execution of an ONNX file on torch tensors with onnxruntime."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from surgery.export import metadata_keys
 from surgery.export.failure import first_line
 from surgery.export.optional import require
 
-ADAPTER = ".onnx_adapter"  # what onnxruntime calls its files
+ADAPTER = ".onnx_adapter"  # suffix of onnxruntime's adapter files
 
 
 @dataclass(frozen=True)
 class OnnxNode:
-    """A node of the file, with the program's node (`origin`) and module that it came from, where known.
+    """A node of an ONNX file.
 
-    is_value: its first output is the value of `origin`, not a step towards it.
+    Attributes:
+        name: name of the node.
+        op: its op type.
+        outputs: names of its outputs.
+        origin: the graph node of the program that it came from; "" if unknown.
+        module_path: path of the module that node was traced in; "" if unknown.
+        is_value: True if its first output is the value of `origin` rather than an intermediate result.
     """
 
     name: str
@@ -37,13 +43,18 @@ class OnnxNode:
 
 
 class OnnxModel:
-    """An onnxruntime session on CPU.
+    """An ONNX file in an onnxruntime session on the CPU.
 
-    optimised: onnxruntime's default graph optimisations; False runs the file as it is written.
-    threads: intra-op threads; None leaves it to onnxruntime. config: entries of the session's configuration, such as
-    {"session.qdq_matmulnbits_accuracy_level": "1"}.
+    Args:
+        path: the ONNX file.
+        optimised: True applies onnxruntime's default graph optimizations; False runs the file as written.
+        threads: number of intra-op threads; None lets onnxruntime choose.
+        config: entries of the session's configuration, for example
+            {"session.qdq_matmulnbits_accuracy_level": "1"}.
 
-    Raises ExportError where the file cannot be read or run; MissingExtraError without onnxruntime.
+    Raises:
+        ExportError: the file cannot be read or run.
+        MissingExtraError: onnxruntime is not installed.
     """
 
     def __init__(
@@ -59,7 +70,7 @@ class OnnxModel:
         self.threads = threads
         self.config = dict(config or {})
         if not self.path.is_file():
-            raise ExportError(f"there is no ONNX file '{path}'")
+            raise ExportError(f"there is no ONNX file '{path}'; check the path")
         self._session = self._open(str(self.path))
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
@@ -67,9 +78,14 @@ class OnnxModel:
     def run(
         self, inputs: Mapping[str, torch.Tensor], adapters: Sequence[Path] = ()
     ) -> dict[str, torch.Tensor]:
-        """The outputs by name. Inputs that the file lacks are ignored; a missing one is an ExportError.
+        """Run the model and return its outputs by name.
 
-        adapters: `.onnx_adapter` files that are active in this run.
+        Args:
+            inputs: input tensors by name; names that the file does not have are ignored.
+            adapters: `.onnx_adapter` files to activate in this run.
+
+        Raises:
+            ExportError: an input is missing, or the run fails.
         """
         if not adapters:
             return self._run(self._session, self.outputs, inputs)
@@ -77,14 +93,20 @@ class OnnxModel:
         try:
             return self._run(self._session, self.outputs, inputs, options)
         finally:
-            del held  # they have to outlive the run
+            # onnxruntime does not own the adapters, so they have to outlive the run.
+            del held
 
     def intermediate(
         self, names: Iterable[str], inputs: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Inner values by name, computed by the file as it is written, never by an optimised form of it.
+        """Run the unoptimized model and return inner values by name.
 
-        Raises ExportError for a name that no node produces.
+        Args:
+            names: names of node outputs.
+            inputs: input tensors by name.
+
+        Raises:
+            ExportError: no node produces one of the names.
         """
         wanted = list(dict.fromkeys(names))
         produced = {output for node in self.nodes for output in node.outputs}
@@ -98,7 +120,7 @@ class OnnxModel:
         existing = {value.name for value in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in existing)
         if any(onnx.external_data_helper.uses_external_data(tensor) for tensor in proto.graph.initializer):
-            # External data is found relative to the file, and only beside it.
+            # onnxruntime looks for external data next to the model file, so the temporary file has to be there.
             with tempfile.NamedTemporaryFile(suffix=".onnx", dir=self.path.parent) as beside:
                 beside.write(proto.SerializeToString())
                 beside.flush()
@@ -109,12 +131,12 @@ class OnnxModel:
 
     @property
     def signature(self) -> dict[str, tuple[str, tuple[int | str, ...]]]:
-        """Input name -> (element type as onnxruntime names it, shape with named axes)."""
+        """Element type (as named by onnxruntime) and shape (with named dynamic axes) of each input."""
         return {value.name: (value.type, tuple(value.shape)) for value in self._session.get_inputs()}
 
     @cached_property
     def nodes(self) -> tuple[OnnxNode, ...]:
-        """The file's nodes in order."""
+        """The nodes of the file in order."""
         proto = require("onnx").load(str(self.path), load_external_data=False)
         found = []
         for node in proto.graph.node:
@@ -133,7 +155,7 @@ class OnnxModel:
 
     @property
     def size(self) -> int:
-        """Bytes on disk, the weights beside the file included."""
+        """Size on disk in bytes, including external data files."""
         ir = require("onnx_ir")
         model = ir.load(self.path)
         tensors = [value.const_value for value in model.graph.initializers.values()]
@@ -141,7 +163,13 @@ class OnnxModel:
         return self.path.stat().st_size + sum(Path(file).stat().st_size for file in beside)
 
     def latency(self, inputs: Mapping[str, torch.Tensor], repeats: int = 20, warmup: int = 3) -> float:
-        """The median of `repeats` runs, in seconds."""
+        """Measure the median time of a run in seconds.
+
+        Args:
+            inputs: input tensors by name.
+            repeats: number of timed runs.
+            warmup: number of untimed runs before them.
+        """
         for _ in range(warmup):
             self.run(inputs)
         times = []
@@ -189,11 +217,12 @@ class OnnxModel:
 
 
 def adapter_file(folder: Path, name: str) -> Path:
+    """Path of an adapter's file in a directory."""
     return folder / f"{name}{ADAPTER}"
 
 
 def open_adapters(files: Sequence[Path]) -> tuple[Any, list[Any]]:
-    """RunOptions with adapters active, and the adapters, which have to outlive the runs."""
+    """Load adapters into RunOptions. Also returns the adapters, which the caller must keep alive during the runs."""
     ort = require("onnxruntime")
     options, held = ort.RunOptions(), []
     for file in files:

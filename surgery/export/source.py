@@ -1,4 +1,4 @@
-"""What is exported: a flat ATen graph with its example inputs, and the names of what goes in and out."""
+"""Input of the ONNX export: a flat ATen graph with example inputs, and the names of its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 class ExportSource:
     """A program to export.
 
-    graph_module: flat, over ATen ops, from `torch.export.export(...).module(check_guards=False)`, and edited.
-    dynamic_shapes: as `torch.export.export` takes it; the names of its Dims become the names of ONNX axes.
-    rounding: ops of the graph that round their first argument, an activation, to a few steps.
-    output_names: one for each tensor that the graph returns, in pytree order; None takes them from the keys
-        of what it returns (`logits`, `hidden_states.0`; a bare tensor is `output`, a tuple `output_0`, …).
+    Attributes:
+        graph_module: flat graph of ATen ops, from `torch.export.export(...).module(check_guards=False)`, possibly
+            edited.
+        args: positional example inputs.
+        kwargs: example inputs by name.
+        dynamic_shapes: dynamic dimensions as `torch.export.export` takes them. The names of the Dims become the names
+            of the ONNX axes.
+        output_names: one name for each returned tensor, in pytree order. None derives the names from the keys of the
+            returned value: `logits`, `hidden_states.0`, `output` for a single tensor, `output_0` for a tuple entry.
+        rounding: ops of the graph that round their first argument, an activation, to a few levels.
     """
 
     graph_module: fx.GraphModule
@@ -36,7 +41,7 @@ class ExportSource:
     rounding: frozenset[Any] = frozenset()
 
     def named_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The tensors of one call by the names of the ONNX inputs."""
+        """Tensors of one call, by the names of the ONNX inputs."""
         paths, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
         placeholders = [node.name for node in self.graph_module.graph.nodes if node.op == "placeholder"]
         named = {}
@@ -46,9 +51,10 @@ class ExportSource:
         return named
 
     def named_outputs(self, value: Any) -> dict[str, torch.Tensor]:
-        """The tensors of what the graph returned by the names of the ONNX outputs.
+        """Tensors of the graph's return value, by the names of the ONNX outputs.
 
-        Raises ExportError where `output_names` has another length.
+        Raises:
+            ExportError: the number of `output_names` differs from the number of tensors.
         """
         found = _key_names(value)
         if self.output_names is None:
@@ -56,24 +62,25 @@ class ExportSource:
         if len(self.output_names) != len(found):
             raise ExportError(
                 f"{len(self.output_names)} output names were given, but the program returns "
-                f"{len(found)} tensors ({', '.join(found)}): give one name for each"
+                f"{len(found)} tensors ({', '.join(found)}); give one name for each tensor"
             )
         return dict(zip(self.output_names, found.values(), strict=True))
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The program's outputs by name, computed by PyTorch without gradients."""
+        """Run the program in PyTorch without gradients and return its outputs by name."""
         with torch.no_grad():
             return self.named_outputs(self.graph_module(*args, **kwargs))
 
 
 def _input_name(path: Sequence[Any], position: int, placeholders: Sequence[str]) -> str:
-    """A keyword's own name (a container's leaves: `name.0`), a positional leaf's placeholder."""
+    """Name of one input leaf: the keyword (`name.0` inside a container), or the placeholder of a positional input."""
     if path[0].idx == 1:
         return _join(path[1:])
     return placeholders[position] if position < len(placeholders) else f"input_{position}"
 
 
 def _key_names(value: Any) -> dict[str, torch.Tensor]:
+    """Tensors of a nested value by their keys, such as `hidden_states.0`."""
     if isinstance(value, torch.Tensor):
         return {"output": value}
     paths, _ = pytree.tree_flatten_with_path(value)
@@ -86,6 +93,7 @@ def _key_names(value: Any) -> dict[str, torch.Tensor]:
 
 
 def _join(path: Iterable[Any]) -> str:
+    """Join the keys of a pytree path with dots."""
     parts = []
     for key in path:
         part = getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
@@ -94,9 +102,9 @@ def _join(path: Iterable[Any]) -> str:
 
 
 def axis_names(dynamic_shapes: Any) -> Any:
-    """`dynamic_shapes` with every Dim replaced by its name and every static dimension left out.
+    """Copy of `dynamic_shapes` with each Dim replaced by its name and each static dimension by None.
 
-    `torch.onnx.export` names axes only from strings; from Dims it writes its own symbols (`s43`).
+    `torch.onnx.export` uses strings as axis names, but replaces Dims with its own symbols (`s43`).
     """
     if isinstance(dynamic_shapes, Mapping):
         return {key: axis_names(value) for key, value in dynamic_shapes.items()}
@@ -108,10 +116,10 @@ def axis_names(dynamic_shapes: Any) -> Any:
 
 
 def tagged_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule over the same tensors whose nodes carry their own name in `meta["custom"]`.
+    """Copy of a graph module that shares the tensors and records each node's name in `meta["custom"]`.
 
-    Tracing again renumbers nodes (`linear_1` becomes `linear_3` once a LoRA stands before it), so an ONNX
-    name alone would point at the wrong node of the program.
+    Tracing the graph again renumbers its nodes: `linear_1` becomes `linear_3` if a LoRA comes before it. The name of
+    an ONNX node alone could therefore refer to the wrong node of the program.
     """
     graph = copy.deepcopy(graph_module.graph)
     for node in graph.nodes:
@@ -120,7 +128,7 @@ def tagged_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def module_path(node: fx.Node) -> str:
-    """The path of the innermost module that the node was traced in; empty where it is not known."""
+    """Path of the innermost module that the node was traced in; "" if unknown."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and entry]
     return str(paths[-1]) if paths else ""

@@ -1,4 +1,4 @@
-"""`surgery verify A B`: whether two models agree, and where they first part."""
+"""Comparison of two models for `surgery verify A B`: their output differences and the first node that differs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ Side = Program | OnnxModel
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """One output: largest absolute difference over the output's scale, and whether it is the same bits."""
+    """Difference of one output on one input set.
+
+    Attributes:
+        name: name of the output.
+        shape: its shape.
+        difference: largest absolute difference, as a fraction of the output's scale.
+        equal: True if the outputs are bitwise equal.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -36,9 +43,13 @@ class OutputDifference:
 
 @dataclass(frozen=True)
 class Verification:
-    """agree: every output is within tolerance on every input set. divergence: the first node that differs.
+    """Result of comparing two models.
 
-    cause: the adapter that stands before that node in one of the two, where one does.
+    Attributes:
+        outputs: differences of every output on every input set.
+        tolerance: largest allowed difference, as a fraction of the output's scale.
+        divergence: the first node that differs; None if the outputs agree.
+        cause: the adapter directly before that node in one of the models, or "".
     """
 
     outputs: tuple[OutputDifference, ...]
@@ -48,19 +59,29 @@ class Verification:
 
     @property
     def difference(self) -> float:
+        """Largest difference of any output."""
         return max((o.difference for o in self.outputs), default=0.0)
 
     @property
     def agree(self) -> bool:
+        """True if every output is within tolerance on every input set."""
         return bool(self.outputs) and self.difference <= self.tolerance
 
 
 def verify(a: Side, b: Side, *, tolerance: float | None = None, seed: int = 0) -> Verification:
-    """Run both on fresh inputs, at the example's shape and at another, and compare outputs by name.
+    """Run two models on random inputs, at the example's shape and at another, and compare outputs by name.
 
-    tolerance: largest |a−b| over the largest |a|; None takes what the coarser dtype's rounding explains
-    (2e-4 in fp32). Raises SurgeryError where inputs or outputs do not correspond.
+    Args:
+        a: a program or an ONNX file.
+        b: the model to compare with.
+        tolerance: largest allowed |a - b| over the largest |a|. None uses the rounding tolerance of the coarsest
+            output dtype (2e-4 for float32).
+        seed: seed of the inputs.
+
+    Raises:
+        SurgeryError: the inputs or outputs of the models do not correspond.
     """
+    # Only a program has example inputs and dynamic dimensions, so the inputs come from it if there is one.
     program = next((side for side in (a, b) if isinstance(side, Program)), None)
     sets = parity_inputs(program, seed) if program is not None else [_onnx_inputs(a, seed)]
     found: list[OutputDifference] = []
@@ -70,12 +91,15 @@ def verify(a: Side, b: Side, *, tolerance: float | None = None, seed: int = 0) -
         left, right = _run(a, program, args, kwargs), _run(b, program, args, kwargs)
         common = [name for name in left if name in right]
         if not common:
-            raise SurgeryError(f"no output in common: {', '.join(left)} against {', '.join(right)}")
+            raise SurgeryError(
+                f"the models have no output in common ({', '.join(left)} and {', '.join(right)}); compare two "
+                "versions of one model"
+            )
         for name in common:
             if left[name].shape != right[name].shape:
                 raise SurgeryError(
                     f"output {name} has shape {tuple(left[name].shape)} in one and {tuple(right[name].shape)} in "
-                    f"the other; they are no versions of one model"
+                    f"the other; compare two versions of one model"
                 )
             gap = relative_difference(left[name], right[name])
             dtypes.add(left[name].dtype)
@@ -89,21 +113,23 @@ def verify(a: Side, b: Side, *, tolerance: float | None = None, seed: int = 0) -
     if result.agree:
         return result
     where = first_divergence(_comparable(a), _comparable(b), worst_set, tol=allowed)
-    if where is None:  # only what has no partner differs, as an adapter on the last op does
+    # Only nodes without a counterpart differ, for example an adapter on the last op: report the output itself.
+    if where is None:
         where = _at_the_end(a, b, next(o for o in found if o.difference > allowed))
     return Verification(tuple(found), allowed, where, _cause(a, where.node) or _cause(b, where.other))
 
 
 def _at_the_end(a: Side, b: Side, output: OutputDifference) -> Divergence:
-    """The nodes that give a differing output."""
-    ends = [_giver(side, output.name) for side in (a, b)]
+    """Divergence at the nodes that produce a differing output."""
+    ends = [_producer(side, output.name) for side in (a, b)]
     node = next((end for end in ends if end is not None), None)
     names = [end.name if end is not None else output.name for end in ends]
     path, op = (module_path(node), str(node.target)) if node is not None else ("", "output")
     return Divergence(names[0], names[1], path, op, float("nan"), output.difference)
 
 
-def _giver(side: Side, output: str) -> fx.Node | None:
+def _producer(side: Side, output: str) -> fx.Node | None:
+    """The graph node that produces an output; None for an ONNX file or an unknown output."""
     if not isinstance(side, Program):
         return None
     source = source_of(side)
@@ -115,7 +141,7 @@ def _giver(side: Side, output: str) -> fx.Node | None:
 
 
 def _cause(side: Side, name: str) -> str:
-    """`lora at layer.0.query` where an adapter's value enters the node, or is it."""
+    """The adapter, such as `lora at layer.0.query`, that produced the node or one of its inputs; "" if none did."""
     if not isinstance(side, Program):
         return ""
     node = next((n for n in side.graph.nodes if n.name == name), None)
@@ -136,13 +162,19 @@ def _run(side: Side, program: Program | None, args: Any, kwargs: Mapping[str, An
             return source_of(side).run(args, kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise SurgeryError(f"the second model does not take the first one's inputs: {reason}") from None
+            raise SurgeryError(
+                f"the second model does not accept the inputs of the first: {reason}"
+            ) from None
     named = source_of(program).named_inputs(args, kwargs) if program is not None else dict(kwargs)
     return side.run(named)
 
 
 def _onnx_inputs(model: Side, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs for two files without a program: masks of ones, small non-negative integers, normal floats."""
+    """Random inputs of an ONNX file, for the comparison of two files without a program.
+
+    Masks are ones, other integers are small and non-negative, and floats are normal. Dynamic axes get size 2 (`batch`)
+    or 7 (all others).
+    """
     assert isinstance(model, OnnxModel)
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
@@ -158,9 +190,9 @@ def _onnx_inputs(model: Side, seed: int) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 def open_side(ref: str, load: Any) -> Side:
-    """An ONNX file, or whatever `load(ref)` makes of a reference or directory."""
+    """Open one side of a comparison: an ONNX file by its suffix, anything else with `load(ref)`."""
     if ref.endswith(".onnx"):
         if not Path(ref).is_file():
-            raise SurgeryError(f"{ref} does not exist")
+            raise SurgeryError(f"{ref} does not exist; name an existing ONNX file")
         return OnnxModel(Path(ref), optimised=False)
     return load(ref)

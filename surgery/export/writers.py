@@ -1,4 +1,4 @@
-"""ONNX formats, registered for `Program.export` and its kin."""
+"""Registration of the ONNX formats, which `Program.export` looks up by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.export.program import export_program
 
 @hookimpl
 def surgery_writers() -> dict[str, Callable[..., Any]]:
-    """Format -> function (program, path, **options)."""
+    """Map each format to its function (program, path, **options)."""
     return {
         "onnx": export_program,
         "onnx-generate": export_generation,

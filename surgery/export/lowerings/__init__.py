@@ -1,4 +1,4 @@
-"""How our own ops, and ATen ops that torch.onnx writes badly, become ONNX."""
+"""ONNX lowerings of surgery's custom ops, and of ATen ops that torch.onnx translates incorrectly or inefficiently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.passes.quantize import ops
 
 @hookimpl
 def surgery_onnx_lowerings() -> dict[Any, Any]:
-    """Torch op -> onnxscript function."""
+    """Map each torch op to its onnxscript function."""
     return {
         ops.dequantize._opoverload: dequantize.translation(),
         ops.round_activation._opoverload: round_activation.translation(),

@@ -1,9 +1,9 @@
-"""`aten::scaled_dot_product_attention` in standard ONNX, at every opset.
+"""Lowering of `aten::scaled_dot_product_attention` to standard ONNX ops of any opset.
 
-torch.onnx writes two passes over all weights of attention to undo the NaN of a row that is wholly masked, and copies
-keys and values for grouped queries. Here such a row is told by its mask, which is small and shared by all layers, and
-grouped queries are rows of their group's product. What comes out is what torch computes, wholly masked rows, which
-are zeros, with it.
+torch.onnx removes the NaNs of fully masked rows with two passes over all attention weights, and copies keys and values
+for grouped queries. This lowering finds fully masked rows from the mask, which is small and shared by all layers. It
+computes grouped queries as additional rows of the product with their key head. The result equals that of torch,
+including zeros for fully masked rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from surgery.export.optional import require
 
 
 def translation() -> Any:
-    """The onnxscript function for torch.onnx's table. Raises what export reports where heads or their size vary."""
+    """Create the onnxscript function for torch.onnx's translation table.
+
+    The function raises ValueError if the head size is dynamic or the numbers of heads do not fit. The export reports
+    the error.
+    """
     ir = require("onnx_ir")
     op = require("onnxscript").opset18
 
@@ -33,7 +37,7 @@ def translation() -> Any:
         if scale is None:
             if not isinstance(size, int):
                 raise ValueError(
-                    "scaled_dot_product_attention of a size of heads that varies has no ONNX form"
+                    "scaled_dot_product_attention with a dynamic head size has no ONNX form; make the head size static"
                 )
             scale = 1 / math.sqrt(size)
         groups = _groups(query, key) if enable_gqa else 1
@@ -44,8 +48,11 @@ def translation() -> Any:
         def ints(*values: int) -> Any:
             return op.Constant(value_ints=list(values))
 
-        # Half the lowest number: with a negative score the lowest of all would be -inf, and a row of it NaN.
+        # Half of the lowest value: adding a negative score to the lowest value itself could give -inf, and a row of
+        # -inf becomes NaN in the softmax.
         low = number(float(query.dtype.min) / 2)
+        # visible: boolean mask. bias: additive mask. seen: 0 for fully masked rows and 1 for others. A causal mask has
+        # no fully masked rows, because every query sees the first key.
         visible = bias = seen = None
         if is_causal:
             places = [op.Squeeze(op.Shape(x, start=rank - 2, end=rank - 1)) for x in (query, key)]
@@ -61,16 +68,19 @@ def translation() -> Any:
         if visible is not None:
             bias = op.Where(visible, number(0.0), low)
 
-        # Both sides by the root, as torch does: half-precision products stay small.
+        # Scale both factors by the square root, as torch does, so that products do not overflow in half precision.
         root = math.sqrt(abs(scale))
         swapped = [*range(rank - 2), rank - 1, rank - 2]
+        # Grouped queries: merge the axes of group and position, (batch, key heads, groups * positions, size), so that
+        # keys need not be copied.
         asked = op.Reshape(query, ints(0, key.shape[1], -1, size)) if groups > 1 else query
         keys = op.Mul(op.Transpose(key, perm=swapped), number(root))
         scores = op.MatMul(op.Mul(asked, number(math.copysign(root, scale))), keys)
         grouped = op.Shape(scores) if groups > 1 and bias is not None else None
+        # The mask has one row for each query position, so separate the groups while it is added.
         if grouped is not None:
-            apart = op.Concat(op.Shape(query, end=3), op.Shape(key, start=2, end=3), axis=0)
-            scores = op.Reshape(scores, apart)
+            separate = op.Concat(op.Shape(query, end=3), op.Shape(key, start=2, end=3), axis=0)
+            scores = op.Reshape(scores, separate)
         if bias is not None:
             scores = op.Add(scores, bias)
         weights = op.Softmax(scores, axis=-1)
@@ -87,10 +97,14 @@ def translation() -> Any:
 
 
 def _groups(query: Any, key: Any) -> int:
-    """How many heads of queries share one of keys. query, key: (batch, heads, places, size)."""
+    """Number of query heads that share one key head.
+
+    query and key have shape (batch, heads, positions, head size).
+    """
     asked, held = query.shape[-3], key.shape[-3]
     if len(query.shape) != 4 or not isinstance(asked, int) or not isinstance(held, int) or asked % held:
         raise ValueError(
-            "scaled_dot_product_attention of grouped queries needs 4 axes and a number of heads that divides"
+            "scaled_dot_product_attention with grouped queries needs 4 axes and a static number of query heads that is "
+            "a multiple of the key heads"
         )
     return asked // held

@@ -1,4 +1,7 @@
-"""`aten::conv3d` in standard ONNX: torch.onnx gives one without a bias a bias of two axes, which nothing runs."""
+"""Lowering of `aten::conv3d` to standard ONNX.
+
+For a convolution without a bias, torch.onnx adds a bias with two axes, which no runtime accepts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from surgery.graph.ops import per_axis
 
 
 def translation() -> Any:
-    """The onnxscript function for torch.onnx's table."""
+    """Create the onnxscript function for torch.onnx's translation table."""
     op = require("onnxscript").opset18
 
     def conv3d(
@@ -23,6 +26,7 @@ def translation() -> Any:
         groups: int = 1,
     ) -> Any:
         strides, pads, dilations = (per_axis(value, 3) for value in (stride, padding, dilation))
+        # PyTorch also accepts input without a batch axis; ONNX Conv requires one.
         unbatched = len(x.shape) == 4
         x = op.Unsqueeze(x, op.Constant(value_ints=[0])) if unbatched else x
         given = (x, weight) if bias is None else (x, weight, bias)
