@@ -1,13 +1,13 @@
-"""A language model as ONNX for generation: a graph for the prompt, one for what follows, and a cache between them.
+"""Export of a language model for generation: one ONNX graph for the prompt, one for later tokens, and a KV cache.
 
     prefill.onnx       input_ids, attention_mask, position_ids -> logits and the keys and values of every layer
-    decode.onnx        the same with what is cached, for one token or several
-    decode.onnx.data   the weights of both, once
-    export.json, config.json, generation_config.json, tokenizer …
+    decode.onnx        the same with the cached keys and values as inputs, for one or several new tokens
+    decode.onnx.data   weights shared by both graphs
+    export.json, config.json, generation_config.json, tokenizer files
 
-transformers' exporter takes the model apart and traces it; names, provenance and simplification are ours. The
-directory opens with `transformers.exporters.ExportedModel.from_pretrained`, with `open_generator`, or graph by graph
-in onnxruntime.
+transformers' exporter splits and traces the model. surgery adds names, provenance and simplification. Open the
+directory with `transformers.exporters.ExportedModel.from_pretrained` or `open_generator`, or open each graph in
+onnxruntime.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 
 PARTS = ("prefill", "decode")
 WEIGHTS = "decode.onnx.data"
-_INLINE = 1024  # bytes: smaller tensors stay in the graph, where shape inference sees them
-_TOKENS = 32
-_LONGEST = 8192  # positions: what a check of a sliding window runs through
+_INLINE = 1024  # bytes: smaller tensors stay in the graph, where shape inference can read them
+_TOKENS = 32  # new tokens that the check generates
+_LONGEST = 8192  # positions: the longest prompt that the check of a sliding window runs
 _AXES: dict[str, tuple[str, ...]] = {
     "input_ids": ("batch", "sequence"),
     "attention_mask": ("batch", "total_sequence"),
@@ -60,11 +60,20 @@ _AXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What was written.
+    """Result of an export for generation.
 
-    nodes: ONNX nodes by part. error: the largest difference of the logits over their scale, in every greedy step.
-    tokens, sampled: how many greedy and sampled tokens are equal; ties: how many of the rows parted before their end,
-    where the logits are equal within rounding. adapters: files by adapter.
+    Attributes:
+        path: the directory.
+        size: total size of its files in bytes.
+        opset: ONNX opset of the graphs.
+        nodes: number of ONNX nodes of each graph.
+        inputs: input names of each graph.
+        error: largest difference of the logits in any step, as a fraction of their scale.
+        tokens: number of greedy tokens that are equal.
+        ties: number of rows in which a token differs although the logits agree within rounding (a tie).
+        sampled: number of sampled tokens that are equal.
+        seconds: duration of the export.
+        adapters: adapter files by adapter name.
     """
 
     path: Path
@@ -89,12 +98,21 @@ def export_generation(
     seed: int = 0,
     overwrite: bool = False,
 ) -> GenerationReport:
-    """Write a directory, checked: greedy and sampled tokens of onnxruntime against the live model's.
+    """Write a directory for generation, and compare the tokens of onnxruntime with those of the live model.
 
-    adapters_as_inputs: every LoRA goes to a file of its own, one graph serves them all; see surgery.export.adapter_inputs.
-    Each is checked, and the base.
+    The check covers greedy and sampled generation.
 
-    Raises ExportError where the program is no language model, cannot be translated, or generates other tokens.
+    Args:
+        program: the program of a decoder-only language model.
+        path: the directory to write.
+        opset: ONNX opset; None uses the default, or a later one if an op of the graph needs it.
+        adapters_as_inputs: True writes each LoRA to its own file, for graphs that take LoRA weights as optional inputs;
+            see surgery.export.adapter_inputs. The base and every adapter are checked.
+        seed: seed of the prompts and of sampling.
+        overwrite: True replaces an existing directory.
+
+    Raises:
+        ExportError: the program is not a supported language model, cannot be translated, or generates other tokens.
     """
     started = time.perf_counter()
     slotted = slots(program) if adapters_as_inputs else None
@@ -146,13 +164,14 @@ def export_generation(
 
 
 def _language_model(program: Program) -> Any:
+    """The live model of a program. Raises ExportError if it cannot be exported for generation."""
     check_written(program)
     for entry in live_entries(program.journal):
         pass_ = pass_of(entry, program.base.plugins)
-        if isinstance(pass_, RewritePass) and not pass_.in_place:
+        if isinstance(pass_, RewritePass) and not pass_.effect.one_layer:
             raise ExportError(
-                f"--generate: {entry.id} changes more than single layers, and is written in one graph only; export "
-                f"without --generate, or leave it out (--without {entry.id})"
+                f"--generate: {entry.id} changes more than single layers, so it can only be exported as one graph; "
+                f"export without --generate, or disable the pass (--without {entry.id})"
             )
     model: Any = live(program)
     can = getattr(model, "can_generate", None)
@@ -161,20 +180,22 @@ def _language_model(program: Program) -> Any:
             f"--generate: {type(model).__name__} does not generate; load it as a language model "
             f"(--task text-generation)"
         )
+    # State-space models such as Mamba take `cache_params` instead of `past_key_values`.
     if "cache_params" in inspect.signature(model.forward).parameters:
         raise ExportError(
-            f"--generate: {type(model).__name__} carries a state from token to token, not keys and values, and that is "
-            f"not supported; export its graph without --generate"
+            f"--generate: {type(model).__name__} keeps a recurrent state instead of a key-value cache, which is not "
+            f"supported; export its graph without --generate"
         )
     if model.config.is_encoder_decoder or model.config.get_text_config() is not model.config:
         raise ExportError(
-            f"--generate writes language models of one decoder, and {type(model).__name__} has other parts; export "
+            f"--generate supports models with a single decoder, but {type(model).__name__} has other parts; export "
             f"its graph without --generate"
         )
     return model
 
 
 def _translated(program: Program, model: Any, opset: int | None, seed: int) -> Any:
+    """Export the model with transformers' exporter, without optimization."""
     require("onnxscript")
     import transformers
 
@@ -188,6 +209,7 @@ def _translated(program: Program, model: Any, opset: int | None, seed: int) -> A
             inputs = {**_prompts(model, 2, 7, seed), **whole_cache(model)}
             exported = OnnxExporter().export_for_generation(model, inputs, config, multi_token_decode=True)
     except Exception as error:
+        # The exporter wraps errors several times; only the innermost one names the problem.
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -196,15 +218,15 @@ def _translated(program: Program, model: Any, opset: int | None, seed: int) -> A
         ) from error
     if set(exported.components) != set(PARTS):
         raise ExportError(
-            f"--generate: {type(model).__name__} comes apart into {', '.join(exported.components)}, and only "
-            f"{' and '.join(PARTS)} are known here"
+            f"--generate: {type(model).__name__} is split into {', '.join(exported.components)}, but only "
+            f"{' and '.join(PARTS)} are supported; export its graph without --generate"
         )
     return exported
 
 
 @contextlib.contextmanager
 def _lowerings(program: Program) -> Iterator[None]:
-    """Let transformers' exporter know how our ops, and plugins', are written."""
+    """Add the ONNX lowerings of surgery and its plugins to transformers' exporter during the block."""
     from transformers.exporters import exporter_onnx
 
     table = exporter_onnx._ONNX_TRANSLATION_TABLE
@@ -218,7 +240,7 @@ def _lowerings(program: Program) -> Iterator[None]:
 
 
 def _prompts(model: Any, rows: int, length: int, seed: int) -> dict[str, Any]:
-    """Random tokens; every second row is padded on the left, so that the mask is not traced away."""
+    """Random tokens. Every second row is padded on the left, because an all-ones mask would be optimized away."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, model.config.get_text_config().vocab_size, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -227,7 +249,7 @@ def _prompts(model: Any, rows: int, length: int, seed: int) -> dict[str, Any]:
 
 
 def _name_axes(model: Any) -> None:
-    """Symbols of the trace by what they are: batch, sequence, and what is cached."""
+    """Rename the symbolic axes of the trace: batch, sequence, total_sequence and past_sequence."""
     ir = require("onnx_ir")
     known: dict[str, str] = {}
     for value in model.graph.inputs:
@@ -246,16 +268,23 @@ def _name_axes(model: Any) -> None:
     for node in model.graph:
         for value in node.outputs:
             if value.shape is not None and not value.is_graph_output():
-                value.shape = None  # says nothing that is not inferred, in symbols that are gone
+                # Inner shapes refer to the old symbols, and shape inference can compute them again.
+                value.shape = None
 
 
 def _write(exported: Any, model: Any, held: Mapping[str, set[str]], folder: Path) -> None:
-    """The graphs over one file of weights, with transformers' own manifest.
+    """Write the graphs with one shared weight file, and the manifest that transformers reads.
 
-    held: by part, the initializers that are tensors of the program: of one name in both parts they are the same.
+    Args:
+        exported: result of transformers' exporter.
+        model: the live model.
+        held: names of the initializers of each graph that store tensors of the program. Initializers of both graphs
+            with the same name are the same tensor.
+        folder: the directory to write to.
     """
     ir = require("onnx_ir")
     graphs = {part: exported.components[part].program for part in PARTS}
+    # Only tensors of the program are shared. Constants of the two graphs can have the same name and different values.
     shared: dict[str, Any] = {}
     for part, graph in graphs.items():
         for name in held[part]:
@@ -271,12 +300,13 @@ def _write(exported: Any, model: Any, held: Mapping[str, set[str]], folder: Path
             ir.save(graph, folder / f"{part}.onnx")
     except (OSError, ValueError) as error:
         raise ExportError(f"the graphs cannot be written: {error}") from error
-    # What its own reader looks for beside each graph.
+    # The reader of transformers requires a data file next to each graph.
     (folder / "prefill.onnx.data").touch()
     _manifest(exported, model, folder)
 
 
 def _manifest(exported: Any, model: Any, folder: Path) -> None:
+    """Write the manifest and configurations that `ExportedModel.from_pretrained` reads."""
     from transformers.exporters import base
 
     entries = {
@@ -295,7 +325,7 @@ def _manifest(exported: Any, model: Any, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class TokensReport:
-    """See GenerationReport."""
+    """Result of comparing generated tokens; the attributes are those of GenerationReport."""
 
     error: float
     tokens: int
@@ -304,12 +334,25 @@ class TokensReport:
 
 
 def check_tokens(model: Any, folder: Path, seed: int) -> TokensReport:
-    """Greedy and sampled generation of what is in a directory against the model. Raises ExportError."""
+    """Compare greedy and sampled generation of an exported directory with the model.
+
+    Args:
+        model: the live model.
+        folder: the exported directory.
+        seed: seed of the prompts and of sampling.
+
+    Raises:
+        ExportError: the logits differ by more than rounding, or a model cannot generate.
+    """
     return _tokens(model, _opened(folder, fast=True), seed)
 
 
 def _opened(folder: Path, fast: bool) -> Any:
-    """fast: with onnxruntime's optimisations, which for quantized weights round the activations too."""
+    """Open the exported directory.
+
+    `fast` enables onnxruntime's optimizations. With quantized weights these also round the activations, which would
+    hide errors of the export.
+    """
     if fast:
         return open_generator(folder)
     ort = require("onnxruntime")
@@ -320,13 +363,15 @@ def _opened(folder: Path, fast: bool) -> Any:
 
 
 def _tokens(model: Any, other: Any, seed: int, *adapters: str) -> TokensReport:
-    """The same with an open generator and adapters in it, at another shape than the traced one."""
+    """Compare the model with an open generator that uses the given adapters, at a shape other than the traced one."""
     settings = {"num_beams": 1, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
 
     def both(prompts: dict[str, Any], tokens: int, **more: Any) -> tuple[Any, Any]:
         outputs = []
+        # A fixed number of tokens keeps the two outputs comparable step by step, even if an end token is drawn.
         more |= {"max_new_tokens": tokens, "min_new_tokens": tokens}
         for each in (model, other):
+            # The same seed makes both sample the same random numbers.
             torch.manual_seed(seed)
             with other.adapter(*adapters):
                 try:
@@ -341,11 +386,12 @@ def _tokens(model: Any, other: Any, seed: int, *adapters: str) -> TokensReport:
         greedy = _compared(*both(prompts, _TOKENS, do_sample=False))
         sampled = _compared(*both(prompts, _TOKENS, do_sample=True, temperature=0.9, top_p=0.95))
         error = max(greedy.error, sampled.error)
+        # A wrong sliding window shows only if the prompt is longer than the window.
         if (window := sliding_window(model)) > 11:
             if window > _LONGEST:
                 raise ExportError(
-                    f"--generate: attention looks back {window} positions, and up to {_LONGEST} are checked; give a "
-                    f"configuration with a smaller sliding_window, or none"
+                    f"--generate: the sliding window of {window} positions is longer than the {_LONGEST} that can be "
+                    f"checked; use a configuration with a smaller sliding_window, or without one"
                 )
             error = max(
                 error, _compared(*both(_prompts(model, 1, window + 3, seed + 2), 2, do_sample=False)).error
@@ -354,18 +400,22 @@ def _tokens(model: Any, other: Any, seed: int, *adapters: str) -> TokensReport:
 
 
 def _compared(model: Any, onnx: Any) -> TokensReport:
-    """Two outputs of `generate`, token by token: a row counts until the two part there, with logits that are equal
-    within rounding (two tokens at a tie, a draw at the edge of both)."""
+    """Compare two outputs of `generate` step by step.
+
+    A row is compared up to its first different token. A different token is allowed if the logits agree within rounding:
+    two tokens can be tied, or a random draw can fall between them.
+    """
     allowed, worst, equal = tolerance_of(model.logits[0].dtype), 0.0, 0
     first = model.sequences.shape[1] - len(model.logits)
     same = torch.ones(len(model.sequences), dtype=torch.bool)
+    # After a row's first different token its inputs differ, so its later logits cannot be compared.
     for step, (a, b) in enumerate(zip(model.logits, onnx.logits, strict=True)):
         if same.any():
             worst = max(worst, difference(a[same], b[same]) / scale_of(a))
         if worst > allowed:
             raise ExportError(
-                f"--generate: in step {step + 1} the logits of onnxruntime are {worst:.1e} of their scale from the "
-                f"model's, where {allowed:.0e} is rounding"
+                f"--generate: in step {step + 1} the logits of onnxruntime differ from the model's by {worst:.1e} of "
+                f"their scale; rounding explains at most {allowed:.0e}"
             )
         same &= model.sequences[:, first + step] == onnx.sequences[:, first + step]
         equal += int(same.sum())

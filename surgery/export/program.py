@@ -1,4 +1,4 @@
-"""A program to ONNX: what its journal says becomes provenance, and parity is checked at a new shape."""
+"""ONNX export of a Program: provenance from its journal, and a parity check at a new shape."""
 
 from __future__ import annotations
 
@@ -23,19 +23,23 @@ if TYPE_CHECKING:
 
 
 def source_of(program: Program) -> ExportSource:
-    """The program's eval graph with its inputs."""
+    """ExportSource of the program's eval graph, with its example inputs and rounding ops."""
     args, kwargs = program.example_inputs
     passes = [pass_of(entry, program.base.plugins) for entry in live_entries(program.journal)]
-    rounding = frozenset(op for pass_ in passes if isinstance(pass_, RewritePass) for op in pass_.rounding)
+    rounding = frozenset(
+        op for pass_ in passes if isinstance(pass_, RewritePass) for op in pass_.effect.rounding
+    )
     return ExportSource(
         program.graph_module, args, kwargs, program.captured.dynamic_shapes, rounding=rounding
     )
 
 
 def provenance_of(program: Program) -> dict[str, dict[str, Any]]:
-    """Tensor name -> pass, name and site: adapters (which nothing may fold), and weights that a merge changed.
+    """Pass, name and site of each tensor that a pass created or merged into, by tensor name.
 
-    What no output depends on is left out: the weight that layers shared before each was given a copy, say.
+    Tensors of adapters must not be folded. Weights changed by a merge have "pinned": False and may be stored
+    transposed. Tensors that no output depends on are omitted, for example a shared weight after each layer was given
+    its own copy.
     """
     found: dict[str, dict[str, Any]] = {}
     read = {str(node.target) for node in live_nodes(program.graph) if node.op == "get_attr"}
@@ -53,7 +57,10 @@ def provenance_of(program: Program) -> dict[str, dict[str, Any]]:
 
 
 def parity_inputs(program: Program, seed: int = 0) -> list[InputSet]:
-    """Two fresh sets of inputs: at the example's shape, and at another shape of every dynamic dimension."""
+    """Random input sets for the parity check.
+
+    One set has the example's shape. If there are dynamic dimensions, a second set has another size of each.
+    """
     captured = program.captured
     sets: list[InputSet] = [fresh_inputs(captured, None, seed)]
     other = other_sizes(captured)
@@ -63,7 +70,11 @@ def parity_inputs(program: Program, seed: int = 0) -> list[InputSet]:
 
 
 def reaching_inputs(program: Program, sets: Sequence[InputSet]) -> list[InputSet]:
-    """The sets of inputs that adapters want changed, so that what they inserted takes part (new tokens, say)."""
+    """Modify input sets so that they exercise the ops that passes inserted, for example with new tokens.
+
+    Returns:
+        Only the sets that a pass changed.
+    """
     names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     found: list[InputSet] = []
     for args, kwargs in sets:
@@ -71,11 +82,12 @@ def reaching_inputs(program: Program, sets: Sequence[InputSet]) -> list[InputSet
         given = {n: leaf for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)}
         changed = given
         for entry in live_entries(program.journal):
-            pass_: Any = pass_of(entry, program.base.plugins)
-            for record in entry.sites:
+            reach = pass_of(entry, program.base.plugins).expectations.reach
+            for record in entry.sites if reach is not None else ():
                 site = program.sites.by_key.get(record.key)
-                if site is not None:
-                    changed = pass_.reaching(site.deciding(record.decided), changed)
+                if reach is not None and site is not None:
+                    changed = reach(site.deciding(record.decided), changed)
+        # A pass returns the same tensor objects for inputs that it does not change.
         if any(changed[name] is not value for name, value in given.items()):
             fresh = [changed.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
             found.append(pytree.tree_unflatten(fresh, spec))
@@ -83,10 +95,14 @@ def reaching_inputs(program: Program, sets: Sequence[InputSet]) -> list[InputSet
 
 
 def check_written(program: Program) -> None:
-    """Raises ExportError for a pass of which an op stands in the graph that has no form in ONNX."""
+    """Check that no pass inserted an op that has no ONNX form.
+
+    Raises:
+        ExportError: the graph contains such an op.
+    """
     live = {node.target for node in live_nodes(program.graph)}
     for entry in live_entries(program.journal):
-        for op, why in getattr(pass_of(entry, program.base.plugins), "unwritten", {}).items():
+        for op, why in pass_of(entry, program.base.plugins).expectations.no_onnx.items():
             if op in live:
                 raise ExportError(f"{entry.id}: {why}")
 
@@ -101,13 +117,25 @@ def export_program(
     lowerings: Mapping[Any, Any] | None = None,
     optional: Sequence[str] = (),
 ) -> ExportReport:
-    """Export to ONNX, checked in onnxruntime against the program on fresh inputs at another shape.
+    """Export a program to ONNX, and compare onnxruntime with the program on random inputs at two shapes.
 
-    optional: tensors of passes that are left as optional inputs; see `export_adaptable`.
-    Raises ExportError where parity fails (nothing is then left at `path`), MissingExtraError.
+    Args:
+        program: the program; its weights must be in memory.
+        path: the file to write; an existing file is replaced only if the export succeeds.
+        opset: ONNX opset; None uses torch's default, or a later one if an op of the graph needs it.
+        external_data: True stores the weights in `<path>.data`; None does so above 1.5 GB.
+        seed: seed of the inputs for the parity check.
+        lowerings: additional onnxscript functions by torch op.
+        optional: tensors of passes that become optional inputs; see `export_adaptable`.
+
+    Raises:
+        ExportError: the export or the parity check fails.
+        MissingExtraError: the onnx extra is not installed.
     """
     if not program.base.in_memory:
-        raise ExportError("the weights are not in memory, so there is nothing to export")
+        raise ExportError(
+            "the weights are not in memory, so there is nothing to export; load the weights first"
+        )
     if program.base.consumed and program.journal.merged:
         raise ExportError("the base was merged in place; load the saved directory again")
     check_written(program)

@@ -138,7 +138,7 @@ def test_without_a_cache_and_without_generate(two, exported):
     with torch.no_grad():
         expected, found = live(ids).logits, model(input_ids=ids.int()).logits
     assert float((expected - found).abs().max()) <= TOLERANCE * float(expected.abs().max())
-    with pytest.raises(ExportError, match="give input_ids"):
+    with pytest.raises(ExportError, match="pass input_ids"):
         model(inputs_embeds=torch.zeros(1, 2, 32))
     with pytest.raises(ExportError, match="no weights to save"):
         model.save_pretrained("somewhere")
@@ -193,10 +193,10 @@ def test_adapters_of_the_generator(two, adaptable):
             found, live.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
         )
     (adaptable / "bad.onnx_adapter").write_bytes(b"nothing")
-    with pytest.raises(ExportError, match="is no adapter"), model.adapter("bad"):
+    with pytest.raises(ExportError, match="cannot be read as an adapter"), model.adapter("bad"):
         pass
     (adaptable / "bad.onnx_adapter").unlink()
-    with pytest.raises(ExportError, match=r"both give .*combine them"), model.adapter("film", "news"):
+    with pytest.raises(ExportError, match=r"two of them set .*combine them"), model.adapter("film", "news"):
         pass
     with pytest.raises(ExportError, match=r"no adapter 'flim'.*film"), model.adapter("flim"):
         pass
@@ -279,15 +279,15 @@ def test_what_is_refused(two, tmp_path, capsys):
     out = ("-o", tmp_path / "out")
     assert "has other parts" in run("export", f"hf:{tmp_path / 't5'}", "--generate", *out)
     assert "does not generate" in run("export", f"hf:{minilm_path()}", "--generate", *out)
-    assert "carries no LoRA" in run("export", f"hf:{base}", "--adapters-as-inputs", *out)
-    assert "leave out --external-data" in run("export", f"hf:{base}", "--generate", "--external-data", *out)
+    assert "has no active, unmerged LoRA" in run("export", f"hf:{base}", "--adapters-as-inputs", *out)
+    assert "remove --external-data" in run("export", f"hf:{base}", "--generate", "--external-data", *out)
     assert "exists" in run("export", f"hf:{base}", "--generate", "-o", base)
-    with pytest.raises(ExportError, match="no directory that"):
+    with pytest.raises(ExportError, match="was not written by `surgery export --generate`"):
         open_generator(base)
     prefixed = program.undo_all().apply(surgery.Prefix(tokens=2))
     with pytest.raises(ExportError, match=r"--generate: prefix changes more .*--without prefix"):
         prefixed.export_generation(tmp_path / "out")
-    with pytest.raises(ExportError, match=r"let in what is left out \(--weight lora:film=1\)"):
+    with pytest.raises(ExportError, match=r"enable a disabled adapter \(--weight lora:film=1\)"):
         program.without("film", "news").export_adaptable(tmp_path / "out")
     with pytest.raises(ExportError, match="is a directory"):
         program.export(tmp_path)
