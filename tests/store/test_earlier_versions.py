@@ -121,9 +121,12 @@ class Case:
         assert digests_in_one(kept) == self.facts["base_state"]
         self.same(self.run(undone), "base")
 
-    def check(self, program: surgery.Program) -> None:
+    def check_described(self, program: surgery.Program) -> None:
         said = described(program)
         assert said == {key: self.facts[key] for key in said}
+
+    def check(self, program: surgery.Program) -> None:
+        self.check_described(program)
         self.check_state(program)
         self.same(self.run(program), "out")
         if self.group("new"):  # with tokens that the base does not know
@@ -205,13 +208,14 @@ def test_a_live_modules_directory(name: str, case: Callable[[str, str], Case]) -
     require_plugins(found.facts)
     found.check(surgery.load(str(found.saved), base=found.base()))
     # And put on a module again, whose own forward stays in charge.
-    module, inputs, *_ = getattr(bases, found.base().replace("/", ":").rpartition(":")[2])()
-    before = plain_outputs(module, inputs)
+    factory = found.base().replace("/", ":").rpartition(":")[2]
+    module, inputs, *_ = getattr(bases, factory)()
     surgery.load_(module, found.saved, inputs=None if found.base().startswith("hf:") else inputs)
     given = pytree.tree_unflatten(found.group("given"), pytree.tree_structure(inputs))
     found.same(plain_outputs(module, given), "live")
     surgery.remove_(module)
-    assert torch.equal(plain_outputs(module, inputs)[0], before[0])
+    found.outputs["plain0"] = tensors_of(FIXTURES / "machine.safetensors")[factory]
+    found.same(plain_outputs(module, given), "plain")
 
 
 @pytest.mark.parametrize("name", INDEX["peft"])
@@ -242,4 +246,7 @@ def test_a_recipe(
     with pytest.raises(SystemExit) as done:
         command.load()([*words, *([model] if model.startswith("py:") else []), "-o", str(out)])
     assert not done.value.code
-    found.check(surgery.load(str(out / "finished" if runs else out), base=None if runs else here(model)))
+    program = surgery.load(str(out / "finished" if runs else out), base=None if runs else here(model))
+    found.check_described(program)
+    if found.exact:  # elsewhere what starts at random, and so what is rounded to codes, differs in last bits
+        found.check(program)
