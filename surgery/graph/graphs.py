@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from surgery.graph.marks import META
+from surgery.graph.marks import mark_of
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -31,8 +31,8 @@ def without_replaced(graph: fx.Graph) -> fx.Graph:
     replaced ops, although these need not run.
     """
     live = live_nodes(graph)
-    marks = [n.meta.get(META, {}) for n in graph.nodes if n not in live]
-    if not any(mark.get("wrapped_by") or mark.get("gone_for") for mark in marks):
+    marks = [mark_of(n) for n in graph.nodes if n not in live]
+    if not any(mark.wrapped_by or mark.gone_for for mark in marks):
         return graph
     lean = copy_graph(graph)
     kept = live_nodes(lean)
@@ -74,10 +74,10 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
             acts[node.target] = writes(node)
         if node.op == "output" or (node.op == "call_function" and acts[node.target]):
             stack.append(node)
-    return behind(stack)
+    return ancestors(stack)
 
 
-def behind(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
+def ancestors(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> set[fx.Node]:
     """Return the nodes and all nodes they are computed from, down to `stop`, which is left out."""
     found: set[fx.Node] = set()
     stack = list(nodes)

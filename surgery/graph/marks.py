@@ -2,34 +2,98 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 from torch import fx
 
-# node.meta key: {"entry", "site", "aux", "call", "wraps", "wrapped_by", "input", "weight_of"; "grown", "output",
-# "instead_of", "gone_for", "feeds", "once", "resized": see Rewriter.wrap, add_output, supersede, feed, once, settle;
-# "follows", "gate": see Rewriter.go_on, surgery.graph.analysis.residuals.gated_by; "role", "at": see
-# Rewriter.has_role, and of what is gone replace}
-META = "surgery"
+META = "surgery"  # the key in `node.meta`
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a pass has noted on a node. Other nodes are referred to by their names.
+
+    Attributes:
+        entry: Id of the journal entry that inserted the node, or "" for a node of the model.
+        site: Path of the site that it was inserted at.
+        aux: An adapter inserted the node, so later passes do not match it. False for ops like the model's own.
+        call: The op of the site's call that it was inserted for.
+        wraps: The value that this one replaces for its users: the next inner adapter, or the op itself.
+        wrapped_by: The value that replaces this one without reading it.
+        input: The node changes the input of its op.
+        weight_of: The parameter that this value replaces under its op.
+        grown: The value is larger than the op's own; adapters made for the op stay inside.
+        output: Name under which the program returns the value.
+        instead_of: The value that a model op of a pass replaces for good.
+        gone_for: The node that replaced this one for good.
+        feeds: The value that this one replaces for a single reader.
+        once: Key under which the pass finds the node again at its other places.
+        resized: The entry that changed a size among the node's arguments.
+        follows: The value behind which this one was inserted as an op like the model's own.
+        gate: The branch that passes through this gate; see `analysis.residuals.gated_by`.
+        role: Role of a weight op, where later analysis cannot derive it.
+        at: Path of the site that replaced this node for good.
+        rows: Number of rows that a longer table adds.
+        prefix: Number of positions that a prefix adds.
+    """
+
+    entry: str = ""
+    site: str = ""
+    aux: bool = False
+    call: str | None = None
+    wraps: str | None = None
+    wrapped_by: str | None = None
+    input: bool = False
+    weight_of: str | None = None
+    grown: bool = False
+    output: str | None = None
+    instead_of: str | None = None
+    gone_for: str | None = None
+    feeds: str | None = None
+    once: str | None = None
+    resized: str | None = None
+    follows: str | None = None
+    gate: Any = None
+    role: str | None = None
+    at: str | None = None
+    rows: int = 0
+    prefix: int = 0
+
+
+_NONE = Mark()
+
+
+def mark_of(node: fx.Node) -> Mark:
+    """The mark of a node; one without entries for a node that no pass has touched."""
+    mark: Mark = node.meta.get(META, _NONE)
+    return mark
+
+
+def set_mark(node: fx.Node, **changes: Any) -> None:
+    """Change fields of a node's mark."""
+    node.meta[META] = replace(mark_of(node), **changes)
 
 
 def is_aux(node: fx.Node) -> bool:
     """True for nodes that an adapter inserted: later passes do not match them."""
-    return bool(node.meta.get(META, {}).get("aux"))
+    return bool(mark_of(node).aux)
 
 
-def is_gone(node: fx.Node) -> bool:
+def is_superseded(node: fx.Node) -> bool:
     """True for ops in whose place a pass has put others for good: those are the sites now."""
-    return "gone_for" in node.meta.get(META, {})
+    return mark_of(node).gone_for is not None
 
 
-def tail(node: fx.Node, whole: bool = False) -> fx.Node:
+def output_with_adapters(node: fx.Node, whole: bool = False) -> fx.Node:
     """The value that stands for a site's output now: the last adapter wrapped round it, or the op itself.
 
     whole: beyond what made the output larger (see `wrappers`).
     """
-    return next(reversed(wrappers(node, whole)), node)
+    return next(reversed(adapters_around(node, whole)), node)
 
 
-def wrappers(node: fx.Node, whole: bool = False) -> list[fx.Node]:
+def adapters_around(node: fx.Node, whole: bool = False) -> list[fx.Node]:
     """The values that adapters put in the place of an op's, from the innermost.
 
     whole: those too that made the output larger than the op's own (`grown` in their mark): other adapters, made for
@@ -38,19 +102,19 @@ def wrappers(node: fx.Node, whole: bool = False) -> list[fx.Node]:
     found: list[fx.Node] = []
     current = node
     while True:
-        outer = next((u for u in current.users if u.meta.get(META, {}).get("wraps") == current.name), None)
+        outer = next((u for u in current.users if mark_of(u).wraps == current.name), None)
         if outer is None:
             # An op put in the place of another need not read it.
-            name = current.meta.get(META, {}).get("wrapped_by")
+            name = mark_of(current).wrapped_by
             outer = next((n for n in node.graph.nodes if n.name == name), None) if name else None
-        if outer is None or (outer.meta[META].get("grown") and not whole):
+        if outer is None or (mark_of(outer).grown and not whole):
             return found
         found.append(outer)
         current = outer
 
 
-def head(node: fx.Node, whole: bool = False) -> fx.Node:
+def input_before_adapters(node: fx.Node, whole: bool = False) -> fx.Node:
     """The value that enters a site, before adapters that change what its op reads; `whole` as in `wrappers`."""
-    while node.meta.get(META, {}).get("input") and (whole or not node.meta[META].get("grown")):
+    while mark_of(node).input and (whole or not mark_of(node).grown):
         node = node.args[0]  # type: ignore[assignment]
     return node

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from surgery.common.hooks import hookimpl
+from surgery.graph.marks import mark_of
 
 aten = torch.ops.aten
 
@@ -147,7 +148,7 @@ def operand(call: Call) -> fx.Node:
 
 def parameter_of(node: fx.Node) -> str | None:
     """Return the name of the parameter that this value replaces at a site, or None."""
-    return node.meta.get("surgery", {}).get("weight_of")
+    return mark_of(node).weight_of
 
 
 def _stored(value: fx.Node) -> fx.Node | None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from surgery.common.errors import PassError
 from surgery.graph import ops as weight_ops
-from surgery.graph.marks import is_aux, is_gone
+from surgery.graph.marks import is_aux, is_superseded
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, WeightOp
 from surgery.graph.packed import unpacking
 
@@ -211,7 +211,7 @@ class SiteIndex:
         roles: Mapping[SiteKey, str] | None = None,
         parts: Mapping[SiteKey, Mapping[str, tuple[int, ...]]] | None = None,
     ) -> None:
-        nodes = [n for n in graph.nodes if n.target in ops and not is_aux(n) and not is_gone(n)]
+        nodes = [n for n in graph.nodes if n.target in ops and not is_aux(n) and not is_superseded(n)]
         calls = weight_ops.find_calls(nodes, ops, lambda node: node.target in names)
         grouped: dict[str, list[list[Call]]] = defaultdict(list)
         for call in calls:

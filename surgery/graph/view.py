@@ -13,7 +13,7 @@ from surgery.graph.analysis.blocks import Block, Branch, find_blocks, find_branc
 from surgery.graph.analysis.dataflow import Dataflow, trace_origins
 from surgery.graph.analysis.depth import depth_of
 from surgery.graph.analysis.roles import Attention, Roles, find_roles
-from surgery.graph.marks import is_aux, is_gone
+from surgery.graph.marks import is_aux, is_superseded
 from surgery.graph.ops import Call, WeightOp, find_calls
 from surgery.graph.patterns.index import OpIndex
 from surgery.graph.sites import Site, SiteIndex, SiteKey
@@ -41,7 +41,7 @@ class View:
 
     @cached_property
     def calls(self) -> list[Call]:
-        nodes = [node for node in self.graph.nodes if not is_aux(node) and not is_gone(node)]
+        nodes = [node for node in self.graph.nodes if not is_aux(node) and not is_superseded(node)]
         return find_calls(nodes, self.ops, lambda node: node.target in self.names)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.effect import Effect
 from surgery.engine.contract.specs import TensorSpec
-from surgery.graph.marks import tail
+from surgery.graph.marks import output_with_adapters
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra.nonlinearities import ACTIVATIONS
@@ -53,7 +55,6 @@ class Adapter(GraphPass):
     """
 
     name: ClassVar[str] = "adapter"
-    weightable: ClassVar[bool] = True
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         "houlsby", description="after attention and feed-forward; after feed-forward; or beside it"
@@ -62,6 +63,10 @@ class Adapter(GraphPass):
     activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="σ")
     scale: float = Field(1.0, gt=0, description="s, what the adapter adds is multiplied by it")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the bottleneck's values, in train mode")
+
+    @property
+    def effect(self) -> Effect:
+        return replace(super().effect, scalable=True)
 
     def candidates(self, view: View) -> list[Site]:
         found: dict[Any, Site] = {}
@@ -114,7 +119,7 @@ class Adapter(GraphPass):
 
     def rewrite(self, site: Site, g: Rewriter) -> None:
         for branch in _branches_of(site, g.view):
-            g.wrap(branch.end, partial(self._beside, site, g, tail(branch.inner)))
+            g.wrap(branch.end, partial(self._beside, site, g, output_with_adapters(branch.inner)))
 
     def _beside(self, site: Site, g: Rewriter, inner: fx.Node, value: fx.Node) -> fx.Node:
         read = inner if self.placement == "parallel" else value

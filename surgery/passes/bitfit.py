@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import RewritePass
-from surgery.engine.contract.folds import MergeOp
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.folds import Fold
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.analysis.dataflow import op_name
-from surgery.graph.marks import tail
+from surgery.graph.marks import output_with_adapters
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -44,8 +44,6 @@ class Bitfit(RewritePass):
     name: ClassVar[str] = "bitfit"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EXPERTS, NORM, EMBEDDING)
     default_target: ClassVar[str | None] = "all"
-    mergeable: ClassVar[bool] = True
-    keeps_zeros: ClassVar[bool] = True
 
     add_missing: bool = Field(False, description="weights without a bias get one, at zero")
     train_head: bool = Field(False, description="the head's weights train too")
@@ -81,11 +79,11 @@ class Bitfit(RewritePass):
         missing = self.add_missing and not biases and not site.bias_is_computed
         return {"biases": biases, "missing": missing}
 
-    def selects(self, site: Site) -> dict[str, bool]:
+    def outcome(self, site: Site) -> Outcome:
         names = list(site.decided["biases"])
         if self.train_head and site.role.startswith("head") and site.weight is not None:
             names.append(site.weight)
-        return dict.fromkeys(names, True)
+        return Outcome(trains=dict.fromkeys(names, True))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         if not site.decided["missing"]:
@@ -100,18 +98,17 @@ class Bitfit(RewritePass):
         if site.kind == CONV:
             bias = g.call(aten.view.default, bias, [-1, *(1 for _ in site.float_shape[2:])])
         elif site.kind == EXPERTS:
-            assert g.call_ is not None
-            if g.call_.gather is not None:
-                bias = g.call(aten.index_select.default, bias, 0, g.call_.gather)
-            bias = g.call(aten.unsqueeze.default, bias, -1 if g.call_.x_axis == "column" else 1)
-        return g.call(aten.add.Tensor, g.out, bias)
+            if g.site_call.gather is not None:
+                bias = g.call(aten.index_select.default, bias, 0, g.site_call.gather)
+            bias = g.call(aten.unsqueeze.default, bias, -1 if g.site_call.x_axis == "column" else 1)
+        return g.call(aten.add.Tensor, g.output, bias)
 
-    def keeps(self, site: Site) -> str | None:
+    def why_not_merged(self, site: Site) -> str | None:
         return (
             "the base has no bias there, to hold the one that was added" if site.decided["missing"] else None
         )
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, MergeOp]:
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
         return {}
 
 
@@ -126,5 +123,5 @@ def _never_has_one(site: Site) -> bool:
 
 def _is_taken_out(site: Site) -> bool:
     """Whether all that reads a convolution subtracts its mean over places and samples."""
-    readers = [user for call in site.calls for user in tail(call.node).users]
+    readers = [user for call in site.calls for user in output_with_adapters(call.node).users]
     return bool(readers) and all(op_name(user.target) in _TAKE_OUT for user in readers)

@@ -11,10 +11,12 @@ from torch import Tensor, fx
 
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.effect import SWAP, Effect
 from surgery.engine.contract.numerics import Numerics, changes
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
 from surgery.graph.rewrite.current import adapted_by, bias_now, read_elsewhere, tensors_now
+from surgery.graph.rewrite.refusals import not_floating
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra import factor, low_rank
@@ -47,8 +49,6 @@ class LowRank(RewritePass):
     before: ClassVar[tuple[str, ...]] = ("lora", "ia3", "sparse-tune", "bitfit")
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("approximates weights by products of two smaller ones")
-    freezes: ClassVar[bool] = False
-    replaces: ClassVar[bool] = True
 
     rank: int | None = Field(None, gt=0, description="inner dimension r (of a convolution, for each group)")
     energy: float | None = Field(
@@ -78,12 +78,17 @@ class LowRank(RewritePass):
         return self
 
     @property
+    def effect(self) -> Effect:
+        return SWAP
+
+    @property
     def _by_outputs(self) -> bool:
         return (self.basis or ("outputs" if self.budget is not None else "weight")) == "outputs"
 
     def check(self, site: Site) -> str | None:
-        if site.packed or not site.dtype.is_floating_point:
-            return "its weight is packed or no floating-point one; factor before quantizing"
+        packed = not_floating(site, "factor before quantizing")
+        if packed:
+            return packed
         if site.kind == CONV and site.layout == "io":
             return "a transposed convolution is not factored; target its neighbours"
         standing = tensors_now(site)
@@ -148,9 +153,9 @@ class LowRank(RewritePass):
             return {"rank": self.rank}
         return dict(self._found(site)["decided"])
 
-    def frees(self, site: Site) -> set[str]:
+    def outcome(self, site: Site) -> Outcome:
         standing = tensors_now(site)
-        return set() if isinstance(standing, str) else {standing[0]}
+        return Outcome() if isinstance(standing, str) else Outcome(unused=frozenset({standing[0]}))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         a, b = factor.stored_shapes(site, site.decided["rank"])
@@ -165,11 +170,10 @@ class LowRank(RewritePass):
         return fill
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node:
-        assert g.call_ is not None
-        bias = bias_now(g.call_)
+        bias = bias_now(g.site_call)
         a, b = (_cast(g, g[name]) for name in ("A", "B"))
         if site.kind == EMBEDDING:
-            padding = arguments(g.call_.node).get("padding_idx", -1)
+            padding = arguments(g.site_call.node).get("padding_idx", -1)
             return g.call(aten.linear.default, g.call(aten.embedding.default, a, g.x, padding), b)
         if bias is None or site.kind == CONV or bias.meta["val"].dim() == 1:
             return low_rank.branch(site, g, a, b, bias)
@@ -178,8 +182,7 @@ class LowRank(RewritePass):
 
 def _cast(g: Rewriter, tensor: fx.Node) -> fx.Node:
     """A factor in the dtype that the op computes in, where the model casts its weight."""
-    assert g.call_ is not None
-    wanted = g.call_.node.meta["val"].dtype
+    wanted = g.site_call.node.meta["val"].dtype
     return tensor if tensor.meta["val"].dtype == wanted else g.call(aten.to.dtype, tensor, wanted)
 
 

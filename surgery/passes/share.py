@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,11 +12,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from surgery.common.errors import PassError
-from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.base import RewritePass, default_names
+from surgery.engine.contract.effect import SWAP, Effect
 from surgery.engine.contract.numerics import Numerics, changes
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
 from surgery.graph.rewrite.current import tensors_now, weight_given_by
+from surgery.graph.rewrite.refusals import not_floating
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site, SiteKey
 from surgery.graph.view import View
@@ -50,8 +52,6 @@ class Share(RewritePass):
     name: ClassVar[str] = "share"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS, NORM)
     numerics: ClassVar[Numerics] = changes("ties weights of layers")
-    freezes: ClassVar[bool] = False
-    replaces: ClassVar[bool] = True
 
     mode: Literal["first", "mean"] = Field(
         "first", description="the shared weight: the first layer's, or the mean"
@@ -67,8 +67,8 @@ class Share(RewritePass):
     biases: Literal["shared", "own"] = Field("shared", description="whether biases are shared too")
 
     @property
-    def in_place(self) -> bool:
-        return False  # layers would read one another's weights
+    def effect(self) -> Effect:
+        return replace(SWAP, one_layer=False)  # layers would read one another's weights
 
     @model_validator(mode="after")
     def _one_grouping(self) -> Share:
@@ -117,8 +117,9 @@ class Share(RewritePass):
     # -- the pass
 
     def check(self, site: Site) -> str | None:
-        if site.packed or not site.dtype.is_floating_point:
-            return "its weight is packed or no floating-point one; share before quantizing"
+        packed = not_floating(site, "share before quantizing")
+        if packed:
+            return packed
         own = tensors_now(site)
         if isinstance(own, str):
             return own
@@ -151,16 +152,17 @@ class Share(RewritePass):
         leader = group.leader
         weight, bias = self._now(leader)
         if self.mode == "mean":
-            prefix = self.tensor_prefix(leader)
-            weight, bias = f"{prefix}.weight", f"{prefix}.bias" if bias is not None else None
+            names = default_names(self, leader, ("weight", "bias"))
+            weight, bias = names["weight"], names["bias"] if bias is not None else None
         decided: dict[str, Any] = {"weight": weight, "bias": bias, "layers": len(group.sites)}
         if site.key == leader.key:
             decided["leads"] = [list(site.probe.tensor(n).shape) for n in self._now(leader) if n is not None]
         return decided
 
-    def frees(self, site: Site) -> set[str]:
+    def outcome(self, site: Site) -> Outcome:
         kept = {site.decided["weight"], site.decided["bias"]}
-        return {name for name in self._now(site) if name is not None} - kept
+        unused = {name for name in self._now(site) if name is not None} - kept
+        return Outcome(unused=frozenset(unused))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         if self.mode == "first" or "leads" not in site.decided:

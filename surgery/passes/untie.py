@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from surgery.engine.contract.base import RewritePass
-from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.effect import WEIGHT, Effect
+from surgery.engine.contract.folds import Fold, Stage
 from surgery.engine.contract.specs import TensorSpec
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
 from surgery.graph.rewrite.current import read_elsewhere, tensors_now, weight_given_by
+from surgery.graph.rewrite.refusals import not_floating
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 
@@ -27,15 +29,18 @@ class Untie(RewritePass):
 
     name: ClassVar[str] = "untie"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS, NORM)
-    freezes: ClassVar[bool] = False
-    mergeable: ClassVar[bool] = True
+
+    @property
+    def effect(self) -> Effect:
+        return WEIGHT
 
     def check(self, site: Site) -> str | None:
         standing = tensors_now(site)
         if isinstance(standing, str):
             return standing
-        if site.packed or not site.dtype.is_floating_point:
-            return "its weight is packed or no floating-point one; it cannot train apart"
+        packed = not_floating(site, "it cannot train apart")
+        if packed:
+            return packed
         if not self._shared(site):
             given = weight_given_by(site)
             since = f" since {given!r}" if given else ""
@@ -74,21 +79,21 @@ class Untie(RewritePass):
             g.swap_bias(lambda bias: g["bias"])
         return None
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
-        return {slot: Become(tensor) for slot, tensor in tensors.items()}  # type: ignore[misc]
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Fold]:
+        return {slot: Become(tensor) for slot, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
-class Become:
+class Become(Fold):
     """Merge: a tensor becomes another one, and keeps what earlier merges have added to it."""
 
-    inner: ClassVar[bool] = True
+    stage: ClassVar[Stage] = Stage.WEIGHT
+    reads_original: ClassVar[bool] = True
 
     value: Tensor
 
-    def apply_from(self, weight: Tensor, original: Tensor) -> None:
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
         value = self.value.detach().to(weight.dtype)
         if weight.equal(original):
-            weight.copy_(value)  # the bits of the copy, which value − original + original need not be
-        else:
-            weight.add_(value - original)
+            return weight.copy_(value)  # value − original + original may have other bits
+        return weight.add_(value - original)

@@ -12,7 +12,8 @@ from torch import nn
 from torch_surgery_ia3 import IA3
 
 import surgery
-from surgery.api import PassError, Program
+from surgery.api import PassError
+from surgery.api.programs import Program
 from surgery.testing import check_pass
 
 IN_PROCESS = ("numerics", "untouched", "inserted", "effect", "tied", "second", "merge", "restored", "weights",

@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from surgery.api import (
+    ADAPTER,
     CONV,
     LINEAR,
-    Combination,
+    Effect,
     Field,
-    MergeOp,
+    Fold,
     PassError,
-    Place,
     RewritePass,
     Rewriter,
     ScaleAxis,
     Site,
     TensorSpec,
-    channels,
     hookimpl,
-    ones_elsewhere,
-    part_index,
     scale_input,
     scale_output,
 )
+from surgery.api.algebra import Combination, Place, channels, computed_weight, ones_elsewhere, part_index
+
+
+def combine(
+    places: Sequence[Place], how: Combination, label: str
+) -> tuple[RewritePass, list[dict[str, Tensor]]]:
+    """One vector, 1 + what the method makes of the l − 1: a weighted sum where that is linear."""
+    if how.method == "cat" or how.by_svd:
+        raise PassError(f"combine: ia3 has no ranks, so no {how.method}; take linear, ties or dare_linear")
+    generator = torch.Generator().manual_seed(how.seed)
+    values = []
+    for place in places:
+        weights = [source.weight for source in place.sources]
+        names = [name for name in place.sources[0].tensors if name != "rows"]
+        values.append(
+            {
+                name: 1 + how.of([s.tensors[name] - 1 for s in place.sources], weights, generator)
+                for name in names
+            }
+        )
+    target = ",".join(f"path:{place.site.path}" for place in places)
+    made = IA3.parse({"target": target, "as": label})
+    assert isinstance(made, IA3)
+    return made, values
 
 
 class IA3(RewritePass):
@@ -43,18 +65,21 @@ class IA3(RewritePass):
     name: ClassVar[str] = "ia3"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV)
     default_target: ClassVar[str | None] = "attn.k,attn.v,mlp.down"
-    partial: ClassVar[bool] = True
-    weightable: ClassVar[bool] = True
-    mergeable: ClassVar[bool] = True
-    keeps_zeros: ClassVar[bool] = True
+
+    combiner: ClassVar[Any] = staticmethod(combine)
 
     scale: Literal["auto", "input", "output"] = Field(
         "auto", description="what the vector rescales; auto: the input of mlp.down, else the output"
     )
 
+    @property
+    def effect(self) -> Effect:
+        return replace(ADAPTER, scalable=True, partial=True)
+
     def check(self, site: Site) -> str | None:
-        if site.weight is None:
-            return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+        computed = computed_weight(site)
+        if computed:
+            return computed
         if site.bias_is_computed and self._axis(site) == "o":
             return "its bias is computed, so a scaled output could not be merged; use --scale input"
         if site.selected_parts and self._axis(site) == "i":
@@ -90,11 +115,11 @@ class IA3(RewritePass):
         act = scale_input if site.decided["axis"] == "i" else scale_output
         return act(site, g, vector)
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Fold]:
         rows = site.decided["rows"]
         if not rows:
             axis, factor = site.decided["axis"], _factor(tensors["scale"], weight)
-            ops: dict[str, MergeOp] = {"weight": ScaleAxis(site, factor, axis)}
+            ops: dict[str, Fold] = {"weight": ScaleAxis(site, factor, axis)}
             if axis == "o":
                 ops["bias"] = ScaleAxis(site, factor, bias=True)
             return ops
@@ -104,31 +129,6 @@ class IA3(RewritePass):
             ops[f"weight:{part}"] = ScaleAxis(site, factor, rows=tuple(own))
             ops[f"bias:{part}"] = ScaleAxis(site, factor, bias=True, rows=tuple(own))
         return ops
-
-    @classmethod
-    def combine(
-        cls, places: Sequence[Place], how: Combination, label: str
-    ) -> tuple[RewritePass, list[dict[str, Tensor]]]:
-        """One vector, 1 + what the method makes of the l − 1: a weighted sum where that is linear."""
-        if how.method == "cat" or how.by_svd:
-            raise PassError(
-                f"combine: ia3 has no ranks, so no {how.method}; take linear, ties or dare_linear"
-            )
-        generator = torch.Generator().manual_seed(how.seed)
-        values = []
-        for place in places:
-            weights = [source.weight for source in place.sources]
-            names = [name for name in place.sources[0].tensors if name != "rows"]
-            values.append(
-                {
-                    name: 1 + how.of([s.tensors[name] - 1 for s in place.sources], weights, generator)
-                    for name in names
-                }
-            )
-        target = ",".join(f"path:{place.site.path}" for place in places)
-        made = cls.parse({"target": target, "as": label})
-        assert isinstance(made, IA3)
-        return made, values
 
 
 def _factor(vector: Tensor, weight: float) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import CONV, EXPERTS, LINEAR, NORM, Call, is_depthwise
 
 # Flags of an origin, set if any path from it to the value has a pointwise nonlinearity or a softmax.
@@ -171,14 +172,14 @@ def trace_origins(nodes: Iterable[fx.Node], calls: Sequence[Call]) -> Dataflow:
     for position, node in enumerate(nodes):
         flow.order[node] = position
         inserted[node.name] = node
-        mark = node.meta.get("surgery", {})
-        if "gone_for" in mark:
+        mark = mark_of(node)
+        if mark.gone_for is not None:
             continue  # The node is superseded: nothing runs it, and its readers are superseded as well.
-        if mark.get("aux"):
+        if mark.aux:
             # A node inserted by an adapter counts as the value that it wraps, or that it feeds on. So an analysis
             # finds the same structure with and without adapters.
-            below: Any = inserted.get(mark.get("wraps") or mark.get("feeds", ""))
-            below = below or (node.args[0] if mark.get("input") else None)
+            below: Any = inserted.get(mark.wraps or mark.feeds or "")
+            below = below or (node.args[0] if mark.input else None)
             if isinstance(below, fx.Node) and below in flow.origins:
                 flow.origins[node], rests_on[node] = flow.origins[below], rests_on[below]
             continue

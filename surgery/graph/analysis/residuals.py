@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from surgery.graph.analysis.dataflow import Dataflow, Rule, op_name, rule_of
-from surgery.graph.marks import META, is_aux
+from surgery.graph.marks import is_aux, mark_of
 from surgery.graph.ops import (
     CONV,
     EMBEDDING,
@@ -186,7 +186,7 @@ def is_add(node: fx.Node) -> bool:
 
 def gated_by(node: fx.Node) -> fx.Node | None:
     """Return the value that an op lets through in part if it is the gate of an inserted block, else None."""
-    place = node.meta.get(META, {}).get("gate")
+    place = mark_of(node).gate
     return node.args[place] if place is not None else None
 
 

@@ -25,6 +25,7 @@ from torch import fx
 from surgery.graph.analysis.attention import Attention, find_attentions
 from surgery.graph.analysis.dataflow import NONLINEAR, Dataflow, op_name, trace_origins
 from surgery.graph.analysis.parts import Rows, find_parts
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
 
 # An embedding that an input indexes and that has at most this many rows holds types (segments).
@@ -65,7 +66,7 @@ def find_roles(graph: fx.Graph, calls: Sequence[Call], flow: Dataflow | None = N
     _embedding_roles(flow, role)
     for call in calls:
         role.setdefault(call.node, "embed" if call.kind == EMBEDDING else _plain(call.kind))
-        recorded = call.node.meta.get("surgery", {}).get("role")
+        recorded = mark_of(call.node).role
         if recorded:  # The pass that inserted the op has recorded its role.
             role[call.node] = recorded
             parts.pop(call.node, None)

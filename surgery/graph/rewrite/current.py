@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from surgery.graph.graphs import live_nodes, writes
-from surgery.graph.marks import META, head, tail
+from surgery.graph.marks import input_before_adapters, mark_of, output_with_adapters
 from surgery.graph.ops import Call, arguments, operand, parameter_of
+from surgery.graph.rewrite.refusals import computed_weight
 from surgery.graph.sites import Site
 
 
@@ -34,14 +35,14 @@ def bias_now(call: Call) -> fx.Node | None:
 
 def replaced_by(node: fx.Node) -> str | None:
     """The entry that put another op in the place of this one, which is dead since, or None."""
-    fresh = node.meta.get(META, {}).get("gone_for")
+    fresh = mark_of(node).gone_for
     if fresh is not None:
-        return str(next(n for n in node.graph.nodes if n.name == fresh).meta[META]["entry"])
-    last, current, entry = tail(node), node, None
+        return mark_of(next(n for n in node.graph.nodes if n.name == fresh)).entry
+    last, current, entry = output_with_adapters(node), node, None
     while current is not last:
         outer = _outer(current)
         if current not in outer.all_input_nodes:
-            entry = entry or str(outer.meta[META]["entry"])
+            entry = entry or mark_of(outer).entry
         current = outer
     return entry if entry and node not in live_nodes(node.graph) else None
 
@@ -51,23 +52,37 @@ def replaced_at(site: Site) -> str | None:
     return next((entry for entry in (replaced_by(call.node) for call in site.calls) if entry), None)
 
 
+def replaced_op(site: Site, remedy: str) -> str | None:
+    """The refusal of a site whose op an earlier pass has replaced.
+
+    Args:
+        site: The site.
+        remedy: An imperative clause, such as "undo that first".
+    """
+    gone = replaced_at(site)
+    return None if gone is None else f"{gone!r} has put another op in its place; {remedy}"
+
+
 def _outer(node: fx.Node) -> fx.Node:
     """The next value that was put round this one, or in its place; see `tail`."""
-    found = next((u for u in node.users if u.meta.get(META, {}).get("wraps") == node.name), None)
-    return found or next(n for n in node.graph.nodes if n.name == node.meta[META]["wrapped_by"])
+    found = next((u for u in node.users if mark_of(u).wraps == node.name), None)
+    return found or next(n for n in node.graph.nodes if n.name == mark_of(node).wrapped_by)
 
 
 def weight_given_by(site: Site) -> str | None:
     """The entry that put another weight under the site's op, the last one, or None."""
     _, value = weight_reader(site.calls[0])
-    return str(value.meta[META]["entry"]) if parameter_of(value) else None
+    return mark_of(value).entry if parameter_of(value) else None
 
 
 def adapted_by(call: Call) -> str | None:
     """An entry that has changed what enters the call's op or what leaves it, or None."""
-    for now, bare in ((tail(call.node), call.node), (operand(call), head(operand(call)))):
+    for now, bare in (
+        (output_with_adapters(call.node), call.node),
+        (operand(call), input_before_adapters(operand(call))),
+    ):
         if now is not bare:
-            return str(now.meta[META]["entry"])
+            return mark_of(now).entry
     return None
 
 
@@ -76,8 +91,9 @@ def tensors_now(site: Site) -> tuple[str, str | None] | str:
 
     In place of these a sentence, where the op was replaced or reads what a pass computes.
     """
-    if site.weight is None:
-        return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+    computed = computed_weight(site)
+    if computed:
+        return computed
     found: set[tuple[str, str | None]] = set()
     for call in site.calls:
         gone = replaced_by(call.node)
@@ -99,12 +115,12 @@ def _changes(call: Call, value: fx.Node) -> str | None:
     """The entry that computes the value which stands for a parameter, or put it there for an adapter of its own."""
     if parameter_of(value) is None:
         return None
-    entry, node, last = str(value.meta[META]["entry"]), call.node, tail(call.node)
+    entry, node, last = mark_of(value).entry, call.node, output_with_adapters(call.node)
     if value.op != "get_attr":
         return entry
     while node is not last:
         node = _outer(node)
-        if node.meta[META]["entry"] == entry:
+        if mark_of(node).entry == entry:
             return entry
     return None
 

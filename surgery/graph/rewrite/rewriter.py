@@ -1,9 +1,11 @@
-"""The one thing that changes a graph: it puts values that are inserted in the place of others."""
+"""Edits a graph: inserts values and replaces others with them. Nothing else may change a graph."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +13,14 @@ import torch
 from torch import fx
 
 from surgery.common.errors import PassError
-from surgery.graph.marks import META, head, is_aux, tail
+from surgery.graph.marks import (
+    META,
+    input_before_adapters,
+    is_aux,
+    mark_of,
+    output_with_adapters,
+    set_mark,
+)
 from surgery.graph.ops import LINEAR, Call, arguments, operand
 from surgery.graph.propagate import propagate
 from surgery.graph.rewrite.current import bias_now, replaced_by, weight_reader
@@ -20,49 +29,70 @@ from surgery.graph.sites import Site
 
 aten = torch.ops.aten
 
+# Names of version 0.1 -> today's. They work for one version more, with a warning.
+_RENAMED = {
+    "again": "call_op_on",
+    "at": "at_call",
+    "call_": "site_call",
+    "exchange": "swap_tensor",
+    "feed": "replace_argument",
+    "go_on": "insert_after",
+    "has_role": "set_role",
+    "out": "output",
+    "own": "op_output",
+    "settle": "propagate_sizes",
+    "stand_in": "replace_output",
+}
+
 
 class Rewriter(Inserter):
-    """Puts what it inserts for one pass in its place at one call of a site.
+    """Replaces values at one call of a site with values that it inserts for one pass.
 
-    `x` is the activation that enters the op, `out` the value that its users see now (earlier adapters
-    included); of an op that computes W @ x both are shown transposed, features last.
+    `x` is the input of the op, `output` the value that its users see now, earlier adapters included. For an op that
+    computes W @ x both are shown transposed, with the features last.
     """
 
-    _ends: tuple[fx.Node, fx.Node]  # what enters and leaves the op, as the graph has them
-    _columns: bool  # the op is W @ x: features are next to last there
+    _ends: tuple[fx.Node, fx.Node]  # input and output of the op, as the graph has them
+    _columns: bool  # the op is W @ x, whose features are next to last
     _turned: dict[fx.Node, fx.Node]
+
+    def __getattr__(self, name: str) -> Any:
+        new = _RENAMED.get(name)
+        if new is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(f"Rewriter.{name} is now Rewriter.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)
 
     @cached_property
     def _swapped(self) -> dict[fx.Node, fx.Node]:
-        """What stands in the place of a weight, made once for all that read it."""
+        """The replacement of each weight, made once for all calls that read it."""
         return {}
+
+    # -- the values at a call
 
     @property
     def x(self) -> fx.Node:
-        """The activation that enters the op."""
+        """The input of the op, before adapters that change it."""
         return self._features_last(self._ends[0])
 
     @property
-    def out(self) -> fx.Node:
-        """The value that users of the site's output see now."""
+    def output(self) -> fx.Node:
+        """The value that users of the site's output see now, earlier adapters included."""
         return self._features_last(self._ends[1])
 
     @property
-    def own(self) -> fx.Node:
-        """What the op itself computes, without the adapters round it (with its bias, of what enters it now)."""
-        assert self.call_ is not None
-        return self._features_last(self.call_.node)
+    def op_output(self) -> fx.Node:
+        """The output of the op itself with its bias, without the adapters around it."""
+        return self._features_last(self.site_call.node)
 
     @property
     def stored(self) -> fx.Node:
-        """The weight that the op reads now, in its stored layout: the parameter, or what a pass put in its place."""
-        assert self.call_ is not None
-        return weight_reader(self.call_)[1]
+        """The weight that the op reads now, in its stored layout: the parameter, or what a pass replaced it with."""
+        return weight_reader(self.site_call)[1]
 
-    def again(self, x: fx.Node) -> fx.Node:
-        """What the op itself computes of another activation, with its bias."""
-        assert self.call_ is not None
-        node, op = self.call_.node, self.call_.op
+    def call_op_on(self, x: fx.Node) -> fx.Node:
+        """Insert the op itself on another input, with its bias."""
+        node, op = self.site_call.node, self.site_call.op
         names = list(arguments(node))
         args = [x if name == op.x else value for name, value in zip(names, node.args, strict=False)]
         kwargs = {name: x if name == op.x else value for name, value in node.kwargs.items()}
@@ -76,20 +106,18 @@ class Rewriter(Inserter):
                 self._turned[node] = self.call(aten.transpose.int, node, -2, -1)
         return self._turned[node]
 
-    def rewrite_once(self, site: Site, build: Any) -> None:
-        """Call build(site, self) once for a place of the whole program; it puts values in place with `wrap`."""
-        self.site, self._attributes, self._new = site, {}, {}
-        self.call_ = site.calls[0]
-        self._enter(self.call_, columns=False)
-        build(site, self)
+    # -- replacing values
 
     def wrap(self, node: fx.Node, build: Callable[[fx.Node], fx.Node], grown: bool = False) -> fx.Node:
-        """Put build(value) in the place of a node's value, which is that of the last adapter round it.
+        """Replace a node's value, with all adapters around it, by build(value) for its users.
 
-        build inserts with `call`, after that value. Its users see the new value, what build inserted sees the old.
-        grown: build makes it larger than the op's own; earlier and later adapters of the op stay inside of it.
+        Args:
+            node: An op of the model.
+            build: Function of the value that inserts nodes with `call` and returns the new value. What it inserts
+                goes on reading the old one.
+            grown: The new value is larger than the op's own; earlier and later adapters of the op stay inside.
         """
-        value = tail(node, whole=grown)
+        value = output_with_adapters(node, whole=grown)
         known = set(self._new)
         with self.after(value):
             fresh = build(value)
@@ -97,12 +125,12 @@ class Rewriter(Inserter):
             return value
         own = {n for n in self._new if n not in known}
         if grown:
-            fresh.meta[META] = {**fresh.meta[META], "grown": True}
+            set_mark(fresh, grown=True)
         self._put(value, fresh, lambda user: user not in own)
         return fresh
 
-    def stand_in(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Put build(node) in the place of what a node itself computes: adapters round it stand round that then."""
+    def replace_output(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Replace the value that a node itself computes by build(node); adapters around it then act on that."""
         known = set(self._new)
         with self.after(node):
             fresh = build(node)
@@ -110,11 +138,17 @@ class Rewriter(Inserter):
         self._put(node, fresh, lambda user: user not in own)
         return fresh
 
-    def feed(self, user: fx.Node, where: int | str | fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Let one op of the model read build(value) in the place of an argument's value, which others still read.
+    def replace_argument(
+        self, user: fx.Node, where: int | str | fx.Node, build: Callable[[fx.Node], fx.Node]
+    ) -> fx.Node:
+        """Let one op of the model read build(value) instead of an argument's value, which others still read.
 
-        where: position or keyword of the argument, or the value itself. Earlier adapters of the op read it too. For
-        the analysis that later passes see, what build returns stands for the value.
+        Earlier adapters of the op read the new value too. Later analysis sees it as the old value.
+
+        Args:
+            user: The op.
+            where: Position or keyword of the argument, or the value itself.
+            build: Function of the value that inserts nodes and returns the new value.
         """
         if isinstance(where, fx.Node):
             value = where
@@ -122,7 +156,7 @@ class Rewriter(Inserter):
             value = user.args[where] if isinstance(where, int) else user.kwargs[where]  # type: ignore[assignment]
         with self.before(user):
             fresh = build(value)
-        fresh.meta[META] = {**fresh.meta[META], "feeds": value.name}
+        set_mark(fresh, feeds=value.name)
         if isinstance(where, int):
             user.update_arg(where, fresh)
         elif isinstance(where, str):
@@ -130,133 +164,126 @@ class Rewriter(Inserter):
         else:
             user.replace_input_with(value, fresh)
         for other in list(value.users):
-            if other not in self._new and other.meta.get(META, {}).get("call") == user.name:
+            if other not in self._new and mark_of(other).call == user.name:
                 other.replace_input_with(value, fresh)
         return fresh
 
-    def settle(self, changed: Mapping[fx.Node, fx.Node]) -> None:
-        """Give what lies behind inserted nodes its new sizes; see surgery.graph.propagate. changed: node -> whose place
-        it took."""
-        try:
-            done = propagate(self.graph, changed)
-        except PassError as error:
-            raise PassError(f"{self._entry_id}: {error}") from None
-        assert self.call_ is not None
-        for node in done.created:
-            mark = {**self._provenance(), "call": self.call_.node.name}
-            # It stands beside the size that it is computed from: in the innermost module that holds both that and
-            # what reads it. An input's size is in none.
-            root = [*self.call_.node.meta.get("nn_module_stack", {}).items()][:1]
-            both = [
-                n.meta.get("nn_module_stack", {}) for n in (node.all_input_nodes[0], next(iter(node.users)))
-            ]
-            stack = dict([item for item in both[0].items() if item in both[1].items()] or root)
-            node.meta = {**node.meta, "nn_module_stack": stack, META: mark, "custom": self._custom()}
-        for node in done.repaired:
-            if not is_aux(node):
-                node.meta[META] = {**node.meta.get(META, {}), "resized": self._entry_id}
+    def insert_after(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Let the users of a node's value read build(value), made of ops like the model's own.
 
-    def supersede(self, node: fx.Node, fresh: fx.Node, value: fx.Node | None = None) -> None:
-        """Let the users of a node's value read fresh for good: an op made with `model_op`, which is the site now.
-
-        value: one behind it, where that goes with the node (a bias added to it). Adapters round it are dead then;
-        refuse them in `check` (see surgery.graph.rewrite.current.adapted_by).
-        """
-        value = tail(node, whole=True) if value is None else value
-        fresh.meta[META] = {**fresh.meta[META], "instead_of": value.name}
-        node.meta[META] = {**node.meta.get(META, {}), "gone_for": fresh.name}
-        value.replace_all_uses_with(fresh, delete_user_cb=lambda user: user not in self._new)
-
-    def replace(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, fx.Node]) -> None:
-        """Put ops made with `model_op` in the place of several of the model's, for good.
-
-        nodes: what goes. values: for those of them that others read, what is read in their place.
-        """
-        for node, fresh in values.items():
-            self.supersede(node, fresh)
-        assert self.site is not None
-        *_, last = values.values()
-        for node in nodes:
-            role = self.view.seen_role(node)
-            known = {"at": self.site.path, **({"role": role} if role else {})}
-            node.meta[META] = {"gone_for": last.name, **known, **node.meta.get(META, {})}
-
-    def go_on(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Let the users of a node's value read build(value), made by ops of the model's kind that follow on it.
-
-        Unlike what `wrap` puts round an op, it is none of that op's: adapters of the op stand before it.
+        Unlike `wrap`, this is no adapter of the node: its adapters stay before what is inserted.
         """
         known = set(self._new)
         with self.after(node):
             fresh = build(node)
         own = {n for n in self._new if n not in known}
-        fresh.meta[META] = {**fresh.meta[META], "follows": node.name}
+        set_mark(fresh, follows=node.name)
         node.replace_all_uses_with(fresh, delete_user_cb=lambda user: user not in own)
         return fresh
 
-    def resize(self, node: fx.Node, args: tuple[Any, ...]) -> None:
-        """Give a node of the model, behind a value of another size, its own new `val`; args: with sizes mended."""
-        if str(args) != str(node.args):
-            node.args = args
-            node.meta = {**node.meta, META: {**node.meta.get(META, {}), "resized": self._entry_id}}
-        node.meta = {**node.meta, "val": self._cache.call(node.target, node.args, node.kwargs)}
-        node.meta.pop("tensor_meta", None)
+    def replace_input(self, build: Callable[[fx.Node], fx.Node], grown: bool = False) -> None:
+        """Let the op and its earlier adapters read build(x) instead of x.
 
-    def exchange(self, node: fx.Node, name: str) -> None:
-        """Let all that reads a tensor of the model read one of the pass's, of another size, for good.
+        Later adapters still read x itself, so that merging in journal order is right.
 
-        The ops stay; those behind it are given their sizes with `resize`.
+        Args:
+            build: Function of x that inserts all it needs with `call`. First arguments must lead from the value that
+                it returns back to x.
+            grown: As in `wrap`; later adapters then read the new value too.
         """
-        assert self.call_ is not None
-        fresh = self._attribute(name)
-        fresh.meta[META] = {**fresh.meta[META], "wraps": node.name, "call": self.call_.node.name}
-        node.replace_all_uses_with(fresh)
-
-    @contextlib.contextmanager
-    def at(self, call: Call) -> Iterator[None]:
-        """Stand at another call while the block runs: `x`, `out`, `replace_input` and what `call` inserts are its."""
-        kept = self.call_, self._ends, self._anchor, self._columns, self._turned
-        self.call_ = call
-        self._enter(call, columns=False)
-        try:
-            yield
-        finally:
-            self.call_, self._ends, self._anchor, self._columns, self._turned = kept
+        name = self.site_call.node.name
+        x, turned = self._ends[0], self._turned
+        if grown:
+            x = input_before_adapters(operand(self.site_call), whole=True)
+        readers = [
+            n
+            for n in x.users
+            if n not in turned.values() and (n is self.site_call.node or mark_of(n).call == name)
+        ]
+        anchor, self._anchor = self._anchor, min(readers)
+        known = set(self._new)
+        self._turned = {}
+        value = build(self._features_last(x))
+        if self._columns:
+            value = self.call(aten.transpose.int, value, -2, -1)
+        self._anchor, self._turned = anchor, turned
+        for node in self._new:
+            if node not in known:
+                set_mark(node, input=True, grown=grown or mark_of(node).grown)
+        for reader in readers:
+            reader.replace_input_with(x, value)
 
     def _put(self, value: fx.Node, fresh: fx.Node, moves: Callable[[fx.Node], bool]) -> None:
-        assert self.site is not None
-        # Before the swap: `wraps` names the inner value, so that a later pass finds the outermost.
-        fresh.meta[META] = {**fresh.meta[META], "wraps": value.name}
+        """Let users read `fresh` instead of `value`, those for which `moves` is true."""
+        # Marked before the swap: `wraps` names the inner value, so that a later pass finds the outermost.
+        set_mark(fresh, wraps=value.name)
         if fresh not in value.users:
-            value.meta[META] = {**value.meta.get(META, {}), "wrapped_by": fresh.name}
+            set_mark(value, wrapped_by=fresh.name)
         for user in value.users:
-            if user is not fresh and user.meta.get(META, {}).get("wraps") == value.name and moves(user):
-                user.meta[META] = {
-                    **user.meta[META],
-                    "wraps": fresh.name,
-                }  # what grew the output stays outside
+            # A value that made the output larger stays outside of the new one.
+            if user is not fresh and mark_of(user).wraps == value.name and moves(user):
+                set_mark(user, wraps=fresh.name)
         value.replace_all_uses_with(fresh, delete_user_cb=moves)
 
-    def swap_weight(self, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Let the site's calls read build(weight) in the place of their weight, as stored; made once for a site.
+    # -- replacing ops for good
 
-        build returns a graph value of the weight's shape: inserted with `call`, or one of `g[...]`. For the
-        sites' index, earlier adapters and later passes it stands for the parameter: it is innermost at its site,
-        so the MergeOp that folds it has `inner = True`. Returns the value.
+    def supersede(self, node: fx.Node, fresh: fx.Node, value: fx.Node | None = None) -> None:
+        """Let the users of a node's value read `fresh` for good: an op made with `model_op`, which is the site now.
+
+        Args:
+            node: The op that is replaced. Adapters around it are dead then; refuse them in `check`, see
+                `current.adapted_by`.
+            fresh: Its replacement.
+            value: A later value that the replacement includes, such as a sum with the bias.
         """
-        assert self.call_ is not None
-        assert self.site is not None
-        call = self.call_
+        value = output_with_adapters(node, whole=True) if value is None else value
+        set_mark(fresh, instead_of=value.name)
+        set_mark(node, gone_for=fresh.name)
+        value.replace_all_uses_with(fresh, delete_user_cb=lambda user: user not in self._new)
+
+    def replace(self, nodes: Sequence[fx.Node], values: Mapping[fx.Node, fx.Node]) -> None:
+        """Replace several ops of the model by ops made with `model_op`, for good.
+
+        Args:
+            nodes: All ops that go.
+            values: For those of them that others read, the value to read instead.
+        """
+        for node, fresh in values.items():
+            self.supersede(node, fresh)
+        *_, last = values.values()
+        for node in nodes:
+            mark = mark_of(node)
+            set_mark(
+                node,
+                gone_for=mark.gone_for or last.name,
+                at=mark.at or self.site.path,
+                role=mark.role or self.view.seen_role(node) or None,
+            )
+
+    # -- other weights and sizes
+
+    def swap_weight(self, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """Let the site's calls read build(weight) instead of their weight, in its stored layout; made once for a site.
+
+        For site indexing, earlier adapters and later passes the new value counts as the parameter. It is the
+        innermost value at its site, so the Fold that merges it has `stage = Stage.WEIGHT`. Returns the value.
+
+        Args:
+            build: Function of the weight's value; it returns a graph value of the weight's shape, inserted with `call`
+                or one of `g[...]`.
+
+        Raises:
+            PassError: The weight is computed, or another op has replaced the site's.
+        """
+        call = self.site_call
         if call.weight is None:
             raise PassError(f"{self._entry_id} at {self.site.path}: its weight is computed, not stored")
         reader, current = weight_reader(call)
         return self._swap(reader, current, str(call.weight.target), build)
 
     def swap_bias(self, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """The same for the bias that the site's op itself adds."""
-        assert self.call_ is not None
-        assert self.site is not None
-        call, current = self.call_, bias_now(self.call_)
+        """As `swap_weight`, for the bias that the site's op itself adds."""
+        call, current = self.site_call, bias_now(self.site_call)
         if call.bias is None or current is None:
             raise PassError(f"{self._entry_id} at {self.site.path}: its op adds no bias that is a parameter")
         return self._swap(call.node, current, str(call.bias.target), build)
@@ -264,29 +291,81 @@ class Rewriter(Inserter):
     def _swap(
         self, reader: fx.Node, current: fx.Node, parameter: str, build: Callable[[fx.Node], fx.Node]
     ) -> fx.Node:
-        assert self.call_ is not None
-        assert self.site is not None
-        gone = replaced_by(self.call_.node)
+        own = self.site_call.node
+        gone = replaced_by(own)
         if gone:
             raise PassError(f"{self._entry_id} at {self.site.path}: {gone} has put another op in its place")
-        # Earlier adapters that compute with the weight (its norms, say) have to see the same as the op.
-        name = self.call_.node.name
-        readers = [reader, *(n for n in current.users if n.meta.get(META, {}).get("call") == name)]
+        # Earlier adapters that compute with the weight (with its norms, say) must see the same value as the op.
+        readers = [reader, *(n for n in current.users if mark_of(n).call == own.name)]
         if current not in self._swapped:
             with self.before(min(readers)):
                 value = build(current)
-            mark = {"weight_of": parameter, "wraps": current.name, "call": self.call_.node.name}
-            value.meta[META] = {**value.meta[META], **mark}
+            set_mark(value, weight_of=parameter, wraps=current.name, call=own.name)
             self._swapped[current] = value
         for node in readers:
             node.replace_input_with(current, self._swapped[current])
         return self._swapped[current]
 
+    def swap_tensor(self, node: fx.Node, name: str) -> None:
+        """Let everything that reads a tensor of the model read one of the pass's, of another size, for good.
+
+        The ops stay; give those behind it their sizes with `resize`.
+        """
+        fresh = self._attribute(name)
+        set_mark(fresh, wraps=node.name, call=self.site_call.node.name)
+        node.replace_all_uses_with(fresh)
+
+    def resize(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+        """Give a node behind a value of another size its new `val`, and new arguments where sizes in them changed."""
+        if str(args) != str(node.args):
+            node.args = args
+            node.meta = {**node.meta, META: replace(mark_of(node), resized=self._entry_id)}
+        node.meta = {**node.meta, "val": self._cache.call(node.target, node.args, node.kwargs)}
+        node.meta.pop("tensor_meta", None)
+
+    def propagate_sizes(self, changed: Mapping[fx.Node, fx.Node]) -> None:
+        """Give everything behind inserted nodes its new sizes; see surgery.graph.propagate.
+
+        Args:
+            changed: Inserted node -> the node that it replaced for its users.
+        """
+        try:
+            done = propagate(self.graph, changed)
+        except PassError as error:
+            raise PassError(f"{self._entry_id}: {error}") from None
+        own = self.site_call.node
+        for node in done.created:
+            mark = replace(self._provenance(), call=own.name)
+            # A size belongs to the innermost module that holds both its source and its reader. The size of an input
+            # belongs to the whole model.
+            root = [*own.meta.get("nn_module_stack", {}).items()][:1]
+            both = [
+                n.meta.get("nn_module_stack", {}) for n in (node.all_input_nodes[0], next(iter(node.users)))
+            ]
+            stack = dict([item for item in both[0].items() if item in both[1].items()] or root)
+            node.meta = {**node.meta, "nn_module_stack": stack, META: mark, "custom": self._custom()}
+        for node in done.repaired:
+            if not is_aux(node):
+                set_mark(node, resized=self._entry_id)
+
+    # -- moving from call to call, for the engine
+
+    @contextlib.contextmanager
+    def at_call(self, call: Call) -> Iterator[None]:
+        """Work at another call while the block runs: `x`, `output`, `replace_input` and `call` refer to it."""
+        kept = self._call, self._ends, self._anchor, self._columns, self._turned
+        self._call = call
+        self._enter(call, columns=False)
+        try:
+            yield
+        finally:
+            self._call, self._ends, self._anchor, self._columns, self._turned = kept
+
     def rewrite(self, site: Site, build: Any) -> None:
-        """Call build(site, self) at every call of the site and put what it returns in the output's place."""
-        self.site, self._attributes = site, {}
+        """Call build(site, self) at every call of a site and replace the output by the value that it returns."""
+        self._site, self._attributes = site, {}
         for call in site.calls:
-            self.call_ = call
+            self._call = call
             self._enter(call, columns=call.kind == LINEAR and call.x_axis == "column")
             self._new = {}
             value = build(site, self)
@@ -300,38 +379,15 @@ class Rewriter(Inserter):
                 value = self.call(aten.transpose.int, value, -2, -1)
             self._put(self._ends[1], value, lambda node: node not in self._new)
 
+    def rewrite_once(self, site: Site, build: Any) -> None:
+        """Call build(site, self) once for a place of the whole program; it puts values in place itself."""
+        self._site, self._attributes, self._new = site, {}, {}
+        self._call = site.calls[0]
+        self._enter(self._call, columns=False)
+        build(site, self)
+
     def _enter(self, call: Call, columns: bool) -> None:
-        # Read now, not from the call: a site before this one may have been rewritten since it was indexed.
-        self._ends = head(operand(call)), tail(call.node)
+        # Read from the graph, not from the call: an earlier site may have been rewritten since the call was indexed.
+        self._ends = input_before_adapters(operand(call)), output_with_adapters(call.node)
         self._anchor = self._ends[1].next
         self._columns, self._turned = columns, {}
-
-    def replace_input(self, build: Callable[[fx.Node], fx.Node], grown: bool = False) -> None:
-        """Let all that stands at this site, op and earlier adapters, read build(x) in the place of x.
-
-        build inserts all that it needs with `call`; from what it returns, first arguments must lead back to x.
-        Later adapters still read x itself, so that folding in journal order is right; with `grown` (see `wrap`)
-        they too read what was put there.
-        """
-        assert self.call_ is not None
-        name = self.call_.node.name
-        x, turned = self._ends[0], self._turned
-        if grown:
-            x = head(operand(self.call_), whole=True)
-        readers = [
-            n
-            for n in x.users
-            if n not in turned.values() and (n is self.call_.node or n.meta.get(META, {}).get("call") == name)
-        ]
-        anchor, self._anchor = self._anchor, min(readers)
-        known = set(self._new)
-        self._turned = {}
-        value = build(self._features_last(x))
-        if self._columns:
-            value = self.call(aten.transpose.int, value, -2, -1)
-        self._anchor, self._turned = anchor, turned
-        for node in self._new:
-            if node not in known:
-                node.meta[META] = {**node.meta[META], "input": True, **({"grown": True} if grown else {})}
-        for reader in readers:
-            reader.replace_input_with(x, value)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from surgery.engine.contract.folds import Fold
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, arguments
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -54,8 +55,8 @@ def add_branch(
     x: fx.Node | None = None,
     out: fx.Node | None = None,
 ) -> fx.Node:
-    """out + scale · B(A x); one fused addmm where the site is a linear. x, out: g.x and g.out by default."""
-    out = out or g.out
+    """out + scale · B(A x); one fused addmm where the site is a linear. x, out: g.x and g.output by default."""
+    out = out or g.output
     hidden = _down(site, g, a, x or g.x)
     if site.kind in (CONV, EXPERTS, EMBEDDING):
         return g.call(aten.add.Tensor, out, _up(site, g, hidden, b), alpha=scale)
@@ -76,8 +77,8 @@ def add_rows(
     scale: float,
     out: fx.Node | None = None,
 ) -> fx.Node:
-    """out + scale · (branch outputs placed at their output features, zero elsewhere). out: g.out by default."""
-    value = out or g.out
+    """out + scale · (branch outputs placed at their output features, zero elsewhere). out: g.output by default."""
+    value = out or g.output
     total, spatial = site.out_features, len(site.float_shape) - 2 if site.kind == CONV else 0
     inner = [0, 0] * spatial  # the axes behind the features
     for update, rows in branches:
@@ -116,8 +117,7 @@ def _down(site: Site, g: Rewriter, a: fx.Node, x: fx.Node) -> fx.Node:
 
 def product(site: Site, g: Rewriter, x: fx.Node, weight: fx.Node, layout: str) -> fx.Node:
     """What the site's op computes of x with another weight (its axes as in layout) and no bias."""
-    assert g.call_ is not None
-    call = g.call_
+    call = g.site_call
     if site.kind == EMBEDDING:
         return g.call(aten.embedding.default, weight, x, arguments(call.node).get("padding_idx", -1))
     if site.kind == CONV:
@@ -154,7 +154,7 @@ def _up(site: Site, g: Rewriter, hidden: fx.Node, b: fx.Node, bias: fx.Node | No
 
 
 @dataclass(frozen=True)
-class AddLowRank:
+class AddLowRank(Fold):
     """Merge: W ← W + scale · B A, in place, in the weight's own layout. rows: output features covered."""
 
     site: Site
@@ -163,7 +163,7 @@ class AddLowRank:
     scale: float
     rows: tuple[int, ...] | None = None
 
-    def apply_(self, weight: Tensor) -> None:
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
         site, a, b = self.site, self.a.detach().to(weight.dtype), self.b.detach().to(weight.dtype)
         if site.kind == CONV:
             groups = site.groups
@@ -175,11 +175,11 @@ class AddLowRank:
             else:  # a fused projection, in one group
                 index = torch.tensor(self.rows, device=weight.device)
                 matrix[0].index_add_(0, index, left[0] @ right[0], alpha=self.scale)
-            return
+            return weight
         if site.kind == EXPERTS:
             matrix = weight if site.layout == "eoi" else weight.transpose(1, 2)
             matrix.baddbmm_(b, a, alpha=self.scale)
-            return
+            return weight
         # rows = outputs; an embedding (v, d) and Conv1D (i, o) hold the transpose
         matrix = weight if site.layout == "oi" else weight.t()
         if self.rows is None:
@@ -187,6 +187,7 @@ class AddLowRank:
                 weight.addmm_(b, a, alpha=self.scale)
             else:
                 weight.addmm_(a.t(), b.t(), alpha=self.scale)
-            return
+            return weight
         index = torch.tensor(self.rows, device=weight.device)
         matrix.index_add_(0, index, b @ a, alpha=self.scale)
+        return weight

@@ -45,8 +45,7 @@ def constants(site: Site) -> tuple[Tensor, ...]:
 
 def unpacked(site: Site, g: Rewriter) -> fx.Node:
     """The packed weight of the site as floats, computed in the graph; the pass has its `constants` by their numbers."""
-    assert g.call_ is not None
-    found = unpacking(g.call_)
-    args = arguments(g.call_.node)
+    found = unpacking(g.site_call)
+    args = arguments(g.site_call.node)
     own = [g[f"constant_{number}"] for number in range(len(found.constants))]
     return found.run(g.call, args, own, site.float_dtype)

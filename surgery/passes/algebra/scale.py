@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from surgery.engine.contract.folds import Fold
 from surgery.graph.ops import CONV
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -28,13 +30,13 @@ def channels(site: Site, axis: str) -> int:
 
 def scale_output(site: Site, g: Rewriter, vector: fx.Node) -> fx.Node:
     """The site's output, earlier adapters included, times the vector (1 + w·(vector − 1) at weight w)."""
-    return g.call(aten.mul.Tensor, g.out, _factor(site, g, vector))
+    return g.call(aten.mul.Tensor, g.output, _factor(site, g, vector))
 
 
 def scale_input(site: Site, g: Rewriter, vector: fx.Node) -> fx.Node:
     """The site's output with the vector times what enters it and earlier adapters (weighted likewise)."""
     g.replace_input(lambda x: g.call(aten.mul.Tensor, x, _factor(site, g, vector)))
-    return g.out
+    return g.output
 
 
 def ones_elsewhere(g: Rewriter, vectors: Sequence[fx.Node], index: fx.Node) -> fx.Node:
@@ -67,11 +69,13 @@ def _per_group(site: Site, axis: str) -> bool:
 
 
 @dataclass(frozen=True)
-class ScaleAxis:
+class ScaleAxis(Fold):
     """Merge: the weight is multiplied along its output ("o") or input ("i") axis, in place.
 
     bias: it is the bias that is multiplied. rows: output features that the vector covers (all by default).
     """
+
+    keeps_zeros: ClassVar[bool] = True
 
     site: Site
     vector: Tensor
@@ -79,20 +83,21 @@ class ScaleAxis:
     bias: bool = False
     rows: tuple[int, ...] | None = None
 
-    def apply_(self, tensor: Tensor) -> None:
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
         site = self.site
-        factor = self.vector.detach().to(tensor.dtype)
+        factor = self.vector.detach().to(weight.dtype)
         if self.rows is not None:
             whole = torch.ones(channels(site, self.axis), dtype=factor.dtype, device=factor.device)
             whole[torch.tensor(self.rows, device=factor.device)] = factor
             factor = whole
         if self.bias:
-            tensor.mul_(factor)
+            weight.mul_(factor)
         elif _per_group(site, self.axis):
             groups = site.groups
-            grouped = tensor.view(groups, tensor.shape[0] // groups, tensor.shape[1], -1)
-            grouped.mul_(factor.view(groups, 1, tensor.shape[1], 1))
+            grouped = weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
+            grouped.mul_(factor.view(groups, 1, weight.shape[1], 1))
         else:
-            shape = [1] * tensor.dim()
+            shape = [1] * weight.dim()
             shape[site.layout.index(self.axis)] = -1
-            tensor.mul_(factor.view(shape))
+            weight.mul_(factor.view(shape))
+        return weight

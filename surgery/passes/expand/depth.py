@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from surgery.common.errors import PassError
 from surgery.engine.contract.specs import TensorSpec
-from surgery.graph.marks import META, tail
+from surgery.graph.marks import output_with_adapters, set_mark
 from surgery.graph.ops import CONV, NORM, Call
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site, SiteKey
@@ -307,7 +307,9 @@ def rewrite(site: Site, g: Rewriter, attribute: str) -> None:
         if copies:
             region = region_of(block, view)
             numbers = range(number + 1, number + copies + 1)
-            g.go_on(tail(region.output), partial(_chain, site, g, region, numbers, attribute))
+            g.insert_after(
+                output_with_adapters(region.output), partial(_chain, site, g, region, numbers, attribute)
+            )
             number += copies
 
 
@@ -345,7 +347,7 @@ def _copy(site: Site, g: Rewriter, region: Region, x: fx.Node, number: int, name
 
 def _gate(node: fx.Node, passes: int) -> fx.Node:
     """Mark a gate, so that analyses look through it to the argument with index `passes`."""
-    node.meta[META] = {**node.meta[META], "gate": passes}
+    set_mark(node, gate=passes)
     return node
 
 

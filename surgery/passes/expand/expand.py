@@ -1,19 +1,22 @@
-"""expand: a program becomes deeper, wider, or gets trained branches beside its ops, and computes what it did."""
+"""expand: makes a program deeper or wider, or adds trained side branches; the outputs stay the same at insertion."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 
 from surgery.common.errors import PassError
-from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.base import GraphPass, attribute_of
+from surgery.engine.contract.effect import ADAPTER, STRUCTURE, Effect
 from surgery.engine.contract.numerics import EXACT, Numerics, rounded
-from surgery.engine.contract.specs import TensorSpec
-from surgery.graph.ops import EXPERTS, LINEAR
+from surgery.engine.contract.specs import Outcome, TensorSpec
+from surgery.graph.ops import EXPERTS
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.graph.targets import select_sites
@@ -22,8 +25,8 @@ from surgery.passes.expand import depth, width
 from surgery.passes.expand import side as beside
 
 # Measured in fp32 at ×1.5: at most 7.9e-7 on MiniLM and SmolLM2 (2 layers each), tiny T5, ViT and wav2vec2, ResNet-18.
-# The other dtypes, and greater depth, are not measured yet.
-SUMS_ANEW = rounded(
+# The other dtypes, and deeper models, have not been measured.
+REORDERED_SUMS = rounded(
     1e-4,
     "a unit's outgoing weights are split among its copies, and their products summed in another order",
     {torch.float64: 1e-12, torch.float16: 2e-2, torch.bfloat16: 1e-1},
@@ -36,74 +39,76 @@ _OWN = {
 
 
 class Expand(GraphPass):
-    """Expansion: more blocks, wider hidden layers, or branches beside ops, computing at insertion what there was.
+    """Expansion: adds blocks, widens hidden layers, or adds side branches, and computes the same at insertion.
 
-    `--deeper N` (block expansion, LLaMA Pro: Wu et al. 2024, arXiv:2401.02415) puts N copies of whole blocks into a
-    row of repeated blocks: the row is split into N parts, and the last block of each is followed by its copy. Rows are
-    found by dataflow from the residual adds (layers of an encoder or decoder, blocks of a ResNet). Taken is the longest
-    (of several the last: a decoder's), --row, or what holds a targeted weight. `--after 3,7` names blocks.
-    A copy has weights of its own (of attention, MLP, experts, norms; running statistics too), which start as the
-    block's, and shares with it masks, tables of positions, an encoder's output. It is the identity bit for bit: the
-    last projection of each residual branch is zero, W and b, or the norm after it, γ and β, in a ResNet. Where that is
-    none (a norm follows the add: BERT) the copy is gated, y = x + g ⊙ (block(x) − x), with one trained number g = 0 for
-    each feature (ReZero: Bachlechner et al. 2020, arXiv:2003.04887); which of the two was found by trying it, and is in
-    the journal. A block that changes the stream's shape, or projects its shortcut, cannot be copied.
-    A weight w mixes: y = x + w·(copy(x) − x).
+    `--deeper N` (block expansion, LLaMA Pro: Wu et al. 2024, arXiv:2401.02415) inserts N copies of whole blocks into a
+    row of repeated blocks. The row is split into N parts, and the last block of each part is followed by its copy. Rows
+    (layers of an encoder or decoder, blocks of a ResNet) are found by dataflow from the residual adds. The longest row
+    is used (the last one if there are several: a decoder's), or --row, or the blocks that hold a targeted weight.
+    `--after 3,7` names blocks. A copy has its own weights (attention, MLP, experts, norms, also running statistics),
+    which start as those of the block. It shares masks, position tables and an encoder's output with the block. At first
+    it is the identity, bit for bit: the last projection of each residual branch is zero (W and b), or in a ResNet the
+    norm after it (γ and β). If that does not give the identity (in BERT a norm follows the add), the copy is gated,
+    y = x + g ⊙ (block(x) − x), with one trained number g = 0 for each feature (ReZero: Bachlechner et al. 2020,
+    arXiv:2003.04887). The choice is made by running the copy, and is recorded in the journal. A block that changes the
+    shape of the stream, or has a projection in its shortcut, cannot be copied. A weight w interpolates:
+    y = x + w·(copy(x) − x).
 
-    `--wider 1.5` or `--wider +64` (Net2WiderNet: Chen et al. 2016, arXiv:1511.05641) widens hidden layers: of an MLP
-    (up, gate, fused gate_up; down), and the channels between the convolutions of a residual branch, with the batch
-    norms between; all of these, or those that the target names by the op that makes the units or takes them in. Added
-    units repeat others, chosen at random; of one unit the outgoing weights are split among its copies:
-    W_up' = W_up[m], W_down'[:, j] = s_j · W_down[:, m_j], where s adds up to 1 over the copies of a unit. The split
-    is even but for `noise`, without which copies would get equal gradients for good. The sum is what it was, up to
+    `--wider 1.5` or `--wider +64` (Net2WiderNet: Chen et al. 2016, arXiv:1511.05641) widens hidden layers: those of an
+    MLP (up, gate, fused gate_up; down), and the channels between the convolutions of a residual branch, with the batch
+    norms in between. All of these are widened, or those that the target names by the op that produces or reads the
+    units. Added units repeat others, chosen at random, and the outgoing weights of a unit are split among its copies:
+    W_up' = W_up[m], W_down'[:, j] = s_j · W_down[:, m_j], where s adds up to 1 over the copies of a unit. The split is
+    even except for `noise`; without it, copies would always get equal gradients. The output stays the same up to
     rounding: 1e-4 of the outputs' scale is allowed in fp32 (1e-12 in fp64, 2e-2 in fp16, 1e-1 in bf16). The wider
-    weights stand in the place of the old, which are not run or counted any more. Grouped and depthwise convolutions,
-    units that are normed together or read elsewhere, and stacked experts are refused.
+    weights replace the old ones, which are not run or counted any more. Grouped and depthwise convolutions, units that
+    are normalized together or read elsewhere, and stacked experts are refused.
 
-    `--side dense` adds y + B σ(A x + a) + b beside targeted linears and convolutions, A (size × in) at random, B
-    (out × size), a and b zero. `--side conv` lets the branch see neighbours: of a convolution, A has its kernel, or
-    --kernel, stride and dilation, padded to the same positions, and B is a zero convolution of 1×1 (ControlNet: Zhang
-    et al. 2023, arXiv:2302.05543); of a linear on a sequence, a depthwise convolution over the sequence lies between A
-    and σ, which looks only back unless the attention of the site's blocks is seen to look ahead, or --causal says so.
+    `--side dense` adds B σ(A x + a) + b to the output of targeted linears and convolutions; A (size × in) is random,
+    and B (out × size), a and b are zero. With `--side conv` the branch also sees neighbouring positions. For a
+    convolution, A has its kernel (or --kernel), stride and dilation, padded to the same positions, and B is a 1×1 zero
+    convolution (ControlNet: Zhang et al. 2023, arXiv:2302.05543). For a linear on a sequence, a depthwise convolution
+    over the sequence lies between A and σ. It is causal unless the attention of the site's blocks looks ahead, or as
+    --causal says.
 
-    What is added trains, and the base is frozen. Copies and wider weights are targets of later passes, under the
-    block's name: layers.3.expand_1.mlp.up, layers.3.mlp.up.expand. There is no merged form.
+    Added tensors train, and the base is frozen. Later passes can target copies and wider weights under the block's
+    name: layers.3.expand_1.mlp.up, layers.3.mlp.up.expand. There is no merged form.
     """
 
     name: ClassVar[str] = "expand"
 
     deeper: int | None = Field(
-        None, gt=0, description="add this many copies of blocks, spread evenly over the row"
+        None, gt=0, description="number of block copies to add, spread evenly over the row"
     )
     after: str | None = Field(
         None,
-        description="deeper: the blocks to copy, by their numbers in the row: 3,7 (once each, without --deeper)",
+        description="deeper: indices of the blocks to copy, in their row, such as 3,7 (once each, without --deeper)",
     )
     row: int | None = Field(
         None,
         ge=0,
-        description="deeper: which row of blocks, in order (default: the longest, or the last of these)",
+        description="deeper: index of the row of blocks (default: the longest row, or the last of the longest)",
     )
     wider: str | None = Field(
-        None, description="times as many units in hidden layers (1.5), or so many more (+64)"
+        None, description="new width of hidden layers: a factor (1.5), or a number of units to add (+64)"
     )
     noise: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="wider: how unevenly copies of a unit share its outgoing weights (0: evenly)",
+        description="wider: unevenness of the shares of outgoing weights among copies of a unit (0: even)",
     )
     side: Literal["dense", "conv"] | None = Field(
-        None, description="add a branch beside the targeted ops: a bottleneck, or one with a convolution"
+        None, description="add a branch parallel to the targeted ops: a bottleneck, or one with a convolution"
     )
     size: int = Field(64, gt=0, description="side: width of the bottleneck")
     kernel: int | None = Field(
         None, gt=0, description="side conv: kernel size (default: the convolution's own; 3 along a sequence)"
     )
-    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="side: σ")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="side: activation σ")
     causal: Literal["auto", "yes", "no"] = Field(
         "auto",
-        description="side conv along a sequence: whether it sees only what came before (auto: as the attention)",
+        description="side conv along a sequence: see only earlier positions (auto: as the attention does)",
     )
 
     @field_validator("wider", mode="before")
@@ -117,7 +122,7 @@ class Expand(GraphPass):
         if len(given) != 1:
             had = " and ".join(f"--{name}" for name in given) or "none"
             raise PassError(
-                f"pass 'expand': give one of --deeper (or --after), --wider and --side; it has {had}"
+                f"pass 'expand': give one of --deeper (or --after), --wider and --side; given: {had}"
             )
         for way, options in _OWN.items():
             for option in options:
@@ -130,7 +135,7 @@ class Expand(GraphPass):
             raise PassError("pass 'expand': --causal belongs to --side conv, and this is --side dense")
         if self.wider is not None and not _is_more(self.wider):
             raise PassError(
-                f"pass 'expand': --wider {self.wider!r} is no growth; write a factor over 1 (1.5), or +64 for 64 more"
+                f"pass 'expand': --wider {self.wider!r} adds no units; write a factor over 1 (1.5), or +64 for 64 more"
             )
         if self.after is not None:
             self._blocks()
@@ -145,41 +150,28 @@ class Expand(GraphPass):
 
     @property
     def _way(self) -> str:
-        return next(name for name, asked in self._asked().items() if asked)
+        return next((name for name, asked in self._asked().items() if asked), "deeper")
 
     def _blocks(self) -> tuple[int, ...] | None:
         if self.after is None:
             return None
         if not re.fullmatch(r"\d+(\s*,\s*\d+)*", self.after):
             raise PassError(
-                f"pass 'expand': --after {self.after!r} is no list of blocks; write their numbers: 3,7"
+                f"pass 'expand': --after {self.after!r} is not a list of blocks; write their indices: 3,7"
             )
         return tuple(int(number) for number in self.after.split(","))
 
     # -- contract
 
     @property
-    def contract(self) -> Numerics:
-        return SUMS_ANEW if self._way == "wider" else EXACT
+    def numerics(self) -> Numerics:
+        return REORDERED_SUMS if self._way == "wider" else EXACT
 
     @property
-    def adds_weights(self) -> bool:
-        return self._way != "side"
-
-    @property
-    def leads(self) -> bool:
-        return self._way != "side"
-
-    @property
-    def in_place(self) -> bool:
-        return self._way == "side"
-
-    def mixes_positions(self, site: Site) -> bool:
-        return self.side == "conv" and site.kind == LINEAR
-
-    @property
-    def can_weigh(self) -> bool:
-        return self._way != "wider"
+    def effect(self) -> Effect:
+        if self._way == "side":
+            return replace(ADAPTER, scalable=True, mixes_positions=self.side == "conv")
+        return replace(STRUCTURE, freezes_base=True, scalable=self._way != "wider")
 
     # -- where
 
@@ -204,8 +196,8 @@ class Expand(GraphPass):
                 )
             if not found:
                 raise PassError(
-                    "pass 'expand': the model has no MLP and no residual branch of convolutions to widen; name a "
-                    "hidden layer with --target, by the op that makes it"
+                    "pass 'expand': the model has no MLP and no convolutional residual branch to widen; name a "
+                    "hidden layer with --target, by the op that produces its units"
                 )
             return found
         places = depth.places(self._request(self.target), view)
@@ -252,22 +244,23 @@ class Expand(GraphPass):
         assert place is not None
         return depth.decide(place, view, probe)
 
-    def note(self, site: Site) -> str:
+    def outcome(self, site: Site) -> Outcome:
         if self._way == "deeper":
             how = "a gate starts at zero" if site.decided["gate"] else "its last projections are zero"
-            return f"a copy of {site.decided['block']} behind it; {how}"
-        return ""
+            return Outcome(note=f"adds a copy after {site.decided['block']}; {how}")
+        return Outcome()
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         if self._way == "side":
             return beside.tensors(self._branch, site)
         return width.tensors(site, self.noise) if self._way == "wider" else depth.tensors(site)
 
-    def tensor_names(self, site: Site) -> dict[str, str]:
+    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+        found = super().names(site, tensors)
         if self._way == "side":
-            return {}
-        names = width.tensor_names if self._way == "wider" else depth.tensor_names
-        return names(site, self.attribute)
+            return found
+        own = (width if self._way == "wider" else depth).tensor_names(site, attribute_of(self))
+        return {name: own.get(name, full) for name, full in found.items()}
 
     def rewrite(self, site: Site, g: Rewriter) -> None:
         if self._way == "side":
@@ -275,13 +268,13 @@ class Expand(GraphPass):
         elif self._way == "wider":
             width.rewrite(site, g)
         else:
-            depth.rewrite(site, g, self.attribute)
+            depth.rewrite(site, g, attribute_of(self))
 
-    def keeps(self, site: Site) -> str | None:
+    def why_not_merged(self, site: Site) -> str | None:
         why = {
-            "deeper": "blocks that were put in have no place in the base's weights",
+            "deeper": "the base has no weights for inserted blocks",
             "wider": "its weights have another shape than the base's",
-            "side": "a nonlinearity stands between the two maps of a side branch",
+            "side": "a side branch is nonlinear",
         }
         return f"{why[self._way]}; export to ONNX, or save the program"
 

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from surgery.graph.analysis.dataflow import op_name
-from surgery.graph.marks import META, head, is_aux, is_gone, tail
+from surgery.graph.marks import (
+    input_before_adapters,
+    is_aux,
+    is_superseded,
+    mark_of,
+    output_with_adapters,
+)
 from surgery.graph.ops import CONV, LINEAR, Call, arguments, is_depthwise, operand
 
 if TYPE_CHECKING:
@@ -81,9 +87,9 @@ def _hidden(down: Call, calls: Mapping[fx.Node, Call], order: Mapping[fx.Node, i
         between.add(node)
         # An adapter was built for the present width; the walk continues only to name the layer in the refusal.
         if is_aux(node):
-            entry = node.meta[META]["entry"]
+            entry = mark_of(node).entry
             blocked = _made_for(entry)  # More specific than a reason found inside the adapter.
-            stack.extend([head(node, whole=True)] if node.meta[META].get("input") else _wrapped(node))
+            stack.extend([input_before_adapters(node, whole=True)] if mark_of(node).input else _wrapped(node))
         # A batch norm acts on each unit separately; other norms and weight ops combine units.
         elif call is not None and op_name(node.target) != "batch_norm":
             blocked = blocked or _in_the_way(call)
@@ -117,7 +123,7 @@ def _made_for(entry: str) -> str:
 
 def _wrapped(node: fx.Node) -> list[fx.Node]:
     """Return the value that an adapter's output wraps; nothing for values inside the adapter's branch."""
-    inner = node.meta[META].get("wraps")
+    inner = mark_of(node).wraps
     return [n for n in node.graph.nodes if n.name == inner]
 
 
@@ -290,13 +296,13 @@ def _check_ends(
     for node in (*(call.node for call in ups), *(n for n in nodes if n in axes)):
         adapters = [n for n in (node, *node.users) if is_aux(n)]
         if adapters:
-            raise Unfit(_made_for(adapters[0].meta[META]["entry"]))
+            raise Unfit(_made_for(mark_of(adapters[0]).entry))
         for user in node.users:
-            if user not in inside and not _reads_other_size(user, axes[node]) and not is_gone(user):
+            if user not in inside and not _reads_other_size(user, axes[node]) and not is_superseded(user):
                 raise Unfit(f"another op reads its units too ({user.name})")
-    outer = tail(down.node, whole=True)
+    outer = output_with_adapters(down.node, whole=True)
     if outer is not down.node:
-        entry = outer.meta[META]["entry"]
+        entry = mark_of(outer).entry
         raise Unfit(f"the op that reads its units carries {entry!r}; apply expand first, or undo {entry!r}")
     width = _taken(down)
     for call in (*ups, down):

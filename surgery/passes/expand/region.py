@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from surgery.graph.analysis.dataflow import op_name
 from surgery.graph.analysis.residuals import operands, shape_of
-from surgery.graph.marks import META, is_aux, tail
+from surgery.graph.marks import is_aux, mark_of, output_with_adapters
 from surgery.graph.ops import Call, arguments
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def region_of(block: Block, view: View) -> Region:
     nodes = [node for node in block.nodes if place[node] <= place[output]]
     inside, reads = set(nodes), operands(view.graph)
     names = (n for node in nodes for n in reads[node] if n not in inside)
-    inputs = {block.input, *(n for n in names if n.meta.get(META, {}).get("follows") == block.input.name)}
+    inputs = {block.input, *(n for n in names if mark_of(n).follows == block.input.name)}
     copied = set(inputs)
     # Sizes (SymInts) are not copied: the copy has the same shapes.
     for node in nodes:
@@ -125,12 +125,12 @@ def adapters_in(region: Region) -> list[str]:
     found: dict[str, None] = {}
     for node in region.nodes:
         for n in (node, *node.all_input_nodes):
-            mark = n.meta.get(META, {})
-            if "weight_of" in mark or (n is node and is_aux(n)):
-                found[str(mark["entry"])] = None
-    outer = tail(region.output)
+            mark = mark_of(n)
+            if mark.weight_of is not None or (n is node and is_aux(n)):
+                found[mark.entry] = None
+    outer = output_with_adapters(region.output)
     if outer is not region.output:
-        found[str(outer.meta[META]["entry"])] = None
+        found[mark_of(outer).entry] = None
     return list(found)
 
 

@@ -200,7 +200,7 @@ def rewrite(branch: Branch, site: Site, g: Rewriter) -> None:
         g: rewriter of the graph.
     """
     for call in site.calls:
-        with g.at(call):
+        with g.at_call(call):
             g.wrap(call.node, partial(_add_branch, branch, site, g, g.x))
 
 
@@ -210,11 +210,10 @@ def _add_branch(branch: Branch, site: Site, g: Rewriter, x: fx.Node, value: fx.N
 
 
 def _conv(branch: Branch, site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
-    assert g.call_ is not None
-    args = arguments(g.call_.node)
+    args = arguments(g.site_call.node)
     padding = _padding(branch, site, args)
     hidden = g.call(
-        g.call_.node.target, x, g["down"], g["down_bias"], args["stride"], padding, args["dilation"], 1
+        g.site_call.node.target, x, g["down"], g["down_bias"], args["stride"], padding, args["dilation"], 1
     )
     return g.call(_CONVS[len(site.float_shape) - 3], _bend(branch, g, hidden), g["up"], g["up_bias"])
 

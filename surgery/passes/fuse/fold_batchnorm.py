@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from surgery.engine.contract.base import attribute_of
+from surgery.engine.contract.effect import Effect
 from surgery.engine.contract.numerics import Numerics, rounded
 from surgery.engine.contract.pattern import ADAPTERS, PatternPass, read_elsewhere, stored
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.patterns import Match, Pattern, any_of, constant, number, ops, pattern, shape_of, value
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -44,8 +47,8 @@ class FoldBatchnorm(PatternPass):
     before: ClassVar[tuple[str, ...]] = ADAPTERS
 
     @property
-    def adds_weights(self) -> bool:
-        return True
+    def effect(self) -> Effect:
+        return replace(super().effect, adds_weights=True)
 
     def patterns(self, view: View) -> Sequence[Pattern]:
         return (folded,)
@@ -68,9 +71,10 @@ class FoldBatchnorm(PatternPass):
         held = {name: str(match[name].target) for name in _HELD if name in match}
         return {"reads": held, "eps": match["eps"], "shape": list(shape_of(match["weight"]))}
 
-    def frees(self, site: Site) -> set[str]:
+    def outcome(self, site: Site) -> Outcome:
         names = site.probe.names
-        return {name for name in site.decided["reads"].values() if name in names}
+        read = site.decided["reads"].values()
+        return Outcome(unused=frozenset(name for name in read if name in names))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         shape = tuple(site.decided["shape"])
@@ -85,9 +89,9 @@ class FoldBatchnorm(PatternPass):
     def _held(self, site: Site) -> dict[str, Tensor]:
         return {name: site.probe.tensor(full) for name, full in site.decided["reads"].items()}
 
-    def tensor_names(self, site: Site) -> dict[str, str]:
+    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
         owner = str(site.decided["reads"]["weight"]).rpartition(".")[0]
-        return {name: f"{owner}.{self.attribute}.{name}".lstrip(".") for name in ("weight", "bias")}
+        return {name: f"{owner}.{attribute_of(self)}.{name}".lstrip(".") for name in tensors}
 
     def replacement(self, site: Site, match: Match, g: Rewriter) -> fx.Node:
         op = match["op"]

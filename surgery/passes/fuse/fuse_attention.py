@@ -11,6 +11,7 @@ from torch import fx
 
 from surgery.engine.contract.numerics import Numerics, rounded
 from surgery.engine.contract.pattern import PatternPass
+from surgery.engine.contract.specs import Outcome
 from surgery.graph.patterns import (
     Match,
     Pattern,
@@ -64,9 +65,9 @@ class FuseAttention(PatternPass):
         match = self.match(site, site.probe.view)
         return {"scale": _scale(match), "grouped": match.pattern is grouped, "masks": _mask_names(match)}
 
-    def note(self, site: Site) -> str:
+    def outcome(self, site: Site) -> Outcome:
         grouped = ", grouped queries" if site.decided["grouped"] else ""
-        return f"{', '.join(site.decided['masks']) or 'no mask'}{grouped}"
+        return Outcome(note=f"{', '.join(site.decided['masks']) or 'no mask'}{grouped}")
 
     def replacement(self, site: Site, match: Match, g: Rewriter) -> fx.Node:
         key = match["k"] if "k" in match else g.model_op(aten.transpose.int, match["k_turned"], -2, -1)

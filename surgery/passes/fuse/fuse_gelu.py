@@ -11,6 +11,7 @@ from torch import fx
 
 from surgery.engine.contract.numerics import Numerics, rounded
 from surgery.engine.contract.pattern import PatternPass
+from surgery.engine.contract.specs import Outcome
 from surgery.graph.patterns import Match, Pattern, any_of, ops, pattern, value
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -45,8 +46,8 @@ class FuseGelu(PatternPass):
     def decide(self, site: Site) -> dict[str, Any]:
         return {"approximate": self.match(site, site.probe.view).pattern.name.removesuffix("_gelu")}
 
-    def note(self, site: Site) -> str:
-        return f"{site.decided['approximate']} form"
+    def outcome(self, site: Site) -> Outcome:
+        return Outcome(note=f"{site.decided['approximate']} form")
 
     def replacement(self, site: Site, match: Match, g: Rewriter) -> fx.Node:
         form = "tanh" if match.pattern is tanh_gelu else "none"

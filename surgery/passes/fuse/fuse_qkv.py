@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from surgery.engine.contract.base import attribute_of
+from surgery.engine.contract.effect import Effect
 from surgery.engine.contract.numerics import Numerics, rounded
 from surgery.engine.contract.pattern import ADAPTERS, PatternPass, read_elsewhere, role_in, stored
-from surgery.engine.contract.specs import TensorSpec
-from surgery.graph.marks import META, is_gone
+from surgery.engine.contract.specs import Outcome, TensorSpec
+from surgery.graph.marks import is_superseded, mark_of
 from surgery.graph.patterns import Match, Pattern, any_of, dtype_of, ops, shape_of, value
 from surgery.graph.patterns.expressions import Op
 from surgery.graph.rewrite.rewriter import Rewriter
@@ -47,8 +50,8 @@ class FuseQkv(PatternPass):
     before: ClassVar[tuple[str, ...]] = ADAPTERS
 
     @property
-    def adds_weights(self) -> bool:
-        return True
+    def effect(self) -> Effect:
+        return replace(super().effect, adds_weights=True)
 
     def patterns(self, view: View) -> Sequence[Pattern]:
         return _side_by_side(view, "qkv"), _side_by_side(view, "kv")
@@ -82,11 +85,9 @@ class FuseQkv(PatternPass):
         rows = {x: list(shape_of(match[f"{x}_weight"])) for x in letters}
         return {"reads": held, "shapes": rows}
 
-    def note(self, site: Site) -> str:
-        return " + ".join(f"{shape[0]} of {letter}" for letter, shape in site.decided["shapes"].items())
-
-    def frees(self, site: Site) -> set[str]:
-        return set(site.decided["reads"].values())
+    def outcome(self, site: Site) -> Outcome:
+        note = " + ".join(f"{shape[0]} of {letter}" for letter, shape in site.decided["shapes"].items())
+        return Outcome(note=note, unused=frozenset(site.decided["reads"].values()))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         shapes, held = site.decided["shapes"], site.decided["reads"]
@@ -106,8 +107,8 @@ class FuseQkv(PatternPass):
 
         return fill
 
-    def tensor_names(self, site: Site) -> dict[str, str]:
-        return {name: f"{site.key.owner}.{self.attribute}.{name}".lstrip(".") for name in self.tensors(site)}
+    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+        return {name: f"{site.key.owner}.{attribute_of(self)}.{name}".lstrip(".") for name in tensors}
 
     def replacement(self, site: Site, match: Match, g: Rewriter) -> Sequence[fx.Node]:
         shapes = site.decided["shapes"]
@@ -138,8 +139,8 @@ def _side_by_side(view: View, letters: str) -> Pattern:
 
 
 def _of_one_attention(view: View, nodes: Sequence[fx.Node]) -> bool:
-    if is_gone(nodes[0]):
-        return len({node.meta[META].get("at") for node in nodes}) == 1
+    if is_superseded(nodes[0]):
+        return len({mark_of(node).at for node in nodes}) == 1
     serves = view.once("attentions by projection", lambda: _attentions(view))
     return bool(set.intersection(*(serves.get(node, set()) for node in nodes)))
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from surgery.engine.contract.base import attribute_of
+from surgery.engine.contract.effect import Effect
 from surgery.engine.contract.numerics import Numerics
 from surgery.engine.contract.pattern import ADAPTERS, PatternPass, read_elsewhere, role_in, stored
-from surgery.engine.contract.specs import TensorSpec
-from surgery.graph.marks import is_gone
+from surgery.engine.contract.specs import Outcome, TensorSpec
+from surgery.graph.marks import is_superseded
 from surgery.graph.patterns import Match, Pattern, any_of, axis, ops, shape_of, value
 from surgery.graph.patterns.expressions import Op
 from surgery.graph.rewrite.rewriter import Rewriter
@@ -42,8 +45,8 @@ class SplitQkv(PatternPass):
     before: ClassVar[tuple[str, ...]] = ADAPTERS
 
     @property
-    def adds_weights(self) -> bool:
-        return True
+    def effect(self) -> Effect:
+        return replace(super().effect, adds_weights=True)
 
     def patterns(self, view: View) -> Sequence[Pattern]:
         return [_in_thirds(view), *_whole(view)]
@@ -67,11 +70,9 @@ class SplitQkv(PatternPass):
         parts = {name: _runs(rows) for name, rows in own.parts.items()}
         return {"reads": held, "shape": list(own.shape), "layout": own.layout, "parts": parts}
 
-    def note(self, site: Site) -> str:
-        return ", ".join(f"{name} of {len(_rows(runs))}" for name, runs in site.decided["parts"].items())
-
-    def frees(self, site: Site) -> set[str]:
-        return set(site.decided["reads"].values())
+    def outcome(self, site: Site) -> Outcome:
+        note = ", ".join(f"{name} of {len(_rows(runs))}" for name, runs in site.decided["parts"].items())
+        return Outcome(note=note, unused=frozenset(site.decided["reads"].values()))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         shape, axis_of_rows = list(site.decided["shape"]), site.decided["layout"].index("o")
@@ -93,9 +94,9 @@ class SplitQkv(PatternPass):
         name = site.decided["reads"][what]
         return lambda tensor: tensor.copy_(site.probe.tensor(name).index_select(along, torch.tensor(rows)))
 
-    def tensor_names(self, site: Site) -> dict[str, str]:
+    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
         owner = str(site.decided["reads"]["weight"]).rpartition(".")[0]
-        return {name: f"{owner}.{self.attribute}.{name}".lstrip(".") for name in self.tensors(site)}
+        return {name: f"{owner}.{attribute_of(self)}.{name}".lstrip(".") for name in tensors}
 
     def replacement(self, site: Site, match: Match, g: Rewriter) -> Sequence[fx.Node]:
         made = [self._part(match, part, g) for part in site.decided["parts"]]
@@ -111,7 +112,7 @@ class SplitQkv(PatternPass):
         op = match["op"].target
         args = (bias, match["x"], weight) if op is aten.addmm.default else (match["x"], weight, bias)
         made = g.model_op(op, *args)
-        g.has_role(made, f"attn.{part}")
+        g.set_role(made, f"attn.{part}")
         return made
 
 
@@ -137,7 +138,7 @@ def _fused(view: View) -> tuple[Op, Op]:
 def _in_thirds(view: View) -> Pattern:
     def in_order(match: Match) -> str | None:
         """Each part is one of the pieces, in their order. Of an op that is gone this was seen before."""
-        if is_gone(match["op"]):
+        if is_superseded(match["op"]):
             return None
         found = [row for rows in view.site_of(match["op"]).parts.values() for row in rows]
         sizes = [shape_of(output)[-1] for output in match.outputs]

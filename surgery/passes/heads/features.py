@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from surgery.common.errors import PassError
-from surgery.graph.marks import META, head, tail
+from surgery.graph.marks import input_before_adapters, mark_of, output_with_adapters
 from surgery.graph.ops import Call, operand
 from surgery.graph.outputs import named_outputs
 from surgery.graph.sites import Site
@@ -52,13 +52,13 @@ def head_sites(view: View, added: bool = True) -> list[Site]:
 
 
 def _added(node: fx.Node) -> bool:
-    return "output" in node.meta.get(META, {})
+    return mark_of(node).output is not None
 
 
 def scores_of(call: Call) -> tuple[fx.Node, fx.Node | None]:
     """What a head's op gives now, a bias included that is a tensor of its own and added at once (as in BART); and that
     bias."""
-    value = tail(call.node, whole=True)
+    value = output_with_adapters(call.node, whole=True)
     users = list(value.users)
     if len(users) == 1 and users[0].target is aten.add.Tensor and users[0].args[0] is value:
         bias = users[0].args[1]
@@ -69,7 +69,7 @@ def scores_of(call: Call) -> tuple[fx.Node, fx.Node | None]:
         ):
             bias = bias.args[0]
         if isinstance(bias, fx.Node) and bias.op == "get_attr" and not users[0].kwargs:
-            return tail(users[0], whole=True), bias
+            return output_with_adapters(users[0], whole=True), bias
     return value, None
 
 
@@ -80,7 +80,7 @@ def find_features(view: View, pool: str | None) -> list[Features]:
     """
     heads = head_sites(view, added=False)
     if heads:
-        return [Features(head(operand(site.calls[-1])), site, "") for site in heads]
+        return [Features(input_before_adapters(operand(site.calls[-1])), site, "") for site in heads]
     own = {name: node for name, node in named_outputs(view.graph).items() if not _added(node)}
     floats = {name: node for name, node in own.items() if _is_features(name, node)}
     flat = next((name for name, node in floats.items() if _rank(node) == 2), None)
@@ -116,7 +116,7 @@ def _nearest(view: View, node: fx.Node) -> Site:
 
 def features_of(graph: fx.Graph, site: Site, source: str) -> fx.Node:
     """The same features in any graph of the model (its train graph, say): see Features."""
-    return named_outputs(graph)[source] if source else head(operand(site.calls[-1]))
+    return named_outputs(graph)[source] if source else input_before_adapters(operand(site.calls[-1]))
 
 
 def unpooled(node: fx.Node) -> fx.Node:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, fx, nn
 
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.effect import ADAPTER, Effect
+from surgery.engine.contract.expectations import Expectations
 from surgery.engine.contract.numerics import EXACT, Numerics, changes
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.fake import MetaCache
-from surgery.graph.marks import META, head, tail
+from surgery.graph.marks import input_before_adapters, mark_of, output_with_adapters
 from surgery.graph.ops import CONV, LINEAR, Call, arguments, operand
 from surgery.graph.outputs import follow, refuse_output
 from surgery.graph.rewrite.current import adapted_by, read_elsewhere, tensors_now
@@ -51,8 +54,6 @@ class Head(GraphPass):
     """
 
     name: ClassVar[str] = "head"
-    structural: ClassVar[bool] = True
-    beside: ClassVar[bool] = True
 
     mode: Literal["replace", "resize", "add"] = Field(
         "replace",
@@ -124,23 +125,30 @@ class Head(GraphPass):
         """The name of the output that `add` adds."""
         return f"logits_{self._title}"
 
-    def tensor_names(self, site: Site) -> dict[str, str]:
+    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
         if self.mode != "add":
-            return {}
-        return {name: f"{self.name}_{self._title}.{name}" for name in ("weight", "bias")}
+            return super().names(site, tensors)
+        return {name: f"{self.name}_{self._title}.{name}" for name in tensors}
 
     @property
-    def contract(self) -> Numerics:
+    def numerics(self) -> Numerics:
         done = {"replace": "is replaced", "resize": "has other outputs"}
         return EXACT if self.mode == "add" else changes(f"the head {done[self.mode]}")
 
     @property
-    def leads(self) -> bool:
-        return self.mode != "add"
+    def effect(self) -> Effect:
+        return replace(
+            ADAPTER,
+            attaches=False,
+            adds_weights=True,
+            independent=True,
+            one_layer=False,
+            comes_first=self.mode != "add",
+        )
 
     @property
-    def extends(self) -> bool:
-        return self.mode == "add"
+    def expectations(self) -> Expectations:
+        return Expectations(adds_outputs=self.mode == "add")
 
     # -- where
 
@@ -159,7 +167,7 @@ class Head(GraphPass):
             return found
         if self.mode == "add":
             heads = self.candidates(view)
-            reads = {head(operand(site.calls[-1])) for site in heads}
+            reads = {input_before_adapters(operand(site.calls[-1])) for site in heads}
             if len(reads) == 1:
                 return heads[:1]
         else:
@@ -257,10 +265,11 @@ class Head(GraphPass):
             decided["classes"] = rows
         return decided
 
-    def selects(self, site: Site) -> dict[str, bool]:
-        """What the old head alone reads stops training: it has no gradient any more."""
+    def outcome(self, site: Site) -> Outcome:
+        """Parameters that only the old head reads stop training: they have no gradient any more."""
         names = () if self.mode == "add" or site.tied else (site.weight, site.bias)
-        return {name: False for name in names if name is not None and not read_elsewhere(site, name)}
+        alone = (name for name in names if name is not None and not read_elsewhere(site, name))
+        return Outcome(trains=dict.fromkeys(alone, False))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         shape, dtype = tuple(site.decided["shape"]), getattr(torch, site.decided["dtype"])
@@ -315,7 +324,7 @@ class Head(GraphPass):
             self._add(site, g, bias)
             return
         for call in site.calls:
-            with g.at(call):
+            with g.at_call(call):
                 fresh = _apply(g, call, g["weight"], bias)
             old, _ = pooling.scores_of(call)
             behind = g.follow({old: fresh.meta["val"]}) if _differs(call, old, fresh) else {}
@@ -335,7 +344,7 @@ class Head(GraphPass):
                 logits = g.model_op(aten.linear.default, features, g["weight"], bias)
         g.add_output(self.output, logits)
 
-    def keeps(self, site: Site) -> str | None:
+    def why_not_merged(self, site: Site) -> str | None:
         if self.mode == "add":
             return "a further head has no place in the base's weights; export to ONNX, or save the program"
         return (
@@ -353,8 +362,8 @@ def _apply(g: Rewriter, call: Call, weight: fx.Node, bias: fx.Node | None) -> fx
 
 
 def _adapter(call: Call) -> str | None:
-    outer = tail(call.node, whole=True)
-    return adapted_by(call) or (str(outer.meta[META]["entry"]) if outer is not call.node else None)
+    outer = output_with_adapters(call.node, whole=True)
+    return adapted_by(call) or (mark_of(outer).entry if outer is not call.node else None)
 
 
 def _differs(call: Call, old: fx.Node, fresh: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -11,12 +11,20 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from surgery.common.errors import PassError
-from surgery.engine.contract.base import GraphPass
-from surgery.engine.contract.folds import MergeLonger
+from surgery.engine.contract.base import GraphPass, attribute_of
+from surgery.engine.contract.effect import ADAPTER, Effect
+from surgery.engine.contract.expectations import Expectations
+from surgery.engine.contract.folds import Fold, Stage
 from surgery.engine.contract.specs import TensorSpec
 from surgery.graph.analysis.dataflow import op_name
 from surgery.graph.fake import MetaCache
-from surgery.graph.marks import META, head, tail, wrappers
+from surgery.graph.marks import (
+    adapters_around,
+    input_before_adapters,
+    mark_of,
+    output_with_adapters,
+    set_mark,
+)
 from surgery.graph.ops import EMBEDDING, LINEAR, Call, operand
 from surgery.graph.outputs import follow
 from surgery.graph.rewrite.current import read_elsewhere
@@ -53,10 +61,6 @@ class Vocab(GraphPass):
 
     name: ClassVar[str] = "vocab"
     on: ClassVar[tuple[str, ...]] = (EMBEDDING, LINEAR)
-    mergeable: ClassVar[bool] = True
-    keeps_zeros: ClassVar[bool] = True
-    beside: ClassVar[bool] = True
-    lengthens: ClassVar[bool] = True
 
     tokens: int = Field(0, ge=0, description="number of new tokens")
     multiple_of: int = Field(1, gt=0, description="round the number of rows up to a multiple (64 suits GPUs)")
@@ -73,8 +77,12 @@ class Vocab(GraphPass):
     )
 
     @property
-    def extends(self) -> bool:
-        return True
+    def effect(self) -> Effect:
+        return replace(ADAPTER, attaches=False, independent=True, one_layer=False)
+
+    @property
+    def expectations(self) -> Expectations:
+        return Expectations(adds_outputs=True, reach=self._with_new_ids)
 
     # -- where
 
@@ -156,11 +164,12 @@ class Vocab(GraphPass):
             decided["behind"] = True  # of a bias that is no part of the layer
         return decided
 
-    def tensor_names(self, site: Site) -> dict[str, str]:
+    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
         table = site.decided["table"]
-        if table in (site.weight, *site.tied):  # a parameter, which can hold no other
-            return {"rows": f"{table}_{self.attribute}.rows"}
-        return {"rows": f"{table}.{self.attribute}.rows"}
+        # The table may be a parameter, which can hold no other.
+        joint = "_" if table in (site.weight, *site.tied) else "."
+        own = {"rows": f"{table}{joint}{attribute_of(self)}.rows"}
+        return {name: own.get(name, full) for name, full in super().names(site, tensors).items()}
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         rows = site.decided["rows"]
@@ -198,13 +207,13 @@ class Vocab(GraphPass):
 
     def rewrite(self, site: Site, g: Rewriter) -> None:
         for call in site.calls:
-            with g.at(call):
+            with g.at_call(call):
                 if site.kind == EMBEDDING:
                     _look_up(g, call, site.decided["first"])
                 else:
                     _score(g, call, "bias" in g.tensors)
 
-    def reaching(self, site: Site, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _with_new_ids(self, site: Site, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Ids of new tokens in some of the columns that hold none yet."""
         changed = dict(inputs)
         name = _placeholder(site) if site.kind == EMBEDDING else None
@@ -218,7 +227,7 @@ class Vocab(GraphPass):
         changed[name] = ids
         return changed
 
-    def keeps(self, site: Site) -> str | None:
+    def why_not_merged(self, site: Site) -> str | None:
         if site.decided.get("elsewhere"):
             return (
                 "its weight is read in another place, which counts on its length; export, or save the program"
@@ -229,7 +238,7 @@ class Vocab(GraphPass):
             )
         return None
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, MergeLonger]:
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
         axis = 0 if site.kind == EMBEDDING else site.layout.index("o")
         merged = {"weight": _Longer(tensors["rows"].t() if axis else tensors["rows"], axis)}
         if "bias" in tensors:
@@ -238,13 +247,16 @@ class Vocab(GraphPass):
 
 
 @dataclass(frozen=True)
-class _Longer:
+class _Longer(Fold):
     """Merge: W ← [W; R] along the axis of tokens."""
+
+    stage: ClassVar[Stage] = Stage.SIZE
+    keeps_zeros: ClassVar[bool] = True
 
     rows: Tensor
     axis: int
 
-    def longer(self, weight: Tensor) -> Tensor:
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
         return torch.cat([weight, self.rows.detach().to(weight.dtype)], self.axis)
 
 
@@ -265,9 +277,9 @@ def _sharing(site: Site, table: str, uses: list[Site]) -> Site:
 def _rows(site: Site) -> int:
     """Rows of the vocabulary at a site as it stands, earlier growth included."""
     if site.kind == EMBEDDING:
-        grown = wrappers(site.calls[0].node, whole=True)
-        return site.in_features + sum(node.meta[META].get("rows", 0) for node in grown)
-    return int(tail(site.calls[0].node, whole=True).meta["val"].shape[-1])
+        grown = adapters_around(site.calls[0].node, whole=True)
+        return site.in_features + sum(mark_of(node).rows for node in grown)
+    return int(output_with_adapters(site.calls[0].node, whole=True).meta["val"].shape[-1])
 
 
 def _longer(node: fx.Node, more: int, cache: MetaCache) -> Any:
@@ -277,7 +289,7 @@ def _longer(node: fx.Node, more: int, cache: MetaCache) -> Any:
 
 
 def _look_up(g: Rewriter, call: Call, first: int) -> None:
-    ids = head(operand(call), whole=True)
+    ids = input_before_adapters(operand(call), whole=True)
     g.replace_input(lambda x: g.call(aten.clamp_max.default, x, first - 1), grown=True)
 
     def build(old: fx.Node) -> fx.Node:
@@ -290,7 +302,7 @@ def _look_up(g: Rewriter, call: Call, first: int) -> None:
         return g.call(aten.where.self, known, old, new)
 
     value = g.wrap(call.node, build, grown=True)
-    value.meta[META] = {**value.meta[META], "rows": int(g.tensors["rows"].shape[0])}
+    set_mark(value, rows=int(g.tensors["rows"].shape[0]))
 
 
 def _score(g: Rewriter, call: Call, biased: bool) -> None:

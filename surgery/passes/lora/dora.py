@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from surgery.graph.marks import head
+from surgery.engine.contract.folds import Fold
+from surgery.graph.marks import input_before_adapters
 from surgery.graph.ops import CONV, EXPERTS, operand
 from surgery.graph.packed import Apply, eagerly
 from surgery.graph.rewrite.current import bias_now
@@ -91,7 +92,6 @@ def rewrite(
     site: Site, g: Rewriter, parts: Sequence[Part], scale: float, dropped: fx.Node | None, full_gradient: bool
 ) -> fx.Node:
     """The site's output with DoRA on it. dropped: what enters after dropout, where that differs from g.x."""
-    assert g.call_ is not None
 
     @cache
     def weight() -> fx.Node:
@@ -123,33 +123,31 @@ def rewrite(
 
 def _scaled_base(site: Site, g: Rewriter, ratio: fx.Node, dropped: fx.Node | None) -> fx.Node:
     """out + w·(c − 1) ⊙ W x, with as few passes over the activations as may be."""
-    assert g.call_ is not None
-    bias = bias_now(g.call_)
-    own_input = dropped is None and operand(g.call_) is head(operand(g.call_))
-    alone = own_input and g.out is g.own
+    bias = bias_now(g.site_call)
+    own_input = dropped is None and operand(g.site_call) is input_before_adapters(operand(g.site_call))
+    alone = own_input and g.output is g.op_output
     if alone and bias is None and g.weight == 1:
-        return g.call(aten.mul.Tensor, g.own, _along(site, g, ratio))
+        return g.call(aten.mul.Tensor, g.op_output, _along(site, g, ratio))
     more = g.call(aten.sub.Scalar, ratio, 1.0)
     if g.weight != 1:
         more = g.call(aten.mul.Scalar, more, g.weight)
     if not own_input:
         base = _product(site, g, dropped or g.x)
-        return _plus(g, g.out, base, _along(site, g, more))
+        return _plus(g, g.output, base, _along(site, g, more))
     if bias is None:
-        return _plus(g, g.out, g.own, _along(site, g, more))
+        return _plus(g, g.output, g.op_output, _along(site, g, more))
     taken = _along(site, g, g.call(aten.mul.Tensor, bias, more))
     if not alone:
-        return _plus(g, g.call(aten.sub.Tensor, g.out, taken), g.own, _along(site, g, more))
+        return _plus(g, g.call(aten.sub.Tensor, g.output, taken), g.op_output, _along(site, g, more))
     factor = ratio if g.weight == 1 else g.call(aten.add.Scalar, more, 1.0)
-    return g.call(aten.sub.Tensor, g.call(aten.mul.Tensor, g.own, _along(site, g, factor)), taken)
+    return g.call(aten.sub.Tensor, g.call(aten.mul.Tensor, g.op_output, _along(site, g, factor)), taken)
 
 
 def _product(site: Site, g: Rewriter, x: fx.Node) -> fx.Node:
     """W x of another activation, without a bias; of a packed weight by its own op."""
     if not site.packed:
         return low_rank.product(site, g, x, g.stored, site.layout)
-    assert g.call_ is not None
-    again, bias = g.again(x), bias_now(g.call_)
+    again, bias = g.call_op_on(x), bias_now(g.site_call)
     if bias is None:
         return again
     # as channels of a convolution or features
@@ -162,13 +160,12 @@ def _plus(g: Rewriter, value: fx.Node, base: fx.Node, factor: fx.Node) -> fx.Nod
 
 def _along(site: Site, g: Rewriter, vector: fx.Node) -> fx.Node:
     """A number for each output, to be multiplied with the site's output."""
-    assert g.call_ is not None
     if site.kind == CONV:
         return g.call(aten.reshape.default, vector, [-1, *(1 for _ in site.float_shape[2:])])
     if site.kind == EXPERTS:
-        gather = g.call_.gather
+        gather = g.site_call.gather
         own = vector if gather is None else g.call(aten.index_select.default, vector, 0, gather)
-        return g.call(aten.unsqueeze.default, own, -1 if g.call_.x_axis == "column" else -2)
+        return g.call(aten.unsqueeze.default, own, -1 if g.site_call.x_axis == "column" else -2)
     return vector
 
 
@@ -179,18 +176,20 @@ def _as_factor(g: Rewriter, ratio: fx.Node, b: fx.Node) -> fx.Node:
 
 
 @dataclass(frozen=True)
-class Magnify:
+class Magnify(Fold):
     """Merge: W ← W + w·(c ⊙ (W₀ + s·B A) − W₀), where W₀ is the weight that the op reads, without adapters.
 
     c is computed as in the graph, in the dtype of A, so that what did not train folds to the weight's own bits.
     """
+
+    reads_original: ClassVar[bool] = True
 
     site: Site
     part: Part
     scale: float
     weight: float
 
-    def apply_from(self, weight: Tensor, original: Tensor) -> None:
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
         site, rows = self.site, self.part.rows
         a, b, magnitude = (t.detach() for t in (self.part.a, self.part.b, self.part.magnitude))
         part = Part(a, b, magnitude, rows, self._index())
@@ -207,7 +206,7 @@ class Magnify:
         b = part.b.to(weight.dtype) * ratio.view(
             *ratio.shape, *(1 for _ in range(part.b.dim() - ratio.dim()))
         )
-        low_rank.AddLowRank(site, part.a, b, self.scale * self.weight, rows).apply_(weight)
+        return low_rank.AddLowRank(site, part.a, b, self.scale * self.weight, rows).apply(weight, weight)
 
     def _index(self) -> Tensor | None:
         rows = self.part.rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import RewritePass
-from surgery.engine.contract.folds import MergeFrom, MergeOp
+from surgery.engine.contract.effect import ADAPTER, Effect
+from surgery.engine.contract.expectations import Expectations
+from surgery.engine.contract.folds import Fold
 from surgery.engine.contract.numerics import EXACT, Numerics, rounded
 from surgery.engine.contract.specs import TensorSpec
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
@@ -85,9 +87,6 @@ class Lora(RewritePass):
 
     name: ClassVar[str] = "lora"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
-    partial: ClassVar[bool] = True
-    weightable: ClassVar[bool] = True
-    mergeable: ClassVar[bool] = True
 
     rank: int = Field(8, gt=0, description="inner dimension r of the update")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
@@ -126,21 +125,22 @@ class Lora(RewritePass):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     @property
-    def contract(self) -> Numerics:
+    def numerics(self) -> Numerics:
         return PISSA_MOVES if self.init == "pissa" else EXACT
 
     @property
-    def reads_weight(self) -> bool:
-        return self.dora
+    def effect(self) -> Effect:
+        return replace(ADAPTER, scalable=True, partial=True, reads_weight=self.dora)
 
     @property
-    def detaches(self) -> str:
+    def expectations(self) -> Expectations:
         held = self.dora and not self.full_gradient
-        return "DoRA's norm is a constant to the gradient (section 4.3 of the paper)" if held else ""
-
-    @property
-    def redirects(self) -> str:
-        return "the norm takes out of a weight's gradient what lies along it" if self.full_gradient else ""
+        return Expectations(
+            detached="DoRA's norm is a constant to the gradient (section 4.3 of the paper)" if held else "",
+            redirected=(
+                "the norm takes out of a weight's gradient what lies along it" if self.full_gradient else ""
+            ),
+        )
 
     def check(self, site: Site) -> str | None:
         if site.kind == CONV and site.layout == "io":
@@ -274,7 +274,7 @@ class Lora(RewritePass):
         scale = self.scale * g.weight
         if not rows:
             if self.init == "pissa" and site.packed:
-                return g.call(aten.add.Tensor, g.out, self._branch(site, g, "", dropped), alpha=scale)
+                return g.call(aten.add.Tensor, g.output, self._branch(site, g, "", dropped), alpha=scale)
             return low_rank.add_branch(site, g, g["A"], g["B"], scale, dropped)
         updates = [(self._branch(site, g, f"_{part}", dropped), features) for part, features in rows.items()]
         return low_rank.add_rows(site, g, updates, scale)
@@ -296,10 +296,8 @@ class Lora(RewritePass):
             for part, own in rows.items()
         ]
 
-    def merge(
-        self, site: Site, tensors: Mapping[str, Tensor], weight: float
-    ) -> Mapping[str, MergeOp | MergeFrom]:
-        ops: dict[str, MergeOp | MergeFrom] = {}
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
+        ops: dict[str, Fold] = {}
         if self.init == "pissa":
             ops["weight:residual"] = pissa.Displace(tensors["residual"], weight)
         for part, own in (site.decided.get("rows") or {"": None}).items():
@@ -313,27 +311,6 @@ class Lora(RewritePass):
         return ops
 
     @classmethod
-    def combine(
-        cls, places: Sequence[Place], how: Combination, label: str
-    ) -> tuple[RewritePass, list[dict[str, Tensor]]]:
-        """One LoRA of scale 1 and of one rank; where fewer sources act it is filled with zeros."""
-        generator = torch.Generator().manual_seed(how.seed)
-        found: list[dict[str, lora_combining.Pair]] = []
-        for place in places:
-            weights = [source.weight * source.pass_.scale for source in place.sources]  # type: ignore[attr-defined]
-            pairs = [plain_pairs(place.site, source, "combine") for source in place.sources]
-            found.append(
-                {
-                    end: lora_combining.combined(
-                        place.site.path, [own[end] for own in pairs], weights, how, generator
-                    )
-                    for end in pairs[0]
-                }
-            )
-        rank = max(a.shape[1] for own in found for a, _ in own.values())
-        return cls.carrier(places, rank, label), [lora_combining.named(own, rank) for own in found]
-
-    @classmethod
     def carrier(cls, places: Sequence[Place], rank: int, label: str) -> Lora:
         """A LoRA of scale 1 at these places."""
         target = ",".join(dict.fromkeys(f"path:{place.site.path}" for place in places))
@@ -342,6 +319,28 @@ class Lora(RewritePass):
         made = cls.parse({"target": target, "rank": rank, "alpha": float(rank), "parts": chosen, "as": label})
         assert isinstance(made, Lora)
         return made
+
+
+def _combine(places: Sequence[Place], how: Combination, label: str) -> tuple[Lora, list[dict[str, Tensor]]]:
+    """One LoRA of scale 1 and of one rank; where a source has a smaller rank it is padded with zeros."""
+    generator = torch.Generator().manual_seed(how.seed)
+    found: list[dict[str, lora_combining.Pair]] = []
+    for place in places:
+        weights = [source.weight * cast(Lora, source.pass_).scale for source in place.sources]
+        pairs = [plain_pairs(place.site, source, "combine") for source in place.sources]
+        found.append(
+            {
+                end: lora_combining.combined(
+                    place.site.path, [own[end] for own in pairs], weights, how, generator
+                )
+                for end in pairs[0]
+            }
+        )
+    rank = max(a.shape[1] for own in found for a, _ in own.values())
+    return Lora.carrier(places, rank, label), [lora_combining.named(own, rank) for own in found]
+
+
+Lora.combiner = staticmethod(_combine)
 
 
 def plain_pairs(site: Site, source: Source, what: str) -> dict[str, lora_combining.Pair]:

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from surgery.graph.marks import META, head, wrappers
+from surgery.engine.contract.folds import Fold, Stage
+from surgery.graph.marks import adapters_around, input_before_adapters, mark_of
 from surgery.graph.ops import operand
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -71,7 +72,7 @@ class Split:
         for part, (a, b) in self.factors.items():
             rows = self.rows[part]
             chosen = None if rows is None else tuple(rows)
-            low_rank.AddLowRank(self.site, a, b, -self.scale, chosen).apply_(left)
+            low_rank.AddLowRank(self.site, a, b, -self.scale, chosen).apply(left, left)
         return left
 
 
@@ -88,8 +89,7 @@ def _stack(site: Site) -> int:
 
 def read_residual(g: Rewriter, residual: fx.Node) -> None:
     """Let the op read the residual (at weight w, W + w·(residual − W)); on top of what earlier passes put there."""
-    assert g.call_ is not None
-    parameter = g.call_.weight
+    parameter = g.site_call.weight
 
     def build(current: fx.Node) -> fx.Node:
         if current is parameter and g.weight == 1:
@@ -101,26 +101,27 @@ def read_residual(g: Rewriter, residual: fx.Node) -> None:
 
 
 @dataclass(frozen=True)
-class Displace:
+class Displace(Fold):
     """Merge: W ← W + w·(residual − W₀), before anything else is folded, as the op reads it."""
 
-    inner: ClassVar[bool] = True
+    stage: ClassVar[Stage] = Stage.WEIGHT
+    reads_original: ClassVar[bool] = True
 
     residual: Tensor
     weight: float
 
-    def apply_from(self, weight: Tensor, original: Tensor) -> None:
-        weight.add_(self.residual.detach().to(weight.dtype) - original, alpha=self.weight)
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
+        return weight.add_(self.residual.detach().to(weight.dtype) - original, alpha=self.weight)
 
 
 def entries_at(site: Site) -> list[str]:
     """Ids of the entries that changed what enters the site's op or what leaves it."""
     found: dict[str, None] = {}
     for call in site.calls:
-        node, entering = operand(call), head(operand(call))
+        node, entering = operand(call), input_before_adapters(operand(call))
         while node is not entering:
-            found[node.meta[META]["entry"]] = None
+            found[mark_of(node).entry] = None
             node = node.args[0]  # type: ignore[assignment]
-        for node in wrappers(call.node):
-            found[node.meta[META]["entry"]] = None
+        for node in adapters_around(call.node):
+            found[mark_of(node).entry] = None
     return list(found)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from surgery.common.errors import PassError
-from surgery.graph.marks import head
+from surgery.graph.marks import input_before_adapters
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments, operand, per_axis
 from surgery.graph.sites import Measurements, Site, SiteKey
 
@@ -195,7 +195,7 @@ class _Source:
 
     def __init__(self, site: Site, call: Call, rounding: Collection[Any]) -> None:
         self.site, self.call = site, call
-        self.x, read = head(operand(call)).name, operand(call)
+        self.x, read = input_before_adapters(operand(call)).name, operand(call)
         self.rounded = read.name if any(node.target in rounding for node in before(call)) else None
         self.gather = call.gather.name if call.gather is not None else None
         self.names = tuple({name: None for name in (self.x, self.rounded, self.gather) if name is not None})
@@ -240,7 +240,7 @@ class _Source:
 
 def before(call: Call) -> list[fx.Node]:
     """What passes have put between what enters a site and its op."""
-    found, node, first = [], operand(call), head(operand(call))
+    found, node, first = [], operand(call), input_before_adapters(operand(call))
     while node is not first:
         found.append(node)
         node = node.args[0]  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from surgery.graph.marks import META
+from surgery.graph.marks import set_mark
 from surgery.graph.ops import arguments
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.passes.prefix.operands import Operand
@@ -43,16 +43,16 @@ def attend(g: Rewriter, place: Place, keys: fx.Node, values: fx.Node, columns: C
     moved: dict[fx.Node, fx.Node] = {}
     for pad in place.pads:
         mask = pad.node
-        moved[g.feed(pad.user, pad.where, partial(_pad, g, place, pad, tokens, columns))] = mask
+        moved[g.replace_argument(pad.user, pad.where, partial(_pad, g, place, pad, tokens, columns))] = mask
     for operand, prefix in ((place.key, keys), (place.value, values)):
         bare = operand.node
-        fresh = g.feed(operand.user, operand.where, partial(lengthen, g, operand, prefix))
-        fresh.meta[META] = {**fresh.meta[META], "prefix": tokens}
+        fresh = g.replace_argument(operand.user, operand.where, partial(lengthen, g, operand, prefix))
+        set_mark(fresh, prefix=tokens)
         moved[fresh] = bare
         # In eager attention the scores now have more keys, so the ops behind them get new sizes. The output of the
         # sdpa op keeps its shape.
     if len(place.core) > 1:
-        g.settle(moved)
+        g.propagate_sizes(moved)
 
 
 def _pad(g: Rewriter, place: Place, pad: Pad, tokens: int, columns: Columns, mask: fx.Node) -> fx.Node:
@@ -99,7 +99,7 @@ def _uncausal(g: Rewriter, place: Place, keys: fx.Node, values: fx.Node, tokens:
         rest = {"scale": args["scale"], "enable_gqa": args["enable_gqa"]}
         return g.call(SDPA, place.query, k, v, mask, args["dropout_p"], False, **rest)
 
-    g.stand_in(core, build)
+    g.replace_output(core, build)
 
 
 def spread(g: Rewriter, operand: Operand, prefix: fx.Node, like: fx.Node) -> fx.Node:

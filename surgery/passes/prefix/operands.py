@@ -10,7 +10,7 @@ from torch import fx
 
 from surgery.graph.analysis.attention import Attention
 from surgery.graph.analysis.dataflow import op_name
-from surgery.graph.marks import META
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import arguments
 from surgery.graph.propagate.sizes import same
 from surgery.graph.view import View
@@ -148,8 +148,8 @@ def _repetition(node: fx.Node, heads: int) -> tuple[int, int, bool, fx.Node, boo
     """
     current, turned = node, False
     # Skip an earlier prefix before the keys.
-    while "feeds" in current.meta.get(META, {}):
-        current = next(n for n in current.all_input_nodes if n.name == current.meta[META]["feeds"])
+    while mark_of(current).feeds is not None:
+        current = next(n for n in current.all_input_nodes if n.name == mark_of(current).feeds)
     whole = (heads, 1, True, current, False)
     for _ in range(8):
         if current.op != "call_function" or not current.args or not isinstance(current.args[0], fx.Node):

@@ -9,7 +9,7 @@ from torch import fx
 
 from surgery.graph.analysis.attention import Attention, product_operands
 from surgery.graph.analysis.dataflow import op_name
-from surgery.graph.marks import META, wrappers
+from surgery.graph.marks import adapters_around, mark_of
 from surgery.graph.ops import arguments
 from surgery.graph.propagate.sizes import same
 from surgery.graph.rewrite.rewriter import Rewriter
@@ -106,7 +106,7 @@ def _visible(mask: fx.Node) -> float | bool:
 
 def _acting(core: fx.Node) -> fx.Node:
     """Return the attention op, or the op with which an earlier prefix has replaced it."""
-    return next((n for n in reversed(wrappers(core, whole=True)) if n.target is core.target), core)
+    return next((n for n in reversed(adapters_around(core, whole=True)) if n.target is core.target), core)
 
 
 def _of_products(view: View, attention: Attention) -> Place:
@@ -150,7 +150,7 @@ def _check(view: View, place: Place) -> None:
 def earlier(g: Rewriter, place: Place) -> int:
     """Return the number of tokens that earlier prefixes inserted before the keys."""
     node, found = place.key.node, 0
-    while "feeds" in node.meta.get(META, {}):
-        found += int(node.meta[META].get("prefix", 0))
-        node = g.view.node(node.meta[META]["feeds"])
+    while mark_of(node).feeds is not None:
+        found += int(mark_of(node).prefix)
+        node = g.view.node(str(mark_of(node).feeds))
     return found

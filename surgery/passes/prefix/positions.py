@@ -20,7 +20,7 @@ from torch import fx
 from surgery.graph.analysis.attention import Attention
 from surgery.graph.analysis.dataflow import op_name
 from surgery.graph.fake import MetaCache
-from surgery.graph.marks import META
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import EMBEDDING, arguments, operand
 from surgery.graph.propagate.sizes import is_size, same
 from surgery.graph.rewrite.rewriter import Rewriter
@@ -57,13 +57,13 @@ def shift(g: Rewriter, attention: Attention, tokens: int) -> None:
     """
     for user, counted in uses(g.view, attention):
         key = f"positions of {user.name}"
-        if counted.meta.get(META, {}).get("once") == key:
+        if mark_of(counted).once == key:
             continue
 
         def build(now: fx.Node, key: str = key, user: fx.Node = user) -> fx.Node:
             return g.once(key, partial(g.call, aten.add.Tensor, now, tokens), stack_of(user))
 
-        g.feed(user, counted, build)
+        g.replace_argument(user, counted, build)
 
 
 def tables(view: View, attention: Attention) -> Iterator[tuple[int, Any]]:

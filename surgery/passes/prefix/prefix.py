@@ -1,4 +1,4 @@
-"""Prefix tuning: learned keys and values that every attention sees before its own."""
+"""Prefix tuning: learned keys and values that every attention reads before its own."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 
 from surgery.capture.shapes import list_axes
 from surgery.common.errors import PassError
-from surgery.engine.contract.base import GraphPass
+from surgery.engine.contract.base import GraphPass, Simplify
+from surgery.engine.contract.effect import Effect
 from surgery.engine.contract.numerics import EXACT, Numerics, changes
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.propagate.sizes import same
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -28,33 +29,33 @@ aten = torch.ops.aten
 
 
 class Prefix(GraphPass):
-    """Prefix tuning: attention over [P_k; K] and [P_v; V] in place of K and V (Li & Liang 2021, arXiv:2101.00190).
+    """Prefix tuning: attention over [P_k; K] and [P_v; V] instead of K and V (Li & Liang 2021, arXiv:2101.00190).
 
-    P_k and P_v (heads × tokens × width) are parameters of every attention: self, cross, causal or masked, written
-    as scaled_dot_product_attention or as products around a softmax. Masks get visible columns for them, biases of
-    the scores zeros. Under grouped queries there is one per key head, after rotary: the shapes of PEFT. A module
-    that is called several times has a prefix for each call. What is learned reaches every query, whatever the mask,
-    the window or the padding say.
+    P_k and P_v (heads × tokens × width) are parameters of every attention: self, cross, causal or masked, written as
+    scaled_dot_product_attention or as products around a softmax. Masks get visible columns for the prefix, and biases
+    of the scores get zeros. With grouped queries there is one prefix per key head, inserted after rotary embedding, as
+    in PEFT's shapes. A module that is called several times has a prefix for each call. Every query sees the prefix,
+    regardless of mask, window and padding.
 
-    projection: P = W₂ tanh(W₁ E + b₁) + b₂ as in the paper, E (tokens × width) and W₁ (hidden × width) shared by
-    all attentions and kept at the first, W₂ (2·heads·width × hidden) of each its own. A merge computes P once and
-    drops the MLP; the prefix itself stays, as no weight of the base could hold it.
+    projection: P = W₂ tanh(W₁ E + b₁) + b₂ as in the paper. E (tokens × width) and W₁ (hidden × width) are shared by
+    all attentions and stored at the first one; each attention has its own W₂ (2·heads·width × hidden). A merge computes
+    P once and drops the MLP. The prefix itself stays, because no weight of the base can represent it.
 
-    gate: the prefix has a softmax of its own, weighed by tanh(g) for each head, g = 0 at first (LLaMA-Adapter, Zhang
-    et al. 2023, arXiv:2303.16199): exact at insertion, and it can be weighted.
+    gate: the prefix has its own softmax, scaled by tanh(g) for each head, with g = 0 at first (LLaMA-Adapter, Zhang et
+    al. 2023, arXiv:2303.16199). Insertion is then exact, and the pass can be weighted.
     """
 
     name: ClassVar[str] = "prefix"
-    numerics: ClassVar[Numerics] = changes("learned keys and values are attended to")
-    beside: ClassVar[bool] = True
 
-    tokens: int = Field(10, gt=0, description="how many keys and values each attention gets")
-    over: Literal["all", "self", "cross"] = Field("all", description="which attentions, of those targeted")
+    tokens: int = Field(10, gt=0, description="number of learned keys and values of each attention")
+    over: Literal["all", "self", "cross"] = Field(
+        "all", description="kind of attention, among those targeted"
+    )
     projection: bool = Field(
-        False, description="compute them by an MLP from an embedding, which is folded away on merge"
+        False, description="compute keys and values by an MLP from an embedding; a merge folds it away"
     )
     hidden: int | None = Field(
-        None, gt=0, description="with --projection: its inner dimension (default: that of the embedding)"
+        None, gt=0, description="with --projection: hidden size of the MLP (default: that of the embedding)"
     )
     init: Literal["normal", "zero", "activations"] = Field(
         "normal",
@@ -62,25 +63,25 @@ class Prefix(GraphPass):
     )
     positions: Literal["keep", "shift"] = Field(
         "keep",
-        description="shift: real tokens are counted from --tokens on, as behind a cache (as PEFT does)",
+        description="shift: count real tokens from --tokens on, as after a cache (as in PEFT)",
     )
     gate: bool = Field(
-        False, description="weigh the prefix by a gate that starts at zero; insertion is exact then"
+        False, description="scale the prefix by a gate that starts at zero; insertion is then exact"
     )
 
     @property
-    def contract(self) -> Numerics:
+    def numerics(self) -> Numerics:
         if self.gate:
             return EXACT
-        return changes(f"{self.tokens} learned keys and values are attended to")
+        return changes(f"every query attends to {self.tokens} learned keys and values")
 
     @property
-    def can_weigh(self) -> bool:
-        return self.gate
+    def effect(self) -> Effect:
+        return replace(super().effect, independent=True, scalable=self.gate)
 
     @property
-    def simplifies(self) -> bool:
-        return self.projection
+    def simplify(self) -> Simplify | None:
+        return self._without_projection if self.projection else None
 
     # -- where
 
@@ -100,7 +101,11 @@ class Prefix(GraphPass):
         return found
 
     def _places(self, view: View, site: Site) -> list[Place]:
-        """The attentions of a site, as they stand. Raises Unsuited."""
+        """Return the attentions of a site in their current state.
+
+        Raises:
+            Unsuited: if one of them cannot take a prefix.
+        """
         group = prefix.attentions_by_site(view).get(site.key, [])
         places = [prefix.read_place(view, a) for a in group if self._wants(a)]
         if self.gate:
@@ -115,11 +120,11 @@ class Prefix(GraphPass):
 
     def check(self, site: Site) -> str | None:
         if self.hidden is not None and not self.projection:
-            return "there is no MLP to have --hidden; add --projection"
+            return "--hidden is the size of an MLP that is not there; add --projection"
         if self.init == "activations" and self.projection:
             return "the output of an MLP cannot start at given activations; leave out --projection or --init"
         if not site.float_dtype.is_floating_point:
-            return f"its weight is {site.dtype}, and nothing says what dtype its keys should be learned in"
+            return f"its weight is {site.dtype}, so the dtype of learned keys is unknown; target other attentions"
         try:
             self._places(site.probe.view, site)
         except Unsuited as reason:
@@ -141,6 +146,7 @@ class Prefix(GraphPass):
         ]
         decided: dict[str, Any] = {"attentions": shapes}
         if self.projection:
+            # E and W₁ are stored at the first attention that is not refused; every site must find the same one.
             first = next(s for s in self.find(view) if self.check(replace(s, measured=site.probe)) is None)
             decided["first"] = first.key == site.key
             key = shapes[0]["k"]
@@ -150,7 +156,7 @@ class Prefix(GraphPass):
         return decided
 
     def _limits(self, site: Site, view: View, places: Sequence[Place]) -> dict[str, int]:
-        """Tables of positions hold as many tokens less."""
+        """Return the lengths that are left to the inputs: position tables must hold the prefix as well."""
         found: dict[str, int] = {}
         axes = list_axes(site.probe.captured)
         inputs = {n.name: n.meta["val"] for n in view.graph.nodes if n.op == "placeholder"}
@@ -163,13 +169,13 @@ class Prefix(GraphPass):
                         found[axis.root] = min(high, found.get(axis.root, high))
                 if isinstance(length, int) and length + self.tokens > rows:
                     raise PassError(
-                        f"prefix at {site.path}: its table has {rows} positions, and {length} tokens behind a prefix "
-                        f"of {self.tokens} need more; use --positions keep"
+                        f"prefix at {site.path}: its position table has {rows} rows, but {length} tokens after a "
+                        f"prefix of {self.tokens} need more; use --positions keep"
                     )
         return found
 
-    def limits(self, site: Site) -> dict[str, int]:
-        return dict(site.decided.get("limits", {}))
+    def outcome(self, site: Site) -> Outcome:
+        return Outcome(limits=dict(site.decided.get("limits", {})))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
@@ -220,7 +226,10 @@ class Prefix(GraphPass):
         found = [{"k": [p.key.heads, p.key.width], "v": [p.value.heads, p.value.width]} for p in places]
         decided = site.decided["attentions"]
         if found != [{"k": list(d["k"]), "v": list(d["v"])} for d in decided]:
-            raise PassError(f"prefix at {site.path}: its attention has other heads in this graph: {found}")
+            raise PassError(
+                f"prefix at {site.path}: its attention has other heads in this graph: {found}; undo prefix, and "
+                f"apply it again"
+            )
         for number, place in enumerate(places, 1):
             tail = "" if number == 1 else str(number)
             with g.before(min(place.core)):
@@ -249,14 +258,16 @@ class Prefix(GraphPass):
         return keys, values
 
     def _by_heads(self, g: Rewriter, flat: fx.Node, shape: Sequence[int]) -> fx.Node:
-        """(tokens, heads · width) as (heads, tokens, width)."""
+        """Reshape (tokens, heads · width) to (heads, tokens, width)."""
         return g.call(aten.transpose.int, g.call(aten.view.default, flat, [self.tokens, *shape]), 0, 1)
 
     def _hidden(self, g: Rewriter) -> fx.Node:
         with g.before(next(n for n in g.graph.nodes if n.op == "call_function")):
             return g.call(aten.tanh.default, g.call(aten.linear.default, g["E"], g["W1"], g["b1"]))
 
-    def simplify(self, places: Sequence[tuple[Site, Mapping[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    def _without_projection(
+        self, places: Sequence[tuple[Site, Mapping[str, Tensor]]]
+    ) -> list[dict[str, Tensor]]:
         first = next(tensors for _, tensors in places if "E" in tensors)
         hidden = torch.tanh(nn.functional.linear(first["E"], first["W1"], first["b1"]))
         return [self._computed(site, tensors, hidden) for site, tensors in places]
@@ -275,10 +286,10 @@ class Prefix(GraphPass):
 
 
 def _kaiming(tensor: Tensor) -> None:
-    """As nn.Linear starts its weight."""
+    """Initialize a weight like nn.Linear."""
     nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
 def _uniform(tensor: Tensor, fan: int) -> None:
-    """As nn.Linear starts its bias."""
+    """Initialize a bias like nn.Linear."""
     nn.init.uniform_(tensor, -1 / math.sqrt(fan), 1 / math.sqrt(fan))

@@ -11,7 +11,7 @@ from torch import fx
 
 from surgery.capture.shapes import list_axes
 from surgery.common.errors import PassError
-from surgery.graph.marks import META, tail
+from surgery.graph.marks import is_aux, output_with_adapters
 from surgery.graph.ops import EMBEDDING, Call
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -34,8 +34,7 @@ def input_of(node: fx.Node) -> fx.Node | None:
             return node
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             return None
-        mark = node.meta.get(META, {})
-        if not mark.get("aux") and node.target not in _VIEWS:
+        if not is_aux(node) and node.target not in _VIEWS:
             return None
         node = node.args[0]
     return None
@@ -135,13 +134,13 @@ def stand_before_ids(site: Site, g: Rewriter, prompt: fx.Node, tokens: int) -> N
     moved: dict[fx.Node, fx.Node] = {}
     for node in _companions(g.view, ids):
         fill = site.decided["filler"] if node is ids else 0 if _is_index(g.view, node) else 1
-        before = tail(node)
+        before = output_with_adapters(node)
         value = g.wrap(node, partial(_pad, g, tokens, fill))
         moved[value] = before
 
     output = g.graph.output_node()
     returned = {n: _sizes(n) for n in output.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
-    g.settle(moved)
+    g.propagate_sizes(moved)
 
     def put(value: fx.Node) -> fx.Node:
         parts = [g.call(aten.slice.Tensor, value, 1, 0, earlier)] if earlier else []
@@ -156,13 +155,13 @@ def append_to_stream(g: Rewriter, prompt: fx.Node, tokens: int) -> None:
     """More vectors at the end of the sequence from the first block to the last."""
     first, last = stream(g.view)
     moved: dict[fx.Node, fx.Node] = {}
-    before = tail(first.input, whole=True)
+    before = output_with_adapters(first.input, whole=True)
     longer = g.wrap(first.input, lambda v: g.call(aten.cat.default, [v, _rows(g, v, prompt)], 1), grown=True)
     moved[longer] = before
-    before = tail(last.output, whole=True)
+    before = output_with_adapters(last.output, whole=True)
     shorter = g.wrap(last.output, lambda v: g.call(aten.slice.Tensor, v, 1, 0, -tokens), grown=True)
     moved[shorter] = before
-    g.settle(moved)
+    g.propagate_sizes(moved)
 
 
 def _pad(g: Rewriter, tokens: int, fill: int, value: fx.Node) -> fx.Node:
@@ -177,7 +176,7 @@ def _rows(g: Rewriter, like: fx.Node, prompt: fx.Node) -> fx.Node:
 
 def _padded_by(ids: fx.Node) -> int:
     """How many tokens earlier prompts put before these ids."""
-    total, node = 0, tail(ids)
+    total, node = 0, output_with_adapters(ids)
     while node is not ids:
         if node.target is aten.constant_pad_nd.default:
             total += int(node.args[1][0])  # type: ignore[index, arg-type]
@@ -206,7 +205,7 @@ def _cut(g: Rewriter, output: fx.Node, before: dict[fx.Node, list[str]], tokens:
     for node, sizes in before.items():
         value = node
         for dim in [dim for dim, size in enumerate(_sizes(node)) if size != sizes[dim]]:
-            value = g.feed(output, value, partial(_without_front, g, dim, tokens))
+            value = g.replace_argument(output, value, partial(_without_front, g, dim, tokens))
 
 
 def _without_front(g: Rewriter, dim: int, tokens: int, value: fx.Node) -> fx.Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import GraphPass
 from surgery.engine.contract.numerics import Numerics, changes
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra import packed
@@ -52,7 +51,7 @@ class Prompt(GraphPass):
     text: str = Field("", description="with --init text: what the prompt says at first")
 
     @property
-    def contract(self) -> Numerics:
+    def numerics(self) -> Numerics:
         return changes(f"{self.tokens} learned tokens are attended to")
 
     def candidates(self, view: View) -> list[Site]:
@@ -94,8 +93,8 @@ class Prompt(GraphPass):
             found["ids"] = insert.read(program, self.text, self.tokens)
         return found
 
-    def limits(self, site: Site) -> dict[str, int]:
-        return dict(site.decided.get("limits", {}))
+    def outcome(self, site: Site) -> Outcome:
+        return Outcome(limits=dict(site.decided.get("limits", {})))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         shape = (self.tokens, site.decided["width"])
@@ -118,6 +117,3 @@ class Prompt(GraphPass):
             insert.append_to_stream(g, g["tokens"], self.tokens)
         else:
             insert.stand_before_ids(site, g, g["tokens"], self.tokens)
-
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Any]:
-        raise PassError("prompt: no weight of the base does what another token does; export it as it is")

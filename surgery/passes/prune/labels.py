@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, fx
 
-from surgery.graph.marks import META
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import module_path
 from surgery.graph.propagate.sizes import hint
 
@@ -65,7 +65,7 @@ def kept_along(label: Tensor, keep: Tensor, dim: int) -> Tensor:
 
 def carries(node: fx.Node) -> str:
     """Return the reason why the units at a node of another pass cannot be removed."""
-    entry = node.meta[META]["entry"]
+    entry = mark_of(node).entry
     return (
         f"{entry!r} is applied there and depends on the number of units; prune before it, or undo {entry!r}"
     )

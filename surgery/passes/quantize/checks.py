@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from surgery.engine.registry import find_pass
+from surgery.engine.contract.base import RewritePass
+from surgery.engine.replay import pass_of
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import CONV, LINEAR, parameter_of
-from surgery.graph.rewrite.current import replaced_at, weight_reader
+from surgery.graph.rewrite.current import replaced_op, weight_reader
+from surgery.graph.rewrite.refusals import computed_weight, not_floating
 from surgery.graph.sites import Site
 from surgery.passes.quantize.matrix import Layout
 from surgery.passes.quantize.ops import dequantize, fake_quantize
@@ -14,15 +17,15 @@ from surgery.passes.quantize.ops import dequantize, fake_quantize
 
 def hindrance(site: Site, layout: Layout, dynamic: bool, calibrated: bool = False) -> str | None:
     """A clause, or None. dynamic: what enters is rounded too. calibrated: errors of values go into others."""
-    if site.weight is None:
-        return f"its weight is computed from {', '.join(site.computed_from)}; target those"
-    if site.packed or not site.dtype.is_floating_point:
-        return "its weight is packed or no floating-point one already"
-    gone = replaced_at(site)
-    if gone:
-        return f"{gone!r} has put another op in its place; quantize before it, or leave the site out"
+    refused = (
+        computed_weight(site)
+        or not_floating(site, "there is nothing left to quantize")
+        or replaced_op(site, "quantize before it, or leave the site out")
+    )
+    if refused:
+        return refused
     _, current = weight_reader(site.calls[0])
-    there = current.meta.get("surgery", {}).get("entry")
+    there = mark_of(current).entry
     if current.target in (dequantize._opoverload, fake_quantize._opoverload):
         return f"{there!r} has quantized it already; undo that first"
     if parameter_of(current) is not None:
@@ -46,8 +49,8 @@ def hindrance(site: Site, layout: Layout, dynamic: bool, calibrated: bool = Fals
 
 def _makes_zeros(site: Site, entry: str) -> bool:
     program = site.probe.program
-    name = program.journal.find(entry)[0].pass_name
-    return bool(getattr(find_pass(program.base.plugins, name).cls, "makes_zeros", False))
+    pass_ = pass_of(program.journal.find(entry)[0], program.base.plugins)
+    return isinstance(pass_, RewritePass) and pass_.effect.makes_zeros
 
 
 def _filled(entry: str, format: str, calibrated: bool) -> str:

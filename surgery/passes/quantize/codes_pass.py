@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from surgery.engine.contract.base import RewritePass
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.effect import SWAP, Effect
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -24,9 +26,16 @@ class CodesPass(RewritePass):
     """Its op reads `surgery::dequantize` of stored codes in the place of its weight."""
 
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
-    freezes: ClassVar[bool] = False
-    replaces: ClassVar[bool] = True
     absorber = staticmethod(into_codes)
+
+    @property
+    def rounding(self) -> tuple[Any, ...]:
+        """Ops of this pass that round their first argument, an activation, to a few levels."""
+        return ()
+
+    @property
+    def effect(self) -> Effect:
+        return replace(SWAP, rounding=self.rounding)
 
     def layout(self, site: Site) -> Layout:
         """How the site's weight is coded."""
@@ -60,16 +69,15 @@ class CodesPass(RewritePass):
             decided["error"] = round(float(moved / torch.linalg.vector_norm(weight).clamp(min=1e-30)), 6)
         return decided
 
-    def note(self, site: Site) -> str:
+    def outcome(self, site: Site) -> Outcome:
+        users = [c for c in site.calls if c.weight is not None and len(c.weight.users) > len(site.calls)]
+        unused = frozenset[str]() if users or site.weight is None else frozenset({site.weight})
         if "error" not in site.decided:
-            return ""
+            return Outcome(unused=unused)
         size = sum(spec.numel() * _bytes(spec, site) for spec in self.tensors(site).values())
         before = site.parameters * site.dtype.itemsize
-        return f"{size / before:.3f} of its bytes; the weight moves by {site.decided['error']:.2%}"
-
-    def frees(self, site: Site) -> set[str]:
-        users = [c for c in site.calls if c.weight is not None and len(c.weight.users) > len(site.calls)]
-        return set() if users or site.weight is None else {site.weight}
+        note = f"{size / before:.3f} of its bytes; the weight moves by {site.decided['error']:.2%}"
+        return Outcome(note=note, unused=unused)
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         return self.layout(site).specs(lambda name: self._filled(site, name))

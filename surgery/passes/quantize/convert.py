@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from surgery.engine.contract.numerics import EXACT, Numerics
 from surgery.graph.rewrite.current import weight_reader
 from surgery.graph.sites import Site
+from surgery.graph.view import View
 from surgery.passes.quantize import dequantize, fake_quantize
 from surgery.passes.quantize.codes_pass import CodesPass
 from surgery.passes.quantize.matrix import Layout
@@ -28,10 +29,14 @@ class Convert(CodesPass):
     default_target: ClassVar[str | None] = "all"
     requires: ClassVar[tuple[str, ...]] = ("fake-quant",)
 
-    def skips(self, site: Site) -> bool:
+    def find(self, view: View) -> list[Site]:
+        """Sites whose weight is rounded or coded now; others that the target names are ignored."""
+        return [site for site in super().find(view) if self._is_rounded(site)]
+
+    def _is_rounded(self, site: Site) -> bool:
         if site.weight is None or site.kind not in self.on:
-            return True
-        return weight_reader(site.calls[0])[1].target not in (
+            return False
+        return weight_reader(site.calls[0])[1].target in (
             fake_quantize._opoverload,
             dequantize._opoverload,
         )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from surgery.common.errors import PassError
-from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.effect import WEIGHT, Effect
+from surgery.engine.contract.expectations import Expectations
+from surgery.engine.contract.folds import Fold, Stage
+from surgery.engine.contract.gradual import Gradual, GradualPlace
 from surgery.engine.contract.numerics import Numerics, changes
-from surgery.engine.contract.ramp import Begin, End, Every, Unit, check_ramp, progress, window
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.ramp import Begin, End, Every, Unit, check_ramp, gradual, progress
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
@@ -45,11 +48,6 @@ class FakeQuant(FormatPass):
     name: ClassVar[str] = "fake-quant"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("weights are rounded to few bits")
-    freezes: ClassVar[bool] = False
-    mergeable: ClassVar[bool] = True
-    unwritten: ClassVar[Mapping[Any, str]] = {
-        fake_quantize._opoverload: "weights rounded as in training have no op in ONNX; apply --pass convert, or merge"
-    }
 
     schedule: Literal["linear"] | None = Field(None, description="round by and by while the weights train")
     begin: Begin = 0
@@ -71,10 +69,20 @@ class FakeQuant(FormatPass):
         return hindrance(site, self.layout(site), self.dynamic)
 
     @property
-    def detaches(self) -> str:
-        return "rounding has no slope: its gradient is taken to be that of the weight"
+    def effect(self) -> Effect:
+        return replace(WEIGHT, rounding=self.rounding)
 
-    def keeps(self, site: Site) -> str | None:
+    @property
+    def expectations(self) -> Expectations:
+        return Expectations(
+            detached="rounding has no slope: its gradient is taken to be that of the weight",
+            no_onnx={
+                fake_quantize._opoverload: "weights rounded as in training have no op in ONNX; apply --pass convert, "
+                "or merge"
+            },
+        )
+
+    def why_not_merged(self, site: Site) -> str | None:
         if self.dynamic:
             return "what enters is rounded at run time, which no weight holds; convert it"
         return None
@@ -97,41 +105,41 @@ class FakeQuant(FormatPass):
             return {}
         return {
             "share": TensorSpec(
-                (), lambda share: share.fill_(self.due(0)), trainable=False, dtype=torch.float32
+                (), lambda share: share.fill_(self._share(0)), trainable=False, dtype=torch.float32
             )
         }
 
-    def note(self, site: Site) -> str:
+    def outcome(self, site: Site) -> Outcome:
         if self.schedule is None:
-            return ""
-        return f"{self.due(0):.0%} of the way to its codes; all of it at {self.unit} {self.end}"
+            return Outcome()
+        return Outcome(
+            note=f"{self._share(0):.0%} of the way to its codes; all of it at {self.unit} {self.end}"
+        )
 
     @property
-    def pacing(self) -> tuple[tuple[int, int | None], str] | None:
-        return window(self)
+    def gradual(self) -> Gradual | None:
+        return gradual(self, self._share, self._move)
 
-    def due(self, step: int) -> float:
+    def _share(self, step: int) -> float:
         return 1.0 if self.schedule is None else progress(self, step)
 
-    def pace(
-        self, step: int, places: Sequence[tuple[Mapping[str, Any], Tensor, Mapping[str, Tensor]]]
-    ) -> None:
+    def _move(self, step: int, places: Sequence[GradualPlace]) -> None:
         for _, _, own in places:
-            own["share"].clamp_(min=self.due(step))
+            own["share"].clamp_(min=self._share(step))
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, MergeOp]:
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
         return {"weight": _Round(self.layout(site), tensors.get("share"))}
 
 
 @dataclass(frozen=True)
-class _Round:
+class _Round(Fold):
     layout: Layout
     share: Tensor | None
-    inner: ClassVar[bool] = True
+    stage: ClassVar[Stage] = Stage.WEIGHT
 
-    def apply_(self, weight: Tensor) -> None:
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
         share = None if self.share is None else self.share.to(weight.device)
-        weight.copy_(fake_quantize(weight, *_arguments(self.layout), share))
+        return weight.copy_(fake_quantize(weight, *_arguments(self.layout), share))
 
 
 def _arguments(layout: Layout) -> tuple[str, int, bool, list[int], int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -10,9 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from surgery.common.errors import PassError
+from surgery.engine.contract.base import default_names
 from surgery.engine.contract.numerics import Numerics, changes
+from surgery.engine.contract.specs import Outcome
 from surgery.graph.graphs import live_nodes
-from surgery.graph.marks import tail
+from surgery.graph.marks import output_with_adapters
 from surgery.graph.ops import LINEAR
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Measurements, Site, SiteKey
@@ -130,17 +132,21 @@ class Quantize(FormatPass, CodesPass):
             own["smooth"] = self._names(site.probe)[site.key]
         return {**super().decide(site.deciding(own)), **own}
 
-    def tensor_names(self, site: Site) -> dict[str, str]:
-        return {"smooth": site.decided["smooth"]} if "smooth" in site.decided else {}
+    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+        found = super().names(site, tensors)
+        if "smooth" in found and "smooth" in site.decided:
+            found["smooth"] = site.decided["smooth"]
+        return found
 
-    def note(self, site: Site) -> str:
-        said = super().note(site)
+    def outcome(self, site: Site) -> Outcome:
+        plain = super().outcome(site)
+        said = plain.note
         if "moved" in site.decided:
             said += f"; rounding what enters moves the outputs by {site.decided['moved']:.1%}"
             said += ", over the budget: the weight alone is int8" if site.decided["kept"] else ""
         if self._measuring and not site.probe.given:
             said += "; calibrated on the model's example inputs (give --data)"
-        return said
+        return replace(plain, note=said)
 
     def encode(self, site: Site, weight: Tensor) -> Codes:
         smooth = self._smoothing(site.probe)[site.key] if self.layout(site).smoothed else None
@@ -166,7 +172,9 @@ class Quantize(FormatPass, CodesPass):
         def make() -> list[Map]:
             live = live_nodes(probe.program.graph)
             found = [replace(s, measured=probe) for s in self.find(probe.view) if not s.selected_parts]
-            fit = [s for s in found if not live.isdisjoint(tail(call.node) for call in s.calls)]
+            fit = [
+                s for s in found if not live.isdisjoint(output_with_adapters(call.node) for call in s.calls)
+            ]
             own = [s for s in fit if self._hindrance(s) is None]
             return [Map(s, self.layout(s), per_token=self.per_token, twice=self.twice) for s in own]
 
@@ -193,7 +201,9 @@ class Quantize(FormatPass, CodesPass):
             for each in self._maps(probe):
                 key = each.site.key
                 if limit is None or moved[key] <= limit:
-                    found[key] = first.setdefault(each.inputs, f"{self.tensor_prefix(each.site)}.smooth")
+                    found[key] = first.setdefault(
+                        each.inputs, default_names(self, each.site, ["smooth"])["smooth"]
+                    )
             return found
 
         return probe.once((self, "names"), make)

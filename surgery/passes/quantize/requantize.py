@@ -10,13 +10,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from surgery.engine.contract.base import RewritePass
-from surgery.engine.contract.folds import Choice, How, Merged
+from surgery.engine.contract.base import RewritePass, default_names, merges
+from surgery.engine.contract.folds import Choice, Fold, How, Merged, Stage, apply_folds
 from surgery.engine.journal import Entry, SiteRecord
 from surgery.engine.probe import InputSet, Probe
 from surgery.engine.replay import find_sites, live_entries, pass_of
 from surgery.engine.state import State
-from surgery.graph.marks import META
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import CONV
 from surgery.graph.sites import Measurements, Site
 from surgery.passes.algebra.factor import stacked
@@ -41,8 +41,6 @@ class Recodes(Protocol):
 
     def recode(self, site: Site, weight: Tensor, held: Codes) -> Codes: ...
 
-    def tensor_prefix(self, site: Site) -> str: ...
-
 
 def into_codes(program: State, how: How, budget: float, ident: str, data: Sequence[InputSet]) -> Merged:
     """Put adapters into the codes that they stand on, where `how` and the budget let them.
@@ -63,7 +61,7 @@ def into_codes(program: State, how: How, budget: float, ident: str, data: Sequen
         if choice.how == "keep":
             continue
         site, path = place.site, place.record.path
-        names = {name: f"{place.pass_.tensor_prefix(site)}_{ident}.{name}" for name in made}
+        names = default_names(cast(RewritePass, place.pass_), site, made, f"_{ident}")
         tensors.update({names[name]: tensor for name, tensor in made.items()})
         decided = {"entry": choice.codes, "correction": choice.rank, "merged": choice.to_json()}
         records.append(SiteRecord(site.key, path, decided, {**place.record.tensors, **names}))
@@ -110,8 +108,8 @@ class _Place:
         self.layout = pass_.layout(site)
         plugins = program.base.plugins
         self.tensors = program.tensors
-        self.passes = {e.id: pass_of(e, plugins) for e in over}
-        self.zeros = [e.id for e in over if getattr(self.passes[e.id], "makes_zeros", False)]
+        self.passes = {e.id: cast(RewritePass, pass_of(e, plugins)) for e in over}
+        self.zeros = [e.id for e in over if self.passes[e.id].effect.makes_zeros]
         # `fake-quant` and `sparse` stand below the codes that were made of their weights.
         self.over = [e for e in over if e.pass_name not in pass_.requires and e.id not in self.zeros]
 
@@ -177,21 +175,20 @@ class _Place:
             return why
         for entry in self.over:
             pass_ = self.passes[entry.id]
-            assert isinstance(pass_, RewritePass)
-            if not pass_.mergeable:
+            if not merges(pass_):
                 return f"{entry.id} has no merged form"
-            if self.zeros and not pass_.keeps_zeros:
-                return f"it would fill the zeros of {self.zeros[0]}"
-            stays = pass_.keeps(self._site_of(entry))
+            stays = pass_.why_not_merged(self._site_of(entry))
             if stays:
                 return f"{entry.id}: {stays}"
-            merges = self._merges(entry)
-            if any(hasattr(op, "longer") for op in merges.values()):
+            folds = self._folds(entry)
+            if self.zeros and not all(fold.keeps_zeros for fold in folds.values()):
+                return f"it would fill the zeros of {self.zeros[0]}"
+            if any(fold.stage is Stage.SIZE for fold in folds.values()):
                 return f"{entry.id} makes the weight longer"
-            if any(slot.partition(":")[0] != "weight" for slot in merges):
+            if any(slot.partition(":")[0] != "weight" for slot in folds):
                 return f"{entry.id} changes the bias too, which is not in the codes"
         between = [node for call in self.site.calls for node in before(call)]
-        others = [e for n in between if (e := n.meta[META]["entry"]) != self.entry.id]
+        others = [e for n in between if (e := mark_of(n).entry) != self.entry.id]
         if others and any(node.target in self.pass_.rounding for node in between):
             return f"{others[0]} changes what enters it before that is rounded, so that its codes are not all"
         if self._entering.nothing:
@@ -202,9 +199,8 @@ class _Place:
         record = next(r for r in entry.sites if r.key == self.record.key)
         return self.site.deciding(record.decided)
 
-    def _merges(self, entry: Entry) -> Mapping[str, Any]:
+    def _folds(self, entry: Entry) -> Mapping[str, Fold]:
         pass_ = self.passes[entry.id]
-        assert isinstance(pass_, RewritePass)
         record = next(r for r in entry.sites if r.key == self.record.key)
         own = {name: self.tensors[full].detach() for name, full in record.tensors.items()}
         return pass_.merge(self._site_of(entry), own, entry.weight)
@@ -224,13 +220,8 @@ class _Place:
     def _wanted(self) -> tuple[Tensor, Tensor]:
         """The weight with the adapters in it, and the one that the codes give, in fp32."""
         given = self.layout.decode(self._codes).float()
-        wanted = given.clone()
-        ops = [op for entry in self.over for op in self._merges(entry).values()]
-        with torch.no_grad():
-            for inner in (True, False):
-                below = wanted.clone() if any(hasattr(op, "apply_from") for op in ops) else wanted
-                for op in (op for op in ops if getattr(op, "inner", False) is inner):
-                    op.apply_from(wanted, below) if hasattr(op, "apply_from") else op.apply_(wanted)
+        folds = [fold for entry in self.over for fold in self._folds(entry).values()]
+        wanted = apply_folds(given.clone(), folds, given)
         return wanted, given
 
     def _encoded(self, wanted: Tensor, given: Tensor) -> Codes:

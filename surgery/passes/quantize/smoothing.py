@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.graph.marks import head
+from surgery.graph.marks import input_before_adapters
 from surgery.graph.ops import operand
 from surgery.graph.sites import Measurements, Site, SiteKey
 from surgery.passes.quantize.matrix import Layout
@@ -33,7 +33,7 @@ class Map:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the values that enter its calls, before passes that change what enters."""
-        return tuple(head(operand(call)).name for call in self.site.calls)
+        return tuple(input_before_adapters(operand(call)).name for call in self.site.calls)
 
     @property
     def matrix(self) -> Tensor:

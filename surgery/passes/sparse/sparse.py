@@ -12,12 +12,16 @@ from torch import Tensor, fx
 
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import RewritePass
-from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.effect import WEIGHT, Effect
+from surgery.engine.contract.folds import Fold, Stage
+from surgery.engine.contract.gradual import Gradual, GradualPlace
 from surgery.engine.contract.numerics import Numerics, changes
-from surgery.engine.contract.ramp import Begin, End, Every, Unit, check_ramp, progress, window
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.ramp import Begin, End, Every, Unit, check_ramp, gradual, progress
+from surgery.engine.contract.specs import Outcome, TensorSpec
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
-from surgery.graph.rewrite.current import adapted_by, replaced_at, weight_given_by, weight_reader
+from surgery.graph.rewrite.current import adapted_by, replaced_op, weight_given_by, weight_reader
+from surgery.graph.rewrite.refusals import computed_weight, not_floating
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.quantize import dequantize
@@ -53,10 +57,6 @@ class Sparse(RewritePass):
     name: ClassVar[str] = "sparse"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("values of weights are set to zero")
-    mergeable: ClassVar[bool] = True
-    freezes: ClassVar[bool] = False
-    makes_zeros: ClassVar[bool] = True
-    keeps_zeros: ClassVar[bool] = True
 
     sparsity: float | None = Field(
         None, gt=0, lt=1, description="share of values that are zero (default 0.5; n:m says it itself)"
@@ -140,21 +140,25 @@ class Sparse(RewritePass):
 
     # -- what is refused
 
+    @property
+    def effect(self) -> Effect:
+        return replace(WEIGHT, makes_zeros=True)
+
     def check(self, site: Site) -> str | None:
         return self._hindered(site) or self._fruitless(site)
 
     def _hindered(self, site: Site) -> str | None:
         """Why nothing can be chosen here at all."""
-        if site.weight is None:
-            return f"its weight is computed from {', '.join(site.computed_from)}; target those"
-        if site.packed or not site.dtype.is_floating_point:
-            return "its weight is packed or no floating-point one; make it sparse before it is quantized"
-        gone = replaced_at(site)
-        if gone:
-            return f"{gone!r} has put another op in its place; undo that first, or leave the site out"
+        refused = (
+            computed_weight(site)
+            or not_floating(site, "make it sparse before it is quantized")
+            or replaced_op(site, "undo that first, or leave the site out")
+        )
+        if refused:
+            return refused
         _, current = weight_reader(site.calls[0])
         if current.target is dequantize._opoverload:
-            entry = current.meta["surgery"]["entry"]
+            entry = mark_of(current).entry
             return (
                 f"{entry!r} has quantized it already; undo that, make it sparse, and quantize what is merged"
             )
@@ -234,7 +238,7 @@ class Sparse(RewritePass):
     def _chosen(self, sites: Sequence[Site]) -> list[Tensor]:
         if self.threshold is not None:
             return [above(self._scores(site), self._pattern, self.threshold) for site in sites]
-        return choose([self._scores(site) for site in sites], *self._asked(self.due(0)))
+        return choose([self._scores(site) for site in sites], *self._asked(self._sparsity_at(0)))
 
     def _together_with(self, site: Site) -> dict[Any, Tensor]:
         """The masks of all sites that the target names and that can have one."""
@@ -259,14 +263,14 @@ class Sparse(RewritePass):
             decided["output_error"] = round(output_error(site, wide, moved), 6)
         return decided
 
-    def note(self, site: Site) -> str:
+    def outcome(self, site: Site) -> Outcome:
         decided = site.decided
         said = f"{decided['sparsity']:.1%} zeros; the weight moves by {decided['error']:.2%}"
         if "output_error" in decided:
             said += f", its outputs on the data by {decided['output_error']:.2%}"
         if self.schedule is not None:
             said += f"; {self._final:.1%} at {self.unit} {self.end}"
-        return said
+        return Outcome(note=said)
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         def fill(mask: Tensor) -> None:
@@ -279,22 +283,20 @@ class Sparse(RewritePass):
     # -- while it trains
 
     @property
-    def pacing(self) -> tuple[tuple[int, int | None], str] | None:
-        return window(self)
+    def gradual(self) -> Gradual | None:
+        return gradual(self, self._sparsity_at, self._tighten)
 
-    def due(self, step: int) -> float:
+    def _sparsity_at(self, step: int) -> float:
         if self.schedule is None:
             return self._final
         if step < self.begin:
             return 0.0
         return self._final + (self.initial - self._final) * (1 - progress(self, step)) ** 3
 
-    def pace(
-        self, step: int, places: Sequence[tuple[Mapping[str, Any], Tensor, Mapping[str, Tensor]]]
-    ) -> None:
+    def _tighten(self, step: int, places: Sequence[GradualPlace]) -> None:
         layouts = [Layout.from_json(dict(decided)) for decided, _, _ in places]
         masks = [own["mask"] for _, _, own in places]
-        asked = self._asked(self.due(step))
+        asked = self._asked(self._sparsity_at(step))
         wanted = count([layout.sizes for layout in layouts], *asked)
         there = [int((~mask).sum()) for mask in masks]
         there = [sum(there)] if self._scope == "global" else there
@@ -310,17 +312,18 @@ class Sparse(RewritePass):
         g.swap_weight(lambda weight: g.call(aten.where.ScalarOther, g["mask"], weight, 0))
         return None
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Fold]:
         return {"weight": Masked(tensors["mask"])}
 
 
 @dataclass(frozen=True)
-class Masked:
+class Masked(Fold):
     """Merge: zeros where the mask has none, before adapters are folded."""
 
-    inner: ClassVar[bool] = True
+    stage: ClassVar[Stage] = Stage.WEIGHT
+    keeps_zeros: ClassVar[bool] = True
 
     mask: Tensor
 
-    def apply_(self, weight: Tensor) -> None:
-        weight.masked_fill_(~self.mask.to(weight.device), 0)
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
+        return weight.masked_fill_(~self.mask.to(weight.device), 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor, fx, nn
 
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import RewritePass
-from surgery.engine.contract.folds import MergeOp
+from surgery.engine.contract.effect import ADAPTER, Effect
+from surgery.engine.contract.folds import Fold, Stage
 from surgery.engine.contract.specs import TensorSpec
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
-from surgery.graph.rewrite.current import replaced_at, weight_given_by, weight_reader
+from surgery.graph.rewrite.current import replaced_op, weight_given_by, weight_reader
+from surgery.graph.rewrite.refusals import computed_weight
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra import low_rank, packed
@@ -43,9 +45,6 @@ class SparseTune(RewritePass):
 
     name: ClassVar[str] = "sparse-tune"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
-    partial: ClassVar[bool] = True
-    weightable: ClassVar[bool] = True
-    mergeable: ClassVar[bool] = True
 
     by: Literal["magnitude", "gradient", "random"] = Field(
         "magnitude",
@@ -64,16 +63,21 @@ class SparseTune(RewritePass):
             raise PassError("pass 'sparse-tune': give one of --density and --count, not both")
         return self
 
+    @property
+    def effect(self) -> Effect:
+        return replace(ADAPTER, scalable=True, partial=True)
+
     def check(self, site: Site) -> str | None:
-        if site.weight is None:
-            return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+        computed = computed_weight(site)
+        if computed:
+            return computed
         if not site.float_dtype.is_floating_point:
             return f"its weight is {site.dtype}, and no op dequantizes it; there is no value to add to"
         if site.packed and (unread := self._check_packed(site)):
             return unread
-        gone = replaced_at(site)
-        if gone:
-            return f"{gone!r} has put another op in its place; undo that first, or leave the site out"
+        replaced = replaced_op(site, "undo that first, or leave the site out")
+        if replaced:
+            return replaced
         if self.count is not None and self.count > (there := self._room(site)):
             return f"it has {there:,} values, and --count asks for {self.count:,}"
         if self.by != "gradient":
@@ -160,27 +164,27 @@ class SparseTune(RewritePass):
             g.swap_weight(add)
             return None
         made = g.once(f"S of {g['values'].target}", update) if len(site.calls) > 1 else update()
-        return g.call(aten.add.Tensor, g.out, low_rank.product(site, g, g.x, made, site.layout))
+        return g.call(aten.add.Tensor, g.output, low_rank.product(site, g, g.x, made, site.layout))
 
     def _scattered(self, site: Site, g: Rewriter, flat: fx.Node) -> fx.Node:
         values = g["values"] if g.weight == 1 else g.call(aten.mul.Tensor, g["values"], g.weight)
         summed = g.call(aten.scatter_add.default, flat, 0, g["indices"], values)
         return g.call(aten.reshape.default, summed, list(site.float_shape))
 
-    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, MergeOp]:
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Fold]:
         return {"weight": AddSparse(tensors["indices"], tensors["values"], weight)}
 
 
 @dataclass(frozen=True)
-class AddSparse:
+class AddSparse(Fold):
     """Merge: add scale · values to a weight at places of its flattened self, below other adapters as in the graph."""
 
-    inner: ClassVar[bool] = True
+    stage: ClassVar[Stage] = Stage.WEIGHT
 
     indices: Tensor
     values: Tensor
     scale: float = 1.0
 
-    def apply_(self, weight: Tensor) -> None:
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
         values = self.values.detach() if self.scale == 1 else self.values.detach() * self.scale
-        weight.put_(self.indices, values.to(weight.dtype), accumulate=True)
+        return weight.put_(self.indices, values.to(weight.dtype), accumulate=True)

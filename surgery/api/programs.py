@@ -1,0 +1,53 @@
+"""Programs, journals, loaders, the plugin manager and all errors."""
+
+from __future__ import annotations
+
+from surgery.capture import LoadedModel, LoadOptions, from_module
+from surgery.capture.py import imported
+from surgery.common.errors import (
+    CaptureError,
+    ExportError,
+    JournalError,
+    LoadError,
+    MissingExtraError,
+    PassError,
+    PluginError,
+    SurgeryError,
+    TargetError,
+    TrainingError,
+)
+from surgery.common.plugins import Plugins, make_plugin_manager
+from surgery.engine.change.plans import PassReport
+from surgery.engine.contract.base import Pass
+from surgery.engine.journal import Entry, Journal
+from surgery.engine.program import Program
+from surgery.engine.registry import find_pass, passes
+from surgery.store.load import capture, load
+
+__all__ = [
+    "CaptureError",
+    "Entry",
+    "ExportError",
+    "Journal",
+    "JournalError",
+    "LoadError",
+    "LoadOptions",
+    "LoadedModel",
+    "MissingExtraError",
+    "Pass",
+    "PassError",
+    "PassReport",
+    "PluginError",
+    "Plugins",
+    "Program",
+    "SurgeryError",
+    "TargetError",
+    "TrainingError",
+    "capture",
+    "find_pass",
+    "from_module",
+    "imported",
+    "load",
+    "make_plugin_manager",
+    "passes",
+]

@@ -1,0 +1,11 @@
+"""Passes that store quantized codes instead of a weight."""
+
+from __future__ import annotations
+
+from surgery.passes.quantize.codes_pass import CodesPass
+from surgery.passes.quantize.quantize import Quantize
+
+__all__ = [
+    "CodesPass",
+    "Quantize",
+]

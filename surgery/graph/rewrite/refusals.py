@@ -1,0 +1,24 @@
+"""Reasons why a pass refuses a site, written once: each is a clause with a remedy, or None where it does not apply."""
+
+from __future__ import annotations
+
+from surgery.graph.sites import Site
+
+
+def computed_weight(site: Site) -> str | None:
+    """The refusal of a weight that the model computes from other tensors, so that there is none to act on."""
+    if site.weight is not None:
+        return None
+    return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+
+
+def not_floating(site: Site, remedy: str) -> str | None:
+    """The refusal of a weight that is stored packed or in integers.
+
+    Args:
+        site: The site.
+        remedy: An imperative clause, such as "share before quantizing".
+    """
+    if not site.packed and site.dtype.is_floating_point:
+        return None
+    return f"its weight is packed or no floating-point one; {remedy}"
