@@ -20,7 +20,7 @@ from benchmarks.models import MissingPeer
 from benchmarks.timing import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("match", "step", "in_place", "merge", "onnx_latency", "generation")
+NAMES = ("match", "step", "in_place", "merge", "onnx_latency", "generation", "startup")
 APART = (
     "patterns",
     "prune",

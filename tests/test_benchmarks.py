@@ -33,7 +33,7 @@ def test_every_benchmark_gives_ratios(quick):
     assert found["quick"]
     rows = found["rows"]
     assert {row["benchmark"] for row in rows} == {
-        "match", "step", "in_place", "merge", "onnx_latency", "generation",
+        "match", "step", "in_place", "merge", "onnx_latency", "generation", "startup",
     }  # fmt: skip
     peers = {(row["benchmark"], row["peer_name"]) for row in rows if row["ratio"] is not None}
     assert peers >= {
@@ -46,6 +46,7 @@ def test_every_benchmark_gives_ratios(quick):
         ("onnx_latency", "base"),
         ("in_place", "PEFT"),
         ("generation", "eager"),
+        ("startup", "import click, rich"),
     }
     for row in rows:
         if row["ratio"] is not None and row["what"] != "MiniLM: added by LoRA":

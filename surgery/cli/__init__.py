@@ -1,4 +1,12 @@
-"""The command line: `surgery COMMAND`. Every error that a user can mend is one line and exit code 2."""
+"""The `surgery` command line. Every error that a user can fix is one line on stderr and exit code 2.
+
+Commands start quickly: `surgery --help`, `surgery COMMAND --help` and shell completion import neither torch nor a
+plugin. Three kinds of module keep it so:
+
+- group, options, pass_groups, plugins, choices: the command group and the options that commands share.
+- see, change, ship, peft, train, run: declarations of commands. A command imports its work when it is called.
+- loading, recipe, views, reports, render, reference, training, stages: the work, which imports torch.
+"""
 
 from __future__ import annotations
 
@@ -8,55 +16,32 @@ import warnings
 
 import click
 
+from surgery.cli.group import LazyGroup
 from surgery.common.errors import SurgeryError
 
 
-class _Group(click.Group):
-    def resolve_command(self, ctx: click.Context, args: list[str]):
-        from surgery.common.errors import nearest
-
-        name = args[0] if args else ""
-        if name and self.get_command(ctx, name) is None and not name.startswith("-"):
-            hint = nearest(name, self.list_commands(ctx))
-            raise click.UsageError(f"there is no command {name!r}{hint or '; see surgery --help'}")
-        return super().resolve_command(ctx, args)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="torch-surgery", prog_name="surgery")
 def cli() -> None:
-    """Change a PyTorch model and ship it: see it, plan, apply passes, merge, export, verify, undo.
+    """Change a PyTorch model and ship it: inspect, plan, apply passes, merge, export, verify, undo.
 
     MODEL is hf:DIR_OR_ID, timm:NAME, py:package.module:callable, FILE.pt2 (with --trust), or a directory
     that surgery saved.
     """
 
 
-def _build() -> click.Group:
-    from surgery.cli import change, peft, run, see, ship, train
-    from surgery.common.plugins import make_plugin_manager
-
-    for module in (see, change, ship, peft, train, run):
-        for command in module.COMMANDS:
-            cli.add_command(command)
-    plugins = make_plugin_manager()
-    for title, why in plugins.broken.items():
-        click.echo(f"warning: plugin {title} does not load and is left out: {why}", err=True)
-    for impl in plugins.implementations("surgery_commands"):
-        try:
-            plugins.call(impl, cli=cli)
-        except SurgeryError as error:
-            click.echo(f"warning: {error}", err=True)
-    cli.context_settings["obj"] = plugins
-    return cli
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the `surgery` command."""
+    """Run a command line and exit: the entry point of `surgery`. Never returns.
+
+    The exit code is 0 for success, 1 for a difference that `verify` found or an internal error, 2 for an error that
+    the user can fix, and 130 for an interrupt.
+    """
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        code = _build().main(args=argv, prog_name="surgery", standalone_mode=False)
+        code = cli.main(args=argv, prog_name="surgery", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except SurgeryError as error:
         _fail(" ".join(str(error).split()), 2)
@@ -74,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         kind = type(error).__name__
         first = (str(error).splitlines() or [""])[0]
-        _fail(f"internal error, {kind}: {first} (set SURGERY_DEBUG=1 for the traceback, and report it)", 1)
+        _fail(f"internal error, {kind}: {first}; set SURGERY_DEBUG=1 for the traceback and report it", 1)
 
 
 def _fail(message: str, code: int) -> None:

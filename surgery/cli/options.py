@@ -1,46 +1,51 @@
-"""Options that several commands share, and how a model is loaded from them."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 
-from surgery.common.errors import SurgeryError
-from surgery.common.plugins import Plugins
-from surgery.engine.program import Program
-from surgery.store.load import load
+from surgery.cli.plugins import plugins_of
+
+if TYPE_CHECKING:
+    from surgery.engine.program import Program
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--task, --model-kwarg, --trust, --base, --example; the command gets a `loader(ref)` in their place."""
-    base = click.option("--base", metavar="MODEL", help="Where the base of a saved directory lies now.")
+    """Decorator that adds --base to `loading_options`."""
+    base = click.option(
+        "--base", metavar="MODEL", help="Base model of a saved directory, if it has moved since."
+    )
     return base(loading_options(function))
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same without --base."""
+    """Decorator that adds --task, --model-kwarg, --example and --trust.
 
-    @click.option("--task", help="The head to load, by transformers' task name (text-classification, …).")
+    The command gets two keyword arguments instead: `plugins`, the plugin manager, and `loader(ref, recipe=None)`,
+    which loads a program with these options.
+    """
+
+    @click.option("--task", help="Head to load, by transformers' task name (text-classification, …).")
     @click.option(
         "--model-kwarg",
         "model_kwarg",
         multiple=True,
         metavar="NAME=VALUE",
-        help="For the model's constructor.",
+        help="Argument of the model's constructor.",
     )
     @click.option(
         "--example", multiple=True, metavar="DIM=SIZE", help="Size of the example inputs, such as seq=32."
     )
-    @click.option("--trust", is_flag=True, help="Read a file that can run code when it is read (.pt2).")
-    @click.pass_obj
+    @click.option("--trust", is_flag=True, help="Allow files that can run code when they are read (.pt2).")
+    @click.pass_context
     @functools.wraps(function)
     def wrapped(
-        plugins: Plugins,
+        ctx: click.Context,
         /,
         *args: Any,
         task: str | None,
@@ -50,60 +55,59 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         base: str | None = None,
         **kwargs: Any,
     ) -> Any:
-        import torch
+        from surgery.cli.loading import make_loader
 
-        def loader(ref: str, recipe: Any = None) -> Program:
-            given = dict(_pair(text, "--model-kwarg") for text in model_kwarg)
-            sizes = dict(_pair(text, "--example") for text in example)
-            for name, size in sizes.items():
-                if not isinstance(size, int) or size < 1:
-                    raise SurgeryError(f"--example {name}={size}: a size is a positive whole number")
-            # What no file gives (a new head, a timm model) is the same in every command.
-            torch.manual_seed(kwargs.get("seed") or 0)
-            chosen = task or (recipe.task if recipe else None)
-            merged = {**(recipe.model_kwargs if recipe else {}), **given}
-            program = load(
-                ref, task=chosen, model_kwargs=merged, trust=trust, base=base, example=sizes, plugins=plugins
-            )
-            for note in program.base.captured.notes:  # a warning to Python, which is silent here
-                click.echo(f"note: {note}", err=True)
-            return program
-
+        plugins = plugins_of(ctx)
+        loader = make_loader(
+            plugins,
+            task=task,
+            model_kwargs=model_kwarg,
+            examples=example,
+            trust=trust,
+            base=base,
+            seed=kwargs.get("seed") or 0,
+        )
         return function(*args, plugins=plugins, loader=loader, **kwargs)
 
     return wrapped
 
 
-def _pair(text: str, option: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise SurgeryError(f"{option} {text!r}: write NAME=VALUE")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        return name, value
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for other programs.")
 output_option = click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is at the output path.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the contents of the output path.")
+data_option: Callable[..., Any] = click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Inputs by name (.safetensors, .npz) for passes that measure activations; may be repeated.",
+)
 
 
 def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--only, --without, --weight; the command gets a `choose(program)` in their place."""
+    """Decorator that adds --only, --without and --weight.
 
-    @click.option("--only", multiple=True, metavar="ADAPTER", help="Leave out every adapter but these.")
-    @click.option("--without", multiple=True, metavar="ADAPTER", help="Leave an adapter out.")
+    The command gets the keyword argument `choose(program)` instead, which returns the program with these adapters.
+    """
+
+    @click.option("--only", multiple=True, metavar="ADAPTER", help="Disable every adapter except this one.")
+    @click.option("--without", multiple=True, metavar="ADAPTER", help="Disable an adapter.")
     @click.option(
-        "--weight", "weights", multiple=True, metavar="ADAPTER=W", help="Scale an adapter: 1 as trained."
+        "--weight",
+        "weights",
+        multiple=True,
+        metavar="ADAPTER=W",
+        help="Scale an adapter; 1 is its trained strength.",
     )
     @functools.wraps(function)
     def wrapped(
         *args: Any, only: tuple[str, ...], without: tuple[str, ...], weights: tuple[str, ...], **kwargs: Any
     ) -> Any:
         def choose(program: Program) -> Program:
+            from surgery.cli.loading import read_weights
+
             if only:
                 program = program.only(*only)
             if without:
@@ -114,12 +118,3 @@ def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, choose=choose, **kwargs)
 
     return wrapped
-
-
-def read_weights(given: tuple[str, ...]) -> dict[str, float]:
-    """`NAME=W` to a number by name."""
-    chosen = dict(_pair(text, "--weight") for text in given)
-    for name, weight in chosen.items():
-        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
-            raise SurgeryError(f"--weight {name}={weight}: a weight is a number")
-    return chosen

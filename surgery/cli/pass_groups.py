@@ -1,36 +1,48 @@
-"""`--pass NAME --option value --pass NAME …`: options belong to the pass, or the objective, before them."""
+"""Groups of options: in `--pass NAME --option value --pass NAME …`, options belong to the pass before them.
+
+`surgery train` reads `--objective NAME --option value …` in the same way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 import click
-from pydantic.fields import FieldInfo
 
+from surgery.cli.plugins import plugins_of
 from surgery.common.errors import PassError
-from surgery.common.options import Configured
-from surgery.common.plugins import Plugins
-from surgery.engine.contract.base import Pass
-from surgery.engine.registry import find_pass
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from surgery.common.options import Configured
+    from surgery.common.plugins import Plugins
 
 
 class GroupCommand(click.Command):
-    """A command that takes groups of options; they arrive in `ctx.meta["groups"]` as (name, options) pairs.
+    """A command with groups of options. They arrive in `ctx.meta["groups"]` as (name, options) pairs.
 
-    flag: what begins a group.
+    Attributes:
+        flag: option that starts a group, such as `--pass`.
     """
 
     flag = ""
 
     def find(self, plugins: Plugins, name: str) -> type[Configured]:
-        """The class whose options a group has. Raises SurgeryError for an unknown name."""
+        """The class whose fields are the options of a group. Raises SurgeryError for an unknown name."""
         raise NotImplementedError
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        plugins: Plugins = ctx.obj
+        if ctx.resilient_parsing:
+            # Shell completion: the options of a group are not known without its class, whose import takes seconds.
+            # An option of the command that stands among them is offered again.
+            starts = (i for i, text in enumerate(args) if text.partition("=")[0] == self.flag)
+            ctx.meta["groups"] = []
+            return super().parse_args(ctx, args[: next(starts, len(args))])
         own = {opt: param for param in self.get_params(ctx) for opt in (*param.opts, *param.secondary_opts)}
-        rest, groups = split_groups(args, own, self.flag, lambda name: self.find(plugins, name))
+        # Plugins are loaded when the first group names a class, so that `COMMAND --help` does without them.
+        rest, groups = split_groups(args, own, self.flag, lambda name: self.find(plugins_of(ctx), name))
         ctx.meta["groups"] = groups
         return super().parse_args(ctx, rest)
 
@@ -41,16 +53,50 @@ class PassCommand(GroupCommand):
     flag = "--pass"
 
     def find(self, plugins: Plugins, name: str) -> type[Configured]:
+        from surgery.engine.registry import find_pass
+
         return find_pass(plugins, name).cls
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL --pass NAME [PASS OPTIONS] [--pass …] [OPTIONS]")
 
 
+class ObjectiveCommand(GroupCommand):
+    """A command that takes an objective."""
+
+    flag = "--objective"
+
+    def find(self, plugins: Plugins, name: str) -> type[Configured]:
+        from surgery.train.registry import find_objective
+
+        return find_objective(plugins, name).cls
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(
+            ctx.command_path, "MODEL --objective NAME [OBJECTIVE OPTIONS] --data FILE… -o DIR [OPTIONS]"
+        )
+
+
 def split_groups(
     args: list[str], own: dict[str, click.Parameter], begins: str, find: Callable[[str], type[Configured]]
 ) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
-    """Separate groups from the command's own arguments. An option that both have is the group's that it stands in."""
+    """Separate the groups from the command's own arguments.
+
+    An option that both the command and the group define belongs to the group that it stands in.
+
+    Args:
+        args: arguments of the command.
+        own: flag -> parameter of the command.
+        begins: option that starts a group.
+        find: name of a group -> the class whose fields are its options.
+
+    Returns:
+        The command's own arguments, and (name, options) of each group. Values are texts, True for a switch, and a
+        tuple for an option that may be repeated.
+
+    Raises:
+        PassError: a value is missing, or an unknown option stands before the first group.
+    """
     rest: list[str] = []
     groups: list[tuple[str, dict[str, Any]]] = []
     position = 0
@@ -71,7 +117,7 @@ def split_groups(
         text = inline if equals else None
         if flag == begins:
             name = value_of(flag, text)
-            find(name)
+            find(name)  # an unknown name is reported before its options are read
             groups.append((name, {}))
         elif flag.startswith("--") and groups and (flag not in own or _field(find(groups[-1][0]), flag)):
             name, options = groups[-1]
@@ -84,9 +130,11 @@ def split_groups(
         else:
             if flag.startswith("--") and flag not in own and flag != "--help" and begins in args[position:]:
                 raise PassError(
-                    f"{flag} stands before any {begins}; options of a {begins[2:]} come after its {begins} NAME"
+                    f"{flag} stands before the first {begins}; put the options of a {begins[2:]} after its "
+                    f"{begins} NAME"
                 )
             rest.append(token)
+            # The value of an own option is taken over unread: it may look like a flag.
             option = own.get(flag)
             takes_value = isinstance(option, click.Option) and not option.is_flag
             if takes_value and not equals and position < len(args):
@@ -96,12 +144,6 @@ def split_groups(
 
 
 def _field(cls: type[Configured], flag: str) -> FieldInfo | None:
-    """The field that an option is of."""
+    """The field of a class that a flag sets, or None."""
     fields, key = cls.model_fields, flag[2:].replace("-", "_")
     return fields.get(key) or next((f for f in fields.values() if f.alias == key), None)
-
-
-def parse_groups(ctx: click.Context) -> list[Pass]:
-    """The pass instances of this command line. Raises PassError for a wrong option."""
-    plugins: Plugins = ctx.obj
-    return [find_pass(plugins, name).cls.parse(options) for name, options in ctx.meta.get("groups", [])]

@@ -1,9 +1,10 @@
-"""Commands for PEFT's checkpoints: import-peft, export-peft."""
+"""Commands for PEFT checkpoints: import-peft, export-peft."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,18 +15,17 @@ from surgery.cli.options import (
     overwrite_option,
     with_adapters,
 )
-from surgery.cli.render import console, trainable_line
-from surgery.common.files import refuse_taken
-from surgery.common.plugins import Plugins
-from surgery.engine.program import Program
-from surgery.store.peft import export_peft, import_peft
+
+if TYPE_CHECKING:
+    from surgery.common.plugins import Plugins
+    from surgery.engine.program import Program
 
 
 @click.command("import-peft")
 @click.argument("directory", type=click.Path(path_type=Path))
 @output_option
-@click.option("--base", "model", required=True, metavar="MODEL", help="The model that the checkpoint is for.")
-@click.option("--as", "label", default="", metavar="NAME", help="A name of your own for the adapter.")
+@click.option("--base", "model", required=True, metavar="MODEL", help="Base model of the checkpoint.")
+@click.option("--as", "label", default="", metavar="NAME", help="Name of the adapter in the program.")
 @overwrite_option
 @loading_options
 def import_(
@@ -37,7 +37,11 @@ def import_(
     plugins: Plugins,
     loader: Callable[..., Program],
 ) -> None:
-    """Read a PEFT checkpoint onto the model that it is for, and save it as surgery does."""
+    """Load a PEFT checkpoint onto its base model and save the result as a surgery directory."""
+    from surgery.cli.render import console, trainable_line
+    from surgery.common.files import refuse_taken
+    from surgery.store.peft import import_peft
+
     refuse_taken(output, overwrite)
     base = loader(model)
     program = import_peft(directory, base, label=label)
@@ -63,7 +67,11 @@ def export(
     plugins: Plugins,
     loader: Callable[..., Program],
 ) -> None:
-    """Write what a saved directory carries as a PEFT checkpoint: LoRA, IA3, prefix or prompt."""
+    """Write the adapters of a saved directory as a PEFT checkpoint: LoRA, IA3, prefix or prompt."""
+    from surgery.cli.render import console
+    from surgery.common.files import refuse_taken
+    from surgery.store.peft import export_peft
+
     refuse_taken(output, overwrite)
     program = choose(loader(directory))
     config = export_peft(program, output, overwrite=overwrite)
@@ -72,6 +80,3 @@ def export(
     console().print(
         f"{config['peft_type']}{f' at {modules} modules' if modules else ''}{saved}; wrote {output}"
     )
-
-
-COMMANDS = [import_, export]

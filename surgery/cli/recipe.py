@@ -1,4 +1,4 @@
-"""Recipes, in YAML: passes, the file form of `surgery apply`; with training, merge and export that of `surgery run`."""
+"""Recipes: YAML files with the passes of `surgery apply`, or with all stages of `surgery run`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+import click
 import yaml
 from pydantic import Field, model_validator
 
@@ -17,41 +18,58 @@ from surgery.common.plugins import Plugins
 from surgery.engine.contract.base import Pass
 from surgery.engine.contract.folds import How
 from surgery.engine.registry import find_pass
-from surgery.train.request import Lesson
+from surgery.train.request import TrainingRequest
 
 LATER = ("train", "merge", "finish", "export")
 _KEYS = ("model", "task", "model_kwargs", "passes", "freeze_base", *LATER)
 
 
 class Merging(Configured):
-    """Adapters are folded into the base; see Program.merge."""
+    """The merge of a recipe: options of `Program.merge`.
 
-    kind: ClassVar[str] = "recipe's merge"
+    Attributes:
+        quantized: treatment of adapters on quantized weights.
+        budget: largest share of an adapter's contribution that may be lost there.
+    """
 
-    quantized: How = Field("keep", description="what becomes of adapters on quantized weights")
-    budget: float = Field(0.1, ge=0, description="the part of what they add that may be lost")
+    _kind: ClassVar[str] = "recipe's merge"
+
+    quantized: How = Field("keep", description="treatment of adapters on quantized weights")
+    budget: float = Field(0.1, ge=0, description="largest share of their contribution that may be lost")
 
 
 class Shipping(Configured):
-    """ONNX, as `surgery export` writes it."""
+    """The ONNX export of a recipe: options of `surgery export`.
 
-    kind: ClassVar[str] = "recipe's export"
+    Attributes:
+        file: name of the ONNX file, or of the directory with `generate`, in the directory of the run.
+        generate: export a language model for generation.
+        adapters_as_inputs: make LoRA weights optional inputs.
+        opset: ONNX opset, None for the exporter's default.
+        external_data: store weights in a separate file, None for the default.
+        seed: seed of the random inputs of the parity check.
+    """
+
+    _kind: ClassVar[str] = "recipe's export"
 
     file: str = Field(
-        "model.onnx", description="name in the directory of the run; a directory's with generate"
+        "model.onnx",
+        description="file name in the directory of the run; with generate, the name of a directory",
     )
     generate: bool = False
     adapters_as_inputs: bool = False
     opset: int | None = Field(None, ge=18)
     external_data: bool | None = None
-    seed: int = Field(0, description="for the fresh inputs of the parity check")
+    seed: int = Field(0, description="seed of the random inputs of the parity check")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if Path(self.file).name != self.file or self.file in (".", ".."):
-            raise ValueError(f"--file {self.file} is to be a name in the directory of the run, no path")
+            raise ValueError(
+                f"--file {self.file} must be a name in the directory of the run; remove the directory part"
+            )
         if self.generate and self.external_data is not None:
-            raise ValueError("--generate writes the weights beside the graphs; leave out --external-data")
+            raise ValueError("--generate always stores weights in separate files; remove --external-data")
         return self
 
 
@@ -61,35 +79,51 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Recipe:
-    """model, task and model_kwargs as on the command line (all may be absent); passes in order. What follows them:
-    train, merge, finish (passes on what was trained or merged: quantize, say) and export; each may be absent."""
+    """The contents of a recipe. Every part except the passes may be absent.
+
+    Attributes:
+        passes: passes in order.
+        model: model reference.
+        task: task name for transformers.
+        model_kwargs: arguments of the model's constructor.
+        freeze_base: freeze the base first; None: if a pass needs it.
+        train: training after the passes.
+        merge: merge after the training.
+        finish: passes on the trained or merged model, such as quantize.
+        export: ONNX export of the result.
+    """
 
     passes: tuple[Pass, ...]
     model: str | None = None
     task: str | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     freeze_base: bool | None = None
-    train: Lesson | None = None
+    train: TrainingRequest | None = None
     merge: Merging | None = None
     finish: tuple[Pass, ...] = ()
     export: Shipping | None = None
 
     @property
     def later(self) -> list[str]:
-        """The sections that `surgery run` carries out and `surgery apply` does not."""
+        """Sections that only `surgery run` carries out, not `surgery apply`."""
         return [name for name in LATER if getattr(self, name)]
 
 
 def read_recipe(path: Path, plugins: Plugins) -> Recipe:
-    """Parse a recipe. Raises SurgeryError in one line that names the place, and PassError for a wrong option."""
+    """Parse a recipe file.
+
+    Raises:
+        SurgeryError: the file cannot be read or a section is wrong; the message names the section.
+        PassError: a pass is unknown or has a wrong option.
+    """
     try:
         data = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise SurgeryError(f"recipe {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise SurgeryError(f"recipe {path} is no text file") from None
+        raise SurgeryError(f"recipe {path} is not a text file") from None
     except yaml.YAMLError as error:
-        raise SurgeryError(f"recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+        raise SurgeryError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise SurgeryError(f"recipe {path} must be a mapping with the key 'passes'")
     for key in data:
@@ -110,7 +144,7 @@ def read_recipe(path: Path, plugins: Plugins) -> Recipe:
         data.get("task"),
         kwargs,
         data.get("freeze_base"),
-        _within(path, "train", lambda: Lesson.parse(train, plugins)) if train is not None else None,
+        _within(path, "train", lambda: TrainingRequest.parse(train, plugins)) if train is not None else None,
         _section(path, data, "merge", Merging, ""),
         _passes(path, data, "finish", plugins),
         _section(path, data, "export", Shipping, "file"),
@@ -133,7 +167,15 @@ def _passes(path: Path, data: Mapping[str, Any], key: str, plugins: Plugins) -> 
 
 
 def _section(path: Path, data: Mapping[str, Any], key: str, cls: type[T], alone: str) -> T | None:
-    """A section that is a mapping of options, or true, or the one value of the option `alone`; None where left out."""
+    """A section of a recipe as an instance of `cls`, or None if it is absent or false.
+
+    Args:
+        path: recipe file, for messages.
+        data: the recipe.
+        key: name of the section.
+        cls: class of the section.
+        alone: option that a section consisting of a single text sets, or "".
+    """
     given = data.get(key)
     if given is None or given is False:
         return None
@@ -148,6 +190,7 @@ def _section(path: Path, data: Mapping[str, Any], key: str, cls: type[T], alone:
 
 
 def _within(path: Path, key: str, read: Callable[[], R]) -> R:
+    """Call `read` and add file and section to the message of a SurgeryError."""
     try:
         return read()
     except SurgeryError as error:
@@ -155,7 +198,7 @@ def _within(path: Path, key: str, read: Callable[[], R]) -> R:
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
-    """Write a recipe that read_recipe reads back to the same passes."""
+    """Write a recipe. `read_recipe` reads an equal one from the file. Raises SurgeryError if it cannot be written."""
     data: dict[str, Any] = {}
     if recipe.model:
         data["model"] = recipe.model
@@ -169,13 +212,65 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
     if recipe.train:
         data["train"] = recipe.train.written()
     if recipe.merge:
-        data["merge"] = recipe.merge.given_options() or True
+        data["merge"] = recipe.merge.options(given_only=True) or True
     if recipe.finish:
         data["finish"] = _listed(recipe.finish)
     if recipe.export:
-        data["export"] = recipe.export.given_options() or True
+        data["export"] = recipe.export.options(given_only=True) or True
     write_text(Path(path), yaml.safe_dump(data, sort_keys=False))
 
 
 def _listed(passes: Sequence[Pass]) -> list[dict[str, Any]]:
-    return [{"pass": p.name, **p.given_options()} for p in passes]
+    return [{"pass": p.name, **p.options(given_only=True)} for p in passes]
+
+
+def wanted_recipe(
+    ctx: click.Context, model: str | None, recipe: Path | None, freeze_base: bool | None, plugins: Plugins
+) -> Recipe:
+    """Model and passes from the command line and a recipe file. The command line wins.
+
+    Args:
+        ctx: context of the command, with the groups of its --pass options.
+        model: MODEL of the command line, or None.
+        recipe: recipe file, or None.
+        freeze_base: value of --freeze-base, None if it is not given.
+        plugins: plugin manager.
+
+    Raises:
+        SurgeryError: the recipe is wrong, or its model is code that the command line does not name.
+        click.UsageError: no model or no pass is given.
+    """
+    given = [find_pass(plugins, name).cls.parse(options) for name, options in ctx.meta.get("groups", [])]
+    read = read_recipe(recipe, plugins) if recipe is not None else Recipe(())
+    if read.later:
+        ignored = ", ".join(read.later)
+        click.echo(
+            f"note: {ignored} of {recipe} {'are' if len(read.later) > 1 else 'is'} ignored here; use surgery run",
+            err=True,
+        )
+    reference = model or read.model
+    if reference is None:
+        raise click.UsageError("no MODEL is given, on the command line or in a recipe; add MODEL")
+    refuse_code(model, reference, recipe)
+    passes = (*read.passes, *given)
+    if not passes:
+        raise click.UsageError("no pass was given; add --pass NAME or --recipe FILE (see `surgery passes`)")
+    chosen = freeze_base if freeze_base is not None else read.freeze_base
+    return Recipe(passes, reference, read.task, read.model_kwargs, chosen)
+
+
+def refuse_code(model: str | None, reference: str, recipe: Path | None) -> None:
+    """Refuse to run code that only a recipe names.
+
+    Args:
+        model: MODEL of the command line, or None.
+        reference: model reference to load, from the command line or the recipe.
+        recipe: recipe file, for the message.
+
+    Raises:
+        SurgeryError: the reference is a `py:` reference and comes from the recipe.
+    """
+    if model is None and reference.startswith("py:"):
+        raise SurgeryError(
+            f"recipe {recipe} names code as its model, {reference}; to run that code, pass it again as MODEL"
+        )

@@ -1,4 +1,4 @@
-"""A page of reference for each pass and each objective, in Markdown, from its docstring and its options."""
+"""Markdown reference pages of passes and objectives, from their docstrings and options."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from surgery.common.files import write_text
 from surgery.common.options import describe_options
 from surgery.common.plugins import Info, Plugins
 from surgery.engine.change.selection import SelectPass
-from surgery.engine.contract.base import GraphPass, RewritePass
+from surgery.engine.contract.base import GraphPass, RewritePass, merges, with_defaults
 from surgery.engine.registry import PassInfo, passes
 from surgery.train.registry import ObjectiveInfo, objectives
 
 
 def page(info: PassInfo) -> str:
-    """What `surgery passes NAME` says, as a page."""
+    """The reference page of a pass, with the same facts as `surgery passes NAME`."""
     cls = info.cls
     facts = []
     if issubclass(cls, SelectPass):
@@ -30,19 +30,19 @@ def page(info: PassInfo) -> str:
             else f"on {', '.join(cls.on)} weights"
         )
         default = f", by default `{cls.default_target}`" if cls.default_target else ""
-        facts.append(f"It acts {where}{default}. At insertion: {cls.numerics}.")
-        facts.append("It merges into the base." if cls.mergeable else "It stays when a program is merged.")
-        if cls.weightable:
+        usual = with_defaults(cls)
+        facts.append(f"It acts {where}{default}. At insertion: {usual.numerics}.")
+        facts.append("It merges into the base." if merges(cls) else "It stays when a program is merged.")
+        if usual.effect.scalable:
             facts.append("It can be weighted.")
     for word, names in (("Needs", cls.requires), ("Comes before", cls.before)):
         if names:
             facts.append(f"{word} {', '.join(f'`{name}`' for name in names)}.")
-    facts += [f"Not with `{name}`: {why}." for name, why in cls.conflicts.items()]
     return _page(info, facts)
 
 
 def objective_page(info: ObjectiveInfo) -> str:
-    """What `surgery objectives NAME` says, as a page."""
+    """The reference page of an objective, with the same facts as `surgery objectives NAME`."""
     cls = info.cls
     facts = [f"The best checkpoint is that of the {'largest' if cls.larger else 'smallest'} {cls.metric}."]
     if cls.guesses:
@@ -72,29 +72,29 @@ def _escape(text: str) -> str:
 
 
 def _index(title: str, registered: Mapping[str, Info[Any]]) -> str:
-    """The list of what is registered, with the first sentence of each."""
+    """An index page: name, link and first sentence of each registered class."""
     rows = [f"# {title}", "", "Written by `make docs` from the docstrings.", ""]
     for info in sorted(registered.values(), key=lambda i: i.name):
         paragraph = inspect.cleandoc(info.cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        first = re.split(r"(?<=[^l]\.) (?=[A-Z`])", paragraph)[0]  # not behind "et al."
+        first = re.split(r"(?<=[^l]\.) (?=[A-Z`])", paragraph)[0]  # do not split after "et al."
         rows.append(f"- [`{info.name}`]({info.name}.md): {first}")
     return "\n".join(rows) + "\n"
 
 
 def pages(plugins: Plugins) -> dict[str, str]:
-    """Every page of a pass by file name, with the list of them."""
+    """File name -> page, for every pass and for the index."""
     found = {f"{info.name}.md": page(info) for info in passes(plugins).values()}
     return {"README.md": _index("Passes", passes(plugins)), **found}
 
 
 def objective_pages(plugins: Plugins) -> dict[str, str]:
-    """Every page of an objective by file name, with the list of them."""
+    """File name -> page, for every objective and for the index."""
     found = {f"{info.name}.md": objective_page(info) for info in objectives(plugins).values()}
     return {"README.md": _index("Objectives", objectives(plugins)), **found}
 
 
 def write_pages(made: Mapping[str, str], folder: Path) -> list[Path]:
-    """Write pages into a folder. Raises SurgeryError where it cannot be written."""
+    """Write pages into a directory and return their paths. Raises SurgeryError if a page cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in made.items():
         write_text(folder / name, text)

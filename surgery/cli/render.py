@@ -1,4 +1,4 @@
-"""How things look in a terminal."""
+"""Text and tables that several commands print."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from surgery.graph.sites import Site
 
 
 def console() -> Console:
-    """A console that never cuts a path short when its output is a pipe."""
+    """A console as wide as the terminal, or 200 columns wide in a pipe, where it must not shorten paths."""
     piped = not sys.stdout.isatty()
     width = 200 if piped else max(shutil.get_terminal_size().columns, 80)
     return Console(width=width, highlight=False, soft_wrap=False)
 
 
 def count(number: int) -> str:
-    """12_345 as 12.3k."""
+    """A number with three digits and a unit: 12_345 is 12.3k."""
     for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.3g}{suffix}"
@@ -34,8 +34,8 @@ def count(number: int) -> str:
 
 
 def outcome(report: PassReport) -> str:
-    """What a pass did to the outputs, in words."""
-    seen, declared = report.observed, report.plan.pass_.contract
+    """The change of the outputs by a pass, in words."""
+    seen, declared = report.observed, report.plan.pass_.numerics
     if seen is None:
         return f"not verified: {report.unverified}"
     if seen.equal:
@@ -48,7 +48,11 @@ def outcome(report: PassReport) -> str:
 
 
 def choices_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What a merge did at each quantized weight, from its journal entry."""
+    """A table of the quantized weights that a merge treated, from its journal entry.
+
+    Args:
+        choices: weight path -> treatment and errors, as `Choice.to_json` gives them.
+    """
     table = Table("weight", "adapters", "error of", "new codes", "corrected", "lost of the adapters")
     for path, choice in choices.items():
         errors = choice["errors"]
@@ -62,25 +66,33 @@ def choices_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def trainable_line(program: Program) -> str:
+    """Parameters of a program: all, trainable, and the trainable share."""
     total, trainable = program.count_parameters()
     share = 100 * trainable / total if total else 0.0
     return f"{total:,} parameters, {trainable:,} trainable ({share:.2f}%)"
 
 
 def note_unfrozen(out: Console, passes: Sequence[Pass], freeze_base: bool | None) -> None:
-    """Say when the pipeline leaves the base training, because the user selects what trains."""
+    """Print a note if the base stays trainable because a pass of the user selects what trains.
+
+    Args:
+        out: console.
+        passes: the applied passes.
+        freeze_base: value of --freeze-base, None if it was not given.
+    """
     selections = [p for p in passes if isinstance(p, SelectPass)]
     settled = any(p.exclusive for p in selections)
     selects = next((p.name for p in selections), None) if not settled else None
     if selects and freeze_base is None and any(isinstance(p, RewritePass) for p in passes):
         out.print(
-            f"note: --pass {selects} says what trains, so the rest of the base does; --freeze-base freezes it first",
+            f"note: because --pass {selects} selects what trains, the base is not frozen and trains too; "
+            f"add --freeze-base to freeze it first",
             style="yellow",
         )
 
 
 def site_row(program: Program, site: Site) -> dict[str, Any]:
-    """One site for machines."""
+    """The facts about a site, JSON-able."""
     return {
         "path": site.path,
         "role": site.role,

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one sentence that names the pass, the site and the remedy."""
+"""Errors that a user can fix. A message is one line: the fault, its place (pass, site, file), and the remedy."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterable
 
 
 class SurgeryError(Exception):
-    """Base of every error that the command line prints as one line with exit code 2."""
+    """Base of all errors of surgery. The command line prints them as one line and exits with code 2."""
 
 
 class LoadError(SurgeryError):
-    """A model reference, file or saved directory could not be read."""
+    """A model reference, a file or a saved directory cannot be read."""
 
 
 class CaptureError(SurgeryError):
-    """A module could not be captured as a graph, or its capture disagrees with eager."""
+    """A module cannot be captured as a graph, or the graph and the eager module give different outputs."""
 
 
 class TargetError(SurgeryError):
-    """A target matches nothing, wholly or in part."""
+    """A target, or a part of it, matches no site."""
 
 
 class PassError(SurgeryError):
-    """A pass is unknown, misconfigured, refused, or breaks its declared numerics."""
+    """A pass is unknown, has wrong options, is refused, or changes outputs more than it declares."""
 
 
 class JournalError(SurgeryError):
@@ -31,15 +31,15 @@ class JournalError(SurgeryError):
 
 
 class ExportError(SurgeryError):
-    """An export failed, or its result does not agree with the program."""
+    """An export failed, or its outputs differ from those of the program."""
 
 
 class TrainingError(SurgeryError):
-    """An objective, its data or a checkpoint is wrong, or training cannot go on."""
+    """An objective, its data or a checkpoint is wrong, or training cannot continue."""
 
 
 class PluginError(SurgeryError):
-    """A plugin is broken, missing, or clashes with another."""
+    """A plugin is broken, missing, or in conflict with another."""
 
 
 class MissingExtraError(SurgeryError):
@@ -50,9 +50,16 @@ class MissingExtraError(SurgeryError):
 
 
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> str:
-    """A clause `; did you mean 'a' or 'b'?`, or an empty string where nothing is near."""
+    """The clause `; did you mean 'a' or 'b'?` for an unknown word, or "" if no candidate is similar.
+
+    Args:
+        word: the unknown word.
+        candidates: known words.
+        count: largest number of suggestions.
+    """
     names = list(dict.fromkeys(candidates))
     close = difflib.get_close_matches(word, names, n=count, cutoff=0.5)
     if not close:
+        # difflib misses a short word inside a long name, such as "mlp" in "decoder.mlp".
         close = [name for name in names if word and word.lower() in name.lower()][:count]
     return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""

@@ -1,4 +1,7 @@
-"""Writing aside and renaming: a path holds either the whole of what was written or what it held before."""
+"""Atomic writes: files are written beside their path and renamed.
+
+A path therefore holds either its old contents or all of its new contents, even if the process is killed.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,23 @@ from safetensors import SafetensorError
 
 from surgery.common.errors import SurgeryError
 
-# One of these is in every directory that a model or an adapter is saved in.
+# Every directory of a saved model or adapter contains one of these. Only such a directory may be overwritten.
 _OURS = ("surgery.json", "config.json", "adapter_config.json", "adapters.json")
 
 
 @contextmanager
 def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh directory beside `path` that takes its place when the block ends without an error.
+    """A context with a new directory that replaces `path` if the block ends without an error.
 
-    Raises SurgeryError where `path` holds something already (unless overwrite), or where it cannot be written.
+    Args:
+        path: directory to write.
+        overwrite: replace what `path` holds.
+
+    Yields:
+        The new directory, in the same parent as `path`.
+
+    Raises:
+        SurgeryError: `path` is in use (see `refuse_taken`) or cannot be written.
     """
     path = Path(path)
     refuse_taken(path, overwrite)
@@ -41,8 +52,15 @@ def staged_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def refuse_taken(path: Path, overwrite: bool) -> None:
-    """Raise SurgeryError where `path` holds something, unless overwrite; and then where what it holds was written
-    neither by surgery nor by transformers."""
+    """Check that a directory may be written to `path`.
+
+    Args:
+        path: directory to write.
+        overwrite: allow a directory that surgery, transformers or PEFT wrote.
+
+    Raises:
+        SurgeryError: `path` exists and is not empty, and `overwrite` is false or other files are there.
+    """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
@@ -50,21 +68,25 @@ def refuse_taken(path: Path, overwrite: bool) -> None:
     if not any((path / name).is_file() for name in _OURS):
         what = "a directory with other files" if path.is_dir() else "a file"
         raise SurgeryError(
-            f"{path} is {what}, which is not replaced by a model's directory; choose another -o"
+            f"{path} is {what} and not a saved model, which --overwrite does not replace; choose another -o"
         )
 
 
 def _replace(stage: Path, path: Path) -> None:
+    # The umask can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     for file in stage.rglob("*"):
         if file.is_file():
-            file.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
+            # safetensors creates files that only their owner may read.
+            file.chmod(0o666 & ~mask)
+            # Contents must be on disk before the rename is, or a crash leaves empty files at `path`.
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
     if not path.exists():
         stage.rename(path)
         return
+    # rename() replaces no directory that has entries, so the old one is moved away first.
     old = path.parent / f".{path.name}.old-{os.getpid()}"
     path.rename(old)
     stage.rename(path)
@@ -72,7 +94,7 @@ def _replace(stage: Path, path: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what a killed process left behind."""
+    """Remove the unfinished directories of processes that were killed."""
     for left in path.parent.glob(f".{path.name}.partial-*"):
         pid = left.name.rpartition("-")[2]
         alive = pid.isdigit() and Path(f"/proc/{pid}").exists()
@@ -82,7 +104,7 @@ def _sweep(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it. Raises SurgeryError where it cannot be written."""
+    """Write a text file atomically. Raises SurgeryError if it cannot be written."""
     stage = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +118,7 @@ def write_text(path: Path, text: str) -> None:
 
 @cache
 def core_version() -> str:
+    """Version of torch-surgery, "" if it is not installed as a distribution."""
     try:
         return metadata.version("torch-surgery")
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The hooks that a plugin may implement. Every one is documented in README.md and tested."""
+"""The hooks that a plugin can implement. README.md documents each hook."""
 
 from __future__ import annotations
 
@@ -12,44 +12,65 @@ hookimpl = pluggy.HookimplMarker("surgery")
 
 @hookspec
 def surgery_passes() -> list[type]:  # type: ignore[empty-body]
-    """Pass classes that this plugin adds."""
+    """Classes of the passes that the plugin adds."""
 
 
 @hookspec
 def surgery_objectives() -> list[type]:  # type: ignore[empty-body]
-    """Classes of objectives that this plugin adds, for `surgery train --objective`."""
+    """Classes of the objectives that the plugin adds for `surgery train --objective`."""
 
 
 @hookspec
 def surgery_weight_ops() -> dict[Any, Any]:  # type: ignore[empty-body]
-    """Ops that hold a weight: torch op overload -> `surgery.api.WeightOp`. Adapters then work on them."""
+    """Ops with a weight: torch op overload -> `surgery.api.WeightOp`. Adapters can then be applied to these ops."""
 
 
 @hookspec
 def surgery_onnx_lowerings() -> dict[Any, Any]:  # type: ignore[empty-body]
-    """How custom ops are written in ONNX: torch op overload -> onnxscript function."""
+    """ONNX forms of custom ops: torch op overload -> onnxscript function."""
 
 
 @hookspec(firstresult=True)
 def surgery_load_model(ref: str, options: Any) -> Any:
-    """A `surgery.api.LoadedModel` for a reference of yours, or None to let another plugin try."""
+    """The model of a reference with the plugin's own scheme.
+
+    Args:
+        ref: model reference, such as "myhub:name".
+        options: a `surgery.api.LoadOptions`.
+
+    Returns:
+        A `surgery.api.LoadedModel`, or None if the reference is not the plugin's; the next plugin is then asked.
+    """
 
 
 @hookspec
 def surgery_commands(cli: Any) -> None:
-    """Add click commands to the command line's group."""
+    """Add click commands to the group of the command line.
+
+    The hook is called when a command needs plugins, so the commands work but `surgery --help` does not list them. To be
+    listed, declare a command as an entry point of group `surgery.commands` instead: the name of the entry point is that
+    of the command, its value a `click.Command`. No plugin can replace a built-in command.
+
+    Args:
+        cli: the `click.Group` of `surgery`.
+    """
 
 
 @hookspec
 def surgery_after_pass(program: Any, result: Any) -> None:
-    """Called after every applied pass with the new program and its PassReport; raise a SurgeryError to refuse it."""
+    """Called after every applied pass. Raise a SurgeryError to refuse the result.
+
+    Args:
+        program: program with the pass.
+        result: `surgery.api.PassReport` of the pass.
+    """
 
 
 @hookspec
 def surgery_writers() -> dict[str, Any]:  # type: ignore[empty-body]
-    """Formats that a program can be written in: name -> function (program, path, **options)."""
+    """Output formats: name -> function (program, path, **options) that writes a program."""
 
 
 @hookspec(firstresult=True)
 def surgery_live(program: Any) -> Any:
-    """The base's own module with the program's passes in place, or None to let another plugin answer."""
+    """The live module of the base with the passes of `program`, or None if another plugin is to make it."""

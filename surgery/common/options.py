@@ -1,4 +1,4 @@
-"""What a user configures by name: a frozen pydantic model whose fields are its options."""
+"""Classes with options, such as passes and objectives: frozen pydantic models whose fields are the options."""
 
 from __future__ import annotations
 
@@ -11,53 +11,59 @@ from surgery.common.errors import SurgeryError, nearest
 
 
 class Configured(BaseModel):
-    """Unknown options are refused; instances are immutable and hashable.
+    """Base of classes with options. Unknown options are refused; instances are immutable and hashable.
 
-    kind: what a message calls it. failure: what a wrong option raises.
+    Attributes:
+        name: name on the command line and in recipes.
+        _kind: noun for the class in messages, such as "pass".
+        _failure: exception for a wrong option.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    kind: ClassVar[str] = ""
-    failure: ClassVar[type[SurgeryError]] = SurgeryError
+    _kind: ClassVar[str] = ""
+    _failure: ClassVar[type[SurgeryError]] = SurgeryError
     name: ClassVar[str] = ""
 
-    def options(self) -> dict[str, Any]:
-        """Every option, JSON-able: what is kept must not depend on what a later version has for a default."""
-        return self.model_dump(mode="json", by_alias=True)
+    def options(self, given_only: bool = False) -> dict[str, Any]:
+        """The options by name, JSON-able.
 
-    def given_options(self) -> dict[str, Any]:
-        """Options that differ from their defaults, JSON-able: what a person writes in a recipe."""
-        return self.model_dump(mode="json", exclude_defaults=True, by_alias=True)
+        A journal stores all of them, since a later version may have other defaults.
+
+        Args:
+            given_only: only options that differ from their defaults, as a person writes them in a recipe.
+        """
+        return self.model_dump(mode="json", exclude_defaults=given_only, by_alias=True)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> Self:
-        """An instance from untrusted options; `failure` in one sentence for an unknown or wrong one."""
-        title = f"{cls.kind} {cls.name!r}" if cls.name else cls.kind
+        """Make an instance from untrusted options. Raises `_failure` for an unknown or wrong option."""
+        title = f"{cls._kind} {cls.name!r}" if cls.name else cls._kind
         try:
             return cls.model_validate(dict(options))
         except ValidationError as error:
             problem = error.errors()[0]
-            if not problem["loc"]:  # what a validator says of several options together
-                raise cls.failure(f"{title}: {problem['msg'].removeprefix('Value error, ')}") from None
+            # A validator of the whole class, which checks several options together, has no location.
+            if not problem["loc"]:
+                raise cls._failure(f"{title}: {problem['msg'].removeprefix('Value error, ')}") from None
             field = ".".join(part for part in problem["loc"] if isinstance(part, str))
             flag = "--" + field.replace("_", "-")
             if problem["type"] == "extra_forbidden":
                 known = [f.alias or n for n, f in cls.model_fields.items()]
                 hint = nearest(field, known) or f"; it has {', '.join(sorted(known))}"
-                raise cls.failure(f"{title} has no option {flag}{hint}") from None
+                raise cls._failure(f"{title} has no option {flag}{hint}") from None
             shown = problem.get("input")
             if field == "as":
-                raise cls.failure(
-                    f"{title}: --as {shown!r} is no name; use letters, digits, - and _"
+                raise cls._failure(
+                    f"{title}: --as {shown!r} is not a valid name; use letters, digits, - and _"
                 ) from None
             said = problem["msg"].removeprefix("Value error, ")
             said = said if said != problem["msg"] else said.lower()
-            raise cls.failure(f"{title}: {flag} is {shown!r}: {said}") from None
+            raise cls._failure(f"{title}: {flag} is {shown!r}: {said}") from None
 
 
 def describe_options(configured: type[Configured]) -> list[dict[str, Any]]:
-    """The options from its schema: name, type, default, description."""
+    """The options of a class: a row with option, type, default, required and description for each field."""
     rows = []
     for name, info in configured.model_fields.items():
         annotation = info.annotation

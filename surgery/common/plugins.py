@@ -1,4 +1,7 @@
-"""Plugin managers: built-ins and entry points through the same hooks, with no global state."""
+"""Plugin managers. Built-in and installed plugins use the same hooks.
+
+A manager has no global state: every program keeps the manager that it was loaded with.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from surgery.common.options import Configured
 
 GROUP = "surgery"
 CORE = "torch-surgery"
-# Built-in plugins are named, not imported: this module lies below all of them. They load when a manager is made.
+# Built-in plugins are listed by name, because this module is below them in the layers. A new manager imports them.
 DEFAULT_PLUGINS = (
     "surgery.graph.ops",
     "surgery.capture.loaders",
@@ -34,7 +37,7 @@ T = TypeVar("T", bound=type[Configured])
 
 @dataclass(frozen=True)
 class Info(Generic[T]):
-    """A registered class and the distribution that it comes from."""
+    """A registered class and the distribution that registers it."""
 
     cls: T
     distribution: str
@@ -47,7 +50,13 @@ class Info(Generic[T]):
 
 @dataclass
 class Plugins:
-    """A plugin manager with its registries. broken: entry point -> why it could not be loaded."""
+    """A plugin manager with its registries.
+
+    Attributes:
+        manager: the pluggy manager.
+        distributions: plugin name -> name and version of its distribution.
+        broken: entry point that cannot be loaded -> reason.
+    """
 
     manager: pluggy.PluginManager
     distributions: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -59,18 +68,18 @@ class Plugins:
         return self.manager.hook
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """make(), kept under the key for the life of this manager: a registry is read from the hooks once."""
+        """The result of `make()`, computed at the first call for a key and kept as long as the manager."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def named(self, hook: str, base: T, plural: str) -> dict[str, Info[T]]:
-        """Classes that all plugins return for a hook, by name.
+        """Classes that all plugins return for a hook: name -> class and distribution.
 
         Args:
             hook: name of the hook.
-            base: class that each of them must derive from.
-            plural: word for several of them in messages.
+            base: class that each must derive from.
+            plural: noun for such classes in messages.
 
         Raises:
             PluginError: a plugin returns something else, or two distributions register one name.
@@ -81,7 +90,7 @@ class Plugins:
             for cls in list(self.call(impl)):
                 if not (isinstance(cls, type) and issubclass(cls, base) and cls.name):
                     raise PluginError(
-                        f"plugin {distribution!r} registers {cls!r}, which is no {base.kind} with a name"
+                        f"plugin {distribution!r} registers {cls!r}, which is not a {base._kind} class with a name"
                     )
                 other = found.get(cls.name)
                 if other is not None:
@@ -94,11 +103,11 @@ class Plugins:
 
     @cached_property
     def writers(self) -> dict[str, Callable[..., Any]]:
-        """Functions (program, path, **options) that write a program, by the name of their format."""
+        """Format -> function (program, path, **options) that writes a program."""
         return self._table("surgery_writers")
 
     def writer(self, format: str) -> Callable[..., Any]:
-        """The writer of a format. Raises PluginError with the nearest names."""
+        """The writer of a format. Raises PluginError, with similar names, if there is none."""
         if format not in self.writers:
             hint = nearest(format, self.writers) or f"; there are {', '.join(sorted(self.writers))}"
             raise PluginError(f"no plugin writes the format {format!r}{hint}")
@@ -106,22 +115,23 @@ class Plugins:
 
     @cached_property
     def weight_ops(self) -> dict[Any, Any]:
-        """Ops that hold a weight: torch op -> `surgery.graph.ops.WeightOp`."""
+        """Ops with a weight: torch op -> `surgery.graph.ops.WeightOp`."""
         return self._table("surgery_weight_ops")
 
     @cached_property
     def lowerings(self) -> dict[Any, Any]:
+        """ONNX forms of ops: torch op -> onnxscript function."""
         return self._table("surgery_onnx_lowerings")
 
     def _table(self, hook: str) -> dict[Any, Any]:
-        """What all plugins give, a later one's word before an earlier one's."""
+        """The tables that all plugins return for a hook, merged. A later plugin overrides an earlier one."""
         merged: dict[Any, Any] = {}
         for impl in self.implementations(hook):
             merged.update(self.call(impl))
         return merged
 
     def implementations(self, hook: str) -> list[Any]:
-        """A hook's implementations, built-ins first."""
+        """The implementations of a hook, built-in ones first."""
         return list(getattr(self.manager.hook, hook).get_hookimpls())
 
     def distribution_of(self, impl: Any) -> tuple[str, str]:
@@ -129,7 +139,15 @@ class Plugins:
         return self.distributions.get(impl.plugin_name, (impl.plugin_name, ""))
 
     def call(self, impl: Any, **arguments: Any) -> Any:
-        """What one implementation returns. Raises PluginError with its distribution where it fails."""
+        """The result of one implementation of a hook.
+
+        Args:
+            impl: implementation, from `implementations`.
+            **arguments: arguments of the hook; the implementation gets those that it declares.
+
+        Raises:
+            PluginError: the implementation fails with anything but a SurgeryError; the message names its distribution.
+        """
         try:
             return impl.function(*(arguments[name] for name in impl.argnames))
         except SurgeryError:
@@ -143,9 +161,15 @@ class Plugins:
 
 
 def make_plugin_manager(entry_points: bool = True, plugins: tuple[Any, ...] = ()) -> Plugins:
-    """A manager with the built-ins, the installed entry points of group `surgery` and the given plugins.
+    """Make a plugin manager with the built-in plugins, installed plugins and given plugins.
 
-    Entry points load one at a time: a broken one is remembered in `broken`, and the rest work.
+    Args:
+        entry_points: load the installed entry points of group `surgery`. One that cannot be loaded is listed in
+            `Plugins.broken`, and the others still work.
+        plugins: further plugins, objects or modules with hook implementations.
+
+    Raises:
+        pluggy.PluginValidationError: one of `plugins` implements an unknown hook.
     """
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hooks)
@@ -175,8 +199,10 @@ def _load_entry_points(found: Plugins) -> None:
         title = f"{distribution} ({point.value})"
         plugin = None
         try:
+            # Any exception may come from a plugin's import. It must not stop the other plugins.
             plugin = point.load()
             name = found.manager.register(plugin, name=f"{distribution}:{point.name}")
+            # Finds misspelt hooks while it is known which plugin has them.
             found.manager.check_pending()
             found.distributions[name or point.name] = (distribution, _version(distribution))
         except Exception as error:

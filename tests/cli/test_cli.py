@@ -154,7 +154,7 @@ BAD = {
     "no pass": (apply(), "no pass was given"),
     "no value": (("plan", ATTENTION, "--pass", "lora", "--target"), "--target needs a value"),
     "unknown command": (("aply",), "there is no command 'aply'; did you mean 'apply'"),
-    "no such reference": (("inspect", "nope"), "is no model reference; use hf:DIR"),
+    "no such reference": (("inspect", "nope"), "is not a model reference; use hf:DIR"),
     "no such scheme": (("inspect", "hff:x"), "did you mean 'hf:'?"),
     "no such directory": (("inspect", "hf:/nonexistent"), "there is no directory /nonexistent"),
     "no such timm model": (("inspect", "timm:resnet18x"), "did you mean 'resnet18'"),
@@ -258,7 +258,7 @@ def test_overwrite_spares_what_is_not_ours(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main([*request, str(tmp_path / name)])
         assert stop.value.code == 2
-        assert f"is {what}, which is not replaced" in capsys.readouterr().err
+        assert f"is {what} and not a saved model" in capsys.readouterr().err
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "secret"
     assert (tmp_path / "note.txt").read_text() == "hello"
 
@@ -269,7 +269,7 @@ def test_a_recipe_runs_no_code_of_its_own(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["apply", "--recipe", str(recipe), "-o", str(tmp_path / "out")])
     assert stop.value.code == 2
-    assert "name it again as MODEL" in capsys.readouterr().err
+    assert "pass it again as MODEL" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -277,4 +277,5 @@ def test_pass_options_before_the_pass(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["plan", ATTENTION, "--target", "attn.*", "--pass", "lora"])
     assert stop.value.code == 2
-    assert "--target stands before any --pass" in capsys.readouterr().err
+    said = "--target stands before the first --pass; put the options of a pass after its --pass NAME"
+    assert said in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery.api import make_plugin_manager
+from surgery.api.programs import make_plugin_manager
 from surgery.cli.reference import objective_pages, pages
 
 DOCS = Path(__file__).parents[2] / "docs"

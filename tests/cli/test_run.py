@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import surgery
-from surgery.api import make_plugin_manager
+from surgery.api.programs import make_plugin_manager
 from surgery.cli import main
 from surgery.cli.recipe import read_recipe, write_recipe
 from surgery.common.errors import SurgeryError
@@ -55,13 +55,13 @@ def test_from_base_to_onnx_with_a_stop_between(recipe, tmp_path, capsys, monkeyp
         patch.setattr(Program, "export", full)
         line = run(capsys, path, "-o", out, code=2)
     assert "the disk is full (finished in" in line
-    assert "adapted, trained, merged, finished; --resume goes on)" in line
+    assert "adapted, trained, merged, finished; continue with --resume)" in line
     assert not (out / "lm.onnx").exists()
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
     line = run(capsys, path, "-o", out, code=2)
-    assert "holds a run; --resume goes on, --overwrite begins anew" in line
+    assert "holds an earlier run; use --resume to continue it, or --overwrite to start again" in line
     line = run(capsys, recipe(merge=None), "-o", out, "--resume", code=2)
-    assert "was begun with another recipe" in line
+    assert "was started with another recipe" in line
 
     found = json.loads(run(capsys, recipe(), "-o", out, "--resume", "--json").splitlines()[-1])
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
@@ -82,17 +82,17 @@ def test_from_base_to_onnx_with_a_stop_between(recipe, tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"train": {**TRAIN, "data": "nowhere.jsonl"}}, "nowhere.jsonl: there is no such file"),
+        ({"train": {**TRAIN, "data": "nowhere.jsonl"}}, "nowhere.jsonl does not exist"),
         ({"train": {"objective": "causal", "data": "x"}}, "causal"),
-        ({"train": {"objective": "causal-lm"}}, "'train': 'data' is a file or a directory"),
+        ({"train": {"objective": "causal-lm"}}, "'train': 'data' is missing or invalid"),
         ({"train": {**TRAIN, "data": "x.txt", "rate": 1}}, "'train': training has no option --rate"),
         ({"train": ["sft"]}, "'train' must be a mapping"),
         (
             {"train": {**TRAIN, "data": {"a": "x.txt"}}},
-            "'data' names data sets, and objective 'causal-lm' reads one",
+            "'data' names data sets, but objective 'causal-lm' reads one",
         ),
         ({"merge": {"quantised": "auto"}}, "recipe's merge has no option --quantised"),
-        ({"export": {"file": "../x.onnx"}}, "is to be a name in the directory of the run"),
+        ({"export": {"file": "../x.onnx"}}, "must be a name in the directory of the run"),
         ({"export": 3}, "'export' must be a mapping of options, or true"),
         ({"finish": [{"format": "int8"}]}, "pass 1 of 'finish' must be a mapping with a 'pass' name"),
     ],
@@ -119,7 +119,7 @@ def test_what_is_there_is_not_replaced(recipe, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     line = run(capsys, recipe(), "-o", tmp_path / "out", "--overwrite", code=2)
-    assert "is no earlier run; choose another -o" in line
+    assert "is not an earlier run; choose another -o" in line
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 

@@ -216,7 +216,7 @@ def test_a_taken_path_is_left_alone(adapted, tmp_path):
     (taken / "mine.txt").write_text("mine")
     with pytest.raises(SurgeryError, match="exists; choose another -o, or pass --overwrite"):
         adapted.save(taken)
-    with pytest.raises(SurgeryError, match="a directory with other files, which is not replaced"):
+    with pytest.raises(SurgeryError, match="a directory with other files and not a saved model"):
         adapted.save(taken, overwrite=True)
     assert [file.name for file in taken.iterdir()] == ["mine.txt"]
     adapted.save(tmp_path / "again")

@@ -241,7 +241,7 @@ def test_from_the_command_line(tmp_path, capsys):
         (("--method", "ties_svd", "--density", "2"), "--density 2.0 is no fraction"),
         (("--weight", "film=1"), "named twice"),
         (("--majority", "frequency"), "svd elects no sign"),
-        (("--as", "a b/c"), "--as 'a b/c' is no name; use letters"),
+        (("--as", "a b/c"), "--as 'a b/c' is not a valid name; use letters"),
         (("--weight", "lora:news=1"), "named twice"),
         (("--weight", "nws=1"), "no pass 'nws'"),
     ):

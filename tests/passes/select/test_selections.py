@@ -408,7 +408,7 @@ def test_trained_weights_without_an_adapter_become_a_transformers_directory(tmp_
                 parameter.add_(0.01)
     trained.save(tmp_path / "trained")
     said = surgery_("merge", tmp_path / "trained", "--format", "hf", "-o", tmp_path / "hf")
-    assert "no adapter to fold; the base's weights as they were trained" in said
+    assert "no adapter to fold; the weights of the base are kept as trained" in said
     again = surgery.load(f"hf:{tmp_path / 'hf'}")
     assert torch.equal(
         again.run(*trained.example_inputs[0], **trained.example_inputs[1])["logits"], trained.run()["logits"]

@@ -1,0 +1,128 @@
+"""Reads values of command-line options: models, input tensors, and weights of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from surgery.common.errors import SurgeryError, nearest
+from surgery.common.plugins import Plugins
+from surgery.engine.probe import InputSet
+from surgery.engine.program import Program
+from surgery.store.load import load
+
+if TYPE_CHECKING:
+    from surgery.cli.recipe import Recipe
+
+
+def make_loader(
+    plugins: Plugins,
+    *,
+    task: str | None,
+    model_kwargs: Sequence[str],
+    examples: Sequence[str],
+    trust: bool,
+    base: str | None,
+    seed: int,
+) -> Callable[..., Program]:
+    """A function `loader(ref, recipe=None)` that loads a program with the options of a command.
+
+    Args:
+        plugins: plugin manager of the program.
+        task: task name for transformers; a recipe's task is used if this is None.
+        model_kwargs: NAME=VALUE texts, arguments of the model's constructor. They override those of a recipe.
+        examples: DIM=SIZE texts, sizes of the example inputs.
+        trust: allow files that can run code when they are read.
+        base: reference of the base of a saved directory.
+        seed: seed of weights that no file contains, such as a new head.
+
+    Returns:
+        The loader. It raises SurgeryError for a wrong option or a model that cannot be loaded.
+    """
+
+    def loader(ref: str, recipe: Recipe | None = None) -> Program:
+        given = dict(_pair(text, "--model-kwarg") for text in model_kwargs)
+        sizes = dict(_pair(text, "--example") for text in examples)
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise SurgeryError(f"--example {name}={size}: the size must be a positive integer")
+        # Weights that no file contains (a new head, a timm model) must be the same in every command.
+        torch.manual_seed(seed)
+        chosen = task or (recipe.task if recipe else None)
+        merged = {**(recipe.model_kwargs if recipe else {}), **given}
+        program = load(
+            ref, task=chosen, model_kwargs=merged, trust=trust, base=base, example=sizes, plugins=plugins
+        )
+        # The library gives these notes as Python warnings, which the command line silences.
+        for note in program.base.captured.notes:
+            click.echo(f"note: {note}", err=True)
+        return program
+
+    return loader
+
+
+def read_data(program: Program, files: Sequence[Path]) -> list[InputSet]:
+    """One input set from each file of named tensors. The files (.safetensors, .npz) cannot contain code.
+
+    Raises:
+        SurgeryError: the program takes positional inputs, a file cannot be read, or its names do not match the inputs.
+    """
+    args, kwargs = program.example_inputs
+    if files and args:
+        raise SurgeryError(
+            "--data gives inputs by name, but this model takes positional inputs; "
+            "use apply(…, data=[(args, kwargs)]) from Python"
+        )
+    sets: list[InputSet] = []
+    for path in files:
+        found = _read_tensors(path)
+        for name in found:
+            if name not in kwargs:
+                raise SurgeryError(f"{path}: the model has no input {name!r}{nearest(name, kwargs)}")
+        missing = next((name for name in kwargs if name not in found), None)
+        if missing:
+            raise SurgeryError(f"{path} lacks the input {missing!r}; it needs {', '.join(kwargs)}")
+        sets.append(((), {name: found[name].to(kwargs[name].dtype) for name in kwargs}))
+    return sets
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise SurgeryError(f"--data {path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix == ".npz":
+            with numpy.load(path, allow_pickle=False) as archive:
+                return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except Exception as error:
+        raise SurgeryError(f"--data {path} cannot be read: {str(error).splitlines()[0]}") from None
+    raise SurgeryError(f"--data {path}: give a .safetensors or .npz file of tensors by input name")
+
+
+def read_weights(given: Sequence[str]) -> dict[str, float]:
+    """Adapter name -> weight, from NAME=W texts. Raises SurgeryError for a weight that is not a number."""
+    chosen = dict(_pair(text, "--weight") for text in given)
+    for name, weight in chosen.items():
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool):
+            raise SurgeryError(f"--weight {name}={weight}: the weight must be a number")
+    return chosen
+
+
+def _pair(text: str, option: str) -> tuple[str, Any]:
+    """NAME=VALUE as a name and a YAML value."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise SurgeryError(f"{option} {text!r}: write NAME=VALUE")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name, value
