@@ -1,4 +1,4 @@
-"""The base of a program: the captured model as it was, which nothing ever changes."""
+"""The base of a program: the captured model in its original state. No pass changes it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,18 @@ from surgery.graph.view import View
 class Base:
     """A captured model.
 
-    loaded: module and inputs. captured: its eval graph. ref, options: how to find it again ("" for a module
-    given from Python). in_memory: False where the weights are fake. consumed: merged in place. released: names of
-    weights that were given back to the system. shells: the parameters that programs made over the memory of a base
-    weight, by its name and their id, while they live. hindrance: why a site cannot be rewritten although a pass
-    accepts it (in a live module), or None.
+    Attributes:
+        loaded: The module and its example inputs.
+        captured: Its eval graph.
+        plugins: The plugin manager.
+        ref: Reference to load the model again; "" for a module given from Python.
+        options: Options to load it again.
+        consumed: True once adapters have been merged into the base's own storage.
+        released: Names of weights whose memory has been freed.
+        shells: Parameters that programs created over the memory of a base weight, by (name of the weight, id of the
+            parameter), as long as they are alive.
+        hindrance: Function that returns the reason why a site cannot be rewritten although the pass accepts it, or
+            None; set for live modules.
     """
 
     loaded: LoadedModel
@@ -46,7 +53,7 @@ class Base:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Every parameter and buffer, by every name it has."""
+        """Every parameter and buffer by name; a tied tensor is listed under each of its names."""
         found: dict[str, Tensor] = dict(self.loaded.module.named_parameters(remove_duplicate=False))
         gm = self.captured.graph_module
         found.update(self.loaded.module.named_buffers(remove_duplicate=False))
@@ -55,7 +62,8 @@ class Base:
             *gm.named_buffers(remove_duplicate=False),
         ]:
             found.setdefault(name, tensor)
-        for node in gm.graph.nodes:  # lifted constants that are plain attributes
+        # Lifted constants are plain attributes, which named_buffers does not list.
+        for node in gm.graph.nodes:
             if node.op == "get_attr" and node.target not in found:
                 value = attrgetter(node.target)(gm)
                 if isinstance(value, Tensor):
@@ -64,13 +72,13 @@ class Base:
 
     @cached_property
     def non_persistent(self) -> frozenset[str]:
-        """Buffers that a state dict leaves out, and lifted constants."""
+        """Names of non-persistent buffers and lifted constants, which a state dict does not contain."""
         kept = set(self.loaded.module.state_dict(keep_vars=True))
         return frozenset(name for name in self.tensors if name not in kept)
 
     @cached_property
     def names(self) -> dict[str, tuple[str, ...]]:
-        """Parameter name -> all names of that tensor, itself included."""
+        """Parameter name -> all names of that tensor, including this one."""
         groups: dict[int, list[str]] = defaultdict(list)
         for name, tensor in self.tensors.items():
             if isinstance(tensor, nn.Parameter):
@@ -79,7 +87,7 @@ class Base:
 
     @cached_property
     def fresh(self) -> tuple[str, ...]:
-        """Parameters that the checkpoint did not hold, such as a new head; none where there is no checkpoint."""
+        """Parameters missing from the checkpoint, such as a new head; empty if the model has no checkpoint."""
         made = self.loaded.unsourced if self.loaded.files else frozenset()
         return tuple(n for n, group in self.names.items() if n == group[0] and not made.isdisjoint(group))
 
@@ -95,40 +103,48 @@ class Base:
 
     @property
     def roles(self) -> dict[SiteKey, str]:
+        """Role of each site of the base graph."""
         return {site.key: site.role for site in self.sites}
 
     @property
     def parts(self) -> dict[SiteKey, Mapping[str, tuple[int, ...]]]:
+        """Output features of each part of the fused projections, by site; empty for other sites."""
         return {site.key: site.parts for site in self.sites}
 
     @property
     def in_memory(self) -> bool:
+        """False if the weights are meta or fake tensors."""
         return not any(
             t.is_meta or isinstance(t, torch._subclasses.FakeTensor) for t in self.tensors.values()
         )
 
     def train_capture(self) -> Captured:
-        """The graph in train mode, made once. Raises CaptureError where it cannot be made."""
+        """The graph captured in train mode; captured once.
+
+        Raises:
+            CaptureError: The model cannot be captured in train mode.
+        """
         if self._train is None:
             self._train = trace(self.loaded, training=True)
         return self._train
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """sha256 of every file that gave the weights and the configuration, by file name."""
+        """sha256 of every file that the weights and the configuration were read from, by file name."""
         return {path.name: sha256(path) for path in self.loaded.files}
 
     @cached_property
     def graph_hash(self) -> str:
-        """A hash of the graph that does not depend on node names, symbols or weights."""
+        """Hash of the captured graph, independent of node names, symbols and weights."""
         return hash_graph(self.captured.graph)
 
     def site_table(self) -> list[list[Any]]:
-        """What a saved directory keeps, to say which sites differ when the hash does."""
+        """Summary of all sites for saved directories: it identifies the sites that differ if the hash differs."""
         return [[s.key.owner, s.kind, list(s.shape), str(s.dtype), len(s.calls)] for s in self.sites]
 
 
 def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -136,8 +152,8 @@ def sha256(path: Path) -> str:
 def hash_graph(graph: fx.Graph) -> str:
     """sha256 over ops, arguments and wiring.
 
-    Nodes are hashed by what they are computed from, not by their place: some models iterate over sets, and are
-    traced in another order by every process. Only ops with effects are hashed in order.
+    The hash of a node depends on its inputs, not on its position: models that iterate over sets are traced in a
+    different order by every process. Only ops with side effects are hashed in order.
     """
     known: dict[fx.Node, str] = {}
     effects = ""
@@ -146,11 +162,11 @@ def hash_graph(graph: fx.Graph) -> str:
             continue
         wired = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
         line = f"{node.op}|{_target(node)}|{wired}"
-        acts = writes(node)
-        if acts:
+        has_effect = writes(node)
+        if has_effect:
             line += effects
         known[node] = hashlib.sha256(line.encode()).hexdigest()
-        if acts:
+        if has_effect:
             effects = known[node]
     return hashlib.sha256("\n".join(sorted(known.values())).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""`surgery diff A B`: what was added, removed and rewired, node by node."""
+"""`surgery diff A B`: nodes that were added, removed or rewired, and weights that differ."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ import torch
 from torch import fx
 
 from surgery.engine.program import Program
-from surgery.graph.marks import META
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import module_path
 
 
 @dataclass(frozen=True)
 class NodeChange:
-    """change: "+" (only in B), "-" (only in A) or "~" (in both, with other inputs)."""
+    """A node that differs between programs A and B.
+
+    Attributes:
+        change: "+" (only in B), "-" (only in A) or "~" (in both, with different inputs).
+        node: Name of the node.
+        op: Its op.
+        module: Path of the module it belongs to, or the name of the tensor it reads.
+        shape: Shape of its value, or "".
+        by: Id of the journal entry that inserted it, or "".
+        was: Its inputs in A, for "~".
+        now: Its inputs in B, for "~".
+    """
 
     change: str
     node: str
@@ -31,7 +42,13 @@ class NodeChange:
 
 @dataclass(frozen=True)
 class Difference:
-    """Nodes that differ in graph order, and tensors whose bits differ, by name."""
+    """Differences of two programs.
+
+    Attributes:
+        nodes: Nodes that differ, in graph order.
+        weights: Names of the tensors whose bits differ.
+        total: Number of nodes in each program.
+    """
 
     nodes: tuple[NodeChange, ...]
     weights: tuple[str, ...]
@@ -39,7 +56,7 @@ class Difference:
 
 
 def diff(a: Program, b: Program) -> Difference:
-    """Compare two programs; nodes are paired by (module path, op, ordinal)."""
+    """Compare two programs. Nodes are paired by (module path, op, ordinal)."""
     left, right = dict(_keyed(a.graph)), dict(_keyed(b.graph))
     left_key = {node: key for key, node in left.items()}
     right_key = {node: key for key, node in right.items()}
@@ -64,9 +81,8 @@ def _keyed(graph: fx.Graph) -> Iterator[tuple[Any, fx.Node]]:
     for node in graph.nodes:
         if node.op == "get_attr" and not node.users:
             continue
-        mark = node.meta.get(META, {})
         name = node.target if node.op in ("get_attr", "placeholder") else module_path(node)
-        key = (node.op, name, str(node.target), mark.get("entry", ""))
+        key = (node.op, name, str(node.target), mark_of(node).entry)
         seen[key] += 1
         yield (*key, seen[key]), node
 
@@ -75,9 +91,8 @@ def _change(kind: str, node: fx.Node, was: str = "", now: str = "") -> NodeChang
     value = node.meta.get("val")
     shape = "×".join(str(s) for s in value.shape) if isinstance(value, torch.Tensor) else ""
     op = str(node.target).removesuffix(".default") if node.op == "call_function" else node.op
-    mark = node.meta.get(META, {})
     where = str(node.target) if node.op == "get_attr" else module_path(node)
-    return NodeChange(kind, node.name, op, where, shape, mark.get("entry", ""), was, now)
+    return NodeChange(kind, node.name, op, where, shape, mark_of(node).entry, was, now)
 
 
 def _weights(a: Program, b: Program) -> Iterator[str]:

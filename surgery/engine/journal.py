@@ -1,4 +1,4 @@
-"""The journal: what was decided, in the order it was done. Replaying it never draws or recomputes anything."""
+"""The journal: the applied passes with their decisions, in order. A replay draws no random numbers and measures nothing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.common.errors import JournalError, nearest
+from surgery.engine.schema import check_entry
 from surgery.graph.sites import SiteKey
 
 
 @dataclass(frozen=True)
 class SiteRecord:
-    """One rewritten site: its key, what was decided there, and tensor of the pass -> name in the program.
+    """One rewritten site.
 
-    What it has decided under "reads" are the names of tensors that it is made from.
+    Attributes:
+        key: Key of the site.
+        path: Path of the site, for messages.
+        decided: Decisions of the pass at the site, JSON-able. "reads" names the tensors that the rewrite reads besides
+            the site's own weight.
+        tensors: Name of a tensor in the pass -> its name in the program.
     """
 
     key: SiteKey
@@ -25,7 +31,7 @@ class SiteRecord:
 
     @property
     def stands_on(self) -> set[str]:
-        """Names without which it cannot be replayed."""
+        """Names of the tensors that must exist for the record to be replayed."""
         return {self.key.owner, *self.decided.get("reads", {}).values()}
 
 
@@ -33,10 +39,26 @@ class SiteRecord:
 class Entry:
     """One application of one pass.
 
-    kind: "rewrite", "select" or "merge". auto: added by the pipeline, not by the user. trains: parameter name
-    -> trains. rates, windows, unit, masks: see Selection; masks names the tensors that hold them. before: of
-    what it makes train and had been trained before, the tensors that hold what it was. limits: new upper bounds of
-    dynamic dimensions. weight: 1 as trained, 0 left out. numerics: declared and observed.
+    Attributes:
+        id: Unique name in the journal, such as "lora" or "lora:film".
+        pass_name: Name of the pass.
+        kind: "rewrite", "select" or "merge".
+        distribution: Python distribution that provides the pass.
+        distribution_version: Its version.
+        version: Version of the data that the pass stores.
+        options: Options of the pass, JSON-able.
+        sites: Rewritten sites.
+        trains: Parameter name -> True if it trains from here on, False if it is frozen.
+        rates: Parameter name -> learning rate relative to the optimizer's, see Selection.
+        windows: Parameter name -> training window [first, last), see Selection.
+        unit: Unit of the windows, "step" or "epoch".
+        masks: Parameter name -> name of the tensor with its gradient mask, see Selection.
+        before: Parameter name -> name of the tensor with its value before this entry made it trainable. Only for
+            parameters that had been trained by then.
+        limits: New upper bounds of dynamic dimensions, by dimension name.
+        numerics: Declared and observed change of the outputs.
+        weight: Scale of the application: 1 as trained, 0 left out.
+        auto: True if the pipeline added the entry, not the user.
     """
 
     id: str
@@ -60,14 +82,17 @@ class Entry:
 
     @property
     def label(self) -> str:
+        """User-defined label of the application, or ""."""
         return self.id.partition(":")[2]
 
     @property
     def tensor_names(self) -> list[str]:
+        """Names of all tensors that the entry added to the program, including masks and earlier values."""
         own = (name for record in self.sites for name in record.tensors.values())
         return list(dict.fromkeys([*own, *self.masks.values(), *self.before.values()]))
 
     def to_json(self) -> dict[str, Any]:
+        """The entry as JSON-able data."""
         return {
             "id": self.id,
             "pass": self.pass_name,
@@ -99,6 +124,11 @@ class Entry:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Entry:
+        """The entry of data that `to_json` returned, now or in an earlier version.
+
+        Raises:
+            JournalError: A field is missing or has the wrong type.
+        """
         try:
             return Entry(
                 id=str(data["id"]),
@@ -146,12 +176,14 @@ class Journal:
         return len(self.entries)
 
     def add(self, *entries: Entry) -> Journal:
+        """The journal with entries appended."""
         return Journal(self.entries + entries)
 
     def find(self, name: str) -> list[Entry]:
-        """Entries by id ("lora:film"), label ("film") or pass name ("lora": all of them).
+        """Entries by id ("lora:film"), label ("film") or pass name ("lora": every application of it).
 
-        Raises JournalError with the nearest names where there is none.
+        Raises:
+            JournalError: No entry has this name; the message lists the nearest ones.
         """
         exact = [e for e in self.entries if e.id == name]
         found = exact or [e for e in self.entries if e.label == name] or self.by_pass(name)
@@ -162,27 +194,40 @@ class Journal:
         return found
 
     def by_pass(self, name: str) -> list[Entry]:
+        """All applications of a pass, by its name."""
         return [e for e in self.entries if e.pass_name == name]
 
     def weighted(self, weights: Mapping[str, float]) -> Journal:
-        """The same decisions with other adapter weights."""
+        """The same entries with other adapter weights.
+
+        Args:
+            weights: Name of an adapter, as in `find`, -> its new weight.
+
+        Raises:
+            JournalError: An entry is not an adapter, or a weight is not a finite number.
+        """
         chosen: dict[str, float] = {}
         for name, weight in weights.items():
             for entry in self.find(name):
                 if entry.kind != "rewrite":
                     raise JournalError(
-                        f"{entry.id!r} is no adapter: only what inserts a branch can be weighted"
+                        f"{entry.id!r} is not an adapter and has no weight to set; name an adapter"
                     )
                 if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                    raise JournalError(f"the weight of {entry.id!r} is {weight!r}, which is no number")
+                    raise JournalError(f"the weight of {entry.id!r} is {weight!r}; give a number")
                 if not math.isfinite(weight):
                     raise JournalError(f"the weight of {entry.id!r} is {weight}; give a finite number")
                 chosen[entry.id] = float(weight)
         return Journal(tuple(replace(e, weight=chosen[e.id]) if e.id in chosen else e for e in self.entries))
 
     def decided(self, names: tuple[str, ...]) -> bool | None:
-        """Whether a parameter, by any of its names, trains: the last entry that says so decides, None where none
-        does. What is left out says nothing."""
+        """True or False as the last entry that names the parameter says; None if no entry names it.
+
+        Entries of weight 0 do not count.
+
+        Args:
+            names: All names of the parameter.
+        """
         for entry in reversed(self.entries):
             if entry.weight == 0:
                 continue
@@ -192,12 +237,21 @@ class Journal:
         return None
 
     def trains(self, names: tuple[str, ...], default: bool = True) -> bool:
-        """Whether a parameter, by any of its names, trains after all selections; `default` where none names it."""
+        """True if the parameter trains after all selections.
+
+        Args:
+            names: All names of the parameter.
+            default: Result if no entry names it.
+        """
         decided = self.decided(names)
         return default if decided is None else decided
 
     def standing(self, entry: Entry) -> Entry:
-        """The entry as merges have left it: with other tensors, and without the sites where it is in the codes now."""
+        """The entry after all merges in the journal.
+
+        A merge can give a site other tensors (a simpler form, a residual branch), or remove a site because the adapter
+        has been merged into the quantized codes there.
+        """
         for merge in self.entries:
             if merge.kind != "merge":
                 continue
@@ -218,13 +272,22 @@ class Journal:
 
     @property
     def merged(self) -> bool:
+        """True if the journal contains a merge."""
         return any(e.kind == "merge" for e in self.entries)
 
     def to_json(self) -> list[dict[str, Any]]:
+        """The entries as JSON-able data."""
         return [e.to_json() for e in self.entries]
 
     @staticmethod
     def from_json(data: Any) -> Journal:
+        """The journal of data that `to_json` returned.
+
+        Raises:
+            JournalError: The data are not a list of readable entries.
+        """
         if not isinstance(data, list):
-            raise JournalError("the journal is not a list of entries; the file is not one that surgery wrote")
+            raise JournalError("the journal is not a list of entries; give a directory that surgery saved")
+        for number, item in enumerate(data, 1):
+            check_entry(item, number)
         return Journal(tuple(Entry.from_json(item) for item in data))

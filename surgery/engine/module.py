@@ -1,4 +1,4 @@
-"""`program.module()`: a plain trainable nn.Module over a program's graphs, with true train and eval modes."""
+"""`program.module()`: a trainable nn.Module that runs a program's graphs, with separate train and eval graphs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,32 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from surgery.engine.recompute import REMADE, recomputed
-from surgery.engine.replay import Paced
+from surgery.engine.replay import GradualEntry
 from surgery.engine.schedule import Clock, Schedule
+from surgery.graph.compiled import compiled
 from surgery.graph.graphs import copy_graph, without_replaced
 
 GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]
 
 
 class ProgramModule(nn.Module):
-    """Parameters and buffers by their original names; forward runs the eval or the train graph.
+    """Module with a program's parameters and buffers under their original names.
 
-    `train()` switches to the graph that was captured in train mode (made at the first call), and raises
-    CaptureError where the model cannot be captured in it. Both graphs read the same tensors.
+    In eval mode, forward runs the eval graph; after `train()` it runs the graph that was captured in train mode. Both
+    graphs read the same tensors. The train graph is captured at the first call of `train()`, which raises CaptureError
+    if the model cannot be captured in train mode.
 
-    trains: names of the parameters that train, at some step. masks: parameter name -> which of its values do; the
-    gradient of the others is zero. schedule: when each trains; `advance(step)` moves on in it. clock: the step it
-    has come to, shared with the modules over the same parameters. paced: what inserted tensors do as it moves on.
-    program: whose module it is.
+    Args:
+        tensors: Parameters and buffers, by name.
+        non_persistent: Names of the buffers that a state dict leaves out.
+        graph_of: Function training -> (graph, graph module that it was captured as).
+        name: Class name of the compiled graph modules.
+        trains: Names of the parameters that train at some step.
+        masks: Parameter name -> bool tensor of the values that train; the gradient of the others is zero.
+        schedule: Training window of each parameter; `advance(step)` moves through it.
+        clock: Current training step, shared with the modules over the same parameters.
+        paced: Journal entries whose tensors change as training proceeds.
+        program: The program of the module.
     """
 
     def __init__(
@@ -38,11 +47,12 @@ class ProgramModule(nn.Module):
         masks: Mapping[str, Tensor] | None = None,
         schedule: Schedule | None = None,
         clock: Clock | None = None,
-        paced: Sequence[Paced] = (),
+        paced: Sequence[GradualEntry] = (),
         program: Any = None,
     ) -> None:
         super().__init__()
         self.training = False
+        # Written to __dict__, since nn.Module registers modules, parameters and buffers that are assigned.
         self.__dict__["_trains"] = frozenset(trains)
         self.__dict__["_masks"] = dict(masks or {})
         self.__dict__["_schedule"] = schedule or Schedule()
@@ -57,18 +67,22 @@ class ProgramModule(nn.Module):
         self._hold()
 
     def _hold(self) -> None:
-        """Mask the gradients of what trains in part."""
+        """Mask the gradients of the parameters that train in part."""
         masks: dict[str, Tensor] = self.__dict__["_masks"]
         for name, parameter in self.named_parameters(remove_duplicate=False):
             if name in masks and name in self.__dict__["_trains"]:
                 _mask_gradient(parameter, masks[name])
 
     def advance(self, step: int) -> list[str]:
-        """Let train what the schedule lets train at a step (an epoch, where it counts in these), and let passes that
-        follow the training change their tensors for it.
+        """Set `requires_grad` of every parameter for a training step, and update tensors that follow a schedule.
 
-        Returns the names of the parameters that train now. What stops keeps no gradient, so that no optimiser
-        moves it further.
+        The gradient of a parameter outside its window is set to None, so that no optimizer moves it.
+
+        Args:
+            step: Number of the step; of the epoch, if the schedule counts epochs.
+
+        Returns:
+            Names of the parameters that train at this step.
         """
         schedule: Schedule = self.__dict__["_schedule"]
         names: dict[int, tuple[str, ...]] = {}
@@ -90,12 +104,17 @@ class ProgramModule(nn.Module):
         return training
 
     def graph_module(self, training: bool | None = None) -> fx.GraphModule:
-        """The compiled graph of a mode (the current one by default); it shares this module's tensors."""
+        """The compiled graph of a mode; it shares this module's tensors.
+
+        Args:
+            training: True for the train graph, False for the eval graph, None for the module's current mode.
+        """
         training = self.training if training is None else training
         compiled: dict[bool, fx.GraphModule] = self.__dict__["_compiled"]
         if training not in compiled:
             graph, source = self.__dict__["_graph_of"](training)
-            for node in graph.nodes:  # submodules of higher-order ops
+            # Submodules of higher-order ops (the body of a loop, say) belong to the captured graph module.
+            for node in graph.nodes:
                 if node.op == "get_attr" and not _has(self, node.target):
                     attach(self, node.target, get(source, node.target))
             module = self._over(without_replaced(graph), source)
@@ -105,9 +124,14 @@ class ProgramModule(nn.Module):
         return compiled[training]
 
     def variant(self, training: bool, change: Callable[[fx.Graph], None]) -> fx.GraphModule:
-        """A mode's graph with something changed in a copy of it, over the same tensors.
+        """A changed copy of a mode's graph, over the same tensors.
 
-        Quantized weights are kept until the backward pass there: what is recomputed could not be read.
+        Unlike `graph_module`, it keeps dequantized weights until the backward pass: `change` may read values that would
+        otherwise be recomputed.
+
+        Args:
+            training: True for the train graph, False for the eval graph.
+            change: Function that edits the copy.
         """
         plain = self.graph_module(training)
         graph = copy_graph(plain.graph)
@@ -121,6 +145,12 @@ class ProgramModule(nn.Module):
         return self.graph_module()(*args, **kwargs)
 
     def train(self, mode: bool = True) -> ProgramModule:
+        """Switch to train or eval mode; see nn.Module.train.
+
+        Raises:
+            CaptureError: The model cannot be captured in train mode.
+        """
+        # Compiled first: a capture that fails leaves the mode unchanged.
         self.graph_module(mode)
         super().train(mode)
         return self
@@ -138,11 +168,13 @@ class ProgramModule(nn.Module):
         return fresh
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a program's module is not pickled: save the program, or this module's state_dict()")
+        raise TypeError(
+            "the module of a program cannot be pickled; save the program, or this module's state_dict()"
+        )
 
 
 def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:
-    """Let the gradient of a parameter be zero where its mask is; of several masks the last one counts."""
+    """Zero the gradient of a parameter where its mask is False. A later mask replaces an earlier one."""
     known: Any = getattr(parameter, "_surgery_mask", None)
     if known is not None:
         known.remove()
@@ -154,7 +186,8 @@ def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:
         return grad.masked_fill(held, 0)
 
     trains = parameter.requires_grad
-    parameter.requires_grad_(True)  # torch takes hooks only then; they stay
+    # torch accepts a hook only on a tensor that requires grad; the hook stays when that is switched off again.
+    parameter.requires_grad_(True)
     parameter._surgery_mask = parameter.register_hook(hold)  # type: ignore[attr-defined]
     parameter.requires_grad_(trains)
 
@@ -162,30 +195,40 @@ def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:
 def over(
     module: nn.Module, graph: fx.Graph, name: str, source: fx.GraphModule | None = None
 ) -> fx.GraphModule:
-    """A graph over a module's tensors, whatever stands in their places later. source: what takes and gives the same."""
-    made = fx.GraphModule(module, graph, class_name=name)
+    """A graph module that reads a module's tensors, also those that are assigned to the module later.
+
+    Args:
+        module: Module with the tensors.
+        graph: The graph to run.
+        name: Class name of the graph module.
+        source: Graph module with the same inputs and outputs; its pytree specs are copied.
+    """
+    made = compiled(module, graph, name)
+    # The dictionaries are shared: a tensor that is replaced in the module is replaced here as well.
     made.__dict__.update(_parameters=module._parameters, _buffers=module._buffers, _modules=module._modules)
     for spec in ("_in_spec", "_out_spec"):
-        if hasattr(source, spec) and not hasattr(made, spec):  # the graph's own where it adds an output
+        # A graph with an added output has its own spec already.
+        if hasattr(source, spec) and not hasattr(made, spec):
             made.__dict__[spec] = getattr(source, spec)
     return made
 
 
 def get(root: Any, path: str) -> Any:
-    """What stands at a dotted path."""
+    """The attribute at a dotted path."""
     for part in path.split("."):
         root = getattr(root, part)
     return root
 
 
 def memory_of(value: Any) -> Any:
-    """Equal where two tensors are the same memory, read alike, whatever objects stand for it; of anything else, it."""
+    """Key that is equal for tensors over the same memory with the same dtype, shape and strides; else the id."""
     if not isinstance(value, Tensor):
         return id(value)
     return value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), str(value.device)
 
 
 def _has(root: Any, path: str) -> bool:
+    """True if there is an attribute at a dotted path."""
     for part in path.split("."):
         if not hasattr(root, part):
             return False
@@ -194,6 +237,7 @@ def _has(root: Any, path: str) -> bool:
 
 
 def _container(root: nn.Module, path: str, kind: type[nn.Module] = nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds a dotted path, and the last component; missing modules are created."""
     *parents, leaf = path.split(".")
     for part in parents:
         child = root._modules.get(part)
@@ -208,7 +252,15 @@ def _container(root: nn.Module, path: str, kind: type[nn.Module] = nn.Module) ->
 def register(
     root: nn.Module, path: str, tensor: Tensor, persistent: bool = True, kind: type[nn.Module] = nn.Module
 ) -> None:
-    """Hold a tensor under a dotted path; modules on the way that are not there are made, of that kind."""
+    """Register a parameter or buffer under a dotted path.
+
+    Args:
+        root: Module that the path starts at.
+        path: Dotted path of the tensor.
+        tensor: Parameter, or tensor to register as a buffer.
+        persistent: False for a buffer that a state dict leaves out.
+        kind: Class of the modules that are created where the path has none.
+    """
     owner, leaf = _container(root, path, kind)
     if isinstance(tensor, nn.Parameter):
         owner.register_parameter(leaf, tensor)
@@ -217,6 +269,6 @@ def register(
 
 
 def attach(root: nn.Module, path: str, value: Any) -> None:
-    """Put anything at a dotted path; modules on the way that are not there are made."""
+    """Set the attribute at a dotted path; missing modules are created."""
     owner, leaf = _container(root, path)
     setattr(owner, leaf, value)

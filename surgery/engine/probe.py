@@ -1,4 +1,4 @@
-"""What a pass may measure when it is applied: tensors, activations and gradients of the program on data."""
+"""Probe: measures tensors, activations and gradients of a program while a pass is planned or applied."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from surgery.capture import Captured
 from surgery.common.errors import PassError
 from surgery.engine.journal import Journal
 from surgery.engine.state import State
+from surgery.graph.compiled import compiled
 from surgery.graph.graphs import copy_graph, flat_inputs
-from surgery.graph.marks import head
+from surgery.graph.marks import input_before_adapters
 from surgery.graph.ops import LINEAR, arguments, operand
 from surgery.graph.packed import eagerly, unpacking
 from surgery.graph.rewrite.current import weight_reader
@@ -25,9 +26,12 @@ InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 class Probe:
-    """A program and the inputs to measure it on. Nothing here is asked for when a journal is replayed.
+    """Measurements on a program. Not available when a journal is replayed: a replay measures nothing.
 
-    data: sets of (args, kwargs); the program's example inputs where none are given. given: whether some were.
+    Attributes:
+        program: The program.
+        data: Inputs to measure on, a sequence of (args, kwargs); by default the program's example inputs.
+        given: True if the caller provided data.
     """
 
     def __init__(self, program: State, data: Sequence[InputSet] = ()) -> None:
@@ -56,6 +60,7 @@ class Probe:
 
     @property
     def journal(self) -> Journal:
+        """The program's journal."""
         return self.program.journal
 
     @property
@@ -65,10 +70,15 @@ class Probe:
 
     @property
     def captured(self) -> Captured:
+        """The program's eval capture."""
         return self.program.captured
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer of the program as it is now, detached. PassError where it is not in memory."""
+        """Current value of a parameter or buffer, detached.
+
+        Raises:
+            PassError: It is not in memory.
+        """
         if not self.program.base.in_memory:
             raise PassError(f"{name} is not in memory, and this pass has to read it; load the weights first")
         if name in self.program.base.released:
@@ -78,33 +88,46 @@ class Probe:
         return self._state[name].detach()
 
     def weight(self, site: Site) -> Tensor:
-        """The weight of a site, as stored."""
+        """The weight of a site, as stored.
+
+        Raises:
+            PassError: The weight is computed by other ops, or is not in memory.
+        """
         if site.weight is None:
-            raise PassError(f"{site.path}: its weight is computed from {', '.join(site.computed_from)}")
+            raise PassError(
+                f"{site.path}: its weight is computed from {', '.join(site.computed_from)}, not stored; "
+                f"target another site"
+            )
         return self.tensor(site.weight)
 
     def dequantized(self, site: Site) -> Tensor:
-        """The weight of a site as floats: as stored, or what its op unpacks it to."""
+        """The weight of a site in floating point: as stored, or as its op unpacks it."""
         own = self.weight(site)
         return as_tensor(site, self._constant) if site.packed else own
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """make(), kept under the key until `forget`: what `check`, `decide` and `tensors` all need."""
+        """Result of make(), cached under the key until `forget`, for values that several methods of a pass need.
+
+        Args:
+            key: Key of the value.
+            make: Function that computes it.
+        """
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def forget(self, key: Hashable) -> None:
+        """Remove a value that `once` cached."""
         self._made.pop(key, None)
 
     def clear(self) -> None:
-        """Forget all that was read and measured: the sites of a report know their probe, and would keep it alive."""
+        """Remove all cached values. Sites in a report refer to their probe and would keep these in memory."""
         self._state = None
         for found in (self._products, self._largest, self._made):
             found.clear()
 
     def stored(self, site: Site) -> Tensor:
-        """The weight that the site's op computes with now: the parameter, unpacked, or what a pass put in its place."""
+        """The weight that the site's op reads now, in floating point: the parameter, or the value that a pass put there."""
         if site.packed:
             return self.dequantized(site)
         own = self.weight(site)
@@ -120,14 +143,23 @@ class Probe:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def values(self, nodes: Iterable[fx.Node | str]) -> dict[str, list[Tensor]]:
-        """What nodes of the program's eval graph compute on each set of data, by node name; without gradients."""
+        """Values of nodes of the eval graph on each set of data, by node name, without gradients.
+
+        Args:
+            nodes: Nodes of the program's eval graph, or their names.
+        """
         names = {node if isinstance(node, str) else node.name for node in nodes}
         found: dict[str, list[Tensor]] = {name: [] for name in names}
         self.watch(names, lambda name, value: found[name].append(value))
         return found
 
     def watch(self, names: set[str], see: Callable[[str, Any], Any]) -> None:
-        """Run the eval graph on each set of data, and show the values of nodes as they are made."""
+        """Run the eval graph on each set of data and call `see(name, value)` for each of the named nodes.
+
+        Args:
+            names: Names of nodes.
+            see: Function that receives each value as it is computed; values are not stored.
+        """
 
         class Recording(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
@@ -142,23 +174,27 @@ class Probe:
                 Recording(module).run(*values, enable_io_processing=False)
 
     def module(self) -> fx.GraphModule:
-        """The eval graph as a module of its own, over the same tensors, for tools that change what they measure."""
+        """A copy of the eval graph as a module over the same tensors, for tools that edit the graph they measure."""
         module = self.program.graph_module
-        return fx.GraphModule(module, copy_graph(module.graph))
+        return compiled(module, copy_graph(module.graph))
 
     def run(self, module: fx.GraphModule) -> None:
-        """Run what was made of `module()` on each set of data, without gradients."""
+        """Run a module that was derived from `module()` on each set of data, without gradients."""
         for values in self.inputs_of_graph():
             with torch.no_grad():
                 fx.Interpreter(module).run(*values, enable_io_processing=False)
 
     def inputs_of_graph(self) -> Iterator[list[Any]]:
-        """Each set of data as the values of the graph's inputs. PassError where it does not fit, or holds NaN."""
+        """Each set of data as a list of values of the graph's inputs.
+
+        Raises:
+            PassError: A set of data does not fit the inputs, or contains NaN or +inf.
+        """
         module = self.program.graph_module
         inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
         for number, given in enumerate(self.data, 1):
             if not (isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[1], Mapping)):
-                raise PassError(f"data set {number} is no pair; give (args, kwargs) as the model takes them")
+                raise PassError(f"data set {number} is not a pair; give (args, kwargs) as the model takes them")
             values = flat_inputs(module, *given)
             if len(values) != len(inputs):
                 names = ", ".join(node.name for node in inputs)
@@ -170,7 +206,7 @@ class Probe:
             yield values
 
     def inputs(self, site: Site) -> list[Tensor]:
-        """The activation that enters the site's first call, features last, for each set of data."""
+        """Input activation of the site's first call on each set of data, with features on the last axis."""
         call = site.calls[0]
         node = operand(call)
         values = self.values([node])[node.name]
@@ -178,9 +214,9 @@ class Probe:
         return [value.transpose(-2, -1) for value in values] if columns else values
 
     def products(self, site: Site) -> Tensor:
-        """XᵀX (in × in, fp64) over all positions of the data that enter a linear site, summed over its calls.
+        """XᵀX (in × in, fp64) of the input X of a linear site, over all positions of the data, summed over its calls.
 
-        Of all linear sites at once, in one run over the data: it is kept for the next.
+        The first call measures all linear sites in one run over the data and caches the results.
         """
 
         def entering(each: Site) -> list[tuple[str, bool]]:
@@ -199,8 +235,11 @@ class Probe:
         self._products[name] = self._products[name] + found if name in self._products else found
 
     def largest(self, site: Site) -> Tensor:
-        """The largest magnitude of each feature (in, fp32) over all positions of the data that enter a linear site of
-        rows, at any of its calls, before passes that change what enters. Of all such sites at once, as `products`."""
+        """Largest magnitude of each input feature (in, fp32) of a linear site, over all positions of the data.
+
+        It is the maximum over all calls of the site, measured before passes that change the input. The site must have
+        features on the last axis of its input. As in `products`, the first call measures all such sites.
+        """
 
         def see(name: str, value: Tensor) -> None:
             found = _rows(name, value).abs().amax(0).float()
@@ -208,20 +247,24 @@ class Probe:
 
         if not self._largest:
             calls = [call for s in self.program.sites if s.kind == LINEAR for call in s.calls]
-            self.watch({head(operand(call)).name for call in calls if call.x_axis != "column"}, see)
-        return torch.stack([self._largest[head(operand(call)).name] for call in site.calls]).amax(0)
+            self.watch(
+                {input_before_adapters(operand(call)).name for call in calls if call.x_axis != "column"}, see
+            )
+        return torch.stack(
+            [self._largest[input_before_adapters(operand(call)).name] for call in site.calls]
+        ).amax(0)
 
 
 def _rows(name: str, value: Tensor) -> Tensor:
-    """(positions, features) of a value. PassError where it is not finite."""
+    """A value reshaped to (positions, features). Raises PassError if it is not finite."""
     rows = value.reshape(-1, value.shape[-1])
     if not bool(rows.isfinite().all()):
-        raise PassError(f"on the data the value {name!r} is infinite or no number; mend the data")
+        raise PassError(f"on the data the value {name!r} contains inf or NaN; clean the data")
     return rows
 
 
 def _misfit(example: Any, value: Any) -> str:
-    """What is wrong with a value for an input that was traced with `example`, or nothing."""
+    """Reason why a value does not fit an input that was traced with `example`, or ""."""
     if not isinstance(example, Tensor):
         return ""
     if not isinstance(value, Tensor):
@@ -235,13 +278,18 @@ def _misfit(example: Any, value: Any) -> str:
         return f"has shape {list(value.shape)}, and the model takes [{shown}]"
     if value.is_floating_point() != example.is_floating_point():
         return f"is {value.dtype}, and the model takes {example.dtype}"
-    # A mask may hold −∞.
+    # −inf is allowed: additive attention masks contain it.
     wrong = value.is_floating_point() and bool((value.isnan() | (value == torch.inf)).any())
-    return "holds values that are no numbers, or infinite" if wrong else ""
+    return "contains inf or NaN; clean the data" if wrong else ""
 
 
 def as_tensor(site: Site, value_of: Callable[[fx.Node], Tensor]) -> Tensor:
-    """The packed weight of the site as floats, of the values of what its op reads."""
+    """The packed weight of a site in floating point.
+
+    Args:
+        site: A site whose op unpacks its weight.
+        value_of: Function node -> value, for the nodes that the op reads.
+    """
     call = site.calls[0]
     found, args = unpacking(call), arguments(call.node)
     tensors = {name: value_of(args[name]).detach() for name in found.names}

@@ -1,8 +1,8 @@
-"""Quantized weights made again in the backward pass: what autograd keeps of them is their codes.
+"""Dequantized weights that are recomputed in the backward pass, so that autograd keeps only their codes.
 
-A linear map keeps its weight for the gradient of its input. Of a weight that `surgery::dequantize` made this would hold
-every layer in floats until the backward pass, which is what QLoRA is there to avoid (Dettmers et al. 2023,
-arXiv:2305.14314, whose kernels dequantize twice too).
+A linear op saves its weight for the gradient of its input. If `surgery::dequantize` computed that weight, every layer
+would stay in memory in floats until the backward pass. QLoRA avoids this by dequantizing twice (Dettmers et al. 2023,
+arXiv:2305.14314).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Ops whose result is made again in the backward pass; whoever defines such an op adds it.
+# Ops whose result is recomputed in the backward pass. The module that defines such an op adds it here.
 REMADE: set[Any] = set()
 
 
@@ -32,7 +32,7 @@ _active = _Active()
 
 @dataclass(frozen=True)
 class _Again:
-    """A view of a weight that is not kept."""
+    """Stands for a saved view of a weight: the function that recomputes the weight, and the view's geometry."""
 
     make: Callable[[], Tensor]
     size: torch.Size
@@ -41,16 +41,16 @@ class _Again:
 
 
 def made_from_codes(weight: Tensor, make: Callable[[], Tensor]) -> None:
-    """Say, where a forward pass is being watched, that `make` gives the weight again."""
+    """Register `make` as the function that recomputes a weight; it does nothing outside of `recomputing`."""
     if _active.made is not None:
         storage = weight.untyped_storage()
-        # The weak reference keeps the number from being given to another storage.
+        # The weak reference keeps the address of the storage from being reused while it is a key here.
         _active.made[storage._cdata] = (StorageWeakRef(storage), make)
 
 
 @contextlib.contextmanager
 def recomputing() -> Iterator[None]:
-    """In what runs here, weights made from codes are made again for the backward pass rather than kept."""
+    """Context manager: weights computed from codes are not saved for the backward pass but recomputed in it."""
     if not torch.is_grad_enabled() or _watched():
         yield
         return
@@ -77,12 +77,12 @@ def recomputing() -> Iterator[None]:
 
 
 def _watched() -> bool:
-    """Whether somebody else decides what is kept, as gradient checkpointing does (which makes weights again too)."""
+    """True if other saved-tensor hooks are active, such as gradient checkpointing, which recomputes weights as well."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that runs so; compiled, it keeps what the compiler keeps."""
+    """Wrap a forward function in `recomputing`. When it is compiled, the compiler decides what is saved."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,11 @@ PassInfo = Info[type[Pass]]
 
 
 def passes(plugins: Plugins) -> dict[str, PassInfo]:
-    """Passes by name. Raises PluginError where two distributions register one name."""
+    """Passes by name.
+
+    Raises:
+        PluginError: Two distributions register the same name.
+    """
     found: dict[str, PassInfo] = plugins.once(
         "surgery_passes", lambda: plugins.named("surgery_passes", Pass, "passes")
     )
@@ -18,7 +22,17 @@ def passes(plugins: Plugins) -> dict[str, PassInfo]:
 
 
 def find_pass(plugins: Plugins, name: str, distribution: str = "") -> PassInfo:
-    """The pass of that name; PassError with the nearest names, or with the distribution to install."""
+    """The pass of a name.
+
+    Args:
+        plugins: The plugin manager.
+        name: Name of the pass.
+        distribution: Python distribution that provides the pass, if known; it is named in the error.
+
+    Raises:
+        PassError: No pass has this name; the message lists the nearest names, or the distribution to install.
+        PluginError: The plugin that provides the pass does not load.
+    """
     known = passes(plugins)
     if name in known:
         return known[name]

@@ -1,4 +1,4 @@
-"""From a journal to a graph: the one way a graph is made, for eval and train captures, loads and undos alike."""
+"""Replay: builds a graph from a journal. Every graph is built here, after a load, an undo or a switch to train mode."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from surgery.common.errors import JournalError, nearest
 from surgery.common.plugins import Plugins
 from surgery.engine.base import Base
 from surgery.engine.contract.base import GraphPass, Pass, RewritePass
+from surgery.engine.contract.gradual import Gradual
+from surgery.engine.contract.pattern import PatternPass
 from surgery.engine.journal import Entry, Journal, SiteRecord
 from surgery.engine.registry import find_pass
 from surgery.graph.fake import MetaCache
@@ -24,12 +26,21 @@ from surgery.graph.view import View
 
 
 def pass_of(entry: Entry, plugins: Plugins) -> Pass:
-    """The pass that an entry applied, with its options. Names the distribution where it is not installed."""
+    """The pass of an entry, with its options.
+
+    Raises:
+        PassError: The pass is not installed; the message names the distribution that provides it.
+        PluginError: The plugin that provides the pass does not load.
+    """
     return find_pass(plugins, entry.pass_name, entry.distribution).cls.parse(entry.options)
 
 
 def find_sites(entry: Entry, places: Mapping[SiteKey, Site]) -> list[Site]:
-    """The entry's sites in a graph, with what was decided there. Raises JournalError for one that is gone."""
+    """The sites of an entry in a graph, with the decisions that the entry recorded.
+
+    Raises:
+        JournalError: The graph has no such site.
+    """
     found = []
     for record in entry.sites:
         site = places.get(record.key)
@@ -41,9 +52,16 @@ def find_sites(entry: Entry, places: Mapping[SiteKey, Site]) -> list[Site]:
 
 
 def places_of(pass_: RewritePass, view: View, index: SiteIndex | None = None) -> Mapping[SiteKey, Site]:
-    """Where a pass can be replayed. index: of the view's sites, where there is one."""
-    own = pass_.own_places(view)
-    return (index or view.sites).by_key if own is None else own
+    """Sites where a pass can be replayed, by key: matches of the pattern for a PatternPass, else uses of weights.
+
+    Args:
+        pass_: The pass.
+        view: Analysis of the graph.
+        index: Sites of the graph, if they have been indexed already.
+    """
+    if isinstance(pass_, PatternPass):
+        return {site.key: site for site in pass_.candidates(view)}
+    return (index or view.sites).by_key
 
 
 def rewrite_entry(
@@ -55,9 +73,20 @@ def rewrite_entry(
     tensors: Mapping[str, Tensor],
     view: View,
 ) -> None:
-    """Apply one journalled entry to a graph, in place. view: of the graph as it is."""
-    if isinstance(pass_, GraphPass) and not pass_.regroups:
-        _ = view.sites, view.branches, view.attentions  # seen before any of this entry's own edits
+    """Apply one journal entry to a graph, in place.
+
+    Args:
+        entry: The entry.
+        pass_: Its pass.
+        graph: The graph to edit.
+        cache: Computes the fake results of inserted ops.
+        sites: Sites of the entry in the graph.
+        tensors: Inserted tensors, by name.
+        view: Analysis of the graph as it is before the edits.
+    """
+    if isinstance(pass_, GraphPass) and not isinstance(pass_, PatternPass):
+        # The view computes these on first use; they must not include the edits of this entry.
+        _ = view.sites, view.branches, view.attentions
     for site, record in zip(sites, entry.sites, strict=True):
         rewriter = Rewriter(graph, cache, entry.id, record.tensors, tensors, entry.weight, view)
         act = rewriter.rewrite_once if isinstance(pass_, GraphPass) else rewriter.rewrite
@@ -67,8 +96,10 @@ def rewrite_entry(
 
 
 def live_entries(journal: Journal) -> list[Entry]:
-    """Entries that stand in the graph: not folded by a merge, not left out, nor standing on one that is; as a merge
-    has simplified them."""
+    """Entries that act in the graph, in the form that merges have left them in.
+
+    Excluded are entries that a merge folded, entries of weight 0, and entries that depend on tensors of these.
+    """
     folded = {name for e in journal if e.kind == "merge" for name in e.options.get("folded", ())}
     live: list[Entry] = []
     missing: set[str] = set()
@@ -84,18 +115,18 @@ def live_entries(journal: Journal) -> list[Entry]:
     return live
 
 
-def paced(base: Base, journal: Journal) -> list[Paced]:
-    """What changes tensors of its own as training goes on, of the entries that are in force."""
+def paced(base: Base, journal: Journal) -> list[GradualEntry]:
+    """Entries in the graph whose tensors change as training proceeds."""
     found = []
     for entry in live_entries(journal):
         pass_ = pass_of(entry, base.plugins)
-        if isinstance(pass_, RewritePass) and pass_.pacing is not None:
-            found.append(Paced(pass_, entry.sites))
+        if isinstance(pass_, RewritePass) and pass_.gradual is not None:
+            found.append(GradualEntry(pass_.entry_id, pass_.gradual, entry.sites))
     return found
 
 
 def weight_names(base: Base, journal: Journal, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Parameter name -> all names of that tensor: the base's, and those that structural passes added."""
+    """Parameter name -> all names of that tensor, for the base and for passes that add weights."""
     names = dict(base.names)
     for entry in live_entries(journal):
         if is_structural(entry, base.plugins):
@@ -104,18 +135,73 @@ def weight_names(base: Base, journal: Journal, tensors: Mapping[str, Tensor]) ->
 
 
 def is_structural(entry: Entry, plugins: Plugins) -> bool:
+    """True if the tensors of an entry are weights that later passes can target."""
     pass_ = pass_of(entry, plugins)
-    return isinstance(pass_, RewritePass) and pass_.adds_weights
+    return isinstance(pass_, RewritePass) and pass_.effect.adds_weights
 
 
 def is_regrouped(base: Base, journal: Journal) -> bool:
-    """Whether ops of the model stand in the place of others, so that its roles are no longer the base's."""
+    """True if a pass has replaced ops of the model by others, so that roles differ from those of the base."""
     passes = (pass_of(entry, base.plugins) for entry in live_entries(journal))
-    return any(isinstance(pass_, RewritePass) and pass_.regroups for pass_ in passes)
+    return any(isinstance(pass_, PatternPass) for pass_ in passes)
 
 
-def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], captured: Captured) -> fx.Graph:
-    """The captured graph with every live entry applied."""
+def check_fit(entry: Entry, pass_: RewritePass, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> None:
+    """Hold the tensors of a stored entry against what its options and decisions ask for; nothing is allocated.
+
+    Args:
+        entry: The entry, as merges have left it.
+        pass_: Its pass.
+        sites: Its sites in the graph, with what was decided there.
+        tensors: Inserted tensors, by name.
+
+    Raises:
+        JournalError: A tensor has another shape or kind of dtype, or is missing.
+    """
+    for site, record in zip(sites, entry.sites, strict=True):
+        specs = pass_.tensors(site)
+        missing = specs.keys() - record.tensors.keys()
+        if missing and not record.decided.get("simplified"):
+            raise JournalError(
+                f"{entry.id} at {record.path}: the journal names no tensor for {min(missing)!r}"
+            )
+        for name, spec in specs.items():
+            full = record.tensors.get(name)
+            if full is None:
+                continue
+            held, wanted = tensors[full], tuple(int(size) for size in spec.shape)
+            if tuple(held.shape) != wanted:
+                raise JournalError(
+                    f"{entry.id} at {record.path}: the stored tensor {full} has shape {list(held.shape)}, and the "
+                    f"journal asks for {list(wanted)}; the file was edited, or is for another model"
+                )
+            floats = (spec.dtype or site.float_dtype).is_floating_point
+            if held.is_floating_point() != floats:
+                raise JournalError(
+                    f"{entry.id} at {record.path}: the stored tensor {full} is {held.dtype}, and the journal asks for "
+                    f"{'floats' if floats else str(spec.dtype)}; the file was edited"
+                )
+
+
+def build_graph(
+    base: Base,
+    journal: Journal,
+    tensors: Mapping[str, Tensor],
+    captured: Captured,
+    stored: bool = False,
+) -> fx.Graph:
+    """The captured graph with every live entry applied.
+
+    Args:
+        base: The program's base.
+        journal: The program's journal.
+        tensors: Inserted tensors, by name.
+        captured: The capture of eval or train mode.
+        stored: The journal comes from a file: each entry is held against its tensors before it is applied.
+
+    Raises:
+        JournalError: An entry does not fit the model, or its tensors.
+    """
     graph = copy_graph(captured.graph)
     entries = live_entries(journal)
     if not entries:
@@ -127,27 +213,41 @@ def build_graph(base: Base, journal: Journal, tensors: Mapping[str, Tensor], cap
     for entry in entries:
         pass_ = pass_of(entry, base.plugins)
         if not isinstance(pass_, RewritePass):
-            raise JournalError(f"{entry.id}: pass {entry.pass_name!r} rewrites nothing in this version of it")
+            raise JournalError(
+                f"{entry.id}: the installed pass {entry.pass_name!r} rewrites no graph; install the version of "
+                f"{entry.distribution} that wrote the journal ({entry.distribution_version or 'unknown'})"
+            )
         view = View(graph, names, ops, training=captured.training)
         index = index or SiteIndex(graph, names, ops)
         sites = find_sites(entry, places_of(pass_, view, index))
+        if stored:
+            check_fit(entry, pass_, sites, tensors)
         rewrite_entry(entry, pass_, graph, cache, sites, tensors, view)
-        if pass_.adds_weights or pass_.regroups:
+        # Only these passes create or replace ops with weights, which the index lists.
+        if pass_.effect.adds_weights or isinstance(pass_, PatternPass):
             index = None
     return graph
 
 
 @dataclass
-class Paced:
-    """An entry whose tensors change as training goes on. done: what of `due` they were last changed for."""
+class GradualEntry:
+    """An entry whose tensors change as training proceeds.
 
-    pass_: RewritePass
+    Attributes:
+        entry: Its id in the journal.
+        gradual: The schedule of its pass.
+        sites: Records of the sites where it acts.
+        done: Progress that the tensors were last updated for; None before the first update.
+    """
+
+    entry: str
+    gradual: Gradual
     sites: tuple[SiteRecord, ...]
     done: float | None = None
 
     def advance(self, module: nn.Module, step: int) -> None:
-        """Let the pass change its tensors in a module for a step."""
-        due = self.pass_.due(step)
+        """Update the tensors of the pass in a module for a training step."""
+        due = self.gradual.value(step)
         if due == self.done:
             return
 
@@ -159,5 +259,5 @@ class Paced:
             for record in self.sites
         ]
         with torch.no_grad():
-            self.pass_.pace(step, places)
+            self.gradual.apply(step, places)
         self.done = due

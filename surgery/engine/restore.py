@@ -1,4 +1,4 @@
-"""What parameters of the base were before passes made them train: for passes that are undone, or left out."""
+"""Earlier values of base parameters, restored when the pass that made them trainable is undone or left out."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ Names = Mapping[str, tuple[str, ...]]
 
 
 def made_trainable(entry: Entry) -> list[str]:
+    """Names of the parameters that an entry lets train."""
     return [name for name, trains in entry.trains.items() if trains]
 
 
 def reverted(gone: Iterable[Entry], left: Journal, names: Names) -> dict[str, str | None]:
-    """Parameters that train because of these entries and of no other, and what each was before: the name of the
-    tensor that holds it, or None for the base's own. names: of the base, all names of a parameter by each of them.
+    """Parameters that only the removed entries let train, with their earlier values.
 
-    That everything trains in a program where nothing is said counts for no reason: what a selection let train
-    goes back to what it was. Adapters' own tensors do so only where they had been frozen.
+    A program without selections trains everything; that default does not count as a reason here, so such a parameter
+    goes back as well. Tensors of adapters are included only if they had been frozen before.
+
+    Args:
+        gone: Entries that are removed or left out.
+        left: The journal without them.
+        names: Parameter name -> all names of that parameter, of the base.
+
+    Returns:
+        First name of each parameter -> name of the tensor that holds its earlier value; None for the base's value.
     """
     found: dict[str, str | None] = {}
     for entry in reversed(list(gone)):
@@ -35,12 +43,13 @@ def reverted(gone: Iterable[Entry], left: Journal, names: Names) -> dict[str, st
 
 
 def without(gone: Collection[str], journal: Journal) -> list[Entry]:
-    """The entries of a journal but those of these ids.
+    """Entries of a journal except those with the ids in `gone`.
 
-    What a parameter was before one that goes is handed on to the next that makes it train: that is what it was
-    before that one, now.
+    The earlier value that a removed entry kept of a parameter moves to the next entry that lets the parameter train:
+    without the removed entry, that is its value before that next entry.
     """
     kept: list[Entry] = []
+    # Parameter name -> tensor with the earlier value that the next entry has to keep.
     owed: dict[str, str | None] = {}
     for entry in journal:
         before = dict(entry.before)

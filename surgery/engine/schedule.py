@@ -1,5 +1,4 @@
-"""Which parameters train when, and how fast: what selections decided, for modules and optimisers; and what passes do
-to tensors of their own as training goes on."""
+"""Schedules: the training window, learning rate and gradient mask of each parameter, and the current step."""
 
 from __future__ import annotations
 
@@ -18,17 +17,22 @@ Window = tuple[int, int | None]
 
 @dataclass
 class Clock:
-    """The step that a program's training has come to; programs that train together share it."""
+    """Current training step, shared by programs that train together."""
 
     step: int = 0
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """windows: parameter name -> the steps [first, last) in which it trains; absent: always; also the name of a tensor
-    that a pass changes in them (see RewritePass.pacing). rates: its learning
-    rate over the optimiser's. masks: the tensor that says which of its values train; absent: all. unit: what a
-    step is, "step" or "epoch"."""
+    """Training windows, learning rates and masks of parameters, by parameter name.
+
+    Attributes:
+        windows: Steps [first, last) in which a parameter trains; always, if it is not listed. Also lists tensors that a
+            pass changes in these steps (see RewritePass.gradual).
+        rates: Learning rate relative to the optimizer's; 1 if not listed.
+        masks: Name of the tensor with the mask of the values that train; all, if not listed.
+        unit: Unit of the windows, "step" or "epoch".
+    """
 
     windows: Mapping[str, Window] = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -37,17 +41,19 @@ class Schedule:
 
     @staticmethod
     def of(entries: Iterable[Entry]) -> Schedule:
-        """What the entries of a journal say; of one parameter the last one that names it counts, for all of this.
+        """The schedule that journal entries define. The last entry that names a parameter wins.
 
-        Raises PassError where two that are in force count in different units.
+        Raises:
+            PassError: Two windows in force count in different units.
         """
         windows: dict[str, Window] = {}
         rates: dict[str, float] = {}
         masks: dict[str, str] = {}
-        counts: dict[str, Entry] = {}  # by parameter: who made its window
+        counts: dict[str, Entry] = {}  # parameter name -> the entry that defined its window
         for entry in entries:
             if entry.weight == 0:
                 continue
+            # A later entry that names a parameter replaces its window, rate and mask, even by the defaults.
             for kept in (windows, rates, masks, counts):
                 for name in entry.trains:
                     kept.pop(name, None)
@@ -63,18 +69,25 @@ class Schedule:
         return Schedule(windows, rates, masks, next(iter(units), "step"))
 
     def trains(self, names: tuple[str, ...], step: int) -> bool:
-        """Whether a parameter, by any of its names, may train at a step."""
+        """True if a parameter may train at a step.
+
+        Args:
+            names: All names of the parameter.
+            step: Number of the step, in `unit`.
+        """
         first, last = self.window(names)
         return first <= step and (last is None or step < last)
 
     def window(self, names: tuple[str, ...]) -> Window:
+        """Training window of a parameter with these names; (0, None) means always."""
         return next((self.windows[name] for name in names if name in self.windows), (0, None))
 
     def rate(self, names: tuple[str, ...]) -> float:
+        """Learning rate of a parameter with these names, relative to the optimizer's."""
         return next((self.rates[name] for name in names if name in self.rates), 1.0)
 
     @property
     def changes(self) -> tuple[int, ...]:
-        """The steps at which something starts or stops to train, 0 left out."""
+        """Steps after 0 at which a window begins or ends."""
         ends = {end for window in self.windows.values() for end in window if end}
         return tuple(sorted(ends))

@@ -1,4 +1,4 @@
-"""A program as data: its base, journal and tensors, what they say, and how they run."""
+"""A program as data: base, journal and tensors, with its graph, parameters and module."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from surgery.common.errors import JournalError, PassError
 from surgery.engine import replay
 from surgery.engine.base import Base
 from surgery.engine.change.plans import PassReport
+from surgery.engine.contract.base import RewritePass
 from surgery.engine.contract.numerics import MERGE_TOLERANCE
-from surgery.engine.fold import fold
+from surgery.engine.fold import fold, lengthening
 from surgery.engine.journal import Entry, Journal
 from surgery.engine.module import ProgramModule
 from surgery.engine.restore import reverted
@@ -27,15 +28,15 @@ from surgery.graph.view import View
 
 
 class State:
-    """A program as data: what it is and how it runs. `Program` adds the verbs that derive another one.
+    """A program as data, with everything that reads or runs it. `Program` adds the methods that derive another program.
 
     Attributes:
-        base: the captured model, which nothing changes.
-        journal: what was done to it.
-        tensors: tensors that passes inserted, by name.
-        changed: base tensors of which this program holds its own copy, because they train or were trained.
-        reports: what the last `apply` did, pass by pass.
-        clock: the step that its module has been advanced to, shared with the programs that are views of it.
+        base: The captured model, which no pass changes.
+        journal: The applied passes, in order.
+        tensors: Inserted tensors, by name.
+        changed: Own copies of base tensors that train or were trained, by name.
+        reports: Results of the last `apply`, one for each pass.
+        clock: Step that the program's module has been advanced to, shared with the programs that are views of it.
     """
 
     def __init__(
@@ -69,9 +70,15 @@ class State:
         reports: tuple[PassReport, ...] = (),
         clock: Clock | None = None,
     ) -> Self:
-        """A program of the same class on the same base; journal and tensors are this one's unless given.
+        """A program of the same class on the same base.
 
-        `changed` is shared with this program unless given. Without `clock` the new program counts its own steps.
+        Args:
+            journal: Its journal; this program's by default.
+            tensors: Its inserted tensors, by name; this program's by default.
+            changed: Its own copies of base tensors; by default the dictionary is shared with this program.
+            graph: Its eval graph, if it has been built already.
+            reports: Results of the passes applied to it.
+            clock: Its training step; by default it counts its own steps from 0.
         """
         return type(self)(
             self.base,
@@ -93,32 +100,32 @@ class State:
 
     @property
     def graph(self) -> fx.Graph:
-        """The eval graph. Do not edit it: apply a pass."""
+        """The eval graph. Do not edit it; apply a pass instead."""
         if self._graph is None:
             self._graph = replay.build_graph(self.base, self.journal, self.tensors, self.base.captured)
         return self._graph
 
     @cached_property
     def names(self) -> dict[str, tuple[str, ...]]:
-        """Parameter name -> all names of that tensor, itself included: of the base, and of structural passes."""
+        """Parameter name -> all names of that tensor, for the base and for passes that add weights."""
         return replay.weight_names(self.base, self.journal, self.tensors)
 
     @cached_property
     def view(self) -> View:
         """The analysis of the eval graph: sites, attentions, residual branches, blocks, depth."""
-        # While nothing structural was added, roles are the base's.
+        # Roles of the base stay valid until a pass adds weights or replaces ops, and are not derived again.
         others = len(self.names) > len(self.base.names) or replay.is_regrouped(self.base, self.journal)
         known = None if others else (self.base.roles, self.base.parts)
         return View(self.graph, self.names, self.base.plugins.weight_ops, known=known)
 
     @property
     def sites(self) -> SiteIndex:
-        """Every use of a weight that a pass can target, with its role."""
+        """All uses of a weight in the eval graph, with their roles."""
         return self.view.sites
 
     @cached_property
     def captured(self) -> Captured:
-        """The base's eval capture, with the bounds of dynamic dimensions that passes have lowered."""
+        """The base's eval capture, with the upper bounds of dynamic dimensions that passes have lowered."""
         limits: dict[str, int] = {}
         for entry in replay.live_entries(self.journal):
             for name, high in entry.limits.items():
@@ -127,10 +134,11 @@ class State:
 
     @property
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Example inputs of the model, as (args, kwargs)."""
         return self.captured.args, dict(self.captured.kwargs)
 
     def parameter_names(self) -> list[str]:
-        """Every parameter once, by its first name, base first."""
+        """First name of every parameter: those of the base, then inserted ones. A tied parameter is listed once."""
         seen: dict[int, str] = {}
         for name, tensor in {**self.base.tensors, **self.tensors}.items():
             if isinstance(tensor, nn.Parameter):
@@ -138,7 +146,12 @@ class State:
         return list(seen.values())
 
     def trains(self, name: str, step: int | None = None) -> bool:
-        """Whether a parameter trains, at a step of its schedule or (None) ever."""
+        """True if a parameter trains.
+
+        Args:
+            name: Name of the parameter.
+            step: Training step, in the unit of the schedule; None: at any step.
+        """
         own = self.tensors.get(name)
         tensor = self.base.tensors.get(name) if own is None else own
         if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
@@ -150,12 +163,15 @@ class State:
 
     @property
     def schedule(self) -> Schedule:
-        """When each parameter trains, how fast, and which of its values: what selections have decided."""
+        """Training window, learning rate and gradient mask of each parameter, as selections have decided."""
         return self._reading()[1]
 
     @property
     def put_back(self) -> dict[str, str | None]:
-        """What only passes that are left out made train, and the tensor that holds what it was before them."""
+        """Parameters that only entries of weight 0 let train, so that they have their earlier values again.
+
+        Parameter name -> name of the tensor with the earlier value; None for the base's value.
+        """
         return self._reading()[2]
 
     def _reading(self) -> tuple[Journal, Schedule, dict[str, str | None]]:
@@ -168,17 +184,29 @@ class State:
     def parameter_groups(
         self, lr: float = 1e-3, *, weight_decay: float = 0.0, step: int | None = None
     ) -> list[ParameterGroup]:
-        """Groups for any torch optimiser; see surgery.engine.state.parameter_groups."""
+        """Parameter groups for a torch optimizer, one for each learning rate, weight decay and training window.
+
+        Use them in one optimizer and call `module.advance(step)` before each step; see
+        surgery.engine.state.parameter_groups.
+
+        Args:
+            lr: Learning rate of a parameter with rate 1.
+            weight_decay: Weight decay of weight matrices. Norms, biases and masked parameters get none.
+            step: Only the parameters that train at this step; None: all that train at any step.
+
+        Raises:
+            PassError: No parameter trains.
+        """
         return parameter_groups(self, lr, weight_decay=weight_decay, step=step)
 
     def parameter_sizes(self) -> dict[str, int]:
-        """Numbers of values by parameter name; a tied one counts once, a folded adapter not at all, nor a weight
-        of the base in whose place a pass put another."""
+        """Number of values of each parameter, by name.
+
+        A tied parameter is listed once. Folded adapters and base weights that a pass has replaced are not listed.
+        """
         tensors = {**self.base.tensors, **self.tensors}
-        if any(
-            getattr(replay.pass_of(e, self.base.plugins), "lengthens", False)
-            for e in folded_entries(self.journal)
-        ):
+        merged = folded_entries(self.journal)
+        if merged and lengthening(self.base, merged, self.tensors, self.sites):
             tensors.update(self.folded())
         base, now = read_names(self.base.captured.graph), read_names(self.graph)
         sizes = {}
@@ -190,8 +218,10 @@ class State:
         return sizes
 
     def count_parameters(self) -> tuple[int, int]:
-        """(all, trainable) numbers of parameters, counted as `parameter_sizes` does; of one under a mask, what it lets
-        train."""
+        """Total and trainable number of parameters, as counted by `parameter_sizes`.
+
+        Of a parameter under a gradient mask, only the values that train count as trainable.
+        """
         sizes, masks = self.parameter_sizes(), self.schedule.masks
         held = {n: self.tensors[masks[n]] for n in sizes if n in masks}
         trained = (trained_values(size, held.get(n)) for n, size in sizes.items() if self.trains(n))
@@ -199,7 +229,7 @@ class State:
 
     @property
     def merge_tolerance(self) -> float:
-        """How far a merge may move the outputs, over their scale: that of the coarsest dtype of the base."""
+        """Largest change of the outputs that a merge may cause, relative to their scale; it depends on `precision`."""
         return MERGE_TOLERANCE.get(self.precision, 5e-2)
 
     @property
@@ -211,23 +241,45 @@ class State:
     # -- views of the same adapters
 
     def without(self, *names: str) -> Self:
-        """The same program with adapters left out (their tensors are kept, and shared)."""
+        """The program with adapters switched off. Their tensors are kept and shared with this program.
+
+        Args:
+            names: Names of adapters, as in `undo`.
+
+        Raises:
+            JournalError: The program has no such adapter.
+        """
         return self.weighted(dict.fromkeys(names, 0.0))
 
     def weighted(self, weights: Mapping[str, float]) -> Self:
-        """The same program with adapters scaled: 1 as trained, 0 left out. Names as in `undo`."""
+        """The program with adapters scaled; it shares this program's tensors.
+
+        Args:
+            weights: Name of an adapter, as in `undo`, -> its scale: 1 as trained, 0 off.
+
+        Raises:
+            JournalError: The program has no such adapter, or a weight is not a finite number.
+            PassError: The pass of an adapter supports only 0 and 1.
+        """
         journal = self.journal.weighted(weights)
         for entry in journal:
             if entry.kind == "rewrite" and entry.weight not in (0.0, 1.0):
                 pass_ = replay.pass_of(entry, self.base.plugins)
-                if not getattr(pass_, "can_weigh", False):
+                if not (isinstance(pass_, RewritePass) and pass_.effect.scalable):
                     raise PassError(
-                        f"{entry.id}: {entry.pass_name} can be left out (0) or in (1), not scaled"
+                        f"{entry.id}: {entry.pass_name} cannot be scaled; give it the weight 0 (off) or 1 (on)"
                     )
         return self.derive(journal, clock=self.clock)
 
     def only(self, *names: str) -> Self:
-        """The program with just these adapters in."""
+        """The program with only these adapters switched on; without names, none.
+
+        Args:
+            names: Names of adapters, as in `undo`.
+
+        Raises:
+            JournalError: The program has no such adapter.
+        """
         keep = {e.id for name in names for e in self.journal.find(name)}
         adapters = [e.id for e in self.journal if e.kind == "rewrite"]
         return self.weighted({name: float(name in keep) for name in adapters})
@@ -235,10 +287,14 @@ class State:
     # -- running
 
     def module(self) -> ProgramModule:
-        """A trainable nn.Module in eval mode; call `.train()` for the graph of train mode.
+        """A trainable nn.Module, in eval mode. Call `.train()` on it to run the graph of train mode.
 
-        Base parameters that train are copied first, so that neither the caller's model nor any other program
-        on this base sees the training; `without` and its like, which are the same program, do.
+        Every call returns the same module. Base parameters that train are copied first: training changes neither the
+        original model nor other programs on this base. Programs from `without`, `weighted`, `only` and `merge` share
+        the trained tensors.
+
+        Raises:
+            JournalError: A weight that the graph reads was released from memory.
         """
         if self._module is None:
             self.own()
@@ -270,15 +326,15 @@ class State:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Every parameter and buffer as this program has it, by every name; tied ones are one object."""
+        """Current value of every parameter and buffer by name. A tied tensor is one object under several names."""
         return state_of(self)
 
     def folded(self) -> dict[str, Tensor]:
-        """Base weights that a merge changes, made anew from the base and the adapters."""
+        """Merged base weights by name, computed from the base and the adapters at every call."""
         return folded_of(self)
 
     def own(self) -> None:
-        """Give this program its own copy of every base tensor that training can change."""
+        """Copy every base tensor that training can change into `changed`: trainable parameters and all buffers."""
         if self.base.in_memory:
             for name in self.parameter_sizes():
                 if name in self.base.tensors and name not in self.changed and self.trains(name):
@@ -288,7 +344,7 @@ class State:
                     self.changed[name] = tensor.clone()
 
     def copies(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Inserted and changed tensors, copied: what a derived program trains, this one does not see."""
+        """Copies of `tensors` and `changed`, for a derived program that trains independently of this one."""
 
         def copied(tensor: Tensor) -> Tensor:
             fresh = tensor.detach().clone()
@@ -306,7 +362,11 @@ class State:
 
     @property
     def train_graph(self) -> fx.Graph:
-        """The graph of train mode. Raises CaptureError where the model cannot be captured in it."""
+        """The graph of train mode.
+
+        Raises:
+            CaptureError: The model cannot be captured in train mode.
+        """
         captured = self.base.train_capture()
         if self._train_graph is None:
             self._train_graph = replay.build_graph(self.base, self.journal, self.tensors, captured)
@@ -314,7 +374,7 @@ class State:
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The compiled eval graph with this program's tensors, for running rather than training."""
+        """The compiled eval graph with this program's tensors, for inference; for training use `module()`."""
         if self._module is not None:
             return self._module.graph_module(training=False)
         if self._runner is None or self._runner[0] != len(self.changed):
@@ -322,7 +382,15 @@ class State:
         return self._runner[1]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Outputs in eval mode without gradients; of the example inputs where none are given."""
+        """Run the eval graph without gradients.
+
+        Args:
+            args: Positional inputs of the model; without any inputs, the example inputs are used.
+            kwargs: Keyword inputs of the model.
+
+        Returns:
+            The outputs, in the structure that the model returns.
+        """
         if not args and not kwargs:
             args, kwargs = self.example_inputs
         with torch.no_grad():
@@ -330,12 +398,13 @@ class State:
 
 
 def read_names(graph: fx.Graph) -> set[str]:
-    """Names of the tensors on which an output of the graph depends."""
+    """Names of the tensors that an output of the graph depends on."""
     return {str(node.target) for node in live_nodes(graph) if node.op == "get_attr"}
 
 
 def state_of(program: State) -> dict[str, Tensor]:
-    """See Program.state."""
+    """Current value of every parameter and buffer; see State.state."""
+    # id of a base tensor -> the parameter over its memory: tied names get the same object.
     shells: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     folded, held = program.folded(), held_by(program)
@@ -360,7 +429,7 @@ def state_of(program: State) -> dict[str, Tensor]:
 
 
 def folded_of(program: State) -> dict[str, Tensor]:
-    """See Program.folded."""
+    """Merged base weights; see State.folded."""
     entries = folded_entries(program.journal)
     if not entries:
         return {}
@@ -376,7 +445,7 @@ def folded_entries(journal: Journal) -> list[Entry]:
 
 
 def held_by(program: State) -> dict[str, Tensor]:
-    """Changed and inserted tensors; what only passes that are left out made train is as it was before them."""
+    """Changed and inserted tensors, with the earlier values of parameters that only entries of weight 0 let train."""
     held = {**program.changed, **program.tensors}
     for name, before in program.put_back.items():
         if before is None:
@@ -387,7 +456,7 @@ def held_by(program: State) -> dict[str, Tensor]:
 
 
 def _shell(program: State, name: str, tensor: Tensor, held: Mapping[str, Tensor]) -> Tensor:
-    """The program's own tensor, or a parameter over the base's memory."""
+    """The program's own tensor, or else a new parameter over the memory of the base's."""
     canonical = program.base.names.get(name, (name,))[0]
     if canonical in held:
         return held[canonical]
@@ -399,12 +468,12 @@ def _shell(program: State, name: str, tensor: Tensor, held: Mapping[str, Tensor]
 
 
 def trained_values(size: int, mask: Tensor | None) -> int:
-    """How many values of a parameter of that size train under a mask (see Selection.masks)."""
+    """Number of values of a parameter that train under a mask, which may have size 1 along an axis."""
     return size if mask is None else int(mask.sum()) * (size // mask.numel())
 
 
 class ParameterGroup(TypedDict, total=False):
-    """A group for a torch optimiser; `names` and `window` are for people, optimisers ignore them."""
+    """A parameter group of a torch optimizer. Optimizers ignore `names` and `window`, which are for display."""
 
     params: list[nn.Parameter]
     lr: float
@@ -416,17 +485,24 @@ class ParameterGroup(TypedDict, total=False):
 def parameter_groups(
     program: State, lr: float, *, weight_decay: float = 0.0, step: int | None = None
 ) -> list[ParameterGroup]:
-    """The parameters of `program.module()` that train, in groups of one learning rate, decay and window.
+    """Trainable parameters of `program.module()`, grouped by learning rate, weight decay and training window.
 
-    Give them to one optimiser, and call `module.advance(step)` before each step: what does not train then has no
-    gradient, and optimisers pass over what has none, momentum and all. A learning-rate scheduler scales each
-    group from its own rate.
+    Pass the groups to one optimizer and call `module.advance(step)` before each step. It sets the gradient of a
+    parameter outside its window to None; optimizers skip such a parameter, including its momentum. A learning-rate
+    scheduler scales each group from its own rate.
 
-    lr: of a parameter with rate 1. weight_decay: of weight matrices; norms, biases and parameters under a gradient
-    mask get none. A mask makes gradients zero, and an optimiser that moves a value by its gradient's history
-    alone (SGD, Adam, AdamW and their kin) then leaves it bit for bit; decay moves it without a gradient, so with
-    `module.parameters()` in place of these groups, give the optimiser no decay. step: only what trains at that
-    step; None: all that ever does.
+    A gradient mask sets gradients to zero. SGD, Adam, AdamW and similar optimizers then leave the masked values
+    unchanged bit for bit, but weight decay would still move them. Therefore masked parameters get no decay here; if you
+    use `module.parameters()` instead of these groups, set the optimizer's weight decay to 0.
+
+    Args:
+        program: The program.
+        lr: Learning rate of a parameter with rate 1.
+        weight_decay: Weight decay of weight matrices. Norms, biases and masked parameters get none.
+        step: Only the parameters that train at this step; None: all that train at any step.
+
+    Raises:
+        PassError: No parameter trains.
     """
     module = program.module()
     schedule = program.schedule
@@ -453,7 +529,13 @@ def parameter_groups(
 
 
 def check_present(program: State, what: str, read: Collection[str] | None = None) -> None:
-    """Raises JournalError for a base that lacks weights which something wants back. read: those, where not all."""
+    """Raise JournalError if base weights that are needed have been released from memory.
+
+    Args:
+        program: The program.
+        what: The operation that needs them, for the message.
+        read: Names of the weights that are needed; None: all of the base.
+    """
     gone = program.base.released if read is None else program.base.released.intersection(read)
     if gone:
         raise JournalError(f"{what}: {min(gone)} was released from memory; load the saved directory again")

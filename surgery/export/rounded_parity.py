@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
 from surgery.export.optional import require
 from surgery.export.source import ExportSource
+from surgery.graph.compiled import compiled
 from surgery.graph.graphs import copy_graph
 
 # Relative noise added to parameters: the measured difference of MiniLM's activations (see surgery.export.parity).
@@ -75,7 +75,7 @@ def unrounded(source: ExportSource) -> ExportSource:
         if node.target in source.rounding:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    return replace(source, graph_module=fx.GraphModule(source.graph_module, graph))
+    return replace(source, graph_module=compiled(source.graph_module, graph))
 
 
 @contextlib.contextmanager

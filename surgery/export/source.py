@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.common.errors import ExportError
 from surgery.export import metadata_keys
+from surgery.graph.compiled import compiled
 
 InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -124,7 +125,7 @@ def tagged_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph = copy.deepcopy(graph_module.graph)
     for node in graph.nodes:
         node.meta["custom"] = {**(node.meta.get("custom") or {}), metadata_keys.FX_NODE: node.name}
-    return fx.GraphModule(graph_module, graph)
+    return compiled(graph_module, graph)
 
 
 def module_path(node: fx.Node) -> str:

@@ -19,6 +19,7 @@ from surgery.common.errors import PassError
 from surgery.engine.contract.base import GraphPass, RewritePass
 from surgery.engine.journal import Entry, SiteRecord
 from surgery.engine.recompute import REMADE, recomputed
+from surgery.graph.compiled import check_targets
 from surgery.graph.fake import MetaCache
 from surgery.graph.graphs import copy_graph, without_replaced
 from surgery.graph.ops import WeightOp
@@ -246,6 +247,7 @@ def _example(
 
 def _compile(graph: fx.Graph, title: str) -> Forward:
     """The graph as a method: what it reads are attributes of self."""
+    check_targets(graph)
     code = graph.python_code("self")
     where = f"<surgery {title} {next(_serial)}>"
     linecache.cache[where] = (len(code.src), None, code.src.splitlines(keepends=True), where)

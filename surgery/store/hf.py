@@ -42,7 +42,7 @@ def write_hf(
         raise ExportError(f"--max-shard-size {max_shard_size}: write a size, such as 5GB or 200MB")
     left = live_entries(program.journal)
     if left:
-        _, kept = foldable(program.base, program.journal, program.sites)
+        _, kept = foldable(program.base, program.journal, program.sites, program.tensors)
         why = f": {kept[left[0].id]}" if left[0].id in kept else "; merge first, or export to ONNX"
         raise ExportError(
             f"{left[0].id!r} is not folded into the weights, and a transformers directory cannot hold it{why}"

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,13 +26,15 @@ from surgery.capture import LoadOptions, trace
 from surgery.capture.reference import load_model
 from surgery.common.errors import JournalError, LoadError, SurgeryError
 from surgery.common.files import core_version, staged_directory
+from surgery.common.names import check_plain, components
 from surgery.common.plugins import Plugins
 from surgery.engine.base import Base, sha256
 from surgery.engine.journal import Journal
 from surgery.engine.program import Program
-from surgery.engine.replay import pass_of
+from surgery.engine.replay import build_graph, pass_of
 from surgery.engine.state import check_present
 from surgery.store.hf import write_base
+from surgery.store.manifest import check_manifest
 
 SCHEMA = 2
 READABLE = (1, 2)  # what is new in 2 has defaults in Entry.from_json
@@ -154,22 +155,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         schema = manifest["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise JournalError(f"{path / MANIFEST} cannot be read ({error}); restore it or apply again") from None
     if schema not in READABLE:
         raise JournalError(
-            f"{path} has schema {schema}, and this version reads up to {SCHEMA}; upgrade torch-surgery"
+            f"{path} has schema {str(schema)[:20]}, and this version reads up to {SCHEMA}; upgrade torch-surgery"
         )
     if manifest.get("checksum") != _checksum(manifest):
         raise JournalError(
             f"{path / MANIFEST} was edited or damaged after it was saved; restore it or apply again"
         )
-    for name, expected in manifest["files"].items():
+    checked = check_manifest(manifest, path / MANIFEST)
+    for name, expected in checked["files"].items():
         if not (path / name).is_file():
             raise JournalError(f"{path / name} is missing; restore it or apply again")
-        if Path(name).name != name or sha256(path / name) != expected:
+        if sha256(path / name) != expected:
             raise JournalError(f"{path / name} was changed after it was saved; restore it or apply again")
-    return manifest
+    return checked
 
 
 def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Program:
@@ -182,19 +184,58 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Progr
     stored = {name: _read(path / name) for name in manifest["files"]}
     root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}))
     _check_base(path, manifest["base"], root)
-    changed = {name: _as_in(root.tensors[name], value) for name, value in stored.get(CHANGED, {}).items()}
-    listed = manifest.get("parameters")
-    trainable = _trainable(journal, plugins, root) if listed is None else listed  # schema 1 has no list
-    inserted = {
-        name: nn.Parameter(value) if name in trainable else value
-        for name, value in stored.get(INSERTED, {}).items()
-    }
-    missing = {n for e in journal for n in e.tensor_names} - set(inserted)
+    changed = _changed(path, root, stored.get(CHANGED, {}))
+    held = stored.get(INSERTED, {})
+    _check_names(path, journal, held, root)
+    try:
+        listed = manifest["parameters"]
+        # Schema 1 has no list.
+        trainable = _trainable(journal, plugins, root) if listed is None else set(listed)
+        inserted = {n: nn.Parameter(t) if n in trainable else t for n, t in held.items()}
+        graph = build_graph(root, journal, inserted, root.captured, stored=True)
+    except SurgeryError:
+        raise
+    except Exception as error:  # decisions of a pass can be anything in a file that was edited
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise JournalError(
+            f"{path}: its journal cannot be replayed on this model ({type(error).__name__}: {first}); restore the "
+            "directory or apply again"
+        ) from error
+    return Program(root, journal, inserted, changed, graph)
+
+
+def _changed(path: Path, base: Base, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained values of base tensors. Raises JournalError for one that does not fit the base."""
+    changed = {}
+    for name, value in stored.items():
+        own = base.tensors.get(name)
+        if own is None or own.shape != value.shape or own.dtype != value.dtype:
+            has = "no such tensor" if own is None else f"{own.dtype} {list(own.shape)}"
+            raise JournalError(
+                f"{path / CHANGED} holds {name[:200]} {value.dtype} {list(value.shape)}, and the base has {has}"
+            )
+        changed[name] = _as_in(own, value)
+    return changed
+
+
+def _check_names(path: Path, journal: Journal, held: Mapping[str, Tensor], base: Base) -> None:
+    """Check names that become attributes of generated code, and that journal and file name the same tensors.
+
+    Raises:
+        JournalError: A name is not plain, belongs to the base, or is missing on one side.
+    """
+    known = components(base.tensors)
+    named = {name for entry in journal for name in entry.tensor_names}
+    for name in sorted({*named, *held}, key=str):
+        check_plain(name, f"a tensor of {path / INSERTED}", JournalError, known)
+        if name in base.tensors:
+            raise JournalError(f"{path / INSERTED} holds {name}, which is a tensor of the base")
+    missing = named - set(held)
     if missing:
-        raise JournalError(f"{path} lacks the tensor {sorted(missing)[0]}; restore it or apply again")
-    program = Program(root, journal, inserted, changed)
-    _ = program.graph
-    return program
+        raise JournalError(f"{path} lacks the tensor {min(missing)}; restore it or apply again")
+    unknown = set(held) - named
+    if unknown:
+        raise JournalError(f"{path / INSERTED} holds {min(unknown)}, which no entry of the journal names")
 
 
 def _as_in(original: Tensor, value: Tensor) -> Tensor:
@@ -220,7 +261,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         # Cloned: where a file's tensors lie decides the order in which small products are summed, and so last bits.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # of a damaged header, the library raises errors of several kinds
         raise LoadError(f"{path} is no readable safetensors file ({error}); restore it") from None
 
 

@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 import surgery
-from surgery.api import Selection, SelectPass, hookimpl, make_plugin_manager
+from surgery.api import Selection, SelectPass, hookimpl
+from surgery.api.programs import make_plugin_manager
 from surgery.common.errors import JournalError, PassError
 from surgery.engine.journal import Entry
 from surgery.engine.module import ProgramModule

@@ -98,7 +98,7 @@ def test_code_runs_only_when_named_again(adapted, tmp_path):
 
 
 def test_a_module_from_python_needs_its_module_again(tmp_path, randomise):
-    from tests import models
+    from tests.shared import models
 
     module, inputs = models.attention()
     program = randomise(surgery.capture(module, inputs).apply(surgery.Lora(target="attn.*", rank=2)))
@@ -195,7 +195,7 @@ def _names(folder):
 
 def test_another_architecture_lists_the_sites(adapted, tmp_path):
     adapted.save(tmp_path / "adapted")
-    from tests import models
+    from tests.shared import models
 
     class Wider(models.Attention):
         def __init__(self):
@@ -245,7 +245,7 @@ def test_a_kill_while_saving_leaves_what_was_there(adapted, tmp_path):
     adapted.save(tmp_path / "adapted")
     before = (tmp_path / "adapted" / saved.MANIFEST).read_bytes()
     code = (
-        "import os, sys, time, surgery\nfrom surgery import saved\n"
+        "import os, sys, time, surgery\nfrom surgery.store import saved\n"
         "program = surgery.load(sys.argv[1], base='py:tests.shared.models:attention').weighted({'lora': 0.5})\n"
         "real = saved.sha256\n"
         "def slow(path):\n    print('writing', flush=True); time.sleep(60); return real(path)\n"

@@ -55,7 +55,10 @@ def plan(
 
 def _is_seen(pass_: Pass, following: Sequence[Pass]) -> bool:
     """Whether those that follow can be planned only on what this pass makes."""
-    replacing = any(isinstance(p, RewritePass) and (p.replaces or p.makes_zeros) for p in (pass_, *following))
+    replacing = any(
+        isinstance(p, RewritePass) and (p.effect.replaces_weight or p.effect.makes_zeros)
+        for p in (pass_, *following)
+    )
     return bool(following) and (
         isinstance(pass_, GraphPass) or (isinstance(pass_, RewritePass) and replacing)
     )
@@ -78,6 +81,7 @@ def apply(
     reference: Any = None  # the outputs that a rewrite is held to, run when one needs them
     for pass_, auto in complete(program, passes, freeze_base):
         begun = perf_counter()
+        more = pass_.expectations.adds_outputs
         probe = Probe(program, data)
         planned = plan_pass(program, pass_, auto, probe)
         entry = entry_of(program, planned)
@@ -90,7 +94,7 @@ def apply(
             adapted = program.derive(
                 program.journal.add(entry), tensors, graph=graph, reports=program.reports
             )
-            observed = observe(reference, adapted.run(), pass_.extends) if checking else None
+            observed = observe(reference, adapted.run(), more) if checking else None
         else:
             masks = {entry.masks[n]: mask for n, mask in planned.selection.masks.items()}
             tensors = {**program.tensors, **masks, **kept}
@@ -100,13 +104,13 @@ def apply(
             observed = Observed(True, 0.0)
             # torch takes other ways, and rounds otherwise, where a tensor needs no gradient.
             reference = None
-        declared = pass_.contract.on(program.precision)
+        declared = pass_.numerics.on(program.precision)
         if observed is not None and not observed.within(declared):
             raise PassError(
                 f"{entry.id} declares {declared}, but the outputs moved by {observed.difference:.1e} of "
                 f"their scale on the example inputs; nothing was changed"
             )
-        if observed is not None and checking and (pass_.extends or not observed.equal):
+        if observed is not None and checking and (more or not observed.equal):
             reference = adapted.run()
         why = (
             "" if observed else ("verification was turned off" if not verify else "weights are not in memory")

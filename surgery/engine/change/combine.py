@@ -31,7 +31,11 @@ def combine(program: S, weights: Mapping[str, float], how: Combination, label: s
     _check(program, chosen, label)
     places = places_of(program, chosen, "combine")
     cls = type(_rewriting(program, chosen[0][0]))
-    pass_, values = cls.combine([place for _, place in places], how, label)
+    if cls.combiner is None:
+        raise PassError(
+            f"combine: {cls.name} has no form in which several are one; switch them with --only or --weight instead"
+        )
+    pass_, values = cls.combiner([place for _, place in places], how, label)
     combined = carried(program, chosen, pass_, places, values)
     ids = [e.id for e, _ in chosen]
     said = {

@@ -11,6 +11,7 @@ from surgery.common.errors import PassError
 from surgery.engine.change.plans import PassPlan, SitePlan
 from surgery.engine.change.selection import SelectPass
 from surgery.engine.contract.base import Pass, RewritePass
+from surgery.engine.contract.pattern import PatternPass
 from surgery.engine.journal import Entry, SiteRecord
 from surgery.engine.registry import find_pass
 from surgery.engine.restore import made_trainable
@@ -30,7 +31,7 @@ def entry_of(program: State, planned: PassPlan) -> Entry:
         assert isinstance(pass_, RewritePass)
         ident, kind = pass_.entry_id, "rewrite"
         if not planned.sites:
-            raise PassError(f"{pass_.entry_id}: {pass_.nothing(program.view)}")
+            raise PassError(f"{pass_.entry_id}: {_no_site(pass_, program)}")
         if not planned.accepted:
             first = planned.refused[0]
             more = f" (and {len(planned.refused) - 1} more)" if len(planned.refused) > 1 else ""
@@ -41,8 +42,9 @@ def entry_of(program: State, planned: PassPlan) -> Entry:
         )
     chosen = planned.selection
     windows, unit = dict(chosen.windows), chosen.unit
-    if isinstance(pass_, RewritePass) and pass_.pacing is not None:
-        window, unit = pass_.pacing
+    gradual = pass_.gradual if isinstance(pass_, RewritePass) else None
+    if gradual is not None:
+        window, unit = gradual.window, gradual.unit
         windows.update({full: window for record in records for full in record.tensors.values()})
     masks = {name: _own_name(program, name, ident, "mask") for name in chosen.masks}
     entry = Entry(
@@ -66,11 +68,18 @@ def entry_of(program: State, planned: PassPlan) -> Entry:
     return replace(entry, before=before)
 
 
+def _no_site(pass_: RewritePass, program: State) -> str:
+    """The message for a pass that finds no site at all."""
+    if isinstance(pass_, PatternPass):
+        return pass_.no_match_message(program.view)
+    return "it has nothing to do at what the target names; target other sites"
+
+
 def _limits(pass_: Pass, planned: PassPlan) -> dict[str, int]:
     found: dict[str, int] = {}
     if isinstance(pass_, RewritePass):
         for accepted in planned.accepted:
-            for name, high in pass_.limits(accepted.site).items():
+            for name, high in pass_.outcome(accepted.site).limits.items():
                 found[name] = min(high, found.get(name, high))
     return found
 
@@ -86,9 +95,7 @@ def _own_name(program: State, parameter: str, ident: str, what: str) -> str:
 def _tensor_names(program: State, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
     """Tensor of the pass -> its name in the program. Raises PassError where that is taken."""
     site = planned.site
-    prefix = pass_.tensor_prefix(site)
-    names = {name: f"{prefix}.{name}" for name in planned.specs}
-    names.update(pass_.tensor_names(site))
+    names = pass_.names(site, planned.specs)
     for full in names.values():
         if full in program.base.tensors or full in program.tensors:
             raise PassError(f"{pass_.entry_id} at {site.path}: the name {full} is taken; choose another --as")

@@ -32,7 +32,7 @@ def merge(
     count = sum(e.kind == "merge" for e in journal)
     ident = f"merge{count or ''}"
     into = _into_codes(program, quantized, budget, ident, data)
-    folded, kept = foldable(base, journal, program.sites)
+    folded, kept = foldable(base, journal, program.sites, program.tensors)
     done = {name for e in journal if e.kind == "merge" for name in e.options.get("folded", ())}
     folded = [name for name in folded if name not in done]
     plain = [e for e in simplifiable(base, journal) if e not in folded]
@@ -134,7 +134,7 @@ def _in_floats(program: State) -> State:
     names = [
         e.id
         for e in live_entries(program.journal)
-        if getattr(pass_of(e, program.base.plugins), "rounding", ())
+        if isinstance(pass_ := pass_of(e, program.base.plugins), RewritePass) and pass_.effect.rounding
     ]
     return program.without(*names) if names and not program.base.released else program
 

@@ -1,4 +1,4 @@
-"""What passes say of each other: what has to be there, what cannot, and which comes first."""
+"""Order of the passes of a pipeline: by what they require, what they must precede, and what creates their sites."""
 
 from __future__ import annotations
 
@@ -7,43 +7,32 @@ from collections.abc import Sequence
 import networkx as nx
 
 from surgery.common.errors import PassError
-from surgery.common.plugins import Plugins
 from surgery.engine.contract.base import Pass, RewritePass
 from surgery.engine.journal import Journal
-from surgery.engine.registry import find_pass
 
 
-def in_order(passes: Sequence[Pass], journal: Journal, plugins: Plugins) -> list[Pass]:
-    """The passes so that each precedes those it has to precede, and otherwise as given.
+def in_order(passes: Sequence[Pass], journal: Journal) -> list[Pass]:
+    """The passes in an order that meets every constraint, otherwise as given.
 
-    Raises PassError, in a sentence, for a conflict, a missing requirement or a cycle. What had to come before an
-    entry of the journal is refused site by site, where the two meet (see surgery.engine.change.plan).
+    A pass that should have come before an entry of the journal is refused site by site; see `plan`.
+
+    Raises:
+        PassError: A required pass is missing, or two passes each have to come first.
     """
-    applied = {entry.pass_name: entry.id for entry in journal}
-    kinds = {name: find_pass(plugins, name).cls for name in applied if name != "merge"}
-    for index, pass_ in enumerate(passes):
-        _check_conflicts(pass_, [*kinds.values(), *(type(p) for p in passes[:index])])
-        there = {*applied, *(p.name for p in passes)}
-        if pass_.requires and not there & set(pass_.requires):
+    there = {*(entry.pass_name for entry in journal), *(p.name for p in passes)}
+    for pass_ in passes:
+        if pass_.requires and there.isdisjoint(pass_.requires):
             raise PassError(
                 f"{pass_.name} needs {' or '.join(pass_.requires)} in the program; put it in the same pipeline"
             )
     return _sorted(list(passes))
 
 
-def _check_conflicts(pass_: Pass, others: Sequence[type[Pass]]) -> None:
-    for other in others:
-        why = pass_.conflicts.get(other.name) or other.conflicts.get(pass_.name)
-        if why:
-            raise PassError(f"{pass_.name} and {other.name} cannot stand in one program: {why}")
-
-
 def _makes_targets(first: Pass, second: Pass) -> bool:
-    """Whether one makes anew what the other, an adapter, would stand on."""
+    """True if the first creates layers that the second, an adapter, attaches to."""
     if not isinstance(first, RewritePass) or not isinstance(second, RewritePass):
         return False
-    adapts = second.freezes and not second.adds_weights and not second.lengthens
-    return first.leads and adapts
+    return first.effect.comes_first and second.effect.attaches
 
 
 def _sorted(passes: list[Pass]) -> list[Pass]:

@@ -22,7 +22,7 @@ from surgery.engine.schedule import Schedule
 from surgery.engine.state import State
 from surgery.graph import targets
 from surgery.graph.graphs import live_nodes
-from surgery.graph.marks import tail
+from surgery.graph.marks import output_with_adapters
 from surgery.graph.rewrite.current import replaced_by
 from surgery.graph.sites import Site
 
@@ -36,11 +36,11 @@ def complete(program: State, passes: Sequence[Pass], freeze_base: bool | None) -
             raise PassError(
                 f"{what} is no pass that can be applied; give an instance, such as Lora(target='attn.*')"
             )
-    passes = in_order(passes, program.journal, program.base.plugins)
+    passes = in_order(passes, program.journal)
     selects = any(isinstance(p, SelectPass) for p in passes) or any(
         e.kind == "select" for e in program.journal
     )
-    adapts = [i for i, p in enumerate(passes) if isinstance(p, RewritePass) and p.freezes]
+    adapts = [i for i, p in enumerate(passes) if isinstance(p, RewritePass) and p.effect.freezes_base]
     listed = [(p, False) for p in passes]
     if freeze_base is True or (freeze_base is None and adapts and not selects):
         listed.insert(0 if freeze_base else adapts[0], (_freeze_base(program.base), True))
@@ -70,14 +70,15 @@ def plan_pass(program: State, pass_: Pass, auto: bool, probe: Probe) -> PassPlan
     trains: dict[str, bool] = {}
     for planned in plans:
         if planned.refusal is None:
-            trains.update(pass_.selects(planned.site))
+            trains.update(pass_.outcome(planned.site).trains)
     asked = pass_.target or pass_.default_target
     read_apart = asked is not None and not isinstance(pass_, GraphPass)
     notes = targets.readings_differ(program.sites.sites, asked) if read_apart and asked else ()
     selection = checked(program, pass_.entry_id, Selection(trains))
-    if pass_.pacing is not None:
-        window, unit = pass_.pacing
-        said = Entry(pass_.entry_id, pass_.name, "rewrite", windows={pass_.entry_id: window}, unit=unit)
+    gradual = pass_.gradual
+    if gradual is not None:
+        windows = {pass_.entry_id: gradual.window}
+        said = Entry(pass_.entry_id, pass_.name, "rewrite", windows=windows, unit=gradual.unit)
         Schedule.of([*program.journal, said])  # refuses two units in one program
     misses = pass_.misses(program.view) if isinstance(pass_, PatternPass) else ()
     return PassPlan(pass_, plans, selection, notes=tuple(notes), misses=misses)
@@ -87,14 +88,14 @@ def _plan_site(
     pass_: RewritePass, site: Site, live: set[fx.Node], probe: Probe, late: str | None = None
 ) -> SitePlan:
     """late: an entry at this site that the pass had to precede."""
-    if live.isdisjoint(tail(call.node) for call in site.calls):
+    if live.isdisjoint(output_with_adapters(call.node) for call in site.calls):
         gone = next((entry for entry in (replaced_by(call.node) for call in site.calls) if entry), None)
         refusal: str | None = (
             f"{gone!r} has put another op in its place" if gone else "no output of the model depends on it"
         )
     elif site.kind not in pass_.on:
         refusal = f"{pass_.name} works on {', '.join(pass_.on)}, and this is a {site.kind} weight"
-    elif site.selected_parts and not pass_.partial:
+    elif site.selected_parts and not pass_.effect.partial:
         refusal = f"it is a fused projection and {pass_.name} cannot act on a part of it; target {site.role}"
     else:
         site = replace(site, measured=probe)

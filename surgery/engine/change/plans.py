@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from surgery.engine.contract.base import Pass, RewritePass
 from surgery.engine.contract.observe import Observed
@@ -55,12 +54,13 @@ class PassPlan:
     @property
     def parameters(self) -> int:
         """How many values it adds that train; a tensor that several sites share counts once."""
-        found: dict[Any, int] = {}
+        found: dict[str, int] = {}
         for planned in self.accepted:
-            shared = self.pass_.tensor_names(planned.site) if isinstance(self.pass_, RewritePass) else {}
+            assert isinstance(self.pass_, RewritePass)
+            names = self.pass_.names(planned.site, planned.specs)
             for name, spec in planned.specs.items():
                 if spec.trainable:
-                    found[shared.get(name, (planned.site.key, name))] = spec.numel()
+                    found[names[name]] = spec.numel()
         return sum(found.values())
 
     @property
@@ -68,7 +68,7 @@ class PassPlan:
         """Parameters that nothing would read any more."""
         pass_ = self.pass_
         return (
-            {n for s in self.accepted for n in pass_.frees(s.site)}
+            {n for s in self.accepted for n in pass_.outcome(s.site).unused}
             if isinstance(pass_, RewritePass)
             else set()
         )

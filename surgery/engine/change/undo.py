@@ -8,6 +8,7 @@ from torch import nn
 
 from surgery.common.errors import JournalError
 from surgery.engine import replay
+from surgery.engine.contract.base import RewritePass
 from surgery.engine.journal import Entry, Journal
 from surgery.engine.restore import reverted, without
 from surgery.engine.state import State, check_present
@@ -39,7 +40,7 @@ def undo(program: S, name: str) -> S:
 
     def freezes(entry: Entry) -> bool:
         pass_ = replay.pass_of(entry, base.plugins) if entry.kind == "rewrite" else None
-        return bool(getattr(pass_, "freezes", False))
+        return isinstance(pass_, RewritePass) and pass_.effect.freezes_base
 
     adapted = any(map(freezes, entries)) and not any(map(freezes, left))
     if adapted or not any(e.kind == "rewrite" for e in left):

@@ -1,42 +1,52 @@
-"""What a pass is: a frozen pydantic model whose fields are its options, and a few short methods."""
+"""The base classes of passes: frozen pydantic models whose fields are their options, with a few short methods."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from torch import Tensor, fx
 
 from surgery.common.errors import PassError, SurgeryError
 from surgery.common.options import Configured
-from surgery.engine.contract.folds import Absorber, MergeFrom, MergeLonger, MergeOp
+from surgery.engine.contract.effect import ADAPTER, Effect
+from surgery.engine.contract.expectations import Expectations
+from surgery.engine.contract.folds import Absorber, Combiner, Fold
+from surgery.engine.contract.gradual import Gradual
 from surgery.engine.contract.numerics import EXACT, Numerics
-from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.contract.renamed import refuse_renamed
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.rewrite.rewriter import Rewriter
-from surgery.graph.sites import Site, SiteKey
+from surgery.graph.sites import Site
 from surgery.graph.targets import select_sites
 
 if TYPE_CHECKING:
-    from surgery.engine.contract.combination import Combination
     from surgery.graph.view import View
+
+# (site, its tensors as trained) for every site -> the tensors of a simpler form at each, by their names in the pass.
+Simplify = Callable[[Sequence[tuple[Site, Mapping[str, Tensor]]]], list[dict[str, Tensor]]]
 
 
 class Pass(Configured):
-    """Base of all passes; see Configured for its options.
+    """Base of all passes; see Configured for the options.
 
-    requires: names of passes, one of which has to be applied already. conflicts: name of a pass -> why the two
-    cannot stand in one program. before: names of passes that this one has to precede; in one pipeline it is put
-    before them, and a site that one of them holds already is refused.
+    Attributes:
+        name: Name on the command line and in journals.
+        version: Version of what the journal stores for the pass.
+        requires: Names of passes; one of them must be applied already, or in the same pipeline.
+        before: Names of passes that must come later. Within a pipeline they are moved behind this one; a site where
+            one of them is applied already is refused.
     """
 
-    kind: ClassVar[str] = "pass"
-    failure: ClassVar[type[SurgeryError]] = PassError
-    numerics: ClassVar[Numerics] = EXACT
+    # A subclass may assign these without an annotation: `numerics = EXACT`.
+    model_config = ConfigDict(ignored_types=(Numerics, Effect, Expectations))
+
+    _kind: ClassVar[str] = "pass"
+    _failure: ClassVar[type[SurgeryError]] = PassError
     version: ClassVar[int] = 1
     requires: ClassVar[tuple[str, ...]] = ()
-    conflicts: ClassVar[Mapping[str, str]] = {}
     before: ClassVar[tuple[str, ...]] = ()
 
     target: str | None = Field(
@@ -49,250 +59,178 @@ class Pass(Configured):
         description="a name of your own for this application of the pass: letters, digits, - and _",
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **given: Any) -> None:
+        super().__pydantic_init_subclass__(**given)
+        refuse_renamed(cls)
+
     @property
     def entry_id(self) -> str:
+        """Name of this application in the journal, such as "lora:film"."""
         return f"{self.name}:{self.label}" if self.label else self.name
 
     @property
-    def attribute(self) -> str:
-        """The last-but-one component of the names of the tensors it adds."""
-        return f"{self.name}_{self.label}" if self.label else self.name
+    def numerics(self) -> Numerics:
+        """How far inserting the pass with these options may move the outputs."""
+        return EXACT
 
     @property
-    def contract(self) -> Numerics:
-        """What these options may do to the outputs at insertion."""
-        return self.numerics
-
-    @property
-    def extends(self) -> bool:
-        """Whether the program returns more with it: further outputs, or further columns of one.
-
-        The contract then holds for what it returned before; see surgery.engine.contract.observe.shared.
-        """
-        return False
+    def expectations(self) -> Expectations:
+        """Deliberate differences, which verification, export and the conformance kit must know."""
+        return Expectations()
 
 
 class RewritePass(Pass):
-    """A pass that acts at sites, one at a time, and never looks further than its site.
+    """A pass that acts at sites, one at a time, and looks no further than its site.
 
-    on: kinds of weight it accepts. default_target: used when no target is given (None: one is required).
-    partial: it can act on parts of a fused projection. weightable: what it adds can be scaled (`g.weight`).
-    mergeable: `merge` gives what the base weights become. freezes: the pipeline freezes the base before it,
-    unless the user selects what trains. structural: the tensors it adds are weights of ops like the base's own,
-    which later passes target. replaces: at its sites the op no longer reads the base's own weight, so that nothing
-    can be folded into that there, whichever came first. beside: what it adds stands beside the ops of its sites, so
-    that other adapters there are folded as if it were absent. lengthens: folding it makes weights longer, so that
-    everything which reads these has to be folded with it. makes_zeros: it leaves zeros in weights, which what is folded
-    there later has to keep; keeps_zeros: its fold does (it scales them, makes more, or is of other values). unwritten:
-    ops that it inserts which have no form in ONNX -> why, and what to do.
+    A subclass defines `name`, its options, and `rewrite`; most define `tensors` too. Everything else has a default.
+
+    Attributes:
+        on: Kinds of weight that the pass accepts.
+        default_target: Target used when none is given; None: a target is required.
+        combiner: Makes one application from several (`Program.combine`); None: they can only be switched.
+        absorber: Puts adapters into the pass's own quantized codes when a program is merged; None: it has no codes.
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear",)
     default_target: ClassVar[str | None] = None
-    partial: ClassVar[bool] = False
-    weightable: ClassVar[bool] = False
-    mergeable: ClassVar[bool] = False
-    freezes: ClassVar[bool] = True
-    structural: ClassVar[bool] = False
-    replaces: ClassVar[bool] = False
-    beside: ClassVar[bool] = False
-    lengthens: ClassVar[bool] = False
-    makes_zeros: ClassVar[bool] = False
-    keeps_zeros: ClassVar[bool] = False
-    regroups: ClassVar[bool] = False
-    unwritten: ClassVar[Mapping[Any, str]] = {}
+    combiner: ClassVar[Combiner | None] = None
     absorber: ClassVar[Absorber | None] = None
 
     @property
-    def rounding(self) -> tuple[Any, ...]:
-        """Ops of what these options insert that round their first argument, an activation, to a few steps."""
-        return ()
+    def effect(self) -> Effect:
+        """What the pass with these options does to a program."""
+        return ADAPTER
 
-    @property
-    def can_weigh(self) -> bool:
-        """Whether what these options add can be scaled."""
-        return self.weightable
-
-    @property
-    def adds_weights(self) -> bool:
-        """Whether the tensors that these options add are weights of ops like the base's own (`structural`)."""
-        return self.structural
-
-    @property
-    def reads_weight(self) -> bool:
-        """Whether what these options insert computes with the weight of its op (its norms, say)."""
-        return False
-
-    @property
-    def leads(self) -> bool:
-        """Whether it makes anew what adapters would stand on (copies of blocks, another head): these come after it."""
-        return False
-
-    @property
-    def in_place(self) -> bool:
-        """Whether what these options do at a site is done in one layer, so that a live module can hold it."""
-        return not self.adds_weights
-
-    def mixes_positions(self, site: Site) -> bool:
-        """Whether what is added reads other positions of the sequence than its own: with a cache of keys and values,
-        a layer sees the new ones only."""
-        return False
-
-    @property
-    def detaches(self) -> str:
-        """Why the gradient is not that of the outputs (something is held constant by design), or empty."""
-        return ""
-
-    @property
-    def redirects(self) -> str:
-        """Why gradients of the base itself are others with it although the outputs are the same, or empty."""
-        return ""
+    # -- where
 
     def find(self, view: View) -> list[Site]:
-        """The sites that the target names. Raises TargetError, PassError without a target."""
+        """Sites that the target names.
+
+        Raises:
+            TargetError: The target names nothing, wholly or in part.
+            PassError: No target is given and the pass has no default.
+        """
         asked = self.target or self.default_target
         if asked is None:
             raise PassError(f"pass {self.name!r} needs a target, such as --target 'attn.*'")
-        return [site for site in select_sites(view.sites.sites, asked) if not self.skips(site)]
-
-    def own_places(self, view: View) -> Mapping[SiteKey, Site] | None:
-        """Where a journalled application can be replayed, by key; None: at the sites of the graph."""
-        return None
-
-    def nothing(self, view: View) -> str:
-        """What is said where it finds no site at all."""
-        return "it has nothing to do at what the target names; target other sites"
-
-    def skips(self, site: Site) -> bool:
-        """Whether a targeted site is none of this pass's business, so that it is no refusal either."""
-        return False
+        return select_sites(view.sites.sites, asked)
 
     def check(self, site: Site) -> str | None:
-        """None, or the reason why this site is refused."""
+        """None, or the reason why this site is refused, as a clause with a remedy."""
         return None
 
     def decide(self, site: Site) -> dict[str, Any]:
-        """Everything data-dependent, JSON-able: written to the journal and replayed as `site.decided`.
+        """Every data-dependent choice at a site, JSON-able; the journal stores it and replays it as `site.decided`.
 
-        `site.probe` has the program's tensors, activations and gradients here.
+        `site.probe` gives the program's tensors, activations and gradients here.
         """
         return {}
 
-    def note(self, site: Site) -> str:
-        """What a person should read about this site in a plan, from `site.decided`; or nothing."""
-        return ""
-
-    def selects(self, site: Site) -> dict[str, bool]:
-        """Parameters of the base that this pass makes train (or stop), by name."""
-        return {}
-
-    def frees(self, site: Site) -> set[str]:
-        """Parameters that nothing reads once this is applied here, by name; the plan says what is saved."""
-        return set()
-
-    def limits(self, site: Site) -> dict[str, int]:
-        """New upper bounds of dynamic dimensions, by name: a prompt leaves fewer positions."""
-        return {}
+    # -- what is added
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        """The tensors this pass adds at a site; shapes depend on options and `site.decided` alone."""
+        """Tensors that the pass adds at a site, by their names in the pass.
+
+        Shapes may depend only on options and `site.decided`, since a replay measures nothing.
+        """
         return {}
 
-    def tensor_prefix(self, site: Site) -> str:
-        """What the engine puts before the name of each tensor that this pass adds at a site."""
-        owner, _, leaf = site.key.owner.rpartition(".")
-        stem = self.attribute if leaf == "weight" else f"{leaf}_{self.attribute}"
-        if site.key.ordinal:
-            stem += f"_use{site.key.ordinal + 1}"
-        return f"{owner}.{stem}" if owner else stem
-
-    def tensor_names(self, site: Site) -> dict[str, str]:
-        """Names of tensors in the program, for those that the engine's own naming does not suit."""
-        return {}
+    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+        """Full name in the program of each tensor; see `default_names`."""
+        return default_names(self, site, tensors)
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
-        """The value that replaces the output at one call of the site."""
+        """The value that replaces the site's output at one call; None where nothing replaces it."""
         raise NotImplementedError
+
+    def outcome(self, site: Site) -> Outcome:
+        """What else the pass does at an accepted site, from `site.decided`; the plan shows it."""
+        return Outcome()
 
     @property
-    def pacing(self) -> tuple[tuple[int, int | None], str] | None:
-        """The steps [first, last) in which its own tensors change as training goes on (`pace`), and what a step is,
-        "step" or "epoch"; None: they never do."""
+    def gradual(self) -> Gradual | None:
+        """The schedule on which the pass changes its own tensors during training, or None."""
         return None
 
-    def due(self, step: int) -> float:
-        """What `pace` makes of a step: while that is the same, nothing is to be done."""
-        return 0.0
+    # -- merging
 
-    def pace(
-        self, step: int, places: Sequence[tuple[Mapping[str, Any], Tensor, Mapping[str, Tensor]]]
-    ) -> None:
-        """Change its own tensors in place for a step of the training, without gradients.
+    def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
+        """Changes of the base's weight and bias: {"weight": fold, "bias": fold}. Defining it makes a pass mergeable.
 
-        places: what was decided at each site, its weight as it is now, and the pass's tensors by their names in it.
-        May be called with any step at any time, also again from 0 in a loaded program.
+        Args:
+            site: The site, with `site.decided`.
+            tensors: The pass's tensors there, by their names in the pass.
+            weight: Scale of this application; 1 as trained.
         """
+        raise NotImplementedError
 
-    def reaching(self, site: Site, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs by placeholder name, as given or changed so that what was inserted takes part in the outputs.
-
-        For a pass that the example inputs do not reach (new tokens): exports and the kit try these too.
-        """
-        return dict(inputs)
+    def why_not_merged(self, site: Site) -> str | None:
+        """None, or the reason why this site cannot be merged although the pass defines `merge`."""
+        return None
 
     @property
-    def simplifies(self) -> bool:
-        """Whether what these options add has a plainer form, computed once when the program is merged (`simplify`)."""
-        return False
+    def simplify(self) -> Simplify | None:
+        """Function that computes a simpler form when a program is merged, or None where there is none.
 
-    def simplify(self, places: Sequence[tuple[Site, Mapping[str, Tensor]]]) -> list[dict[str, Tensor]]:
-        """The tensors of that form at each place, from those as trained, by their names in the pass.
-
-        `rewrite` then finds these in place of the others, and `site.decided["simplified"]` true. One that keeps its
-        name stays the tensor that it is.
+        It gets (site, tensors as trained) for every site and returns the tensors of the simpler form at each. `rewrite`
+        then finds these, and `site.decided["simplified"]` is true. A tensor that keeps its name stays as it is.
         """
-        raise NotImplementedError
-
-    def keeps(self, site: Site) -> str | None:
-        """None, or why this site cannot be folded although the pass is mergeable."""
         return None
 
-    def merge(
-        self, site: Site, tensors: Mapping[str, Tensor], weight: float
-    ) -> Mapping[str, MergeOp | MergeFrom | MergeLonger]:
-        """What the base's weight (and bias) become: {"weight": op, "bias": op}."""
-        raise NotImplementedError
 
-    @classmethod
-    def combine(
-        cls, places: Sequence[Place], how: Combination, label: str
-    ) -> tuple[RewritePass, list[dict[str, Tensor]]]:
-        """One application of this pass for several, and at each place its tensors, by their names in the pass.
+def merges(pass_: Pass | type[Pass]) -> bool:
+    """True if the pass can be merged into base weights, that is, if its class defines `merge`."""
+    cls = pass_ if isinstance(pass_, type) else type(pass_)
+    return issubclass(cls, RewritePass) and cls.merge is not RewritePass.merge
 
-        See `Program.combine`. Raises PassError for what cannot be combined so.
-        """
-        raise PassError(f"combine: {cls.name} has no form in which several are one; switch them instead")
+
+def with_defaults(cls: type[RewritePass]) -> RewritePass:
+    """An instance with default options that is not validated: for facts about a pass that its options can change."""
+    return cls.model_construct()
+
+
+def attribute_of(pass_: Pass) -> str:
+    """Component of tensor names that stands for an application of a pass: "lora", or "lora_film" with a label."""
+    return f"{pass_.name}_{pass_.label}" if pass_.label else pass_.name
+
+
+def default_names(pass_: Pass, site: Site, tensors: Iterable[str], suffix: str = "") -> dict[str, str]:
+    """Full names of tensors at a site: encoder.query.weight gets encoder.query.lora.A.
+
+    Args:
+        pass_: The pass that adds them.
+        site: A site that is no weight called "weight" has its own name in front: `in_proj_weight_lora`.
+        tensors: Names in the pass.
+        suffix: Text behind the pass's component, for tensors that a merge adds.
+    """
+    owner, _, leaf = site.key.owner.rpartition(".")
+    stem = attribute_of(pass_) if leaf == "weight" else f"{leaf}_{attribute_of(pass_)}"
+    if site.key.ordinal:
+        stem += f"_use{site.key.ordinal + 1}"
+    prefix = f"{owner}.{stem}{suffix}" if owner else f"{stem}{suffix}"
+    return {name: f"{prefix}.{name}" for name in tensors}
 
 
 class GraphPass(RewritePass):
-    """A pass that acts on places of the whole program: residual branches, attentions, blocks, ends.
+    """A pass that acts on places of the whole program: residual branches, attentions, blocks, inputs and outputs.
 
-    A place is keyed to the weight site that it is found by. `rewrite` is called once for each, returns nothing,
-    and may look at all of `g.view`; it inserts with `g.call` and puts values in place with `g.wrap`.
+    Each place is identified by the weight site that it is found by. `rewrite` is called once for each place and returns
+    nothing; it may read all of `g.view`, inserts with `g.call` and puts values in place with `g.wrap`.
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "norm")
 
     @property
-    def in_place(self) -> bool:
-        return False
+    def effect(self) -> Effect:
+        return replace(ADAPTER, one_layer=False)
 
     def candidates(self, view: View) -> list[Site]:
-        """Every place that this pass could act on, by dataflow, as the site that it is keyed to."""
+        """Every place that this pass can act on, as the site that identifies it."""
         raise NotImplementedError
 
     def finish(self, sites: Sequence[Site], g: Rewriter) -> None:
-        """Called once when all places have been rewritten, for what depends on all of them."""
+        """Edits that depend on all places; called once, after each has been rewritten."""
 
     def find(self, view: View) -> list[Site]:
         """The candidates, or those of them that the target names."""
@@ -303,7 +241,14 @@ class GraphPass(RewritePass):
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter at a place: its name in the journal, its pass, its tensors by their names in the pass, its weight."""
+    """One adapter at a place.
+
+    Attributes:
+        entry: Its id in the journal.
+        pass_: Its pass.
+        tensors: Its tensors there, by their names in the pass.
+        weight: Its weight in the combination.
+    """
 
     entry: str
     pass_: RewritePass
@@ -313,7 +258,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Place:
-    """A site, as the sources have decided there, and those of them that act on it."""
+    """A site as its sources have decided it, and the sources that act there."""
 
     site: Site
     sources: tuple[Source, ...]

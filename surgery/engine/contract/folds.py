@@ -4,35 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from enum import Enum
+from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from surgery.engine.journal import SiteRecord
 
 
-class MergeOp(Protocol):
-    """How one pass changes a base tensor for good, in place, on a tensor of at least fp32.
+class Stage(Enum):
+    """When a fold is applied to a weight, in this order."""
 
-    One that folds what `g.swap_weight` put in the weight's place sets `inner = True`: these come first.
+    WEIGHT = (
+        1  # replaces or masks the weight that the op reads; everything else at the site is relative to it
+    )
+    BRANCH = 2  # adds a branch or scales
+    SIZE = 3  # makes the tensor longer; all others were made for its old size
+
+
+class Fold:
+    """A change of one base tensor when an adapter is merged into it.
+
+    Attributes:
+        stage: When it is applied, see Stage.
+        keeps_zeros: The zeros of the weight stay zeros (the fold scales it, say).
+        reads_original: `apply` needs the weight as its op reads it, before other branches were merged.
     """
 
-    def apply_(self, weight: Tensor) -> None: ...
+    stage: ClassVar[Stage] = Stage.BRANCH
+    keeps_zeros: ClassVar[bool] = False
+    reads_original: ClassVar[bool] = False
+
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
+        """The merged tensor: `weight` changed in place, or a new tensor.
+
+        Args:
+            weight: The tensor with earlier folds applied, in float32 or float64.
+            original: The weight before BRANCH folds, of the same dtype, if `reads_original`; else `weight`.
+        """
+        raise NotImplementedError
 
 
-class MergeFrom(Protocol):
-    """The same where the weight as its op reads it is needed too, from which earlier merges may have moved on.
+def apply_folds(weight: Tensor, folds: Sequence[Fold], original: Tensor) -> Tensor:
+    """Apply folds to one tensor, stage by stage and in the given order within a stage, without gradients.
 
-    original: the base's own, with what is `inner` folded in.
+    Args:
+        weight: Tensor of float32 or float64, which is changed in place where a fold allows it.
+        folds: Changes by several adapters, in journal order.
+        original: The base's own tensor in the dtype of `weight`; not changed.
     """
-
-    def apply_from(self, weight: Tensor, original: Tensor) -> None: ...
-
-
-class MergeLonger(Protocol):
-    """One that gives the tensor another length: made after all others, which take it as it was."""
-
-    def longer(self, weight: Tensor) -> Tensor: ...
+    with torch.no_grad():
+        for stage in Stage:
+            now = [fold for fold in folds if fold.stage is stage]
+            # Branches are relative to the weight that the op reads, which WEIGHT folds may have replaced.
+            if stage is Stage.BRANCH and any(fold.reads_original for fold in now):
+                original = weight.clone()
+            for fold in now:
+                weight = fold.apply(weight, original if fold.reads_original else weight)
+    return weight
 
 
 How = Literal["keep", "requantize", "residual", "auto"]
@@ -97,3 +127,20 @@ class Absorber(Protocol):
     def __call__(
         self, program: Any, how: How, budget: float, ident: str, data: Sequence[Any], /
     ) -> Merged: ...
+
+
+class Combiner(Protocol):
+    """Makes one application of a pass from several; see `Program.combine`."""
+
+    def __call__(self, places: Sequence[Any], how: Any, label: str, /) -> tuple[Any, list[dict[str, Tensor]]]:
+        """The new pass, and its tensors at each place by their names in the pass.
+
+        Args:
+            places: `base.Place` of each site, with the sources there.
+            how: The `combination.Combination`.
+            label: Name of the result.
+
+        Raises:
+            PassError: The sources cannot be combined in this way.
+        """
+        ...

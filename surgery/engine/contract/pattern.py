@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
 from surgery.engine.contract.base import GraphPass
-from surgery.graph.marks import META
+from surgery.engine.contract.effect import SWAP, Effect
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import Call, WeightOp, arguments, module_path
 from surgery.graph.patterns import Found, Match, NearMiss, Pattern, find, value
 from surgery.graph.patterns.expressions import Value
@@ -42,10 +43,11 @@ class PatternPass(GraphPass):
     numbers of places; later passes see the new ops.
     """
 
-    freezes: ClassVar[bool] = False
-    replaces: ClassVar[bool] = True
-    regroups: ClassVar[bool] = True
     role: ClassVar[str] = ""
+
+    @property
+    def effect(self) -> Effect:
+        return replace(SWAP, one_layer=False)
 
     def patterns(self, view: View) -> Sequence[Pattern]:
         """What to look for; where two match the same ops, the first counts."""
@@ -97,10 +99,8 @@ class PatternPass(GraphPass):
     def candidates(self, view: View) -> list[Site]:
         return list(self._places(view).sites)
 
-    def own_places(self, view: View) -> Mapping[SiteKey, Site]:
-        return {site.key: site for site in self._places(view).sites}
-
-    def nothing(self, view: View) -> str:
+    def no_match_message(self, view: View) -> str:
+        """The message where the pattern is found nowhere, with the place where it nearly is."""
         misses = self.misses(view)
         if not misses:
             return "its pattern is nowhere in this model"
@@ -132,7 +132,7 @@ class PatternPass(GraphPass):
 
 def role_in(view: View, node: fx.Node) -> str:
     """The role of a weight op, or the one that it had before a pass replaced it."""
-    return view.roles.role.get(node) or str(node.meta.get(META, {}).get("role", ""))
+    return view.roles.role.get(node) or str(mark_of(node).role)
 
 
 def is_stored(node: fx.Node) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import RewritePass
+from surgery.engine.contract.gradual import Gradual, GradualPlace
 
 Begin = Annotated[int, Field(ge=0, description="with a schedule: the step at which it begins")]
 End = Annotated[int | None, Field(gt=0, description="with a schedule: the step at which it is done")]
@@ -32,9 +34,19 @@ def check_ramp(pass_: Any, kind: str, *also: str) -> None:
             raise PassError(f"pass {cls.name!r}: --{option} is for a schedule; add --schedule {kind}")
 
 
-def window(pass_: Any) -> tuple[tuple[int, int | None], str] | None:
-    """What `RewritePass.pacing` says of such a pass."""
-    return None if pass_.schedule is None else ((pass_.begin, pass_.end + 1), pass_.unit)
+def gradual(
+    pass_: Any, value: Callable[[int], float], apply: Callable[[int, Sequence[GradualPlace]], None]
+) -> Gradual | None:
+    """The schedule of a pass with these options, or None where it has none.
+
+    Args:
+        pass_: A pass with the options schedule, begin, end, every and unit.
+        value: Function step -> progress.
+        apply: Function that changes the pass's tensors; see Gradual.
+    """
+    if pass_.schedule is None:
+        return None
+    return Gradual((pass_.begin, pass_.end + 1), pass_.unit, value, apply)
 
 
 def progress(pass_: Any, step: int) -> float:

@@ -1,9 +1,9 @@
-"""TODO"""
+"""What a pass adds at a site, and what else changes there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,3 +39,20 @@ class TensorSpec:
 
     def numel(self) -> int:
         return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass does at one site beside adding tensors; the plan shows it.
+
+    Attributes:
+        note: A remark for the person who reads the plan, or "".
+        trains: Parameters of the base that start (True) or stop (False) training, by name.
+        unused: Parameters that no op reads any more, by name.
+        limits: New upper bounds of dynamic dimensions, by name: a prompt leaves fewer positions.
+    """
+
+    note: str = ""
+    trains: Mapping[str, bool] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
+    limits: Mapping[str, int] = field(default_factory=dict)

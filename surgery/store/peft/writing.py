@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.common.errors import ExportError
+from surgery.engine.contract.base import RewritePass
 from surgery.engine.journal import Entry
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries, pass_of
@@ -80,7 +81,8 @@ def export_peft(program: Program, path: Any, *, overwrite: bool = False) -> dict
 def _plain(program: Program) -> Program:
     """With what has a plainer form in that: an MLP that makes prefixes."""
     if any(
-        getattr(pass_of(e, program.base.plugins), "simplifies", False) for e in live_entries(program.journal)
+        isinstance(pass_ := pass_of(e, program.base.plugins), RewritePass) and pass_.simplify is not None
+        for e in live_entries(program.journal)
     ):
         return program.merge(verify=False)
     return program

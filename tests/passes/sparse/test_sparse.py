@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.api import ExportError, PassError, Probe
+from surgery.api import PassError, Probe
+from surgery.api.programs import ExportError
 from surgery.cli import main
 from surgery.engine.contract.observe import observe
 from surgery.engine.registry import find_pass
@@ -272,7 +273,7 @@ def test_data_that_tells_nothing():
         ([((torch.zeros(2, 7),), {})], r"has shape \[2, 7\], and the model takes \[any, 8\]"),
         ([((torch.ones(2, 8),), {}), ((), {"x": torch.zeros(2, 8)})], "data set 2"),
         ([((torch.zeros(2, 8).long(),), {})], "is torch.int64, and the model takes torch.float32"),
-        ([torch.zeros(3, 8)], "data set 1 is no pair"),
+        ([torch.zeros(3, 8)], "data set 1 is not a pair"),
     ],
     ids=["shape", "name", "dtype", "form"],
 )
@@ -341,7 +342,7 @@ def test_adapters_stand_on_zeros_and_stay_beside(tmp_path):
     entry = merged.journal.entries[-1]
     assert entry.options["folded"] == ["sparse"]
     assert entry.options["kept"]["lora"] == (
-        "folding it into 0.weight would fill the zeros of sparse; it stays beside it"
+        "folding it into 0.weight would fill the zeros of sparse; it stays a separate branch"
     )
     for site in merged.sites:
         assert (zeros_of(merged, site).reshape(-1, 4).sum(1) == 2).all()

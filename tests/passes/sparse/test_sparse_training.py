@@ -160,7 +160,7 @@ def test_in_place():
     """In a live model: zeros, trained and saved; the schedule by its program's module; off again to the bit."""
     from transformers import LlamaForCausalLM
 
-    from tests import tiny
+    from tests.shared import tiny
 
     torch.manual_seed(0)
     llama = LlamaForCausalLM(tiny.llama()).eval()

@@ -1,0 +1,54 @@
+"""Effects: what a pass does to a program, as far as the engine must know to order, freeze, merge and undo passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a pass with its options does to a program.
+
+    Most passes are one of ADAPTER, WEIGHT, STRUCTURE and SWAP; `dataclasses.replace` changes a single field.
+
+    Attributes:
+        freezes_base: The base stops training when the pass is applied, unless a selection says what trains.
+        attaches: The pass attaches to layers, so it is applied after passes that create layers (`comes_first`).
+        adds_weights: The added tensors are weights of ops like the base's own, and later passes can target them.
+        replaces_weight: The op at a site no longer reads the base's weight, so nothing can be merged into it there.
+        independent: The pass adds a parallel branch, so other adapters at the site are merged without it.
+        comes_first: The pass creates layers that adapters attach to; adapters are applied after it.
+        reads_weight: The added branch computes with the weight of its op (with its norms, for example).
+        scalable: The application can be scaled by a weight other than 0 and 1 (`Program.weighted`).
+        partial: The pass can act on single parts of a fused projection.
+        one_layer: The change stays within one layer, so that a live module can hold it.
+        mixes_positions: The branch at a linear map reads other positions of the sequence; a decoder with a cache of
+            keys and values sees only the new ones.
+        makes_zeros: The pass sets values of weights to zero, and what is merged there later must keep them.
+        rounding: Ops added by the pass that round their first argument, an activation, to a few levels.
+    """
+
+    freezes_base: bool = False
+    attaches: bool = False
+    adds_weights: bool = False
+    replaces_weight: bool = False
+    independent: bool = False
+    comes_first: bool = False
+    reads_weight: bool = False
+    scalable: bool = False
+    partial: bool = False
+    one_layer: bool = True
+    mixes_positions: bool = False
+    makes_zeros: bool = False
+    rounding: tuple[Any, ...] = ()
+
+
+# A trained branch beside frozen layers: LoRA, adapters, prompts.
+ADAPTER = Effect(freezes_base=True, attaches=True)
+# Other values for weights that stay where they are: masks, rounding, copies.
+WEIGHT = Effect()
+# Other layers: pruned, copied or new ones, which adapters then attach to.
+STRUCTURE = Effect(adds_weights=True, comes_first=True, one_layer=False)
+# Another op or tensor instead of the base's weight: quantized codes, factors, fused ops.
+SWAP = Effect(replaces_weight=True)

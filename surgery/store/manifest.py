@@ -1,0 +1,61 @@
+"""The types of a saved directory's manifest, checked before anything of it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+
+from surgery.common.errors import JournalError
+from surgery.engine.schema import Json, Natural, Text
+
+Hash = Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Literal["inserted.safetensors", "changed.safetensors", "base.safetensors"]
+
+
+class _StoredBase(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    ref: Text
+    task: Text | None
+    model_kwargs: Json
+    example: dict[Text, Natural]
+    files: dict[Text, Hash]
+    graph: Hash
+    sites: list[tuple[Text, Text, list[StrictInt], Text, Natural]]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    base: _StoredBase
+    journal: list[Any]
+    parameters: list[Text] | None = None
+    files: dict[FileName, Hash]
+
+
+def check_manifest(manifest: Any, path: Path) -> dict[str, Any]:
+    """The manifest with all fields that a loader reads.
+
+    Args:
+        manifest: The parsed JSON.
+        path: Its file, for messages.
+
+    Raises:
+        JournalError: A field is missing or has another type; the message names it.
+    """
+    try:
+        checked = _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])[:200]
+        raise JournalError(
+            f"{path} cannot be read: {where}: {problem['msg'].removeprefix('Value error, ')}; "
+            "it was not written by surgery"
+        ) from None
+    return {
+        **manifest,
+        "parameters": checked.parameters,
+        "base": {**manifest["base"], "sites": [list(row) for row in checked.base.sites]},
+    }
