@@ -1,4 +1,4 @@
-"""fuse-attention: an attention written out in products and a softmax becomes one op."""
+"""fuse-attention: replaces eager attention (two matrix products and a softmax) by one op."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from surgery.graph.view import View
 
 aten = torch.ops.aten
 
-# The kernels take the softmax block by block, which sums in another order: 1e-7 of the outputs in fp32. In half
-# precision they keep scores in fp32 where the written-out form rounds them: an ulp of each score.
+# The kernels compute the softmax block by block, so sums run in another order: 1e-7 of the outputs in fp32. In half
+# precision they keep the scores in fp32, whereas the eager form rounds each of them by up to an ulp.
 BY_BLOCKS = rounded(
     1e-5,
     "the softmax is summed block by block, and half precision is rounded less often",
@@ -42,15 +42,24 @@ BY_BLOCKS = rounded(
 
 
 class FuseAttention(PatternPass):
-    """Eager attention becomes aten.scaled_dot_product_attention: softmax(s · q kᵀ + mask) v in one op.
+    """Fused attention: softmax(s · q kᵀ + mask) v, written out in eager ops, becomes aten.scaled_dot_product_attention.
 
-    q (…, L, d), k (…, S, d), v (…, S, e). The products may be matmul or bmm; the scale a factor or a divisor of the
-    scores, or in q already; the mask added (once, or as a bias and a mask), filled in, or absent; the softmax in fp32
-    or not; dropout there or not, which becomes the op's own in train mode. Keys and values that are repeated for
-    groups of queries are handed over as they are (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245), and
-    not copied any more. What is done to the scores between (a soft cap, sinks, a mix of heads), and weights that are
-    an output of the model, keep it from matching. The kernels are those of Dao et al. (2022, arXiv:2205.14135); no
-    score matrix is stored where they apply. No tensor is added. In ONNX it is written out again.
+    Shapes: q (…, L, d), k (…, S, d), v (…, S, e). The pass matches these forms:
+
+    - products: matmul or bmm;
+    - scale: a factor or a divisor of the scores, or already applied to q;
+    - mask: added (alone, or after a bias), filled in with masked_fill, or absent;
+    - softmax: in the dtype of the scores, or in fp32;
+    - dropout: absent, or after the softmax; the fused op then applies it in train mode.
+
+    Keys and values that the model repeats for groups of queries are passed to the op without the repetition, so they
+    are no longer copied (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245). An attention does not match
+    if the scores are changed in any other way (a soft cap, sinks, mixing of heads), or if the model returns the
+    attention weights. PyTorch picks the kernel; FlashAttention (Dao et al. 2022, arXiv:2205.14135) does not store the
+    score matrix.
+
+    No tensor is added. The outputs stay the same up to rounding: 1e-5 of their scale in fp32, 1e-12 in fp64, 2e-2 in
+    fp16, 1e-1 in bf16. ONNX export writes the attention out in elementary ops again.
     """
 
     name: ClassVar[str] = "fuse-attention"
@@ -88,7 +97,7 @@ def _mask_names(match: Match) -> list[str]:
 
 
 def _mask(match: Match, g: Rewriter) -> fx.Node | None:
-    """What is added to the scores, in the dtype of the queries."""
+    """Build the additive mask, in the dtype of the queries, or None."""
     dtype = dtype_of(match["q"])
     terms = [_cast(match[name], dtype, g) for name in ("bias", "mask") if name in match]
     if "filled" in match:
@@ -104,38 +113,39 @@ def _cast(node: fx.Node, dtype: torch.dtype | None, g: Rewriter) -> fx.Node:
 
 
 def _sizes(node: fx.Node) -> list[str]:
-    """Sizes that can be compared without fixing one that is dynamic."""
+    """Sizes as text. Comparing symbolic sizes themselves would fix the dynamic ones."""
     return [str(size) for size in shape_of(node)]
 
 
 def _fits(match: Match) -> str | None:
+    """Return the reason why the fused op would compute something else, or None."""
     q, v, scores, out = match["q"], match["v"], match["scores"], match.outputs[0]
     repeated = "repeated_k" in match
     k = match["k"] if "k" in match else match["k_turned"]
     if len({dtype_of(node) for node in (q, k, v, out)}) > 1:
-        return "queries, keys, values and result have different dtypes"
+        return "queries, keys, values and outputs have different dtypes"
+    # Matmul broadcasts its batch axes; the op needs the same leading sizes in all of its arguments.
     if not _sizes(scores)[:-2] == _sizes(out)[:-2] == _sizes(q)[:-2]:
-        return "the products spread keys or values over more heads or rows than the op takes"
+        return "a product broadcasts keys or values over more heads or batch rows, which the op does not do"
     if not repeated and not _sizes(k)[:-2] == _sizes(v)[:-2] == _sizes(q)[:-2]:
-        return "queries, keys and values have different heads"
+        return "queries, keys and values have different numbers of heads"
     if repeated and [_sizes(match[n])[:-2] for n in ("repeated_k", "repeated_v")] != [_sizes(q)[:-2]] * 2:
-        return "keys or values are repeated along another axis than the heads"
+        return "keys or values are repeated along an axis other than the heads"
     if repeated and _sizes(k)[:-2] != _sizes(v)[:-2]:
         return "keys and values have different numbers of groups"
     if _sizes(match["soft"]) != _sizes(scores):
-        return "the mask gives the scores more rows or heads"
+        return "the mask broadcasts the scores to more batch rows or heads"
     for name in _mask_names(match):
         kind = dtype_of(match[name])
         if name != "filled" and (kind is None or not kind.is_floating_point):
-            return f"what is added to the scores is {kind}"
+            return f"the mask added to the scores is {kind}, not floating-point"
     if math.isinf(match.get("fill", 0)):
-        return (
-            "scores are filled with infinity: rows that are masked entirely are NaN then, and zeros in the op"
-        )
+        return "masked scores are infinite: rows that are masked entirely are NaN here, and zeros in the op"
     return None
 
 
 def _attention(keys: Any, values: Any) -> Any:
+    """Match eager attention over given patterns of the keys (already transposed) and the values."""
     q = value("q")
     scores = ops["matmul", "bmm"](q, keys).named("scores")
     scaled = any_of(ops.mul(scores, number("scale")), ops.div(scores, number("divisor")), scores)
@@ -154,19 +164,22 @@ def _attention(keys: Any, values: Any) -> Any:
 
 
 def _turned(k: Any) -> Any:
+    """Match kᵀ."""
     return any_of(ops.transpose(k, axis(-2), axis(-1)), ops.transpose(k, axis(-1), axis(-2)), ops.mT(k))
 
 
 def _repeated(name: str) -> Any:
-    """repeat_kv: (b, groups, s, d) as (b, groups · n, s, d), each group n times."""
+    """Match transformers' repeat_kv: (b, groups, s, d) to (b, groups · n, s, d), each group n times."""
     return ops.reshape(ops.expand(ops.unsqueeze(value(name), 2), ...), ...).named(f"repeated_{name}")
 
 
 @pattern(condition=_fits)
 def grouped() -> Any:
+    """Match attention whose keys and values are repeated for groups of queries."""
     return _attention(_turned(_repeated("k")), _repeated("v"))
 
 
 @pattern(condition=_fits)
 def eager() -> Any:
+    """Match attention with as many key and value heads as query heads."""
     return _attention(any_of(_turned(value("k")), value("k_turned")), value("v"))

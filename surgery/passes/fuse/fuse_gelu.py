@@ -1,4 +1,4 @@
-"""fuse-gelu: a GELU written out in elementary ops becomes one op."""
+"""fuse-gelu: replaces a GELU written out in elementary ops by one op."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from surgery.graph.view import View
 aten = torch.ops.aten
 
 # The polynomial rounds a few times, each by half an ulp: 1e-7 in fp32, 4e-3 in bf16. Models write √(2/π) with eight
-# digits, which is all that fp64 sees of the difference.
+# digits; in fp64 that is the larger part of the difference.
 ROUNDS_LESS = rounded(
     1e-5,
-    "one op rounds once, where the written-out form rounds at each step",
+    "one op rounds once; the written-out form rounds at each step",
     {torch.float64: 1e-7, torch.float16: 1e-2, torch.bfloat16: 5e-2},
 )
 
 
 class FuseGelu(PatternPass):
-    """GELU in elementary ops becomes aten.gelu: ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), and ½ x (1 + erf(x / √2)).
+    """Fused GELU: ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))) or ½ x (1 + erf(x / √2)), written out, becomes aten.gelu.
 
-    Both forms of Hendrycks & Gimpel (2016, arXiv:1606.08415), as GPT-2 (pow, and one factor each), BLOOM and BERT's
-    early code write them, in any order of factors. No tensor is added. The same in train mode. In ONNX it is Gelu.
+    Both forms are those of Hendrycks & Gimpel (2016, arXiv:1606.08415). The factors may come in any order, and the cube
+    may be a power or products: GPT-2, BLOOM and BERT's early code each write the function in their own way. No tensor
+    is added. Train mode computes the same. The outputs stay the same up to rounding: 1e-5 of their scale in fp32, 1e-7
+    in fp64, 1e-2 in fp16, 5e-2 in bf16. In ONNX the op is Gelu.
     """
 
     name: ClassVar[str] = "fuse-gelu"
@@ -55,7 +57,7 @@ class FuseGelu(PatternPass):
 
 
 def _half_times(x: Any, rest: Any) -> Any:
-    """½ · x · rest, whichever two factors come first."""
+    """Match ½ · x · rest, in any order of multiplication."""
     return any_of(
         ops.mul(any_of(ops.mul(x, 0.5), ops.div(x, 2)), rest),
         ops.mul(ops.mul(x, rest), 0.5),
@@ -65,6 +67,7 @@ def _half_times(x: Any, rest: Any) -> Any:
 
 @pattern
 def tanh_gelu() -> Any:
+    """Match the tanh approximation."""
     x, root, small = value("x"), math.sqrt(2 / math.pi), 0.044715
     square = any_of(ops.mul(x, x), ops.pow(x, 2))
     cube = any_of(ops.pow(x, 3), ops.mul(square, x))
@@ -80,6 +83,7 @@ def tanh_gelu() -> Any:
 
 @pattern
 def erf_gelu() -> Any:
+    """Match the exact form."""
     x = value("x")
     erf = ops.erf(any_of(ops.div(x, math.sqrt(2)), ops.mul(x, math.sqrt(0.5)))).anchor()
     return _half_times(x, ops.add(erf, 1))

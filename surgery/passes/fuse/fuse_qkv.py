@@ -1,4 +1,4 @@
-"""fuse-qkv: projections of one input become one."""
+"""fuse-qkv: stacks the q, k and v projections of one input into one projection."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from surgery.graph.view import View
 
 aten = torch.ops.aten
 
-# A product with more columns is blocked otherwise, so its sums are taken in another order: 1e-7 of their scale in fp32.
+# A kernel blocks a wider product differently, so sums run in another order: 1e-7 of their scale in fp32.
 IN_ONE_PRODUCT = rounded(
     1e-5,
-    "sums are taken in another order in a product of another width",
+    "a product of another width sums in another order",
     {torch.float64: 1e-12, torch.float16: 2e-2, torch.bfloat16: 1e-1},
 )
 
@@ -35,12 +35,18 @@ IN_ONE_PRODUCT = rounded(
 class FuseQkv(PatternPass):
     """Fused projections: q = x Wqᵀ + bq, k and v become one product x [Wq; Wk; Wv]ᵀ + [bq; bk; bv], which is split.
 
-    For the queries, keys and values of an attention that are linear maps of one input, of any widths (grouped queries
-    too); where queries have an input of their own, keys and values. Which is which is told by dataflow, not by names.
-    The stacked weight is a new tensor that trains in place of the others, which are neither read nor counted any
-    more; a missing bias is zero where another is there. It is a site of role attn.qkv, of which `attn.q` is a part.
-    `split-qkv` takes it apart at what was trained; undo gives back the three as they were. Weights that are read in
-    another place, quantized or adapted stay apart. The same in train mode. There is no merged form.
+    The pass fuses the query, key and value projections of an attention if they are linear layers of one input, of any
+    widths (also with grouped queries). If the queries have an input of their own, it fuses keys and values. It finds
+    the projections by dataflow, not by names. Weights that other ops read too, and quantized or adapted ones, are not
+    fused.
+
+    The stacked weight is a new tensor, which trains. The tensors that it replaces are no longer read, and no longer
+    count as parameters. If only some of the projections have a bias, the others get zeros. The fused layer is a site of
+    role `attn.qkv` (or `attn.kv`), and targets such as `attn.q` name its parts. Train mode computes the same. The
+    outputs stay the same up to rounding: 1e-5 of their scale in fp32, 1e-12 in fp64, 2e-2 in fp16, 1e-1 in bf16.
+
+    `split-qkv` splits the fused layer again and keeps the trained values; undo restores the original tensors. There is
+    no merged form.
     """
 
     name: ClassVar[str] = "fuse-qkv"
@@ -57,7 +63,7 @@ class FuseQkv(PatternPass):
         return _side_by_side(view, "qkv"), _side_by_side(view, "kv")
 
     def path_of(self, match: Match) -> str:
-        """What the projections have in common: their attention."""
+        """Return the common prefix of the projections' paths: the path of their attention."""
         first, *rest = (
             str(match[f"{letter}_weight"].target).split(".")[:-1] for letter in match.pattern.name
         )
@@ -119,7 +125,7 @@ class FuseQkv(PatternPass):
 
 
 def _side_by_side(view: View, letters: str) -> Pattern:
-    """The projections of these letters, of one input: a pattern of several outputs."""
+    """Build a pattern of several outputs: the projections of one input to the given letters, "qkv" or "kv"."""
 
     def projection(x: Any, letter: str) -> Op:
         bias = any_of(stored(f"{letter}_bias"), None)
@@ -128,7 +134,7 @@ def _side_by_side(view: View, letters: str) -> Pattern:
 
     def alike(match: Match) -> str | None:
         if not _of_one_attention(view, match.outputs):
-            return "they serve different attentions"
+            return "they belong to different attentions"
         dtypes = {dtype_of(match[f"{letter}_weight"]) for letter in letters}
         return None if len(dtypes) == 1 else "the weights have different dtypes"
 
@@ -139,6 +145,8 @@ def _side_by_side(view: View, letters: str) -> Pattern:
 
 
 def _of_one_attention(view: View, nodes: Sequence[fx.Node]) -> bool:
+    """True if the projections belong to the same attention."""
+    # Superseded projections are outside the dataflow that `view` reads, so the mark of the pass decides.
     if is_superseded(nodes[0]):
         return len({mark_of(node).at for node in nodes}) == 1
     serves = view.once("attentions by projection", lambda: _attentions(view))
@@ -146,7 +154,7 @@ def _of_one_attention(view: View, nodes: Sequence[fx.Node]) -> bool:
 
 
 def _attentions(view: View) -> dict[fx.Node, set[int]]:
-    """For each projection the numbers of the attentions that it serves."""
+    """Map each projection to the indices of the attentions that it belongs to."""
     found: dict[fx.Node, set[int]] = {}
     for number, attention in enumerate(view.attentions):
         for node in (*attention.q, *attention.k, *attention.v):

@@ -1,4 +1,4 @@
-"""fuse-rmsnorm: an RMSNorm written out in elementary ops becomes one op."""
+"""fuse-rmsnorm: replaces an RMSNorm written out in elementary ops by one op."""
 
 from __future__ import annotations
 
@@ -30,23 +30,28 @@ from surgery.graph.view import View
 
 aten = torch.ops.aten
 
-# In fp32 and fp64 the sum of squares is taken in another order. In half precision the written-out form rounds before
-# the weight is multiplied, one op after: an ulp (bf16: 8e-3) at each norm, which the layers behind carry on.
+# In fp32 and fp64 the squares are summed in another order. In half precision the written-out form rounds once more,
+# before it multiplies by the weight: an ulp (8e-3 in bf16) at each norm, which later layers amplify.
 ROUNDS_ONCE = rounded(
     1e-5,
-    "the mean of squares is summed in another order, and half precision is rounded once, behind the weight",
+    "the mean of squares is summed in another order, and half precision is rounded once, after the weight",
     {torch.float64: 1e-12, torch.float16: 2e-2, torch.bfloat16: 1e-1},
 )
 
 
 class FuseRmsnorm(PatternPass):
-    """RMSNorm in elementary ops becomes aten.rms_norm: y = w ⊙ x / √(mean(x²) + ε) over the last axis.
+    """Fused RMSNorm: y = w ⊙ x / √(mean(x²) + ε) over the last axis, written out, becomes aten.rms_norm.
 
-    Zhang & Sennrich (2019, arXiv:1910.07467), in the forms that models write: squares by pow or a product; rsqrt, a
-    division by sqrt or a power; of the input or its cast to fp32; with a cast before the weight (Llama), none (T5), a
-    weight 1 + w (Gemma), or no weight. A cast behind it stays. No tensor is added: the op reads the model's own weight,
-    which is then a site of role `norm`. The same in train mode. In ONNX it is RMSNormalization; the export takes opset
-    23 for it, unless another is asked for.
+    RMSNorm is from Zhang & Sennrich (2019, arXiv:1910.07467). The pass matches the forms that models use:
+
+    - squares: a power or a product, of the input or of its cast to fp32;
+    - root: rsqrt, a division by sqrt, or a power;
+    - weight: after a cast back (Llama), without one (T5), as 1 + w (Gemma), or absent.
+
+    A cast after the norm is kept. No tensor is added: the op reads the model's own weight, which becomes a site of role
+    `norm`. Train mode computes the same. The outputs stay the same up to rounding: 1e-5 of their scale in fp32, 1e-12
+    in fp64, 2e-2 in fp16, 1e-1 in bf16. In ONNX the op is RMSNormalization, for which the export uses opset 23 unless
+    another opset is asked for.
     """
 
     name: ClassVar[str] = "fuse-rmsnorm"
@@ -67,7 +72,7 @@ class FuseRmsnorm(PatternPass):
 
 
 def _normalised() -> Any:
-    """x / √(mean(x²) + ε), of x or its cast."""
+    """Match x / √(mean(x²) + ε), of x or its cast."""
     x = value("x")
     cast = maybe(ops.to, x, ...)
     own = any_of(cast, x)
@@ -81,22 +86,24 @@ def _normalised() -> Any:
 
 
 def _fits(match: Match) -> str | None:
+    """Return the reason why the fused op would compute something else, or None."""
     x, weight, out = match["x"], match.get("weight"), match.outputs[0]
     width = shape_of(x)[-1]
     if not isinstance(width, int):
-        return "the axis that is normalised has no fixed length"
+        return "the normalized axis has no fixed length"
     if weight is not None and shape_of(weight) != (width,):
-        return f"the weight is not one value for each of {width}"
+        return f"the weight does not have the shape ({width},) of the normalized axis"
     dtypes = {dtype_of(node) for node in (x, weight, out) if node is not None}
     return (
         None
         if len(dtypes) == 1
-        else f"input, weight and result have the dtypes {', '.join(sorted(map(str, dtypes)))}"
+        else f"input, weight and output have different dtypes: {', '.join(sorted(map(str, dtypes)))}"
     )
 
 
 @pattern(condition=_fits)
 def weighted() -> Any:
+    """Match a norm with a weight."""
     cast = constant("dtype", lambda kind: isinstance(kind, torch.dtype), "a dtype")
     inner = _normalised()
     return ops.mul(any_of(ops.to(inner, cast), ops.type_as(inner, value("like")), inner), value("weight"))
@@ -104,4 +111,5 @@ def weighted() -> Any:
 
 @pattern(condition=_fits)
 def bare() -> Any:
+    """Match a norm without a weight."""
     return _normalised()

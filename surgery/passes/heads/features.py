@@ -1,4 +1,4 @@
-"""The features that a head reads: those of the head that is there, an output, or tokens pooled under their mask."""
+"""Features that an added head reads: the input of an existing head, an output of the model, or pooled tokens."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ _FEATURES = ("last_hidden_state", "pooler_output", "hidden_states")  # transform
 
 @dataclass(frozen=True)
 class Features:
-    """node: the value to pool (as captured, before adapters). site: the weight site that it is keyed to, the nearest
-    behind it. source: "" for what an existing head reads, else the name of an output."""
+    """Features of a model that a head can read.
+
+    Attributes:
+        node: The value to pool, as captured, before adapters.
+        site: The weight site that identifies the features in the journal: the existing head, or the last weight site
+            on the way to `node`.
+        source: "" for the input of an existing head, else the name of an output.
+    """
 
     node: fx.Node
     site: Site
@@ -33,9 +39,13 @@ class Features:
 
 
 def head_sites(view: View, added: bool = True) -> list[Site]:
-    """Sites whose op makes an output of the model, in graph order. added: those too that a pass added.
+    """Return the sites whose op computes an output of the model, in graph order.
 
-    What makes an output that is called features (the pooler of a bare BERT) is no head.
+    A site whose output is named as features (the pooler of a bare BERT) is not a head.
+
+    Args:
+        view: The program's graph.
+        added: Include heads that a pass added.
     """
     features: set[fx.Node] = set()
     scores: set[fx.Node] = set()
@@ -52,12 +62,15 @@ def head_sites(view: View, added: bool = True) -> list[Site]:
 
 
 def _added(node: fx.Node) -> bool:
+    """True if a pass added the value as an output."""
     return mark_of(node).output is not None
 
 
 def scores_of(call: Call) -> tuple[fx.Node, fx.Node | None]:
-    """What a head's op gives now, a bias included that is a tensor of its own and added at once (as in BART); and that
-    bias."""
+    """Return the current output of a head's op and the separate bias tensor that is added to it, or None.
+
+    BART, for example, adds `final_logits_bias` right after the layer. The output then includes that bias.
+    """
     value = output_with_adapters(call.node, whole=True)
     users = list(value.users)
     if len(users) == 1 and users[0].target is aten.add.Tensor and users[0].args[0] is value:
@@ -74,9 +87,10 @@ def scores_of(call: Call) -> tuple[fx.Node, fx.Node | None]:
 
 
 def find_features(view: View, pool: str | None) -> list[Features]:
-    """What a further head can read: what each head reads, or an output of a model that has none.
+    """Return the features that an added head can read: the input of each head, or an output if there is no head.
 
-    Raises PassError where there is nothing, or where it has to be said with a pool.
+    Raises:
+        PassError: The model returns no features, or returns only token features and no pool is given.
     """
     heads = head_sites(view, added=False)
     if heads:
@@ -88,21 +102,23 @@ def find_features(view: View, pool: str | None) -> list[Features]:
     name = (flat or spread) if pool is None else (spread or flat)
     if name is None:
         raise PassError(
-            "pass 'head': the model returns no features (a floating-point output of two axes or more that is no score)"
+            "pass 'head': the model returns no features (a floating-point output with two or more axes that is not a "
+            "score); let it return its hidden states"
         )
     if pool is None and flat is None:
         raise PassError(
-            f"pass 'head': output {name!r} has {_rank(floats[name])} axes; say with --pool how they become one "
-            f"feature vector (cls, mean or last), or --pool none for a score of each"
+            f"pass 'head': output {name!r} has {_rank(floats[name])} axes; reduce it to one feature vector with --pool "
+            f"cls, mean or last, or use --pool none for scores at each position"
         )
     return [Features(floats[name], _nearest(view, floats[name]), name)]
 
 
 def _nearest(view: View, node: fx.Node) -> Site:
-    """The last weight site on the way to a value."""
+    """Return the last weight site on the way to a value."""
     calls = {call.node for call in view.calls}
     stack, seen = [node], set()
     while stack:
+        # Nodes compare by their position in the graph, so the latest ancestor is visited first.
         behind = max(stack)
         stack.remove(behind)
         if behind in calls:
@@ -111,17 +127,31 @@ def _nearest(view: View, node: fx.Node) -> Site:
             if below not in seen:
                 seen.add(below)
                 stack.append(below)
-    raise PassError("pass 'head': no weight of the model stands behind its features")
+    raise PassError(
+        "pass 'head': no weight affects the model's features; let it return features that depend on one"
+    )
 
 
 def features_of(graph: fx.Graph, site: Site, source: str) -> fx.Node:
-    """The same features in any graph of the model (its train graph, say): see Features."""
+    """Find the same features in any graph of the model, such as its train graph.
+
+    Args:
+        graph: The graph to search.
+        site: `Features.site`, resolved in this graph.
+        source: `Features.source`.
+    """
     return named_outputs(graph)[source] if source else input_before_adapters(operand(site.calls[-1]))
 
 
 def unpooled(node: fx.Node) -> fx.Node:
-    """The tokens behind features that are pooled already: the last float value of three axes that they rest on and
-    whose middle axis is that of an input. The node itself where it has three."""
+    """Return the token features (batch × length × width) that pooled features were computed from.
+
+    They are the last floating-point ancestor with three axes whose middle axis is the length of an input. Features
+    that do not have two axes are returned as they are.
+
+    Raises:
+        PassError: There is no such ancestor.
+    """
     if _rank(node) != 2:
         return node
     lengths = [
@@ -140,11 +170,14 @@ def unpooled(node: fx.Node) -> fx.Node:
             if below not in seen and below.op == "call_function":
                 seen.add(below)
                 stack.append(below)
-    raise PassError("there are no tokens behind the model's features; leave out --pool")
+    raise PassError("the model's features are not computed from tokens; leave out --pool")
 
 
 def mask_of(node: fx.Node) -> fx.Node | None:
-    """The attention mask input of the tokens: two axes of their lengths, whole numbers or bools, called a mask."""
+    """Return the attention mask of token features, or None.
+
+    It is an input with "mask" in its name, of integers or bools, and of shape (batch, length).
+    """
     lengths = node.meta["val"].shape[:2]
     masks = [n for n in node.graph.nodes if n.op == "placeholder" and "mask" in n.name]
     for found in masks:
@@ -155,7 +188,14 @@ def mask_of(node: fx.Node) -> fx.Node | None:
 
 
 def pooled(g: Rewriter, node: fx.Node, pool: str) -> fx.Node:
-    """One feature vector for each row: of the first token, the mean, or the last that the mask lets through."""
+    """Insert ops that reduce features to one vector for each example.
+
+    Args:
+        g: The rewriter.
+        node: Token features (batch × length × width), or an image (batch × channels × height × width).
+        pool: "cls" for the first token; "mean" or "last" of the tokens that the mask does not hide. An image is always
+            averaged.
+    """
     if _rank(node) == 4:  # an image
         return g.model_op(aten.mean.dim, node, [2, 3])
     if pool == "cls":
@@ -170,14 +210,14 @@ def pooled(g: Rewriter, node: fx.Node, pool: str) -> fx.Node:
     there = g.model_op(aten.ne.Scalar, mask, 0)
     if pool == "mean":
         there = g.model_op(aten.unsqueeze.default, there, -1)
-        # filled, not multiplied: what a padded place holds may not be finite
+        # masked_fill instead of a product, because padded positions may hold inf or NaN.
         padded = g.model_op(aten.logical_not.default, there)
         total = g.model_op(aten.sum.dim_IntList, g.model_op(aten.masked_fill.Scalar, node, padded, 0.0), [1])
         count = g.model_op(
             aten.sum.dim_IntList, g.model_op(aten.to.dtype, there, node.meta["val"].dtype), [1]
         )
         return g.model_op(aten.div.Tensor, total, g.model_op(aten.clamp_min.default, count, 1))
-    # the running count of what is let through is largest, for the first time, at the last of it
+    # The cumulative count of visible tokens first reaches its maximum at the last visible token.
     running = g.model_op(aten.cumsum.default, g.model_op(aten.to.dtype, there, torch.int64), 1)
     last = g.model_op(aten.argmax.default, running, 1)
     index = g.model_op(aten.reshape.default, last, [-1, 1, 1])
@@ -186,24 +226,25 @@ def pooled(g: Rewriter, node: fx.Node, pool: str) -> fx.Node:
 
 
 def refuse_pool(node: fx.Node, pool: str | None) -> str | None:
-    """Why a value cannot be pooled so, or None."""
+    """Return the reason why a value cannot be pooled in this way, or None."""
     rank = _rank(node)
     if pool in (None, "none"):
         return None
     if rank == 4 and pool != "mean":
-        return f"its features are images, which --pool mean averages; {pool} is for tokens"
+        return f"its features are images, and --pool {pool} is for tokens; use --pool mean"
     if rank not in (3, 4):
         return f"its features have {rank} axes, so there is nothing to pool; leave out --pool"
     return None
 
 
 def _rank(node: Any) -> int:
+    """Return the number of axes, or -1 if the value is not a tensor."""
     val = node.meta.get("val") if isinstance(node, fx.Node) else None
     return val.dim() if isinstance(val, torch.Tensor) else -1
 
 
 def _is_features(name: str, node: fx.Node) -> bool:
-    """Whether an output may be read as features: floats of a fixed width, and by their name no scores."""
+    """True if an output can be read as features: floating-point, of fixed width, and not named as scores or loss."""
     if not _is_float(node) or _rank(node) < 2 or "logits" in name or "loss" in name:
         return False
     shape = node.meta["val"].shape

@@ -1,4 +1,4 @@
-"""head: the classifier or regressor is replaced or resized, or another one is put beside it."""
+"""head: replaces or resizes the classifier or regressor, or adds another one."""
 
 from __future__ import annotations
 
@@ -32,54 +32,59 @@ aten = torch.ops.aten
 
 
 class Head(GraphPass):
-    """Heads: `replace` puts a fresh one of `labels` outputs in the old one's place, `resize` keeps classes, `add`
-    gives the program a further, named output (multi-task learning: Caruana 1997).
+    """Head: replaces the classifier or regressor, changes its number of outputs, or adds another one beside it.
 
-    A head is the linear layer or the 1×1 convolution that makes an output (role `head`): of a classifier, of a
-    token or pixel classifier, of a language model. Its new weight W' (labels × in) and bias stand where the old
-    ones stood, train while the base is frozen, and are targets of later passes. The old weight is neither run nor
-    counted nor exported, and comes back with `undo`. Where something behind the head counts on the old number of
-    labels (a slice, a view), it is refused with the op's name.
+    A head is the linear layer or 1×1 convolution that computes an output of the model (role `head`): the classifier of
+    sequences, tokens or pixels, or the output layer of a language model. Its new weight W' (labels × in) and bias train
+    while the base is frozen, and later passes can target them.
 
-    `resize` copies the rows of W and b of the classes kept, bit for bit: the first ones, or --keep. Their logits are
-    the same numbers up to the order in which a product of another width is summed.
+    `--mode replace` creates a new head instead of the old one. `--mode resize` does the same, and copies the rows of W
+    and b of the classes that are kept, bit for bit: the first ones, or those of --keep. The logits of these classes
+    stay the same up to the summation order in a product of another width. In both modes the old weight is no longer
+    run, counted or exported, and `undo` restores it. A new number of outputs is refused if an op after the head depends
+    on the old one (a slice, a view); the message names the op.
 
-    `add` reads what the existing head reads, or with --pool the tokens before it: `cls` is the first, `mean` and
-    `last` see only what the attention mask lets through (right- or left-padded). A model without a head gives its
-    pooled output or, with --pool, its hidden states. The new output is `logits_NAME`: a new key where the model
-    returns a dict, the last item where it returns a tuple, and a dict of `output` and this where it returns a
-    tensor. What the program returned before is exact.
+    `--mode add` leaves the old head as it is and adds a further, named output (multi-task learning: Caruana 1997). The
+    new head reads the input of the existing one. With --pool it reads the tokens from which that input was pooled:
+    `cls` takes the first token, `mean` and `last` use only tokens that the attention mask does not hide (with padding
+    on either side), `none` scores each token. Features of images are averaged by `mean`. In a model without a head, the
+    new head reads the pooled output, or with --pool the hidden states. The new output is called `logits_NAME`. It is a
+    new key if the model returns a dict, and the last item if it returns a tuple. If the model returns a tensor, the
+    program returns a dict of `output` and `logits_NAME`. The outputs that the program had before do not change.
 
-    There is no merged form: weights of another shape have no place in the base.
+    There is no merged form, because the base has no weight of the new shape.
     """
 
     name: ClassVar[str] = "head"
 
     mode: Literal["replace", "resize", "add"] = Field(
         "replace",
-        description="put a fresh head in the old one's place, keep its classes, or add one beside it",
+        description="replace: a new head instead of the old one; resize: the same, but keep rows of old classes; "
+        "add: a second head with an output of its own",
     )
     labels: int | None = Field(None, gt=0, description="number of outputs of the head")
     keep: str | None = Field(
-        None, description="resize: the old classes to keep, by number: 0,2,5 (default: the first)"
+        None,
+        description="resize: numbers of the old classes to keep, such as 0,2,5 (default: the first ones)",
     )
     head_name: str = Field(
-        "", pattern=r"^[A-Za-z0-9_]*$", description="add: what it is called; its output is logits_NAME"
+        "", pattern=r"^[A-Za-z0-9_]*$", description="add: name of the head; its output is logits_NAME"
     )
     pool: Literal["cls", "mean", "last", "none"] | None = Field(
         None,
-        description="add: how tokens become one feature vector (none: each has its own scores; default: as for the "
-        "head that is there)",
+        description="add: how tokens are reduced to one feature vector (none: scores for each token; default: read the "
+        "input of the existing head)",
     )
     init: Literal["normal", "kaiming", "zero"] = Field(
-        "normal", description="what is new starts normal with deviation 0.02, Kaiming-uniform, or at zero"
+        "normal",
+        description="initial new weights: normal (standard deviation 0.02), kaiming (uniform) or zero",
     )
 
     @model_validator(mode="after")
     def _goes_together(self) -> Head:
         add = self.mode == "add"
         if self.labels is None and not (self.mode == "resize" and self.keep):
-            raise PassError("pass 'head': give --labels, the number of its outputs")
+            raise PassError("pass 'head': give --labels, the number of outputs")
         if add and not (self.head_name or self.label):
             raise PassError("pass 'head': --mode add needs --head-name; the output is called logits_NAME")
         for option, given, mode in (
@@ -88,15 +93,18 @@ class Head(GraphPass):
             ("--pool", self.pool, "add"),
         ):
             if given and self.mode != mode:
-                raise PassError(f"pass 'head': {option} belongs to --mode {mode}, and this is {self.mode}")
+                raise PassError(
+                    f"pass 'head': {option} is for --mode {mode}, and this is --mode {self.mode}; leave it out"
+                )
         kept = self._kept()
         if kept is not None and (len(set(kept)) < len(kept) or len(kept) > (self.labels or len(kept))):
             raise PassError(
-                f"pass 'head': --keep {self.keep} names a class twice, or more than --labels {self.labels}"
+                f"pass 'head': --keep {self.keep} names a class twice, or more classes than --labels {self.labels}"
             )
         return self
 
     def _kept(self) -> list[int] | None:
+        """Return the class numbers of --keep, or None if it is not given."""
         if self.keep is None:
             return None
         try:
@@ -105,7 +113,7 @@ class Head(GraphPass):
             found = [-1]
         if min(found) < 0:
             raise PassError(
-                f"pass 'head': --keep {self.keep!r} is no list of classes; write their numbers: 0,2,5"
+                f"pass 'head': --keep {self.keep!r} is not a list of class numbers; write it as 0,2,5"
             )
         return found
 
@@ -122,7 +130,7 @@ class Head(GraphPass):
 
     @property
     def output(self) -> str:
-        """The name of the output that `add` adds."""
+        """Name of the output that `--mode add` adds."""
         return f"logits_{self._title}"
 
     def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
@@ -150,7 +158,7 @@ class Head(GraphPass):
     def expectations(self) -> Expectations:
         return Expectations(adds_outputs=self.mode == "add")
 
-    # -- where
+    # -- sites
 
     def candidates(self, view: View) -> list[Site]:
         if self.mode == "add":
@@ -162,11 +170,12 @@ class Head(GraphPass):
             found = super().find(view)
             if self.mode == "add" and len(found) > 1:
                 raise PassError(
-                    f"pass 'head': one head is added, and {len(found)} places are named; name one of them"
+                    f"pass 'head': --mode add adds one head, and the target names {len(found)} places; name one of them"
                 )
             return found
         if self.mode == "add":
             heads = self.candidates(view)
+            # Several heads that read the same features are one place to add another.
             reads = {input_before_adapters(operand(site.calls[-1])) for site in heads}
             if len(reads) == 1:
                 return heads[:1]
@@ -174,7 +183,7 @@ class Head(GraphPass):
             heads = pooling.head_sites(view, added=False) or pooling.head_sites(view)
         if not heads:
             raise PassError(
-                "pass 'head': this model has no head (a layer that makes an output); use --mode add"
+                "pass 'head': this model has no head (a layer that computes an output); use --mode add"
             )
         if len(heads) > 1:
             paths = ", ".join(site.path for site in heads)
@@ -185,14 +194,14 @@ class Head(GraphPass):
         if self.mode == "add":
             return self._check_add(site)
         if site.kind not in (LINEAR, CONV) or any(call.x_axis == "column" for call in site.calls):
-            return "only a linear layer or a 1×1 convolution that multiplies from the right is replaced"
+            return "only a linear layer of the form x Wᵀ or a 1×1 convolution can be replaced; use --mode add"
         if site.packed and site.kind == CONV:
-            return f"its weight is packed for the convolution {site.op}; use --mode add"
+            return f"its weight is packed for {site.op}, and a packed convolution cannot be replaced; use --mode add"
         if site.groups > 1:
-            return f"it is a convolution of {site.groups} groups, whose outputs are not interchangeable"
+            return f"it is a convolution of {site.groups} groups, so its outputs read different inputs; use --mode add"
         adapter = next((a for a in map(_adapter, site.calls) if a), None)
         if adapter:
-            return f"{adapter!r} stands on it and would be lost; undo that, or apply head before it"
+            return f"{adapter!r} is attached to it and would be lost; undo that, or apply head before it"
         standing = tensors_now(site)
         if isinstance(standing, str):
             return standing
@@ -201,7 +210,7 @@ class Head(GraphPass):
                 return f"{unread}, so its rows cannot be kept; use --mode replace"
             beyond = [number for number in self._kept() or () if number >= site.out_features]
             if beyond:
-                return f"it has no class {beyond[0]}: there are {site.out_features}, counted from 0"
+                return f"it has no class {beyond[0]}; give classes from 0 to {site.out_features - 1}"
         return self._check_width(site)
 
     def _check_add(self, site: Site) -> str | None:
@@ -214,6 +223,7 @@ class Head(GraphPass):
         return refuse_output(graph, self.output) or pooling.refuse_pool(node, self.pool)
 
     def _check_width(self, site: Site) -> str | None:
+        """Return the reason why ops after the head cannot take another number of outputs, or None."""
         labels = len(self._rows(site))
         if labels == site.out_features:
             return None
@@ -224,15 +234,15 @@ class Head(GraphPass):
                 follow(scores.graph, {scores: _widened(site, scores, labels, cache)}, cache)
         except PassError as error:
             return (
-                f"{error}, {site.out_features}, and would get {labels}; keep --labels {site.out_features}, or use "
-                f"--mode add"
+                f"{error}; it has {site.out_features} outputs and would get {labels}: keep --labels "
+                f"{site.out_features}, or use --mode add"
             )
         return None
 
-    # -- what
+    # -- tensors
 
     def _rows(self, site: Site) -> list[int | None]:
-        """For each output, the old class that it is, or None where it is new."""
+        """Return the old class of each output, or None for a new one."""
         kept = self._kept()
         if self.mode != "resize":
             kept = []
@@ -266,7 +276,7 @@ class Head(GraphPass):
         return decided
 
     def outcome(self, site: Site) -> Outcome:
-        """Parameters that only the old head reads stop training: they have no gradient any more."""
+        """Parameters that only the old head reads stop training, because they no longer get gradients."""
         names = () if self.mode == "add" or site.tied else (site.weight, site.bias)
         alone = (name for name in names if name is not None and not read_elsewhere(site, name))
         return Outcome(trains=dict.fromkeys(alone, False))
@@ -302,7 +312,7 @@ class Head(GraphPass):
             nn.init.zeros_(tensor)
 
     def _old(self, site: Site, name: str) -> Tensor | None:
-        """The old head's weight (labels × in), or its bias with what is added right behind it."""
+        """Return the old head's weight (labels × in), or the sum of its bias and a separate bias added after it."""
         standing = tensors_now(site)
         assert not isinstance(standing, str)
         if name == "weight":
@@ -313,6 +323,7 @@ class Head(GraphPass):
         return sum(parts[1:], parts[0]) if parts else None
 
     def _bias_behind(self, site: Site) -> str | None:
+        """Return the name of a separate bias tensor that is added to the head's output, or None."""
         _, bias = pooling.scores_of(site.calls[0])
         return str(bias.target) if bias is not None else None
 
@@ -327,6 +338,7 @@ class Head(GraphPass):
             with g.at_call(call):
                 fresh = _apply(g, call, g["weight"], bias)
             old, _ = pooling.scores_of(call)
+            # Sizes after the head are computed before the op is replaced, while the old sizes are still in the graph.
             behind = g.follow({old: fresh.meta["val"]}) if _differs(call, old, fresh) else {}
             behind.pop(old, None)
             g.supersede(call.node, fresh, old)
@@ -346,14 +358,12 @@ class Head(GraphPass):
 
     def why_not_merged(self, site: Site) -> str | None:
         if self.mode == "add":
-            return "a further head has no place in the base's weights; export to ONNX, or save the program"
-        return (
-            "a new head stays beside the base's, in tensors of its own; export to ONNX, or save the program"
-        )
+            return "the base has no weight that an added head could be merged into; export to ONNX, or save the program"
+        return "a new head has tensors of its own, which do not fit the base's; export to ONNX, or save the program"
 
 
 def _apply(g: Rewriter, call: Call, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
-    """The head's op with other tensors."""
+    """Insert the head's op with other tensors."""
     x = g.x
     if call.kind == CONV:
         rest = [arguments(call.node)[name] for name in ("stride", "padding", "dilation")]
@@ -362,16 +372,19 @@ def _apply(g: Rewriter, call: Call, weight: fx.Node, bias: fx.Node | None) -> fx
 
 
 def _adapter(call: Call) -> str | None:
+    """Return the id of an entry that changes the input or output of a call, or None."""
     outer = output_with_adapters(call.node, whole=True)
     return adapted_by(call) or (mark_of(outer).entry if outer is not call.node else None)
 
 
 def _differs(call: Call, old: fx.Node, fresh: fx.Node) -> bool:
+    """True if the new head has another number of outputs."""
     axis = 1 if call.kind == CONV else -1
     return bool(fresh.meta["val"].shape[axis] != old.meta["val"].shape[axis])
 
 
 def _widened(site: Site, scores: fx.Node, labels: int, cache: MetaCache) -> Any:
+    """Return a fake tensor like the scores, with another number of labels."""
     val = scores.meta["val"]
     shape = list(val.shape)
     shape[1 if site.kind == CONV else -1] = labels

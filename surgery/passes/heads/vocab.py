@@ -1,4 +1,4 @@
-"""vocab: rows for new tokens, in the embedding and in the output layer that goes with it."""
+"""vocab: adds rows for new tokens to the embedding and to its output layer."""
 
 from __future__ import annotations
 
@@ -40,40 +40,43 @@ _NORMALISES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_soft
 
 
 class Vocab(GraphPass):
-    """Vocabulary growth: the embedding E (V × d) gets rows R (T × d) for tokens V … V+T−1.
+    """Vocabulary growth: the embedding E (V × d) gets T new rows R (T × d), for the token ids V … V+T−1.
 
-    A lookup becomes E[i] where i < V, else R[i−V]; an output layer y = x Eᵀ + b becomes [y, x Rᵀ + c], the logits of
-    the new tokens behind those of the old. So the large table is read where it lies and never copied, old ids and
-    their logits are exact, and R trains while E is frozen. A tied output layer (and a T5 decoder's embedding)
-    reads the same R; one with a weight of its own that has V rows gets rows of its own. Where something behind the
-    logits counts on V (a slice, a bias of another tensor), it is refused with the op's name.
+    A lookup becomes E[i] for i < V, and R[i−V] for new ids. An output layer y = x Eᵀ + b becomes [y, x Rᵀ + c], so the
+    logits of new tokens follow those of old ones. E is not copied, the results for old ids stay bit-identical, and R
+    trains while E is frozen. A tied output layer reads the same R, as does a tied decoder embedding (T5). An untied
+    output layer with V rows gets new rows of its own. An output layer is refused if an op after it depends on V (a
+    slice, an added bias tensor) or normalizes the logits (a softmax); the message names the op.
 
-    Rows start at the mean of those there are, so that a new token takes probability from none in particular
-    (Hewitt 2021, "Initializing new word embeddings for pretrained language models"), at the mean with noise of
-    their covariance, normal with deviation 0.02, or at zero. The first new id is V, the number of rows, which can be
-    more than a tokenizer counts. LoRA on the same embedding or output layer, before or after, adapts E's rows. Of a
-    plugin's op that keeps E packed the codes stay, and R is floats.
+    The first new id is V, the number of rows of E, which can be larger than the tokenizer's vocabulary. New rows start
+    at the mean of the old ones, so that new tokens take probability from no token in particular (Hewitt 2021,
+    "Initializing new word embeddings for pretrained language models"); `--init` offers the mean with noise of the same
+    covariance, normal values with standard deviation 0.02, and zero. LoRA on the same embedding or output layer, before
+    or after, adapts the rows of E only. If an op of a plugin stores E packed, its codes are kept, and R is
+    floating-point.
 
-    Merge: E becomes [E; R] and b becomes [b; c] under their own names, tied as they were, in the original graph, and
-    `--format hf` writes the larger vocabulary; adapters of E's rows are folded first, and R stays apart where one of
-    them cannot be, or where a use of E was left as it was.
+    Merge: E becomes [E; R] and b becomes [b; c] in the original graph, under the old names and with the old ties, and
+    `--format hf` writes a model with the larger vocabulary. Adapters on the rows of E are merged first. R is not merged
+    if one of them cannot be merged, or if an op that reads E was not extended.
     """
 
     name: ClassVar[str] = "vocab"
     on: ClassVar[tuple[str, ...]] = (EMBEDDING, LINEAR)
 
     tokens: int = Field(0, ge=0, description="number of new tokens")
-    multiple_of: int = Field(1, gt=0, description="round the number of rows up to a multiple (64 suits GPUs)")
+    multiple_of: int = Field(
+        1, gt=0, description="round the total number of rows up to a multiple of this (64 suits GPUs)"
+    )
     init: Literal["mean", "mean-noise", "normal", "zero"] = Field(
-        "mean", description="new rows start at the mean of the old ones, there with noise, normal, or at zero"
+        "mean", description="initial new rows: the mean of the old ones, that with noise, normal, or zero"
     )
     noise: float = Field(
         0.01,
         gt=0,
-        description="mean-noise: deviation, as a fraction of the old rows' own (of their covariance)",
+        description="mean-noise: standard deviation of the noise, as a fraction of that of the old rows",
     )
     output_layer: Literal["auto", "on", "off"] = Field(
-        "auto", description="whether the output layer grows too (auto: where it is tied, or has as many rows)"
+        "auto", description="extend the output layer too (auto: if it is tied, or has as many rows)"
     )
 
     @property
@@ -84,7 +87,7 @@ class Vocab(GraphPass):
     def expectations(self) -> Expectations:
         return Expectations(adds_outputs=True, reach=self._with_new_ids)
 
-    # -- where
+    # -- sites
 
     def candidates(self, view: View) -> list[Site]:
         embeddings = [s for s in view.sites if s.role == "embed.token" and s.kind == EMBEDDING and s.weight]
@@ -96,9 +99,10 @@ class Vocab(GraphPass):
             outputs = [] if self.output_layer == "off" else _outputs(view, site, same)
             if self.output_layer == "on" and not outputs:
                 raise PassError(
-                    f"pass 'vocab': no output layer has the {site.in_features} rows of {site.path}; leave out "
+                    f"pass 'vocab': no output layer has {site.in_features} rows, as {site.path} has; leave out "
                     f"--output-layer on"
                 )
+            # Tied sites are kept together, since a merge makes one tensor longer for all of them.
             uses = [s for s in view.sites if s.weight in same and s.kind == EMBEDDING] + outputs
             found += [_sharing(s, site.path if s.weight in same else s.path, uses) for s in uses]
         return found
@@ -107,8 +111,8 @@ class Vocab(GraphPass):
         found = self.candidates(view)
         if not found:
             raise PassError(
-                "pass 'vocab': this model has no token embedding (an embedding that an input of token ids "
-                "indexes), so it has no vocabulary to grow"
+                "pass 'vocab': this model has no token embedding (an embedding indexed by an input of token ids), so "
+                "there is no vocabulary to extend"
             )
         asked = self.target or self.default_target
         if asked is not None:
@@ -116,10 +120,11 @@ class Vocab(GraphPass):
         tables = list(dict.fromkeys(s.decided["table"] for s in found if s.kind == EMBEDDING))
         if len(tables) > 1:
             raise PassError(
-                f"pass 'vocab': the model has {len(tables)} token embeddings ({', '.join(tables)}); name the one to "
-                f"grow with --target, and its output layer too"
+                f"pass 'vocab': the model has {len(tables)} token embeddings ({', '.join(tables)}); name one with "
+                f"--target, together with its output layer"
             )
-        for site in found:  # not the embedding alone, with nobody told
+        # Without a target, a refused output layer is an error: it must not be left out silently.
+        for site in found:
             refusal = self.check(site)
             if refusal is not None:
                 raise PassError(f"pass 'vocab' at {site.path}: refused, {refusal}")
@@ -127,13 +132,15 @@ class Vocab(GraphPass):
 
     def check(self, site: Site) -> str | None:
         if not site.float_dtype.is_floating_point:
-            return f"its weight is {site.dtype}, and no op dequantizes it; new rows are floats"
+            return (
+                f"its weight is {site.dtype}, and no op dequantizes it; new rows need a floating-point weight"
+            )
         if site.packed and self.init.startswith("mean") and (unread := packed.refusal(site)):
-            return f"{unread}; --init normal or zero does not read it"
+            return f"{unread}; use --init normal or zero, which do not read it"
         if site.kind == LINEAR and any(call.x_axis == "column" for call in site.calls):
-            return "its op multiplies from the left, and only x Wᵀ is made longer"
+            return "it computes W @ x, and only x Wᵀ can grow; extend the embedding alone with --output-layer off"
         if not self._more(site):
-            return f"it has {_rows(site)} rows already, and nothing to add; give --tokens"
+            return f"it has {_rows(site)} rows, and none would be added; give --tokens"
         if site.kind == EMBEDDING:
             return None
         cache = MetaCache(site.calls[0].node.graph)
@@ -144,29 +151,29 @@ class Vocab(GraphPass):
                 norms = [node for node in behind if op_name(node.target) in _NORMALISES]
                 if norms:
                     return (
-                        f"the model makes probabilities of its logits (op {op_name(norms[0].target)}), so that new "
-                        f"tokens would change those of the old; grow the embedding alone with --output-layer off"
+                        f"the model normalizes its logits (op {op_name(norms[0].target)}), so new tokens would change "
+                        f"the results for old ones; extend the embedding alone with --output-layer off"
                     )
         except PassError as error:
-            return f"{error}, {_rows(site)}; grow the embedding alone with --output-layer off"
+            return f"{error}; the vocabulary has {_rows(site)} rows; extend the embedding alone with --output-layer off"
         return None
 
     def _more(self, site: Site) -> int:
-        """How many rows are added."""
+        """Return the number of rows to add."""
         total = _rows(site) + self.tokens
         return -(-total // self.multiple_of) * self.multiple_of - _rows(site)
 
-    # -- what
+    # -- tensors
 
     def decide(self, site: Site) -> dict[str, Any]:
         decided = {**site.decided, "first": _rows(site), "rows": self._more(site)}
         if site.kind == LINEAR and any(scores_of(c)[1] is not None for c in site.calls):
-            decided["behind"] = True  # of a bias that is no part of the layer
+            decided["behind"] = True  # a separate bias tensor is added after the layer
         return decided
 
     def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
         table = site.decided["table"]
-        # The table may be a parameter, which can hold no other.
+        # If the table is a bare parameter, its name cannot be a module with the rows as an attribute.
         joint = "_" if table in (site.weight, *site.tied) else "."
         own = {"rows": f"{table}{joint}{attribute_of(self)}.rows"}
         return {name: own.get(name, full) for name, full in super().names(site, tensors).items()}
@@ -189,7 +196,8 @@ class Vocab(GraphPass):
             mean = old.mean(0)
             tensor.copy_(mean.expand_as(tensor))
             if self.init == "mean-noise":
-                for row in tensor:  # one at a time: z has as many values as the table has rows
+                # One row at a time, because z has as many values as the table has rows.
+                for row in tensor:
                     z = torch.randn(old.shape[0], device=old.device)
                     row.add_((z @ old - z.sum() * mean) * (self.noise / old.shape[0] ** 0.5))
 
@@ -214,7 +222,7 @@ class Vocab(GraphPass):
                     _score(g, call, "bias" in g.tensors)
 
     def _with_new_ids(self, site: Site, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Ids of new tokens in some of the columns that hold none yet."""
+        """Return the inputs with ids of new tokens in some of the columns that have only old ids."""
         changed = dict(inputs)
         name = _placeholder(site) if site.kind == EMBEDDING else None
         if name is None or name not in changed:
@@ -230,12 +238,10 @@ class Vocab(GraphPass):
     def why_not_merged(self, site: Site) -> str | None:
         if site.decided.get("elsewhere"):
             return (
-                "its weight is read in another place, which counts on its length; export, or save the program"
+                "another op reads its weight and expects the old number of rows; export, or save the program"
             )
         if site.decided.get("behind"):
-            return (
-                "the base adds a bias to its logits that has no place for more; export, or save the program"
-            )
+            return "the base adds a separate bias tensor to its logits, which cannot grow; export, or save the program"
         return None
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
@@ -261,21 +267,21 @@ class _Longer(Fold):
 
 
 def _outputs(view: View, site: Site, same: set[str]) -> list[Site]:
-    """Output layers of this vocabulary: tied to the embedding, or with as many rows."""
+    """Return the output layers of an embedding: those tied to it, else the heads with as many rows."""
     linears = [s for s in view.sites if s.kind == LINEAR and s.weight]
     tied = [s for s in linears if s.weight in same]
     return tied or [s for s in linears if s.role == "head" and _rows(s) == _rows(site)]
 
 
 def _sharing(site: Site, table: str, uses: list[Site]) -> Site:
-    """The site with the name of its table, and whether an op reads that which is none of the uses."""
+    """Return the site with the path of its table, and a flag if an op outside `uses` reads the table too."""
     calls = tuple(c for s in uses if s.weight == site.weight or s.weight in site.tied for c in s.calls)
     elsewhere = read_elsewhere(replace(site, calls=calls), str(site.weight), site.tied)
     return site.deciding({"table": table, **({"elsewhere": True} if elsewhere else {})})
 
 
 def _rows(site: Site) -> int:
-    """Rows of the vocabulary at a site as it stands, earlier growth included."""
+    """Return the current number of rows at a site, including rows that earlier passes added."""
     if site.kind == EMBEDDING:
         grown = adapters_around(site.calls[0].node, whole=True)
         return site.in_features + sum(mark_of(node).rows for node in grown)
@@ -283,17 +289,25 @@ def _rows(site: Site) -> int:
 
 
 def _longer(node: fx.Node, more: int, cache: MetaCache) -> Any:
+    """Return a fake tensor like the node's value, with more logits."""
     val = node.meta["val"]
     with cache.mode:
         return val.new_empty([*val.shape[:-1], val.shape[-1] + more])
 
 
 def _look_up(g: Rewriter, call: Call, first: int) -> None:
+    """Insert the lookup of new ids around an embedding.
+
+    Args:
+        g: The rewriter, at the call.
+        call: The embedding.
+        first: The first new id.
+    """
     ids = input_before_adapters(operand(call), whole=True)
     g.replace_input(lambda x: g.call(aten.clamp_max.default, x, first - 1), grown=True)
 
     def build(old: fx.Node) -> fx.Node:
-        # above the last new id this fails as the embedding itself would
+        # An id beyond the last new one is out of range here, so it raises as in the embedding itself.
         index = g.call(aten.clamp_min.default, g.call(aten.sub.Tensor, ids, first), 0)
         new = g.call(aten.embedding.default, g["rows"], index)
         if new.meta["val"].dtype != old.meta["val"].dtype:
@@ -306,6 +320,7 @@ def _look_up(g: Rewriter, call: Call, first: int) -> None:
 
 
 def _score(g: Rewriter, call: Call, biased: bool) -> None:
+    """Append the logits of new tokens to those of an output layer."""
     place, _ = scores_of(call)
 
     def build(old: fx.Node) -> fx.Node:
@@ -327,7 +342,7 @@ def _score(g: Rewriter, call: Call, biased: bool) -> None:
 
 
 def _placeholder(site: Site) -> str | None:
-    """The input that indexes an embedding, where it comes as it is."""
+    """Return the name of the input that an embedding is indexed by, or None if the index is computed."""
     node: Any = site.calls[0].x
     while isinstance(node, fx.Node) and node.op == "call_function":
         node = node.args[0] if node.args else None

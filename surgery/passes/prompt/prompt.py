@@ -1,4 +1,4 @@
-"""Prompt tuning: learned tokens before what the model reads."""
+"""prompt: learned tokens before the input of a model."""
 
 from __future__ import annotations
 
@@ -22,61 +22,65 @@ if TYPE_CHECKING:
 
 
 class Prompt(GraphPass):
-    """Prompt tuning: P learned embeddings stand before the embedded tokens (Lester et al. 2021, arXiv:2104.08691).
+    """Prompt tuning: P learned embeddings precede the embedded tokens (Lester et al. 2021, arXiv:2104.08691).
 
-    The tensor `tokens` (P × d) is all that trains. The ids are padded by P in front where they enter, the mask by
-    ones and types by zeros, and the first P rows of the embeddings are the prompt: so masks, positions and causal
-    attention see a sequence of P + n tokens at every length n, and a program takes P tokens fewer where it has a
-    table of positions. Outputs keep the real positions: logits of a decoder are those of the n tokens given. A
-    classifier that pools the first position reads the prompt's first token there, as in PEFT. Of an
-    encoder-decoder the encoder gets the prompt.
+    Only the tensor `tokens` (P × d) trains. The input ids are padded by P at the front, and so are the other inputs of
+    their shape: the attention mask by ones, token types by zeros. The prompt replaces the first P embeddings. Masks,
+    positions and causal attention therefore see P + n tokens at every length n. If the model has a table of positions,
+    the longest input becomes P tokens shorter. Outputs keep only the real positions, so the logits of a decoder are
+    those of the n given tokens. A classifier that pools the first position reads the first prompt token there, as in
+    PEFT. In an encoder-decoder, the encoder gets the prompt.
 
-    A model without token ids has it in its stream of patches or frames (visual prompt tuning, Jia et al. 2022,
-    arXiv:2203.12119): P vectors are appended before the first block and cut off after the last, which gives what
-    prompts anywhere in the sequence would, since positions were added before. A second prompt stands behind the
-    first. It cannot be weighted, and it does not merge: no weight of the base does what another token does.
+    In a model without token ids, the prompt is added to the sequence of patches or frames (visual prompt tuning, Jia et
+    al. 2022, arXiv:2203.12119): P vectors are appended before the first block and removed after the last. Their place
+    in the sequence does not matter, because the positions have already been added.
 
-    init: `normal` draws from a normal distribution of the embeddings' own deviation (a stream's: 0.02);
-    `vocabulary` copies the embeddings of P tokens drawn from the vocabulary, `text` those of --text (repeated or
-    cut to P tokens), read by the model's own tokenizer.
+    The initial prompt is set by --init. `normal` draws from a normal distribution with the standard deviation of the
+    embeddings (0.02 in a model without token ids). `vocabulary` copies the embeddings of P random tokens. `text` copies
+    those of --text, read by the model's own tokenizer and repeated or cut to P tokens.
+
+    A second prompt follows the first. The outputs change by design, also before training. A prompt cannot be scaled by
+    a weight, and there is no merged form, because no weight of the base acts like an added token.
     """
 
     name: ClassVar[str] = "prompt"
     before: ClassVar[tuple[str, ...]] = ("prefix",)
 
-    tokens: int = Field(20, gt=0, description="how many learned tokens, P")
+    tokens: int = Field(20, gt=0, description="number of learned tokens, P")
     init: Literal["normal", "vocabulary", "text"] = Field(
-        "normal", description="at random, or from embeddings of drawn tokens, or of those of --text"
+        "normal",
+        description="initial prompt: random normal, embeddings of random tokens, or embeddings of --text",
     )
-    text: str = Field("", description="with --init text: what the prompt says at first")
+    text: str = Field("", description="with --init text: the text of the initial prompt")
 
     @property
     def numerics(self) -> Numerics:
-        return changes(f"{self.tokens} learned tokens are attended to")
+        return changes(f"attention sees {self.tokens} more tokens")
 
     def candidates(self, view: View) -> list[Site]:
         site = insert.embedding_of_ids(view) or insert.first_of_stream(view)
         if site is None:
             raise PassError(
-                "prompt: the model embeds no token ids and has no row of blocks over a sequence; use lora or adapter"
+                "prompt: the model embeds no token ids and has no row of repeated blocks over a sequence; use lora or "
+                "adapter"
             )
         return [site]
 
     def check(self, site: Site) -> str | None:
         if not site.float_dtype.is_floating_point:
-            return f"its embeddings are {site.dtype}; a prompt needs floating-point ones"
+            return f"its embeddings are {site.dtype}; load the model with floating-point ones"
         if (self.init == "text") != bool(self.text):
-            return "--init text and --text TEXT go together"
+            return "give --init text and --text TEXT together"
         late = next((e.id for e in site.probe.journal if e.pass_name == "prefix"), None)
         by_ids = insert.embedding_of_ids(site.probe.view) is not None
         if by_ids and site.packed and (unread := packed.refusal(site)):
-            return f"{unread}, from which a prompt's starting values are taken; use prefix, adapter or lora"
+            return f"{unread}, and the initial prompt is computed from it; use prefix, adapter or lora"
         if self.init != "normal" and not by_ids:
             return (
                 f"it reads no token ids, so --init {self.init} has no embeddings to copy; use --init normal"
             )
         if late and not by_ids:
-            return f"{late!r} has put keys before those of its sequence; undo that, or apply prompt before it"
+            return f"{late!r} has already added keys to its attention; undo that, or apply prompt before it"
         return None if by_ids else insert.refuse_stream(site.probe.view)
 
     def decide(self, site: Site) -> dict[str, Any]:

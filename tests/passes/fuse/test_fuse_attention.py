@@ -120,8 +120,11 @@ def test_keys_that_are_read_elsewhere_too_are_repeated_as_before():
             "its value is also read by sum",
         ),
         (lambda q, k, v, m: (q @ k.mT).softmax(-2) @ v, "its dim is -2, and the pattern has axis -1"),
-        (lambda q, k, v, m: (q @ k.mT).masked_fill(m < 0, -math.inf).softmax(-1) @ v, "filled with infinity"),
-        (lambda q, k, v, m: (q @ k[:, :1].mT).softmax(-1) @ v, "different heads"),
+        (
+            lambda q, k, v, m: (q @ k.mT).masked_fill(m < 0, -math.inf).softmax(-1) @ v,
+            "masked scores are infinite",
+        ),
+        (lambda q, k, v, m: (q @ k[:, :1].mT).softmax(-1) @ v, "different numbers of heads"),
     ],
 )
 def test_what_is_another_attention_stays_and_says_why(function, why):

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 import surgery
-from surgery.api import PassError, TargetError
+from surgery.api import PassError
+from surgery.api.programs import TargetError
 from surgery.engine.contract.observe import observe
 from surgery.testing import check_pass
 from tests.shared.eager_attention import program

@@ -133,7 +133,9 @@ def test_a_pointwise_convolution_is_a_head_too():
         check_pass(pass_, base)
         out = base.apply(pass_).run()
         assert (out if pass_.mode != "add" else out[pass_.output]).shape == made
-    with pytest.raises(PassError, match="--pool mean averages; cls is for tokens"):
+    with pytest.raises(
+        PassError, match="its features are images, and --pool cls is for tokens; use --pool mean"
+    ):
         base.apply(surgery.Head(mode="add", labels=3, head_name="x", pool="cls"))
 
 
@@ -162,7 +164,8 @@ class Counting(nn.Module):
 def test_what_counts_on_the_old_width_refuses_another(way, width):
     base = surgery.capture(Counting(way, width), torch.randn(3, 4))
     with pytest.raises(
-        PassError, match=rf"head at head: refused, op {way}.*{width}, and would get 5.*--mode add"
+        PassError,
+        match=rf"head at head: refused, op {way}.*it has {width} outputs and would get 5.*--mode add",
     ):
         base.apply(surgery.Head(labels=5))
     assert base.apply(surgery.Head(labels=width)).count_parameters()[1] == 5 * width
@@ -392,7 +395,7 @@ def test_with_lora_in_both_orders(randomise):
     merged = one.merge()
     assert torch.allclose(merged.run()["logits"], one.run()["logits"], atol=1e-5)
     assert merged.journal.entries[-1].options["folded"] == ["lora"]
-    assert "a new head stays beside the base's" in merged.journal.entries[-1].options["kept"]["head"]
+    assert "a new head has tensors of its own" in merged.journal.entries[-1].options["kept"]["head"]
     on_new = base.apply(head).apply(surgery.Lora(target="re:^head.head$", rank=2))
     assert list(on_new.journal.entries[-1].sites[0].tensors.values()) == [
         "head.head.lora.A",
@@ -400,7 +403,9 @@ def test_with_lora_in_both_orders(randomise):
     ]
     with pytest.raises(JournalError, match=r"'lora' stands on head.head.weight.*undo 'lora' first"):
         on_new.undo("head")
-    with pytest.raises(PassError, match=r"head at head: refused, 'lora' stands on it.*apply head before"):
+    with pytest.raises(
+        PassError, match=r"head at head: refused, 'lora' is attached to it.*apply head before"
+    ):
         base.apply(surgery.Lora(target="path:head", rank=2)).apply(head)
     with pytest.raises(TargetError, match="matches no site"):  # the old head is a site no more
         base.apply(head).apply(surgery.Lora(target=r"re:^head\.weight$", rank=2))
@@ -462,19 +467,24 @@ def test_a_language_model_gets_a_value_head():
         values[1].copy_(bias)
     after = grown.run()  # of a decoder without a mask the last position counts
     assert torch.allclose(after["logits_score"], after["logits_value"][:, -1], atol=1e-6)
-    with pytest.raises(PassError, match="there are no tokens behind the model's features; leave out --pool"):
+    with pytest.raises(
+        PassError, match="the model's features are not computed from tokens; leave out --pool"
+    ):
         program("resnet18").apply(surgery.Head(mode="add", labels=1, head_name="a", pool="last"))
 
 
 BAD = [
     ({}, "give --labels"),
     ({"mode": "add", "labels": 2}, "--mode add needs --head-name"),
-    ({"labels": 2, "head_name": "a"}, "--head-name belongs to --mode add, and this is replace"),
-    ({"labels": 2, "pool": "mean"}, "--pool belongs to --mode add"),
-    ({"labels": 2, "keep": "1"}, "--keep belongs to --mode resize"),
+    (
+        {"labels": 2, "head_name": "a"},
+        "--head-name is for --mode add, and this is --mode replace; leave it out",
+    ),
+    ({"labels": 2, "pool": "mean"}, "--pool is for --mode add"),
+    ({"labels": 2, "keep": "1"}, "--keep is for --mode resize"),
     ({"mode": "resize", "keep": "1,1"}, "names a class twice"),
-    ({"mode": "resize", "keep": "0,1,2", "labels": 2}, "or more than --labels 2"),
-    ({"mode": "resize", "keep": "a"}, "is no list of classes; write their numbers: 0,2,5"),
+    ({"mode": "resize", "keep": "0,1,2", "labels": 2}, "or more classes than --labels 2"),
+    ({"mode": "resize", "keep": "a"}, "is not a list of class numbers; write it as 0,2,5"),
 ]
 
 
@@ -485,14 +495,15 @@ def test_bad_options(options, message):
 
 
 def test_bad_requests(convnet):
-    with pytest.raises(PassError, match="head at 7: refused, it has no class 9: there are 4, counted from 0"):
+    with pytest.raises(PassError, match="head at 7: refused, it has no class 9; give classes from 0 to 3"):
         convnet.apply(surgery.Head(mode="resize", keep="9"))
     grown = convnet.apply(surgery.Head(mode="add", labels=2, head_name="a"))
     taken = surgery.Head(mode="add", labels=2, label="a")
     with pytest.raises(PassError, match="applied already"):
         grown.apply(taken)
     with pytest.raises(
-        PassError, match=r"merge: nothing can be folded.*7: a further head has no place.*ONNX"
+        PassError,
+        match=r"merge: nothing can be folded.*7: the base has no weight that an added head could be merged into.*ONNX",
     ):
         grown.merge()
 

@@ -156,7 +156,7 @@ def test_what_cannot_be_folded_keeps_it(forms):
     left = forms.apply(surgery.Vocab(tokens=3, output_layer="off"))
     assert left.run().shape[-1] == OLD
     with pytest.raises(
-        PassError, match="embed: its weight is read in another place, which counts on its length"
+        PassError, match="embed: another op reads its weight and expects the old number of rows"
     ):
         left.merge()
     with pytest.raises(PassError, match="head reads the same weight, and was not made longer"):
@@ -165,7 +165,7 @@ def test_what_cannot_be_folded_keeps_it(forms):
         forms.apply(surgery.Vocab(tokens=3)).merge(in_place=True)
     untied = surgery.capture(Untied(), torch.randint(0, 9, (3, 5)))
     with pytest.raises(
-        JournalError, match=r"makes embed.weight longer, which has no room; merge without in_place"
+        JournalError, match=r"makes embed.weight longer than its storage; merge without in_place"
     ):
         untied.apply(surgery.Vocab(tokens=3)).merge(in_place=True)
     assert untied.run().shape[-1] == 9
@@ -227,7 +227,9 @@ def test_biases_of_output_layers():
         if biased:
             assert torch.allclose(grown.merge().run()["logits"], after, atol=1e-5)
         else:
-            with pytest.raises(PassError, match="adds a bias to its logits that has no place for more"):
+            with pytest.raises(
+                PassError, match="adds a separate bias tensor to its logits, which cannot grow"
+            ):
                 grown.merge()
 
 
@@ -309,9 +311,12 @@ class Counts(nn.Module):
 
 
 COUNTS = [
-    ("view", r"op view.*depends on the old size.*, 9; grow the embedding alone with --output-layer off"),
+    (
+        "view",
+        r"op view.*depends on the old size.*; the vocabulary has 9 rows; extend the embedding alone with --output-layer off",
+    ),
     ("slice", r"op slice.*cuts the values to the old size"),
-    ("log_softmax", r"makes probabilities of its logits \(op log_softmax\)"),
+    ("log_softmax", r"normalizes its logits \(op log_softmax\)"),
 ]
 
 
@@ -325,9 +330,9 @@ def test_what_counts_on_the_vocabulary_refuses_it(way, message):
 
 
 def test_refused(forms):
-    with pytest.raises(PassError, match=r"has no token embedding.*no vocabulary to grow"):
+    with pytest.raises(PassError, match=r"has no token embedding.*no vocabulary to extend"):
         program("vit").apply(surgery.Vocab(tokens=2))
-    with pytest.raises(PassError, match="it has 11 rows already, and nothing to add; give --tokens"):
+    with pytest.raises(PassError, match="it has 11 rows, and none would be added; give --tokens"):
         forms.apply(surgery.Vocab())
     ids = torch.randint(0, 9, (3, 5))
 
@@ -340,10 +345,10 @@ def test_refused(forms):
             return (self.a(x).cumsum(1) * self.b(y).cumsum(1)).sum(-1)
 
     two = surgery.capture(Two(), (ids, ids.flip(0)))
-    with pytest.raises(PassError, match=r"has 2 token embeddings.*name the one to grow with --target"):
+    with pytest.raises(PassError, match=r"has 2 token embeddings.*name one with --target"):
         two.apply(surgery.Vocab(tokens=2))
     assert list(two.apply(surgery.Vocab(tokens=2, target="a")).tensors) == ["a.vocab.rows"]
-    with pytest.raises(PassError, match="no output layer has the 20 rows of a; leave out --output-layer on"):
+    with pytest.raises(PassError, match="no output layer has 20 rows, as a has; leave out --output-layer on"):
         two.apply(surgery.Vocab(tokens=2, target="a", output_layer="on"))
-    with pytest.raises(PassError, match=r"head at head: refused, 'vocab' stands on it"):
+    with pytest.raises(PassError, match=r"head at head: refused, 'vocab' is attached to it"):
         forms.apply(surgery.Vocab(tokens=2), surgery.Head(labels=3))

@@ -234,15 +234,15 @@ def test_conformance_of_the_others(name):
 
 
 def test_refusals():
-    with pytest.raises(PassError, match="no row of blocks over a sequence; use lora or adapter"):
+    with pytest.raises(PassError, match="no row of repeated blocks over a sequence; use lora or adapter"):
         surgery.capture(*convnet()).apply(Prompt())
-    with pytest.raises(PassError, match="no row of blocks"):
+    with pytest.raises(PassError, match="no row of repeated blocks"):
         surgery.capture(*attention()).apply(Prompt())
-    with pytest.raises(PassError, match=r"its stream is .*×64×56×56, no sequence of vectors; use adapter"):
+    with pytest.raises(PassError, match=r"its stream is .*×64×56×56, not a sequence of vectors; use adapter"):
         program("resnet18").apply(Prompt())
     with pytest.raises(PassError, match="reads no token ids, so --init vocabulary"):
         program("vit").apply(Prompt(init="vocabulary"))
-    with pytest.raises(PassError, match="--init text and --text TEXT go together"):
+    with pytest.raises(PassError, match="give --init text and --text TEXT together"):
         program("t5").apply(Prompt(init="text"))
     with pytest.raises(PassError, match=r"--text needs the model's tokenizer|cannot read --text"):
         program("t5").apply(Prompt(init="text", text="hello"))
