@@ -6,7 +6,7 @@ import inspect
 import json
 import linecache
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch.export import Dim
 from torch.fx.graph import CodeGen
 
 from surgery.common.errors import PassError
-from surgery.engine.contract.base import GraphPass, RewritePass
+from surgery.engine.contract.base import RewritePass
 from surgery.engine.journal import Entry, SiteRecord
 from surgery.engine.recompute import REMADE, recomputed
+from surgery.engine.replay import rewrite_entry
 from surgery.graph.compiled import check_targets
 from surgery.graph.fake import MetaCache
 from surgery.graph.graphs import copy_graph, without_replaced
 from surgery.graph.ops import WeightOp
-from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.view import View
 
 _serial = count()
@@ -130,11 +130,8 @@ class Layers:
             if site is None:
                 raise LayerError(f"it holds the weight of {piece.record.path}, but does not use it itself")
             site = site.deciding(piece.record.decided)
-            rewriter = Rewriter(
-                graph, cache, piece.entry.id, piece.record.tensors, tensors, piece.entry.weight, view
-            )
-            once = isinstance(piece.pass_, GraphPass)
-            (rewriter.rewrite_once if once else rewriter.rewrite)(site, piece.pass_.rewrite)
+            alone = replace(piece.entry, sites=(piece.record,))
+            rewrite_entry(alone, piece.pass_, graph, cache, [site], tensors, view)
         graph = without_replaced(graph)
         own = {name: path for path, name in names.items()}
         for node in graph.nodes:
