@@ -1,8 +1,8 @@
 """The types and ranges of a stored journal, checked before anything of it is used.
 
 A journal can come from elsewhere. Its names are plain (see surgery.common.names), its numbers finite and of the right
-type. The values under `decided` belong to the passes; `replay.check_fit` compares what follows from them with the stored
-tensors.
+type. The values under `decided` belong to the passes; `replay.check_fit` compares what follows from them with the
+stored tensors.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ def _short(text: str) -> str:
     return text
 
 
-def _shallow(value: Any, depth: int = 0) -> Any:
+def check_depth(value: Any, depth: int = 0) -> Any:
+    """A JSON value. Raises ValueError if it is nested too deeply."""
     if depth > _DEEPEST:
         raise ValueError("is nested too deeply")
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     for item in inner:
-        _shallow(item, depth + 1)
+        check_depth(item, depth + 1)
     return value
 
 
@@ -54,7 +55,7 @@ Text = Annotated[StrictStr, AfterValidator(_short)]
 Plain = Annotated[StrictStr, AfterValidator(_plain)]
 Id = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_-]{1,128}(:[A-Za-z0-9_-]{0,128}){0,2}$")]
 Natural = Annotated[StrictInt, Field(ge=0, le=_MOST)]
-Json = Annotated[dict[StrictStr, Any], AfterValidator(_shallow)]
+Json = Annotated[dict[StrictStr, Any], AfterValidator(check_depth)]
 
 
 class _Strict(BaseModel):

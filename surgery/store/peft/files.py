@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from surgery.common.errors import LoadError
 from surgery.common.files import staged_directory
+from surgery.common.patterns import matcher
+from surgery.common.readers import read_json, read_tensors
+from surgery.store.peft.schema import check_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROMPT = "prompt_embeddings"
+AGAIN = "save the checkpoint with PEFT again"
 
 
 def prefix(method: str) -> str:
@@ -26,14 +28,9 @@ def prefix(method: str) -> str:
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors, by PEFT's names less the prefix. Raises LoadError for what is no PEFT checkpoint."""
-    try:
-        config = json.loads((path / CONFIG).read_text())
-    except OSError:
-        raise LoadError(f"{path} has no {CONFIG}, so it is no PEFT checkpoint") from None
-    except ValueError as error:
-        raise LoadError(f"{path / CONFIG} is no JSON ({error})") from None
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise LoadError(f"{path / CONFIG} names no peft_type; is it of PEFT?")
+    if not (path / CONFIG).is_file():
+        raise LoadError(f"{path} has no {CONFIG}, so it is no PEFT checkpoint")
+    config = check_config(read_json(path / CONFIG, LoadError, AGAIN), path / CONFIG)
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise LoadError(
@@ -41,10 +38,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"PEFT as safetensors"
             )
         raise LoadError(f"{path} has no {WEIGHTS}")
-    try:
-        tensors = load_file(path / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise LoadError(f"{path / WEIGHTS} is no readable safetensors file ({error})") from None
+    tensors = read_tensors(path / WEIGHTS, LoadError, AGAIN)
     own = prefix(config["peft_type"])
     return config, {name.removeprefix(own): tensor.clone() for name, tensor in tensors.items()}
 
@@ -59,8 +53,13 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
 
 def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of a module path, as PEFT reads rank_pattern and its like."""
+    ends = [path, *(path[at + 1 :] for at, character in enumerate(path) if character == ".")]
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if "^" in pattern:  # an anchor is at the beginning of the path, not of one of its ends
+            found = matcher(rf"(?:.*\.)?(?:{pattern})").fullmatch(path)
+        else:
+            found = any(matcher(pattern).fullmatch(end) for end in ends)
+        if found:
             return value
     return default
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.common.errors import LoadError, PassError, SurgeryError, nearest
+from surgery.common.readers import first_line
+from surgery.engine.change.plans import PassPlan
 from surgery.engine.contract.base import Pass
 from surgery.engine.journal import Entry
 from surgery.engine.program import Program
@@ -22,7 +24,8 @@ from surgery.passes.prefix.prefix import Prefix
 from surgery.passes.prompt.prompt import Prompt
 from surgery.passes.select.full import Full
 from surgery.store.peft import tables
-from surgery.store.peft.files import PROMPT, by_pattern, read
+from surgery.store.peft.files import AGAIN, PROMPT, WEIGHTS, by_pattern, read
+from surgery.store.peft.schema import check_names
 
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<what>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 _OURS = {"A": "A", "B": "B", "embedding_A": "A", "embedding_B": "B", "magnitude_vector": "m"}
@@ -45,15 +48,18 @@ def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
     an option that has no counterpart here.
     """
     config, tensors = read(Path(path))
+    check_names(tensors, Path(path) / WEIGHTS, base)
     kind = str(config["peft_type"])
     readers = {"LORA": _lora, "IA3": _ia3, "PREFIX_TUNING": _prefix, "PROMPT_TUNING": _prompt}
     if kind not in readers:
         raise LoadError(f"{path}: PEFT's {kind} has no counterpart here; these have: {', '.join(readers)}")
     try:
         return readers[kind](_Checkpoint(str(path), config, tensors, label), base)
-    except (KeyError, TypeError, ValueError) as error:
+    except SurgeryError:
+        raise
+    except Exception as error:  # the boundary: whatever else a file from elsewhere holds
         raise LoadError(
-            f"{path}: its configuration cannot be read ({type(error).__name__}: {error})"
+            f"{path} cannot be read ({type(error).__name__}: {first_line(error)}); {AGAIN}"
         ) from error
 
 
@@ -102,7 +108,13 @@ def _lora(given: _Checkpoint, base: Program) -> Program:
         if set(own) != needed:
             raise LoadError(f"{given.path}: at {path} it has {sorted(own)}, and needs {sorted(needed)}")
         alpha = by_pattern(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
-        groups[int(own["A"].shape[0]), float(alpha)].append(path)
+        rank = by_pattern(config.get("rank_pattern") or {}, path, config.get("r"))
+        shape = tuple(own["A"].shape)
+        if rank is not None and shape[:1] != (rank,):
+            raise LoadError(
+                f"{given.path}: the configuration has rank {rank} at {path}, and lora_A has shape {shape}; {AGAIN}"
+            )
+        groups[int(shape[0]), float(alpha)].append(path)
     passes: list[Pass] = [
         Lora(
             target=",".join(f"path:{path}" for path in paths),
@@ -116,6 +128,8 @@ def _lora(given: _Checkpoint, base: Program) -> Program:
         )
         for number, ((rank, alpha), paths) in enumerate(groups.items(), 1)
     ]
+    for pass_ in passes:
+        _check_sizes(given, _planned(given, base, pass_), factors)
     program = _apply(given, base, passes, rest)
     for entry in _fresh(program, base, "lora"):
         for record in entry.sites:
@@ -176,6 +190,10 @@ def _ia3(given: _Checkpoint, base: Program) -> Program:
         )
         for side, paths in wanted.items()
     ]
+    for pass_ in passes:
+        planned = _planned(given, base, pass_)
+        values = {s.site.path: dict.fromkeys(s.specs, scales[s.site.path]) for s in planned.accepted}
+        _check_sizes(given, planned, values)
     program = _apply(given, base, passes, rest)
     for entry in _fresh(program, base, "ia3"):
         for record in entry.sites:
@@ -188,7 +206,7 @@ def _ia3(given: _Checkpoint, base: Program) -> Program:
 
 
 def _prefix(given: _Checkpoint, base: Program) -> Program:
-    tokens = int(given.config["num_virtual_tokens"])
+    tokens = given.config["num_virtual_tokens"]
     twice = given.config.get("task_type") == "SEQ_2_SEQ_LM"
     prefix = Prefix(
         tokens=tokens,
@@ -197,10 +215,11 @@ def _prefix(given: _Checkpoint, base: Program) -> Program:
         target="decoder" if twice else None,
         **{"as": given.label},
     )
+    sites = [planned.site for planned in _planned(given, base, prefix).accepted]
+    shapes = [tuple(site.decided["attentions"][0]["k"]) for site in sites]
+    table = _table(given, (tokens, sum(2 * h * w for h, w in shapes)))
     program = _apply(given, base, [prefix], _untabled(given))
     records = _fresh(program, base, "prefix")[0].sites
-    shapes = [tuple(r.decided["attentions"][0]["k"]) for r in records]
-    table = _table(given, (tokens, sum(2 * h * w for h, w in shapes)))
     for record, own in zip(records, tables.prefixes(table, shapes, twice), strict=True):
         for name, value in own.items():
             _put(given, program.tensors[record.tensors[name]], value, record.path)
@@ -208,12 +227,16 @@ def _prefix(given: _Checkpoint, base: Program) -> Program:
 
 
 def _prompt(given: _Checkpoint, base: Program) -> Program:
-    tokens = int(given.config["num_virtual_tokens"])
-    program = _apply(given, base, [Prompt(tokens=tokens, **{"as": given.label})], _untabled(given))
+    tokens = given.config["num_virtual_tokens"]
+    # For an encoder-decoder PEFT keeps rows for the decoder too, which its model never reads.
+    table = _table(given, None)[:tokens]
+    prompt = Prompt(tokens=tokens, **{"as": given.label})
+    planned = _planned(given, base, prompt)
+    _check_sizes(given, planned, {s.site.path: dict.fromkeys(s.specs, table) for s in planned.accepted})
+    program = _apply(given, base, [prompt], _untabled(given))
     (record,) = _fresh(program, base, "prompt")[0].sites
     (name,) = record.tensors.values()
-    # For an encoder-decoder PEFT keeps rows for the decoder too, which its model never reads.
-    _put(given, program.tensors[name], _table(given, None)[:tokens], record.path)
+    _put(given, program.tensors[name], table, record.path)
     return program
 
 
@@ -225,6 +248,10 @@ def _table(given: _Checkpoint, shape: tuple[int, int] | None) -> Tensor:
     if PROMPT not in given.tensors:
         raise LoadError(f"{given.path} lacks the tensor {PROMPT}")
     table = given.tensors[PROMPT]
+    if table.dim() != 2:
+        raise LoadError(
+            f"{given.path}: {PROMPT} has shape {tuple(table.shape)}, and a table has 2 axes; {AGAIN}"
+        )
     if shape is not None and tuple(table.shape) != shape:
         raise LoadError(
             f"{given.path} is for another base: {PROMPT} is {tuple(table.shape)}, and this one needs {shape}"
@@ -233,6 +260,38 @@ def _table(given: _Checkpoint, shape: tuple[int, int] | None) -> Tensor:
 
 
 # -- both
+
+
+def _planned(given: _Checkpoint, base: Program, pass_: Pass) -> PassPlan:
+    """The plan of a pass, which has the shapes of its tensors and allocates none of them."""
+    try:
+        return base.plan(pass_, freeze_base=False).passes[-1]
+    except SurgeryError as error:
+        raise LoadError(f"{given.path} does not fit this base: {error}") from error
+
+
+def _check_sizes(given: _Checkpoint, planned: PassPlan, values: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Hold a checkpoint's tensors against those that a pass would add, before it adds them.
+
+    Args:
+        given: The checkpoint.
+        planned: The plan of the pass.
+        values: Path of a site -> the checkpoint's tensors there, by their names in the pass.
+
+    Raises:
+        LoadError: A tensor has another number of values.
+    """
+    for site in planned.accepted:
+        for name, value in values.get(site.site.path, {}).items():
+            spec = site.specs.get(name)
+            if spec is not None and spec.numel() != value.numel():
+                raise _other_size(given, f"{site.site.path} {name}", value.shape, spec.shape)
+
+
+def _other_size(given: _Checkpoint, where: str, has: Sequence[int], fits: Sequence[int]) -> LoadError:
+    return LoadError(
+        f"{given.path} is for another base: at {where} it has {tuple(has)}, and {tuple(fits)} fits"
+    )
 
 
 def _apply(given: _Checkpoint, base: Program, passes: list[Pass], rest: Mapping[str, Tensor]) -> Program:
@@ -260,8 +319,10 @@ def _put(given: _Checkpoint, own: Tensor, value: Tensor, where: str) -> None:
     if own.numel() != value.numel() or sorted(s for s in own.shape if s > 1) != sorted(
         s for s in value.shape if s > 1
     ):
+        raise _other_size(given, where, value.shape, own.shape)
+    if own.is_floating_point() != value.is_floating_point():
         raise LoadError(
-            f"{given.path} is for another base: at {where} it has {tuple(value.shape)}, and {tuple(own.shape)} fits"
+            f"{given.path}: at {where} it has {value.dtype}, and the base has {own.dtype}; {AGAIN}"
         )
     with torch.no_grad():
         own.copy_(value.reshape(own.shape))

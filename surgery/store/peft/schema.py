@@ -1,0 +1,105 @@
+"""The types and ranges of a PEFT configuration, and the names of a checkpoint's tensors, checked before any is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
+
+from surgery.common.errors import LoadError
+from surgery.common.names import check_plain, components
+from surgery.common.patterns import matcher
+from surgery.engine.program import Program
+from surgery.engine.schema import Text, check_depth
+
+_MOST = 2**20  # of a rank, and of tokens; checkpoints have up to a few thousand
+
+
+def _known_form(pattern: str) -> str:
+    matcher(pattern)  # raises ValueError
+    return pattern
+
+
+Size = Annotated[StrictInt, Field(gt=0, le=_MOST)]
+Scale = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1e9)]
+Pattern = Annotated[StrictStr, AfterValidator(_known_form)]
+
+
+class _Config(BaseModel):
+    """The fields that surgery reads. PEFT writes more, of which only the nesting is checked."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    peft_type: Annotated[StrictStr, Field(pattern=r"^[A-Z0-9_]{1,64}$")]
+    task_type: Text | None = None
+    base_model_name_or_path: Text | None = None
+    modules_to_save: list[Text] | Text | None = None
+
+
+class _Lora(_Config):
+    r: Size | None = None
+    lora_alpha: Scale
+    rank_pattern: dict[Pattern, Size] | None = Field(None, max_length=100_000)
+    alpha_pattern: dict[Pattern, Scale] | None = Field(None, max_length=100_000)
+    lora_dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] | None = None
+    use_rslora: StrictBool | None = None
+    use_dora: StrictBool | None = None
+    init_lora_weights: StrictBool | Text | None = True
+
+
+class _Tokens(_Config):
+    num_virtual_tokens: Size
+
+
+_KINDS: Mapping[str, type[_Config]] = {"LORA": _Lora, "PREFIX_TUNING": _Tokens, "PROMPT_TUNING": _Tokens}
+
+
+def check_config(config: Any, path: Path) -> dict[str, Any]:
+    """A configuration, if what surgery reads of it has the right types and ranges.
+
+    Args:
+        config: The parsed JSON.
+        path: Its file, for messages.
+
+    Raises:
+        LoadError: A field is missing, or has another type or value; the message names it.
+    """
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise LoadError(f"{path} names no peft_type; is it of PEFT?")
+    kind = config["peft_type"]
+    model = _KINDS.get(kind, _Config) if isinstance(kind, str) else _Config
+    try:
+        check_depth(config)
+        model.model_validate(config)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = "".join(c if c.isprintable() else "?" for c in ".".join(map(str, problem["loc"]))[:200])
+        said = problem["msg"].removeprefix("Value error, ")
+        raise LoadError(
+            f"{path} cannot be read: {where}: {said}; save the checkpoint with PEFT again"
+        ) from None
+    except (ValueError, RecursionError):
+        raise LoadError(f"{path} is nested too deeply; save the checkpoint with PEFT again") from None
+    return config
+
+
+def check_names(names: Iterable[str], path: Path, base: Program) -> None:
+    """Check the names of a checkpoint's tensors: plain, or made of components that the base has.
+
+    Raises:
+        LoadError: A name has other characters.
+    """
+    known = components(base.base.tensors)
+    for name in names:
+        check_plain(name, f"a tensor of {path}", LoadError, known)
