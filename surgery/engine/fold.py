@@ -341,7 +341,9 @@ def _place(site: Site, slot: str, entry: Entry) -> str | None:
     if slot.partition(":")[0] == "bias":
         return site.bias
     if site.weight is None:
-        raise JournalError(f"{entry.id} at {site.path}: its weight is computed, so nothing can be merged into it")
+        raise JournalError(
+            f"{entry.id} at {site.path}: its weight is computed, so nothing can be merged into it"
+        )
     return site.weight
 
 

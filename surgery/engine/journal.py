@@ -1,4 +1,4 @@
-"""The journal: the applied passes with their decisions, in order. A replay draws no random numbers and measures nothing."""
+"""The journal: the applied passes with their decisions, in order. A replay draws nothing at random or from data."""
 
 from __future__ import annotations
 

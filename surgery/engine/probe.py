@@ -127,7 +127,7 @@ class Probe:
             found.clear()
 
     def stored(self, site: Site) -> Tensor:
-        """The weight that the site's op reads now, in floating point: the parameter, or the value that a pass put there."""
+        """The weight that the site's op reads now, in floating point: the parameter, or a pass's replacement of it."""
         if site.packed:
             return self.dequantized(site)
         own = self.weight(site)
@@ -194,7 +194,9 @@ class Probe:
         inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
         for number, given in enumerate(self.data, 1):
             if not (isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[1], Mapping)):
-                raise PassError(f"data set {number} is not a pair; give (args, kwargs) as the model takes them")
+                raise PassError(
+                    f"data set {number} is not a pair; give (args, kwargs) as the model takes them"
+                )
             values = flat_inputs(module, *given)
             if len(values) != len(inputs):
                 names = ", ".join(node.name for node in inputs)

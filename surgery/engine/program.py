@@ -91,8 +91,9 @@ class Program(State):
         """The program with its adapters folded into the base weights; its graph has the original names and nodes.
 
         The merge is a journal entry, so `undo("merge")` removes it: the base weights are kept, and the merged weights
-        are computed when they are read. An adapter that cannot be folded but has a simpler form (`RewritePass.simplify`) is
-        converted to that form. Other adapters that cannot be folded stay; the journal entry lists them with the reason.
+        are computed when they are read. An adapter that cannot be folded but has a simpler form is converted to that
+        form (see `RewritePass.simplify`). Other adapters that cannot be folded stay; the journal entry lists them with
+        the reason.
 
         Adapters on quantized weights are handled as `quantized` says:
 

@@ -147,16 +147,16 @@ def is_regrouped(base: Base, journal: Journal) -> bool:
 
 
 def check_fit(entry: Entry, pass_: RewritePass, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> None:
-    """Hold the tensors of a stored entry against what its options and decisions ask for; nothing is allocated.
+    """Check the tensors of a stored entry against its options and decisions, without allocating memory.
 
     Args:
-        entry: The entry, as merges have left it.
+        entry: The entry, in the form that merges have left it in.
         pass_: Its pass.
-        sites: Its sites in the graph, with what was decided there.
+        sites: Its sites in the graph, with the recorded decisions.
         tensors: Inserted tensors, by name.
 
     Raises:
-        JournalError: A tensor has another shape or kind of dtype, or is missing.
+        JournalError: A tensor is missing, has another shape, or is integer instead of floating point or vice versa.
     """
     for site, record in zip(sites, entry.sites, strict=True):
         specs = pass_.tensors(site)
@@ -190,17 +190,17 @@ def build_graph(
     captured: Captured,
     stored: bool = False,
 ) -> fx.Graph:
-    """The captured graph with every live entry applied.
+    """A copy of the captured graph with every live entry applied.
 
     Args:
         base: The program's base.
         journal: The program's journal.
         tensors: Inserted tensors, by name.
-        captured: The capture of eval or train mode.
-        stored: The journal comes from a file: each entry is held against its tensors before it is applied.
+        captured: The capture to start from, in eval or train mode.
+        stored: True for a journal from a file: each entry is checked against its tensors before it is applied.
 
     Raises:
-        JournalError: An entry does not fit the model, or its tensors.
+        JournalError: An entry does not fit the model or its tensors.
     """
     graph = copy_graph(captured.graph)
     entries = live_entries(journal)

@@ -160,7 +160,7 @@ def test_refused(name):
 
 def test_undo_under_a_copy_is_refused():
     deeper = program("vit").apply(of("expand", deeper=1), of("lora", target="attn.q", rank=2))
-    with pytest.raises(JournalError, match=r"'lora' stands on .*, which 'expand' added; undo 'lora' first"):
+    with pytest.raises(JournalError, match=r"'lora' depends on .*, which 'expand' added; undo 'lora' first"):
         deeper.undo("expand")
 
 
@@ -195,7 +195,7 @@ def test_a_selection_says_what_it_stops():
     stopped = sum(not both.trains(name) for name in both.journal.find("bitfit")[0].trains)
     assert stopped
     assert note.startswith(
-        f"{stopped} of the {len(both.journal.find('bitfit')[0].trains)} parameters that 'bitfit'"
+        f"stops {stopped} of the {len(both.journal.find('bitfit')[0].trains)} parameters that 'bitfit' trains"
     )
     assert not program("vit").apply(of("layerwise", top=1), of("bitfit")).reports[-1].plan.notes
 
@@ -245,7 +245,7 @@ def test_what_passes_say_of_each_other():
     manager = make_plugin_manager(plugins=(Relations(),))
     base = surgery.capture(torch.nn.Linear(6, 4), (torch.randn(3, 6),), plugins=manager)
     lora = surgery.Lora(target="all", rank=2)
-    with pytest.raises(PassError, match="needing needs lora in the program; put it in the same pipeline"):
+    with pytest.raises(PassError, match="needing needs lora in the program; add it to the same pipeline"):
         base.apply(Needing(target="all"))
     ordered = base.apply(Needing(target="all"), lora)
     assert [e.id for e in ordered.journal] == ["freeze", "lora", "needing"]

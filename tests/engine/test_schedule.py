@@ -266,12 +266,15 @@ def plugins(*classes):
 
 
 SAYS = {
-    "unknown": (Selection({"nose": True}), "selects 'nose', which is no parameter"),
-    "held": (Selection({"embed.weight": False}, rates={"embed.weight": 0.5}), "and does not let it train"),
-    "rate": (Selection({"embed.weight": True}, {"embed.weight": 0.0}), "a rate is a positive number"),
+    "unknown": (Selection({"nose": True}), "selects 'nose', which is not a parameter"),
+    "held": (
+        Selection({"embed.weight": False}, rates={"embed.weight": 0.5}),
+        "but does not let it train; let it train",
+    ),
+    "rate": (Selection({"embed.weight": True}, {"embed.weight": 0.0}), "give a positive finite number"),
     "window": (
         Selection({"embed.weight": True}, windows={"embed.weight": (5, 5)}),
-        "in which there is no step",
+        "which contains no step; give a later end",
     ),
     "unit": (Selection({"embed.weight": True}, unit="batch"), "counts in 'step' or 'epoch', not in 'batch'"),
     "shape": (
@@ -284,7 +287,7 @@ SAYS = {
     ),
     "empty": (
         Selection({"embed.weight": True}, masks={"embed.weight": torch.zeros(16, 1, dtype=torch.bool)}),
-        "lets nothing train",
+        "is False everywhere; freeze the parameter",
     ),
 }
 
@@ -370,7 +373,7 @@ def test_bitfit_left_out_and_undone():
     assert not moved(out, before)
     assert not any(p.requires_grad for p in out.module().parameters())
     assert torch.equal(out.weighted({"bitfit": 1.0}).run(), trained.run())
-    with pytest.raises(PassError, match=r"left out \(0\) or in \(1\), not scaled"):
+    with pytest.raises(PassError, match=r"bitfit cannot be scaled; give it the weight 0 \(off\) or 1 \(on\)"):
         trained.weighted({"bitfit": 0.5})
     assert not moved(trained.undo("bitfit"), before)
 

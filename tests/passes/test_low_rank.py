@@ -11,6 +11,7 @@ from torch import nn
 
 import surgery
 from surgery.common.errors import PassError
+from surgery.graph.marks import mark_of
 from surgery.testing import check_pass
 from tests.shared import models
 
@@ -116,9 +117,7 @@ def test_stated_errors_are_the_measured_ones(basis):
                 errors, sizes = [], []
                 node = site.calls[0].node
                 factored = next(
-                    n
-                    for n in alone.graph.nodes
-                    if n.name == alone.view.node(node.name).meta["surgery"]["wrapped_by"]
+                    n for n in alone.graph.nodes if n.name == mark_of(alone.view.node(node.name)).wrapped_by
                 )
                 for args, _ in data:
                     was = surgery.api.Probe(base, [(args, {})]).values([node])[node.name][0]
@@ -199,7 +198,7 @@ def test_lora_on_top_stays_and_each_goes_alone(randomise):
     kept = merged.journal.entries[-1].options["kept"]
     assert merged.journal.entries[-1].options["folded"] == ["sparse-tune"]
     assert kept["low-rank"] == "low-rank has no merged form; export to ONNX, or save the program"
-    assert "low-rank has put something else in the place of out.weight" in kept["lora"]
+    assert "low-rank has replaced out.weight" in kept["lora"]
     dense = program.without("low-rank")
     alone = base.apply(surgery.Lora(target="out,project", rank=2))
     with torch.no_grad():

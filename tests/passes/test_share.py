@@ -196,7 +196,7 @@ def test_adapters_of_sharing_layers_stay(order, randomise):
     randomise(program, 0.5)
     assert not torch.allclose(program.run(), base.apply(share).run(), atol=1e-3)
     with pytest.raises(
-        PassError, match=r"lora: share has put something else in the place of blocks.0.up.weight"
+        PassError, match=r"lora: share has replaced blocks.0.up.weight"
     ):
         program.merge()
     assert torch.equal(program.without("lora").run(), base.apply(share).run())

@@ -19,7 +19,8 @@ from torch import nn
 from torch_surgery_torchao import Int8Static, quantize_dequantize
 
 import surgery
-from surgery.api import ExportError, PassError, Probe, Program
+from surgery.api import PassError, Probe
+from surgery.api.programs import ExportError, Program
 from surgery.testing import check_pass
 
 
@@ -370,7 +371,7 @@ def test_refused_and_said():
         half = surgery.capture(nn.Linear(8, 4).to(kind).eval(), torch.randn(2, 8).to(kind))
         with pytest.raises(PassError, match=rf"its weight is {kind}.*load the model in float32"):
             half.apply(Int8Static(target="all"))
-    with pytest.raises(PassError, match="gptq is for linear maps"):
+    with pytest.raises(PassError, match="gptq is for linear layers"):
         base.apply(Int8Static(target="path:conv", method="gptq"))
 
 
@@ -379,9 +380,9 @@ def test_refused_and_said():
     [
         (torch.randn(4, 2, 12), r"set 2: .*'image' has shape \[4, 2, 12\], and the model takes \[any, 2, 12, 12\]"),
         (torch.randn(4, 3, 12, 12), r"has shape \[4, 3, 12, 12\]"),
-        (torch.full((4, 2, 12, 12), torch.nan), "data set 2: .* holds values that are no numbers"),
+        (torch.full((4, 2, 12, 12), torch.nan), "data set 2: .* contains inf or NaN; clean the data"),
         (torch.ones(4, 2, 12, 12, dtype=torch.int64), "is torch.int64, and the model takes torch.float32"),
-        (torch.full((4, 2, 12, 12), torch.inf), "data set 2: .* holds values that are no numbers, or infinite"),
+        (torch.full((4, 2, 12, 12), torch.inf), "data set 2: .* contains inf or NaN; clean the data"),
     ],
 )  # fmt: skip
 def test_data_that_do_not_fit(data, message):

@@ -1,4 +1,4 @@
-"""Pipelines of passes, planned or applied one after another: tensors, rewrites, proof, journal."""
+"""Planning and applying a pipeline of passes: tensors, graph rewrites, comparison of outputs, and journal entries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,18 @@ def plan(
     freeze_base: bool | None = None,
     data: Sequence[InputSet] = (),
 ) -> PlanReport:
-    """What `apply` would do. Raises TargetError where a target misses, PassError for a bad request."""
+    """Report what `apply` would do; see Program.plan.
+
+    Args:
+        program: The program; it is not changed.
+        passes: Passes to plan.
+        freeze_base: As for Program.apply.
+        data: As for Program.apply.
+
+    Raises:
+        TargetError: A target names no site.
+        PassError: The passes cannot be applied together, or an argument is not a pass.
+    """
     ordered = complete(program, passes, freeze_base)
     probe = Probe(program, data)
     rewrites = [p for p, _ in ordered if isinstance(p, RewritePass)]
@@ -45,6 +56,7 @@ def plan(
         for index, (pass_, auto) in enumerate(ordered):
             planned = plan_pass(program, pass_, auto, probe)
             plans.append(planned)
+            # Later passes that depend on the result are planned on a copy with this pass applied.
             if planned.accepted and _is_seen(pass_, [p for p, _ in ordered[index + 1 :]]):
                 program = apply(program, [pass_], False, False, data)
                 probe.clear()
@@ -54,7 +66,7 @@ def plan(
 
 
 def _is_seen(pass_: Pass, following: Sequence[Pass]) -> bool:
-    """Whether those that follow can be planned only on what this pass makes."""
+    """True if the following passes can only be planned on the program with this pass applied."""
     replacing = any(
         isinstance(p, RewritePass) and (p.effect.replaces_weight or p.effect.makes_zeros)
         for p in (pass_, *following)
@@ -71,14 +83,27 @@ def apply(
     verify: bool,
     data: Sequence[InputSet] = (),
 ) -> S:
-    """See Program.apply."""
+    """Apply passes to a program; see Program.apply.
+
+    Args:
+        program: The program; it is not changed.
+        passes: Passes to apply.
+        freeze_base: Freeze all existing parameters first; None: only before an adapter, without a selection.
+        verify: Compare the outputs on the example inputs with the numerics that each pass declares.
+        data: Inputs to measure on, a sequence of (args, kwargs).
+
+    Raises:
+        TargetError: A target names no site.
+        PassError: A pass is refused at every site, or changes the outputs by more than it declares.
+    """
 
     if not passes and not freeze_base:
         raise PassError("no pass was given; see `surgery passes`")
     checking = verify and program.base.in_memory
     tensors, changed = program.copies()
     program = program.derive(tensors=tensors, changed=changed, graph=program.graph, reports=program.reports)
-    reference: Any = None  # the outputs that a rewrite is held to, run when one needs them
+    # Outputs before the next rewrite, on the example inputs; computed when a rewrite needs them.
+    reference: Any = None
     for pass_, auto in complete(program, passes, freeze_base):
         begun = perf_counter()
         more = pass_.expectations.adds_outputs
@@ -102,7 +127,7 @@ def apply(
                 program.journal.add(entry), tensors, graph=program.graph, reports=program.reports
             )
             observed = Observed(True, 0.0)
-            # torch takes other ways, and rounds otherwise, where a tensor needs no gradient.
+            # Run again: torch can use other kernels, which round differently, when a tensor needs no gradient.
             reference = None
         declared = pass_.numerics.on(program.precision)
         if observed is not None and not observed.within(declared):
@@ -132,6 +157,7 @@ def apply(
 def _rewrite(
     program: State, pass_: RewritePass, planned: PassPlan, entry: Entry
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """A copy of the program's graph with an entry applied, and all inserted tensors by name."""
     tensors = dict(program.tensors)
     for site_plan, record in zip(planned.accepted, entry.sites, strict=True):
         site = site_plan.site
@@ -148,5 +174,6 @@ def _rewrite(
 
 
 def _device(program: State, site: Site) -> device:
+    """Device of a site's weight; the CPU if the base has no such weight."""
     held = program.base.tensors.get(site.weight or "")
     return held.device if held is not None else device("cpu")

@@ -1,4 +1,4 @@
-"""A program with one adapter in the place of several."""
+"""Combining several adapters of a program into one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,19 @@ S = TypeVar("S", bound=State)
 
 
 def combine(program: S, weights: Mapping[str, float], how: Combination, label: str, keep: bool) -> S:
-    """See Program.combine."""
+    """Combine adapters into one; see Program.combine.
+
+    Args:
+        program: The program; it is not changed.
+        weights: Name of an adapter -> its weight in the combination.
+        how: Method and options.
+        label: Label of the result.
+        keep: Keep the sources in the program, switched off.
+
+    Raises:
+        PassError: The adapters cannot be combined by this method.
+        JournalError: The program has no such adapter.
+    """
     if not label:
         raise PassError("combine: the result needs a name; give --as NAME (label= in Python)")
     chosen = _sources(program, weights)
@@ -33,7 +45,7 @@ def combine(program: S, weights: Mapping[str, float], how: Combination, label: s
     cls = type(_rewriting(program, chosen[0][0]))
     if cls.combiner is None:
         raise PassError(
-            f"combine: {cls.name} has no form in which several are one; switch them with --only or --weight instead"
+            f"combine: several {cls.name} cannot be combined into one; switch them with --only or --weight instead"
         )
     pass_, values = cls.combiner([place for _, place in places], how, label)
     combined = carried(program, chosen, pass_, places, values)
@@ -58,9 +70,14 @@ def carried(
     places: Sequence[tuple[SiteRecord, Place]],
     values: Sequence[Mapping[str, Tensor]],
 ) -> S:
-    """The program with a pass at these places in the stead of the chosen ones, which stay, left out.
+    """The program with a new pass instead of the chosen entries, which stay in the journal with weight 0.
 
-    values: its tensors by their names in the pass, at each place; what is missing starts as the pass has it.
+    Args:
+        program: The program; it is not changed.
+        chosen: Entries to replace, with their weights.
+        pass_: The new pass.
+        places: Record and place of each site where it acts.
+        values: Tensors of the pass at each place, by their names in the pass. Missing ones are initialized by the pass.
     """
 
     planned = [SitePlan(place.site, None, pass_.tensors(place.site)) for _, place in places]
@@ -72,7 +89,7 @@ def carried(
             value = own[name].to(like) if name in own else spec.make(place.site.float_dtype, like.device)
             value = value.reshape(spec.shape).detach().clone()
             made[record.tensors[name]] = nn.Parameter(value) if spec.trainable else value
-    # In the place of the first: what came after them acts on what they added.
+    # The new entry takes the position of the first chosen one, since later passes act on their outputs.
     first = program.journal.entries.index(chosen[0][0])
     entries = (*program.journal.entries[:first], entry, *program.journal.entries[first:])
     tensors, changed = program.copies()
@@ -81,32 +98,36 @@ def carried(
 
 
 def _rewriting(program: State, entry: Entry) -> RewritePass:
+    """The pass of a "rewrite" entry."""
     pass_ = replay.pass_of(entry, program.base.plugins)
     assert isinstance(pass_, RewritePass)
     return pass_
 
 
 def _sources(program: State, weights: Mapping[str, float]) -> list[tuple[Entry, float]]:
-    """Entries in the journal's order with their weights."""
+    """The named entries with their weights, in journal order."""
     given: dict[str, float] = {}
     for name, weight in weights.items():
         for entry in program.journal.find(name):
             if entry.kind != "rewrite":
-                raise PassError(f"combine: {entry.id!r} is no adapter")
+                raise PassError(f"combine: {entry.id!r} is not an adapter; leave it out")
             if entry.id in given:
-                raise PassError(f"combine: {entry.id!r} is named twice")
+                raise PassError(f"combine: {entry.id!r} is named twice; name it once")
             given[entry.id] = float(weight)
     if given and not any(given.values()):
-        raise PassError("combine: every weight is zero, so nothing would be left")
+        raise PassError("combine: every weight is zero, so the result would be zero; give a nonzero weight")
     if not given:
         raise PassError("combine: no adapter is named; give --weight NAME=W for each")
     return [(e, given[e.id]) for e in program.journal if e.id in given]
 
 
 def _check(program: State, chosen: Sequence[tuple[Entry, float]], label: str) -> None:
+    """Raise PassError if the entries cannot be combined in this program under this label."""
     names = {entry.pass_name for entry, _ in chosen}
     if len(names) > 1:
-        raise PassError(f"combine: {' and '.join(sorted(names))} are different things; combine each alone")
+        raise PassError(
+            f"combine: {' and '.join(sorted(names))} are different passes; combine the adapters of each separately"
+        )
     if program.journal.merged:
         raise PassError("combine: the program is merged; undo the merge first")
     taken = f"{names.pop()}:{label}"
@@ -117,9 +138,15 @@ def _check(program: State, chosen: Sequence[tuple[Entry, float]], label: str) ->
 def places_of(
     program: State, chosen: Sequence[tuple[Entry, float]], what: str
 ) -> list[tuple[SiteRecord, Place]]:
-    """Every site that one of these acts on, in the order of the first that does.
+    """Every site that one of the entries acts on, in order of first use, with all entries that act there.
 
-    what: who asks, for the PassError where two act on different parts of a site.
+    Args:
+        program: The program.
+        chosen: Entries with their weights.
+        what: The operation, for the error message.
+
+    Raises:
+        PassError: Two entries act on different parts of a site.
     """
     first: dict[SiteKey, tuple[SiteRecord, Site, str]] = {}
     sources: dict[SiteKey, list[Source]] = {}
@@ -131,7 +158,7 @@ def places_of(
             if dict(known.decided) != dict(record.decided):
                 raise PassError(
                     f"{what} at {record.path}: {other} and {entry.id} act on different parts of it, which one adapter "
-                    f"does not hold; choose those that act on the same (--only)"
+                    f"cannot represent; choose adapters that act on the same parts (--only)"
                 )
             own = {name: program.tensors[full] for name, full in record.tensors.items()}
             sources.setdefault(record.key, []).append(Source(entry.id, pass_, own, weight))
@@ -141,14 +168,18 @@ def places_of(
 def _observed(
     program: State, chosen: Sequence[tuple[Entry, float]], combined: State, how: Combination
 ) -> str:
-    """How far the outputs are from those of the weighted sum. Raises PassError where that is what was promised."""
+    """Text with the difference of the outputs from those of the weighted sum.
+
+    Raises:
+        PassError: The method is "cat", which is exact, and the difference is above the merge tolerance.
+    """
     if not program.base.in_memory:
         return ""
     summed = program.weighted({e.id: weight for e, weight in chosen})
     seen = observe(summed.run(), combined.run())
     if how.method == "cat" and seen.difference > program.merge_tolerance:
         raise PassError(
-            f"combine: with {how.method} the outputs are {seen.difference:.1e} of their scale from those of the "
-            f"weighted adapters, over {program.merge_tolerance:g}; does another pass act on them?"
+            f"combine: with {how.method} the outputs differ by {seen.difference:.1e} of their scale from those of the "
+            f"weighted adapters, more than {program.merge_tolerance:g}; undo a pass that acts on the adapters"
         )
     return f"{seen.difference:.1e} of the outputs' scale from the weighted sum"

@@ -1,4 +1,4 @@
-"""What the journal writes of a pass that is applied, with the names of its tensors."""
+"""Journal entries of planned passes, with the names of their tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from surgery.engine.state import State
 
 
 def entry_of(program: State, planned: PassPlan) -> Entry:
-    """What the journal writes of a planned pass, with the names of its tensors. Raises PassError."""
+    """The journal entry of a planned pass.
+
+    Raises:
+        PassError: The pass has no site, is refused at every site, or the name of a tensor is taken.
+    """
     pass_ = planned.pass_
     info = find_pass(program.base.plugins, pass_.name)
     if isinstance(pass_, SelectPass):
@@ -69,13 +73,14 @@ def entry_of(program: State, planned: PassPlan) -> Entry:
 
 
 def _no_site(pass_: RewritePass, program: State) -> str:
-    """The message for a pass that finds no site at all."""
+    """Message for a pass without a single site."""
     if isinstance(pass_, PatternPass):
         return pass_.no_match_message(program.view)
-    return "it has nothing to do at what the target names; target other sites"
+    return "it has nothing to do at the targeted sites; target other sites"
 
 
 def _limits(pass_: Pass, planned: PassPlan) -> dict[str, int]:
+    """Smallest upper bound of each dynamic dimension over all sites."""
     found: dict[str, int] = {}
     if isinstance(pass_, RewritePass):
         for accepted in planned.accepted:
@@ -85,6 +90,7 @@ def _limits(pass_: Pass, planned: PassPlan) -> dict[str, int]:
 
 
 def _own_name(program: State, parameter: str, ident: str, what: str) -> str:
+    """Name of the tensor that an entry keeps for a parameter: its "mask", or its value "before"."""
     owner, _, leaf = parameter.rpartition(".")
     name = f"{owner}.{ident.replace(':', '_')}.{leaf}_{what}".lstrip(".")
     if name in program.base.tensors or name in program.tensors:
@@ -93,7 +99,7 @@ def _own_name(program: State, parameter: str, ident: str, what: str) -> str:
 
 
 def _tensor_names(program: State, pass_: RewritePass, planned: SitePlan) -> dict[str, str]:
-    """Tensor of the pass -> its name in the program. Raises PassError where that is taken."""
+    """Name of a tensor in the pass -> its name in the program. Raises PassError if that is taken."""
     site = planned.site
     names = pass_.names(site, planned.specs)
     for full in names.values():
@@ -103,7 +109,15 @@ def _tensor_names(program: State, pass_: RewritePass, planned: SitePlan) -> dict
 
 
 def trained_before(program: State, entry: Entry) -> dict[str, Tensor]:
-    """Copies of what an entry makes train, where something that no longer trains it has moved it from the base."""
+    """Copies of the parameters that an entry lets train, if they were trained earlier and are frozen now.
+
+    Args:
+        program: The program before the entry.
+        entry: The entry.
+
+    Returns:
+        Name of a parameter -> a copy of its value.
+    """
     found: dict[str, Tensor] = {}
     for name in made_trainable(entry):
         said = program.journal.decided(program.names.get(name, (name,)))

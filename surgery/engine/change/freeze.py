@@ -1,4 +1,4 @@
-"""Freeze: parameters that a target names do not train."""
+"""Freeze: stops the training of the parameters that a target names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from surgery.engine.change.selection import SelectPass
 
 
 class Freeze(SelectPass):
-    """Freeze parameters: they keep `requires_grad=False` and no optimiser sees them.
+    """Freeze parameters: they get `requires_grad=False`, and no optimizer updates them.
 
-    The target selects parameters by path (of the parameter or of a module above it) or by the role of the
-    site that they belong to, biases included; `--target "!head"` freezes everything but the head. Adapters that
-    are in the program by then are targeted too. Running statistics of a batch norm are no parameters, and still
-    follow the data in train mode. Outputs do not change. A later selection wins over an earlier one.
+    The target selects parameters by path (of the parameter or of a module above it) or by the role of the site that
+    they belong to, biases included. For example, `--target "!head"` freezes everything except the head. Adapters that
+    are in the program already are selected as well. Running statistics of a batch norm are not parameters, so they are
+    still updated in train mode. Outputs do not change. A later selection wins over an earlier one.
     """
 
     name: ClassVar[str] = "freeze"

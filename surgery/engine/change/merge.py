@@ -1,4 +1,4 @@
-"""Merging: adapters folded into the base's weights, as a journal entry or in the base's own storage."""
+"""Merging: folds adapters into the base's weights, as a journal entry or in the base's own storage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,20 @@ S = TypeVar("S", bound=State)
 def merge(
     program: S, in_place: bool, verify: bool, quantized: How, budget: float, data: Sequence[InputSet]
 ) -> S:
-    """See Program.merge."""
+    """Merge the adapters of a program; see Program.merge.
+
+    Args:
+        program: The program.
+        in_place: Fold into the base's own storage.
+        verify: Compare the outputs on the example inputs with those before.
+        quantized: Treatment of adapters on quantized weights.
+        budget: Largest part of the adapters' contribution to an op's outputs that quantization may lose.
+        data: Inputs to measure that on, a sequence of (args, kwargs).
+
+    Raises:
+        PassError: Nothing can be folded, an argument is invalid, or the outputs differ by more than the tolerance.
+        JournalError: An adapter cannot be folded in place.
+    """
 
     base, journal = program.base, program.journal
     count = sum(e.kind == "merge" for e in journal)
@@ -55,7 +68,7 @@ def merge(
     tensors = {**program.tensors, **made}
     if in_place:
         if into.records:
-            raise PassError("merge: codes are not made in place; leave out in_place")
+            raise PassError("merge: quantized codes cannot be changed in place; leave out in_place")
         return _in_place(program, entry, folded, tensors)
     merged = program.derive(journal.add(entry), tensors, dict(program.changed), clock=program.clock)
     verify = verify and base.in_memory
@@ -63,7 +76,10 @@ def merge(
         seen = observe(_in_floats(program).run(), _in_floats(merged).run())
         allowed = rounded(program.merge_tolerance, "weights are rounded once more")
         if not seen.within(allowed):
-            raise PassError(f"merge: outputs moved by {seen.difference:.1e} of their scale, over {allowed}")
+            raise PassError(
+                f"merge: the outputs moved by {seen.difference:.1e} of their scale, more than {allowed}; "
+                f"keep the adapters, or merge with verify=False"
+            )
         numerics = {"declared": f"rounded {program.merge_tolerance:g}", "observed": str(seen)}
         entry = replace(entry, numerics=numerics)
     if into.choices:
@@ -76,7 +92,7 @@ def merge(
         if verify:
             seen = observe(program.run(), merged.run())
             entry = replace(
-                entry, numerics={"declared": "changes (codes are made anew)", "observed": str(seen)}
+                entry, numerics={"declared": "changes (codes are recomputed)", "observed": str(seen)}
             )
     merged.journal = journal.add(entry)
     return merged
@@ -85,17 +101,19 @@ def merge(
 def _into_codes(
     program: State, quantized: How, budget: float, ident: str, data: Sequence[InputSet]
 ) -> Merged:
-    """What becomes of adapters on quantized weights, as the passes that hold the codes decide it."""
+    """Merge adapters into quantized codes, by the `absorber` of each quantizing pass."""
     if quantized == "keep":
         return Merged()
     if quantized not in get_args(How):
-        raise PassError(f"merge: quantized is {quantized!r}; it is one of {', '.join(get_args(How))}")
+        raise PassError(f"merge: quantized is {quantized!r}; give one of {', '.join(get_args(How))}")
     if not budget >= 0:
         raise PassError(
             f"merge: the budget is {budget!r}; give a fraction of what the adapters add, such as 0.1"
         )
     if not program.base.in_memory:
-        raise PassError("merge: the weights are not in memory, so that no error can be measured")
+        raise PassError(
+            "merge: the weights are not in memory, so no error can be measured; load the weights first"
+        )
     passes = [pass_of(entry, program.base.plugins) for entry in live_entries(program.journal)]
     absorbers = dict.fromkeys(p.absorber for p in passes if isinstance(p, RewritePass) and p.absorber)
     found = [absorb(program, quantized, budget, ident, data) for absorb in absorbers]
@@ -107,10 +125,11 @@ def _into_codes(
 
 
 def _left(journal: Journal, kept: Mapping[str, str], into: Merged) -> dict[str, str]:
-    """Why adapters stay, after what went into codes."""
+    """Reasons why adapters stay, without those that were merged into quantized codes."""
     gone, left = into.gone, dict(kept)
+    # The quantizing passes themselves are listed as kept, but they are not adapters that were left over.
     for name in {choice.codes for choice in into.choices}:
-        left.pop(name, None)  # codes stay codes
+        left.pop(name, None)
     for entry in journal:
         if entry.id not in left or not any(entry.id in choice.adapters for choice in into.choices):
             continue
@@ -130,7 +149,10 @@ def _left(journal: Journal, kept: Mapping[str, str], into: Merged) -> dict[str, 
 
 
 def _in_floats(program: State) -> State:
-    """The program without what rounds activations, which makes whole steps of how folding rounds weights."""
+    """The program without passes that quantize activations.
+
+    Their rounding turns the tiny differences that folding makes into differences of a whole quantization step.
+    """
     names = [
         e.id
         for e in live_entries(program.journal)
@@ -140,12 +162,15 @@ def _in_floats(program: State) -> State:
 
 
 def _in_place(program: S, entry: Entry, folded: list[str], tensors: Mapping[str, Tensor]) -> S:
-
+    """Fold entries into the base's own storage; the new journal has only the entries that remain."""
     base = program.base
     entries = [e for e in program.journal if e.id in folded]
     tied = {r.key.owner for e in entries for r in e.sites if len(base.names.get(r.key.owner, ())) > 1}
     if tied:
-        raise PassError(f"merge in place: {sorted(tied)[0]} is tied, and folding would change its other uses")
+        raise PassError(
+            f"merge in place: {sorted(tied)[0]} is tied, and folding would change its other uses; "
+            f"merge without in_place"
+        )
     values = {**base.tensors, **program.changed}
     fold(base, entries, program.tensors, values, program.sites, in_place=True)
     base.consumed = True

@@ -1,4 +1,4 @@
-"""Order of the passes of a pipeline: by what they require, what they must precede, and what creates their sites."""
+"""Order of the passes of a pipeline: required passes first, passes that create layers before adapters."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from surgery.engine.journal import Journal
 
 
 def in_order(passes: Sequence[Pass], journal: Journal) -> list[Pass]:
-    """The passes in an order that meets every constraint, otherwise as given.
+    """Sort passes so that every ordering constraint is met, otherwise in the given order.
 
-    A pass that should have come before an entry of the journal is refused site by site; see `plan`.
+    A pass that should have come before an entry of the journal is not an error here: `plan` refuses it site by site.
 
     Raises:
-        PassError: A required pass is missing, or two passes each have to come first.
+        PassError: A required pass is missing, or two passes each have to come before the other.
     """
     there = {*(entry.pass_name for entry in journal), *(p.name for p in passes)}
     for pass_ in passes:
         if pass_.requires and there.isdisjoint(pass_.requires):
             raise PassError(
-                f"{pass_.name} needs {' or '.join(pass_.requires)} in the program; put it in the same pipeline"
+                f"{pass_.name} needs {' or '.join(pass_.requires)} in the program; add it to the same pipeline"
             )
     return _sorted(list(passes))
 

@@ -1,4 +1,4 @@
-"""Planning passes on a program: their order, the sites that a target names, refusals and tensors."""
+"""Planning passes on a program: order, targeted sites, refusals, and tensors to add."""
 
 from __future__ import annotations
 
@@ -28,13 +28,27 @@ from surgery.graph.sites import Site
 
 
 def complete(program: State, passes: Sequence[Pass], freeze_base: bool | None) -> list[tuple[Pass, bool]]:
-    """The passes in order, with the freezing of the base where it is wanted: first, or else before the first pass
-    that adapts, so that factors made before that freeze with the rest, as they do in a pipeline of their own."""
+    """The passes in order, with a Freeze pass added if the base is to be frozen.
+
+    With freeze_base=True it comes first. With None it comes just before the first adapter, so that weights created by
+    earlier passes of the pipeline (low-rank factors, say) are frozen too.
+
+    Args:
+        program: The program.
+        passes: The passes.
+        freeze_base: True: freeze the base. None: freeze it if there is an adapter and no selection. False: do not.
+
+    Returns:
+        (pass, True if it was added here) for each pass.
+
+    Raises:
+        PassError: An argument is not a pass, or the passes cannot be ordered.
+    """
     for pass_ in passes:
         if not isinstance(pass_, Pass):
             what = f"the class {pass_.__name__}" if isinstance(pass_, type) else repr(pass_)
             raise PassError(
-                f"{what} is no pass that can be applied; give an instance, such as Lora(target='attn.*')"
+                f"{what} is not a pass that can be applied; give an instance, such as Lora(target='attn.*')"
             )
     passes = in_order(passes, program.journal)
     selects = any(isinstance(p, SelectPass) for p in passes) or any(
@@ -48,12 +62,24 @@ def complete(program: State, passes: Sequence[Pass], freeze_base: bool | None) -
 
 
 def _freeze_base(base: Base) -> Freeze:
-    """Freeze everything, except what the checkpoint did not hold: a new head has to train."""
+    """A Freeze of all parameters except those missing from the checkpoint: a new head has to train."""
     terms = ",".join(f"!path:{name}" for name in base.fresh)
     return Freeze(target=f"all,{terms}" if terms else "all")
 
 
 def plan_pass(program: State, pass_: Pass, auto: bool, probe: Probe) -> PassPlan:
+    """Plan one pass.
+
+    Args:
+        program: The program that the pass would be applied to.
+        pass_: The pass.
+        auto: True if the pipeline added the pass, not the user.
+        probe: Measurements on the program.
+
+    Raises:
+        TargetError: The target names no site.
+        PassError: The pass is applied already, the program is merged, or the pass makes an invalid selection.
+    """
     if isinstance(pass_, SelectPass):
         return _plan_selection(program, pass_, auto, probe)
     assert isinstance(pass_, RewritePass)
@@ -79,7 +105,8 @@ def plan_pass(program: State, pass_: Pass, auto: bool, probe: Probe) -> PassPlan
     if gradual is not None:
         windows = {pass_.entry_id: gradual.window}
         said = Entry(pass_.entry_id, pass_.name, "rewrite", windows=windows, unit=gradual.unit)
-        Schedule.of([*program.journal, said])  # refuses two units in one program
+        # Raises PassError if the program has a schedule in another unit.
+        Schedule.of([*program.journal, said])
     misses = pass_.misses(program.view) if isinstance(pass_, PatternPass) else ()
     return PassPlan(pass_, plans, selection, notes=tuple(notes), misses=misses)
 
@@ -87,7 +114,7 @@ def plan_pass(program: State, pass_: Pass, auto: bool, probe: Probe) -> PassPlan
 def _plan_site(
     pass_: RewritePass, site: Site, live: set[fx.Node], probe: Probe, late: str | None = None
 ) -> SitePlan:
-    """late: an entry at this site that the pass had to precede."""
+    """Plan one site; `late` is the id of an entry at the site that should have come after the pass."""
     if live.isdisjoint(output_with_adapters(call.node) for call in site.calls):
         gone = next((entry for entry in (replaced_by(call.node) for call in site.calls) if entry), None)
         refusal: str | None = (
@@ -101,7 +128,8 @@ def _plan_site(
         site = replace(site, measured=probe)
         hindrance = probe.program.base.hindrance
         refusal = pass_.check(site) or (hindrance(site) if hindrance else None)
-        if late and late not in (refusal or ""):  # a reason of the pass's own that names the entry says more
+        # A refusal by the pass itself that names the entry is more specific.
+        if late and late not in (refusal or ""):
             refusal = f"it carries {late!r}, and {pass_.name} has to come before that; undo {late!r} first"
     if refusal is not None:
         return SitePlan(site, refusal)
@@ -110,33 +138,36 @@ def _plan_site(
 
 
 def _plan_selection(program: State, pass_: SelectPass, auto: bool, probe: Probe) -> PassPlan:
+    """Plan a pass that selects parameters."""
     asked = pass_.target or pass_.default_target
     if asked is None:
         raise PassError(f"pass {pass_.name!r} needs a target, such as --target 'embed.*'")
     chosen = select(program, asked)
     selection = checked(program, pass_.entry_id, pass_.selection(Candidates(program, chosen, probe)))
     said = Entry(pass_.entry_id, pass_.name, "select", trains=selection.trains, windows=selection.windows)
-    Schedule.of([*program.journal, replace(said, unit=selection.unit)])  # refuses two units in one program
+    # Raises PassError if the program has a schedule in another unit.
+    Schedule.of([*program.journal, replace(said, unit=selection.unit)])
     return PassPlan(pass_, selection=selection, auto=auto, notes=_stops(program, selection))
 
 
 def _stops(program: State, selection: Selection) -> tuple[str, ...]:
-    """What earlier passes let train and a selection does not: of one parameter the last that names it counts."""
+    """Notes on parameters that earlier passes let train and the selection stops, since the last selection wins."""
     notes = []
     for entry in program.journal:
         if entry.auto:
             continue
         asked = {program.names.get(n, (n,))[0] for n, trains in entry.trains.items() if trains}
-        # Weights that a pass made like the base's own are selected like these.
+        # Weights that a pass created are selected like the base's own, although no entry names them as training.
         asked |= {n for n in entry.tensor_names if n in program.names and n not in program.base.tensors}
         stopped = [n for n in asked if selection.trains.get(n) is False and program.trains(n)]
         if stopped:
             notes.append(
-                f"{len(stopped)} of the {len(asked)} parameters that {entry.id!r} lets train stop; name that pass last "
-                f"to keep them"
+                f"stops {len(stopped)} of the {len(asked)} parameters that {entry.id!r} trains; apply {entry.id!r} "
+                f"last to train them"
             )
     return tuple(notes)
 
 
 def taken(pass_: Pass) -> str:
+    """Message for a pass that is applied already under the same name."""
     return f"{pass_.entry_id!r} is applied already; give this one a name with --as (label= in Python)"

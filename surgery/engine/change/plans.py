@@ -1,4 +1,4 @@
-"""What passes would do, and what they did."""
+"""Reports: the plan of a pass, and the result of applying it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from surgery.graph.sites import Site
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One targeted site: refused with a reason, or the tensors that would be added there."""
+    """Plan for one targeted site.
+
+    Attributes:
+        site: The site, with the decisions of the pass.
+        refusal: Reason why the pass refuses the site; None if it is accepted.
+        specs: Tensors that would be added, by their names in the pass.
+    """
 
     site: Site
     refusal: str | None = None
@@ -24,13 +30,22 @@ class SitePlan:
 
     @property
     def parameters(self) -> int:
+        """Number of trainable values that would be added."""
         return sum(spec.numel() for spec in self.specs.values() if spec.trainable)
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What one pass would do. selection: which parameters of the base would train, when and how fast. misses: where
-    the pattern of a pass nearly is."""
+    """Plan for one pass.
+
+    Attributes:
+        pass_: The pass.
+        sites: Plan for each targeted site.
+        selection: Parameters of the base that would start or stop training.
+        auto: True if the pipeline added the pass, not the user.
+        notes: Remarks for the reader.
+        misses: Places that nearly match the pattern of the pass.
+    """
 
     pass_: Pass
     sites: tuple[SitePlan, ...] = ()
@@ -41,19 +56,22 @@ class PassPlan:
 
     @property
     def trains(self) -> Mapping[str, bool]:
+        """Parameter name -> True if it would start training, False if it would stop."""
         return self.selection.trains
 
     @property
     def accepted(self) -> list[SitePlan]:
+        """Sites that the pass accepts."""
         return [s for s in self.sites if s.refusal is None]
 
     @property
     def refused(self) -> list[SitePlan]:
+        """Sites that the pass refuses."""
         return [s for s in self.sites if s.refusal is not None]
 
     @property
     def parameters(self) -> int:
-        """How many values it adds that train; a tensor that several sites share counts once."""
+        """Number of trainable values that would be added. A tensor that several sites share counts once."""
         found: dict[str, int] = {}
         for planned in self.accepted:
             assert isinstance(self.pass_, RewritePass)
@@ -65,7 +83,7 @@ class PassPlan:
 
     @property
     def freed(self) -> set[str]:
-        """Parameters that nothing would read any more."""
+        """Names of parameters that no op would read any more."""
         pass_ = self.pass_
         return (
             {n for s in self.accepted for n in pass_.outcome(s.site).unused}
@@ -76,14 +94,22 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What a pipeline would do, pass by pass."""
+    """Plan for a pipeline: `passes` has the plan for each pass, in order."""
 
     passes: tuple[PassPlan, ...]
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did. observed: None where the outputs were not compared, with `unverified` saying why."""
+    """Result of one applied pass.
+
+    Attributes:
+        entry: Its journal entry.
+        plan: Its plan.
+        observed: Comparison of the outputs before and after; None if they were not compared.
+        unverified: Reason why they were not compared, or "".
+        seconds: Wall-clock time in seconds.
+    """
 
     entry: Entry
     plan: PassPlan

@@ -1,4 +1,4 @@
-"""What a selection chooses from: the program's parameters with their roles and depths, and what the target names."""
+"""Base class of selections, and the parameters they choose from, with roles and depths."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ from surgery.graph.view import View
 
 @dataclass(frozen=True)
 class Candidates:
-    """program: as it is before the selection. targeted: parameter names that the target selected.
+    """Parameters that a selection can choose from. A tied parameter is listed under the first of its names.
 
-    Parameters go by the first of their names, also in what is asked for here.
+    Attributes:
+        program: The program before the selection.
+        targeted: Names of the parameters that the target selected.
+        probe: Measurements on the program.
     """
 
     program: State
@@ -36,7 +39,7 @@ class Candidates:
 
     @cached_property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """Roles of the sites that a parameter belongs to, as weight or bias; absent for what is at no site."""
+        """Parameter name -> roles of the sites where it is the weight or the bias. Others are not listed."""
         found: dict[str, dict[str, None]] = {}
         for site in self.program.sites:
             for name in (site.weight, site.bias):
@@ -46,7 +49,7 @@ class Candidates:
 
     @cached_property
     def sites(self) -> dict[str, list[Site]]:
-        """Sites by the name of their weight."""
+        """Parameter name -> sites where it is the weight."""
         found: dict[str, list[Site]] = {}
         for site in self.program.sites:
             if site.weight is not None:
@@ -59,15 +62,16 @@ class Candidates:
 
     @cached_property
     def everything(self) -> tuple[str, ...]:
-        """Every parameter of the base (and of structural passes) that can train, adapters left out."""
+        """Every parameter that can train, of the base and of passes that add weights; without adapters."""
         names = self.program.names
         return tuple(n for n in self.program.parameter_names() if n in names and self.can_train(n))
 
     def can_train(self, name: str) -> bool:
-        """Whether a parameter is of a floating dtype: packed weights are not."""
+        """True if a parameter has a floating-point dtype, which packed weights do not."""
         return self._tensor(name).is_floating_point()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
         return tuple(self._tensor(name).shape)
 
     def _tensor(self, name: str) -> Tensor:
@@ -76,21 +80,21 @@ class Candidates:
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        """Parameters that the checkpoint did not hold, such as a new head."""
+        """Parameters missing from the checkpoint, such as a new head."""
         return self.program.base.fresh
 
     @property
     def _view(self) -> View:
-        """Where depth is read: the base as it was, which shows it best, unless a pass added weights like its own."""
+        """The graph to read depths from: the base's, in which nothing is inserted, unless a pass has added weights."""
         program = self.program
         return program.view if program.names.keys() != program.base.names.keys() else program.base.view
 
     @cached_property
     def depth(self) -> dict[str, int]:
-        """Depth by parameter name: 0 before the first block, then the blocks, then `deepest` for what follows.
+        """Depth by parameter name: 0 before the first block, then the number of the block, `deepest` after the last.
 
-        A model without repeated blocks has its layers in their place: one for each weight on the longest way
-        through. Absent for what the outputs do not depend on.
+        In a model without repeated blocks, depth counts the weights on the longest path through the model. Parameters
+        that the outputs do not depend on are not listed.
         """
         view = self._view
         found = view.depth if view.blocks else layers_of(view.graph, view.calls)
@@ -103,7 +107,7 @@ class Candidates:
 
     @cached_property
     def deepest(self) -> int:
-        """The depth of what follows the last block: the head, the last norm."""
+        """Depth after the last block: that of the head and the final norm."""
         view = self._view
         found = view.depth if view.blocks else layers_of(view.graph, view.calls)
         blocks = sum(len(row) for row in view.blocks)
@@ -111,8 +115,11 @@ class Candidates:
 
     @cached_property
     def by_depth(self) -> dict[int, list[str]]:
-        """What the target names, by depth from the top down. What the checkpoint did not hold counts as head,
-        wherever it stands and whatever is targeted: it has to train."""
+        """Targeted parameters by depth, the deepest first.
+
+        Parameters missing from the checkpoint have to train, so they are included whatever the target is, with the
+        depth of the head.
+        """
         fresh, targeted = set(self.fresh), set(self.targeted)
         found: dict[int, list[str]] = {}
         for name in self.everything:
@@ -122,77 +129,101 @@ class Candidates:
         return dict(sorted(found.items(), reverse=True))
 
     def rates(self, names: Iterable[str], decay: float) -> dict[str, float]:
-        """Learning rates that fall by `decay` with every depth below the head; none where nothing falls."""
+        """Learning rates of parameters, multiplied by `decay` for every level below the head; empty if decay is 1."""
         deep = {n: d for d, group in self.by_depth.items() for n in group}
         return {n: decay ** (self.deepest - deep[n]) for n in names} if decay != 1 else {}
 
     def only(self, names: Collection[str]) -> dict[str, bool]:
-        """These train, and nothing else of the base does; adapters are left as they are."""
+        """Decision that these parameters train and all others of the base do not; it does not name adapters."""
         return {name: name in names for name in self.everything}
 
     def named(self, pattern: str) -> tuple[str, ...]:
-        """Parameter names that another target names. Raises TargetError where it misses."""
+        """Names of the parameters that a target selects.
+
+        Raises:
+            TargetError: The target matches no parameter.
+        """
         return select(self.program, pattern)
 
 
 def roles_of(program: State) -> dict[str, str]:
+    """Parameter name -> role of the site where it is the weight or the bias."""
     return {n: site.role for site in program.sites for n in (site.weight, site.bias) if n is not None}
 
 
 def select(program: State, pattern: str) -> tuple[str, ...]:
-    """Names of the program's parameters that a target names."""
+    """Names of the program's parameters that a target selects; raises TargetError if it matches none."""
     names = tuple(program.parameter_names())
     aliases = program.names
     return targets.select_parameters(names, roles_of(program), pattern, lambda n: aliases.get(n, (n,)))
 
 
 def checked(program: State, who: str, selection: Selection) -> Selection:
-    """The selection by first names. Raises PassError where it is about nothing, or contradicts itself."""
+    """Validate a selection and list its parameters under their first names.
+
+    Args:
+        program: The program.
+        who: Name of the pass, for the messages.
+        selection: The selection.
+
+    Raises:
+        PassError: It names an unknown parameter, or its decisions contradict each other.
+    """
     names = set(program.parameter_names())
 
     def first(name: str) -> str:
         found = program.names.get(name, (name,))[0]
         if found not in names:
             raise PassError(
-                f"{who} selects {name!r}, which is no parameter of the program{nearest(name, names)}"
+                f"{who} selects {name!r}, which is not a parameter of the program{nearest(name, names)}"
             )
         return found
 
     if selection.unit not in ("step", "epoch"):
-        raise PassError(f"{who}: a schedule counts in 'step' or 'epoch', not in {selection.unit!r}")
+        raise PassError(f"{who}: the unit of the schedule is {selection.unit!r}; use 'step' or 'epoch'")
     trains = {first(n): bool(t) for n, t in selection.trains.items()}
     rates = {first(n): float(rate) for n, rate in selection.rates.items()}
     windows = {first(n): window for n, window in selection.windows.items()}
     masks = {first(n): mask for n, mask in selection.masks.items()}
     for name in (*rates, *windows, *masks):
         if not trains.get(name):
-            raise PassError(f"{who} gives {name} a rate, window or mask, and does not let it train")
+            raise PassError(
+                f"{who} gives {name} a rate, window or mask but does not let it train; let it train, or leave these out"
+            )
     for name, rate in rates.items():
         if not (rate > 0 and math.isfinite(rate)):
-            raise PassError(f"{who} gives {name} the rate {rate}; a rate is a positive number")
+            raise PassError(f"{who} gives {name} the rate {rate}; give a positive finite number")
     for name, (begin, end) in windows.items():
         if begin < 0 or (end is not None and end <= begin):
-            raise PassError(f"{who} gives {name} the window {begin} to {end}, in which there is no step")
+            raise PassError(
+                f"{who} gives {name} the window {begin} to {end}, which contains no step; give a later end"
+            )
     for name, mask in masks.items():
         _check_mask(program, who, name, mask)
     return Selection(trains, rates, windows, selection.unit, masks)
 
 
 def _check_mask(program: State, who: str, name: str, mask: Tensor) -> None:
+    """Raise PassError if a mask has the wrong dtype or shape, or is False everywhere."""
     own = program.tensors.get(name)
     shape = (program.base.tensors[name] if own is None else own).shape
     fits = mask.dim() == len(shape) and all(m in (1, s) for m, s in zip(mask.shape, shape, strict=True))
     if mask.dtype != torch.bool or not fits:
         raise PassError(
             f"{who}: the mask of {name} is {mask.dtype} {tuple(mask.shape)}; it has to be torch.bool, of the shape "
-            f"{tuple(shape)} or with 1 in place of any of its sizes"
+            f"{tuple(shape)} or with size 1 along any axis"
         )
     if not mask.any():
-        raise PassError(f"{who}: the mask of {name} lets nothing train; let the parameter not train at all")
+        raise PassError(f"{who}: the mask of {name} is False everywhere; freeze the parameter instead")
 
 
 def in_words(said: Selection | Entry, tensors: Mapping[str, Tensor]) -> str:
-    """One line on what a selection, or an entry of the journal, decides. tensors: where an entry's masks are."""
+    """One-line summary of a selection, or of a journal entry.
+
+    Args:
+        said: The selection or entry.
+        tensors: Inserted tensors by name, in which the masks of an entry are found.
+    """
     training = sum(said.trains.values())
     stopping = len(said.trains) - training
     if training:
@@ -220,19 +251,32 @@ def _counted(number: int, verb: str) -> str:
 
 
 class SelectPass(Pass):
-    """A pass that says which parameters train, when, and how fast. It changes no graph.
+    """A pass that decides which parameters train, when, and at which learning rate. It does not change the graph.
 
-    Of one parameter the last selection that names it counts, whatever earlier ones said of it. exclusive: it names
-    every parameter of the base, so that nothing else of that trains.
+    The last selection that names a parameter wins.
+
+    Attributes:
+        exclusive: True if the pass names every parameter of the base, so that no other parameter of it trains.
     """
 
     exclusive: ClassVar[bool] = False
     default_target: ClassVar[str | None] = None
 
     def select(self, parameters: tuple[str, ...]) -> dict[str, bool]:
-        """parameters: names that the target selected. Returns name -> whether it trains."""
+        """Decide which of the targeted parameters train.
+
+        Args:
+            parameters: Names of the parameters that the target selected.
+
+        Returns:
+            Parameter name -> True if it trains, False if it is frozen.
+        """
         raise NotImplementedError
 
     def selection(self, candidates: Candidates) -> Selection:
-        """The whole decision, for a pass that needs more than names; see surgery.engine.change.selection.Candidates."""
+        """The complete decision; override it in a pass that needs more than names.
+
+        Args:
+            candidates: The program's parameters, with roles and depths.
+        """
         return Selection(self.select(candidates.targeted))

@@ -1,4 +1,4 @@
-"""Passes taken back, one by one or all."""
+"""Undoing passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from surgery.engine.state import State, check_present
 
 
 def check_undoable(program: State, what: str) -> None:
-    """Raises JournalError where the base is not there as it was."""
+    """Raise JournalError if the base has been merged in place or released from memory.
+
+    Args:
+        program: The program.
+        what: The operation, for the message.
+    """
     if program.base.consumed:
         raise JournalError(
             "this base was merged in place and cannot be undone; load the saved directory again"
@@ -27,7 +32,7 @@ S = TypeVar("S", bound=State)
 
 
 def undo(program: S, name: str) -> S:
-    """See Program.undo."""
+    """Remove a pass from a program; see Program.undo."""
     check_undoable(program, f"undo {name}")
     base, gone = program.base, {e.id for e in program.journal.find(name)}
     _check_nothing_stands_on(program, name, gone)
@@ -36,13 +41,14 @@ def undo(program: S, name: str) -> S:
     for entry in left:
         needed = replay.pass_of(entry, base.plugins).requires if entry.kind == "rewrite" else ()
         if needed and not any(e.pass_name in needed for e in left):
-            raise JournalError(f"{entry.id!r} stands on {name!r}; undo {entry.id!r} first")
+            raise JournalError(f"{entry.id!r} depends on {name!r}; undo {entry.id!r} first")
 
     def freezes(entry: Entry) -> bool:
         pass_ = replay.pass_of(entry, base.plugins) if entry.kind == "rewrite" else None
         return isinstance(pass_, RewritePass) and pass_.effect.freezes_base
 
     adapted = any(map(freezes, entries)) and not any(map(freezes, left))
+    # The automatic freezing of the base goes with the last adapter.
     if adapted or not any(e.kind == "rewrite" for e in left):
         left = [e for e in left if not e.auto]
     names = {n for e in left for n in e.tensor_names}
@@ -59,12 +65,13 @@ def undo(program: S, name: str) -> S:
             _ = undone.graph
         except JournalError as error:
             raise JournalError(
-                f"later passes stand on what {name!r} made, and {error}; undo those first"
+                f"later passes depend on ops that {name!r} inserted, and {error}; undo those passes first"
             ) from None
     return undone
 
 
 def _check_nothing_stands_on(program: State, name: str, gone: set[str]) -> None:
+    """Raise JournalError if a remaining entry needs one that is to be removed, or its tensors."""
     added = {n for g in program.journal if g.id in gone for n in g.tensor_names}
     for entry in program.journal:
         taken = [*entry.options.get("folded", ()), *entry.options.get("simplified", ())]
@@ -74,5 +81,5 @@ def _check_nothing_stands_on(program: State, name: str, gone: set[str]) -> None:
         below = added & {name for r in entry.sites for name in r.stands_on}
         if below and entry.id not in gone:
             raise JournalError(
-                f"{entry.id!r} stands on {sorted(below)[0]}, which {name!r} added; undo {entry.id!r} first"
+                f"{entry.id!r} depends on {sorted(below)[0]}, which {name!r} added; undo {entry.id!r} first"
             )

@@ -35,9 +35,11 @@ class Pass(Configured):
     Attributes:
         name: Name on the command line and in journals.
         version: Version of what the journal stores for the pass.
-        requires: Names of passes; one of them must be applied already, or in the same pipeline.
-        before: Names of passes that must come later. Within a pipeline they are moved behind this one; a site where
+        requires: Names of passes; one of them must be applied already or be in the same pipeline.
+        before: Names of passes that must come later. Within a pipeline they are moved behind this one. A site where
             one of them is applied already is refused.
+        target: Sites to act on; see `surgery.graph.targets`.
+        label: User-defined name of this application, "" for none.
     """
 
     # A subclass may assign these without an annotation: `numerics = EXACT`.
@@ -71,25 +73,25 @@ class Pass(Configured):
 
     @property
     def numerics(self) -> Numerics:
-        """How far inserting the pass with these options may move the outputs."""
+        """Largest change of the outputs that inserting the pass with these options may cause."""
         return EXACT
 
     @property
     def expectations(self) -> Expectations:
-        """Deliberate differences, which verification, export and the conformance kit must know."""
+        """Deliberate differences that verification, export and the conformance kit must not report as errors."""
         return Expectations()
 
 
 class RewritePass(Pass):
-    """A pass that acts at sites, one at a time, and looks no further than its site.
+    """A pass that acts at sites, one at a time, and depends only on its site.
 
     A subclass defines `name`, its options, and `rewrite`; most define `tensors` too. Everything else has a default.
 
     Attributes:
         on: Kinds of weight that the pass accepts.
         default_target: Target used when none is given; None: a target is required.
-        combiner: Makes one application from several (`Program.combine`); None: they can only be switched.
-        absorber: Puts adapters into the pass's own quantized codes when a program is merged; None: it has no codes.
+        combiner: Function that combines several applications into one (`Program.combine`); None: not supported.
+        absorber: Function that merges adapters into the pass's quantized codes; None: the pass has no codes.
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear",)
@@ -99,7 +101,7 @@ class RewritePass(Pass):
 
     @property
     def effect(self) -> Effect:
-        """What the pass with these options does to a program."""
+        """Effect of the pass with these options on a program, which determines its order, freezing and merging."""
         return ADAPTER
 
     # -- where
@@ -108,7 +110,7 @@ class RewritePass(Pass):
         """Sites that the target names.
 
         Raises:
-            TargetError: The target names nothing, wholly or in part.
+            TargetError: The target, or a term of it, matches no site.
             PassError: No target is given and the pass has no default.
         """
         asked = self.target or self.default_target
@@ -117,13 +119,14 @@ class RewritePass(Pass):
         return select_sites(view.sites.sites, asked)
 
     def check(self, site: Site) -> str | None:
-        """None, or the reason why this site is refused, as a clause with a remedy."""
+        """Reason why this site is refused, as a clause with a remedy; None if it is accepted."""
         return None
 
     def decide(self, site: Site) -> dict[str, Any]:
-        """Every data-dependent choice at a site, JSON-able; the journal stores it and replays it as `site.decided`.
+        """All data-dependent choices at a site, JSON-able.
 
-        `site.probe` gives the program's tensors, activations and gradients here.
+        The journal stores them, and a replay provides them as `site.decided`. Use `site.probe` to read tensors,
+        activations and gradients of the program here.
         """
         return {}
 
@@ -141,11 +144,21 @@ class RewritePass(Pass):
         return default_names(self, site, tensors)
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
-        """The value that replaces the site's output at one call; None where nothing replaces it."""
+        """Rewrite one call of a site.
+
+        It runs again whenever a graph is built, so it must depend only on options, `site.decided` and `g`.
+
+        Args:
+            site: The site, with `site.decided`.
+            g: Editor of the graph; `g["A"]` is the graph value of the pass's tensor "A".
+
+        Returns:
+            The value that replaces the output of the call; None to keep the output.
+        """
         raise NotImplementedError
 
     def outcome(self, site: Site) -> Outcome:
-        """What else the pass does at an accepted site, from `site.decided`; the plan shows it."""
+        """Other consequences at an accepted site, derived from `site.decided`; the plan shows them."""
         return Outcome()
 
     @property
@@ -156,25 +169,28 @@ class RewritePass(Pass):
     # -- merging
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
-        """Changes of the base's weight and bias: {"weight": fold, "bias": fold}. Defining it makes a pass mergeable.
+        """Changes of the base's weight and bias: {"weight": fold, "bias": fold}.
+
+        A pass is mergeable if its class defines this method.
 
         Args:
             site: The site, with `site.decided`.
-            tensors: The pass's tensors there, by their names in the pass.
+            tensors: Tensors of the pass at the site, by their names in the pass.
             weight: Scale of this application; 1 as trained.
         """
         raise NotImplementedError
 
     def why_not_merged(self, site: Site) -> str | None:
-        """None, or the reason why this site cannot be merged although the pass defines `merge`."""
+        """Reason why this site cannot be merged although the pass defines `merge`; None if it can be merged."""
         return None
 
     @property
     def simplify(self) -> Simplify | None:
-        """Function that computes a simpler form when a program is merged, or None where there is none.
+        """Function that computes a simpler form when a program is merged, or None if there is none.
 
-        It gets (site, tensors as trained) for every site and returns the tensors of the simpler form at each. `rewrite`
-        then finds these, and `site.decided["simplified"]` is true. A tensor that keeps its name stays as it is.
+        Its argument is a list of (site, tensors as trained); it returns the tensors of the simpler form at each site.
+        `rewrite` then gets these tensors, with `site.decided["simplified"]` true. A tensor with the name of an existing
+        one is not replaced.
         """
         return None
 
@@ -186,7 +202,7 @@ def merges(pass_: Pass | type[Pass]) -> bool:
 
 
 def with_defaults(cls: type[RewritePass]) -> RewritePass:
-    """An instance with default options that is not validated: for facts about a pass that its options can change."""
+    """An instance with default options, without validation, to read properties that depend on options."""
     return cls.model_construct()
 
 
@@ -200,9 +216,10 @@ def default_names(pass_: Pass, site: Site, tensors: Iterable[str], suffix: str =
 
     Args:
         pass_: The pass that adds them.
-        site: A site that is no weight called "weight" has its own name in front: `in_proj_weight_lora`.
+        site: The site. If its parameter is not called "weight", the parameter's name comes first:
+            `in_proj_weight_lora`.
         tensors: Names in the pass.
-        suffix: Text behind the pass's component, for tensors that a merge adds.
+        suffix: Text after the pass's component, for tensors that a merge adds.
     """
     owner, _, leaf = site.key.owner.rpartition(".")
     stem = attribute_of(pass_) if leaf == "weight" else f"{leaf}_{attribute_of(pass_)}"
@@ -215,25 +232,26 @@ def default_names(pass_: Pass, site: Site, tensors: Iterable[str], suffix: str =
 class GraphPass(RewritePass):
     """A pass that acts on places of the whole program: residual branches, attentions, blocks, inputs and outputs.
 
-    Each place is identified by the weight site that it is found by. `rewrite` is called once for each place and returns
-    nothing; it may read all of `g.view`, inserts with `g.call` and puts values in place with `g.wrap`.
+    A place is identified by a weight site. `rewrite` is called once for each place and returns nothing: it may read all
+    of `g.view`, inserts values with `g.call` and replaces values with `g.wrap`.
     """
 
     on: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "experts", "norm")
 
     @property
     def effect(self) -> Effect:
+        """Effect of the pass; an adapter that changes more than one layer by default."""
         return replace(ADAPTER, one_layer=False)
 
     def candidates(self, view: View) -> list[Site]:
-        """Every place that this pass can act on, as the site that identifies it."""
+        """Every place that the pass can act on, as the site that identifies it."""
         raise NotImplementedError
 
     def finish(self, sites: Sequence[Site], g: Rewriter) -> None:
-        """Edits that depend on all places; called once, after each has been rewritten."""
+        """Make edits that depend on all places; called once, after `rewrite` at every place."""
 
     def find(self, view: View) -> list[Site]:
-        """The candidates, or those of them that the target names."""
+        """The candidates that the target names; all of them without a target."""
         found = self.candidates(view)
         asked = self.target or self.default_target
         return select_sites(found, asked) if asked is not None and found else found
@@ -241,12 +259,12 @@ class GraphPass(RewritePass):
 
 @dataclass(frozen=True)
 class Source:
-    """One adapter at a place.
+    """One adapter at a place, as an input of a combination.
 
     Attributes:
-        entry: Its id in the journal.
+        entry: Id of its journal entry.
         pass_: Its pass.
-        tensors: Its tensors there, by their names in the pass.
+        tensors: Its tensors at the place, by their names in the pass.
         weight: Its weight in the combination.
     """
 
@@ -258,7 +276,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Place:
-    """A site as its sources have decided it, and the sources that act there."""
+    """A site and the adapters to combine there.
+
+    Attributes:
+        site: The site, with the decisions of the sources.
+        sources: The adapters that act at the site.
+    """
 
     site: Site
     sources: tuple[Source, ...]

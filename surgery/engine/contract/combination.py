@@ -1,4 +1,4 @@
-"""How several adapters become one: the methods by PEFT's names, and what a pass gets to combine."""
+"""Combination of several adapters into one: the method, by PEFT's names, and its options."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Combination:
-    """How adapters become one, by the names that PEFT's `add_weighted_adapter` has for it.
+    """Method and options of a combination, named as in PEFT's `add_weighted_adapter`.
 
-    method: `cat` is the weighted sum itself, of the summed rank; `svd` the nearest one of `rank`; `*_svd` combine the
-    dense updates elementwise and then take the nearest of `rank`; the others combine the factors themselves.
-    rank: that of the result for the svd methods (default: the largest of the sources). density: the fraction of values
-    that ties, dare and magnitude_prune keep. majority: how ties elects a sign. seed: of what dare drops.
-    Raises PassError for what does not go together.
+    Attributes:
+        method: "cat" is the exact weighted sum, with the sum of the ranks. "svd" is its best approximation of rank
+            `rank`. Methods "*_svd" combine the dense updates elementwise and approximate the result with rank `rank`.
+            All others combine the low-rank factors elementwise.
+        rank: Rank of the result, for the svd methods; the largest rank of the sources by default.
+        density: Fraction of values that the ties, dare and magnitude_prune methods keep.
+        majority: Rule that the ties methods elect a sign by: "total" value or "frequency".
+        seed: Seed of the values that the dare methods drop.
+
+    Raises:
+        PassError: The options do not fit the method.
     """
 
     method: str = "svd"
@@ -44,38 +50,45 @@ class Combination:
         if self.method not in METHODS:
             raise PassError(
                 f"combine: there is no method {self.method!r}"
-                f"{nearest(self.method, METHODS) or '; there are ' + ', '.join(METHODS)}"
+                f"{nearest(self.method, METHODS) or '; choose one of ' + ', '.join(METHODS)}"
             )
         prunes = self.elementwise in task_vectors.PRUNES
         if prunes != (self.density is not None):
             what = "needs a density, the fraction of values to keep" if prunes else "keeps every value"
             raise PassError(f"combine: {self.method} {what}; {'give' if prunes else 'leave out'} --density")
         if self.density is not None and not 0 < self.density <= 1:
-            raise PassError(f"combine: --density {self.density} is no fraction over 0 and up to 1")
+            raise PassError(f"combine: --density is {self.density}; give a fraction above 0 and up to 1")
         if self.rank is not None and not self.by_svd:
             raise PassError(
-                f"combine: the rank of {self.method} follows from the sources; leave out --rank, or take an svd method"
+                f"combine: the sources determine the rank of {self.method}; leave out --rank, or use an svd method"
             )
         if self.majority != "total" and not self.elementwise.endswith("ties"):
-            raise PassError(f"combine: {self.method} elects no sign; leave out --majority")
+            raise PassError(f"combine: {self.method} does not elect signs; leave out --majority")
         if self.rank is not None and (
             isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1
         ):
-            raise PassError(f"combine: --rank {self.rank} is no rank; give a positive number")
+            raise PassError(f"combine: --rank is {self.rank}; give a positive integer")
         if self.majority not in ("total", "frequency"):
-            raise PassError(f"combine: --majority {self.majority!r} is neither total nor frequency")
+            raise PassError(f"combine: --majority is {self.majority!r}; give total or frequency")
 
     @property
     def by_svd(self) -> bool:
+        """True if the result is a low-rank approximation of a dense update."""
         return self.method.endswith("svd")
 
     @property
     def elementwise(self) -> str:
-        """The rule for dense updates or factors: `linear` where there is no other."""
+        """Elementwise rule for dense updates or factors; "linear" for "cat" and "svd"."""
         return "linear" if self.method in ("cat", "svd") else self.method.removesuffix(SVD)
 
     def of(self, vectors: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator) -> Tensor:
-        """Task vectors of one shape combined elementwise."""
+        """Combine task vectors of one shape elementwise.
+
+        Args:
+            vectors: Task vectors of the same shape.
+            weights: Weight of each vector.
+            generator: Random generator of the dare methods.
+        """
         stacked = torch.stack([v.detach() for v in vectors])
         factors = torch.tensor(weights, dtype=torch.float64)
         return task_vectors.combine(

@@ -1,4 +1,4 @@
-"""Effects: what a pass does to a program, as far as the engine must know to order, freeze, merge and undo passes."""
+"""Effects: properties of a pass that the engine needs to order, freeze, merge and undo passes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Effect:
-    """What a pass with its options does to a program.
+    """Effect of a pass with its options on a program.
 
-    Most passes are one of ADAPTER, WEIGHT, STRUCTURE and SWAP; `dataclasses.replace` changes a single field.
+    Most passes use one of ADAPTER, WEIGHT, STRUCTURE and SWAP; `dataclasses.replace` changes a single field.
 
     Attributes:
-        freezes_base: The base stops training when the pass is applied, unless a selection says what trains.
+        freezes_base: The base stops training when the pass is applied, unless a selection decides what trains.
         attaches: The pass attaches to layers, so it is applied after passes that create layers (`comes_first`).
         adds_weights: The added tensors are weights of ops like the base's own, and later passes can target them.
         replaces_weight: The op at a site no longer reads the base's weight, so nothing can be merged into it there.
@@ -23,10 +23,10 @@ class Effect:
         scalable: The application can be scaled by a weight other than 0 and 1 (`Program.weighted`).
         partial: The pass can act on single parts of a fused projection.
         one_layer: The change stays within one layer, so that a live module can hold it.
-        mixes_positions: The branch at a linear map reads other positions of the sequence; a decoder with a cache of
-            keys and values sees only the new ones.
-        makes_zeros: The pass sets values of weights to zero, and what is merged there later must keep them.
-        rounding: Ops added by the pass that round their first argument, an activation, to a few levels.
+        mixes_positions: The branch at a linear op reads other positions of the sequence. A decoder with a cache of
+            keys and values computes only the new positions, so a live module refuses the pass.
+        makes_zeros: The pass sets values of weights to zero, which later merges must preserve.
+        rounding: Ops added by the pass that quantize their first argument, an activation.
     """
 
     freezes_base: bool = False
@@ -46,9 +46,9 @@ class Effect:
 
 # A trained branch beside frozen layers: LoRA, adapters, prompts.
 ADAPTER = Effect(freezes_base=True, attaches=True)
-# Other values for weights that stay where they are: masks, rounding, copies.
+# New values for existing weights: masks, rounding, copies.
 WEIGHT = Effect()
-# Other layers: pruned, copied or new ones, which adapters then attach to.
+# New layers (pruned, copied or added), which adapters then attach to.
 STRUCTURE = Effect(adds_weights=True, comes_first=True, one_layer=False)
 # Another op or tensor instead of the base's weight: quantized codes, factors, fused ops.
 SWAP = Effect(replaces_weight=True)

@@ -1,4 +1,4 @@
-"""Expectations: what differs, by design, in a program that has the pass. Read by verification, export and the kit."""
+"""Expectations: deliberate differences in a program with a pass, for verification, export and the conformance kit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Expectations:
     """Deliberate differences that a check must not report as faults.
 
     Attributes:
-        adds_outputs: The program returns further outputs, or further columns of one. `numerics` then holds for
-            what it returned before; see `observe.shared`.
-        detached: Why the gradient deliberately differs from that of the outputs (a detached norm, for example), or "".
-        redirected: Why gradients of the base change although the outputs do not, or "".
+        adds_outputs: The program returns additional outputs, or additional columns of one. `numerics` then applies to
+            the outputs it returned before; see `observe.shared`.
+        detached: Reason why the gradient deliberately differs from the true one (a detached norm, for example), or "".
+        redirected: Reason why gradients of the base change although the outputs do not, or "".
         no_onnx: Ops added by the pass that have no ONNX form -> the reason and what to do.
-        reach: Function (site, inputs by placeholder name) -> inputs changed so that the inserted part affects the
-            outputs (ids of new tokens, for example); None where the example inputs reach it already.
+        reach: Function (site, inputs by placeholder name) -> changed inputs with which the inserted part affects the
+            outputs (ids of new tokens, for example); None if the example inputs suffice.
     """
 
     adds_outputs: bool = False

@@ -1,4 +1,4 @@
-"""What folding an adapter means: changes of base tensors, and choices about quantized ones."""
+"""Folds: changes of base tensors when an adapter is merged, and the choices that are made for quantized weights."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from surgery.engine.journal import SiteRecord
 
 
 class Stage(Enum):
-    """When a fold is applied to a weight, in this order."""
+    """Order in which the folds of a weight are applied.
 
-    WEIGHT = (
-        1  # replaces or masks the weight that the op reads; everything else at the site is relative to it
-    )
-    BRANCH = 2  # adds a branch or scales
-    SIZE = 3  # makes the tensor longer; all others were made for its old size
+    WEIGHT folds replace or mask the weight that the op reads; everything else at the site is relative to that. BRANCH
+    folds add a branch or scale. SIZE folds make the tensor longer; the others were made for its old size.
+    """
+
+    WEIGHT = 1
+    BRANCH = 2
+    SIZE = 3
 
 
 class Fold:
     """A change of one base tensor when an adapter is merged into it.
 
     Attributes:
-        stage: When it is applied, see Stage.
-        keeps_zeros: The zeros of the weight stay zeros (the fold scales it, say).
-        reads_original: `apply` needs the weight as its op reads it, before other branches were merged.
+        stage: Stage in which it is applied.
+        keeps_zeros: Zeros of the weight stay zeros, for example because the fold only scales it.
+        reads_original: `apply` needs the weight that the op reads, without the branches that are merged earlier.
     """
 
     stage: ClassVar[Stage] = Stage.BRANCH
@@ -37,22 +39,28 @@ class Fold:
     reads_original: ClassVar[bool] = False
 
     def apply(self, weight: Tensor, original: Tensor) -> Tensor:
-        """The merged tensor: `weight` changed in place, or a new tensor.
+        """Apply the change, in place or into a new tensor.
 
         Args:
             weight: The tensor with earlier folds applied, in float32 or float64.
-            original: The weight before BRANCH folds, of the same dtype, if `reads_original`; else `weight`.
+            original: If `reads_original`, the weight before BRANCH folds, of the same dtype; else `weight`.
+
+        Returns:
+            The changed tensor.
         """
         raise NotImplementedError
 
 
 def apply_folds(weight: Tensor, folds: Sequence[Fold], original: Tensor) -> Tensor:
-    """Apply folds to one tensor, stage by stage and in the given order within a stage, without gradients.
+    """Apply folds to one tensor without gradients, stage by stage and in the given order within a stage.
 
     Args:
-        weight: Tensor of float32 or float64, which is changed in place where a fold allows it.
+        weight: Tensor of float32 or float64. Folds may change it in place.
         folds: Changes by several adapters, in journal order.
         original: The base's own tensor in the dtype of `weight`; not changed.
+
+    Returns:
+        The merged tensor.
     """
     with torch.no_grad():
         for stage in Stage:
@@ -70,13 +78,20 @@ How = Literal["keep", "requantize", "residual", "auto"]
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of the adapters at one quantized weight.
+    """Treatment of the adapters at one quantized weight when a program is merged.
 
-    how: keep, requantize or residual. errors: of the outputs of the op on the data, over theirs (without its bias), by
-    how; there is no error of another kind, and `of` says so. lost: of what the adapters add to the outputs, how much is
-    rounded away. unseen: the same of the weight's own values where the data say nothing, as no token picks a row, no
-    row goes to an expert or an input is always zero; 0 where there is no such place. rank: of the correction. why: they
-    stay.
+    Attributes:
+        path: Path of the site.
+        codes: Id of the entry that quantized the weight.
+        adapters: Ids of the adapters on it.
+        how: "keep", "requantize" or "residual".
+        errors: Relative error of the op's outputs on the data, without its bias, for each treatment that was measured.
+        lost: Part of the adapters' contribution to the outputs that is rounded away.
+        unseen: The same, of the values of the weight, for parts that the data do not use: rows that no token picks,
+            experts that get no token, inputs that are always zero. 0 if there is no such part.
+        rank: Rank of the correction.
+        of: Quantity that `errors` refers to.
+        why: Reason why the adapters stay, for "keep".
     """
 
     path: str
@@ -91,13 +106,20 @@ class Choice:
     why: str = ""
 
     def to_json(self) -> dict[str, Any]:
+        """The choice as JSON-able data, without path and ids."""
         found = {"how": self.how, "errors": dict(self.errors), "lost": self.lost, "unseen": self.unseen}
         return {**found, "of": self.of, "rank": self.rank, "why": self.why}
 
 
 @dataclass(frozen=True)
 class Merged:
-    """choices: at each quantized weight under adapters. records, tensors: of the merge's entry in the journal."""
+    """Result of merging adapters into quantized codes.
+
+    Attributes:
+        choices: One choice for each quantized weight with adapters.
+        records: Site records of the merge's journal entry.
+        tensors: Tensors of that entry, by name.
+    """
 
     choices: tuple[Choice, ...] = ()
     records: tuple[SiteRecord, ...] = ()
@@ -105,7 +127,7 @@ class Merged:
 
     @property
     def gone(self) -> dict[str, int]:
-        """Adapter -> at how many sites it is in the codes now."""
+        """Id of an adapter -> number of sites where it has been merged into the codes."""
         found: dict[str, int] = {}
         for record in self.records:
             if record.decided.get("gone"):
@@ -114,14 +136,14 @@ class Merged:
 
 
 class Absorber(Protocol):
-    """Puts adapters into the codes of quantized weights; see `passes.quantize.requantize.into_codes`.
+    """Merges adapters into the codes of quantized weights; see `passes.quantize.requantize.into_codes`.
 
     Args:
-        program: an `engine.state.State`.
-        how: one of How, except "keep".
-        budget: the part of what the adapters add to an op's outputs that may be lost.
-        ident: id of the merge, which names its tensors.
-        data: pairs of (args, kwargs) to measure on.
+        program: The program, an `engine.state.State`.
+        how: One of How, except "keep".
+        budget: Part of the adapters' contribution to an op's outputs that may be lost.
+        ident: Id of the merge, used in the names of its tensors.
+        data: Inputs to measure on, a sequence of (args, kwargs).
     """
 
     def __call__(
@@ -130,15 +152,18 @@ class Absorber(Protocol):
 
 
 class Combiner(Protocol):
-    """Makes one application of a pass from several; see `Program.combine`."""
+    """Combines several applications of a pass into one; see `Program.combine`."""
 
     def __call__(self, places: Sequence[Any], how: Any, label: str, /) -> tuple[Any, list[dict[str, Tensor]]]:
-        """The new pass, and its tensors at each place by their names in the pass.
+        """Combine the sources at every place.
 
         Args:
             places: `base.Place` of each site, with the sources there.
             how: The `combination.Combination`.
-            label: Name of the result.
+            label: Label of the result.
+
+        Returns:
+            The new pass, and its tensors at each place by their names in the pass.
 
         Raises:
             PassError: The sources cannot be combined in this way.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-# What was decided at a site, its weight as it is now, and the pass's tensors there by their names in the pass.
+# One site: its decisions, its current weight, and the tensors of the pass there by their names in the pass.
 GradualPlace = tuple[Mapping[str, Any], Tensor, Mapping[str, Tensor]]
 
 
@@ -17,11 +17,11 @@ class Gradual:
     """A schedule on which a pass changes its own tensors.
 
     Attributes:
-        window: The steps [first, last) of the training in which they change; last is None for an open end.
-        unit: What a step counts, "step" or "epoch".
-        value: Function step -> progress. While it stays equal, nothing has to be done.
-        apply: Function (step, places) that changes the tensors in place, without gradients. It may be called with any
-            step at any time, and again from 0 in a loaded program.
+        window: Training steps [first, last) in which they change; last is None for an open end.
+        unit: Unit of a step, "step" or "epoch".
+        value: Function step -> progress. `apply` is called only when the progress has changed.
+        apply: Function (step, places) that changes the tensors in place, without gradients. Steps can come in any
+            order: a loaded program starts again from step 0.
     """
 
     window: tuple[int, int | None]

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Numerics: how far inserting a pass may move the outputs of a program."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import torch
 
 @dataclass(frozen=True)
 class Numerics:
-    """What inserting a pass may do to the outputs: nothing (tolerance 0), or a stated deviation with a reason.
+    """Largest change of the outputs that inserting a pass may cause, with the reason.
 
-    tolerance: largest absolute difference over the largest absolute output; infinite where the pass changes
-    what the model computes, by design. by_dtype: other tolerances, for programs of these dtypes.
+    Attributes:
+        tolerance: Largest absolute difference divided by the largest absolute output. 0: the outputs stay equal bit for
+            bit. Infinity: the pass changes the function of the model by design.
+        reason: Reason for a tolerance other than 0.
+        by_dtype: Tolerances that replace `tolerance` for programs whose coarsest weights have one of these dtypes.
     """
 
     tolerance: float = 0.0
@@ -22,7 +25,7 @@ class Numerics:
     by_dtype: tuple[tuple[torch.dtype, float], ...] = ()
 
     def on(self, dtype: torch.dtype) -> Numerics:
-        """What it says for a program whose coarsest weights have this dtype."""
+        """The declaration for a program whose coarsest weights have this dtype."""
         return Numerics(dict(self.by_dtype).get(dtype, self.tolerance), self.reason)
 
     def __str__(self) -> str:
@@ -35,15 +38,18 @@ EXACT = Numerics()
 
 
 def rounded(tolerance: float, reason: str, by_dtype: Mapping[torch.dtype, float] | None = None) -> Numerics:
-    """A pass that changes outputs by at most `tolerance` of their scale, and why it must.
+    """Numerics of a pass that changes the outputs by rounding.
 
-    by_dtype: what it allows in place of that where the program's coarsest weights have another dtype than fp32.
+    Args:
+        tolerance: Largest absolute difference divided by the largest absolute output.
+        reason: Reason why the outputs change.
+        by_dtype: Tolerances for programs whose coarsest weights have one of these dtypes.
     """
     return Numerics(tolerance, reason, tuple((by_dtype or {}).items()))
 
 
 def changes(reason: str) -> Numerics:
-    """A pass that changes the outputs by design (it approximates, ties, or attends to something new), and how."""
+    """Numerics of a pass that changes the function of the model by design, such as pruning or a prompt."""
     return Numerics(math.inf, reason)
 
 

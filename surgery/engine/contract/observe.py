@@ -1,4 +1,4 @@
-"""Whether two structures of outputs agree: bit for bit, or within a stated tolerance."""
+"""Comparison of the outputs of two programs: equal bit for bit, or the largest relative difference."""
 
 from __future__ import annotations
 
@@ -17,25 +17,36 @@ from surgery.graph.outputs import ONLY
 
 @dataclass(frozen=True)
 class Observed:
-    """equal: torch.equal for every output, NaN equal to NaN. difference: the largest, over the largest output."""
+    """Result of a comparison of outputs.
+
+    Attributes:
+        equal: True if every output is equal bit for bit; NaN equals NaN.
+        difference: Largest absolute difference divided by the largest absolute output; infinite if the outputs differ
+            in structure or shape.
+    """
 
     equal: bool
     difference: float
 
     def within(self, declared: Numerics) -> bool:
+        """True if the difference is within the declared tolerance; a tolerance of 0 requires equal bits."""
         return self.equal if not declared.tolerance else self.difference <= declared.tolerance
 
     def __str__(self) -> str:
         if math.isinf(self.difference):
-            return "not comparable (other outputs or shapes, or values that are not finite)"
+            return "not comparable (different outputs or shapes, or values that are not finite)"
         return "bit for bit" if self.equal else f"within {self.difference:.1e}"
 
 
 def shared(before: Any, after: Any) -> Any:
-    """What `after` still has of the outputs `before`: without further entries and further columns.
+    """The part of `after` that corresponds to the outputs `before`, without additional entries and columns.
 
-    A tensor that became the entry "output" of a dict, the last items of a tuple, the last columns of the last axis.
-    Where it is nothing of the kind, `after` itself.
+    It handles a tensor that became the entry "output" of a dict, items added at the end of a tuple, and columns added
+    at the end of the last axis. In all other cases it returns `after` unchanged.
+
+    Args:
+        before: Outputs before a pass.
+        after: Outputs after it.
     """
     if isinstance(before, Tensor):
         found = after.get(ONLY, after) if isinstance(after, Mapping) else after
@@ -51,9 +62,12 @@ def shared(before: Any, after: Any) -> Any:
 
 
 def observe(before: Any, after: Any, extended: bool = False) -> Observed:
-    """Compare two outputs of one structure; a different structure or shape is an infinite difference.
+    """Compare two outputs. A different structure or shape counts as an infinite difference.
 
-    extended: `after` may have more; see `shared`.
+    Args:
+        before: Outputs to compare with.
+        after: Outputs to compare.
+        extended: Ignore additional outputs and columns of `after`; see `shared`.
     """
     if extended:
         after = shared(before, after)
@@ -75,7 +89,7 @@ def observe(before: Any, after: Any, extended: bool = False) -> Observed:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """torch.equal, where NaN in the same place is the same (a fully masked row, say)."""
+    """torch.equal, except that NaN equals NaN: a fully masked row of an attention is NaN in both outputs."""
     if torch.equal(a, b):
         return True
     if not (a.is_floating_point() or a.is_complex()) or not torch.equal(a.isnan(), b.isnan()):
@@ -84,7 +98,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """max|a−b| / max|a| in float64 over finite places; infinite where one is finite and the other not."""
+    """max|a−b| / max|a| in float64 over the finite values; infinite if only one of two values is finite."""
     x, y = a.detach().double(), b.detach().double()
     if not torch.equal(torch.isfinite(x), torch.isfinite(y)):
         return float("inf")

@@ -1,4 +1,4 @@
-"""Passes whose places are matches of a pattern: several ops of the model become others."""
+"""Pattern passes: replace the ops that a pattern matches by other ops."""
 
 from __future__ import annotations
 
@@ -23,38 +23,53 @@ if TYPE_CHECKING:
     from surgery.graph.view import View
 
 
-# What stands on weights as they are: it comes behind a pass that makes other weights of them.
+# Passes that act on existing weights. A pass that replaces these weights by others must come before them.
 ADAPTERS = ("lora", "ia3", "sparse-tune", "bitfit", "quantize", "low-rank")
 
 
 @dataclass(frozen=True)
 class _Places:
+    """Matches of a pass's patterns in one graph, with a site for each."""
+
     found: Found
     sites: tuple[Site, ...]
     matches: Mapping[SiteKey, Match]
 
 
 class PatternPass(GraphPass):
-    """A pass that puts other ops in the place of those that a pattern matches.
+    """A pass that replaces the ops that a pattern matches.
 
-    A place is keyed to a module's path (`path_of`: the anchor's), and to its number there. `patterns` gives the
-    pattern, or several; `replacement` makes the new value of each output, with `g.model_op`. on: the kind of place,
-    one name. role: what targets and plans call it. What is matched stays in the graph, unread, for undo and for the
-    numbers of places; later passes see the new ops.
+    A subclass defines `patterns` and `replacement`. The key of a match is the path of its module (see `path_of`) and
+    its number there. The matched ops stay in the graph without users, so that the numbers of other matches do not
+    change; later passes see the new ops.
+
+    Attributes:
+        on: Kind of place, a single name.
+        role: Role of the places in targets and plans.
     """
 
     role: ClassVar[str] = ""
 
     @property
     def effect(self) -> Effect:
+        """Effect of the pass; it replaces ops of more than one layer by default."""
         return replace(SWAP, one_layer=False)
 
     def patterns(self, view: View) -> Sequence[Pattern]:
-        """What to look for; where two match the same ops, the first counts."""
+        """Patterns to match. If two patterns match the same ops, the first one wins."""
         raise NotImplementedError
 
     def replacement(self, site: Site, match: Match, g: Rewriter) -> fx.Node | Sequence[fx.Node]:
-        """The values that are read in the place of the outputs, in their order, made with `g.model_op`."""
+        """Insert the new ops of a match with `g.model_op`.
+
+        Args:
+            site: The site of the match.
+            match: The match, with its captured values.
+            g: Editor of the graph.
+
+        Returns:
+            The new value of each output of the match, in their order.
+        """
         raise NotImplementedError
 
     # -- places
@@ -89,18 +104,19 @@ class PatternPass(GraphPass):
         return Site(key, path, kind, calls, None, None, shape, value.dtype, "", self.role)
 
     def match(self, site: Site, view: View) -> Match:
-        """The match that a site is."""
+        """The match of a site in a graph."""
         return self._places(view).matches[site.key]
 
     def misses(self, view: View) -> tuple[NearMiss, ...]:
-        """Where the patterns nearly are, and why they are not."""
+        """Places that nearly match a pattern, with the reason why they do not."""
         return self._places(view).found.misses
 
     def candidates(self, view: View) -> list[Site]:
+        """A site for every match."""
         return list(self._places(view).sites)
 
     def no_match_message(self, view: View) -> str:
-        """The message where the pattern is found nowhere, with the place where it nearly is."""
+        """Message for a program without a match; it names the nearest miss."""
         misses = self.misses(view)
         if not misses:
             return "its pattern is nowhere in this model"
@@ -114,14 +130,16 @@ class PatternPass(GraphPass):
     # -- one place
 
     def check(self, site: Site) -> str | None:
+        """Reason to refuse a match with an adapter on one of its ops, or None."""
         entry = next((entry for entry in map(adapted_by, site.calls) if entry), None)
         if entry:
             return (
-                f"it carries {entry!r}, which was made for the op as it is; {self.name} first and adapt then"
+                f"it carries {entry!r}, which was made for the original op; apply {self.name} before adapters"
             )
         return None
 
     def rewrite(self, site: Site, g: Rewriter) -> None:
+        """Replace the ops of one match."""
         match = self.match(site, g.view)
         first = min(match.outputs, key=g.view.ops_index.order.__getitem__)
         with g.after(first):
@@ -131,22 +149,28 @@ class PatternPass(GraphPass):
 
 
 def role_in(view: View, node: fx.Node) -> str:
-    """The role of a weight op, or the one that it had before a pass replaced it."""
+    """Role of a weight op; of a replaced op, the role that it had before."""
     return view.roles.role.get(node) or str(mark_of(node).role)
 
 
 def is_stored(node: fx.Node) -> bool:
-    """Whether a value is a parameter or a buffer as it is."""
+    """True if a value is a parameter or a buffer itself, not computed from one."""
     return node.op == "get_attr"
 
 
 def stored(name: str) -> Value:
-    """Capture a parameter or a buffer."""
+    """Pattern that matches a parameter or a buffer and captures it under a name."""
     return value(name, is_stored, "a stored tensor")
 
 
 def read_elsewhere(match: Match, view: View, names: Sequence[str]) -> str | None:
-    """Why tensors that a match captured cannot go: the reason where another op reads one too, or None."""
+    """Reason why captured tensors of a match cannot be replaced because another op reads one, or None.
+
+    Args:
+        match: The match.
+        view: Analysis of the graph.
+        names: Names of captured values that are tensors of the model.
+    """
     for name in names:
         node = match.get(name)
         if node is None:
@@ -161,7 +185,7 @@ def read_elsewhere(match: Match, view: View, names: Sequence[str]) -> str | None
 
 
 def _call(node: fx.Node, kind: str) -> Call:
-    """An output of a match, as the op of a site: of its first tensor."""
+    """An output of a match as the call of a site; its first tensor argument counts as the input."""
     x = next(name for name, value in arguments(node).items() if isinstance(value, fx.Node))
     op = WeightOp(kind, x, (x,), None, "")
     return Call(node, op, kind, node.all_input_nodes[0], None, "", computed_from=(module_path(node),))

@@ -1,4 +1,4 @@
-"""Options of passes that change something gradually as training goes on: from which step, to which, how often."""
+"""Options of passes that change gradually during training: first step, last step, and steps between two changes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ Unit = Annotated[Literal["step", "epoch"], Field(description="what --begin, --en
 
 
 def check_ramp(pass_: Any, kind: str, *also: str) -> None:
-    """Raises PassError for options of a schedule without one, and for a schedule without an end behind its beginning.
+    """Check the schedule options of a pass.
 
-    kind: of the schedule to be asked for. also: options of the pass's own that are for a schedule alone.
+    Args:
+        pass_: A pass with the options schedule, begin, end, every and unit.
+        kind: Kind of schedule that the error suggests.
+        also: Further options of the pass that require a schedule.
+
+    Raises:
+        PassError: An option requires a schedule and none is given, or a schedule does not end after its begin.
     """
     cls: type[RewritePass] = type(pass_)
     if pass_.schedule is not None:
@@ -37,7 +43,7 @@ def check_ramp(pass_: Any, kind: str, *also: str) -> None:
 def gradual(
     pass_: Any, value: Callable[[int], float], apply: Callable[[int, Sequence[GradualPlace]], None]
 ) -> Gradual | None:
-    """The schedule of a pass with these options, or None where it has none.
+    """The schedule of a pass with these options, or None if it has none.
 
     Args:
         pass_: A pass with the options schedule, begin, end, every and unit.
@@ -50,7 +56,12 @@ def gradual(
 
 
 def progress(pass_: Any, step: int) -> float:
-    """How far its schedule is at a step, from 0 to 1."""
+    """Progress of a pass's schedule at a step, from 0 to 1.
+
+    Args:
+        pass_: A pass with the options begin, end and every.
+        step: Number of the step.
+    """
     if step < pass_.begin:
         return 0.0
     at = pass_.end if step >= pass_.end else step - (step - pass_.begin) % pass_.every

@@ -1,6 +1,6 @@
-"""Members of passes that have been renamed: a class that still defines one is refused with the new name.
+"""Renamed members of passes: a class that defines an old name is refused with the new name.
 
-A definition that nothing reads any more would be ignored silently, so it is an error.
+Otherwise the definition would be ignored silently.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RENAMED = {
     "lengthens": "the Fold that merge returns (Stage.SIZE)",
     "limits": "outcome (Outcome.limits)",
     "makes_zeros": "effect (Effect.makes_zeros)",
-    "mergeable": "merge, which makes a pass mergeable by itself",
+    "mergeable": "merge, which alone makes a pass mergeable",
     "mixes_positions": "effect (Effect.mixes_positions)",
     "note": "outcome (Outcome.note)",
     "pace": "gradual (Gradual.apply)",
@@ -48,7 +48,7 @@ _RENAMED = {
 
 
 def refuse_renamed(cls: type) -> None:
-    """Raises PluginError if a class itself defines a member that passes no longer have."""
+    """Raise PluginError if a class defines, itself and not in a base class, a member that passes no longer have."""
     for old in cls.__dict__.keys() & _RENAMED.keys():
         raise PluginError(
             f"the pass {cls.__name__} defines {old!r}, which passes no longer have; define {_RENAMED[old]} "

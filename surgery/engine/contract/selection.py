@@ -1,4 +1,4 @@
-"""What a selection decides about parameters: which train, when, how fast, and which of their values."""
+"""Selection: which parameters train, in which steps, at which learning rate, and which of their values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Selection:
-    """What a selection decides, by parameter name.
+    """Decisions of a selection, by parameter name.
 
-    trains: whether it trains. rates: its learning rate over that of the optimiser. windows: from which step on,
-    and up to which (exclusive, None: for good), it trains. unit: what a step is, "step" or "epoch". masks: which
-    of its values train (bool, of its shape or with 1 for sizes along which it is the same); the gradient of the
-    others is zero.
+    Attributes:
+        trains: True if the parameter trains, False if it is frozen.
+        rates: Learning rate relative to the optimizer's.
+        windows: Steps [first, last) in which it trains; last is None for an open end.
+        unit: Unit of the windows, "step" or "epoch".
+        masks: Bool tensor of the values that train, of the parameter's shape or with size 1 along any axis; the
+            gradient of all other values is zero.
     """
 
     trains: Mapping[str, bool] = field(default_factory=dict)

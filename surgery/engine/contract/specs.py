@@ -1,4 +1,4 @@
-"""What a pass adds at a site, and what else changes there."""
+"""Tensors that a pass adds at a site, and its other consequences there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from torch import Tensor
 class TensorSpec:
     """A tensor that a pass adds at a site.
 
-    shape: its size. init: fills an empty tensor in place; called when the pass is applied, never when it is
-    replayed, so it may ask `site.probe`. value: the tensor itself, in place of init.
-    trainable: whether it is a parameter that trains. dtype: the site's own where None.
+    Attributes:
+        shape: Shape of the tensor.
+        init: Function that fills an empty tensor in place. It is called when the pass is applied and never in a replay,
+            so it may use `site.probe`.
+        trainable: True for a parameter that trains, False for a buffer.
+        dtype: Dtype; None for the site's own.
+        value: The tensor itself, used instead of `init`.
     """
 
     shape: tuple[int, ...]
@@ -26,7 +30,14 @@ class TensorSpec:
     value: Tensor | None = None
 
     def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tensor at insertion; drawn in fp32 and rounded, so that a half-precision base draws the same."""
+        """The tensor at insertion.
+
+        Random values are drawn in fp32 and then rounded, so that a half-precision base gets the same values.
+
+        Args:
+            dtype: Dtype if the spec has none.
+            device: Device of the tensor.
+        """
         if self.value is not None:
             made = self.value.to(device)
         else:
@@ -38,18 +49,19 @@ class TensorSpec:
         return torch.nn.Parameter(made) if self.trainable else made
 
     def numel(self) -> int:
+        """Number of values."""
         return int(torch.Size(self.shape).numel())
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a pass does at one site beside adding tensors; the plan shows it.
+    """Consequences of a pass at one site besides added tensors; the plan shows them.
 
     Attributes:
-        note: A remark for the person who reads the plan, or "".
+        note: Remark for the reader of the plan, or "".
         trains: Parameters of the base that start (True) or stop (False) training, by name.
-        unused: Parameters that no op reads any more, by name.
-        limits: New upper bounds of dynamic dimensions, by name: a prompt leaves fewer positions.
+        unused: Names of parameters that no op reads any more.
+        limits: New upper bounds of dynamic dimensions, by name. A prompt, for example, leaves fewer positions.
     """
 
     note: str = ""

@@ -1,7 +1,6 @@
-"""Task vectors (what training added) combined elementwise: weighted sums, TIES, DARE.
+"""Elementwise combination of task vectors (trained minus original weights): weighted sums, TIES, DARE.
 
-Each function takes the vectors of n tasks stacked on axis 0 and n weights, and gives one. The rules are those of
-PEFT's `add_weighted_adapter`, so that a recipe found with it gives the same numbers here.
+The rules are those of PEFT's `add_weighted_adapter`, so that the same settings give the same values.
 """
 
 from __future__ import annotations
@@ -16,13 +15,25 @@ PRUNES = frozenset(METHODS) - {"linear"}
 def combine(
     vectors: Tensor, weights: Tensor, method: str, density: float, majority: str, generator: torch.Generator
 ) -> Tensor:
-    """vectors: (n, …), weights: (n,). Returns (…).
+    """Combine n task vectors elementwise.
 
-    linear: the weighted sum (Ilharco et al. 2023, arXiv:2212.04089). magnitude_prune: of each vector the largest
-    values, a fraction `density`, and then the sum. ties: the same, then at each place the sign of the majority is
-    elected (by total value, or by frequency), and the mean of those that agree is taken (Yadav et al. 2023,
-    arXiv:2306.01708). dare_linear, dare_ties: values are dropped at random and the rest divided by `density` (Yu et
-    al. 2024, arXiv:2311.03099), then as before.
+    - linear: the weighted sum (Ilharco et al. 2023, arXiv:2212.04089).
+    - magnitude_prune: keep the largest values of each vector, a fraction `density`; then the weighted sum.
+    - ties: prune in the same way; elect the majority sign at each position; divide the weighted sum of the values with
+      that sign by their number (Yadav et al. 2023, arXiv:2306.01708).
+    - dare_linear, dare_ties: drop values at random and divide the rest by `density` (Yu et al. 2024,
+      arXiv:2311.03099); then as linear or ties.
+
+    Args:
+        vectors: Task vectors, of shape (n, …).
+        weights: Weight of each vector, of shape (n,).
+        method: One of METHODS.
+        density: Fraction of values to keep.
+        majority: Rule to elect a sign by: "total" value or "frequency".
+        generator: Random generator of the dare methods.
+
+    Returns:
+        The combined vector, of shape (…).
     """
     if method.startswith("dare") and density < 1:
         kept = torch.rand(vectors.shape, generator=generator) < density
@@ -39,6 +50,7 @@ def combine(
 
 
 def _largest(vector: Tensor, density: float) -> Tensor:
+    """The vector with only its largest values by magnitude, a fraction `density`; the others are zero."""
     kept = torch.zeros(vector.numel(), dtype=vector.dtype, device=vector.device)
     kept[vector.abs().flatten().topk(int(density * vector.numel())).indices] = 1
     return vector * kept.view(vector.shape)

@@ -188,7 +188,7 @@ def test_what_the_fused_weight_learned_is_what_is_split():
     undone = apart.undo("split-qkv")
     assert observe(undone.run(), fused.run()).equal
     assert observe(undone.undo("fuse-qkv").run(), program("bert").run()).equal
-    with pytest.raises(JournalError, match=r"'split-qkv' stands on .*fuse-qkv.* undo 'split-qkv' first"):
+    with pytest.raises(JournalError, match=r"'split-qkv' depends on .*fuse-qkv.* undo 'split-qkv' first"):
         apart.undo("fuse-qkv")
     assert observe(apart.without("fuse-qkv").run(), program("bert").run()).equal, "and the split with it"
 
@@ -235,7 +235,7 @@ def test_adapters_come_after_and_shared_weights_stay():
     adapted = base.apply(surgery.Lora(target="attn.q", rank=2))
     (planned,) = adapted.plan(of("fuse-qkv")).passes
     assert {p.refusal for p in planned.sites} == {
-        "it carries 'lora', which was made for the op as it is; fuse-qkv first and adapt then"
+        "it carries 'lora', which was made for the original op; apply fuse-qkv before adapters"
     }
     both = base.apply(surgery.Lora(target="attn.q", rank=2), of("fuse-qkv"))
     assert [e.pass_name for e in both.journal] == ["fuse-qkv", "freeze", "lora"]

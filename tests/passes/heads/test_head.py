@@ -401,7 +401,7 @@ def test_with_lora_in_both_orders(randomise):
         "head.head.lora.A",
         "head.head.lora.B",
     ]
-    with pytest.raises(JournalError, match=r"'lora' stands on head.head.weight.*undo 'lora' first"):
+    with pytest.raises(JournalError, match=r"'lora' depends on head.head.weight.*undo 'lora' first"):
         on_new.undo("head")
     with pytest.raises(
         PassError, match=r"head at head: refused, 'lora' is attached to it.*apply head before"

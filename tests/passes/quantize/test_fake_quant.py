@@ -41,7 +41,7 @@ def test_convert_gives_the_same_to_the_bit(format, tmp_path):
     assert converted.journal.entries[-1].numerics == {"declared": "exact", "observed": "bit for bit"}
     assert not observe(converted.run(), quantized.run()).equal
     assert observe(converted.undo("convert").run(), rounded.run()).equal
-    with pytest.raises(JournalError, match=r"'convert' stands on 'fake-quant'; undo 'convert' first"):
+    with pytest.raises(JournalError, match=r"'convert' depends on 'fake-quant'; undo 'convert' first"):
         converted.undo("fake-quant")
     with pytest.raises(ExportError, match="apply --pass convert, or merge"):
         rounded.export(tmp_path / "rounded.onnx")
@@ -145,7 +145,7 @@ def test_the_gradient_is_that_of_the_weight_all_along_the_schedule():
         ({"schedule": "linear", "begin": 5, "end": 5}, "an --end after its --begin of 5"),
         (
             {"schedule": "linear", "end": 5, "format": "int8-dynamic"},
-            "int8-dynamic rounds it; use --format int8",
+            "int8-dynamic rounds them; use --format int8",
         ),
     ],
 )

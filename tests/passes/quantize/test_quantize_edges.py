@@ -79,17 +79,19 @@ def test_data_that_says_nothing_or_too_much(format):
     base = block()
     gptq = surgery.Quantize(target="path:up", format=format, method="gptq")
     plan = base.plan(gptq, data=[((torch.zeros(4, 64),), {})])
-    assert "nothing but zeros enters it on the data" in str(plan.passes[-1].refused[0].refusal)
+    assert "its input is zero on all of the data, so no error can be measured; give data" in str(
+        plan.passes[-1].refused[0].refusal
+    )
     inputs = torch.randn(4, 64)
     noted = base.plan(gptq).passes[-1].accepted[0]
     assert "calibrated on the model's example inputs (give --data)" in gptq.note(noted.site)
     noted = base.plan(gptq, data=[((inputs,), {})]).passes[-1].accepted[0]
     assert "example inputs" not in gptq.note(noted.site)
     inputs[0, 0] = torch.inf
-    with pytest.raises(PassError, match="the input 'x' holds values that are no numbers, or infinite"):
+    with pytest.raises(PassError, match="the input 'x' contains inf or NaN; clean the data"):
         base.plan(gptq, data=[((inputs,), {})])
     huge = torch.full((4, 64), 3e38)
-    with pytest.raises(PassError, match="is infinite or no number; mend the data"):
+    with pytest.raises(PassError, match="contains inf or NaN; clean the data"):
         base.plan(surgery.Quantize(target="path:down", format=format, method="gptq"), data=[((huge,), {})])
 
 
@@ -105,7 +107,7 @@ def test_data_for_gradients_is_checked_too(given):
     base = block()
     for data, said in (
         (torch.randn(4, 63), r"has shape \[4, 63\], and the model takes"),
-        (torch.full((4, 64), torch.nan), "no numbers, or infinite"),
+        (torch.full((4, 64), torch.nan), "contains inf or NaN; clean the data"),
         (torch.ones(4, 64, dtype=torch.int64), "is torch.int64, and the model takes"),
         (torch.full((4, 64), 3e38), "infinite or no numbers?; mend the data"),
     ):
@@ -120,9 +122,7 @@ def test_zeros_measure_no_error():
         .apply(surgery.Quantize(target="all", format="ternary"))
         .apply(surgery.Lora(target="path:up", rank=2))
     )
-    with pytest.raises(
-        PassError, match="nothing but zeros enters it on the data, so that no error can be measured"
-    ):
+    with pytest.raises(PassError, match="its input is zero on all of the data, so no error can be measured"):
         program.merge(quantized="auto", data=[((torch.zeros(4, 64),), {})])
 
 

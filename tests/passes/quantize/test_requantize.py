@@ -135,7 +135,7 @@ def test_what_cannot_go_into_codes_stays_and_says_why(encoder):
     assert "changes the bias too" in kept["ia3"]
     assert "its branch stays at 4 of 10 sites" in kept["lora"]
     assert observe(program.run(), merged.run()).difference <= 2e-2
-    with pytest.raises(PassError, match="quantized is 'best'; it is one of keep, requantize, residual, auto"):
+    with pytest.raises(PassError, match="quantized is 'best'; give one of keep, requantize, residual, auto"):
         program.merge(quantized="best")
     with pytest.raises(PassError, match="the budget is -1"):
         program.merge(quantized="auto", budget=-1)

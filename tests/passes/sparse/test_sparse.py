@@ -215,16 +215,16 @@ def test_refused_and_said():
     found = refused(pattern="2:4")
     assert "an output has 30 inputs, which groups of 4 do not divide; use another n:m" in found["0"]
     assert "1" not in found
-    assert "infinite or no numbers" in found["2"]
+    assert "its weight contains inf or NaN; fix the model first" in found["2"]
     assert "all its values are zero" in found["3"]
     assert "blocks of 4x4 do not divide" in refused(pattern="4x4")["0"]
-    assert "takes none of its 1,920 values; ask for more" in refused(sparsity=1e-4)["0"]
+    assert "removes none of its 1,920 values; raise --sparsity" in refused(sparsity=1e-4)["0"]
     assert "all its values are above --threshold 0; train with a penalty" in refused(threshold=0)["1"]
     assert "none of its values is above --threshold 9" in refused(threshold=9)["1"]
     rounded = base.apply(surgery.Quantize(target="path:1"))
     assert "'quantize' has quantized it already; undo that, make it sparse" in refused(rounded)["1"]
     adapted = base.apply(surgery.Lora(target="path:1", rank=2))
-    assert "it carries 'lora', made for the whole weight; make it sparse first" in refused(adapted)["1"]
+    assert "it carries 'lora', made for the dense weight; make it sparse first" in refused(adapted)["1"]
     factored = base.apply(surgery.LowRank(target="path:1", rank=4), verify=False)
     assert "'low-rank' has put another" in refused(factored)["1"]
 
@@ -234,21 +234,27 @@ def test_refused_and_said():
     [
         ({"pattern": "4:4"}, r"4:4 keeps 4 of 4 values"),
         ({"pattern": "0:4"}, r"0:4 keeps 0 of 4 values"),
-        ({"pattern": "two"}, r"'two' is no pattern; it is unstructured, n:m such as 2:4, or a block"),
-        ({"pattern": "1x1"}, r"a block of 1x1 is no block"),
-        ({"pattern": "2:4", "sparsity": 0.5}, r"2:4 says how much is zero; leave out --sparsity"),
+        ({"pattern": "two"}, r"'two' is not a pattern; write unstructured, n:m such as 2:4, or a block"),
+        ({"pattern": "1x1"}, r"1x1 is not a block"),
+        ({"pattern": "2:4", "sparsity": 0.5}, r"2:4 sets the sparsity itself; leave out --sparsity"),
         ({"pattern": "2:4", "scope": "row"}, r"leave out --scope"),
-        ({"pattern": "4x4", "scope": "row"}, r"a block has several outputs"),
+        ({"pattern": "4x4", "scope": "row"}, r"a block spans several outputs"),
         ({"sparsity": 1.0}, r"--sparsity is 1.0"),
         ({"sparsity": -0.1}, r"--sparsity is -0.1"),
-        ({"threshold": 0.1, "sparsity": 0.5}, r"--threshold alone says what stays; leave out --sparsity"),
+        (
+            {"threshold": 0.1, "sparsity": 0.5},
+            r"--threshold alone decides what is kept; leave out --sparsity",
+        ),
         ({"threshold": 0.1, "criterion": "wanda"}, r"leave out --criterion wanda"),
         ({"threshold": 0.1, "pattern": "2:4"}, r"leave out --pattern 2:4"),
         ({"begin": 3}, r"--begin is for a schedule; add --schedule cubic"),
         ({"schedule": "cubic"}, r"a schedule needs an --end after its --begin of 0"),
         ({"schedule": "cubic", "begin": 5, "end": 5}, r"a schedule needs an --end after its --begin of 5"),
         ({"schedule": "cubic", "end": 5, "initial": 0.6}, r"--initial 0.6 is not below"),
-        ({"schedule": "cubic", "end": 5, "criterion": "wanda"}, r"leave out wanda"),
+        (
+            {"schedule": "cubic", "end": 5, "criterion": "wanda"},
+            r"a schedule compares the current magnitudes of weights; leave out --criterion wanda",
+        ),
     ],
     ids=str,
 )
@@ -261,7 +267,7 @@ def test_data_that_tells_nothing():
     torch.manual_seed(0)
     base = surgery.capture(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), (torch.randn(2, 8),))
     wanda = surgery.Sparse(target="path:0", criterion="wanda")
-    with pytest.raises(PassError, match="nothing but zeros enters it on the data; give data that reaches it"):
+    with pytest.raises(PassError, match="its input is zero on all of the data; give data that reaches it"):
         base.apply(wanda, data=[((torch.zeros(2, 8),), {})])
     with pytest.raises(PassError, match=r"data set 1: the input .* holds values that are no numbers"):
         base.apply(wanda, data=[((torch.full((2, 8), float("nan")),), {})])
@@ -464,8 +470,11 @@ def test_codes_that_would_not_keep_the_zeros():
     base = surgery.capture(nn.Sequential(nn.Linear(64, 8)).eval(), (torch.randn(2, 64),))
     sparse = base.apply(surgery.Sparse(target="all", pattern="2:4"))
     for options, message in (
-        ({"format": "binary"}, "binary codes have no zero; use another --format"),
-        ({"method": "gptq"}, "gptq would move values into the zeros of 'sparse'; use --method nearest"),
+        ({"format": "binary"}, "binary codes cannot represent its zeros, so use another --format"),
+        (
+            {"method": "gptq"},
+            "'sparse' has replaced its weight; gptq would move values into its zeros, so use --method nearest",
+        ),
     ):
         with pytest.raises(PassError, match=message):
             sparse.apply(surgery.Quantize(target="all", **options))
