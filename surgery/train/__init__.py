@@ -1,1 +1,1 @@
-"""Training of programs: objectives (`objective`, `objectives`), the data they read and the loop that they share."""
+"""Trains programs: objectives (`objective`, `objectives`), the data they read, and the training loop they share."""

@@ -1,4 +1,4 @@
-"""accelerate's part in a training: making its Accelerator, letting go of it, and what cannot be had with it."""
+"""Creates and releases accelerate's Accelerator, and rejects settings that do not work with it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ from surgery.train.runner import Body
 
 
 def accelerator(settings: Settings) -> Any:
-    """accelerate's own, for what was started. Raises MissingExtraError, TrainingError."""
+    """Create the Accelerator for the processes that were launched.
+
+    Raises:
+        MissingExtraError: accelerate is not installed.
+        TrainingError: accelerate formed another number of processes than WORLD_SIZE, or fp16 is asked for on a CPU.
+    """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ModuleNotFoundError:
         raise MissingExtraError("accelerate", "train") from None
-    # What trains may change along a schedule, or be a head that a batch leaves out.
+    # A schedule may freeze parameters, and a batch may not use every head. DDP must not wait for their gradients.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    # It looks for processes on CPUs only where it is told to.
+    # Accelerate forms a process group on CPUs only if `cpu` is set.
     cpu = not torch.accelerator.is_available()
     made = Accelerator(mixed_precision=settings.precision, cpu=cpu, kwargs_handlers=[unused])
     if made.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise TrainingError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes, of which accelerate makes {made.num_processes}; "
-            f"see `accelerate env`"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate formed {made.num_processes} processes; "
+            f"check the setup with `accelerate env`"
         )
-    # Accelerate would train in fp32 and not say so.
+    # Accelerate would silently train in fp32.
     if settings.precision == "fp16" and made.device.type == "cpu":
         let_go(made)
         raise TrainingError("--precision fp16 needs a GPU; on a CPU use --precision bf16")
@@ -39,42 +44,55 @@ def accelerator(settings: Settings) -> Any:
 
 
 def let_go(accelerator: Any) -> None:
-    """Leave accelerate's state to nobody: another training may want another precision."""
+    """Reset accelerate's global state, so that a later training in this process can use another precision."""
     accelerator.free_memory()
     type(accelerator.state)._reset_state()
 
 
 def check_shards(body: Body, program: Program, penalties: Sequence[Any]) -> None:
-    """Raises TrainingError for what acts on whole parameters, where these are shards."""
+    """Reject features that need whole parameters if the parameters are sharded.
+
+    Args:
+        body: the module being trained.
+        program: its program, whose schedule is checked.
+        penalties: active `--regularize` penalties.
+
+    Raises:
+        TrainingError: a schedule, a partly trained parameter, a gradual pass or a penalty meets sharded parameters.
+    """
     if not body.sharded:
         return
     schedule = program.schedule
-    for what, there in (
-        ("a schedule that changes what trains", schedule.changes),
-        ("parameters of which some values train", schedule.masks),
-        ("a pass that changes its tensors as the training goes on", body.module.__dict__["_paced"]),
+    for feature, there in (
+        ("a schedule that changes the trained parameters", schedule.changes),
+        ("a parameter with a mask of trained values", schedule.masks),
+        ("a pass that changes its tensors during training", body.module.__dict__["_paced"]),
         ("--regularize", penalties),
     ):
         if there:
             raise TrainingError(
-                f"{what} needs whole parameters, and fully sharded ones are in parts; train with data parallelism"
+                f"{feature} needs whole parameters, but fully sharded training splits them; use data parallelism"
             )
 
 
 def check_on_policy(objective: OnPolicy, settings: Settings) -> None:
-    """Raises TrainingError for settings of the descent of a loss."""
-    for what, given in (
+    """Reject settings that apply only to gradient descent on a loss.
+
+    Raises:
+        TrainingError: accumulation, penalties or mixed precision are combined with an on-policy objective.
+    """
+    for feature, given in (
         ("--accumulate", settings.accumulate > 1),
         ("--regularize", bool(settings.regularize)),
         (f"--precision {settings.precision}", settings.precision != "no"),
     ):
         if given:
-            raise alone(objective, what)
+            raise alone(objective, feature)
 
 
-def alone(objective: OnPolicy, what: str) -> TrainingError:
-    """What is said where an objective that learns from what the program does is asked for what it cannot have."""
+def alone(objective: OnPolicy, feature: str) -> TrainingError:
+    """Build the error for a setting that on-policy objectives do not support."""
     return TrainingError(
-        f"objective {objective.name!r} learns from what the program does, in one process and in the precision of its "
-        f"weights; leave out {what}"
+        f"objective {objective.name!r} learns from the program's own actions, in one process and in the precision of "
+        f"its weights; leave out {feature}"
     )

@@ -1,5 +1,7 @@
-"""Which examples a process learns from at a step, and what is drawn there: functions of the seed, so that a run that is
-resumed goes on as it would have."""
+"""Deterministic batch order: the examples and random draws of each step are a function of the seed.
+
+A resumed run therefore continues exactly as an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,14 @@ from torch import Generator
 
 
 class Order:
-    """seed: of everything. epoch: makes the batches of an epoch, as numbers of examples, with a generator. accumulate:
-    batches of a process in one step. index, processes: this process among all."""
+    """The batches of every step and the random generators of a run.
+
+    Attributes:
+        seed: seed of all draws.
+        index: index of this process.
+        processes: number of processes.
+        steps: optimizer steps per epoch.
+    """
 
     def __init__(
         self,
@@ -22,6 +30,15 @@ class Order:
         index: int = 0,
         processes: int = 1,
     ) -> None:
+        """Make the order of a run.
+
+        Args:
+            seed: seed of all draws.
+            epoch: function that makes the batches of one epoch, as example indices, with a generator.
+            accumulate: batches of one process in a step.
+            index: index of this process.
+            processes: number of processes.
+        """
         self.seed, self.index, self.processes = seed, index, processes
         self._epoch = epoch
         self._ready: tuple[int, list[list[int]]] = (-1, [])
@@ -29,17 +46,20 @@ class Order:
         self.steps = math.ceil(len(self.epoch(0)) / self._window)
 
     def epoch(self, number: int) -> list[list[int]]:
-        """The batches of an epoch, of all processes."""
+        """Return the batches of an epoch, for all processes."""
         if self._ready[0] != number:
             self._ready = (number, self._epoch(self.draw("order", number)))
         return self._ready[1]
 
     def batches(self, step: int) -> list[tuple[int, list[int], bool]]:
-        """This process's batches of a step: the place of each in the epoch, the numbers of its examples, and whether it
-        counts.
+        """Return the batches of this process for a step.
 
-        Every process has as many. One that has none of its own has another's, which does not count, at a place past the
-        end.
+        Every process gets the same number of batches, because sharded parameters are gathered by all processes
+        together. A process that runs out repeats the first batch of the step, which does not count, at a position
+        past the end.
+
+        Returns:
+            For each batch its position in the epoch, its example indices, and True if it counts.
         """
         order, start = self.epoch(step // self.steps), step % self.steps * self._window
         end = min(start + self._window, len(order))
@@ -50,10 +70,14 @@ class Order:
             for place in places
         ]
 
-    def number(self, *what: object) -> int:
-        """A number that is drawn from the seed for one purpose."""
-        text = "/".join(map(str, (self.seed, *what)))
+    def number(self, *purpose: object) -> int:
+        """Derive a number from the seed for one purpose.
+
+        A hash makes the numbers of different purposes and steps independent without any stored generator state.
+        """
+        text = "/".join(map(str, (self.seed, *purpose)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
-    def draw(self, *what: object) -> Generator:
-        return Generator().manual_seed(self.number(*what))
+    def draw(self, *purpose: object) -> Generator:
+        """Return a generator seeded for one purpose."""
+        return Generator().manual_seed(self.number(*purpose))

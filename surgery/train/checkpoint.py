@@ -1,11 +1,14 @@
-"""Checkpoints of a run: a directory for each, written aside and renamed; tensors are safetensors, the rest JSON.
+"""Checkpoints of a run: one directory each, written under a temporary name and then renamed.
 
-    run.json                    what the run is: objective, settings, program and data; a resumed one has to be the same
-    log.jsonl                   what happened
+Tensors are stored as safetensors, everything else as JSON.
+
+    run.json                    identity of the run: objective, settings, program and data
+    log.jsonl                   the training log
     step-00000120/              weights.safetensors, optimizer.safetensors, state.json
 
-The newest directory is the last checkpoint. It needs no state of a random generator, because order, dropout and masks
-are drawn anew from the seed and the step; the learning rate is a function of the step.
+The newest directory is the last checkpoint. A run can be resumed only if its identity is unchanged. No generator
+state is saved: order, dropout and masks are drawn from the seed and the step, and the learning rate is a function of
+the step.
 """
 
 from __future__ import annotations
@@ -34,8 +37,16 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 
 @dataclass
 class State:
-    """step: how many are done. best: the step of the best evaluation, and score: its metric. stale: evaluations since
-    then. scaler: of the gradient, in fp16. kept: what the objective goes on with."""
+    """Progress of a run, saved with each checkpoint.
+
+    Attributes:
+        step: number of finished steps.
+        best: step of the best evaluation, or None.
+        score: metric of the best evaluation.
+        stale: evaluations since the best one.
+        scaler: state of the gradient scaler (fp16 only).
+        kept: numbers that an on-policy objective carries from step to step.
+    """
 
     step: int = 0
     best: int | None = None
@@ -46,12 +57,22 @@ class State:
 
 
 class Weights:
-    """All that training changes: in a program what trains, buffers, and tensors that passes change; and beside it the
-    tensors that an objective learns."""
+    """All tensors that training changes.
+
+    These are the program's trained parameters, buffers, tensors that gradual passes change, and the tensors an
+    objective learns itself.
+    """
 
     def __init__(
         self, program: Program, body: Body | None = None, learned: Mapping[str, Tensor] | None = None
     ) -> None:
+        """Collect the tensors.
+
+        Args:
+            program: program being trained.
+            body: module that runs in training (default: the program's graph).
+            learned: tensors an objective trains beside the program, by checkpoint name.
+        """
         self.program, self.body = program, body or Body(program, "graph")
         self.learned = dict(learned or {})
         paced = {
@@ -69,13 +90,13 @@ class Weights:
         ]
 
     def now(self) -> dict[str, Tensor]:
-        """Copies, on the CPU. Of sharded ones every process has to ask."""
+        """Copy the tensors to the CPU. Every process must call this if parameters are sharded."""
         held = {**self.body.pull(self.names), **self.learned}
         return {name: _copied(tensor) for name, tensor in held.items()}
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Into the program, into what runs, and into what is learned beside it."""
+        """Write values into the program, into the running module, and into the objective's learned tensors."""
         held = {**self.program.changed, **self.program.tensors}
         for name in self.names:
             held[name].copy_(values[name])
@@ -85,57 +106,67 @@ class Weights:
 
 
 class Checkpoints:
-    """Those of one run, in its directory."""
+    """The checkpoints of one run, in its directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def steps(self) -> list[int]:
-        """The steps of the whole checkpoints, oldest first."""
+        """Return the steps of all complete checkpoints, oldest first."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
 
     def path(self, step: int) -> Path:
+        """Return the directory of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"
 
     def clear(self) -> None:
-        """Remove them; the log stays."""
+        """Delete all checkpoints. The log stays."""
         for step in self.steps():
             shutil.rmtree(self.path(step))
 
-    def begin(self, what: Mapping[str, Any]) -> None:
-        """Write what the run is."""
-        write_text(self.folder / RUN, json.dumps(what, indent=1))
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Write the identity of the run."""
+        write_text(self.folder / RUN, json.dumps(identity, indent=1))
 
-    def check_same(self, what: Mapping[str, Any]) -> None:
-        """Raises TrainingError where the run in the directory is another, naming what differs."""
+    def check_same(self, identity: Mapping[str, Any]) -> None:
+        """Check that the run in the directory has this identity.
+
+        Raises:
+            TrainingError: there is no run, or a part of its identity differs.
+        """
         try:
             known = json.loads((self.folder / RUN).read_text())
         except (OSError, ValueError):
-            raise TrainingError(f"{self.folder} holds no run to resume; leave out --resume") from None
-        for part, values in json.loads(json.dumps(what)).items():
+            raise TrainingError(f"{self.folder} contains no run to resume; leave out --resume") from None
+        for part, values in json.loads(json.dumps(identity)).items():
             before = known.get(part)
             if values == before:
                 continue
             if not (isinstance(values, dict) and isinstance(before, dict)):
                 raise TrainingError(
-                    f"the run to resume had another {part}; give the same, or leave out --resume"
+                    f"the run to resume used another {part}; use the same, or leave out --resume"
                 )
             name = next(n for n in {**before, **values} if values.get(n) != before.get(n))
             raise TrainingError(
-                f"the run to resume had {part} {name}={before.get(name)!r}, and not {values.get(name)!r}; give the "
+                f"the run to resume used {part} {name}={before.get(name)!r}, not {values.get(name)!r}; use the "
                 f"same, or leave out --resume"
             )
 
     def write(self, state: State, weights: Weights, optimizer: Any, writes: bool = True) -> None:
-        """Write a checkpoint, then remove those that are neither this one nor the best.
+        """Write a checkpoint, then delete all others except the best.
 
-        writes: whether this process is the one that does; of shards every process gives its own.
+        Args:
+            state: progress of the run.
+            weights: tensors to save.
+            optimizer: optimizer whose moments are saved.
+            writes: True if this process writes the files. With shards every process must still call this to gather
+                them.
         """
         path = self.path(state.step)
         now, moments = weights.now(), dict(_moments(optimizer))
         if not writes:
             return
-        if path.exists():  # of a run that was stopped between this and its removal
+        if path.exists():  # left by a run that stopped between its last write and its cleanup
             shutil.rmtree(path)
         with staged_directory(path) as folder:
             save_file(now, folder / WEIGHTS)
@@ -146,7 +177,14 @@ class Checkpoints:
                 shutil.rmtree(self.path(step))
 
     def read(self, weights: Weights, optimizer: Any) -> State:
-        """Put the last checkpoint back; the state at step 0 where there is none yet."""
+        """Restore the last checkpoint.
+
+        Returns:
+            The saved state, or a state at step 0 if there is no checkpoint yet.
+
+        Raises:
+            TrainingError: the checkpoint cannot be read.
+        """
         steps = self.steps()
         if not steps:
             return State()
@@ -160,6 +198,7 @@ class Checkpoints:
         return state
 
     def weights_of(self, step: int) -> dict[str, Tensor]:
+        """Load the weights of a checkpoint."""
         return load_file(self.path(step) / WEIGHTS)
 
 
@@ -177,11 +216,11 @@ def _moments(optimizer: Any) -> Iterable[tuple[str, Tensor]]:
 def _put_moments(optimizer: Any, stored: Mapping[str, Tensor]) -> None:
     parameters = dict(_named(optimizer))
     for full, value in stored.items():
-        key, _, name = full.partition(":")  # a name may hold another
+        key, _, name = full.partition(":")  # a name may contain more colons
         parameter = parameters[name]
-        if not value.dim():  # AdamW counts its steps on the CPU
+        if not value.dim():  # AdamW keeps its step counter on the CPU
             optimizer.state[parameter][key] = value.clone()
-        else:  # moments lie beside their parameter, and are in shards where it is
+        else:  # moments have the device of their parameter, and its shards
             optimizer.state[parameter][key] = shard_like(value.clone().to(parameter.device), parameter)
 
 

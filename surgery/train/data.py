@@ -1,4 +1,4 @@
-"""Rows of files and directories through `datasets`, and examples made of them."""
+"""Reads rows from files and directories with `datasets`, and makes examples from them."""
 
 from __future__ import annotations
 
@@ -26,23 +26,37 @@ HELD_OUT = ("validation", "valid", "dev", "test")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to learn from (a datasets.Dataset), and rows held out or None."""
+    """Rows of a data set.
+
+    Attributes:
+        train: rows to train on (a datasets.Dataset).
+        held_out: rows to evaluate on, or None.
+    """
 
     train: Any
     held_out: Any = None
 
 
 def read_rows(files: Sequence[Path], held_out: Sequence[Path] = ()) -> Rows:
-    """The rows of files of one format, or of a directory, which may have a split of its own to hold out.
+    """Read rows from files of one format or from one directory.
 
-    Raises TrainingError for what cannot be read or holds nothing, MissingExtraError without datasets.
+    Args:
+        files: files of one format, or a single directory. A directory may have its own held-out split.
+        held_out: files to evaluate on instead of the directory's split.
+
+    Returns:
+        The rows, with `held_out` None if there is nothing to evaluate on.
+
+    Raises:
+        TrainingError: a file cannot be read, or contains no rows.
+        MissingExtraError: datasets is not installed.
     """
     if len(files) == 1 and files[0].is_dir():
         splits = _load(str(files[0]), files)
         names = [name for name in HELD_OUT if name in splits]
         train = splits.get("train")
         if train is None:
-            raise TrainingError(f"{files[0]} has no data to train on, only {', '.join(splits)}")
+            raise TrainingError(f"{files[0]} has no 'train' split, only {', '.join(splits)}; add one")
         rows = Rows(train, splits[names[0]] if names else None)
     else:
         rows = Rows(_read_files(files))
@@ -50,25 +64,38 @@ def read_rows(files: Sequence[Path], held_out: Sequence[Path] = ()) -> Rows:
         rows = Rows(rows.train, _read_files(held_out))
     for part in (rows.train, rows.held_out):
         if part is not None and not len(part):
-            raise TrainingError(f"{', '.join(map(str, files))} holds no rows")
+            raise TrainingError(f"{', '.join(map(str, files))} contains no rows; add data")
     return rows
 
 
 def split(rows: Rows, share: float, seed: int) -> Rows:
-    """The rows with a share of them held out, where none are yet."""
+    """Hold out a share of the rows, unless some are held out already.
+
+    Args:
+        rows: rows to split.
+        share: share to hold out, below 1 (0: none).
+        seed: seed of the random split.
+
+    Raises:
+        TrainingError: one part of the split would be empty.
+    """
     if rows.held_out is not None or not share:
         return rows
     size = round(len(rows.train) * share)
     if not size or size == len(rows.train):
         raise TrainingError(
-            f"{share:g} of {len(rows.train)} rows is {size}: give more data, or another --held-out (0: none)"
+            f"{share:g} of {len(rows.train)} rows is {size} rows; give more data, or another --held-out (0: none)"
         )
     parts = rows.train.train_test_split(test_size=size, seed=seed)
     return Rows(parts["train"], parts["test"])
 
 
 def together(rows: Rows) -> Any:
-    """All rows, for what is decided of them."""
+    """Join the training and held-out rows, for decisions that depend on all data.
+
+    Raises:
+        TrainingError: the held-out rows have other columns.
+    """
     if rows.held_out is None:
         return rows.train
     from datasets import concatenate_datasets
@@ -76,21 +103,23 @@ def together(rows: Rows) -> Any:
     try:
         return concatenate_datasets([rows.train, rows.held_out])
     except ValueError as error:
-        raise TrainingError(f"the held-out data has other columns than the rest: {error}") from None
+        raise TrainingError(
+            f"the held-out data has other columns than the training data; rename them: {error}"
+        ) from None
 
 
 def _read_files(files: Sequence[Path]) -> Any:
     kinds = set()
     for path in files:
         if not path.is_file():
-            raise TrainingError(f"{path}: there is no such file")
+            raise TrainingError(f"{path} does not exist; check the path")
         if not path.stat().st_size:
-            raise TrainingError(f"{path} is empty")
+            raise TrainingError(f"{path} is empty; add data")
         if path.suffix not in FORMATS:
-            raise TrainingError(f"{path}: give {', '.join(FORMATS)} or a directory")
+            raise TrainingError(f"{path} has an unknown format; give {', '.join(FORMATS)} or a directory")
         kinds.add(path.suffix)
     if len(kinds) > 1:
-        raise TrainingError(f"the files are of several formats ({', '.join(sorted(kinds))}); give one")
+        raise TrainingError(f"the files have several formats ({', '.join(sorted(kinds))}); give files of one")
     (kind,) = kinds
     more = {"sep": "\t"} if kind == ".tsv" else {}
     return _load(FORMATS[kind], files, data_files=[str(path) for path in files], **more)["train"]
@@ -105,14 +134,14 @@ def _load(name: str, files: Sequence[Path], **options: Any) -> Any:
         try:
             return datasets.load_dataset(name, **options)
         except Exception as error:
-            cause = error.__cause__ or error  # datasets says where, and its cause what
+            cause = error.__cause__ or error  # datasets reports where it failed, the cause reports why
             reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
             raise TrainingError(f"{', '.join(map(str, files))} cannot be read: {reason}") from None
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and no warnings of datasets."""
+    """Silence the progress bars and warnings of datasets."""
     import datasets
 
     level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
@@ -127,7 +156,17 @@ def quiet() -> Iterator[None]:
 
 
 def make_examples(rows: Any, objective: Objective, setting: Setting) -> Examples:
-    """The examples of all rows. Raises TrainingError for a row that is wrong, by its number, or if there are none."""
+    """Make the examples of all rows.
+
+    Args:
+        rows: a datasets.Dataset.
+        objective: objective that makes examples of a row.
+        setting: data context, prepared by the objective.
+
+    Raises:
+        SurgeryError: a row is invalid. The error names the row and has the type the objective raised.
+        TrainingError: no row gives an example.
+    """
 
     def of(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         made: list[dict[str, Any]] = []
@@ -147,5 +186,5 @@ def make_examples(rows: Any, objective: Objective, setting: Setting) -> Examples
         )  # fmt: skip
     if not len(found):
         why = ", ".join(setting.counts)
-        raise TrainingError(f"none of {len(rows)} rows can be trained on: each {why}")
+        raise TrainingError(f"none of the {len(rows)} rows can be used; each {why}")
     return Examples(found, [objective.size(example) for example in found])

@@ -1,4 +1,4 @@
-"""What an objective has to know of a program to make batches for it."""
+"""Facts about a program that an objective needs to make batches for it: inputs, output widths, lengths, tokenizer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """inputs: the program's inputs by name, as in its example. widths: the last axis of each of its outputs.
+    """The data context of an objective: the program's inputs and outputs, and decisions about the data.
 
-    longest: the most tokens of an example. fixed: the one length that the program takes, or None. tokenizer: None
-    where there is none. images: how the program takes images, where these are its one input. columns: option -> column
-    of the data. decided: what the objective decided of the data. counts: sentences about rows -> of how many they are
-    true.
+    Attributes:
+        inputs: example inputs of the program, by name.
+        widths: size of the last axis of each output, by name.
+        longest: maximum number of tokens of an example.
+        fixed: the only sequence length the program accepts, or None.
+        tokenizer: tokenizer of the program, or None.
+        images: image format of the program if images are its only input, or None.
+        columns: data column of each option.
+        decided: result of the objective's `decide`.
+        counts: number of rows for each sentence about rows, such as "was cut".
     """
 
     inputs: Mapping[str, Tensor]
@@ -43,12 +49,19 @@ class Setting:
 
     @staticmethod
     def of(program: Program, tokenizer: Any = None, longest: int = 512) -> Setting:
-        """The setting of a program, which may lower `longest`."""
+        """Read the context of a program.
+
+        Args:
+            program: program to train.
+            tokenizer: its tokenizer, or None.
+            longest: maximum number of tokens of an example. The program and the tokenizer may lower it.
+        """
         captured = program.captured
         fixed: int | None = None
         ids = captured.kwargs.get("input_ids")
         if ids is not None:
             axis = next((a for a in list_axes(captured) if (a.input, a.axis) == ("input_ids", 1)), None)
+            # A program captured without a dynamic token axis accepts only the length of its example.
             if axis is None:
                 longest = fixed = int(ids.shape[1])
             else:
@@ -69,38 +82,63 @@ class Setting:
         return Setting(inputs, widths, longest, fixed, tokenizer, images)
 
     def count(self, sentence: str) -> None:
-        """Remember that something is true of one more row."""
+        """Count one more row for which a sentence is true."""
         self.counts[sentence] += 1
 
     def need_reader(self, objective: str) -> None:
-        """Raises TrainingError where the program reads neither images, nor tokens that there is a tokenizer for."""
+        """Check that the program's inputs can be made from rows.
+
+        Raises:
+            TrainingError: the program reads neither images nor tokens with a known tokenizer.
+        """
         if self.images is None:
             self.need_tokenizer(objective)
 
     def need_tokenizer(self, objective: str) -> Any:
-        """The tokenizer. Raises TrainingError where there is none, or the program reads no tokens."""
+        """Return the tokenizer.
+
+        Raises:
+            TrainingError: there is no tokenizer, or the program has no `input_ids`.
+        """
         if "input_ids" not in self.inputs:
             raise TrainingError(
-                f"objective {objective!r} is of text, and the model takes {', '.join(self.inputs) or 'no named input'}"
+                f"objective {objective!r} reads text, but the model takes {', '.join(self.inputs) or 'no named input'}"
             )
         if self.tokenizer is None:
-            raise TrainingError("no tokenizer was found with the model; name its directory with --tokenizer")
+            raise TrainingError(
+                "no tokenizer was found beside the model; name its directory with --tokenizer"
+            )
         return self.tokenizer
 
     def width(self, output: str, objective: str) -> int:
-        """How many values an output has at its last axis. An objective's own `logits` are the one output of a program
-        that has but one, whatever it is called."""
+        """Return the size of the last axis of an output.
+
+        The name `logits` also matches the only output of a program that has one output.
+
+        Args:
+            output: name of the output.
+            objective: name of the objective, for the error.
+
+        Raises:
+            TrainingError: there is no such output.
+        """
         if output in self.widths:
             return self.widths[output]
         if len(self.widths) == 1 and output == "logits":
             return next(iter(self.widths.values()))
         raise TrainingError(
-            f"objective {objective!r}: the model has no output {output!r}; it gives {', '.join(self.widths)}; put one "
-            f"on with --pass head, or load it with a --task"
+            f"objective {objective!r}: the model has no output {output!r}, only {', '.join(self.widths)}; add one "
+            f"with --pass head, or load the model with a --task"
         )
 
     def pad(self, examples: Sequence[Row]) -> dict[str, Tensor]:
-        """The program's inputs of examples: tokens, padded on the right to the longest, or images (`pixels`)."""
+        """Make the program's inputs from examples: images, or tokens padded on the right.
+
+        Tokens are padded to the longest example, or to the fixed length of the program.
+
+        Raises:
+            TrainingError: the program has an input that examples do not contain.
+        """
         if self.images is not None:
             return self.images.inputs(self.images.pixels([example["pixels"] for example in examples]))
         length = self.fixed or max(len(example["input_ids"]) for example in examples)
@@ -113,17 +151,23 @@ class Setting:
             elif name == "input_ids":
                 rows = [example[name] for example in examples]
             else:
-                raise TrainingError(f"the model takes {name!r}, which this objective does not give")
+                raise TrainingError(f"the model takes {name!r}, which this objective does not provide")
             made[name] = padded(rows, self.padding if name == "input_ids" else 0, length)
         return made
 
     @property
     def padding(self) -> int:
-        """The token that fills up short rows, which the attention mask hides."""
+        """The token id that fills up short rows. The attention mask hides it."""
         known = self.tokenizer.pad_token_id
         return int(known if known is not None else self.tokenizer.eos_token_id or 0)
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, length: int) -> Tensor:
-    """Rows of whole numbers as one tensor, filled up on the right."""
+    """Stack rows of integers into one tensor.
+
+    Args:
+        rows: rows of at most `length` integers.
+        value: padding value.
+        length: length of every row afterwards, padded on the right.
+    """
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

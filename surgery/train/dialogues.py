@@ -1,4 +1,4 @@
-"""Dialogues of rows as tokens, by a chat template."""
+"""Converts dialogues in rows to tokens with a chat template."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ Message = dict[str, str]
 
 
 def chat_template(objective: str, given: str | None, setting: Setting, instead: str = "") -> str:
-    """The chat template of a file, or the tokenizer's. instead: what else a person can say where there is none.
+    """Return the chat template of a file, or the tokenizer's.
 
-    Raises TrainingError where there is none, or the program reads no tokens.
+    Args:
+        objective: name of the objective, for errors.
+        given: path of a template file, or None.
+        setting: data context with the tokenizer.
+        instead: alternative to suggest in the error if there is no template.
+
+    Raises:
+        TrainingError: there is no template, or the program reads no tokens.
     """
     template = setting.need_tokenizer(objective).chat_template
     if given is not None:
@@ -26,35 +33,50 @@ def chat_template(objective: str, given: str | None, setting: Setting, instead: 
             raise TrainingError(f"--template {given} cannot be read: {error}") from None
     if not template:
         raise TrainingError(
-            f"objective {objective!r}: the tokenizer has no chat template; give one with --template FILE{instead}"
+            f"objective {objective!r}: the tokenizer has no chat template; pass one with --template FILE{instead}"
         )
     return str(template)
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
-    """The messages of a column that holds them. Raises TrainingError for anything else."""
+    """Return the messages of a value that is a list of messages.
+
+    Raises:
+        TrainingError: the value is anything else.
+    """
     good = isinstance(value, list) and all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in value
     )
     if not good:
-        raise TrainingError(f"column {column!r} holds no list of messages with a role and a content")
+        raise TrainingError(
+            f"column {column!r} is not a list of messages with 'role' and 'content'; fix the data"
+        )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 def messages_in(value: Any, role: str, column: str) -> list[Message]:
-    """The messages of a column of texts, each of which one of that role said, or of messages."""
+    """Return the messages of a value that is a text, one message or a list of messages.
+
+    Args:
+        value: the value of a row.
+        role: role of the speaker if the value is a text.
+        column: name of the column, for errors.
+
+    Raises:
+        TrainingError: the value is none of these.
+    """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if isinstance(value, Mapping):
         return messages_of([value], column)
     if value is None:
-        raise TrainingError(f"column {column!r} holds {value!r}, which is no text")
+        raise TrainingError(f"column {column!r} contains {value!r}, which is not a text; fix the data")
     return messages_of(value, column)
 
 
 def chat_tokens(messages: Sequence[Message], setting: Setting, **how: bool) -> list[int]:
-    """Tokens of messages by the template that was decided on."""
+    """Convert messages to tokens with the template in `setting.decided`."""
     read = setting.tokenizer
     template = setting.decided["template"]
     text = read.apply_chat_template(list(messages), chat_template=template, tokenize=False, **how)
@@ -64,10 +86,22 @@ def chat_tokens(messages: Sequence[Message], setting: Setting, **how: bool) -> l
 def answered(
     messages: Sequence[Message], setting: Setting, objective: str, start: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Tokens of a dialogue, and the same tokens with IGNORED in the place of all that is in no answer.
+    """Convert a dialogue to tokens and labels.
 
-    Answers are what the assistant says, from the message `start` on. What the template puts before one is no part of
-    it; what ends it is. Raises TrainingError for a template under which answers cannot be told apart.
+    Answers are the assistant's messages. The text that the template inserts before an answer does not belong to it;
+    the text that ends the answer does.
+
+    Args:
+        messages: the dialogue.
+        setting: data context with tokenizer and template.
+        objective: name of the objective, for the error.
+        start: index of the first message that may be an answer.
+
+    Returns:
+        The tokens, and the same tokens with IGNORED outside of answers.
+
+    Raises:
+        TrainingError: the template rewrites the start of a dialogue, so answers cannot be located.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -76,10 +110,12 @@ def answered(
             continue
         asked = chat_tokens(messages[:number], setting, add_generation_prompt=True)
         whole = chat_tokens(messages[: number + 1], setting)
+        # Answers are located by tokenizing ever longer prefixes, so each prefix must start with the one
+        # before it.
         if asked[: len(ids)] != ids or whole[: len(asked)] != asked:
             raise TrainingError(
-                f"objective {objective!r}: the chat template writes the start of a dialogue in another way once there "
-                f"is more of it, so that answers cannot be told apart; give another with --template FILE"
+                f"objective {objective!r}: the chat template changes the start of a dialogue when messages follow, so "
+                f"answers cannot be located; pass another with --template FILE"
             )
         labels += [IGNORED] * (len(asked) - len(ids)) + whole[len(asked) :]
         ids = whole

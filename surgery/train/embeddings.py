@@ -1,4 +1,4 @@
-"""One vector for each row of a batch, and how well vectors find their partners."""
+"""Pools outputs to one embedding per row, and measures how well embeddings find their partners."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ Pooling = Literal["mean", "cls"]
 
 
 def embedded(outputs: Any, name: str, pooling: Pooling, batch: Batch) -> Tensor:
-    """Rows × features of an output of tokens, of feature maps (their mean), or of one vector for each row."""
+    """Return one embedding per row (rows × features).
+
+    The output may be token states, feature maps (averaged over space), or one vector per row.
+
+    Args:
+        outputs: outputs of the module.
+        name: name of the output.
+        pooling: how token states are pooled: "mean" over unmasked tokens, or "cls" (the first token).
+        batch: batch with the attention mask.
+    """
     states = output(outputs, name).float()
     if states.dim() == 2:
         return states
@@ -30,16 +39,33 @@ def embedded(outputs: Any, name: str, pooling: Pooling, batch: Batch) -> Tensor:
 
 
 def similarities(a: Tensor, b: Tensor, kind: Literal["cos", "dot"]) -> Tensor:
-    """Of each row of a to each row of b."""
+    """Return the similarity of each row of `a` to each row of `b`.
+
+    Args:
+        a: N × features.
+        b: M × features.
+        kind: cosine or dot product.
+
+    Returns:
+        N × M.
+    """
     if kind == "cos":
         a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     return a @ b.T
 
 
 def retrieval(anchors: Tensor, positives: Tensor, kind: Literal["cos", "dot"]) -> dict[str, float]:
-    """How often an anchor's own positive is the nearest of all (accuracy), and the mean of one over its rank (mrr).
+    """Measure how well each anchor finds its own positive among all positives.
 
-    Those as near as its own share the rank: vectors that are all alike have the accuracy of chance.
+    Ties share a rank, so identical vectors score like chance.
+
+    Args:
+        anchors: N × features.
+        positives: N × features, in the order of the anchors.
+        kind: cosine or dot product.
+
+    Returns:
+        accuracy: share of anchors whose own positive is nearest. mrr: mean reciprocal rank of the own positive.
     """
     hits = ranks = 0.0
     for start in range(0, len(anchors), 1024):

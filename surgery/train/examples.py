@@ -1,4 +1,4 @@
-"""TODO"""
+"""Examples of an objective, stored in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from surgery.train.data_context import Row
 
 @dataclass(frozen=True)
 class Examples:
-    """examples: a datasets.Dataset of what the objective made of rows, `row` their numbers. sizes: of each."""
+    """A table of examples.
+
+    Attributes:
+        examples: datasets.Dataset of the objective's examples. Its column `row` has the row number of each.
+        sizes: length of each example.
+    """
 
     examples: Any
     sizes: list[int]
@@ -24,7 +29,7 @@ class Examples:
         return list(self.examples.__getitems__(list(chosen)))
 
     def digest(self) -> str:
-        """sha256 of all of them, in order."""
+        """Return the sha256 of all examples, in order."""
         found = hashlib.sha256()
         for start in range(0, len(self), 1000):
             found.update(repr(self[range(start, min(start + 1000, len(self)))]).encode())

@@ -1,7 +1,7 @@
-"""What of a program nothing that trains reaches: run once for inputs that are then read many times.
+"""Caches the part of a model that is not being trained: it runs once per input and is reused.
 
-Where adapters are on the last layers, most of a forward pass gives what it gave before. Reinforcement learning reads a
-batch of responses in several epochs, beside a reference policy, and in every product with the Fisher matrix.
+If adapters are only on the last layers, most of a forward pass never changes. Reinforcement learning reads each batch
+of responses in several epochs, next to a reference policy, and in every Fisher-vector product.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.engine.module import get, memory_of, over
 from surgery.graph.analysis.dataflow import op_name
-from surgery.graph.graphs import behind, writes
+from surgery.graph.graphs import ancestors, writes
 from surgery.graph.outputs import named_outputs
 
 if TYPE_CHECKING:
@@ -25,24 +25,39 @@ POSITIONS = "positions"
 
 
 class FrozenPart(nn.Module):
-    """trunk: gives what the tails read, for the program's inputs; a tuple. tails: the rest of the program, and of each
-    of the others; called with the program's inputs by name, what `run` gave, and `positions`.
+    """A program split into a frozen trunk and one or more trainable tails.
 
-    narrowed: the output that a tail gives at `positions` (N × T, of a row's tokens) alone, N × T × features, or "".
+    Attributes:
+        trunk: computes the cached values, a tuple, from the program's inputs.
+        tails: the rest of the program, and of each other program. A tail is called with the program's inputs by name,
+            the values of `run`, and `positions`.
+        narrowed: output that a tail computes only at `positions` (N × T token positions), as N × T × features, or "".
     """
 
     def __init__(self, trunk: nn.Module, tails: Sequence[Tail], narrowed: str) -> None:
+        """Make the module from parts. Use `of` to split a program.
+
+        Args:
+            trunk: the frozen part.
+            tails: the trainable parts.
+            narrowed: output computed only at `positions`, or "".
+        """
         super().__init__()
         self.trunk, self.narrowed = trunk, narrowed
         self.tails = nn.ModuleList(tails)
 
     @classmethod
     def of(cls, program: Program, others: Sequence[Program] = (), narrow: str = "") -> FrozenPart | None:
-        """others: programs on the same base whose frozen part is the same, such as a reference policy. narrow: an
-        output whose last op is a linear map, so that it need not be computed for every token.
+        """Split a program, if possible.
 
-        None where nothing is frozen below what trains, where a pass changes tensors as the training goes on, where an
-        op writes into a tensor, and where another program differs below.
+        Args:
+            program: program being trained.
+            others: programs on the same base with the same frozen part, such as a reference policy.
+            narrow: output of a final linear layer that need not be computed for every token.
+
+        Returns:
+            The parts, or None if nothing below the trained layers is frozen, a gradual pass changes tensors during
+            training, an op writes in place, or another program has a different frozen part.
         """
         module = program.module()
         if module.__dict__["_paced"]:
@@ -54,10 +69,11 @@ class FrozenPart(nn.Module):
             return None
         frozen = _frozen(graph, module, trained)
         if narrow and _narrows(graph, narrow):
-            frozen.discard(named_outputs(graph)[narrow])  # of every token it is more than all else
+            # Logits of every token would need more memory than all other cached values.
+            frozen.discard(named_outputs(graph)[narrow])
         kept = _kept(graph, frozen)
-        if not any(node.op == "get_attr" for node in behind(kept)):
-            return None  # masks and the like, which cost nothing
+        if not any(node.op == "get_attr" for node in ancestors(kept)):
+            return None  # only masks and similar values without weights, which are cheap to compute again
         sources = [other.module() for other in others]
         graphs = [source.graph_module(False).graph for source in sources]
         matches = [_matched(kept, module, source, its) for source, its in zip(sources, graphs, strict=True)]
@@ -74,7 +90,12 @@ class FrozenPart(nn.Module):
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-        """What the tails read for inputs of N rows, N rows each, by name; so many rows at a time."""
+        """Compute the cached values, by name, for inputs of N rows.
+
+        Args:
+            inputs: inputs of the program.
+            rows: rows per forward pass.
+        """
         count = len(next(iter(inputs.values())))
         parts = [
             self.trunk(**{name: tensor[start : start + rows] for name, tensor in inputs.items()})
@@ -84,7 +105,7 @@ class FrozenPart(nn.Module):
 
 
 class Tail(nn.Module):
-    """A program from its frozen part on; returns what the program returns."""
+    """The part of a program after its frozen trunk. It returns the outputs of the program."""
 
     def __init__(self, graph_module: fx.GraphModule, whole: fx.Graph, narrowed: str) -> None:
         super().__init__()
@@ -97,7 +118,7 @@ class Tail(nn.Module):
 
 
 def _input_names(graph: fx.Graph) -> tuple[str, ...] | None:
-    """The names by which the graph is called, one for each placeholder; None where they are nested."""
+    """Return the name of each placeholder, or None if the inputs are nested."""
     info = getattr(graph._codegen, "pytree_info", None)
     names = tuple(name for name in info.orig_args if name != "self") if info is not None else ()
     count = sum(node.op == "placeholder" for node in graph.nodes)
@@ -105,7 +126,7 @@ def _input_names(graph: fx.Graph) -> tuple[str, ...] | None:
 
 
 def _frozen(graph: fx.Graph, module: nn.Module, trained: set[int]) -> set[fx.Node]:
-    """The ops that read the inputs, and nothing that trains, and whose first axis is that of the inputs' rows."""
+    """Find the ops that depend on the inputs but on no trained parameter, and whose first axis is the batch."""
     first = next(node for node in graph.nodes if node.op == "placeholder")
     rows = first.meta["val"].shape[0]
     if not all(_by_rows(node, rows) for node in graph.nodes if node.op == "placeholder"):
@@ -121,13 +142,17 @@ def _frozen(graph: fx.Graph, module: nn.Module, trained: set[int]) -> set[fx.Nod
         elif node.op == "call_function":
             if not moving.isdisjoint(node.all_input_nodes):
                 moving.add(node)
+            # A size is not cached: the tail computes it again from the inputs.
             if op_name(node.target) != "sym_size" and not reading.isdisjoint(node.all_input_nodes):
                 reading.add(node)
     return {node for node in reading - moving if node.op == "call_function" and _by_rows(node, rows)}
 
 
 def _by_rows(node: fx.Node, rows: Any) -> bool:
-    """Whether a node gives a tensor with so many rows; what is fixed at one row may be broadcast to all."""
+    """Return True if the first axis of a node's value is the batch axis.
+
+    A value with a fixed first axis may be broadcast over rows, so it cannot be cached per row.
+    """
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not value.dim() or not isinstance(rows, torch.SymInt):
         return False
@@ -136,8 +161,8 @@ def _by_rows(node: fx.Node, rows: Any) -> bool:
 
 
 def _kept(graph: fx.Graph, frozen: set[fx.Node]) -> list[fx.Node]:
-    """The frozen ops that others read which are not, in graph order."""
-    read = behind(graph.output_node().all_input_nodes, frozen)
+    """Return the frozen ops that the rest of the graph reads, in graph order."""
+    read = ancestors(graph.output_node().all_input_nodes, frozen)
     return [
         node
         for node in graph.nodes
@@ -148,7 +173,11 @@ def _kept(graph: fx.Graph, frozen: set[fx.Node]) -> list[fx.Node]:
 def _matched(
     kept: Sequence[fx.Node], module: nn.Module, other: nn.Module, graph: fx.Graph
 ) -> list[fx.Node] | None:
-    """The nodes of another graph that compute the same of the same tensors; None where one has none."""
+    """Find the nodes of another graph that compute the same values from the same tensors.
+
+    Returns:
+        The nodes, in the order of `kept`, or None if one has no counterpart.
+    """
     named = {node.name: node for node in graph.nodes}
     pairs = [(node, named.get(node.name)) for node in kept]
     seen: set[fx.Node] = set()
@@ -161,6 +190,8 @@ def _matched(
             continue
         seen.add(node)
         if node.op == "get_attr":
+            # Programs on one base share storage, so equal memory means equal weights without a comparison of
+            # values.
             if memory_of(get(module, str(node.target))) != memory_of(get(other, str(twin.target))):
                 return None
         elif node.op != "placeholder":
@@ -174,7 +205,10 @@ def _matched(
 
 
 def _narrows(graph: fx.Graph, name: str) -> bool:
-    """Whether an output is a linear map's alone, of rows of tokens, which can be left out for most of these."""
+    """Return True if an output comes from a linear layer on token states and is read nowhere else.
+
+    Such an output can be computed for a subset of the tokens.
+    """
     node = named_outputs(graph).get(name)
     if node is None or op_name(node.target) != "linear" or len(node.users) != 1:
         return False
@@ -183,32 +217,32 @@ def _narrows(graph: fx.Graph, name: str) -> bool:
 
 
 def _at(states: Tensor, positions: Tensor) -> Tensor:
-    """N × T × features of N × L × features."""
+    """Select N × T × features from N × L × features at N × T positions."""
     return states[torch.arange(len(positions), device=positions.device).unsqueeze(1), positions]
 
 
 def _placed(fresh: fx.Graph, graph: fx.Graph, inputs: Sequence[str]) -> dict[fx.Node, fx.Node]:
-    """Placeholders of the same names in a fresh graph."""
+    """Add placeholders of the given names to a new graph."""
     own = [node for node in graph.nodes if node.op == "placeholder"]
     return {node: fresh.placeholder(name) for node, name in zip(own, inputs, strict=True)}
 
 
 def _trunk(graph: fx.Graph, kept: Sequence[fx.Node], inputs: Sequence[str]) -> fx.Graph:
-    """From the inputs to what is kept."""
+    """Build the graph from the inputs to the cached values."""
     fresh = fx.Graph()
     made = _placed(fresh, graph, inputs)
-    _copy(fresh, graph, behind(kept), made)
+    _copy(fresh, graph, ancestors(kept), made)
     fresh.output(tuple(made[node] for node in kept))
     return fresh
 
 
 def _tail(graph: fx.Graph, kept: Sequence[fx.Node], inputs: Sequence[str], narrowed: str) -> fx.Graph:
-    """From what is kept, and the inputs, to what the graph returns, flat."""
+    """Build the graph from the cached values and the inputs to the flat outputs."""
     fresh = fx.Graph()
     made = _placed(fresh, graph, inputs)
     made |= {node: fresh.placeholder(_name(number)) for number, node in enumerate(kept)}
     positions = fresh.placeholder(POSITIONS)
-    _copy(fresh, graph, behind(graph.output_node().all_input_nodes, set(kept)), made)
+    _copy(fresh, graph, ancestors(graph.output_node().all_input_nodes, set(kept)), made)
     if narrowed:
         product = made[named_outputs(graph)[narrowed]]
         with fresh.inserting_before(product):
@@ -220,12 +254,12 @@ def _tail(graph: fx.Graph, kept: Sequence[fx.Node], inputs: Sequence[str], narro
 
 
 def _copy(fresh: fx.Graph, graph: fx.Graph, nodes: set[fx.Node], made: dict[fx.Node, fx.Node]) -> None:
-    """Put copies of nodes into a graph, on top of those that are `made`, which takes them up."""
+    """Copy nodes into a new graph, on top of the nodes in `made`, and record the copies there."""
     for node in graph.nodes:
         if node in nodes and node not in made:
             made[node] = fresh.node_copy(node, made.__getitem__)
 
 
 def _name(number: int) -> str:
-    """By which a tail is given what is kept."""
+    """Return the input name of a cached value in a tail."""
     return f"kept_{number}"

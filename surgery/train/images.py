@@ -1,4 +1,4 @@
-"""Images of rows as what a model reads, and random views of them."""
+"""Converts images in rows to model inputs, and draws random augmented views of them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,16 @@ _MODES = {1: "L", 3: "RGB"}
 
 @dataclass(frozen=True)
 class Images:
-    """How a model takes images: input, its name, of batch × channels × height × width. mean, std: of each channel,
-    of values from 0 to 1, which the model takes less the mean and over std."""
+    """Image format of a model. The model input is (pixels − mean) / std for pixels from 0 to 1.
+
+    Attributes:
+        input: name of the input (batch × channels × height × width).
+        channels: number of channels.
+        height: height in pixels.
+        width: width in pixels.
+        mean: mean per channel, on the scale 0 to 1.
+        std: standard deviation per channel, on the scale 0 to 1.
+    """
 
     input: str
     channels: int
@@ -36,8 +44,16 @@ class Images:
 
     @staticmethod
     def of(program: Program, name: str, example: Tensor) -> Images:
-        """Of a program with this input. mean and std are those of the file that lies with a transformers model
-        (preprocessor_config.json), or of timm's configuration of the model; else 0 and 1."""
+        """Read the image format of a program.
+
+        mean and std come from a transformers model's preprocessor_config.json or from timm's configuration; otherwise
+        they are 0 and 1.
+
+        Args:
+            program: program with an image input.
+            name: name of the input.
+            example: example input of the program.
+        """
         channels, height, width = (int(size) for size in example.shape[1:])
         found = _statistics(program)
         mean, std = (tuple(found.get(key) or ())[:channels] for key in ("mean", "std"))
@@ -52,23 +68,34 @@ class Images:
         )
 
     def read(self, value: Any, column: str) -> bytes:
-        """The pixels of an image in a row, channels × height × width, 0 to 255, resized where it has another size.
+        """Convert one image of a row to bytes.
 
-        value: an image of PIL, a path, or numbers: height × width, with channels first or last; whole ones to 255, or
-        fractions of one. Raises TrainingError for what is none of these, MissingExtraError without pillow.
+        Args:
+            value: a PIL image, a path, or numbers (height × width, with channels first or last; integers up to 255,
+                or fractions up to 1).
+            column: name of the column, for errors.
+
+        Returns:
+            Pixels from 0 to 255 (channels × height × width), resized to the model's size.
+
+        Raises:
+            TrainingError: the value is none of these.
+            MissingExtraError: pillow is not installed.
         """
         try:
             from PIL import Image
         except ModuleNotFoundError:
             raise MissingExtraError("pillow", "train") from None
         if self.channels not in _MODES:
-            raise TrainingError(f"images have 1 or 3 channels, and the model takes {self.channels}")
+            raise TrainingError(
+                f"the model takes {self.channels} channels, but images have 1 or 3; use another model"
+            )
         if isinstance(value, str):
             try:
                 value = Image.open(value)
             except OSError as error:
                 raise TrainingError(
-                    f"column {column!r}: {value} is no image that can be read: {error}"
+                    f"column {column!r}: {value} cannot be read as an image: {error}"
                 ) from None
         if not isinstance(value, Image.Image):
             value = Image.fromarray(_array(value, column))
@@ -85,19 +112,28 @@ class Images:
         )
 
     def pixels(self, images: Sequence[bytes]) -> Tensor:
-        """Rows × channels × height × width, in fp32 from 0 to 1."""
+        """Convert stored bytes to a tensor (rows × channels × height × width, fp32 from 0 to 1)."""
         flat = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8)
         return flat.view(-1, self.channels, self.height, self.width).float() / 255
 
     def inputs(self, pixels: Tensor) -> dict[str, Tensor]:
-        """What the model takes of pixels from 0 to 1."""
+        """Normalize pixels from 0 to 1 to the model's input."""
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return {self.input: (pixels - mean) / std}
 
 
 def views(pixels: Tensor, draw: Generator, crop: float = 0.35, mirror: bool = True) -> Tensor:
-    """Another view of each image: a part of `crop` to 1 of its area, of a ratio of sides from 3/4 to 4/3, in the size
-    of the whole, mirrored half of the time (mirror), with brightness and contrast changed by up to 0.3."""
+    """Draw a random view of each image: crop, mirror, brightness and contrast.
+
+    A view shows a part of the image with an aspect ratio from 3/4 to 4/3, resized to the full size. Brightness and
+    contrast change by up to 0.3.
+
+    Args:
+        pixels: N × channels × height × width, from 0 to 1.
+        draw: random generator.
+        crop: smallest area of a view, as a share of the image.
+        mirror: mirror half of the views.
+    """
     count = len(pixels)
 
     def between(low: float, high: float) -> Tensor:
@@ -108,6 +144,8 @@ def views(pixels: Tensor, draw: Generator, crop: float = 0.35, mirror: bool = Tr
     left, top = between(-1, 1) * (1 - width), between(-1, 1) * (1 - height)
     mirrored = torch.where((torch.rand(count, generator=draw) < 0.5) & mirror, -1.0, 1.0)
     zero = torch.zeros(count)
+    # Row i of an affine matrix maps an output coordinate in [-1, 1] to an input coordinate. A negative width
+    # mirrors.
     where = torch.stack([width * mirrored, zero, left, zero, height, top], 1).view(count, 2, 3)
     grid = F.affine_grid(where, list(pixels.shape), align_corners=False)
     seen = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
@@ -117,23 +155,26 @@ def views(pixels: Tensor, draw: Generator, crop: float = 0.35, mirror: bool = Tr
 
 
 def _array(value: Any, column: str) -> Any:
-    """Height × width (× 3) of whole numbers to 255."""
+    """Convert numbers to a uint8 array of height × width (× 3), as PIL expects it."""
     try:
         found = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        raise TrainingError(f"column {column!r} holds {str(value)[:60]!r}, which is no image") from None
+        raise TrainingError(
+            f"column {column!r} contains {str(value)[:60]!r}, which is not an image"
+        ) from None
     if found.dim() == 3 and found.shape[0] in _MODES and found.shape[-1] not in _MODES:
         found = found.permute(1, 2, 0)
     if found.dim() == 3 and found.shape[-1] == 1:
         found = found[..., 0]
     if found.dim() not in (2, 3) or (found.dim() == 3 and found.shape[-1] != 3):
         raise TrainingError(
-            f"column {column!r} holds numbers of shape {list(found.shape)}, which is no image"
+            f"column {column!r} contains numbers of shape {list(found.shape)}, which is not an image"
         )
     low, high = float(found.min()), float(found.max())
     if not (low >= 0 and high <= (1 if found.is_floating_point() else 255)):
         raise TrainingError(
-            f"column {column!r} has pixels from {low:g} to {high:g}; give whole numbers to 255, or fractions of one"
+            f"column {column!r} has pixels from {low:g} to {high:g}; give integers from 0 to 255, "
+            f"or fractions from 0 to 1"
         )
     return (
         ((found * 255).round() if found.is_floating_point() else found).to(torch.uint8).contiguous().numpy()
@@ -156,4 +197,4 @@ def _statistics(program: Program) -> dict[str, Any]:
             else {}
         )
     except (ValueError, KeyError, AttributeError):
-        raise TrainingError(f"{file} does not say image_mean and image_std") from None
+        raise TrainingError(f"{file} lacks image_mean or image_std; add them") from None

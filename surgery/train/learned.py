@@ -1,7 +1,7 @@
-"""Tensors that an objective trains of its own, beside the program: weights of losses, maps from one width to another.
+"""Tensors that an objective trains beside the program, such as loss weights or projections between widths.
 
-An objective puts a `Learned` among its companions under the name LEARNED. The loop trains it with the program and keeps
-it in checkpoints; the program is saved without it.
+An objective puts a `Learned` among its companions under the name LEARNED. The loop trains it with the program and
+saves it in checkpoints. The saved program does not contain it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ LEARNED = "learned"
 
 
 class Learned(nn.Module):
-    """rate: its learning rate over the program's."""
+    """Base of modules that an objective trains beside the program.
+
+    Attributes:
+        rate: learning rate, as a multiple of the program's.
+    """
 
     rate: float = 1.0
 
@@ -25,17 +29,27 @@ class Learned(nn.Module):
 def train_learned(
     companions: Mapping[str, nn.Module], accelerator: Any, optimizer: Any, lr: float
 ) -> dict[str, Tensor]:
-    """Let the optimizer train what is learned among companions; its tensors by the names that checkpoints have.
+    """Add the objective's learned tensors to the optimizer.
 
-    Raises TrainingError in several processes, of which each would learn its own.
+    Args:
+        companions: companions of the objective.
+        accelerator: accelerate's Accelerator.
+        optimizer: optimizer of the program.
+        lr: learning rate of the program.
+
+    Returns:
+        The learned tensors by their names in checkpoints.
+
+    Raises:
+        TrainingError: training runs in several processes, where each would learn its own values.
     """
     module = companions.get(LEARNED)
     if not isinstance(module, Learned):
         return {}
     if accelerator.num_processes > 1:
         raise TrainingError(
-            "this objective learns tensors of its own beside the program's, which several processes do not share; "
-            "train in one process, or without what it learns (its options say what that is)"
+            "this objective learns tensors beside the program's, which several processes do not share; train in one "
+            "process, or turn off the objective's options that learn tensors"
         )
     named = {f"{LEARNED}:{name}": parameter for name, parameter in module.named_parameters()}
     optimizer.add_param_group(

@@ -1,4 +1,7 @@
-"""The loop: `accelerate` over a program's module, obeying its schedule, with checkpoints that continue bit for bit."""
+"""The training loop: runs accelerate on a program's module, follows its schedule, and writes checkpoints.
+
+A run resumed from a checkpoint continues bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,22 @@ from surgery.train.runner import Body
 from surgery.train.summary import counted, rates, tokens_of, unfinished
 from surgery.train.watchers import LogFile, Watcher, Watchers
 
-MOST_SKIPPED = 30  # steps of fp16 whose gradient overflows: its scale has been halved so often by then
+# Consecutive fp16 steps with overflow before training fails. Each one halves the loss scale, so a scale that is merely
+# too large recovers much earlier.
+MOST_SKIPPED = 30
 
 
 @dataclass(frozen=True)
 class Result:
-    """steps: how many were done. best: of which step the program has the weights. metrics: of it on held-out data,
-    empty where there is none; before: the same at the start. stopped: whether for lack of patience."""
+    """Result of a training.
+
+    Attributes:
+        steps: number of finished steps.
+        best: step whose weights the program has now.
+        metrics: metrics of these weights on held-out data, empty without held-out data.
+        before: the same metrics before training.
+        stopped: True if training stopped early for lack of improvement (`patience`).
+    """
 
     steps: int
     best: int
@@ -58,17 +70,30 @@ def train(
     resume: bool = False,
     watchers: Sequence[Watcher] = (),
 ) -> Result:
-    """Train a program, in place: it has the weights of the best evaluation afterwards, or the last ones.
+    """Train a program in place.
 
-    rows: see `read_rows` and `split`. folder: where checkpoints and the log go. resume: go on from the last checkpoint
-    there; program, data and options have to be the same. Raises TrainingError, PassError where nothing trains.
+    The program ends with the weights of the best evaluation, or the last weights without held-out data.
+
+    Args:
+        program: program to train, with at least one trainable parameter.
+        objective: objective to train with.
+        rows: training and held-out rows, see `read_rows` and `split`.
+        settings: options of the loop.
+        folder: directory for checkpoints and the log.
+        tokenizer: tokenizer of the program, if the objective reads text.
+        resume: continue from the last checkpoint in `folder`. Program, data and options must be unchanged.
+        watchers: receivers of progress.
+
+    Raises:
+        TrainingError: data, options or program do not fit, or a loss or gradient is not finite.
+        PassError: nothing is trainable.
     """
     made = Loop(program, objective, rows, settings or Settings(), Path(folder), tokenizer, watchers)
     return made.run(resume)
 
 
 class Loop:
-    """One training."""
+    """One training run."""
 
     def __init__(
         self,
@@ -80,6 +105,7 @@ class Loop:
         tokenizer: Any,
         watchers: Sequence[Watcher],
     ) -> None:
+        """Prepare data, module and optimizer. The arguments are those of `train`."""
         self.program, self.objective, self.settings = program, objective, settings
         if isinstance(objective, OnPolicy):
             check_on_policy(objective, settings)
@@ -92,6 +118,7 @@ class Loop:
         self.notes = counted(self.setting, "")
         self.held_out: Examples | None = None
         if rows.held_out is not None:
+            # Count skipped and cut rows separately for the held-out data.
             held = replace(self.setting, counts=type(self.setting.counts)())
             self.held_out = make_examples(rows.held_out, objective, held)
             self.notes += counted(held, "held-out ")
@@ -112,7 +139,7 @@ class Loop:
             raise
 
     def _prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Hand what trains to accelerate, and make what goes with it."""
+        """Wrap module and optimizer with accelerate, and create everything that depends on them."""
         settings, objective = self.settings, self.objective
         if isinstance(objective, OnPolicy) and self.accelerator.num_processes > 1:
             raise alone(objective, "more than one process")
@@ -128,6 +155,7 @@ class Loop:
             self.accelerator.process_index,
             self.accelerator.num_processes,
         )
+        # Companions may have random initial values. They must be the same in a resumed run.
         with torch.random.fork_rng():
             torch.manual_seed(self.order.number("companions"))
             self.companions = objective.companions(self.program)
@@ -139,10 +167,14 @@ class Loop:
         self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps))
         self.notes += unfinished(self.module.__dict__["_paced"], self.steps, self.order.steps)
 
-    # -- the whole
+    # -- the run
 
     def run(self, resume: bool) -> Result:
-        """Train to the end, and leave the best weights in the program."""
+        """Train to the end, and leave the best weights in the program.
+
+        Args:
+            resume: continue from the last checkpoint.
+        """
         try:
             return self._run(resume)
         finally:
@@ -153,36 +185,37 @@ class Loop:
             let_go(self.accelerator)
 
     def _run(self, resume: bool) -> Result:
-        what = self._identity()
-        if type(self.objective).check is not Objective.check:  # else nobody looks at the batch
+        identity = self._identity()
+        if type(self.objective).check is not Objective.check:  # making a batch may be expensive
             self.model.eval()
             first = self._batch(self.data, self.order.epoch(0)[0], self.order.draw("batch", 0, 0))
             self.objective.check(self.model, first, self.body.form)
         before = self.evaluate()
         if resume:
-            self.checkpoints.check_same(what)
+            self.checkpoints.check_same(identity)
             state = self.checkpoints.read(self.weights, self.optimizer.optimizer)
-            self.notes += [] if state.step else ["no checkpoint had been written: it starts at step 0"]
+            self.notes += [] if state.step else ["no checkpoint was found; training starts at step 0"]
             if state.scaler and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state.scaler)
         else:
             if self.accelerator.is_main_process:
-                self.checkpoints.begin(what)
+                self.checkpoints.begin(identity)
             state = State()
         self.watch.begun(state.step, self.steps)
         for note in self.notes if not state.step else ():
             self.watch.noted(0, note)
         try:
-            return self._go_on(state, before)
+            return self._train_from(state, before)
         finally:
             self.watch.ended()
 
-    def _go_on(self, state: State, before: Mapping[str, float]) -> Result:
+    def _train_from(self, state: State, before: Mapping[str, float]) -> Result:
+        """Train from a state to the last step, then restore the best weights."""
         metrics = self.evaluate() if state.step else before
         every = self.settings.evaluate or self.order.steps
         self.kept = state.kept
         if state.step:
-            self._advance(state.step - 1, said=True)
+            self._advance(state.step - 1, logged=True)
         self.model.train(not isinstance(self.objective, OnPolicy))
         stopped = False
         while state.step < self.steps and not stopped:
@@ -193,10 +226,10 @@ class Loop:
             last = state.step == self.steps
             if self.held_out is not None and (state.step % every == 0 or last):
                 metrics = self.evaluate()
-                stopped = self._judge(state, metrics) and not last
+                stopped = self._record_evaluation(state, metrics) and not last
             elif not last and state.step % (self.settings.checkpoint or every):
                 continue
-            self._keep(state)
+            self._write_checkpoint(state)
         best = state.step
         if state.best is not None and state.best != state.step:
             best = state.best
@@ -206,12 +239,13 @@ class Loop:
             self.body.pull(self.weights.names)
         return Result(state.step, best, metrics, before, stopped)
 
-    def _judge(self, state: State, metrics: Mapping[str, float]) -> bool:
-        """Note an evaluation; whether it is time to stop."""
+    def _record_evaluation(self, state: State, metrics: Mapping[str, float]) -> bool:
+        """Record an evaluation. Return True if training should stop for lack of improvement."""
         score = metrics[self.objective.metric]
         if math.isnan(score):
             raise TrainingError(
-                f"{self.objective.metric} of the held-out data is nan after step {state.step}; {self._kept_so_far()}"
+                f"{self.objective.metric} of the held-out data is NaN after step {state.step}; "
+                f"{self._last_checkpoint()}"
             )
         sign = 1 if self.objective.larger else -1
         better = state.score is None or sign * score > sign * state.score
@@ -222,7 +256,8 @@ class Loop:
         self.watch.evaluated(state.step, metrics, better)
         return self.settings.patience is not None and state.stale >= self.settings.patience
 
-    def _keep(self, state: State) -> None:
+    def _write_checkpoint(self, state: State) -> None:
+        """Write a checkpoint of a state, and log the state of the penalties."""
         for each in self.penalties:
             self.watch.noted(state.step, each.said())
         scaler = self.accelerator.scaler
@@ -232,7 +267,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def _identity(self) -> dict[str, Any]:
-        """What a resumed run has to have in common with the one that it goes on with."""
+        """Describe the run. A resumed run must have the same description."""
         program = json.dumps([self.program.base.graph_hash, self.program.journal.to_json()], sort_keys=True)
         return {
             "objective": {"name": self.objective.name, **self.objective.options()},
@@ -249,7 +284,7 @@ class Loop:
     # -- one step
 
     def _step(self, step: int) -> tuple[float, int]:
-        """One update of the weights; the loss, and how many tokens it read."""
+        """Do one optimizer step. Return the loss and the number of tokens read."""
         self._advance(step)
         rate = self.settings.rate(step, self.steps)
         for group, lr in zip(self.optimizer.param_groups, self.lrs, strict=True):
@@ -258,14 +293,14 @@ class Loop:
         batches = [
             self._batch(self.data, rows, self.order.draw("batch", step, place)) for place, rows, _ in chosen
         ]
-        # A process without a batch of its own runs another's, which does not count: shards are gathered by all.
+        # A process that has run out of batches repeats one that does not count: all processes gather shards together.
         counted = [counts for _, _, counts in chosen]
         if isinstance(self.objective, OnPolicy):
-            return self._improve(step, chosen[0][1], batches[0])
+            return self._improve_policy(step, chosen[0][1], batches[0])
         terms = [
             self.objective.terms(batch) if real else 0 for batch, real in zip(batches, counted, strict=True)
         ]
-        total = int(self._summed(torch.tensor(float(sum(terms)))))
+        total = int(self._sum_over_processes(torch.tensor(float(sum(terms)))))
         torch.manual_seed(self.order.number("dropout", step, self.accelerator.process_index))
         loss = torch.zeros((), device=self.accelerator.device)
         for i, (batch, count) in enumerate(zip(batches, terms, strict=True)):
@@ -274,12 +309,12 @@ class Loop:
                 raise self._failure(f"the loss is {float(value.detach()):g}", step, chosen[i][1], batch)
             if not value.requires_grad:
                 raise TrainingError(
-                    f"nothing that trains reaches the loss of {self.objective.name}; let something train that it "
-                    f"reads, or give the output that it is to read"
+                    f"no trainable parameter affects the loss of {self.objective.name}; unfreeze a layer it depends "
+                    f"on, or choose another output with --output"
                 )
             share = value * (count / total)
             loss += share.detach()
-            # What processes have is averaged, and each has its share of the sum.
+            # Gradients are averaged over processes, but `share` is already this process's part of the sum.
             share = share * self.accelerator.num_processes
             if i + 1 == len(batches):
                 for term in (term for each in self.penalties for term in each.terms()):
@@ -289,22 +324,25 @@ class Loop:
                 with self.accelerator.no_sync(self.model):
                     self.accelerator.backward(share)
         norm = self._clip()
+        # With a gradient scaler overflow is normal: the scaler skips the step and lowers its scale.
         if self.accelerator.scaler is None and not math.isfinite(norm):
-            said = f"the norm of the gradient is {norm:g}"
-            raise self._failure(said, step, chosen[-1][1], batches[-1])
+            problem = f"the norm of the gradient is {norm:g}"
+            raise self._failure(problem, step, chosen[-1][1], batches[-1])
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._regularize(step, rate)
         if self.accelerator.scaler is not None:
             self.skipped = self.skipped + 1 if self.accelerator.optimizer_step_was_skipped else 0
             if self.skipped == MOST_SKIPPED:
-                said = f"the gradient was not finite in {self.skipped} steps running"
-                raise self._failure(said, step, chosen[-1][1], batches[-1])
+                problem = f"the gradient was not finite in {self.skipped} consecutive steps"
+                raise self._failure(problem, step, chosen[-1][1], batches[-1])
         tokens = sum(tokens_of(batch) for batch, real in zip(batches, counted, strict=True) if real)
-        return float(self._summed(loss)), int(self._summed(torch.tensor(float(tokens))))
+        return float(self._sum_over_processes(loss)), int(
+            self._sum_over_processes(torch.tensor(float(tokens)))
+        )
 
     def _regularize(self, step: int, rate: float) -> None:
-        """Let the penalties act, and say how large they are."""
+        """Apply the penalties' proximal steps, and log the size of the penalties."""
         if not self.penalties:
             return
         for each in self.penalties:
@@ -314,14 +352,14 @@ class Loop:
         self.watch.measured(step + 1, {"penalty": size})
 
     def _clip(self) -> float:
-        """Scale the gradients down to the largest norm that is allowed; the norm that they had."""
+        """Clip the gradients. Return their norm before clipping."""
         self.accelerator.unscale_gradients()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm: Any = nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf)
         return float(norm.full_tensor() if is_shard(norm) else norm)
 
-    def _improve(self, step: int, chosen: Sequence[int], batch: Batch) -> tuple[float, int]:
-        """One step of an objective that learns from what the program has just done."""
+    def _improve_policy(self, step: int, chosen: Sequence[int], batch: Batch) -> tuple[float, int]:
+        """Do one step of an on-policy objective. Return its loss and the number of tokens read."""
         assert isinstance(self.objective, OnPolicy)
         clip = self.settings.clip or math.inf
         try:
@@ -333,63 +371,68 @@ class Loop:
         self.watch.measured(step + 1, figures)
         return loss, tokens_of(batch)
 
-    def _advance(self, step: int, said: bool = False) -> None:
-        """Let the schedule act, and say so when it does, with the number of the step that is to come.
+    def _advance(self, step: int, logged: bool = False) -> None:
+        """Apply the program's schedule for a step, and log what it changes.
 
-        said: whether it was said already, before the training was stopped.
+        Args:
+            step: number of finished steps. Log entries count from 1, so they name the step that follows.
+            logged: True if the changes of this step are in the log already, because the run is resumed.
+
+        Raises:
+            TrainingError: the schedule leaves nothing to train.
         """
         epoch_wise = self.program.schedule.unit == "epoch"
         paced = self.module.__dict__["_paced"]
         done = [each.done for each in paced]
         now = set(self.module.advance(step // self.order.steps if epoch_wise else step))
         if not now:
-            raise TrainingError(
-                f"nothing trains at step {step} of the program's schedule; give another --every"
-            )
+            raise TrainingError(f"the program's schedule trains nothing at step {step}; give another --every")
         if self.training is not None and now != self.training:
             more, less = sorted(now - self.training), sorted(self.training - now)
-            moved = [f"{len(more)} more parameters train ({more[0]}, …)"] if more else []
-            moved += [f"{len(less)} stop ({less[0]}, …)"] if less else []
+            moved = [f"{len(more)} more parameters are trained ({more[0]}, …)"] if more else []
+            moved += [f"{len(less)} parameters are frozen ({less[0]}, …)"] if less else []
             self.watch.noted(step + 1, "; ".join(moved))
         self.training = now
         for each, before in zip(paced, done, strict=True):
-            if each.done != before and before is not None and not said:
-                self.watch.noted(step + 1, f"{each.pass_.name} changed its tensors, to {each.done:.3g}")
+            if each.done != before and before is not None and not logged:
+                self.watch.noted(step + 1, f"{each.pass_.name} changed its tensors to {each.done:.3g}")
 
     def _batch(self, data: Examples, chosen: Sequence[int], draw: Generator) -> Batch:
+        """Make a batch on the device, completed by the objective's companions."""
         batch = self.objective.collate(data[chosen], self.setting, draw)
         device = self.accelerator.device
         batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
         with torch.no_grad():
             return self.objective.complete(batch, self.companions)
 
-    def _summed(self, value: Tensor) -> Tensor:
-        """The sum over processes."""
+    def _sum_over_processes(self, value: Tensor) -> Tensor:
+        """Sum a value over all processes."""
         if self.accelerator.num_processes == 1:
             return value
         return self.accelerator.reduce(value.to(self.accelerator.device), "sum")
 
-    def _failure(self, what: str, step: int, chosen: Sequence[int], batch: Batch) -> TrainingError:
+    def _failure(self, problem: str, step: int, chosen: Sequence[int], batch: Batch) -> TrainingError:
+        """Build the error for a non-finite value, with its place in the graph and the rows of the batch."""
         if self.body.sharded:
-            where = "in which of its parameters' shards is not looked for"
+            where = "sharded parameters are not searched for the cause"
         else:
             self.module.train().to(self.accelerator.device)
             with self.accelerator.autocast():
                 where = first_bad(self.module, self.objective.unpacked(batch))
         rows = ", ".join(str(example["row"]) for example in self.data[chosen])
-        return TrainingError(f"{what} at step {step + 1}, of rows {rows}; {where}; {self._kept_so_far()}")
+        return TrainingError(f"{problem} at step {step + 1}, rows {rows}; {where}; {self._last_checkpoint()}")
 
-    def _kept_so_far(self) -> str:
+    def _last_checkpoint(self) -> str:
         kept = self.checkpoints.steps()
         if not kept:
-            return "no checkpoint was written before it"
-        return f"the checkpoint of step {kept[-1]} is kept in {self.checkpoints.folder}"
+            return "no checkpoint was written before that"
+        return f"the checkpoint of step {kept[-1]} is in {self.checkpoints.folder}"
 
     # -- held-out data
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The objective's figures of the held-out data, or nothing where there is none."""
+        """Compute the objective's metrics on the held-out data, or return {} without held-out data."""
         if self.held_out is None:
             return {}
         self.model.eval()
@@ -397,7 +440,8 @@ class Loop:
         index, processes = self.order.index, self.order.processes
         order = self.objective.epoch(self.held_out, self.settings.batch, None)
         for start in range(0, len(order), processes):
-            number = min(start + index, len(order) - 1)  # shards are gathered by all
+            # A process without a batch repeats the last one: all processes must run to gather shards together.
+            number = min(start + index, len(order) - 1)
             batch = self._batch(self.held_out, order[number], self.order.draw("held out", number))
             observed = self.objective.observe(self.model, batch)
             if number == start + index:

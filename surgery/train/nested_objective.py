@@ -1,4 +1,4 @@
-"""An objective that another one is made of, as text: OBJECTIVE[,OPTION=VALUE…]."""
+"""An objective that is part of another one, written as OBJECTIVE[,OPTION=VALUE…]."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ Value = bool | int | float | str | None
 
 
 class Nested(BaseModel):
-    """objective: its name. options: those given, by name. Made of text, or of a mapping as in a recipe:
-    {objective: classification, label: stars}."""
+    """Name and options of a nested objective.
+
+    It is parsed from text, or from a mapping as in a recipe: {objective: classification, label: stars}.
+
+    Attributes:
+        objective: name of the objective.
+        options: given options, as pairs of name and value.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,15 +43,20 @@ class Nested(BaseModel):
         return given
 
     def made(self, whose: str, **defaults: Any) -> Objective:
-        """The objective. defaults: options that it has where it knows them and they are not given.
+        """Make the objective.
 
-        Raises TrainingError for an unknown one or a wrong option, and for one that no other is made of: that acts
-        itself, or reads models beside the one that trains.
+        Args:
+            whose: name of the outer option, for errors.
+            defaults: default options. Those that the objective does not have are ignored.
+
+        Raises:
+            TrainingError: the objective or an option is unknown, or the objective cannot be nested. On-policy
+                objectives, objectives with companions or several data sets, and packing cannot be nested.
         """
         cls = find_objective(make_plugin_manager(), self.objective).cls
         if issubclass(cls, OnPolicy) or cls.several or cls.companions is not Objective.companions:
             raise TrainingError(
-                f"{whose}: {self.objective} is no part of another objective; train with it alone"
+                f"{whose}: {self.objective} cannot be part of another objective; train with it alone"
             )
         fields = {key for name, field in cls.model_fields.items() for key in (name, field.alias) if key}
         options = {name.replace("-", "_"): value for name, value in self.options}
@@ -56,30 +67,34 @@ class Nested(BaseModel):
             raise TrainingError(f"{whose}: {error}") from None
         if getattr(found, "packing", False):
             raise TrainingError(
-                f"{whose}: {self.objective} packs only where it trains alone; leave out packing"
+                f"{whose}: {self.objective} cannot pack as part of another objective; leave out packing"
             )
         return found
 
 
 def nested_of(text: str) -> dict[str, Any]:
-    """The parts of the text form. Raises ValueError."""
+    """Split the text form into name and options.
+
+    Raises:
+        ValueError: the text is not OBJECTIVE[,OPTION=VALUE…].
+    """
     name, *rest = (part.strip() for part in text.split(","))
     options = []
     for part in rest:
         option, equals, value = part.partition("=")
         if not equals or not option:
-            raise ValueError(f"{part!r} is no option; write OBJECTIVE,OPTION=VALUE,…")
+            raise ValueError(f"{part!r} is not an option; write OBJECTIVE,OPTION=VALUE,…")
         options.append((option, value))
     if not name or "=" in name:
-        raise ValueError("an objective's name comes first: OBJECTIVE,OPTION=VALUE,…")
+        raise ValueError("the objective's name is missing; write OBJECTIVE,OPTION=VALUE,…")
     return {"objective": name, "options": tuple(options)}
 
 
 def under(prefix: str, observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What was observed of one of several objectives, by its own names."""
+    """Select observed tensors whose names start with a prefix, and remove the prefix."""
     return {key.removeprefix(prefix): value for key, value in observed.items() if key.startswith(prefix)}
 
 
 def score_of(objective: Objective, figures: dict[str, float]) -> float:
-    """The figure by which an objective chooses the best, so that more is better."""
+    """Return the metric that selects the best checkpoint, negated if smaller is better."""
     return figures[objective.metric] if objective.larger else -figures[objective.metric]

@@ -1,4 +1,4 @@
-"""Where numbers stop being numbers: the first node of a graph whose value holds NaN, or +inf."""
+"""Finds the first node of a graph whose value contains NaN or +inf."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from surgery.train.objective import Batch
 
 
 def first_bad(module: ProgramModule, batch: Batch) -> str:
-    """The first node of the module's graph in its mode that is not finite, in words; or that there is none."""
+    """Run the module's graph on a batch, and describe the first node that is not finite.
+
+    The description says so if every node is finite.
+    """
     found: list[str] = []
 
     class Looking(fx.Interpreter):
@@ -27,11 +30,11 @@ def first_bad(module: ProgramModule, batch: Batch) -> str:
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     with torch.no_grad():
         Looking(graph).run(*flat_inputs(graph, args, kwargs), enable_io_processing=False)
-    return found[0] if found else "every node of the graph is finite, so it is the loss itself"
+    return found[0] if found else "every node of the graph is finite, so the cause is the loss itself"
 
 
 def _bad(value: Any) -> bool:
-    """-inf is no failure: masks of attention hold it."""
+    """Return True if a value contains NaN or +inf. -inf is allowed, because attention masks contain it."""
     if isinstance(value, (tuple, list)):
         return any(_bad(item) for item in value)
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -41,9 +44,9 @@ def _bad(value: Any) -> bool:
 
 def _said(node: fx.Node) -> str:
     if node.op == "get_attr":
-        return f"the weight {node.target} holds it already"
+        return f"the weight {node.target} is already not finite"
     if node.op == "placeholder":
-        return f"the input {node.name!r} holds it already"
+        return f"the input {node.name!r} is already not finite"
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0] if stack else ""
-    return f"the first bad node is {node.name} ({node.target}){f' in {path}' if path else ''}"
+    return f"the first node that is not finite is {node.name} ({node.target}){f' in {path}' if path else ''}"

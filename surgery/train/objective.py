@@ -1,4 +1,4 @@
-"""What an objective is: a frozen pydantic model whose fields are its options, and functions of a module and a batch.
+"""Base of objectives: a frozen pydantic model whose fields are the options, with functions of a module and a batch.
 
 setting = Setting.of(program, tokenizer)
 setting = objective.prepared(rows, setting)
@@ -29,16 +29,20 @@ Batch = dict[str, Any]
 
 
 class Objective(Configured):
-    """Base of all objectives. A batch has the module's arguments under `inputs`; all else in it is the objective's.
+    """Base class of all objectives.
 
-    guesses: options that name a column -> names under which it is looked for where the option is not given. metric:
-    of what `metrics` gives, that by which the best checkpoint is chosen; larger: whether more of it is better.
-    several: whether its rows are those of several data sets, by name (see surgery.train.tables). aliases: other
-    names that it is found by.
+    A batch is a dict. `inputs` are the module's arguments; all other keys belong to the objective.
+
+    Attributes:
+        guesses: for each option that names a column, the column names to try if the option is not given.
+        metric: name of the metric that selects the best checkpoint.
+        larger: True if a larger metric is better.
+        several: True if the rows come from several named data sets (see surgery.train.tables).
+        aliases: alternative names of the objective.
     """
 
-    kind: ClassVar[str] = "objective"
-    failure: ClassVar[type[SurgeryError]] = TrainingError
+    _kind: ClassVar[str] = "objective"
+    _failure: ClassVar[type[SurgeryError]] = TrainingError
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     metric: ClassVar[str] = "loss"
     larger: ClassVar[bool] = False
@@ -46,7 +50,11 @@ class Objective(Configured):
     aliases: ClassVar[tuple[str, ...]] = ()
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
-        """The column for each option in `guesses`. Raises TrainingError where one is missing."""
+        """Return the data column of each option in `guesses`.
+
+        Raises:
+            TrainingError: no column fits an option.
+        """
         found = self.named_columns(available)
         for option in self.guesses:
             if option not in found:
@@ -57,7 +65,11 @@ class Objective(Configured):
         return found
 
     def named_columns(self, available: Sequence[str]) -> dict[str, str]:
-        """The columns that are there, given or guessed."""
+        """Return the columns that were given or can be guessed. Options without a column are left out.
+
+        Raises:
+            TrainingError: a given column is not in the data.
+        """
         found: dict[str, str] = {}
         for option, names in self.guesses.items():
             given = getattr(self, option)
@@ -72,107 +84,156 @@ class Objective(Configured):
         return found
 
     def prepared(self, rows: Any, setting: Setting) -> Setting:
-        """The setting with the columns, and with what `decide` finds in the rows (a datasets.Dataset)."""
+        """Return the setting with the columns and the decisions for these rows.
+
+        Args:
+            rows: all rows (a datasets.Dataset).
+            setting: data context of the program.
+        """
         setting = replace(setting, columns=self.columns(rows.column_names))
         return replace(setting, decided=self.decide(rows, setting))
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
-        """Everything that depends on the data as a whole, JSON-able: `setting.decided` from here on.
+        """Decide everything that depends on the data as a whole, such as the list of labels.
 
-        Raises TrainingError for data or a program that do not suit, before anything is made of a row.
+        Returns:
+            JSON-compatible values, kept as `setting.decided`.
+
+        Raises:
+            TrainingError: the data or the program does not fit the objective.
         """
         return {}
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
-        """What is trained on of one row: none (after `setting.count(why)`), one or several; numbers and lists."""
+        """Make the examples of one row, as numbers and lists.
+
+        A row may give none (after `setting.count(reason)`), one or several.
+        """
         raise NotImplementedError
 
     def size(self, example: Row) -> int:
-        """How long an example is: batches are of similar length, so that little is padding."""
+        """Return the length of an example. Batches group similar lengths to save padding."""
         return len(example.get("input_ids", ()))
 
     def epoch(self, data: Examples, batch: int, draw: Generator | None) -> list[list[int]]:
-        """The numbers of the examples of each batch: of an epoch, or (draw None) of all held-out, shortest first."""
+        """Return the example indices of each batch of an epoch.
+
+        Args:
+            data: all examples.
+            batch: examples per batch.
+            draw: random generator, or None for held-out data, which is sorted by length.
+        """
         if draw is not None:
             return self.batches(data.sizes, batch, draw)
         order = sorted(range(len(data)), key=data.sizes.__getitem__)
         return [order[i : i + batch] for i in range(0, len(order), batch)]
 
     def batches(self, sizes: Sequence[int], batch: int, draw: Generator) -> list[list[int]]:
-        """One epoch: the numbers of the examples of each batch. sizes: of all of them."""
+        """Draw the example indices of each batch of one epoch.
+
+        Args:
+            sizes: length of every example.
+            batch: examples per batch.
+            draw: random generator.
+        """
         order = torch.randperm(len(sizes), generator=draw).tolist()
+        # Sort by length only within random chunks of 16 batches: little padding, and batches still differ
+        # between epochs.
         chunk = batch * 16
         groups = [sorted(order[i : i + chunk], key=sizes.__getitem__) for i in range(0, len(order), chunk)]
         ready = [group[i : i + batch] for group in groups for i in range(0, len(group), batch)]
         return [ready[i] for i in torch.randperm(len(ready), generator=draw).tolist()]
 
     def collate(self, examples: Sequence[Row], setting: Setting, draw: Generator) -> Batch:
-        """A batch of examples. draw: whatever is random in it comes from here."""
+        """Make a batch of examples.
+
+        Args:
+            examples: examples of the batch.
+            setting: data context.
+            draw: random generator for everything random in the batch.
+        """
         raise NotImplementedError
 
     def companions(self, program: Program) -> Mapping[str, nn.Module]:
-        """Other modules that it reads beside the one that trains: a teacher, the program without its adapters; and what
-        it learns itself (see surgery.train.learned)."""
+        """Return other modules the objective needs, by name.
+
+        Examples are a teacher, a reference policy, and tensors the objective learns (see surgery.train.learned).
+        """
         return {}
 
     def complete(self, batch: Batch, companions: Mapping[str, nn.Module]) -> Batch:
-        """The batch with what companions say of it, and with what is learned; runs without gradients."""
+        """Add the companions' outputs, and the learned tensors, to the batch. Runs without gradients."""
         return batch
 
     def check(self, module: nn.Module, batch: Batch, form: str) -> None:
-        """Look at what is to train, in eval mode with its first batch; form: "live" or "graph".
+        """Check the module with its first batch, in eval mode.
 
-        Raises TrainingError where it cannot be trained in this way.
+        Args:
+            module: module to train.
+            batch: first batch.
+            form: "live" or "graph".
+
+        Raises:
+            TrainingError: the module cannot be trained in this form.
         """
 
     def unpacked(self, batch: Batch) -> Batch:
-        """The batch as the program's graph takes it."""
+        """Return the batch in the form that the program's graph accepts."""
         return batch
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """The mean over `terms(batch)` terms, to be minimised."""
+        """Return the loss to minimize, a mean over `terms(batch)` terms."""
         raise NotImplementedError
 
     def terms(self, batch: Batch) -> int:
-        """How many terms the loss is the mean of: several batches of one step weigh by it."""
+        """Return the number of terms in the mean of the loss. Gradient accumulation weights batches by it."""
         raise NotImplementedError
 
     def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """What `metrics` needs of a held-out batch; joined over all batches along axis 0."""
+        """Return the tensors of a held-out batch that `metrics` needs. They are concatenated over batches on axis 0."""
         raise NotImplementedError
 
     def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
-        """Figures of the held-out data, `loss` and `metric` among them."""
+        """Compute the metrics of the held-out data. They must include `loss` and `metric`."""
         raise NotImplementedError
 
 
 class OnPolicy(Objective):
-    """Objectives that learn from what the program does: `complete` acts with it, and a step is `improve`, once.
+    """Base class of objectives that learn from the program's own actions.
 
-    Both see the program in eval mode, because under dropout what acted and what learns would be two policies. Their
-    metrics need no `loss`.
+    `complete` acts with the program (for example samples responses), and `improve` does the whole step. Both run in
+    eval mode: with dropout, the policy that acts and the policy that learns would differ. The metrics need no `loss`.
     """
 
     def improve(
         self, module: nn.Module, batch: Batch, optimizer: Optimizer, clip: float, kept: dict[str, float]
     ) -> dict[str, float]:
-        """Change the weights after one batch; returns figures of it, `loss` among them.
+        """Update the weights from one batch.
 
-        optimizer: of all that trains, at the step's learning rate. clip: largest norm of the gradient, or infinity.
-        kept: numbers that go on from step to step, for the objective to change; empty at the first one.
-        Raises SurgeryError for what is not finite.
+        Args:
+            module: module to train.
+            batch: completed batch.
+            optimizer: optimizer of all trained parameters, at the learning rate of the step.
+            clip: maximum norm of the gradient, or infinity.
+            kept: numbers to carry from step to step. The objective changes them in place; empty at the first step.
+
+        Returns:
+            Figures to log, including `loss`.
+
+        Raises:
+            SurgeryError: a value is not finite.
         """
         raise NotImplementedError
 
 
 def run(module: nn.Module, batch: Batch) -> Any:
-    """What the module gives for a batch."""
+    """Call the module with the inputs of a batch."""
     inputs = batch["inputs"]
     return module(**inputs) if isinstance(inputs, Mapping) else module(*inputs)
 
 
 def output(outputs: Any, name: str) -> Tensor:
-    """One output by name; of a module that returns no names its first, or only, tensor."""
+    """Select an output by name. If there is no such name, or no names at all, take the first output."""
     if isinstance(outputs, Mapping):
         return outputs[name if name in outputs else next(iter(outputs))]
     return outputs if isinstance(outputs, Tensor) else outputs[0]

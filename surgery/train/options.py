@@ -1,4 +1,4 @@
-"""How training goes, whatever the objective: the options of `surgery train`."""
+"""Options of the training loop that do not depend on the objective (`surgery train`)."""
 
 from __future__ import annotations
 
@@ -12,46 +12,55 @@ from surgery.common.options import Configured
 
 
 class Settings(Configured):
-    """A step is one update of the weights, of `batch` × `accumulate` examples in each process."""
+    """Options of a training. One step updates the weights from `batch` × `accumulate` examples in each process."""
 
-    kind: ClassVar[str] = "training"
-    failure: ClassVar[type[SurgeryError]] = TrainingError
+    _kind: ClassVar[str] = "training"
+    _failure: ClassVar[type[SurgeryError]] = TrainingError
 
-    epochs: float = Field(3.0, gt=0, description="how often the data is read")
-    steps: int | None = Field(None, gt=0, description="how many steps, in place of --epochs")
-    batch: int = Field(16, gt=0, description="examples of a batch")
-    accumulate: int = Field(1, gt=0, description="batches whose gradients make one step")
-    lr: float = Field(3e-4, gt=0, description="highest learning rate")
-    decay: Literal["linear", "cosine", "constant"] = Field("linear", description="of the learning rate to 0")
-    warmup: float = Field(
-        0.1, ge=0, description="steps in which the rate rises from 0: a share below 1, or a number"
+    epochs: float = Field(3.0, gt=0, description="number of passes over the data")
+    steps: int | None = Field(None, gt=0, description="number of steps, instead of --epochs")
+    batch: int = Field(16, gt=0, description="examples per batch")
+    accumulate: int = Field(1, gt=0, description="batches per step (gradient accumulation)")
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    decay: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="decay of the learning rate to 0"
     )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's, of weight matrices")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0: any")
+    warmup: float = Field(
+        0.1,
+        ge=0,
+        description="warmup of the learning rate from 0: a share of the steps below 1, or a number of steps",
+    )
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW, on weight matrices")
+    clip: float = Field(1.0, ge=0, description="maximum norm of the gradient; 0: no clipping")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision of the forward pass")
     form: Literal["auto", "live", "graph"] = Field(
         "auto",
-        description="what runs: the live transformers model, or the program's graph (auto: live where that can hold "
+        description="module to train: the live transformers model, or the program's graph (auto: live if it supports "
         "the passes)",
     )
     checkpointing: bool = Field(
-        False, description="gradient checkpointing of the live model: less memory, more time"
+        False, description="gradient checkpointing of the live model: uses less memory and more time"
     )
-    max_length: int = Field(512, gt=1, description="most tokens of an example")
+    max_length: int = Field(512, gt=1, description="maximum tokens of an example")
     evaluate: int | None = Field(None, gt=0, description="steps between evaluations (default: an epoch)")
     patience: int | None = Field(
-        None, gt=0, description="stop after so many evaluations that are no better than the best"
+        None, gt=0, description="stop after this many evaluations without improvement"
     )
     checkpoint: int | None = Field(
-        None, gt=0, description="steps between checkpoints beside those of evaluations"
+        None, gt=0, description="steps between checkpoints, in addition to those at evaluations"
     )
     regularize: tuple[str, ...] = Field(
-        (), description="a penalty: l1=STRENGTH@TARGET, or group-lasso=STRENGTH@TARGET over filters"
+        (), description="penalty on weights: l1=STRENGTH@TARGET, or group-lasso=STRENGTH@TARGET over filters"
     )
-    seed: int = Field(0, ge=0, description="of the order of the data, of dropout, and of the split")
+    seed: int = Field(0, ge=0, description="seed of the data order, dropout and held-out split")
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step over the highest one."""
+        """Return the learning rate of a step, as a share of the peak.
+
+        Args:
+            step: step, counted from 0.
+            steps: number of steps of the training.
+        """
         warmup = round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
         if step < warmup:
             return (step + 1) / (warmup + 1)

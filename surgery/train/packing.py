@@ -1,4 +1,7 @@
-"""Examples laid in one row: no padding, and none sees another, which is tried on the model itself before it trains."""
+"""Packs the examples of a batch into one row without padding.
+
+Examples must not attend to each other. This is tested on the model itself before training.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,22 @@ from surgery.train.data_context import Row, Setting, padded
 from surgery.train.objective import Batch, output, run
 from surgery.train.tokens import IGNORED, TokenObjective
 
-# Of the logits' scale. Attention over one row in the place of several sums in another order; what leaks is far above.
+# Allowed change of the logits, relative to the largest. Packing changes the order of sums in attention; attention
+# between examples changes the logits far more than that.
 SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class PackingObjective(TokenObjective):
-    """With `packing` a batch is one row: the examples one behind the other, whole, with positions that begin anew at
-    each. There is no attention mask, so transformers' own masks keep examples apart by these positions."""
+    """Base of token objectives that can pack a batch into one row.
+
+    With `packing`, whole examples follow each other in one row, and `position_ids` restart at 0 for each. There is no
+    attention mask: transformers derives a block-diagonal mask from the positions.
+    """
 
     packing: bool = Field(
         False,
-        description="lay the examples of a batch in one row without padding, none seeing another (live transformers "
-        "models; worth it where lengths differ much)",
+        description="pack the examples of a batch into one row without padding or attention between them (live "
+        "transformers models; useful if lengths differ much)",
     )
 
     def labelled(self, examples: Sequence[Row], setting: Setting) -> Batch:
@@ -43,23 +50,30 @@ class PackingObjective(TokenObjective):
 
     @torch.no_grad()
     def check(self, module: nn.Module, batch: Batch, form: str) -> None:
-        """Raises TrainingError for a module that does not keep packed examples apart."""
+        """Check that the model keeps packed examples apart.
+
+        Raises:
+            TrainingError: the model does not, or the program trains as its graph.
+        """
         if not self.packing:
             return
         if form != "live":
             raise TrainingError(
-                f"{self.name} --packing needs the live transformers model, and this trains as its graph; leave it out"
+                f"{self.name} --packing needs the live transformers model, but this program trains as its graph; "
+                f"leave it out"
             )
         apart = in_rows(batch)
         try:
             packed = output(run(module, batch), "logits")[0]
         except TypeError as error:
-            raise _refused(self.name, f"the model does not take positions ({error})") from None
+            raise _refused(self.name, f"the model does not accept position_ids ({error})") from None
+        # Without leaks the packed row has the same logits as the examples in separate padded rows.
         expected = output(run(module, apart), "logits")[apart["inputs"]["attention_mask"].bool()]
         moved = float((packed - expected).abs().max() / expected.abs().max())
         if not moved <= SAME.get(packed.dtype, 5e-2):
             raise _refused(
-                self.name, f"packed examples see one another (logits move by {moved:.1e} of their scale)"
+                self.name,
+                f"packed examples attend to each other (logits change by {moved:.1e} of their scale)",
             )
 
 
@@ -68,7 +82,7 @@ def _refused(name: str, why: str) -> TrainingError:
 
 
 def in_rows(batch: Batch) -> Batch:
-    """The examples of a packed batch as rows with an attention mask, padded on the right."""
+    """Split a packed batch into padded rows with an attention mask."""
     inputs = batch["inputs"]
     starts = (inputs["position_ids"][0] == 0).nonzero().flatten().tolist()
     sizes = [

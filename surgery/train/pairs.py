@@ -1,4 +1,4 @@
-"""Pairs of answers to one prompt, of which people preferred one: what `reward` and `dpo` learn from."""
+"""Preference pairs: two answers to one prompt, one of them preferred. Base of `reward` and `dpo`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from surgery.train.tokens import IGNORED, next_tokens
 
 
 class PairObjective(Objective):
-    """Objectives of pairs. A batch of B pairs has 2 B rows, those chosen first; `labels` as in TokenObjective, and
-    `last`, the place of each row's last token."""
+    """Base of objectives on preference pairs.
+
+    A batch of B pairs has 2 B rows, with the chosen answers first. `labels` are those of TokenObjective, and `last`
+    is the position of the last token of each row.
+    """
 
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "prompt": ("prompt", "instruction", "question", "conversations", "messages"),
@@ -26,15 +29,19 @@ class PairObjective(Objective):
         "rejected": ("rejected", "dispreferred", "refused"),
     }
 
-    prompt: str | None = Field(None, description="column of what was asked: texts, or lists of messages")
-    chosen: str | None = Field(None, description="column of the better answer: texts, or messages")
-    rejected: str | None = Field(None, description="column of the worse answer")
-    template: str | None = Field(
-        None, description="file with a chat template (Jinja) in place of the tokenizer's"
+    prompt: str | None = Field(None, description="column of the prompt: texts, or lists of messages")
+    chosen: str | None = Field(
+        None, description="column of the preferred answer: texts, or lists of messages"
     )
-    plain: bool = Field(False, description="no chat template: an answer continues the prompt's text")
+    rejected: str | None = Field(None, description="column of the rejected answer")
+    template: str | None = Field(
+        None, description="file with a chat template (Jinja), instead of the tokenizer's"
+    )
+    plain: bool = Field(
+        False, description="use no chat template: the answer continues the text of the prompt"
+    )
     max_prompt: int | None = Field(
-        None, gt=0, description="most tokens of a prompt; of a longer one the last are kept"
+        None, gt=0, description="maximum tokens of a prompt; a longer prompt loses its first tokens"
     )
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
@@ -51,7 +58,7 @@ class PairObjective(Objective):
         if self.plain:
             setting.need_tokenizer(self.name)
             return {"template": None}
-        return {"template": chat_template(self.name, self.template, setting, ", or say --plain")}
+        return {"template": chat_template(self.name, self.template, setting, ", or use --plain")}
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
         prompt, *answers = self._messages(row, setting)
@@ -61,18 +68,17 @@ class PairObjective(Objective):
             over = 0 if self.max_prompt is None else _asked(labels) - self.max_prompt
             if over > 0:
                 ids, labels = ids[over:], labels[over:]
+                # Both answers share the prompt, so a cut prompt is counted once.
                 if kind == "chosen":
-                    setting.count(f"has a prompt of which the last {self.max_prompt} tokens were kept")
+                    setting.count(f"has a prompt that was cut to its last {self.max_prompt} tokens")
             if len(ids) > setting.longest:
-                setting.count(f"has a {kind} answer that ends behind {setting.longest} tokens and was cut")
+                setting.count(f"has a {kind} answer that exceeds {setting.longest} tokens and was cut")
             made[kind], labels = ids[: setting.longest], next_tokens(labels[: setting.longest])
             made[f"{kind}_labels"] = labels
         if any(all(label == IGNORED for label in made[f"{kind}_labels"]) for kind in ("chosen", "rejected")):
-            setting.count(f"has no answer within {setting.longest} tokens and was left out")
+            setting.count(f"has no answer within {setting.longest} tokens and was skipped")
         elif made["chosen"] == made["rejected"]:
-            setting.count(
-                f"has two answers that do not differ within {setting.longest} tokens and was left out"
-            )
+            setting.count(f"has answers that are equal within {setting.longest} tokens and was skipped")
         else:
             yield made
 
@@ -94,8 +100,10 @@ class PairObjective(Objective):
         return len(batch["labels"]) // 2
 
     def _messages(self, row: Row, setting: Setting) -> tuple[list[Message], list[Message], list[Message]]:
-        """What was asked, and the better and the worse answer; the prompt is what both begin with where no column
-        holds it."""
+        """Return the messages of the prompt, the chosen and the rejected answer.
+
+        Without a prompt column, the prompt is the common start of both dialogues.
+        """
         columns = setting.columns
         chosen, rejected = (
             messages_in(row[columns[k]], "assistant", columns[k]) for k in ("chosen", "rejected")
@@ -110,15 +118,18 @@ class PairObjective(Objective):
         for name, messages in (("chosen", chosen), ("rejected", rejected)):
             if not messages or messages[0]["role"] != "assistant":
                 raise TrainingError(
-                    f"column {columns[name]!r} holds no answer: its first message behind the prompt is not the "
-                    f"assistant's"
+                    f"column {columns[name]!r} contains no answer: its first message after the prompt is not the "
+                    f"assistant's; fix the data"
                 )
         return prompt, chosen, rejected
 
     def _tokens(
         self, prompt: list[Message], answer: list[Message], setting: Setting
     ) -> tuple[list[int], list[int]]:
-        """Tokens of both, up to the token that ends the answer: what a policy would have sampled; and the labels."""
+        """Return tokens and labels of a prompt and an answer, up to the end token.
+
+        The end token is the last one that a policy would sample, so text the template adds after it is dropped.
+        """
         read, end = setting.tokenizer, setting.tokenizer.eos_token_id
         if setting.decided["template"] is None:
             asked = list(read("".join(m["content"] for m in prompt))["input_ids"])
@@ -133,10 +144,10 @@ class PairObjective(Objective):
 
 
 def _asked(labels: Sequence[int]) -> int:
-    """How many tokens stand before the first of an answer."""
+    """Return the number of tokens before the answer."""
     return next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
 
 
 def pair_accuracy(margin: Tensor) -> float:
-    """The share of pairs whose margin is above 0; a tie is half of one, which is what chance makes of it."""
+    """Return the share of pairs with a positive margin. A tie counts one half, the accuracy of chance."""
     return float((margin > 0).double().mean() + (margin == 0).double().mean() / 2)

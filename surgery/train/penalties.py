@@ -1,11 +1,11 @@
-"""Penalties that let training decide which values of weights are zero: L1 and the group lasso, for any loop's loss.
+"""Penalties that drive weights to zero, L1 and the group lasso, for use in any training loop.
 
     penalty = surgery.penalties.group_lasso(program, "conv", 1e-3, over="filters")
     loss = criterion(module(x), y) + penalty()
 
-A gradient of a norm brings values near zero and never to it. For exact zeros leave the term out of the loss and take
-the proximal step in its place, after the optimiser's: `penalty.prox_(rate)`. Then
-`Sparse(threshold=0)` makes what is left the support, for good, and `Filter(source="nonzero")` lets it alone train.
+The gradient of a norm brings values close to zero but not exactly to zero. For exact zeros, leave the term out of the
+loss and call `penalty.prox_(rate)` after each optimizer step. Afterwards `Sparse(threshold=0)` keeps the zeros
+permanently, and `Filter(source="nonzero")` trains only the remaining values.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from surgery.engine.module import ProgramModule
 from surgery.engine.program import Program
 from surgery.graph.ops import CONV, NORM
 from surgery.graph.rewrite.current import weight_reader
+from surgery.graph.rewrite.refusals import computed_weight
 from surgery.graph.sites import Site
 from surgery.graph.targets import select_sites
 from surgery.live.state import state_of
@@ -36,8 +37,16 @@ Over = Literal["values", "filters", "rows", "columns", "blocks"]
 
 @dataclass(frozen=True)
 class _Place:
-    """A weight as its op reads it. node: what it reads. rows: outputs that count (None: all), where a target names
-    parts of a fused projection. held: the tensor that says which of its values train (None: all)."""
+    """A penalized weight, as its op reads it.
+
+    Attributes:
+        path: path of the site, for errors.
+        node: graph node of the weight.
+        layout: axes of the weight.
+        groups: groups of a convolution.
+        rows: penalized output rows (None: all), if a target names parts of a fused projection.
+        held: mask of the trained values (None: all).
+    """
 
     path: str
     node: fx.Node
@@ -49,10 +58,17 @@ class _Place:
 
 @dataclass(frozen=True)
 class Penalty:
-    """strength × Σ √|g| ‖w_g‖₂ over groups g of the values of weights (of one value each: the L1 norm Σ |w|).
+    """strength × Σ √|g| ‖w_g‖₂ over groups g of values of the weights.
 
-    module: whose tensors are read. The weights are those that the ops read: of a sparse one what its mask leaves, of
-    one with a sparse update their sum; what adapters add beside an op does not count.
+    With groups of one value this is the L1 norm, strength × Σ |w|. The weights are the effective ones: a masked
+    weight counts with its mask, and a sparse update is added to its weight. Parallel adapter branches do not count.
+
+    Attributes:
+        module: module whose tensors are read.
+        strength: factor of the penalty.
+        over: kind of group.
+        block: size of a block in outputs × inputs, if `over` is "blocks".
+        places: penalized weights.
     """
 
     module: nn.Module
@@ -62,7 +78,7 @@ class Penalty:
     places: tuple[_Place, ...]
 
     def __call__(self) -> Tensor:
-        """The term to add to the loss; a group that is zero has no gradient from it."""
+        """Return the term to add to the loss. The gradient of a group that is zero is zero."""
         terms = []
         for place in self.places:
             norms, size = self._norms(place, self._laid(place))
@@ -71,17 +87,21 @@ class Penalty:
 
     @property
     def has_steps(self) -> bool:
-        """Whether `prox_` can be taken: each of its weights is one parameter, masked or not."""
+        """True if `prox_` can be used: each weight is one parameter, with or without a mask."""
         return all(self._stored(place)[0].op == "get_attr" for place in self.places)
 
     @torch.no_grad()
     def prox_(self, rate: float) -> None:
-        """The proximal step, in place, of what trains now: each group shrinks by rate × strength × √|g|, or is zero.
+        """Do the proximal step in place: shrink each trained group by rate × strength × √|g|, but not below zero.
 
-        rate: the optimiser's learning rate. Raises PassError where a pass computes the weight from several tensors.
+        Args:
+            rate: learning rate of the optimizer.
+
+        Raises:
+            PassError: the rate is not positive, or a pass computes a weight from several tensors.
         """
         if not rate > 0 or not math.isfinite(rate):
-            raise PassError(f"prox_ takes the learning rate, a positive number, and it is {rate}")
+            raise PassError(f"prox_: the learning rate is {rate}; pass a positive number")
         for place in self.places:
             parameter, masks = self._parameter(place)
             if not parameter.requires_grad:
@@ -101,23 +121,25 @@ class Penalty:
 
     @torch.no_grad()
     def zeros(self) -> tuple[int, int]:
-        """How many of its groups are exactly zero, and how many there are."""
+        """Return the number of groups that are exactly zero, and the number of all groups."""
         found = [self._norms(place, self._laid(place))[0] for place in self.places]
         return sum(int((norms == 0).sum()) for norms in found), sum(norms.numel() for norms in found)
 
     def _laid(self, place: _Place) -> Tensor:
+        """Return a weight in the common layout (experts × outputs × kernel × inputs), in float32 at least."""
         value = self._value(place.node)
         laid = place.layout.laid(value if value.dtype == torch.float64 else value.float())
         return laid if place.rows is None else laid[:, list(place.rows)]
 
     def _value(self, node: fx.Node) -> Any:
+        """Evaluate a graph node on the current tensors of the module."""
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.module)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _grouped(self, place: _Place, laid: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The laid-out weight as a view with the axes of a group, and which these are."""
+        """Reshape a weight so that each group spans whole axes. Return it and these axes."""
         experts, outputs, kernel, inputs = laid.shape
         if self.over == "columns":
             return laid.reshape(experts, place.groups, outputs // place.groups, kernel, inputs), (2, 3)
@@ -127,14 +149,14 @@ class Penalty:
         return laid, (2, 3)
 
     def _norms(self, place: _Place, laid: Tensor) -> tuple[Tensor, int]:
-        """The norm of each group, and how many values a group has."""
+        """Return the norm of each group, and the number of values per group."""
         if self.over == "values":
             return laid.abs(), 1
         grouped, axes = self._grouped(place, laid)
         return torch.linalg.vector_norm(grouped, dim=axes), math.prod(grouped.shape[axis] for axis in axes)
 
     def _spread(self, place: _Place, factor: Tensor, laid: Tensor) -> Tensor:
-        """One value for each of a laid-out weight from one for each group."""
+        """Expand one factor per group to one factor per value."""
         if self.over == "values":
             return factor
         grouped, axes = self._grouped(place, laid)
@@ -143,18 +165,18 @@ class Penalty:
         return factor.expand(grouped.shape).reshape(laid.shape)
 
     def _parameter(self, place: _Place) -> tuple[Tensor, list[Tensor]]:
-        """The parameter of a place, and the masks outside of which it stays as it is."""
+        """Return the parameter of a weight, and masks of the values that may change."""
         node, over = self._stored(place)
         if node.op != "get_attr":
             raise PassError(
-                f"prox_ at {place.path}: a pass computes its weight there; add the penalty to the loss instead"
+                f"prox_ at {place.path}: a pass computes this weight; add the penalty to the loss instead"
             )
         held = [] if place.held is None else [place.held]
         return self._value(node), [*held, *map(self._value, over)]
 
     @staticmethod
     def _stored(place: _Place) -> tuple[fx.Node, list[fx.Node]]:
-        """The node under the masks of a place, and these."""
+        """Return the node below the masks of a weight, and the masks."""
         node: Any = place.node
         masks = []
         while node.target is aten.where.ScalarOther:
@@ -164,10 +186,18 @@ class Penalty:
 
 
 def l1(of: Program | nn.Module, target: str, strength: float) -> Penalty:
-    """strength × Σ |w| over the weights that the target names (the lasso, Tibshirani 1996).
+    """Make the L1 penalty strength × Σ |w| (the lasso, Tibshirani 1996).
 
-    of: a program, its module, or a live model that carries surgery. Of norms too: with L1 on their scales training
-    decides on channels (Liu et al. 2017, arXiv:1708.06519). Raises TargetError, PassError.
+    It also applies to norms: L1 on their scales selects channels (Liu et al. 2017, arXiv:1708.06519).
+
+    Args:
+        of: a program, its module, or a live model that carries surgery.
+        target: target of the penalized weights.
+        strength: factor of the penalty.
+
+    Raises:
+        TargetError: the target matches nothing.
+        PassError: the strength is not positive, or a weight cannot be penalized.
     """
     return _made(of, target, strength, "values", (1, 1))
 
@@ -179,27 +209,37 @@ def group_lasso(
     over: Literal["filters", "rows", "columns", "blocks"] = "filters",
     block: str = "4x4",
 ) -> Penalty:
-    """strength × Σ √|g| ‖w_g‖₂ over groups of the values of each weight (Yuan & Lin 2006): these become zero together.
+    """Make the group lasso strength × Σ √|g| ‖w_g‖₂ (Yuan & Lin 2006). The values of a group become zero together.
 
-    over: filters, or rows, which is the same (all that makes one output: a filter of a convolution, a row of a linear
-    map); columns (all that one input enters); blocks (of outputs by inputs, such as 4x4). The rest as for `l1`.
+    Args:
+        of: a program, its module, or a live model that carries surgery.
+        target: target of the penalized weights.
+        strength: factor of the penalty.
+        over: "filters" or "rows" (the weights of one output; a filter of a convolution, a row of a linear layer),
+            "columns" (the weights of one input), or "blocks".
+        block: size of a block in outputs × inputs, such as "4x4".
+
+    Raises:
+        TargetError: the target matches nothing.
+        PassError: an option is invalid, or a weight cannot be penalized.
     """
     if over not in ("filters", "rows", "columns", "blocks"):
-        raise PassError(f"group_lasso is over filters, rows, columns or blocks, and not {over!r}")
+        raise PassError(f"group_lasso: over is {over!r}; use filters, rows, columns or blocks")
     try:
         size = Pattern.parse(block).block if over == "blocks" else (1, 1)
     except ValueError as error:
         raise PassError(f"group_lasso: {error}") from None
     if over == "blocks" and size == (1, 1):
-        raise PassError(f"group_lasso: {block!r} is no block of outputs by inputs; give one such as 4x4")
+        raise PassError(f"group_lasso: {block!r} is not a block of outputs by inputs; give one such as 4x4")
     return _made(of, target, strength, over, size)
 
 
 def _made(
     of: Program | nn.Module, target: str, strength: float, over: Over, block: tuple[int, int]
 ) -> Penalty:
+    """Find the weights of a target and make their penalty. Calls that share a weight count once."""
     if isinstance(strength, bool) or not math.isfinite(strength) or strength <= 0:
-        raise PassError(f"a penalty's strength is a positive number, and it is {strength}")
+        raise PassError(f"the strength of a penalty is {strength}; pass a positive number")
     program, module = _program(of)
     masks = module.__dict__["_masks"]
     places: dict[str, _Place] = {}
@@ -224,32 +264,31 @@ def _program(of: Program | nn.Module) -> tuple[Program, nn.Module]:
         program = program_of(of)
         return program, program.module()
     raise PassError(
-        f"a penalty is of a program, its module, or a live model that carries surgery, and this is a "
+        f"a penalty needs a program, its module, or a live model that carries surgery, not a "
         f"{type(of).__name__}; surgery.capture(model, inputs) makes a program of one"
     )
 
 
 def _refused(program: Program, site: Site, over: Over, block: tuple[int, int]) -> str | None:
+    """Return why a weight cannot be penalized, or None."""
     if site.weight is None:
-        return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+        return computed_weight(site)
     if site.packed or not site.dtype.is_floating_point:
-        return "its weight is packed or no floating-point one; leave it out with !"
+        return "its weight is packed or not floating-point; exclude it with !"
     if site.kind == NORM and over != "values":
-        return "a norm has no groups, only single values; use l1, or leave it out with !"
+        return "a norm has single values and no groups; use l1, or exclude it with !"
     if site.kind == CONV and site.layout == "io" and site.groups > 1 and over != "values":
-        return (
-            "a transposed convolution with groups has no filters of its own; use l1, or leave it out with !"
-        )
+        return "groups of filters are not supported in a grouped transposed convolution; use l1, or exclude it with !"
     sizes = Layout.of(site).sizes
     if sizes[1] % block[0] or sizes[3] % block[1]:
-        return f"it has {sizes[1]} outputs by {sizes[3]} inputs, which blocks of {block[0]}x{block[1]} do not divide"
+        return f"blocks of {block[0]}x{block[1]} do not divide {sizes[1]} outputs by {sizes[3]} inputs; change it"
     if not any(program.trains(name) for name in _read(weight_reader(site.calls[0])[1])):
-        return "nothing of its weight trains, so that a penalty does nothing; let it train, or leave it out with !"
+        return "its weight is frozen, so a penalty has no effect; train it, or exclude it with !"
     return None
 
 
 def _read(node: fx.Node) -> set[str]:
-    """Names of the tensors from which a value is computed."""
+    """Return the names of the tensors a node is computed from."""
     if node.op == "get_attr":
         return {str(node.target)}
     return {name for each in node.all_input_nodes for name in _read(each)}

@@ -1,4 +1,4 @@
-"""The reference policy of a program that trains: what it was before, in the same storage."""
+"""The reference policy of a training: the program before training, in the same storage."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 
 def reference_of(program: Program) -> Program:
-    """The program with everything left out that trains: adapters, heads, and selections of the base's own weights,
-    which are as they were before them. It shares all other tensors with the program; run it, and train the program.
+    """Return the program without everything that trains: adapters, heads, and selections of trained base weights.
 
-    Raises TrainingError where something trains that nothing holds as it was, so that there is no such policy.
+    Undoing a selection restores the base weights from before training. All other tensors are shared with the program.
+    Run the reference, and train the program.
+
+    Raises:
+        TrainingError: a trained parameter was made by no pass and has no saved original value.
     """
     program.own()
     held = {**program.changed, **program.tensors}
@@ -33,13 +36,13 @@ def reference_of(program: Program) -> Program:
     moving = next((name for name, tensor in left.state().items() if id(tensor) in trained), None)
     if moving is not None:
         raise TrainingError(
-            f"{moving} trains, and no pass that could be left out of the reference policy makes it; put on an adapter "
-            f"(--pass lora), select what trains (--pass full), or keep a copy of it all with --reference start"
+            f"{moving} trains, but no pass made it, so no reference policy without it exists; add an adapter "
+            f"(--pass lora), select what trains (--pass full), or copy the whole program with --reference start"
         )
     return left
 
 
 def copy_of(program: Program) -> Program:
-    """The program as it is now, with copies of what it inserted and changed."""
+    """Copy the program in its current state, including all tensors that passes inserted or changed."""
     program.own()
     return type(program)(program.base, program.journal, *program.copies())

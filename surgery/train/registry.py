@@ -1,4 +1,4 @@
-"""Objectives by name, from every plugin of a manager."""
+"""Finds objectives by name in all plugins of a manager."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ ObjectiveInfo = Info[type[Objective]]
 
 
 def objectives(plugins: Plugins) -> dict[str, ObjectiveInfo]:
-    """Objectives by name. Raises PluginError where two distributions register one name."""
+    """Return all registered objectives by name.
+
+    Raises:
+        PluginError: two distributions register the same name.
+    """
     found: dict[str, ObjectiveInfo] = plugins.once(
         "surgery_objectives", lambda: plugins.named("surgery_objectives", Objective, "objectives")
     )
@@ -18,7 +22,11 @@ def objectives(plugins: Plugins) -> dict[str, ObjectiveInfo]:
 
 
 def find_objective(plugins: Plugins, name: str) -> ObjectiveInfo:
-    """The objective of that name, or of that other name; TrainingError with the nearest names."""
+    """Return the objective with this name or alias.
+
+    Raises:
+        TrainingError: there is no such objective. The error suggests the nearest names.
+    """
     known = objectives(plugins)
     if name not in known:
         alias = next((info for info in known.values() if name in info.cls.aliases), None)

@@ -1,4 +1,4 @@
-"""`--regularize l1=1e-4@TARGET`: penalties on weights while they train."""
+"""Penalties of `surgery train`, from texts such as `--regularize l1=1e-4@TARGET`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ KINDS = {"l1": l1, "group-lasso": group_lasso}
 
 @dataclass(frozen=True)
 class Regularizer:
-    """A penalty and how it acts: by its proximal step after the optimiser's, which reaches zero; or, where a pass
-    computes a weight that it is on, as a term of the loss, which does not.
+    """A penalty and how it is applied.
 
-    text: as it was given.
+    The proximal step after the optimizer's step reaches exact zeros. If a pass computes one of the weights, that step
+    is impossible, and the penalty is added to the loss.
+
+    Attributes:
+        text: text of the option.
+        penalty: the penalty.
     """
 
     text: str
@@ -26,7 +30,13 @@ class Regularizer:
 
     @staticmethod
     def of(program: Program, text: str) -> Regularizer:
-        """What a text says. Raises TrainingError for another, TargetError, PassError."""
+        """Parse the text of the option.
+
+        Raises:
+            TrainingError: the text is not KIND=STRENGTH@TARGET.
+            TargetError: the target matches nothing.
+            PassError: a weight cannot be penalized.
+        """
         kind, _, rest = text.partition("=")
         strength, at, target = rest.partition("@")
         try:
@@ -41,27 +51,28 @@ class Regularizer:
 
     @property
     def proximal(self) -> bool:
+        """True if the penalty uses the proximal step."""
         return self.penalty.has_steps
 
     def notes(self) -> list[str]:
-        """What a person has to know before training."""
+        """Return the notes to log before training."""
         if self.proximal:
             return []
         return [
-            f"--regularize {self.text}: a pass computes a weight there, so that it is a term of the loss, under which "
-            f"values come near zero and never to it"
+            f"--regularize {self.text}: a pass computes one of these weights, so the penalty is added to the loss; "
+            f"values come close to zero but not exactly to it"
         ]
 
     def terms(self) -> list[Tensor]:
-        """What is added to the loss."""
+        """Return the terms to add to the loss."""
         return [] if self.proximal else [self.penalty()]
 
     def step(self, rate: float) -> None:
-        """After the optimiser's step, at this learning rate."""
+        """Apply the proximal step after an optimizer step with this learning rate."""
         if self.proximal:
             self.penalty.prox_(rate)
 
     def said(self) -> str:
-        """What it has come to."""
+        """Describe how many groups are zero now."""
         zeros, groups = self.penalty.zeros()
         return f"{self.text}: {zeros:,} of {groups:,} {self.penalty.over} are zero"

@@ -1,4 +1,4 @@
-"""What a training is told: an objective, the data, and how it goes. The command line and a recipe both make one."""
+"""A complete training request: objective, data and settings. The command line and recipes both make one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ _OWN = ("objective", "data", "held_out", "tokenizer")
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """data: files of one format, or one directory, by the name of the data set: "" where an objective reads but one.
-    held_out: a share of it below 1 (0: none), or a file. tokenizer: a directory, in place of the tokenizer that lies
-    with the model."""
+class TrainingRequest:
+    """A training request.
+
+    Attributes:
+        objective: objective to train with.
+        data: files of one format, or one directory, by name of the data set. The name is "" if the objective reads
+            one data set.
+        held_out: share of the data to hold out, below 1 (0: none), or a file.
+        tokenizer: directory of a tokenizer that replaces the model's own, or None.
+        settings: options of the loop.
+    """
 
     objective: Objective
     data: Mapping[str, tuple[Path, ...]]
@@ -32,7 +39,12 @@ class Lesson:
     settings: Settings = field(default_factory=Settings)
 
     def rows(self) -> Rows:
-        """The data, with what is held out. Raises TrainingError, MissingExtraError."""
+        """Read the data and split off the held-out rows.
+
+        Raises:
+            TrainingError: the data cannot be read or split.
+            MissingExtraError: datasets is not installed.
+        """
 
         seed = self.settings.seed
         if not self.objective.several:
@@ -41,38 +53,46 @@ class Lesson:
             return split(read_rows(self.data[""], files), share, seed)
         if isinstance(self.held_out, Path):
             raise TrainingError(
-                f"--held-out {self.held_out}: of several data sets give a share, or directories that have splits of "
-                f"their own"
+                f"--held-out {self.held_out}: with several data sets give a share, or directories with their own "
+                f"held-out splits"
             )
         share = self.held_out
         return joined({name: split(read_rows(files), share, seed) for name, files in self.data.items()})
 
     def written(self) -> dict[str, Any]:
-        """What `parse` reads back."""
+        """Return the request as a mapping that `parse` accepts."""
         return {
-            "objective": {"name": self.objective.name, **self.objective.given_options()},
+            "objective": {"name": self.objective.name, **self.objective.options(given_only=True)},
             "data": [str(f) for f in self.data[""]]
             if "" in self.data
             else {name: [str(f) for f in files] for name, files in self.data.items()},
             "held_out": self.held_out if isinstance(self.held_out, float) else str(self.held_out),
             **({"tokenizer": self.tokenizer} if self.tokenizer else {}),
-            **self.settings.given_options(),
+            **self.settings.options(given_only=True),
         }
 
     @staticmethod
-    def parse(given: Mapping[str, Any], plugins: Plugins) -> Lesson:
-        """From untrusted options by name: those of a lesson, and all of Settings. An objective is a name, or a mapping
-        of `name` and its options. Raises TrainingError."""
+    def parse(given: Mapping[str, Any], plugins: Plugins) -> TrainingRequest:
+        """Parse untrusted options.
+
+        Args:
+            given: options of a request and of Settings, by name. An objective is a name, or a mapping of `name` and
+                its options.
+            plugins: plugin manager with the objectives.
+
+        Raises:
+            TrainingError: an option is unknown or invalid.
+        """
         wanted = given.get("objective")
         asked = {"name": wanted} if isinstance(wanted, str) else wanted
         if not isinstance(asked, Mapping) or not isinstance(asked.get("name"), str):
-            raise TrainingError("'objective' is a name, or a mapping of 'name' and its options")
+            raise TrainingError("'objective' is invalid; give a name, or a mapping of 'name' and its options")
         options = {_key(key): value for key, value in asked.items() if key != "name"}
         objective = find_objective(plugins, asked["name"]).cls.parse(options)
         data = _files(given.get("data"), objective)
         settings = {_key(key): value for key, value in given.items() if _key(key) not in _OWN}
         tokenizer = given.get("tokenizer")
-        return Lesson(
+        return TrainingRequest(
             objective,
             data,
             share_or_file(given.get("held_out", given.get("held-out", HELD_OUT))),
@@ -82,7 +102,7 @@ class Lesson:
 
 
 def _files(given: Any, objective: Objective) -> dict[str, tuple[Path, ...]]:
-    """Files by the name of the data set: of a mapping, or of texts NAME=FILE, where an objective reads several."""
+    """Return the files of each data set, from a mapping, or from texts NAME=FILE if the objective reads several."""
     listed = (given,) if isinstance(given, str | Path) else given
     pairs: list[tuple[str, Any]] = []
     if isinstance(listed, Mapping):
@@ -93,14 +113,14 @@ def _files(given: Any, objective: Objective) -> dict[str, tuple[Path, ...]]:
             name, equals, path = str(text).partition("=") if objective.several else ("", "=", text)
             if not equals:
                 raise TrainingError(
-                    f"--data {text}: objective {objective.name!r} reads several; write NAME={text}"
+                    f"--data {text}: objective {objective.name!r} reads several data sets; write NAME={text}"
                 )
             pairs.append((name, path))
     if not pairs or not all(isinstance(path, str | Path) for _, path in pairs):
-        raise TrainingError("'data' is a file or a directory, or a list of files")
+        raise TrainingError("'data' is missing or invalid; give a file, a directory, or a list of files")
     if isinstance(listed, Mapping) and not objective.several:
         raise TrainingError(
-            f"'data' names data sets, and objective {objective.name!r} reads one: give its files"
+            f"'data' names data sets, but objective {objective.name!r} reads one; give its files"
         )
     found: dict[str, tuple[Path, ...]] = {}
     for name, path in pairs:
@@ -109,18 +129,22 @@ def _files(given: Any, objective: Objective) -> dict[str, tuple[Path, ...]]:
 
 
 def share_or_file(given: Any) -> float | Path:
-    """A share of the data as a number, or a file. Raises TrainingError for a share of 1 or more, or below 0."""
+    """Parse a share of the data, or a path.
+
+    Raises:
+        TrainingError: a number is below 0, or 1 or more.
+    """
     try:
         share = float(given)
     except (TypeError, ValueError):
         return Path(str(given))
     if not 0 <= share < 1:
-        raise TrainingError(f"--held-out {given}: give a share of the data below 1, or a file")
+        raise TrainingError(f"--held-out {given} is out of range; give a share from 0 to below 1, or a file")
     return share
 
 
 def _absent(value: Any) -> bool:
-    """Whether a value is what the command line has where an option was not given; 0 is not."""
+    """Return True if a value means that an option was not given on the command line. 0 is a value."""
     return value is None or value is False or value == ()
 
 

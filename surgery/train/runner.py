@@ -1,4 +1,4 @@
-"""What runs in training: the live transformers model where it can hold the program's passes, else the graph."""
+"""Chooses the module that runs in training: the live transformers model if it supports the passes, else the graph."""
 
 from __future__ import annotations
 
@@ -20,14 +20,29 @@ Form = Literal["auto", "live", "graph"]
 
 
 class Body:
-    """module: the program's graph, which keeps its schedule. model: what is trained, over the same parameters: the live
-    model or `module`. note: why it is not the live model, where that was to be expected.
+    """The module that runs in training.
 
-    Where the model's tensors are not the program's own (shards of several processes, buffers on another device), `pull`
-    brings their values into the program and `push` takes them back; every process has to call these.
+    The running module may hold its own tensors: shards of several processes, or buffers on another device. Then
+    `pull` copies their values into the program and `push` copies them back. Every process must call these methods.
+
+    Attributes:
+        program: program being trained.
+        module: graph of the program. It keeps the schedule.
+        model: the running module, over the same parameters: the live model or `module`.
+        note: why the live model is not used although the program is a transformers model, or "".
     """
 
     def __init__(self, program: Program, form: Form = "auto", checkpointing: bool = False) -> None:
+        """Make the module that runs.
+
+        Args:
+            program: program to train.
+            form: "live", "graph", or "auto" (live if the model supports the passes).
+            checkpointing: use gradient checkpointing of the live model.
+
+        Raises:
+            TrainingError: the form or checkpointing is not available.
+        """
         self.program = program
         self.module: ProgramModule = program.module()
         self.model: nn.Module = self.module
@@ -39,7 +54,7 @@ class Body:
             except SurgeryError as error:
                 if form == "live":
                     raise TrainingError(f"--form live: {error}") from None
-                self.note = f"trains as the graph, since {error}"
+                self.note = f"trains as its graph, because {error}"
         if checkpointing:
             self._checkpoint()
 
@@ -47,7 +62,7 @@ class Body:
         enable: Any = getattr(self.model, "gradient_checkpointing_enable", None)
         if enable is None:
             raise TrainingError(
-                "gradient checkpointing is the live transformers model's; this program trains as its graph"
+                "gradient checkpointing needs the live transformers model, but this program trains as its graph"
                 + (f" ({self.note})" if self.note else "")
             )
         try:
@@ -57,21 +72,29 @@ class Body:
 
     @property
     def form(self) -> str:
+        """ "live" or "graph"."""
         return "graph" if isinstance(self.model, (ProgramModule, Unflattened)) else "live"
 
     def unflatten(self) -> None:
-        """Let a graph be trained by the modules that it came from: units for fully sharded training."""
+        """Regroup a graph into the modules it was captured from. They are the units of fully sharded training."""
         if self.model is self.module:
             self.model = Unflattened(self.module)
 
     @property
     def sharded(self) -> bool:
-        """Whether the model's parameters are shards of several processes."""
+        """True if the parameters of the running module are shards."""
         return any(is_shard(parameter) for parameter in self.model.parameters())
 
     @torch.no_grad()
     def pull(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Let the program have the model's values of tensors, where these are others; returns the program's."""
+        """Copy tensors of the running module into the program.
+
+        Args:
+            names: names of the tensors in the program.
+
+        Returns:
+            The program's tensors.
+        """
         owned = {}
         for name, there, own in self._places(names):
             if there is not own:
@@ -81,13 +104,17 @@ class Body:
 
     @torch.no_grad()
     def push(self, names: Collection[str]) -> None:
-        """Let the model have the program's values of tensors, where these are others."""
+        """Copy tensors of the program into the running module.
+
+        Args:
+            names: names of the tensors in the program.
+        """
         for _, there, own in self._places(names):
             if there is not own:
                 there.copy_(shard_like(own, there))
 
     def _places(self, names: Collection[str]) -> Iterator[tuple[str, Any, Tensor]]:
-        """Name, what stands in the model, and the program's tensor."""
+        """Yield each name with the tensor of the running module and the tensor of the program."""
         _reshard(self.model)
         owned = {**self.program.changed, **self.program.tensors}
         state = state_of(self.model)
@@ -97,24 +124,31 @@ class Body:
 
 
 def _live(program: Program) -> nn.Module:
-    """The live model. Raises SurgeryError where training it would not be training the program."""
+    """Make the live model.
+
+    Raises:
+        SurgeryError: training the live model would differ from training the program.
+    """
     for module in program.base.loaded.module.modules():
         if isinstance(module, _NormBase) and module.track_running_stats:
             raise TrainingError(
-                f"the running statistics of a {type(module).__name__} move in training, and the live model has the "
-                f"base's own"
+                f"training updates the running statistics of a {type(module).__name__}, and the live model shares "
+                f"these with the base"
             )
     if program.module().__dict__["_paced"]:
-        raise TrainingError("a pass changes its tensors as the training goes on, which a graph alone follows")
+        raise TrainingError("a pass changes its tensors during training, which only a graph supports")
     model: Any = program.live()
     for config in configs(model.config) if hasattr(model, "config") else ():
-        config.use_cache = False  # a cache is of no use here, and checkpointing refuses it
+        config.use_cache = False  # training needs no KV cache, and gradient checkpointing rejects one
     return model
 
 
 def _reshard(model: nn.Module) -> None:
-    """Let the parameters be the shards again: what a forward pass has gathered may still stand in their place, and a
-    value that is put there is not what the optimiser moves."""
+    """Release gathered parameters, so that the module holds its shards again.
+
+    After a forward pass FSDP may still expose the gathered parameters. A value written to those would be lost,
+    because the optimizer updates the shards.
+    """
     if not torch.distributed.is_available():
         return
     from torch.distributed.fsdp import FSDPModule
@@ -125,7 +159,7 @@ def _reshard(model: nn.Module) -> None:
 
 
 def shard_like(whole: Tensor, like: Any) -> Any:
-    """A tensor in the shards of another; as it is where that is in none."""
+    """Distribute a tensor like another one. If that one is not a shard, return the tensor unchanged."""
     if not is_shard(like):
         return whole
     from torch.distributed.tensor import distribute_tensor

@@ -1,4 +1,4 @@
-"""Several data sets as one: a table whose columns are called NAME/COLUMN, and `set`, which says whose a row is."""
+"""Joins several data sets into one table with columns NAME/COLUMN. The column `set` names the data set of each row."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ SET = "set"
 
 
 def joined(parts: Mapping[str, Rows]) -> Rows:
-    """All rows of several data sets. Raises TrainingError where some have rows held out and others none."""
+    """Join the rows of several data sets.
+
+    Raises:
+        TrainingError: only some of them have held-out rows.
+    """
     without = [name for name, rows in parts.items() if rows.held_out is None]
     if without and len(without) < len(parts):
         raise TrainingError(
-            f"the data {without[0]!r} has no rows held out, and {next(n for n in parts if n not in without)!r} has; "
-            f"give --held-out a share"
+            f"data set {without[0]!r} has no held-out rows, but {next(n for n in parts if n not in without)!r} has; "
+            f"set --held-out to a share"
         )
     train = _stacked({name: rows.train for name, rows in parts.items()})
     return Rows(train, None if without else _stacked({name: rows.held_out for name, rows in parts.items()}))
 
 
 def names_in(rows: Any) -> list[str]:
-    """The names of the data sets in a joined table; none of one that is not joined."""
+    """Return the names of the data sets in a joined table, or [] if the table is not joined."""
     return list(rows.unique(SET)) if SET in rows.column_names and _prefixed(rows) else []
 
 
 def part_of(rows: Any, name: str) -> Any:
-    """The rows of one data set, with its columns by their own names."""
+    """Return the rows of one data set, with the original column names."""
     with quiet():
         chosen = np.flatnonzero(np.asarray(rows[SET]) == name)
         own = {
@@ -44,7 +48,7 @@ def part_of(rows: Any, name: str) -> Any:
 
 
 def row_of(row: Row) -> tuple[str, Row]:
-    """The name of a joined row's data set, and the row itself."""
+    """Return the name of a joined row's data set, and the original row."""
     name = row[SET]
     return name, {
         column.removeprefix(f"{name}/"): value

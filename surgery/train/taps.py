@@ -1,6 +1,6 @@
-"""Values inside a program while it runs: what a module gives, and the scores of an attention.
+"""Captures values inside a program while it runs: outputs of modules and attention scores.
 
-In a program's graph they are read at the node where the module ends, in a live model by a hook on the module.
+In a graph a value is read at the node where the module ends. In a live model a forward hook reads it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ SDPA = "scaled_dot_product_attention"
 
 
 class Taps:
-    """Of some modules of a program, and of some attentions, each named by a module that holds it and no other.
+    """Taps on modules and attentions of a program.
 
-    Names are module paths, or their ends, or targets of one site. whose: what a message calls the program.
-    Raises TrainingError for a name that is of none, or of several.
+    Attributes:
+        modules: paths of the tapped modules.
+        attentions: paths of the tapped attentions.
+        ends: example output of each tapped module.
+        heads: number of heads of each tapped attention.
     """
 
     def __init__(
@@ -40,6 +43,19 @@ class Taps:
         attentions: Sequence[str] = (),
         whose: str = "model",
     ) -> None:
+        """Find the modules.
+
+        A name is a module path, the end of one, or a target of one site.
+
+        Args:
+            program: program to tap.
+            modules: names of modules with one output.
+            attentions: names of modules that contain one attention.
+            whose: name of the program in errors, such as "teacher".
+
+        Raises:
+            TrainingError: a name matches no module, or several.
+        """
         self.whose = whose
         self.modules = [_path(program, name, whose) for name in modules]
         self.attentions = [_path(program, name, whose) for name in attentions]
@@ -53,7 +69,7 @@ class Taps:
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        """While this lasts, a run of the module leaves its values for `hidden` and `scores`."""
+        """Capture values for `hidden` and `scores` while the context is active."""
         inner = module.module if isinstance(module, DistributedDataParallel) else module
         self._seen = {}
         if not self.modules and not self.attentions:
@@ -69,7 +85,7 @@ class Taps:
         else:
             if self.attentions:
                 raise TrainingError(
-                    "the scores of an attention are read from the program's graph; train with --form graph"
+                    "attention scores can be read only in the program's graph; train with --form graph"
                 )
             hooks = [
                 inner.get_submodule(path).register_forward_hook(self._hook(path)) for path in self.modules
@@ -81,12 +97,16 @@ class Taps:
                     hook.remove()
 
     def hidden(self) -> list[Tensor]:
-        """What the modules gave in the last run, in their order."""
+        """Return the outputs of the tapped modules in the last run, in the order of `modules`."""
         return [self._seen[f"module {path}"] for path in self.modules]
 
     def scores(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Of the attentions in the last run, in their order: q kᵀ over the root of the width (batch × heads × queries ×
-        keys), and where a query sees a key, or None where it sees all."""
+        """Return the attention scores of the last run, in the order of `attentions`.
+
+        Returns:
+            Pairs of q kᵀ / √width (batch × heads × queries × keys) and a mask that is True where a query sees a key,
+            or None if every query sees every key.
+        """
         return [_scores(*self._seen[f"attention {path}"]) for path in self.attentions]
 
     def _keep(self, key: str, value: Any) -> None:
@@ -99,13 +119,14 @@ class Taps:
         return hook
 
     def _variant(self, module: ProgramModule) -> fx.GraphModule:
-        """The module's graph of its mode, with what keeps values."""
+        """Return the module's graph with taps, for its current mode."""
         key = (id(module), module.training)
         if key not in self._variants:
             self._variants[key] = module.variant(module.training, self._tap)
         return self._variants[key]
 
     def _tap(self, graph: fx.Graph) -> None:
+        """Add an op that stores the value behind each tapped node."""
         for path in self.modules:
             node = _end(graph, path, self.whose)
             with graph.inserting_after(node):
@@ -123,7 +144,8 @@ class Taps:
 def _scores(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool | None, scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
+    """Compute scores and mask from the arguments of scaled_dot_product_attention."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped-query attention
     found = (q @ k.transpose(-1, -2)).float() * (scale or 1 / math.sqrt(q.shape[-1]))
     if mask is None and causal:
         mask = torch.ones(found.shape[-2:], dtype=torch.bool, device=found.device).tril()
@@ -137,6 +159,7 @@ def _paths(node: fx.Node) -> list[str]:
 
 
 def _path(program: Program, name: str, whose: str) -> str:
+    """Return the only module path that a name matches."""
     known = list(dict.fromkeys(path for node in program.graph.nodes for path in _paths(node) if path))
     found = [path for path in known if path == name] or [path for path in known if path.endswith(f".{name}")]
     if not found:
@@ -149,29 +172,29 @@ def _path(program: Program, name: str, whose: str) -> str:
         return found[0]
     if found:
         raise TrainingError(
-            f"the {whose}'s {name!r} is {len(found)} modules; name one: {', '.join(found[:4])}"
+            f"the {whose}'s {name!r} matches {len(found)} modules; name one: {', '.join(found[:4])}"
         )
     raise TrainingError(f"the {whose} has no module or site {name!r}{nearest(name, known)}")
 
 
 def _end(graph: fx.Graph, path: str, whose: str) -> fx.Node:
-    """The value that a module gives."""
+    """Return the node of a module's output: the only one that is read outside of the module."""
     inside = {node for node in graph.nodes if path in _paths(node)}
     ends = [n for n in graph.nodes if n in inside and any(user not in inside for user in n.users)]
     values = [n for n in ends if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point()]
     if len(values) != 1:
         raise TrainingError(
-            f"the {whose}'s {path!r} gives {len(values)} values where it ends; name a module that gives one"
+            f"the {whose}'s {path!r} has {len(values)} outputs; name a module with one output"
         )
     return values[0]
 
 
 def _core(graph: fx.Graph, path: str, whose: str) -> fx.Node:
-    """The attention that a module holds."""
+    """Return the attention op of a module."""
     found = [n for n in graph.nodes if path in _paths(n) and op_name(n.target) == SDPA]
     if len(found) != 1:
         raise TrainingError(
-            f"the {whose}'s {path!r} holds {len(found)} ops {SDPA}; name a module that holds one (a model may have to "
-            f"be loaded with attn_implementation=sdpa)"
+            f"the {whose}'s {path!r} contains {len(found)} {SDPA} ops; name a module that contains one (you may "
+            f"have to load the model with attn_implementation=sdpa)"
         )
     return found[0]

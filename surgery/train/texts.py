@@ -1,4 +1,4 @@
-"""What rows hold as what a model reads: texts as tokens, and images."""
+"""Converts texts and images of rows to the stored form that `Setting.pad` turns into model inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ TEXT_OR_IMAGE = (*TEXT, *IMAGE)
 
 
 def read(row: Row, setting: Setting, option: str = "text") -> dict[str, Any]:
-    """What an example holds of a row for `Setting.pad`: the tokens of its text, or its image, as the model reads."""
+    """Convert a row to the tokens of its text, or to the pixels of its image.
+
+    Args:
+        row: row of the data.
+        setting: data context.
+        option: option that names the column.
+
+    Raises:
+        TrainingError: the value is not a text or an image.
+    """
     if setting.images is None:
         return tokens(row, setting, option)
     column = setting.columns[option]
@@ -21,15 +30,31 @@ def read(row: Row, setting: Setting, option: str = "text") -> dict[str, Any]:
 
 
 def text_of(row: Row, setting: Setting, option: str = "text") -> str:
-    """The text of a row. Raises TrainingError for one that is none."""
+    """Return the text of a row.
+
+    Args:
+        row: row of the data.
+        setting: data context.
+        option: option that names the column.
+
+    Raises:
+        TrainingError: the value is not a text.
+    """
     column = setting.columns[option]
     if not isinstance(row[column], str):
-        raise TrainingError(f"column {column!r} holds {row[column]!r}, which is no text")
+        raise TrainingError(f"column {column!r} contains {row[column]!r}, which is not a text; fix the data")
     return row[column]
 
 
 def tokens(row: Row, setting: Setting, option: str = "text") -> dict[str, Any]:
-    """The model's inputs for the text of a row, cut to the longest that it may be."""
+    """Tokenize the text of a row, cut to the maximum length.
+
+    Args:
+        row: row of the data.
+        setting: data context.
+        option: option that names the column.
+    """
+    # Tokenize without truncation first, so that cut texts can be counted.
     made = setting.tokenizer(text_of(row, setting, option), truncation=False)
     if len(made["input_ids"]) > setting.longest:
         setting.count(f"is longer than {setting.longest} tokens and was cut")

@@ -1,4 +1,4 @@
-"""The tokenizer that goes with a program."""
+"""Finds the tokenizer of a program."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ from surgery.capture.hf import silenced
 from surgery.common.errors import MissingExtraError, TrainingError
 from surgery.engine.program import Program
 
-# Names of the files that tokenizers are saved in, whatever their kind; and their ends.
+# Parts and suffixes of the names of tokenizer files, of all kinds of tokenizers.
 _PARTS, _ENDS = ("token", "vocab"), (".model", ".spm", ".bpe", ".codes", ".gguf")
 
 
 def find_tokenizer(program: Program, given: str | None = None) -> Any:
-    """The tokenizer of a directory, or that which lies with the program's model; None where there is none.
+    """Load the tokenizer of a directory, or the one beside the program's model.
 
-    Raises TrainingError where the directory given holds none, or what lies with the model cannot be read.
+    Args:
+        program: the program.
+        given: directory or name of a tokenizer, or None for the model's own.
+
+    Returns:
+        The tokenizer, or None if the model has none.
+
+    Raises:
+        TrainingError: a tokenizer cannot be loaded.
+        MissingExtraError: transformers is not installed.
     """
     source = given or program.base.loaded.metadata.get("tokenizer")
     if source is None:
         return None
     found = _files(Path(source))
     if given is None and found == []:
-        return None  # of an empty directory transformers makes a tokenizer that knows no word
+        return None  # transformers would make a tokenizer with an empty vocabulary
     try:
         import transformers
     except ModuleNotFoundError:
@@ -37,12 +46,14 @@ def find_tokenizer(program: Program, given: str | None = None) -> Any:
         if given is None and found is None:
             return None
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        what = f"--tokenizer {given}" if given else f"the tokenizer in {source} cannot be read"
-        raise TrainingError(f"{what}: {reason[:200]}") from None
+        problem = (
+            f"--tokenizer {given} cannot be read" if given else f"the tokenizer in {source} cannot be read"
+        )
+        raise TrainingError(f"{problem}: {reason[:200]}") from None
 
 
 def _files(folder: Path) -> list[str] | None:
-    """The names of a tokenizer's files in a directory; None where it is none."""
+    """Return the names of tokenizer files in a directory, or None if it is not a directory."""
     if not folder.is_dir():
         return None
     names = [path.name for path in folder.iterdir()]

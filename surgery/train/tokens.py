@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens, which the objectives of language models share."""
+"""Cross-entropy over tokens, the shared base of language-model objectives."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from torch.nn import functional as F
 from surgery.train.data_context import Row, Setting, padded
 from surgery.train.objective import Batch, Objective, output, run
 
-IGNORED = -100
+IGNORED = -100  # label of positions without a loss, the default of torch's cross_entropy
 
 
 class TokenObjective(Objective):
-    """Objectives whose batches have `labels`, a token or IGNORED at every place of the output that predicts it."""
+    """Base of objectives with token labels.
+
+    A batch has `labels`: the token to predict at each position of the output, or IGNORED.
+    """
 
     def examples_of(self, ids: Sequence[int], labels: Sequence[int]) -> Row:
+        """Make an example of tokens and labels."""
         return {"input_ids": list(ids), "labels": list(labels)}
 
     def labelled(self, examples: Sequence[Row], setting: Setting) -> Batch:
+        """Make a batch with `labels`, padded like the inputs."""
         inputs = setting.pad(examples)
         length = inputs["input_ids"].shape[1]
         return {"inputs": inputs, "labels": padded([e["labels"] for e in examples], IGNORED, length)}
@@ -30,8 +35,9 @@ class TokenObjective(Objective):
         return self._summed(module, batch) / self.terms(batch)
 
     def _summed(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Return the sum of the cross-entropy over all labels."""
         logits, labels = output(run(module, batch), "logits"), batch["labels"]
-        # Half-precision sums of many small terms would lose the last of them.
+        # A half-precision sum of many small terms would lose most of them.
         return F.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
@@ -49,5 +55,5 @@ class TokenObjective(Objective):
 
 
 def next_tokens(labels: Sequence[int]) -> list[int]:
-    """Each token's label at the place before it, from which it is predicted."""
+    """Shift labels left by one, so that each position predicts the next token."""
     return [*labels[1:], IGNORED]

@@ -1,4 +1,6 @@
-"""A program's graph in the modules that it came from, so that what trains in shards is gathered a block at a time."""
+"""Regroups a program's graph into the modules it was captured from, so that sharded training gathers one block at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ _PREFIX = "surgery_unit_"
 
 
 class Unit(nn.Module):
-    """An item of a list of modules: its parameters, and in each mode that part of the graph which belongs to it."""
+    """An item of a module list: its parameters, and the part of the graph that belongs to it, for each mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,13 +31,22 @@ class Unit(nn.Module):
 
 
 class Unflattened(nn.Module):
-    """A program's module over the same parameters, by the same names. units: the items of its outermost lists of
-    modules (`layer.0`, `layer.1`), which call what the graph has of each in one piece; an item whose nodes stand round
-    others', or whose tensors are read elsewhere, stays in the whole. The outputs are those of the graph, to the bit: no
-    op is another. Raises CaptureError where the model cannot be captured in train mode.
+    """A program's module with the same parameters and names, whose blocks are called as units.
+
+    A unit is an item of an outermost module list (`layer.0`, `layer.1`). An item stays in the surrounding graph if
+    its nodes cannot be one call, or if other nodes read its tensors. The ops are unchanged, so the outputs are
+    bit-identical.
+
+    Attributes:
+        units: paths of the units.
     """
 
     def __init__(self, module: ProgramModule) -> None:
+        """Regroup a module.
+
+        Raises:
+            CaptureError: the model cannot be captured in train mode.
+        """
         super().__init__()
         self.training = module.training
         flat = {mode: module.graph_module(mode) for mode in (False, True)}
@@ -47,6 +58,8 @@ class Unflattened(nn.Module):
         }
         named = dict.fromkeys(found[0] for found in map(UNIT.match, tensors) if found)
         self.units = tuple(path for path in named if all(_is_whole(c.graph, path) for c in copies.values()))
+        # Register parameters in the original order: an optimizer may depend on it. A unit is attached with
+        # its first one.
         waiting = set(self.units)
         for name, tensor in tensors.items():
             found = UNIT.match(name)
@@ -62,7 +75,7 @@ class Unflattened(nn.Module):
         return self.__dict__["_graphs"][self.training](*args, **kwargs)
 
     def _split(self, mode: bool, whole: fx.GraphModule, flat: fx.GraphModule) -> fx.GraphModule:
-        """The graph of a mode, with a call of a unit in the place of its nodes."""
+        """Return the graph of a mode with each unit's nodes replaced by a call of the unit."""
         parts = [dict.fromkeys(_nodes_of(whole.graph, path)) for path in self.units]
         whole = fuse_by_partitions(whole, parts, prefix=_PREFIX, always_return_tuple=True)
         targets = {f"{_PREFIX}{number}": path for number, path in enumerate(self.units)}
@@ -76,20 +89,21 @@ class Unflattened(nn.Module):
             if node.op == "call_module":
                 node.target = targets[node.target]
         made = over(self, whole.graph, type(flat).__name__, flat)
-        if "forward" in flat.__dict__:  # quantized weights are made again in the backward pass
+        if "forward" in flat.__dict__:  # the flat module dequantizes weights again in the backward pass
             made.__dict__["forward"] = recomputed(made.forward)
         return made
 
 
 def _is_whole(graph: fx.Graph, path: str) -> bool:
-    """Whether the nodes of a module can be one call, and nothing else reads its tensors."""
+    """Return True if the nodes of a module can be one call and nothing else reads its tensors."""
     nodes = list(_nodes_of(graph, path))
     own = {n for n in graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{path}.")}
+    # A call is possible only if no path leaves the nodes and returns to them (`validate_partition`).
     return len(nodes) > len(own) and own.issubset(nodes) and validate_partition(nodes)
 
 
 def _nodes_of(graph: fx.Graph, path: str) -> Iterator[fx.Node]:
-    """The nodes that came from a module, and its tensors that they alone read."""
+    """Yield the nodes that came from a module, and its tensors that only these nodes read."""
     inside = {node for node in graph.nodes if node.op == "call_function" and path in _stack(node)}
     for node in graph.nodes:
         own = (
@@ -102,5 +116,5 @@ def _nodes_of(graph: fx.Graph, path: str) -> Iterator[fx.Node]:
 
 
 def _stack(node: fx.Node) -> set[str]:
-    """The paths of the modules that a node came from."""
+    """Return the paths of the modules a node came from."""
     return {str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()}

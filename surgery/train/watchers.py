@@ -1,4 +1,4 @@
-"""What is told while training goes on, and files that keep it."""
+"""Receivers of training progress: the JSON log, TensorBoard, and the base class for others."""
 
 from __future__ import annotations
 
@@ -12,29 +12,52 @@ from surgery.common.errors import MissingExtraError, TrainingError
 
 
 class Watcher:
-    """Told what happens; does nothing with it."""
+    """Base of receivers of training progress. All methods do nothing."""
 
     def begun(self, step: int, steps: int) -> None:
-        """Training starts, or goes on, at a step of so many."""
+        """Called when training starts, or resumes.
+
+        Args:
+            step: number of finished steps.
+            steps: number of steps of the whole training.
+        """
 
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
-        """So many steps are done. rate: the learning rate of the last. tokens: what it read."""
+        """Called after each step.
+
+        Args:
+            step: number of finished steps.
+            loss: loss of the last step.
+            rate: learning rate of the last step.
+            tokens: tokens read in the last step.
+        """
 
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
-        """What an objective says of its own step beside the loss."""
+        """Called with other figures of a step, such as a penalty or those of an on-policy objective."""
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
-        """Held-out data was scored."""
+        """Called after each evaluation.
+
+        Args:
+            step: number of finished steps.
+            metrics: metrics on the held-out data.
+            best: True if this is the best evaluation so far.
+        """
 
     def noted(self, step: int, sentence: str) -> None:
-        """Something a person should know, such as that a schedule acts in this step, counted from 1."""
+        """Called with a note for the user, such as that a schedule freezes parameters.
+
+        Args:
+            step: step of the note, counted from 1 (0: before training).
+            sentence: the note.
+        """
 
     def ended(self) -> None:
-        """No more will come."""
+        """Called when training ends, also after an error."""
 
 
 class Watchers(Watcher):
-    """Several, told in order."""
+    """Passes every call to several watchers, in order."""
 
     def __init__(self, watchers: Sequence[Watcher]) -> None:
         self.watchers = watchers
@@ -66,17 +89,24 @@ class Watchers(Watcher):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises TrainingError for what cannot be written there."""
+    """Convert errors of file access.
+
+    Raises:
+        TrainingError: a file cannot be written.
+    """
     try:
         yield
     except OSError as error:
         raise TrainingError(
-            f"{path} could not be written: {error.strerror or error}; mend that, and go on with --resume"
+            f"{path} could not be written: {error.strerror or error}; fix that, and continue with --resume"
         ) from error
 
 
 class LogFile(Watcher):
-    """One JSON object a line. What a resumed run does again is taken out first."""
+    """A log with one JSON object per line.
+
+    When a run resumes, entries after the last checkpoint are removed, because their steps are repeated.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,7 +135,7 @@ class LogFile(Watcher):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a last line that was cut off when its process died is left out."""
+    """Return the entries of a log. An incomplete last line, left by a process that died, is skipped."""
     if not path.is_file():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -113,9 +143,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard(Watcher):
-    """Event files for TensorBoard. Raises MissingExtraError where that is not installed."""
+    """Writes event files for TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
+        """Prepare the writer.
+
+        Raises:
+            MissingExtraError: tensorboard is not installed.
+        """
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import surgery
-from surgery.api import TrainingError, make_plugin_manager
+from surgery.api.programs import TrainingError, make_plugin_manager
 from surgery.train.objectives import CausalLm
 from surgery.train.options import Settings
-from surgery.train.request import Lesson
+from surgery.train.request import TrainingRequest
 from surgery.train.watchers import Watcher, read_log
 from tests.train.test_loop import fit
 
@@ -50,10 +50,12 @@ def test_rates_by_hand(options, wanted):
 
 def test_a_recipes_zeros_are_zeros():
     given = {"objective": "causal-lm", "data": "x.txt", "clip": 0, "warmup": 0, "weight_decay": 0.0}
-    settings = Lesson.parse(given, make_plugin_manager()).settings
+    settings = TrainingRequest.parse(given, make_plugin_manager()).settings
     assert (settings.clip, settings.warmup, settings.weight_decay) == (0, 0, 0)
     assert (
-        Lesson.parse({**given, "clip": None, "checkpointing": False}, make_plugin_manager()).settings.clip
+        TrainingRequest.parse(
+            {**given, "clip": None, "checkpointing": False}, make_plugin_manager()
+        ).settings.clip
         == 1
     )
 
@@ -96,7 +98,7 @@ def test_a_ramp_acts_is_in_the_log_and_goes_on_where_it_stopped(given, base, tex
         wanted = [(step, f"{0.5 * (1 - (1 - (step - 2) / 4) ** 3):.3g}") for step in (3, 4, 5, 6)]
     else:
         wanted = [(4, "0.5"), (6, "1")]
-    assert said == [(step, f"{given.name} changed its tensors, to {due}") for step, due in wanted]
+    assert said == [(step, f"{given.name} changed its tensors to {due}") for step, due in wanted]
 
     class Breaks(CausalLm):
         def loss(self, module, batch):
@@ -154,7 +156,7 @@ def test_a_penalty_on_what_a_pass_computes_is_a_term_of_the_loss(base, texts, tm
         program = base.apply(surgery.FakeQuant(target="mlp.up", format="int8"))
         folder = tmp_path / str(strength)
         fit(program, CausalLm(), texts, folder, steps=6, regularize=(f"l1={strength}@mlp.up",))
-        assert "is a term of the loss" in notes(folder)[0][1]
+        assert "the penalty is added to the loss" in notes(folder)[0][1]
         norms.append(sum(float(t.abs().sum()) for n, t in program.state().items() if "up_proj" in n))
     assert norms[1] < 0.8 * norms[0]
 
@@ -206,7 +208,7 @@ def test_a_metric_that_is_no_number_stops_it(base, texts, tmp_path):
     calls: list[int] = []
     program = base.apply(surgery.Full())
     with pytest.raises(
-        TrainingError, match="loss of the held-out data is nan after step 4; the checkpoint of step 2"
+        TrainingError, match="loss of the held-out data is NaN after step 4; the checkpoint of step 2"
     ):
         fit(program, Breaks(), texts, tmp_path / "run", steps=6, evaluate=2)
     kept = load_file(tmp_path / "run" / "step-00000002" / "weights.safetensors")
@@ -222,4 +224,4 @@ def test_a_run_without_a_checkpoint_starts_again_and_says_so(base, texts, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         fit(program, Breaks(), texts, tmp_path / "run", steps=2)
     fit(program, CausalLm(), texts, tmp_path / "run", steps=2, resume=True)
-    assert (0, "no checkpoint had been written: it starts at step 0") in notes(tmp_path / "run")
+    assert (0, "no checkpoint was found; training starts at step 0") in notes(tmp_path / "run")

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.api import TrainingError
+from surgery.api.programs import TrainingError
 from surgery.cli import main
 from surgery.common.errors import SurgeryError
 from surgery.train.data import read_rows
 from surgery.train.objectives import CausalLm, Classification, Regression
-from surgery.train.request import Lesson
+from surgery.train.request import TrainingRequest
 from surgery.train.tokenizers import find_tokenizer
 from surgery.train.watchers import TensorBoard, Watcher, read_log
 from tests.train.conftest import save_tokenizer, write
@@ -40,12 +40,12 @@ def labelled(bert_folder):
 LABELS = [
     ([{"text": "the cat", "label": 1.0}, {"text": "a dog", "label": float("nan")}], "row 1 has no 'label'"),
     ([{"text": "the cat", "label": 1}, {"text": "a dog", "label": None}], "row 1 has no 'label'"),
-    ([{"text": "the cat", "label": [0, 1]}] * 2, r"row 0: label is \[0, 1\], which is no label"),
+    ([{"text": "the cat", "label": [0, 1]}] * 2, r"row 0: label is \[0, 1\], which is not a label"),
     (
         [{"text": "the cat", "label": 0.5}] * 2,
-        "row 0: label is 0.5, and the model's 'logits' has the classes 0 to 1",
+        "row 0: label is 0.5, but the model's 'logits' has the classes 0 to 1",
     ),
-    ([{"text": "the cat", "label": -1}] * 2, "row 0: label is -1, and"),
+    ([{"text": "the cat", "label": -1}] * 2, "row 0: label is -1, but the model's"),
 ]
 
 
@@ -71,14 +71,14 @@ def test_ragged_rows(labelled, tmp_path):
     uneven = write(
         tmp_path / "uneven.jsonl", [{"text": "a", "label": [1.0, 2.0]}, {"text": "a", "label": [1.0]}]
     )
-    with pytest.raises(TrainingError, match="row 1: label has 1 numbers, and the model's 'logits' 2"):
+    with pytest.raises(TrainingError, match="row 1: label has 1 numbers, but the model's 'logits' has 2"):
         fit(labelled, Regression(), uneven, tmp_path / "run", held_out=0.0, steps=1)
 
 
 def test_an_output_that_is_not_there(labelled, tmp_path):
     """A program with one output too: an objective's default finds it under any name, what is asked for by none."""
     path = write(tmp_path / "data.jsonl", [{"text": "the cat", "label": 1}] * 2)
-    with pytest.raises(TrainingError, match="the model has no output 'logit'; it gives logits"):
+    with pytest.raises(TrainingError, match="the model has no output 'logit', only logits"):
         fit(labelled, Classification(output="logit"), path, tmp_path / "run", held_out=0.0, steps=1)
 
 
@@ -99,7 +99,7 @@ def test_a_log_on_a_full_disk(base, texts, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").symlink_to("/dev/full")
     with pytest.raises(
-        TrainingError, match=r"log.jsonl could not be written: No space left on device; mend that"
+        TrainingError, match=r"log.jsonl could not be written: No space left on device; fix that"
     ):
         fit(base, CausalLm(), texts, tmp_path / "run", steps=2)
 
@@ -162,11 +162,11 @@ def test_forms_of_data(tmp_path):
     own.mkdir()
     write(own / "train.jsonl", rows * 3)
     write(own / "test.jsonl", rows)
-    found = Lesson(CausalLm(), {"": (own,)}).rows()
+    found = TrainingRequest(CausalLm(), {"": (own,)}).rows()
     assert (len(found.train), len(found.held_out)) == (6, 2)  # its own, in place of a share
-    found = Lesson(CausalLm(), {"": (tmp_path / "a.csv",)}, held_out=tmp_path / "a.jsonl").rows()
+    found = TrainingRequest(CausalLm(), {"": (tmp_path / "a.csv",)}, held_out=tmp_path / "a.jsonl").rows()
     assert found.held_out.to_list() == rows
-    with pytest.raises(TrainingError, match="of several formats"):
+    with pytest.raises(TrainingError, match="the files have several formats"):
         read_rows([tmp_path / "a.csv", tmp_path / "a.jsonl"])
 
 
@@ -187,7 +187,7 @@ def test_the_command_with_files_of_its_own(llama_folder, tmp_path, capsys):
         main([*map(str, line)])
     assert raised.value.code == 2
     assert (
-        "no tokenizer was found with the model; name its directory with --tokenizer"
+        "no tokenizer was found beside the model; name its directory with --tokenizer"
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit) as raised:

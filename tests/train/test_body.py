@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.api import TrainingError
+from surgery.api.programs import TrainingError
 from surgery.train.objectives import CausalLm
 from surgery.train.runner import Body
 from surgery.train.watchers import read_log
@@ -45,15 +45,15 @@ def test_live_and_graph_have_the_same_losses(base, texts, tmp_path):
 
 def test_what_no_live_model_holds_trains_as_the_graph_and_says_so(base, texts, tmp_path):
     head = surgery.Head(mode="add", labels=1, head_name="value", pool="none")
-    with pytest.raises(TrainingError, match="reaches the loss of causal-lm"):
+    with pytest.raises(TrainingError, match="no trainable parameter affects the loss of causal-lm"):
         fit(base.apply(head), CausalLm(), texts, tmp_path / "head", steps=1)
     program = base.apply(surgery.Lora(target="attn.*", rank=4), head)
     fit(program, CausalLm(), texts, tmp_path / "run", steps=1)
     notes = [row["note"] for row in read_log(tmp_path / "run" / "log.jsonl") if "note" in row]
-    assert any("trains as the graph, since head changes more than single layers" in note for note in notes)
+    assert any("trains as its graph, because head changes more than single layers" in note for note in notes)
     with pytest.raises(TrainingError, match="--form live: head changes more"):
         Body(program, "live")
-    with pytest.raises(TrainingError, match="gradient checkpointing is the live transformers model's"):
+    with pytest.raises(TrainingError, match="gradient checkpointing needs the live transformers model"):
         Body(program, checkpointing=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import surgery
-from surgery.api import TrainingError
+from surgery.api.programs import TrainingError
 from surgery.cli import main
 from surgery.train.embeddings import retrieval
 from surgery.train.objectives import Contrastive
@@ -149,7 +149,7 @@ def test_simcse_has_two_views_of_dropout(bert, tmp_path):
         def forward(self, input_ids, **rest):
             return {"last_hidden_state": F.one_hot(input_ids, 101).float()}
 
-    with pytest.raises(TrainingError, match="nothing in the model drops out"):
+    with pytest.raises(TrainingError, match="the model has no active dropout"):
         objective.loss(Dry().train(), batch)
 
 
@@ -174,17 +174,17 @@ def test_it_learns_which_texts_belong_together(bert, loss, tmp_path):
 
 BAD = [
     ([{"words": "a", "positive": "b"}], [], "no column looks like the anchor; the data has words, positive"),
-    ([{"text": "a"}], [], "no column looks like the positive; the data has text; name one with --positive, or take"),
-    ([{"text1": "a", "text2": 3}] * 4, [], "row 0: column 'text2' holds 3, which is no text"),
-    (PAIRS, ["--vector", "logits"], "has no output 'logits'; it gives last_hidden_state, pooler_output"),
+    ([{"text": "a"}], [], "no column looks like the positive; the data has text; name one with --positive, or use"),
+    ([{"text1": "a", "text2": 3}] * 4, [], "row 0: column 'text2' contains 3, which is not a text"),
+    (PAIRS, ["--vector", "logits"], "has no output 'logits', only last_hidden_state, pooler_output"),
     (PAIRS, ["--batch", "1"], "takes its negatives from the batch; give a --batch of 2 or more"),
-    (PAIRS, ["--loss", "triplet", "--symmetric"], "--symmetric is of --loss infonce, and this is triplet"),
+    (PAIRS, ["--loss", "triplet", "--symmetric"], "--symmetric needs --loss infonce, not triplet"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "more", "said"), BAD)
 def test_bad_input_is_one_line(rows, more, said, bert, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: bert.apply(surgery.Full()))
+    monkeypatch.setattr("surgery.cli.loading.load", lambda *args, **kwargs: bert.apply(surgery.Full()))
     path = write(tmp_path / "data.jsonl", rows)
     command = ["train", "hf:small", "--objective", "contrastive", "--data", str(path), "--held-out", "0"]
     with pytest.raises(SystemExit) as caught:
@@ -196,7 +196,7 @@ def test_bad_input_is_one_line(rows, more, said, bert, tmp_path, capsys, monkeyp
 
 
 def test_the_command(bert, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: bert.apply(surgery.Full()))
+    monkeypatch.setattr("surgery.cli.loading.load", lambda *args, **kwargs: bert.apply(surgery.Full()))
     path = write(tmp_path / "data.jsonl", PAIRS * 4)
     with pytest.raises(SystemExit) as caught:
         main(["train", "hf:small", "--objective", "contrastive", "--loss", "triplet", "--data", str(path), "--steps",

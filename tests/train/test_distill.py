@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification
 
 import surgery
-from surgery.api import Setting, TrainingError
+from surgery.api.programs import TrainingError
+from surgery.api.training import Setting
 from surgery.cli import main
 from surgery.train.data import make_examples, read_rows, split
 from surgery.train.learned import LEARNED
@@ -228,7 +229,7 @@ def test_students_made_of_their_teacher(smaller, texts, tmp_path):
 
 
 def test_the_command_saves_the_student_alone(student, teacher, texts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: student.apply(surgery.Full()))
+    monkeypatch.setattr("surgery.cli.loading.load", lambda *args, **kwargs: student.apply(surgery.Full()))
     line = ["train", "hf:small", "--objective", "distill", "--teacher", teacher, "--of"]
     line += ["classification,text=text", "--hint", HINT[0], "--attention", ATTENTION[0], "--data", str(texts)]
     line += ["--form", "graph", "--steps", "2", "--held-out", "0.25", "--json", "-o", str(tmp_path / "out")]
@@ -254,9 +255,9 @@ def test_the_command_saves_the_student_alone(student, teacher, texts, tmp_path, 
 
 WRONG = [
     ({}, "give a --teacher: a directory that surgery saved"),
-    ({"teacher": "x", "of": "unlabelled"}, "has no hard labels to mix with; give --alpha 1"),
+    ({"teacher": "x", "of": "unlabelled"}, "--of unlabelled has no hard labels; set --alpha 1"),
     ({"teacher": "x", "hint": ("layer.0",)}, "--hint is ('layer.0',): write STUDENT=TEACHER"),
-    ({"teacher": "x", "of": "a=b"}, "an objective's name comes first"),
+    ({"teacher": "x", "of": "a=b"}, "the objective's name is missing"),
 ]  # fmt: skip
 
 
@@ -278,21 +279,20 @@ def test_teachers_and_places_that_do_not_suit(student, teacher, taught, known, t
     assert "--of: objective 'classification' has no option --lable; did you" in refused(
         of="classification,lable=x"
     )
-    assert "dpo is no part of another objective" in refused(of="dpo")
+    assert "dpo cannot be part of another objective" in refused(of="dpo")
     said = refused(hint=("encoder.layer.1=encoder.layer.1",))
     assert "the program has no module or site 'encoder.layer.1'; did you mean" in said
     assert "the teacher has no module or site 'encoder.layer.7'" in refused(
         hint=("encoder.layer.0=encoder.layer.7",)
     )
-    assert "the teacher's 'dense' is " in refused(hint=("encoder.layer.0=dense",))
-    assert "the values have 3 and 2 axes" in refused(hint=("bert.encoder.layer.0=bert.pooler",))
-    assert "holds 2 ops scaled_dot_product_attention" in refused(attention=("encoder.layer.0=encoder",))
+    assert "the teacher's 'dense' matches " in refused(hint=("encoder.layer.0=dense",))
+    assert "the outputs have 3 and 2 axes" in refused(hint=("bert.encoder.layer.0=bert.pooler",))
+    assert "contains 2 scaled_dot_product_attention ops" in refused(attention=("encoder.layer.0=encoder",))
     known["wider"] = taught.apply(surgery.Head(mode="replace", labels=3))
-    assert "the teacher's 'logits' has 3 classes, and the program's 2; give" in refused(teacher="wider")
+    assert "the teacher's 'logits' has 3 classes, but the program's has 2; give" in refused(teacher="wider")
     encoder = refused(teacher=f"hf:{bert_folder}")
     assert (
-        "the teacher has no output 'logits'; it gives last_hidden_state, pooler_output; load it with"
-        in encoder
+        "the teacher has no output 'logits', only last_hidden_state, pooler_output; load it with" in encoder
     )
 
 

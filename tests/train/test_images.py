@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.api import TrainingError
+from surgery.api.programs import TrainingError
 from surgery.train.data_context import Setting
 from surgery.train.images import Images, views
 from surgery.train.objectives import Classification, Contrastive, Distill
@@ -71,11 +71,11 @@ def test_what_is_read_of_a_row(tmp_path):
     grey = np.full((6, 4), 100, dtype=np.uint8)
     assert reader.read(grey, "image") == bytes([100] * 12)
     for value, said in (
-        ("nowhere.png", "is no image that can be read"),
+        ("nowhere.png", "cannot be read as an image"),
         (np.zeros((2, 2, 2), dtype=np.uint8), r"numbers of shape \[2, 2, 2\]"),
         (np.full((2, 2), 300), "pixels from 300 to 300"),
         (np.full((2, 2), -1.5), "pixels from -1.5"),
-        ({"a": 1}, "which is no image"),
+        ({"a": 1}, "which is not an image"),
     ):
         with pytest.raises(TrainingError, match=said):
             reader.read(value, "image")
@@ -173,15 +173,15 @@ def test_a_student_learns_classes_and_from_a_teacher(digits, tmp_path):
     result = fit(student, taught, digits, tmp_path / "b", steps=120, batch=32, lr=3e-3)
     assert result.metrics["agreement"] > result.before["agreement"] + 0.3
     taller = surgery.capture(Taller(), (torch.rand(2, 1, 8, 12),), {"image": {0: "batch"}})
-    with pytest.raises(TrainingError, match="takes images in another way"):
+    with pytest.raises(TrainingError, match="the teacher's image format differs"):
         fit(taller.apply(surgery.Full()), taught, digits, tmp_path / "c", steps=1)
 
 
 def test_what_is_refused(digits, bert_folder, tmp_path):
-    with pytest.raises(TrainingError, match="--loss simclr is of images, and the model takes input_ids"):
+    with pytest.raises(TrainingError, match="--loss simclr needs images, but the model takes input_ids"):
         prepared(surgery.load(f"hf:{bert_folder}"), Contrastive(loss="simclr", anchor="label"), digits)
-    with pytest.raises(TrainingError, match=r"row 0: column 'label' holds numbers of shape \[\], which"):
+    with pytest.raises(TrainingError, match=r"row 0: column 'label' contains numbers of shape \[\], which"):
         prepared(program(), Classification(text="label", label="label"), digits)
     wide = surgery.capture(nn.Conv2d(5, 2, 1), (torch.rand(2, 5, 4, 4),))
-    with pytest.raises(TrainingError, match="1 or 3 channels, and the model takes 5"):
+    with pytest.raises(TrainingError, match="the model takes 5 channels, but images have 1 or 3"):
         prepared(wide, Contrastive(loss="simclr"), digits)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import surgery
-from surgery.api import Setting, TrainingError
+from surgery.api.programs import TrainingError
+from surgery.api.training import Setting
 from surgery.cli import main
 from surgery.train.data import Rows, make_examples, read_rows, split, together
 from surgery.train.learned import LEARNED, train_learned
@@ -83,7 +84,7 @@ def test_each_batch_is_one_task_and_has_its_loss(heads, rows):
         loss.backward()
         moved = {n for n, p in module.named_parameters() if p.grad is not None and n.startswith("head_")}
         assert moved == {f"head_{name}.weight", f"head_{name}.bias"}
-    with pytest.raises(TrainingError, match="a batch is of one task, and this has kind, rating"):
+    with pytest.raises(TrainingError, match="the batch mixes tasks kind, rating"):
         batch_of(data, objective, setting, [0, 30])
 
 
@@ -210,19 +211,19 @@ def test_tasks_as_text_and_as_in_a_recipe():
 WRONG = [
     ([], "give a --task NAME=OBJECTIVE for each task"),
     (["kind"], "--task is 'kind': write NAME=OBJECTIVE,OPTION=VALUE"),
-    (["kind=classification,labels"], "'labels' is no option; write OBJECTIVE,OPTION=VALUE"),
-    (["kind=classification", "kind=regression"], "two tasks are called 'kind'"),
+    (["kind=classification,labels"], "'labels' is not an option; write OBJECTIVE,OPTION=VALUE"),
+    (["kind=classification", "kind=regression"], "two tasks have the name 'kind'"),
 ]  # fmt: skip
 BAD = [
     (["kind=clasification"], "there is no objective 'clasification'; did you mean 'classification'"),
     (["kind=classification,lable=x"], "task 'kind': objective 'classification' has no option --lable; did you mean"),
-    (["kind=sft,packing=true"], "task 'kind': sft packs only where it trains alone; leave out packing"),
-    (["kind=dpo"], "task 'kind': dpo is no part of another objective; train with it alone"),
-    (["kind=classification"], "there is no task 'rating' for the data of that name; there are kind"),
-    ([*TASKS, "third=classification"], "task 'third' has no data; give --data third=FILE (there is kind, rating)"),
+    (["kind=sft,packing=true"], "task 'kind': sft cannot pack as part of another objective; leave out packing"),
+    (["kind=dpo"], "task 'kind': dpo cannot be part of another objective; train with it alone"),
+    (["kind=classification"], "the data 'rating' has no task of that name; there are kind"),
+    ([*TASKS, "third=classification"], "task 'third' has no data, only kind, rating; give --data third=FILE"),
     (["kind=classification", "rating=regression"], "task 'rating': objective 'regression': no column looks like the l"),
-    (["kind=classification", "rating=classification,label=stars"], "task 'rating': row 0: stars is 1, and the model"),
-    (["kind=classification,output=logits_x", TASKS[1]], "task 'kind': the model has no output 'logits_x'; it gives l"),
+    (["kind=classification", "rating=classification,label=stars"], "task 'rating': row 0: stars is 1, but the model"),
+    (["kind=classification,output=logits_x", TASKS[1]], "task 'kind': the model has no output 'logits_x', only l"),
 ]  # fmt: skip
 
 
@@ -245,23 +246,25 @@ def test_bad_input_is_one_line(tasks, said, heads, rows):
 def test_rows_that_are_wrong_say_whose(heads, rows, tmp_path):
     bad = {**rows, "kind": read_rows([write(tmp_path / "bad.jsonl", [{"text": "the cat", "label": 2}])])}
     with pytest.raises(
-        TrainingError, match="task 'kind': row 0: label is 2, and the model's 'logits_kind' has the"
+        TrainingError, match="task 'kind': row 0: label is 2, but the model's 'logits_kind' has the"
     ):
         prepared(heads, MultiTask(task=TASKS), joined(bad))
     bad["kind"] = read_rows([write(tmp_path / "worse.jsonl", [{"text": 3, "label": 1}])])
     both, objective = joined(bad), MultiTask(task=TASKS)
-    with pytest.raises(TrainingError, match="row 0: task 'kind': column 'text' holds 3, which is no text"):
+    with pytest.raises(
+        TrainingError, match="row 0: task 'kind': column 'text' contains 3, which is not a text"
+    ):
         make_examples(both.train, objective, prepared(heads, objective, both))
-    with pytest.raises(TrainingError, match="'rating' has no rows held out, and 'kind' has"):
+    with pytest.raises(TrainingError, match="'rating' has no held-out rows, but 'kind' has"):
         joined({"rating": rows["rating"], "kind": Rows(rows["kind"].train, rows["kind"].train)})
     with pytest.raises(
-        TrainingError, match="reads data of each task: give --data NAME=FILE for kind, rating"
+        TrainingError, match="needs data for each task; give --data NAME=FILE for kind, rating"
     ):
         prepared(heads, objective, rows["kind"])
 
 
 def test_the_command(heads, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: heads)
+    monkeypatch.setattr("surgery.cli.loading.load", lambda *args, **kwargs: heads)
     files = {"kind": write(tmp_path / "a.jsonl", KINDS), "rating": write(tmp_path / "b.jsonl", RATED)}
     line = [
         "train",
@@ -283,10 +286,10 @@ def test_the_command(heads, tmp_path, capsys, monkeypatch):
     figures = json.loads(said.out)["metrics"]
     assert {"score", "loss", "kind/accuracy", "kind/f1", "rating/pearson", "rating/loss"} <= figures.keys()
     for more, wanted in (
-        (["--data", str(files["kind"])], "objective 'multi-task' reads several; write NAME="),
+        (["--data", str(files["kind"])], "objective 'multi-task' reads several data sets; write NAME="),
         (
             ["--data", f"kind={files['kind']}", "--held-out", str(files["kind"])],
-            "of several data sets give a share",
+            "with several data sets give a share",
         ),
     ):
         with pytest.raises(SystemExit):

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import surgery
-from surgery.api import Setting, TrainingError
+from surgery.api.programs import TrainingError
+from surgery.api.training import Setting
 from surgery.cli import main
 from surgery.train.data import read_rows, split
 from surgery.train.loop import train
@@ -127,9 +128,9 @@ def test_classification_of_film_sentences(small, tmp_path):
 BAD = [
     ([{"words": "a", "label": 0}], [], "no column looks like the text; the data has words, label"),
     ([{"text": "a", "label": 0}], ["--label", "lable"], "no column 'lable'; did you mean 'label'"),
-    ([{"text": "a", "label": 1}, {"text": "b", "label": 2}], [], "row 1: label is 2, and the model's 'logits' has the"),
-    ([{"text": "a", "label": c} for c in "xyz"], [], "has 3 labels, and the model's 'logits' 2 classes"),
-    ([{"text": 3, "label": 0}] * 4, [], "row 0: column 'text' holds 3, which is no text"),
+    ([{"text": "a", "label": 1}, {"text": "b", "label": 2}], [], "row 1: label is 2, but the model's 'logits' has the"),
+    ([{"text": "a", "label": c} for c in "xyz"], [], "has 3 labels, but the model's 'logits' has 2 classes"),
+    ([{"text": 3, "label": 0}] * 4, [], "row 0: column 'text' contains 3, which is not a text"),
     ([{"text": "a", "label": 0}] * 4, ["--smoothing", "2"], "--smoothing is '2'"),
     ([{"text": "a", "label": 0}] * 4, ["--lr", "fast"], "training: --lr is 'fast'"),
     ([{"text": "a", "label": 0}] * 4, ["--regularize", "l2=1@attn.*"], "write l1=1e-4@TARGET"),
@@ -139,7 +140,7 @@ BAD = [
 
 @pytest.mark.parametrize(("rows", "more", "said"), BAD)
 def test_bad_input_is_one_line(rows, more, said, small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: small)
+    monkeypatch.setattr("surgery.cli.loading.load", lambda *args, **kwargs: small)
     refused(write(tmp_path / "data.jsonl", rows), more, said, tmp_path, capsys)
 
 
@@ -159,11 +160,11 @@ def test_nothing_trainable_and_no_tokenizer(small, tmp_path, capsys, monkeypatch
     frozen = small.apply(surgery.Freeze(target="all"))
     if frozen.count_parameters()[1]:
         frozen = small.apply(surgery.Freeze(target="**"))
-    monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: frozen)
+    monkeypatch.setattr("surgery.cli.loading.load", lambda *args, **kwargs: frozen)
     refused(path, [], "nothing trains in this program", tmp_path, capsys)
-    monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: small)
-    monkeypatch.setattr("surgery.train.tokenizers.find_tokenizer", lambda *args: None)
-    refused(path, [], "no tokenizer was found with the model", tmp_path, capsys)
+    monkeypatch.setattr("surgery.cli.loading.load", lambda *args, **kwargs: small)
+    monkeypatch.setattr("surgery.cli.training.find_tokenizer", lambda *args: None)
+    refused(path, [], "no tokenizer was found beside the model", tmp_path, capsys)
 
 
 def test_objectives_are_listed(capsys):
@@ -191,7 +192,7 @@ def test_a_template_that_rewrites_what_went_before_is_refused(llama, tmp_path):
         read("1")["input_ids"] == read("2")["input_ids"]
     )  # both unknown: the prompt's length tells them apart
     template.write_text("{% if messages | length > 1 %}no {% endif %}{{ messages[0]['content'] }} a cat")
-    with pytest.raises(TrainingError, match="cannot be told apart"):
+    with pytest.raises(TrainingError, match="answers cannot be located"):
         batch_of(llama, Sft(template=str(template)), path)
 
 

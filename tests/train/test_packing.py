@@ -7,7 +7,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 import surgery
-from surgery.api import TrainingError
+from surgery.api.programs import TrainingError
 from surgery.train.objectives import CausalLm, Sft
 from surgery.train.runner import Body
 from surgery.train.watchers import read_log
@@ -98,7 +98,7 @@ def test_a_loss_that_is_no_number_is_looked_for_in_rows(adapted, texts, tmp_path
     real = CausalLm.loss
     monkeypatch.setattr(CausalLm, "loss", lambda self, *given: real(self, *given) * float("nan"))
     with pytest.raises(
-        TrainingError, match=r"the loss is nan at step 1, of rows .*every node of the graph is finite"
+        TrainingError, match=r"the loss is nan at step 1, rows .*every node of the graph is finite"
     ):
         fit(adapted, CausalLm(packing=True), texts, tmp_path / "run", steps=2)
 

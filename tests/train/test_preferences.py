@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery
-from surgery.api import Program, TrainingError
+from surgery.api.programs import Program, TrainingError
 from surgery.cli import main
 from surgery.train.data import read_rows, split
 from surgery.train.loop import train
@@ -100,9 +100,9 @@ def test_what_is_cut_away_is_left_out_and_said(llama, tmp_path):
     path = write(tmp_path / "long.jsonl", rows)
     examples, setting = prepared(llama.apply(SCORE), Reward(), path, 12)
     assert setting.counts == {
-        "has a rejected answer that ends behind 12 tokens and was cut": 3,
-        "has a chosen answer that ends behind 12 tokens and was cut": 2,
-        "has no answer within 12 tokens and was left out": 1,
+        "has a rejected answer that exceeds 12 tokens and was cut": 3,
+        "has a chosen answer that exceeds 12 tokens and was cut": 2,
+        "has no answer within 12 tokens and was skipped": 1,
     }, setting.counts
     whole, _ = prepared(llama.apply(SCORE), Reward(), path, 32)
     assert [e["row"] for e in examples[range(len(examples))]] == [0, 2]
@@ -120,7 +120,7 @@ def test_of_a_long_prompt_the_end_is_kept(llama, tmp_path):
     path = write(tmp_path / "long.jsonl", rows)
     whole, _ = prepared(llama.apply(SCORE), Reward(), path, 32)
     examples, setting = prepared(llama.apply(SCORE), Reward(max_prompt=6), path, 13)
-    assert setting.counts == {"has a prompt of which the last 6 tokens were kept": 2}
+    assert setting.counts == {"has a prompt that was cut to its last 6 tokens": 2}
     assert len(examples) == 2
     for cut, long in zip(examples[[0, 1]], whole[[0, 1]], strict=True):
         for kind in ("chosen", "rejected"):
@@ -277,7 +277,7 @@ def test_without_a_reference_there_is_a_remedy(llama, tmp_path):
         llama.apply(surgery.Lora(target="attn.q", rank=2), freeze_base=False),
     ):
         program.module()
-        with pytest.raises(TrainingError, match="keep a copy of it all with --reference start"):
+        with pytest.raises(TrainingError, match="copy the whole program with --reference start"):
             Dpo().companions(program)
         objective = Dpo(reference="start")
         reference = objective.companions(program)["reference"]
@@ -370,10 +370,10 @@ def test_the_command_trains_a_reward_model(llama, tmp_path, capsys):
 
 BAD = [
     ("reward", [{"question": "a", "chosen": "b"}], [], "no column looks like the rejected answer; the data has"),
-    ("reward", [{"prompt": "a", "chosen": "b", "rejected": None}, PAIRS[0]], [], "row 0: column 'rejected' holds None"),
+    ("reward", [{"prompt": "a", "chosen": "b", "rejected": None}, PAIRS[0]], [], "column 'rejected' contains None"),
     ("reward", [{**PAIRS[0], "rejected": [{"role": "user", "content": "no"}]}], [], "is not the assistant's"),
-    ("reward", [{**PAIRS[0], "rejected": PAIRS[0]["chosen"]}], [], "two answers that do not differ within 64 tokens"),
-    ("reward", PAIRS, ["--score", "logits"], "'logits' is no output of one value, only logits (101), logits_reward"),
+    ("reward", [{**PAIRS[0], "rejected": PAIRS[0]["chosen"]}], [], "has answers that are equal within 64 tokens"),
+    ("reward", PAIRS, ["--score", "logits"], "is not an output with one value, only logits (101), logits_reward"),
     ("dpo", PAIRS, ["--beta", "0"], "--beta is '0'"),
     ("dpo", PAIRS, ["--loss", "hinge"], "--loss is 'hinge'"),
     ("dpo", PAIRS, ["--template", "nowhere.jinja"], "nowhere.jinja cannot be read"),
@@ -388,14 +388,14 @@ def test_bad_input_is_one_line(objective, rows, more, said, llama, tmp_path, cap
 
 def test_a_program_that_gives_no_score_or_no_reference(llama, tmp_path, capsys, monkeypatch):
     for objective, said in (
-        ("reward", "the model has no output of one value, only logits (101); put one on with --pass head"),
-        ("dpo", "put on an adapter (--pass lora), select what trains (--pass full)"),
+        ("reward", "the model has no output with one value, only logits (101); add one with --pass head"),
+        ("dpo", "add an adapter (--pass lora), select what trains (--pass full)"),
     ):
         refused(Program(llama.base), objective, PAIRS, [], said, tmp_path, capsys, monkeypatch)
 
 
 def refused(program, objective, rows, more, said, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("surgery.cli.options.load", lambda *args, **kwargs: program)
+    monkeypatch.setattr("surgery.cli.loading.load", lambda *args, **kwargs: program)
     path = write(tmp_path / "data.jsonl", rows)
     command = ["train", "hf:llama", "--objective", objective, "--data", str(path)]
     with pytest.raises(SystemExit) as caught:

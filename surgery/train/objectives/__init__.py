@@ -1,4 +1,4 @@
-"""Built-in objectives, registered through the same hook as everybody's."""
+"""The built-in objectives, registered through the same hook as those of plugins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""causal-lm: each token from those before it."""
+"""causal-lm: predict each token from the tokens before it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from surgery.train.tokens import next_tokens
 
 
 class CausalLm(PackingObjective):
-    """Causal language modelling: the cross-entropy of each token given those before it, the mean over tokens.
+    """Causal language modeling: the mean cross-entropy of each token given the tokens before it.
 
-    On texts of a domain it is continued pretraining (Gururangan et al. 2020, arXiv:2004.10964). A text ends with the
-    tokenizer's end token, and one that is longer than --max-length is cut into pieces of that length; no piece holds
-    parts of two texts, so that nothing is predicted from another text. The figure is the perplexity, exp(loss).
+    On texts of one domain this is continued pretraining (Gururangan et al. 2020, arXiv:2004.10964). Each text ends
+    with the tokenizer's end token. A text longer than --max-length is split into pieces of that length. A piece never
+    spans two texts, so no token is predicted from another text. The metric is the perplexity, exp(loss).
     """
 
     name: ClassVar[str] = "causal-lm"
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
 
     text: str | None = Field(None, description="column of the text")
-    end: bool = Field(True, description="put the tokenizer's end token behind each text")
+    end: bool = Field(True, description="add the tokenizer's end token to each text")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         setting.need_tokenizer(self.name)
@@ -39,7 +39,7 @@ class CausalLm(PackingObjective):
         if self.end and end is not None and ids[-1:] != [end]:
             ids.append(end)
         if len(ids) < 2:
-            setting.count("has no two tokens and was left out")
+            setting.count("has fewer than two tokens and was skipped")
         for start in range(0, len(ids), setting.longest):
             piece = ids[start : start + setting.longest]
             if len(piece) > 1:

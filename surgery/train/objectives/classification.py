@@ -1,4 +1,4 @@
-"""classification: one of several classes for a text."""
+"""classification: assign a text or an image to one of several classes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from surgery.train.texts import TEXT_OR_IMAGE, read
 
 
 class Classification(Objective):
-    """Classification: the cross-entropy of logits (batch × classes) with one label for each text.
+    """Classification: the cross-entropy of logits (batch × classes) with one label per text or image.
 
-    Labels are whole numbers from 0, or names, which are numbered in their order; the program has to have an output of
-    at least as many classes. The figures are accuracy and macro-averaged F1; the best checkpoint is of the highest
-    accuracy.
+    Labels are integers from 0, or names, which are numbered in sorted order. The output must have at least as many
+    classes. The metrics are accuracy and macro-averaged F1. The best checkpoint has the highest accuracy.
     """
 
     name: ClassVar[str] = "classification"
@@ -32,34 +31,36 @@ class Classification(Objective):
     metric: ClassVar[str] = "accuracy"
     larger: ClassVar[bool] = True
 
-    text: str | None = Field(None, description="column of the text, or of the image")
+    text: str | None = Field(None, description="column of the text or image")
     label: str | None = Field(None, description="column of the label")
-    output: str = Field("logits", description="the output of the model that holds the logits")
+    output: str = Field("logits", description="output of the model that contains the logits")
     smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         setting.need_reader(self.name)
         column = setting.columns["label"]
         classes = setting.width(self.output, self.name)
-        found: dict[Any, int] = {}  # the first row of each
+        found: dict[Any, int] = {}  # first row of each label, for errors
         for row, value in enumerate(rows[column]):
             if value is None or value != value:
-                raise TrainingError(f"row {row} has no {column!r}")
+                raise TrainingError(f"row {row} has no {column!r}; add a label")
             if not isinstance(value, str | int | float):
-                raise TrainingError(f"row {row}: {column} is {value!r}, which is no label")
+                raise TrainingError(
+                    f"row {row}: {column} is {value!r}, which is not a label; give a name or an integer"
+                )
             found.setdefault(value, row)
         if all(isinstance(value, str) for value in found):
             if len(found) > classes:
                 raise TrainingError(
-                    f"column {column!r} has {len(found)} labels, and the model's {self.output!r} {classes} classes; "
-                    f"put a wider one on with --pass head --labels {len(found)}"
+                    f"column {column!r} has {len(found)} labels, but the model's {self.output!r} has {classes} "
+                    f"classes; add a wider head with --pass head --labels {len(found)}"
                 )
             return {"labels": sorted(found)}
         for value, row in found.items():
             shown = int(value) if float(value).is_integer() else value
             if not isinstance(shown, int) or not 0 <= shown < classes:
                 raise TrainingError(
-                    f"row {row}: {column} is {shown!r}, and the model's {self.output!r} has the classes 0 to "
+                    f"row {row}: {column} is {shown!r}, but the model's {self.output!r} has the classes 0 to "
                     f"{classes - 1}"
                 )
         return {"labels": None}
@@ -92,7 +93,7 @@ class Classification(Objective):
 
 
 def _macro_f1(said: Tensor, labels: Tensor) -> float:
-    """The mean over classes that occur of 2·right / (said + there)."""
+    """Return the F1 score, 2 · correct / (predicted + actual), averaged over the classes that occur."""
     scores = []
     for label in torch.cat([said, labels]).unique():
         right = ((said == label) & (labels == label)).sum()

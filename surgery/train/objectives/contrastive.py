@@ -1,4 +1,4 @@
-"""contrastive: texts or images that belong together become neighbours."""
+"""contrastive: train embeddings so that texts or images that belong together are close."""
 
 from __future__ import annotations
 
@@ -18,32 +18,37 @@ from surgery.train.objective import Batch, Objective, run
 from surgery.train.texts import TEXT, read
 
 ROLES = ("anchor", "positive", "negative")
-ALONE = ("simcse", "simclr")  # the second vector is of the anchor too
+ALONE = ("simcse", "simclr")  # both vectors of a pair come from the anchor
 
 
 class Contrastive(Objective):
-    """Contrastive learning of one vector e for each text or image, from pairs (a, p), or triples with an n that does
-    not belong to a. With the similarity s (the cosine, or --similarity dot) of their vectors over the temperature,
+    """Contrastive learning of one embedding e per text or image, from pairs (a, p), or triples with a negative n.
+
+    With s, the cosine similarity (or --similarity dot) divided by the temperature, the loss is
 
         infonce   L = −mean log (exp s(a, p) / Σ_c exp s(a, c))
-        triplet   L = mean max(0, ‖a − p‖² − ‖a − n‖² + margin), of vectors of length one
+        triplet   L = mean max(0, ‖a − p‖² − ‖a − n‖² + margin), for normalized vectors
 
-    infonce (van den Oord et al. 2018, arXiv:1807.03748; as a ranking loss of in-batch negatives Henderson et al. 2017,
-    arXiv:1705.00652) has all positives of the batch, and its negatives, as candidates c; one that has the same text as
-    p, or is the positive of the same text as a, is no negative. --symmetric adds the same from the positives' side.
-    `--loss simcse` (Gao et al. 2021, arXiv:2104.08821) is infonce of texts alone, each of which goes through the model
-    twice, so that dropout makes the two vectors. `--loss simclr` (Chen et al. 2020, arXiv:2002.05709) is of images
-    alone: of each two views are drawn (a part of it, mirrored or not, in another light), and all other views of the
-    batch are negatives of both. triplet (Schroff et al. 2015, arXiv:1503.03832) of pairs alone takes
-    the nearest text of the batch that is farther than p (semi-hard), or the farthest where none is. Of several
-    processes each has the negatives of its own batch.
+    infonce (van den Oord et al. 2018, arXiv:1807.03748; as a ranking loss with in-batch negatives Henderson et al.
+    2017, arXiv:1705.00652) uses all positives and negatives of the batch as candidates c. False negatives are
+    excluded: a candidate with the same text as p, or the positive of an anchor with the same text as a. --symmetric
+    adds the loss from positives to anchors.
 
-    e is the output, pooled over tokens where it has these: `last_hidden_state`, or a projection that passes grafted
-    (`--pass head --mode add --head-name proj --labels 128 --pool mean`, then `--vector logits_proj`; with `--pass
-    expand --side dense --target path:head_proj --activation gelu` behind it, a non-linear one). The figures are the
-    loss, from whose smallest value the best checkpoint is, how often an anchor's own positive is the nearest of all
-    held-out ones (accuracy), and the mean of one over its rank (mrr). For simcse these are of the views of dropout,
-    or, where a column holds positives, of the pairs: infonce of them without dropout. For simclr of two views.
+    `--loss simcse` (Gao et al. 2021, arXiv:2104.08821) is infonce on texts alone. Each text runs through the model
+    twice, and dropout makes the two vectors differ. `--loss simclr` (Chen et al. 2020, arXiv:2002.05709) is for
+    images alone. It draws two random views of each image (cropped, mirrored, changed in brightness and contrast), and
+    all other views of the batch are negatives. triplet (Schroff et al. 2015, arXiv:1503.03832) without a negative
+    column uses the nearest text of the batch that is farther than p (semi-hard), or the farthest if there is none.
+    With several processes, each uses the negatives of its own batch.
+
+    e is an output, pooled over tokens if it has a token axis: `last_hidden_state`, or a projection added by passes.
+    `--pass head --mode add --head-name proj --labels 128 --pool mean` with `--vector logits_proj` adds a linear one;
+    `--pass expand --side dense --target path:head_proj --activation gelu` after it makes it non-linear.
+
+    The metrics are the loss, the share of anchors whose own positive is the nearest of all held-out ones (accuracy),
+    and the mean reciprocal rank of the own positive (mrr). The best checkpoint has the smallest loss. simcse is
+    evaluated on two dropout views, or, if the data has positives, as infonce on the pairs without dropout. simclr is
+    evaluated on two views.
     """
 
     name: ClassVar[str] = "contrastive"
@@ -55,37 +60,37 @@ class Contrastive(Objective):
         "negative": ("negative", "hard_negative", "text3", "sentence3", "contradiction"),
     }  # fmt: skip
 
-    anchor: str | None = Field(None, description="column of the text, or of the image")
-    positive: str | None = Field(None, description="column of one that belongs to it")
-    negative: str | None = Field(None, description="column of one that does not, where there is one")
+    anchor: str | None = Field(None, description="column of the text or image")
+    positive: str | None = Field(None, description="column of a text that belongs to the anchor")
+    negative: str | None = Field(
+        None, description="column of a text that does not belong to the anchor (optional)"
+    )
     kind_of_loss: Literal["infonce", "simcse", "simclr", "triplet"] = Field(
-        "infonce", alias="loss", description="of a batch"
+        "infonce", alias="loss", description="loss of a batch"
     )
-    temperature: float = Field(
-        0.05, gt=0, description="infonce, simcse, simclr: what similarities are divided by"
-    )
-    margin: float = Field(0.2, gt=0, description="triplet: how much farther the negative is to be")
+    temperature: float = Field(0.05, gt=0, description="infonce, simcse, simclr: divisor of the similarities")
+    margin: float = Field(0.2, gt=0, description="triplet: required difference of the squared distances")
     similarity: Literal["cos", "dot"] = Field(
-        "cos", description="infonce, simcse, simclr: the cosine or the product"
+        "cos", description="infonce, simcse, simclr: cosine or dot product"
     )
-    crop: float = Field(0.35, gt=0, le=1, description="simclr: the least part of its area that a view shows")
-    keep_sides: bool = Field(False, description="simclr: views are never mirrored (of writing, say)")
-    symmetric: bool = Field(False, description="infonce: positives look for their anchors too")
+    crop: float = Field(
+        0.35, gt=0, le=1, description="simclr: smallest area of a view, as a share of the image"
+    )
+    keep_sides: bool = Field(False, description="simclr: never mirror views (for images of text)")
+    symmetric: bool = Field(False, description="infonce: add the loss from positives to anchors")
     pooling: Pooling = Field(
-        "mean", description="of an output of tokens: the mean of those there, or the first"
+        "mean", description="pooling of token outputs: the mean over unmasked tokens, or the first token"
     )
-    vector: str = Field("last_hidden_state", description="the output of the model that is e")
+    vector: str = Field("last_hidden_state", description="output of the model that is the embedding e")
 
     @model_validator(mode="after")
     def _goes_together(self) -> Contrastive:
         if self.symmetric and self.kind_of_loss != "infonce":
-            raise ValueError(f"--symmetric is of --loss infonce, and this is {self.kind_of_loss}")
+            raise ValueError(f"--symmetric needs --loss infonce, not {self.kind_of_loss}; leave it out")
         if self.similarity == "dot" and self.kind_of_loss == "triplet":
-            raise ValueError(
-                "--similarity dot is of infonce, simcse and simclr; triplet has vectors of length one"
-            )
+            raise ValueError("--loss triplet uses normalized vectors; leave out --similarity dot")
         if self.negative is not None and self.kind_of_loss in ALONE:
-            raise ValueError(f"--loss {self.kind_of_loss} has no negatives of its own; leave out --negative")
+            raise ValueError(f"--loss {self.kind_of_loss} uses no negative column; leave out --negative")
         return self
 
     # -- data
@@ -102,7 +107,7 @@ class Contrastive(Objective):
                     f"objective {self.name!r}: no column looks like the {option}; the data has "
                     f"{', '.join(available)}; name one with --{option}"
                     + (
-                        ", or take --loss simcse for texts alone, simclr for images"
+                        ", or use --loss simcse for texts alone, simclr for images"
                         if option == "positive"
                         else ""
                     )
@@ -113,13 +118,13 @@ class Contrastive(Objective):
         setting.need_reader(self.name)
         if self.kind_of_loss == "simclr" and setting.images is None:
             raise TrainingError(
-                f"--loss simclr is of images, and the model takes {', '.join(setting.inputs)}"
+                f"--loss simclr needs images, but the model takes {', '.join(setting.inputs)}; use another loss"
             )
         named = "vector" in self.model_fields_set
         if self.vector not in setting.widths and (named or len(setting.widths) != 1):
             raise TrainingError(
-                f"objective {self.name!r}: the model has no output {self.vector!r}; it gives "
-                f"{', '.join(setting.widths)}; name one with --vector, or put one on with --pass head --mode add "
+                f"objective {self.name!r}: the model has no output {self.vector!r}, only "
+                f"{', '.join(setting.widths)}; name one with --vector, or add one with --pass head --mode add "
                 f"--pool mean"
             )
         return {"roles": [role for role in ROLES if role in setting.columns]}
@@ -168,19 +173,22 @@ class Contrastive(Objective):
             views = self._views(module, batch)
             if module.training and torch.equal(*views):
                 raise TrainingError(
-                    "--loss simcse: the two views of a text are the same, for nothing in the model drops out; load it "
-                    "with dropout (--model-kwargs), or give pairs and --loss infonce"
+                    "--loss simcse: the two views of a text are equal because the model has no active dropout; load it "
+                    "with dropout (--model-kwargs), or use pairs with --loss infonce"
                 )
             return self._infonce(*views, None, batch["alone"])
         return self._of_pairs(self._vectors(module, batch), batch)
 
     def _vectors(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Those of each role."""
+        """Return the vectors of each role."""
         found = embedded(run(module, batch), self.vector, self.pooling, batch)
         return dict(zip(batch["roles"], found.chunk(len(batch["roles"])), strict=True))
 
     def _views(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Two vectors for each anchor, of one run over both."""
+        """Return two vectors per anchor.
+
+        One run over the doubled batch gives both, as dropout differs between rows.
+        """
         count = self.terms(batch)
         inputs = {name: torch.cat([values[:count]] * 2) for name, values in batch["inputs"].items()}
         twice = {"inputs": inputs}
@@ -205,7 +213,10 @@ class Contrastive(Objective):
         return F.cross_entropy(scores, torch.arange(len(a), device=a.device))
 
     def _nt_xent(self, a: Tensor, p: Tensor, same: Tensor) -> Tensor:
-        """Each view looks for the other one among all that are not itself, nor of an equal image."""
+        """Return the NT-Xent loss: each view must find the other view of its image.
+
+        Views of equal images are excluded from the candidates.
+        """
         every, own = torch.cat([a, p]), torch.arange(len(a), device=a.device)
         scores = similarities(every, every, self.similarity) / self.temperature
         itself = torch.eye(len(a), dtype=torch.bool, device=a.device) | same
@@ -227,6 +238,8 @@ class Contrastive(Objective):
 
     def observe(self, module: nn.Module, batch: Batch) -> dict[str, Tensor]:
         if self.kind_of_loss == "simcse" and "positive" not in batch["roles"]:
+            # Dropout is the only difference between the views, so it must be active here. The seed keeps
+            # evaluations comparable.
             with torch.random.fork_rng():
                 torch.manual_seed(batch["seed"])
                 module.train()
@@ -250,12 +263,15 @@ def _kind(setting: Setting) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Tokens as a list, pixels as they are."""
+    """Return tokens as a list, and pixels (bytes) unchanged."""
     return value if isinstance(value, bytes) else list(value)
 
 
 def _false_negatives(anchors: list[Any], positives: list[Any], negatives: list[Any]) -> Tensor:
-    """Which candidate (positives, then negatives) is no negative of which anchor, its own positive aside."""
+    """Return a mask of candidates that are false negatives, anchors × (positives, then negatives).
+
+    An anchor's own positive is never masked.
+    """
     rows = []
     for i, (anchor, positive) in enumerate(zip(anchors, positives, strict=True)):
         same = [j != i and (positives[j] == positive or anchors[j] == anchor) for j in range(len(positives))]
@@ -264,8 +280,10 @@ def _false_negatives(anchors: list[Any], positives: list[Any], negatives: list[A
 
 
 def _semi_hard(near: Tensor, distances: Tensor, false: Tensor) -> Tensor:
-    """For each anchor the least distance above `near`, or the largest, of what is a negative of it; of one that has
-    none, one that costs nothing."""
+    """Return the distance of a negative for each anchor: the smallest above `near`, or else the largest.
+
+    An anchor without negatives gets an infinite distance, so its loss is zero.
+    """
     own = torch.eye(len(near), dtype=torch.bool, device=near.device)
     out = own | false[:, : len(near)]
     beyond = distances.masked_fill(out | (distances <= near.unsqueeze(1)), torch.inf).amin(1)

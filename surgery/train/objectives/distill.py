@@ -1,4 +1,4 @@
-"""distill: a program learns what a larger one says."""
+"""distill: train a program to reproduce the outputs of a teacher."""
 
 from __future__ import annotations
 
@@ -31,44 +31,56 @@ if TYPE_CHECKING:
 
 
 class Distill(Objective):
-    """Distillation (Hinton et al. 2015, arXiv:1503.02531): with the logits z of the program and z' of its teacher,
+    """Distillation of a teacher into the program (Hinton et al. 2015, arXiv:1503.02531).
+
+    With the logits z of the program and z' of the teacher, the loss is
 
         L = (1 − α) · hard + α · T² · KL(softmax(z' / T) ‖ softmax(z / T)) + w · Σ hints
 
-    hard is the loss of --of, another objective with options of its own (`--of classification,label=stars`,
-    `causal-lm`, `sft`, …), whose rows and figures these are too; of texts without labels it is `--of unlabelled`, with
-    --alpha 1. Logits of tokens count where there is a label. Of regression the soft term is the squared distance.
+    The hard loss is that of --of, another objective with its own options (`--of classification,label=stars`,
+    `causal-lm`, `sft`, …). Rows and metrics are also those of --of. For texts without labels use `--of unlabelled`
+    with --alpha 1. For logits per token, only tokens with a label count. With regression the soft term is the squared
+    distance.
 
-    --teacher is a directory that surgery saved, or any reference that it loads (`hf:DIR`, with --teacher-task
-    text-classification); it reads the same tokens, runs without gradients in eval mode, and is not saved. The program
-    may be smaller: layers taken out by model_kwargs, or pruned.
+    --teacher is a directory that surgery saved, or any reference that surgery can load (`hf:DIR`, with --teacher-task
+    text-classification). It must read the same tokens. It runs in eval mode without gradients, and is not saved. The
+    program may be smaller, for example with fewer layers (model_kwargs) or pruned.
 
-    `--hint STUDENT=TEACHER` lets what a module of the program gives come near what one of the teacher's does (FitNets,
-    Romero et al. 2015, arXiv:1412.6550; TinyBERT, Jiao et al. 2020, arXiv:1909.10351): the squared distance, the mean
-    over features and over tokens that are there; where widths differ, of a linear map of it that is learned beside the
-    program, kept in checkpoints, and not saved. `--attention STUDENT=TEACHER` does so for the attention scores, q kᵀ
-    before the softmax, of modules with as many heads (as TinyBERT; the program then trains as its graph). Names are
+    `--hint STUDENT=TEACHER` matches the outputs of two modules (FitNets, Romero et al. 2015, arXiv:1412.6550;
+    TinyBERT, Jiao et al. 2020, arXiv:1909.10351). The hint is the squared distance, averaged over features and
+    unmasked tokens. If the widths differ, a linear map of the student's output is learned; it is saved in checkpoints
+    but not with the program. `--attention STUDENT=TEACHER` matches the attention scores q kᵀ before the softmax, as
+    in TinyBERT. Both modules must have the same number of heads, and the program then trains as its graph. Names are
     module paths, their ends, or targets of one site.
 
-    The figures are those of --of, with its loss as `hard`; soft, hints; agreement, how often both choose the same
-    class; what the teacher itself reaches, as teacher/accuracy; and score, by whose highest value the best checkpoint
-    is chosen: the figure by which --of chooses (negative where less is better), and the agreement without labels.
+    The metrics are those of --of, with its loss as `hard`; soft and hints; agreement, the share of equal predictions
+    of both; and the teacher's own result, such as teacher/accuracy. The score selects the best checkpoint (highest):
+    it is the metric that selects the best checkpoint of --of, negated if smaller is better, or the agreement if there
+    are no labels.
     """
 
     name: ClassVar[str] = "distill"
     metric: ClassVar[str] = "score"
     larger: ClassVar[bool] = True
 
-    teacher: str = Field("", description="a directory that surgery saved, or a reference such as hf:DIR")
-    teacher_task: str | None = Field(None, description="transformers task to load the teacher for")
-    of: str = Field(
-        "classification", description="OBJECTIVE[,OPTION=VALUE…] of the labels; unlabelled: there are none"
+    teacher: str = Field(
+        "", description="teacher: a directory that surgery saved, or a reference such as hf:DIR"
     )
-    temperature: float = Field(2.0, gt=0, description="T, which softens both distributions")
-    alpha: float = Field(0.5, ge=0, le=1, description="share of the soft targets; 1: no hard labels")
-    hint: tuple[str, ...] = Field((), description="STUDENT=TEACHER, modules of like values; may be repeated")
-    attention: tuple[str, ...] = Field((), description="STUDENT=TEACHER, modules of like attention scores")
-    hint_weight: float = Field(1.0, gt=0, description="w, of each hint")
+    teacher_task: str | None = Field(
+        None, description="transformers task of the teacher, if it is loaded with hf:"
+    )
+    of: str = Field(
+        "classification", description="OBJECTIVE[,OPTION=VALUE…] for the labels; unlabelled: no labels"
+    )
+    temperature: float = Field(2.0, gt=0, description="temperature T that softens both distributions")
+    alpha: float = Field(0.5, ge=0, le=1, description="weight of the soft targets; 1: no hard labels")
+    hint: tuple[str, ...] = Field(
+        (), description="STUDENT=TEACHER, modules whose outputs to match; may be repeated"
+    )
+    attention: tuple[str, ...] = Field(
+        (), description="STUDENT=TEACHER, modules whose attention scores to match; may be repeated"
+    )
+    hint_weight: float = Field(1.0, gt=0, description="weight w of each hint")
 
     @field_validator("hint", "attention", mode="before")
     @classmethod
@@ -76,7 +88,7 @@ class Distill(Objective):
         pairs = (given,) if isinstance(given, str) else tuple(given)
         for text in pairs:
             if not isinstance(text, str) or not all(text.partition("=")):
-                raise ValueError("write STUDENT=TEACHER, a module of each")
+                raise ValueError("write STUDENT=TEACHER, with a module of each")
         return pairs
 
     @model_validator(mode="after")
@@ -86,7 +98,7 @@ class Distill(Objective):
                 "give a --teacher: a directory that surgery saved, or a reference such as hf:DIR"
             )
         if nested_of(self.of)["objective"] == Unlabelled.name and self.alpha != 1:
-            raise ValueError("--of unlabelled has no hard labels to mix with; give --alpha 1")
+            raise ValueError("--of unlabelled has no hard labels; set --alpha 1")
         return self
 
     @cached_property
@@ -98,14 +110,18 @@ class Distill(Objective):
         return Nested(**made).made("--of")
 
     def taught_by(self, program: Program) -> Distill:
-        """This objective with a program as its teacher, in place of what `teacher` names."""
+        """Return this objective with a loaded program as teacher. It replaces `teacher`."""
         made = self.model_copy()
         made.__dict__["loaded"] = program
         return made
 
     @cached_property
     def loaded(self) -> Program:
-        """The teacher. Raises TrainingError."""
+        """The loaded teacher.
+
+        Raises:
+            TrainingError: the teacher cannot be loaded.
+        """
         try:
             return load(self.teacher, task=self.teacher_task)
         except LoadError as error:
@@ -113,10 +129,10 @@ class Distill(Objective):
 
     @property
     def output(self) -> str:
-        """The output that both are compared by."""
+        """Name of the output that is compared."""
         return getattr(self.base, "output", "logits")
 
-    # -- data, which is that of the hard labels
+    # -- data: that of the objective of the hard labels
 
     def prepared(self, rows: Any, setting: Setting) -> Setting:
         own, name = self.base.prepared(rows, setting), self.output
@@ -127,30 +143,30 @@ class Distill(Objective):
         )
         if given is None:
             raise TrainingError(
-                f"the teacher has no output {name!r}; it gives {', '.join(theirs.widths)}; load it with --teacher-task"
+                f"the teacher has no output {name!r}, only {', '.join(theirs.widths)}; load it with --teacher-task"
             )
         if given != width:
             raise TrainingError(
-                f"the teacher's {name!r} has {given} classes, and the program's {width}; give the program as many with "
-                f"--pass head --labels {given}"
+                f"the teacher's {name!r} has {given} classes, but the program's has {width}; give the program as many "
+                f"with --pass head --labels {given}"
             )
         more = [each for each in theirs.inputs if each not in setting.inputs]
         if more:
             raise TrainingError(
-                f"the teacher takes {more[0]!r}, and the program {', '.join(setting.inputs)}; take one that reads the "
-                f"same"
+                f"the teacher takes {more[0]!r}, but the program only {', '.join(setting.inputs)}; use a teacher with "
+                f"the same inputs"
             )
         if theirs.tokenizer is not None and theirs.tokenizer.get_vocab() != setting.tokenizer.get_vocab():
             raise TrainingError(
-                "the teacher's tokenizer is another than the program's; take one that reads the same"
+                "the teacher's tokenizer differs from the program's; use a teacher with the same tokenizer"
             )
         if theirs.images != setting.images:
             raise TrainingError(
-                "the teacher takes images in another way than the program; take one that reads the same"
+                "the teacher's image format differs from the program's; use a teacher with the same format"
             )
         if theirs.fixed not in (None, setting.fixed):
             raise TrainingError(
-                f"the teacher takes {theirs.fixed} tokens and no other number; take one that takes any length"
+                f"the teacher accepts only {theirs.fixed} tokens; use a teacher that accepts any length"
             )
         return replace(own, longest=min(own.longest, theirs.longest))
 
@@ -187,14 +203,16 @@ class Distill(Objective):
         return self._terms(self._outputs(module, batch), batch)["loss"]
 
     def _outputs(self, module: nn.Module, batch: Batch) -> Any:
-        """One run of the module, of which the taps keep what the hints need."""
+        """Run the module once. The taps capture the values for the hints."""
         with batch["taps"].watching(module):
             return run(module, batch)
 
     def _terms(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
-        """The loss and its parts."""
+        """Return the loss and its parts."""
         logits, taught = self._counted(outputs, batch)
         soft = self._soft(logits, taught)
+        # The nested objective calls a module itself. `_Given` hands it the outputs of the run that is already
+        # done.
         hard = self.base.loss(_Given(outputs), batch) if self.alpha < 1 else torch.zeros_like(soft)
         found = {"soft": soft, "loss": (1 - self.alpha) * hard + self.alpha * soft}
         hints = self._hints(batch)
@@ -204,7 +222,7 @@ class Distill(Objective):
         return found
 
     def _counted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits of the program and of the teacher, a row for each term."""
+        """Return the logits of program and teacher, one row per term of the loss."""
         logits, taught = output(outputs, self.output).float(), batch["teacher"]["logits"].float()
         labels = batch.get("labels")
         if logits.dim() == 3 and labels is not None:
@@ -268,7 +286,7 @@ class Distill(Objective):
 
 
 class Teacher(nn.Module):
-    """A program that says what another should: its logits, and what some of its modules give."""
+    """Runs the teacher on a batch and returns its logits, module outputs and attention scores."""
 
     def __init__(
         self,
@@ -278,6 +296,18 @@ class Teacher(nn.Module):
         attentions: Sequence[tuple[str, str]] = (),
         name: str = "logits",
     ) -> None:
+        """Prepare the teacher.
+
+        Args:
+            program: the teacher.
+            student: program to train.
+            hints: pairs of modules (student, teacher) whose outputs are compared.
+            attentions: pairs of modules (student, teacher) whose attention scores are compared.
+            name: output with the logits.
+
+        Raises:
+            TrainingError: modules of a pair have outputs of different rank, or different numbers of heads.
+        """
         super().__init__()
         self.module, self.inputs, self.name = program.module().eval(), input_names(program.captured), name
         own, theirs = [a for a, _ in hints], [b for _, b in hints]
@@ -287,17 +317,17 @@ class Teacher(nn.Module):
             ranks = self.student.ends[a].dim(), self.taps.ends[b].dim()
             if ranks[0] != ranks[1]:
                 raise TrainingError(
-                    f"--hint {a}={b}: the values have {ranks[0]} and {ranks[1]} axes; name alike ones"
+                    f"--hint {a}={b}: the outputs have {ranks[0]} and {ranks[1]} axes; name modules with equal ones"
                 )
         for a, b in zip(self.student.attentions, self.taps.attentions, strict=True):
             heads = self.student.heads[a], self.taps.heads[b]
             if heads[0] != heads[1]:
                 raise TrainingError(
-                    f"--attention {a}={b}: there are {heads[0]} and {heads[1]} heads; scores are compared head by head"
+                    f"--attention {a}={b}: they have {heads[0]} and {heads[1]} heads; name modules with equally many"
                 )
 
     def maps(self) -> WidthMaps:
-        """What has to be learned to compare values of different widths."""
+        """Make the linear maps for hints whose widths differ."""
         pairs = zip(self.student.modules, self.taps.modules, strict=True)
         return WidthMaps([(self.student.ends[a].shape[-1], self.taps.ends[b].shape[-1]) for a, b in pairs])
 
@@ -314,7 +344,7 @@ class Teacher(nn.Module):
 
 
 class WidthMaps(Learned):
-    """A linear map for each pair of widths that differ."""
+    """A learned linear map for each hint whose widths differ."""
 
     def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
         super().__init__()
@@ -327,15 +357,15 @@ class WidthMaps(Learned):
 
 
 class Unlabelled(Objective):
-    """Texts without labels, of which a teacher says what there is to learn."""
+    """Texts or images without labels: the teacher's outputs are the only targets."""
 
     name: ClassVar[str] = "unlabelled"
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT_OR_IMAGE}
     metric: ClassVar[str] = "agreement"
     larger: ClassVar[bool] = True
 
-    text: str | None = Field(None, description="column of the text, or of the image")
-    output: str = Field("logits", description="the output of the model that learns")
+    text: str | None = Field(None, description="column of the text or image")
+    output: str = Field("logits", description="output of the model that is trained")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         setting.need_reader(self.name)
@@ -358,7 +388,7 @@ class Unlabelled(Objective):
 
 
 class _Given(nn.Module):
-    """Gives what another module has given."""
+    """A module that returns stored outputs."""
 
     def __init__(self, outputs: Any) -> None:
         super().__init__()

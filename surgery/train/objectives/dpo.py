@@ -1,4 +1,4 @@
-"""dpo: the better of two answers to a prompt becomes likelier, against a reference policy."""
+"""dpo: make the preferred one of two answers more likely, relative to a reference policy."""
 
 from __future__ import annotations
 
@@ -20,27 +20,31 @@ if TYPE_CHECKING:
 
 
 class Dpo(PairObjective):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290). With the log-ratio of an answer
-    ρ(y) = log π(y|x) − log π_ref(y|x), a sum over its tokens, and h = ρ(y_chosen) − ρ(y_rejected),
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
+
+    The log-ratio of an answer is ρ(y) = log π(y|x) − log π_ref(y|x), summed over its tokens. With h = ρ(y_chosen) −
+    ρ(y_rejected), the loss is
 
         sigmoid   L = −(1 − ε) log σ(β h) − ε log σ(−β h)
-        ipo       L = (h' − 1 / 2β)², h' as h with means over the tokens (Azar et al. 2023, arXiv:2310.12036)
+        ipo       L = (h' − 1 / 2β)², where h' uses means over the tokens (Azar et al. 2023, arXiv:2310.12036)
 
-    ε is the share of pairs whose labels are wrong (cDPO; --smoothing). π_ref is the same program with what trains left
-    out, in the same storage: without its adapters, or with the base's own weights where `full` and the like let them
-    train; `--reference start` keeps a copy of what trains instead, as it is when training begins (of an adapter that
-    was tuned on answers before, say). Rows are those of `reward`. The figures are the loss, how often the better
-    answer has the higher implicit reward β ρ (accuracy; a tie, such as all are at the start, is half of one), and by
-    how much (margin).
+    ε is the expected share of wrong labels (cDPO; --smoothing). π_ref is the program without its trained parts, in
+    the same storage: without adapters, or with the original base weights if `full` or another selection trains these.
+    `--reference start` instead copies the program at the start of the training, for example an adapter that was
+    already fine-tuned on answers.
+
+    Rows are those of `reward`. The metrics are the loss, the share of pairs in which the preferred answer has the
+    higher implicit reward β ρ (accuracy; a tie, as all pairs are at the start, counts one half), and the mean
+    difference (margin).
     """
 
     name: ClassVar[str] = "dpo"
 
-    beta: float = Field(0.1, gt=0, description="how strongly the policy is held to the reference")
-    smoothing: float = Field(0.0, ge=0, lt=0.5, description="sigmoid: share of wrong labels to reckon with")
-    kind_of_loss: Literal["sigmoid", "ipo"] = Field("sigmoid", alias="loss", description="of a pair")
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference policy")
+    smoothing: float = Field(0.0, ge=0, lt=0.5, description="sigmoid: expected share of wrong labels")
+    kind_of_loss: Literal["sigmoid", "ipo"] = Field("sigmoid", alias="loss", description="loss of a pair")
     reference: Literal["base", "start"] = Field(
-        "base", description="policy to stay near: the program without what trains, or a copy of its start"
+        "base", description="reference policy: the program without its trained parts, or a copy of its start"
     )
 
     def companions(self, program: Program) -> Mapping[str, nn.Module]:
@@ -51,10 +55,10 @@ class Dpo(PairObjective):
         return {**batch, "reference": self.log_probs(companions["reference"], batch)}
 
     def log_probs(self, module: nn.Module, batch: Batch) -> Tensor:
-        """log π of each row's answer, the sum over its tokens."""
+        """Return log π of each row's answer, summed over its tokens."""
         logits, labels = output(run(module, batch), "logits"), batch["labels"]
         rows, places = torch.nonzero(labels != IGNORED, as_tuple=True)
-        # Only where an answer is: a product of all tokens with the vocabulary is the largest tensor of a step.
+        # Log-probabilities of answer tokens only: those of all tokens and the vocabulary would be the largest tensor.
         found = -F.cross_entropy(logits[rows, places].float(), labels[rows, places], reduction="none")
         return torch.zeros(len(labels), device=found.device).index_add(0, rows, found)
 

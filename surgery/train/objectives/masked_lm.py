@@ -1,4 +1,4 @@
-"""masked-lm: hidden tokens from those around them."""
+"""masked-lm: predict hidden tokens from the tokens around them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from surgery.train.tokens import IGNORED, TokenObjective
 
 
 class MaskedLm(TokenObjective):
-    """Masked language modelling: the cross-entropy of tokens that are hidden (Devlin et al. 2019, arXiv:1810.04805).
+    """Masked language modeling: the cross-entropy of hidden tokens (Devlin et al. 2019, arXiv:1810.04805).
 
-    A share of the tokens is chosen anew for each batch, special ones left out; of these 80% become the mask token, 10%
-    any token and 10% stay as they are. Long texts are cut into pieces of --max-length. On held-out data the choice is
-    the same at every evaluation. The figure is exp(loss).
+    Each batch hides another random share of the tokens, except special ones. Of the chosen tokens 80% become the mask
+    token, 10% become a random token and 10% stay unchanged. Long texts are split into pieces of --max-length. On
+    held-out data the choice is the same in every evaluation. The metric is the perplexity, exp(loss).
     """
 
     name: ClassVar[str] = "masked-lm"
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
 
     text: str | None = Field(None, description="column of the text")
-    share: float = Field(0.15, gt=0, lt=1, description="share of the tokens that is predicted")
+    share: float = Field(0.15, gt=0, lt=1, description="share of the tokens to hide and predict")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         if setting.need_tokenizer(self.name).mask_token_id is None:
             raise TrainingError(
-                "objective 'masked-lm': the tokenizer has no mask token; train with causal-lm"
+                "objective 'masked-lm': the tokenizer has no mask token; use causal-lm instead"
             )
         return {}
 
@@ -48,7 +48,7 @@ class MaskedLm(TokenObjective):
         special = torch.isin(ids, torch.tensor(setting.tokenizer.all_special_ids))
         chance = torch.rand(ids.shape, generator=draw).masked_fill(special, 2.0)
         chosen = chance < self.share
-        if not chosen.any():  # a batch with nothing to predict would have no loss
+        if not chosen.any():  # a batch without a label would have no loss
             chosen = chance == chance.min()
         how = torch.rand(ids.shape, generator=draw)
         other = torch.randint(0, len(setting.tokenizer), ids.shape, generator=draw)

@@ -1,4 +1,4 @@
-"""multi-task: several heads of one program, each with data and a loss of its own."""
+"""multi-task: train several heads of one program, each with its own data and loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
 class Task(Nested):
-    """name: of the task, its data and its head."""
+    """A task of a multi-task training.
+
+    Attributes:
+        name: name of the task, of its data and of its head.
+    """
 
     name: str
 
@@ -40,27 +44,29 @@ class Task(Nested):
             return given
         name, equals, rest = given.partition("=")
         if not equals or not NAME.fullmatch(name):
-            raise ValueError("write NAME=OBJECTIVE,OPTION=VALUE,… with a name of letters, digits and _")
+            raise ValueError("write NAME=OBJECTIVE,OPTION=VALUE,…; NAME consists of letters, digits and _")
         return {"name": name, **nested_of(rest)}
 
 
 class MultiTask(Objective):
-    """Multi-task learning (Caruana 1997): a program with several heads, of which each learns a task of its own.
+    """Multi-task learning (Caruana 1997): a program with several heads, each trained on its own task.
 
-    `--task NAME=OBJECTIVE[,OPTION=VALUE…]` for each task, and `--data NAME=FILE` for what it learns from; its head is
-    the output `logits_NAME` (`--pass head --mode add --head-name NAME`) unless `output=…` names another. In a recipe
-    `task` is a mapping, {film: classification, tweets: {objective: regression, label: rating}}.
+    `--task NAME=OBJECTIVE[,OPTION=VALUE…]` defines a task, and `--data NAME=FILE` its data. Its head is the output
+    `logits_NAME` (`--pass head --mode add --head-name NAME`), unless `output=…` names another one. In a recipe `task`
+    is a mapping, {film: classification, tweets: {objective: regression, label: rating}}.
 
-    A batch is of one task. Of data sets of n examples a share n^(1/T) / Σ n^(1/T) of an epoch's batches is each's
-    (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2): in proportion to their size at --temperature 1, when each
-    example is read once, and the more alike the higher it is; a small set is then read several times and a large one
-    in part, another part in each epoch. --limit is the most examples that a set counts for.
+    Each batch belongs to one task. A data set of n examples gets the share n^(1/T) / Σ n^(1/T) of an epoch's batches
+    (Raffel et al. 2020, arXiv:1910.10683, section 3.5.2). At --temperature 1 the shares are proportional to the
+    sizes, and each example is read once. A higher temperature makes the shares more equal: a small set is read
+    several times, and a large set in part, with another part in each epoch. --limit caps the size n of a set.
 
-    With --uncertainty a task's loss L is weighed by what is learned of its noise, e^−s L + s/2, and of regression
-    e^−s L/2 + s/2, where s is the logarithm of its variance (Kendall et al. 2018, arXiv:1705.07115); s starts at 0, has
-    --uncertainty-rate times the learning rate, and is kept in checkpoints. The figures are those of each task
-    (NAME/accuracy), their mean loss, without weights, and score: the mean of what each task chooses its best by,
-    negative where less is better. The best checkpoint is of the highest score.
+    --uncertainty learns the weight of each task's loss L from its noise. The weighted loss is e^−s L + s/2, or e^−s
+    L/2 + s/2 for regression, where s is the logarithm of the noise variance (Kendall et al. 2018, arXiv:1705.07115).
+    s starts at 0, trains with --uncertainty-rate times the learning rate, and is saved in checkpoints.
+
+    The metrics are those of each task (NAME/accuracy), the mean of their unweighted losses, and a score: the mean of
+    the metrics that select each task's best checkpoint, negated where smaller is better. The best checkpoint has the
+    highest score.
     """
 
     name: ClassVar[str] = "multi-task"
@@ -68,11 +74,17 @@ class MultiTask(Objective):
     larger: ClassVar[bool] = True
     several: ClassVar[bool] = True
 
-    task: tuple[Task, ...] = Field((), description="a task: NAME=OBJECTIVE[,OPTION=VALUE…]; may be repeated")
-    temperature: float = Field(1.0, gt=0, description="of sampling: 1 in proportion to size, more for alike")
-    limit: int | None = Field(None, gt=0, description="most examples that a data set counts for")
+    task: tuple[Task, ...] = Field((), description="task NAME=OBJECTIVE[,OPTION=VALUE…]; may be repeated")
+    temperature: float = Field(
+        1.0, gt=0, description="sampling temperature: 1 is proportional to size, higher is more equal"
+    )
+    limit: int | None = Field(
+        None, gt=0, description="maximum size of a data set in the computation of shares"
+    )
     uncertainty: bool = Field(False, description="learn the weight of each task's loss")
-    uncertainty_rate: float = Field(10.0, gt=0, description="learning rate of the weights over the program's")
+    uncertainty_rate: float = Field(
+        10.0, gt=0, description="learning rate of the loss weights, as a multiple of the program's"
+    )
 
     @field_validator("task", mode="before")
     @classmethod
@@ -92,12 +104,18 @@ class MultiTask(Objective):
         if not names:
             raise ValueError("give a --task NAME=OBJECTIVE for each task")
         if len(set(names)) < len(names):
-            raise ValueError(f"two tasks are called {next(n for n in names if names.count(n) > 1)!r}")
+            raise ValueError(
+                f"two tasks have the name {next(n for n in names if names.count(n) > 1)!r}; rename one"
+            )
         return self
 
     @cached_property
     def tasks(self) -> dict[str, Objective]:
-        """The objective of each task. Raises TrainingError for one that is wrong."""
+        """The objective of each task, by name.
+
+        Raises:
+            TrainingError: an objective or option is invalid.
+        """
         return {t.name: t.made(f"task {t.name!r}", output=f"logits_{t.name}") for t in self.task}
 
     # -- data
@@ -106,17 +124,17 @@ class MultiTask(Objective):
         there = names_in(rows)
         if not there:
             raise TrainingError(
-                f"objective {self.name!r} reads data of each task: give --data NAME=FILE for {', '.join(self.tasks)}"
+                f"objective {self.name!r} needs data for each task; give --data NAME=FILE for {', '.join(self.tasks)}"
             )
         for name in self.tasks:
             if name not in there:
                 raise TrainingError(
-                    f"task {name!r} has no data; give --data {name}=FILE (there is {', '.join(there)})"
+                    f"task {name!r} has no data, only {', '.join(there)}; give --data {name}=FILE"
                 )
         for name in there:
             if name not in self.tasks:
                 hint = nearest(name, self.tasks) or f"; there are {', '.join(self.tasks)}"
-                raise TrainingError(f"there is no task {name!r} for the data of that name{hint}")
+                raise TrainingError(f"the data {name!r} has no task of that name{hint}")
         decided = {}
         for name, objective in self.tasks.items():
             self._check_head(name, objective, setting)
@@ -131,12 +149,12 @@ class MultiTask(Objective):
         output = getattr(objective, "output", None)
         if output is not None and output not in setting.widths:
             raise TrainingError(
-                f"task {name!r}: the model has no output {output!r}; it gives {', '.join(setting.widths)}; put one on "
+                f"task {name!r}: the model has no output {output!r}, only {', '.join(setting.widths)}; add one "
                 f"with --pass head --mode add --head-name {name}, or name another with output=…"
             )
 
     def _own(self, setting: Setting, name: str) -> Setting:
-        """The setting of one task."""
+        """Return the data context of one task."""
         return replace(setting, **setting.decided[name])
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
@@ -146,7 +164,7 @@ class MultiTask(Objective):
             made = list(objective.examples(own, self._own(setting, name)))
         except SurgeryError as error:
             raise type(error)(f"task {name!r}: {error}") from None
-        # Examples of tasks differ in their fields, and a table has columns of one kind.
+        # Tasks have examples with different fields, but a table needs one set of columns. So they are stored as JSON.
         yield from ({"task": name, "size": objective.size(e), "example": json.dumps(e)} for e in made)
 
     def size(self, example: Row) -> int:
@@ -174,7 +192,12 @@ class MultiTask(Objective):
         return [ready[i] for i in torch.randperm(len(ready), generator=draw).tolist()]
 
     def shares(self, sizes: Mapping[str, int], batch: int) -> dict[str, int]:
-        """How many batches of an epoch each task has, at least one."""
+        """Return the number of batches of each task in an epoch, at least one.
+
+        Args:
+            sizes: number of examples of each task.
+            batch: examples per batch.
+        """
         full = {name: -(-size // batch) for name, size in sizes.items()}
         if self.temperature == 1 and self.limit is None:
             return full
@@ -188,7 +211,8 @@ class MultiTask(Objective):
         names = {example["task"] for example in examples}
         if len(names) > 1:
             raise TrainingError(
-                f"a batch is of one task, and this has {', '.join(sorted(names))}; see `epoch`"
+                f"the batch mixes tasks {', '.join(sorted(names))}; use the batches of `epoch`, which have one "
+                f"task each"
             )
         (name,) = names
         rows = [json.loads(example["example"]) for example in examples]
@@ -206,7 +230,7 @@ class MultiTask(Objective):
         name = batch["task"]
         objective = self.tasks[name]
         value = objective.loss(module, batch)
-        # Without a gradient nothing of the program learns, and what is learned beside it must not hide that.
+        # If the program gets no gradient, return the plain loss: the gradient of the task weight would hide that.
         if not self.uncertainty or (torch.is_grad_enabled() and not value.requires_grad):
             return value
         return batch[LEARNED](name, value / 2 if isinstance(objective, Regression) else value)
@@ -238,27 +262,37 @@ class MultiTask(Objective):
 
 
 def _checked(name: str, said: Any) -> dict[str, Any]:
-    """A task's part of a recipe, with its name. Raises ValueError."""
+    """Return the mapping of a task in a recipe, with its name.
+
+    Raises:
+        ValueError: the mapping names no objective.
+    """
     if not isinstance(said, dict) or not isinstance(said.get("objective"), str):
         raise ValueError(
-            f"task {name!r} is an objective's name, or a mapping with `objective` and its options"
+            f"task {name!r} is invalid; give an objective's name, or a mapping with `objective` and its options"
         )
     return {**said, "name": name}
 
 
 class TaskNoise(Learned):
-    """s, the logarithm of the variance of each task's noise."""
+    """Learned noise of each task: s, the logarithm of the variance."""
 
     def __init__(self, names: Iterable[str], rate: float = 1.0) -> None:
+        """Start with s = 0 for each task.
+
+        Args:
+            names: names of the tasks.
+            rate: learning rate, as a multiple of the program's.
+        """
         super().__init__()
         self.rate = rate
         self.log_variance = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in names})
 
     def forward(self, name: str, loss: Tensor) -> Tensor:
-        """The loss of a task as it counts."""
+        """Return the weighted loss of a task."""
         s = self.log_variance[name]
         return torch.exp(-s) * loss + s / 2
 
     def weight(self, name: str) -> Tensor:
-        """What the loss of a task is multiplied with."""
+        """Return the factor of a task's loss."""
         return torch.exp(-self.log_variance[name])

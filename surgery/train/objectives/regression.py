@@ -1,4 +1,4 @@
-"""regression: a number, or several, for a text."""
+"""regression: predict one or several numbers for a text or an image."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from surgery.train.texts import TEXT_OR_IMAGE, read
 class Regression(Objective):
     """Regression: the mean squared error of the outputs (batch × values) against numbers.
 
-    A column of one number, or of lists as long as the model's output. The figures are the mean squared error and
-    Pearson's correlation (the mean over values); the best checkpoint is of the smallest error.
+    The label column contains one number per row, or lists as long as the model's output. The metrics are the mean
+    squared error and Pearson's correlation, averaged over the values. The best checkpoint has the smallest error.
     """
 
     name: ClassVar[str] = "regression"
@@ -30,9 +30,9 @@ class Regression(Objective):
         "label": ("label", "labels", "rating", "score", "target", "value", "y"),
     }
 
-    text: str | None = Field(None, description="column of the text, or of the image")
-    label: str | None = Field(None, description="column of the number")
-    output: str = Field("logits", description="the output of the model that is fitted")
+    text: str | None = Field(None, description="column of the text or image")
+    label: str | None = Field(None, description="column of the number or numbers")
+    output: str = Field("logits", description="output of the model to fit")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         setting.need_reader(self.name)
@@ -40,11 +40,13 @@ class Regression(Objective):
         for number, value in enumerate(rows[column]):
             values = value if isinstance(value, list) else [value]
             if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-                raise TrainingError(f"row {number}: {column} is {value!r}, which is no number")
+                raise TrainingError(
+                    f"row {number}: {column} is {value!r}, which is not a finite number; fix the data"
+                )
             if len(values) != width:
                 raise TrainingError(
-                    f"row {number}: {column} has {len(values)} numbers, and the model's {self.output!r} {width}; put "
-                    f"another on with --pass head --labels {len(values)}"
+                    f"row {number}: {column} has {len(values)} numbers, but the model's {self.output!r} has {width}; "
+                    f"add another head with --pass head --labels {len(values)}"
                 )
         return {}
 

@@ -1,4 +1,4 @@
-"""reward: a number for an answer, from pairs of which people preferred one."""
+"""reward: score answers, learned from preference pairs."""
 
 from __future__ import annotations
 
@@ -17,25 +17,31 @@ from surgery.train.pairs import PairObjective, pair_accuracy
 
 
 class Reward(PairObjective):
-    """A reward model (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, section 3.5): the score r of the
-    answer that was preferred is to be above the other's,
+    """Reward model (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, section 3.5): the score r of the
+    preferred answer should be higher than the score of the other.
 
         L = −mean log σ(r(x, y_chosen) − r(x, y_rejected))
 
-    r is an output of one value: for each row, as `--pass head --mode add --labels 1 --head-name reward --pool last`
-    gives it, or for each token (`--pool none`, or a head in the place of a language model's), of which the last one
-    counts. Rows are prompt, chosen and rejected, texts or messages; of messages alone, what both begin with is the
-    prompt. A dialogue ends with the token that ends its answer, as one that a policy samples does, and is cut at
-    --max-length; a pair of which nothing that differs is left is left out, and the number of these is said. The
-    figures are the loss, how often the better answer has the higher score (accuracy; a tie is half of one), and by how
-    much (margin).
+    r is an output with one value. It may be given per row (`--pass head --mode add --labels 1 --head-name reward
+    --pool last`) or per token (`--pool none`, or a head that replaces a language model's head). Per token, the last
+    token counts.
+
+    Rows have a prompt, a chosen and a rejected answer, as texts or messages. Without a prompt column, the common
+    start of both dialogues is the prompt. A dialogue ends with the token that ends its answer, like a sampled
+    response, and is cut at --max-length. A pair whose answers are then equal is skipped, and the log reports how many
+    were.
+
+    The metrics are the loss, the share of pairs in which the preferred answer has the higher score (accuracy; a tie
+    counts one half), and the mean difference of the scores (margin).
     """
 
     name: ClassVar[str] = "reward"
     metric: ClassVar[str] = "accuracy"
     larger: ClassVar[bool] = True
 
-    score: str | None = Field(None, description="the output that is the score (default: that of one value)")
+    score: str | None = Field(
+        None, description="output that is the score (default: the only output with one value)"
+    )
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         decided = super().decide(rows, setting)
@@ -43,13 +49,17 @@ class Reward(PairObjective):
         name = self.score or (single[0] if len(single) == 1 else None)
         if name is None and single:
             raise TrainingError(
-                f"objective 'reward': the outputs {', '.join(single)} have one value; name one with --score"
+                f"objective 'reward': several outputs have one value ({', '.join(single)}); name one with --score"
             )
         if name is None or setting.widths.get(name) != 1:
             there = ", ".join(f"{n} ({width})" for n, width in setting.widths.items())
-            what = f"{name!r} is no output of one value" if name else "the model has no output of one value"
+            problem = (
+                f"{name!r} is not an output with one value"
+                if name
+                else "the model has no output with one value"
+            )
             raise TrainingError(
-                f"objective 'reward': {what}, only {there}; put one on with --pass head --mode add --labels 1 "
+                f"objective 'reward': {problem}, only {there}; add one with --pass head --mode add --labels 1 "
                 f"--head-name reward --pool last"
             )
         return {**decided, "output": name}
@@ -58,7 +68,7 @@ class Reward(PairObjective):
         return {**super().collate(examples, setting, draw), "output": setting.decided["output"]}
 
     def scores(self, module: nn.Module, batch: Batch) -> Tensor:
-        """The score of each row."""
+        """Return the score of each row."""
         found = output(run(module, batch), batch["output"]).squeeze(-1).float()
         rows = torch.arange(len(found), device=found.device)
         return found[rows, batch["last"]] if found.dim() == 2 else found

@@ -1,4 +1,4 @@
-"""sft: the answers of dialogues, given what was asked."""
+"""sft: train on the answers of dialogues."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from surgery.train.tokens import IGNORED, next_tokens
 
 
 class Sft(PackingObjective):
-    """Supervised fine-tuning on instructions (Ouyang et al. 2022, arXiv:2203.02155): the cross-entropy of the tokens of
-    answers alone, each given all before it, the mean over these tokens.
+    """Supervised fine-tuning on instructions (Ouyang et al. 2022, arXiv:2203.02155): the mean cross-entropy of the
+    answers' tokens, each given all tokens before it.
 
-    Rows are dialogues, a column of lists of {role, content}; or a prompt (with --context behind it, where a row has
-    one) and a response. The tokenizer's chat template makes tokens of them, or that of a file. What the template puts
-    before an answer is no part of it; what ends the answer is. A dialogue is one example, cut at --max-length; one
-    whose answers are all behind that is left out, and the number of these is said.
+    Rows are dialogues (a column of lists of {role, content}), or a prompt and a response. A row may also have a
+    --context, which follows the prompt. The tokenizer's chat template, or one from a file, converts them to tokens.
+    The text that the template inserts before an answer does not count; the token that ends the answer does. Each
+    dialogue is one example, cut at --max-length. A dialogue without an answer within that length is skipped, and the
+    log reports how many were.
     """
 
     name: ClassVar[str] = "sft"
@@ -35,12 +36,12 @@ class Sft(PackingObjective):
         "response": ("response", "output", "answer", "completion", "chosen"),
     }
 
-    messages: str | None = Field(None, description="column of whole dialogues")
+    messages: str | None = Field(None, description="column of dialogues")
     prompt: str | None = Field(None, description="column of the instruction")
-    context: str | None = Field(None, description="column of what the instruction is about")
+    context: str | None = Field(None, description="column of the input or context of the instruction")
     response: str | None = Field(None, description="column of the answer")
     template: str | None = Field(
-        None, description="file with a chat template (Jinja) in place of the tokenizer's"
+        None, description="file with a chat template (Jinja), instead of the tokenizer's"
     )
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
@@ -49,7 +50,7 @@ class Sft(PackingObjective):
             return {"messages": found["messages"]}
         if not {"prompt", "response"} <= found.keys():
             raise TrainingError(
-                f"objective 'sft': no columns look like dialogues, or like prompt and response; the data has "
+                f"objective 'sft': no columns look like dialogues, or like a prompt and a response; the data has "
                 f"{', '.join(available)}; name them with --messages, or --prompt and --response"
             )
         return {name: column for name, column in found.items() if name != "messages"}
@@ -61,7 +62,7 @@ class Sft(PackingObjective):
         ids, labels = answered(self._dialogue(row, setting), setting, self.name)
         ids, labels = ids[: setting.longest], next_tokens(labels[: setting.longest])
         if all(label == IGNORED for label in labels):
-            setting.count(f"has no answer within {setting.longest} tokens and was left out")
+            setting.count(f"has no answer within {setting.longest} tokens and was skipped")
         else:
             yield self.examples_of(ids, labels)
 
@@ -75,6 +76,8 @@ class Sft(PackingObjective):
         texts = {name: row[column] for name, column in columns.items()}
         for name, text in texts.items():
             if not isinstance(text, str) and not (name == "context" and text is None):
-                raise TrainingError(f"column {columns[name]!r} holds {text!r}, which is no text")
+                raise TrainingError(
+                    f"column {columns[name]!r} contains {text!r}, which is not a text; fix the data"
+                )
         question = f"{texts['prompt']}\n\n{texts.get('context') or ''}".strip()
         return [{"role": "user", "content": question}, {"role": "assistant", "content": texts["response"]}]
