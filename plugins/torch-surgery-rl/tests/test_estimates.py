@@ -95,10 +95,10 @@ def test_bad_experience_is_refused_in_a_line():
         ({"rewards": nan}, "the reward of row 3, step 1 is nan"),
         ({"values": infinite}, "the value of row 0, step 6 is inf"),
         ({"log_probs": infinite}, "the log-probability of row 0, step 6 is inf"),
-        ({"values": None}, "gives no values; graft a value head with surgery.Head"),
-        ({"mask": mask.long()}, "the mask is of torch.int64"),
+        ({"values": None}, "the policy has no values; add a value head with surgery.Head"),
+        ({"mask": mask.long()}, "the mask has dtype torch.int64"),
         ({"gamma": 1.5}, "gamma is 1.5"),
-        ({"rewards": rewards[:, :3]}, "rows × steps of one shape"),
+        ({"rewards": rewards[:, :3]}, "the shapes differ or are not rows × steps"),
     ):
         with pytest.raises(SurgeryError, match=message) as error:
             experience(**changed)

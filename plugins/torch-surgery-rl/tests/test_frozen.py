@@ -12,7 +12,8 @@ import transformers
 from torch_surgery_rl import PPO, TRPO, Experience, LanguagePolicy, compare, roll_out
 
 import surgery
-from surgery.api import FrozenPart, PassError, reference_of
+from surgery.api import PassError
+from surgery.api.training import FrozenPart, reference_of
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14]] * 4
 VALUE = surgery.Head(mode="add", labels=1, head_name="value", pool="none")

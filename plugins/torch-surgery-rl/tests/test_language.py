@@ -28,7 +28,8 @@ from torch_surgery_rl import (
 )
 
 import surgery
-from surgery.api import Program, SurgeryError
+from surgery.api import SurgeryError
+from surgery.api.programs import Program
 
 VOCABULARY, EOS, WANTED = 24, 2, 7
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12, 13, 14]] * 6
@@ -344,11 +345,11 @@ def test_rewards_of_texts_and_of_programs(base, tmp_path):
             alone = judge.base.loaded.module(torch.tensor([tokens])).logits[0].log_softmax(-1)[1]
             # float32, padded and not
             assert float(found[row]) == pytest.approx(float(alone.detach()), abs=1e-5)
-    with pytest.raises(SurgeryError, match=r"gives \(3, 3\); it has to give rows × 1, or"):
+    with pytest.raises(SurgeryError, match=r"output has shape \(3, 3\); it must be rows × 1, or"):
         score(of_program(judge), rollout)
     with pytest.raises(SurgeryError, match="no label 3: there are 3"):
         score(of_program(judge, label=3), rollout)
-    with pytest.raises(SurgeryError, match="needs the policy's too"):
+    with pytest.raises(SurgeryError, match="pass the policy's too"):
         of_program(judge, label=1, reader=Words())
 
 
@@ -367,13 +368,13 @@ def test_bad_input_is_refused_in_a_line(base):
         (lambda: roll_out(live, ["a"], 4), "need a tokenizer"),
         (
             lambda: roll_out(live, [[5] * 60], 5),
-            "60 tokens and 5 new ones are more than the model's 64 positions",
+            "60 tokens plus 5 new ones exceeds the model's 64 positions",
         ),
-        (lambda: roll_out(base.module(), [[5]], 4), "no causal language model that generates"),
-        (lambda: roll_out(live, [[5]], 0), "every response would be empty"),
+        (lambda: roll_out(base.module(), [[5]], 4), "is not a causal language model that can generate"),
+        (lambda: roll_out(live, [[5]], 0), "responses would be empty"),
         (
             lambda: collected(policy, policy, rollout, torch.zeros(3), 0.1),
-            "gives no values; graft a value head",
+            "the policy has no values; add a value head",
         ),
     ):
         with pytest.raises(SurgeryError, match=message) as error:

@@ -273,16 +273,22 @@ def test_bad_input_is_refused_in_a_line():
     own = torch.optim.SGD(policy.parameters(), lr=0.1)
     wild = Experience(**{**vars(experience), "advantages": experience.advantages * torch.nan})
     for act, message in (
-        (lambda: PPO().update(frozen, experience, other), "nothing of the policy trains"),
-        (lambda: TRPO().update(frozen, experience), "nothing of the policy trains"),
+        (lambda: PPO().update(frozen, experience, other), "the policy has no trainable parameter"),
+        (lambda: TRPO().update(frozen, experience), "the policy has no trainable parameter"),
         (
             lambda: TRPO().update(only_value, experience),
-            "no parameter that trains reaches the policy's logits",
+            "no trainable parameter reaches the policy's logits",
         ),
-        (lambda: PPO().update(policy, experience, other), "the optimizer has none of the parameters"),
+        (
+            lambda: PPO().update(policy, experience, other),
+            "the optimizer has no trainable parameter of the policy",
+        ),
         (lambda: PPO().update(policy, wild, own), "the loss of PPO is nan in epoch 0"),
         (lambda: TRPO().update(policy, wild), "gradient of TRPO's surrogate is not finite"),
-        (lambda: TRPO().fit_values(policy, experience, other), "nothing of the value head"),
+        (
+            lambda: TRPO().fit_values(policy, experience, other),
+            "the optimizer has no parameter of the value head",
+        ),
         (lambda: PPO(clip=0), "clip is 0"),
         (lambda: TRPO(max_kl=-1), "max_kl is -1"),
         (lambda: TRPO(fisher_rows=0), "fisher_rows is 0"),

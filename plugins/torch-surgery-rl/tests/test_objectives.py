@@ -25,17 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch_surgery_rl import PPO, Judge, PpoObjective, TrpoObjective, roll_out
 
 import surgery
-from surgery.api import (
-    LoadError,
-    Setting,
-    Settings,
-    TrainingError,
-    find_tokenizer,
-    make_plugin_manager,
-    read_rows,
-    split,
-    train,
-)
+from surgery.api.programs import LoadError, TrainingError, make_plugin_manager
+from surgery.api.training import Setting, Settings, find_tokenizer, read_rows, split, train
 
 PLUGIN = Path(__file__).parent.parent
 WORDS = [
@@ -304,22 +295,22 @@ def test_a_classifier_with_a_tokenizer_of_its_own(base, tmp_path):
             ids = other(own.decode(tokens, skip_special_tokens=True), return_tensors="pt")["input_ids"]
             expected = model(ids).logits[0].log_softmax(-1)[2]
             assert float(found[row]) == pytest.approx(float(expected.detach()), abs=1e-5)
-    with pytest.raises(TrainingError, match="no one output of a single value, but logits"):
+    with pytest.raises(TrainingError, match="needs one output with a single value, but has logits"):
         Judge.of(f"hf:{tmp_path / 'bert'}")
 
 
 def test_a_judge_that_is_none_is_refused(base, rewards):
     rollout = roll_out(base.live(), [[7, 8]], 3)
     for name, kind, message in (
-        ("", TrainingError, "give the directory of a program that judges, or MODULE:FUNCTION"),
-        ("nowhere/", TrainingError, "give the directory of a program"),
+        ("", TrainingError, "give the directory of a reward program, or MODULE:FUNCTION"),
+        ("nowhere/", TrainingError, "give the directory of a reward program"),
         ("no_such_module:red", LoadError, "there is no module 'no_such_module'"),
         ("rewards_of_tests:green", LoadError, "rewards_of_tests has no 'green'"),
         ("rewards_of_tests:number", TrainingError, "that is a int, and no function"),
     ):
         with pytest.raises(kind, match=message):
             Judge.of(name)
-    with pytest.raises(TrainingError, match="--reward-class is of a program"):
+    with pytest.raises(TrainingError, match="--reward-class needs a program"):
         Judge.of(RED, 1)
     with pytest.raises(surgery.SurgeryError, match="the reward of response 0 is nan"):
         Judge.of("rewards_of_tests:nan")(rollout, reader(WORDS))
@@ -339,15 +330,15 @@ def test_what_cannot_be_trained_is_refused_in_a_line(base, prompts, tmp_path):
             no_head,
             ppo,
             {},
-            "no output 'logits_value' of one value for each token; put one on with --pass head",
+            "no output 'logits_value' with one value per token; add one with --pass head",
         ),
-        (pooled, ppo, {}, "one value for each token; graft the head with pool='none'"),
-        (everything, ppo, {}, r"put on an adapter \(--pass lora\)"),
-        (all_of_it, TrpoObjective(reward=RED), {}, "no parameter that trains reaches the policy's logits"),
+        (pooled, ppo, {}, "instead of one value per token; add the head with pool='none'"),
+        (everything, ppo, {}, r"add an adapter \(--pass lora\)"),
+        (all_of_it, TrpoObjective(reward=RED), {}, "no trainable parameter reaches the policy's logits"),
         (good, ppo, {"accumulate": 2}, "leave out --accumulate"),
         (good, ppo, {"precision": "bf16"}, "leave out --precision bf16"),
         (good, ppo, {"regularize": ["l1=1e-4@attn.*"]}, "leave out --regularize"),
-        (good, PpoObjective(), {}, "give the directory of a program that judges"),
+        (good, PpoObjective(), {}, "give the directory of a reward program"),
         (good, PpoObjective(reward="rewards_of_tests:nan"), {}, "the reward of response 0 is nan"),
         (good, PpoObjective(reward=RED, new_tokens=47), {}, "leaves no 47 of 48 tokens"),
     ):
@@ -368,7 +359,7 @@ def test_weights_that_are_not_finite_stop_it(base, prompts, tmp_path, rewards):
 
     rewards.breaks = breaks
     objective = PpoObjective(**{**PPO_OPTIONS, "reward": "rewards_of_tests:breaks"})
-    with pytest.raises(TrainingError, match="the value of row 0, step 0 is nan at step 4, of rows") as error:
+    with pytest.raises(TrainingError, match="the value of row 0, step 0 is nan at step 4, rows") as error:
         fit(program, objective, prompts, tmp_path, steps=6, checkpoint=2, held_out=0.0)
     assert "the weight head_value.weight holds it already" in str(error.value)
     assert "the checkpoint of step 2 is kept" in str(error.value)

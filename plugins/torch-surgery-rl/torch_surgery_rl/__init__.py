@@ -1,4 +1,4 @@
-"""Reinforcement learning of programs: PPO and TRPO, advantages, KL penalties, rollouts of language models."""
+"""Reinforcement learning of surgery programs: PPO, TRPO, advantages, KL penalties, and rollouts of language models."""
 
 from surgery.api import hookimpl
 from torch_surgery_rl.estimates import gae, masked_mean, whiten

@@ -1,4 +1,4 @@
-"""What a policy did, and how good it was: the rows that PPO and TRPO learn from."""
+"""Batches of episodes that PPO and TRPO learn from: actions, log-probabilities, values, advantages and returns."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from torch_surgery_rl.policy import evaluating, log_probs_of
 
 @dataclass(frozen=True)
 class Experience:
-    """N episodes of up to T actions.
+    """N episodes of up to T actions. All tensors but the inputs are N × T.
 
-    inputs: what the policy is called with, each with N rows. actions, mask: N × T; the mask says which are actions.
-    log_probs, values: of the policy that acted. advantages, returns: see `of`. All but inputs are N × T.
+    Attributes:
+        inputs: inputs of the policy, each with N rows.
+        actions: the actions taken.
+        mask: True for actions, False for padding.
+        log_probs: log-probabilities of the actions under the policy that acted.
+        values: values of the policy that acted.
+        advantages: estimated advantages, see `of`.
+        returns: targets of the values, see `of`.
     """
 
     inputs: Mapping[str, Tensor]
@@ -46,22 +52,38 @@ class Experience:
         last_values: Tensor | None = None,
         whitened: bool = True,
     ) -> Experience:
-        """With advantages by GAE (whitened over the batch, unless told otherwise) and returns from the rewards.
+        """Make experience from rewards, with advantages by GAE.
 
-        log_probs, values: what `evaluate` gives. last_values: see `gae`.
-        Raises SurgeryError for rows without an action and for what is not finite.
+        Args:
+            inputs: inputs of the policy, each with N rows.
+            actions: N × T.
+            mask: N × T, boolean, True for actions.
+            rewards: N × T.
+            log_probs: N × T, from `evaluate`.
+            values: N × T, from `evaluate`.
+            gamma: discount.
+            lam: λ of GAE.
+            last_values: values after truncated episodes, see `gae`.
+            whitened: normalize the advantages over the batch.
+
+        Raises:
+            SurgeryError: there are no values, a row has no action, the shapes differ, or a value is not finite.
         """
         if values is None:
             raise SurgeryError(
-                "the policy gives no values; graft a value head with surgery.Head(mode='add', labels=1, "
+                "the policy has no values; add a value head with surgery.Head(mode='add', labels=1, "
                 "head_name='value', pool='none')"
             )
         same_shape(actions=actions, mask=mask, rewards=rewards, log_probs=log_probs, values=values)
         if mask.dtype != torch.bool:
-            raise SurgeryError(f"the mask is of {mask.dtype}, and has to be of torch.bool")
+            raise SurgeryError(f"the mask has dtype {mask.dtype}; pass torch.bool")
         empty = (~mask.any(1)).nonzero().flatten().tolist()
         if empty or not len(mask):
-            raise SurgeryError(f"row {empty[0]} has no action (an empty response)" if empty else "no rows")
+            raise SurgeryError(
+                f"row {empty[0]} has no action (an empty response); drop it"
+                if empty
+                else "there are no rows; pass some"
+            )
         for name, tensor in (("reward", rewards), ("log-probability", log_probs), ("value", values)):
             wrong = (mask & ~tensor.isfinite()).nonzero()
             if len(wrong):
@@ -76,13 +98,13 @@ class Experience:
         return len(self.actions)
 
     def rows(self, index: Tensor | slice) -> Experience:
-        """Some of the rows."""
+        """Select rows."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         inputs = {name: tensor[index] for name, tensor in fields.pop("inputs").items()}
         return Experience(inputs, **{name: tensor[index] for name, tensor in fields.items()})
 
     def chunks(self, rows: int) -> Iterator[Experience]:
-        """All rows in order, so many at a time."""
+        """Yield all rows in order, in chunks of at most `rows`."""
         for start in range(0, len(self), rows):
             yield self.rows(slice(start, start + rows))
 
@@ -91,9 +113,16 @@ class Experience:
 def evaluate(
     policy: nn.Module, inputs: Mapping[str, Tensor], actions: Tensor, *, rows: int = 32
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the actions and values (None without a value head) by a policy in eval mode, N × T each.
+    """Compute log-probabilities and values of a policy in eval mode.
 
-    rows: how many at a time.
+    Args:
+        policy: the policy.
+        inputs: its inputs, each with N rows.
+        actions: N × T.
+        rows: rows per forward pass.
+
+    Returns:
+        Log-probabilities of the actions and values (None without a value head), N × T each.
     """
     log_probs, values = [], []
     with evaluating(policy):
@@ -115,10 +144,19 @@ def compare(
     *,
     rows: int = 32,
 ) -> dict[str, Tensor | None]:
-    """A policy beside its reference, both in eval mode, in one pass of each.
+    """Evaluate a policy and its reference in eval mode, with one forward pass each.
 
-    log_probs, values: of the policy, as `evaluate` gives them. reference: log-probabilities of the actions under it.
-    kl: of each row, KL(policy ‖ reference) summed over its steps, with every action that could have been taken.
+    Args:
+        policy: the policy.
+        reference: the reference policy.
+        inputs: inputs of both, each with N rows.
+        actions: N × T.
+        mask: N × T, True for actions.
+        rows: rows per forward pass.
+
+    Returns:
+        log_probs, values: those of the policy, as from `evaluate`. reference: log-probabilities of the actions under
+        the reference. kl: KL(policy ‖ reference) of each row, exact over all actions and summed over its steps.
     """
     found: dict[str, list[Tensor]] = {"log_probs": [], "values": [], "reference": [], "kl": []}
     with evaluating(policy), evaluating(reference):

@@ -1,4 +1,4 @@
-"""What rewards responses, by name: a program, or a function of texts."""
+"""Reward sources by name: a program, or a function of texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.api import Program, Setting, SurgeryError, TrainingError, find_tokenizer, imported, load
+from surgery.api import SurgeryError
+from surgery.api.programs import Program, TrainingError, imported, load
+from surgery.api.training import Setting, find_tokenizer
 from torch_surgery_rl.language import Rollout
 from torch_surgery_rl.reward import of_program, on_texts, score
 
@@ -17,9 +19,22 @@ LOADERS = ("hf:", "timm:", "py:")
 
 
 class Judge(nn.Module):
-    """Rewards rollouts, of which it sees texts, or, where a program's tokenizer is the policy's, tokens."""
+    """Computes the rewards of a rollout.
+
+    A function reads texts. A program reads tokens if it has the policy's tokenizer, else texts.
+    """
 
     def __init__(self, source: Any, label: int | None = None, reads: str = "whole") -> None:
+        """Make a judge. Use `of` to load one by name.
+
+        Args:
+            source: a program, or a function of lists of prompts and responses.
+            label: class whose log-probability is the reward, or None for a single score.
+            reads: "whole" to judge the response with its prompt, "response" to judge it alone.
+
+        Raises:
+            TrainingError: the program has no suitable output.
+        """
         super().__init__()
         self.source, self.label, self.reads = source, label, reads
         self.reader: Any = None
@@ -29,26 +44,35 @@ class Judge(nn.Module):
 
     @staticmethod
     def of(name: str, label: int | None = None, reads: str = "whole") -> Judge:
-        """The judge of that name: a saved directory, a reference that `surgery.load` takes, or MODULE:FUNCTION.
+        """Load a judge: a saved directory, a reference for `surgery.load`, or MODULE:FUNCTION.
 
-        Raises TrainingError where it is none of these, LoadError where it cannot be loaded.
+        Args:
+            name: name of the judge.
+            label: class whose log-probability is the reward, or None for a single score.
+            reads: "whole" to judge the response with its prompt, "response" to judge it alone.
+
+        Raises:
+            TrainingError: the name is invalid.
+            LoadError: the program or function cannot be loaded.
         """
         found = FUNCTION.fullmatch(name)
         if (name and Path(name).is_dir()) or name.startswith(LOADERS):
             return Judge(load(name), label, reads)
         if not found:
             raise TrainingError(
-                f"--reward {name!r}: give the directory of a program that judges, or MODULE:FUNCTION"
+                f"--reward {name!r} is unknown; give the directory of a reward program, or MODULE:FUNCTION"
             )
         if label is not None:
-            raise TrainingError(f"--reward-class is of a program, and --reward {name} a function")
+            raise TrainingError(
+                f"--reward-class needs a program, but --reward {name} is a function; leave it out"
+            )
         function = imported(name, *found.groups())
         if not callable(function):
-            raise TrainingError(f"--reward {name}: that is a {type(function).__name__}, and no function")
+            raise TrainingError(f"--reward {name} is a {type(function).__name__}; give a function")
         return Judge(function)
 
     def forward(self, rollout: Rollout, tokenizer: Any) -> Tensor:
-        """One number for each response. tokenizer: the policy's."""
+        """Return one reward per response. `tokenizer` is that of the policy."""
         if not isinstance(self.source, Program):
             return score(on_texts(self._called, tokenizer), rollout)
         own = self.reader is None or self.reader.get_vocab() == tokenizer.get_vocab()
@@ -65,11 +89,13 @@ class Judge(nn.Module):
             raise
         except Exception as error:
             said = next(iter(str(error).splitlines()), "")
-            raise TrainingError(f"the reward function raised {type(error).__name__}: {said}") from error
+            raise TrainingError(
+                f"the reward function raised {type(error).__name__}: {said}; fix it"
+            ) from error
 
 
 def _output(program: Program, label: int | None) -> str:
-    """The output that judges: the one of a single value, or that of the classes."""
+    """Return the output to judge by: the only one with a single value, or the one with the classes."""
     widths = Setting.of(program).widths
     if label is not None:
         return "logits" if "logits" in widths else next(iter(widths), "logits")
@@ -77,7 +103,7 @@ def _output(program: Program, label: int | None) -> str:
     if len(single) != 1:
         there = ", ".join(f"{name} ({width})" for name, width in widths.items())
         raise TrainingError(
-            f"the reward program has no one output of a single value, but {there}; give --reward-class N for the "
-            f"log-probability of a class"
+            f"the reward program needs one output with a single value, but has {there}; for the log-probability of a "
+            f"class give --reward-class N"
         )
     return single[0]

@@ -1,4 +1,4 @@
-"""ppo and trpo, as objectives of `surgery train`."""
+"""The objectives `ppo` and `trpo` of `surgery train`."""
 
 from __future__ import annotations
 
@@ -19,41 +19,42 @@ from torch_surgery_rl.trpo import TRPO
 
 
 class PpoObjective(LanguageObjective):
-    """Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347) of a language model: each step samples a
-    batch of responses (with a cache, from the live program), has them rewarded, estimates advantages (GAE, Schulman et
-    al. 2016, arXiv:1506.02438) by a value head that a pass grafted, and climbs the clipped surrogate in several epochs
-    of minibatches (see torch_surgery_rl.PPO). Each token pays for its log-ratio to the reference policy, which is the
-    program without what trains, in the same storage; --kl-target lets the price adapt (Ziegler et al. 2019,
-    arXiv:1909.08593).
+    """Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347) of a language model.
 
-    Rows are prompts; --reward is a program that was trained with `reward`, any program with one score or with classes,
-    or a function of texts. The figures of held-out prompts are the mean reward, the KL of a response to the reference
-    policy (of every token that could have come, summed over the response), and its length; the best checkpoint is of
-    the highest reward. The log has these of each step, and the clipped share and the KL of the update.
+    Each step samples a batch of responses from the live program with its KV cache, computes their rewards, and
+    estimates advantages with GAE (Schulman et al. 2016, arXiv:1506.02438) from a value head that a pass added. It
+    then maximizes the clipped surrogate over several epochs of minibatches (see torch_surgery_rl.PPO). A KL penalty
+    lowers the reward of each token by its log-ratio to the reference policy, which is the program without its trained
+    parts, in the same storage. --kl-target makes the penalty adaptive (Ziegler et al. 2019, arXiv:1909.08593).
+
+    Rows are prompts. --reward is a program trained with `reward`, any program with one score or with classes, or a
+    function of texts. The metrics on held-out prompts are the mean reward, the KL of a response to the reference
+    policy (exact over all tokens at each step, summed over the response), and the length. The best checkpoint has the
+    highest reward. The log contains these figures for each step, with the clipped share and the KL of the update.
     """
 
     name: ClassVar[str] = "ppo"
 
     ratio_clip: float = Field(0.2, gt=0, description="ε of the clipped ratio")
-    value_clip: float | None = Field(0.2, gt=0, description="how far a value moves from what it was")
-    value_weight: float = Field(0.5, ge=0, description="of the values' error in the loss")
+    value_clip: float | None = Field(0.2, gt=0, description="maximum change of a value in one update")
+    value_weight: float = Field(0.5, ge=0, description="weight of the value error in the loss")
     entropy: float = Field(0.0, ge=0, description="weight of the entropy bonus")
-    inner_epochs: int = Field(4, gt=0, description="how often a batch of responses is read")
+    inner_epochs: int = Field(4, gt=0, description="epochs over a batch of responses")
     update_kl: float | None = Field(
         None,
         gt=0,
-        description="end a step early where its KL from the old policy, for each token, passes this",
+        description="end a step early if the mean KL per token from the old policy exceeds this",
     )
 
     def algorithm(self, clip: float = 1.0) -> PPO:
-        """PPO with these options. clip: largest norm of the gradient."""
+        """Return PPO with these options. `clip` is the maximum norm of the gradient."""
         return PPO(
             self.ratio_clip, self.value_clip, self.value_weight, self.entropy, self.inner_epochs, self.minibatch, clip,
             self.update_kl,
         )  # fmt: skip
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """PPO's loss of a completed batch, under the penalty at the start."""
+        """Return the loss of PPO on a completed batch, with the initial KL coefficient."""
         experience = self.experience(batch)
         logits, values = self.policy(module)(**experience.inputs)
         assert values is not None
@@ -70,25 +71,26 @@ class PpoObjective(LanguageObjective):
 
 
 class TrpoObjective(LanguageObjective):
-    """Trust region policy optimisation (Schulman et al. 2015, arXiv:1502.05477) of a language model: responses, rewards
-    and advantages as in `ppo`, and then one natural-gradient step by conjugate gradients on Fisher-vector products,
-    with a line search that keeps the mean KL of a token from the old policy within --max-kl (see
-    torch_surgery_rl.TRPO). --lr is that of the value head, which is fitted to the returns beside it; the policy takes
-    no rate.
+    """Trust region policy optimization (Schulman et al. 2015, arXiv:1502.05477) of a language model.
 
-    Rows, rewards and figures are those of `ppo`. The log has the KL of each update and which part of the full step was
-    taken.
+    Responses, rewards and advantages are those of `ppo`. Each step is one natural-gradient step, by conjugate
+    gradients on Fisher-vector products. A line search keeps the mean KL per token from the old policy within --max-kl
+    (see torch_surgery_rl.TRPO). The value head is fitted to the returns separately, with learning rate --lr; the
+    policy step uses no learning rate.
+
+    Rows, rewards and metrics are those of `ppo`. The log contains the KL of each update and the accepted fraction of
+    the full step.
     """
 
     name: ClassVar[str] = "trpo"
 
-    max_kl: float = Field(0.01, gt=0, description="bound of a step's mean KL for each token")
-    damping: float = Field(0.1, ge=0, description="added to the Fisher matrix's diagonal")
-    iterations: int = Field(10, gt=0, description="of conjugate gradients")
-    backtracks: int = Field(15, gt=0, description="tries of the line search")
-    value_epochs: int = Field(4, gt=0, description="how often the values are fitted to a batch")
+    max_kl: float = Field(0.01, gt=0, description="bound of the mean KL per token in one step")
+    damping: float = Field(0.1, ge=0, description="damping, added to the diagonal of the Fisher matrix")
+    iterations: int = Field(10, gt=0, description="iterations of conjugate gradients")
+    backtracks: int = Field(15, gt=0, description="maximum tries of the line search")
+    value_epochs: int = Field(4, gt=0, description="epochs of fitting the values to a batch")
     fisher_rows: int | None = Field(
-        None, gt=0, description="responses of a batch that the Fisher matrix is of (default: all)"
+        None, gt=0, description="responses of a batch used for the Fisher matrix (default: all)"
     )
 
     @property
@@ -100,7 +102,7 @@ class TrpoObjective(LanguageObjective):
         )  # fmt: skip
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """The negative of the surrogate of a completed batch, under the penalty at the start."""
+        """Return the negative surrogate of a completed batch, with the initial KL coefficient."""
         experience = self.experience(batch)
         logits, _ = self.policy(module)(**experience.inputs)
         ratio = (log_probs_of(logits, experience.actions) - experience.log_probs).exp()

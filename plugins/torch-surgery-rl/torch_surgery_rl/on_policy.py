@@ -1,4 +1,4 @@
-"""What `ppo` and `trpo` have in common as objectives of `surgery train`: they roll out, are rewarded, and improve."""
+"""Shared base of the objectives `ppo` and `trpo`: sample responses, compute rewards, update the policy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from surgery.api import (
-    Field,
+from surgery.api import Field
+from surgery.api.programs import Program, TrainingError
+from surgery.api.training import (
     FrozenPart,
     OnPolicy,
-    Program,
     Setting,
-    TrainingError,
     chat_template,
     chat_tokens,
     messages_in,
@@ -34,9 +33,10 @@ Batch = dict[str, Any]
 
 
 class LanguageObjective(OnPolicy):
-    """Prompts in, and out of the policy's own responses a better policy. A batch is so many prompts; `complete` samples
-    a response to each from the live program, with its cache, has it judged, and compares it with the reference policy,
-    which is the program without what trains, in the same storage.
+    """Base of on-policy objectives of language models. A batch is a number of prompts.
+
+    `complete` samples a response to each prompt from the live program with its KV cache, computes the reward, and
+    compares the response with the reference policy: the program without its trained parts, in the same storage.
     """
 
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -45,35 +45,40 @@ class LanguageObjective(OnPolicy):
     metric: ClassVar[str] = "reward"
     larger: ClassVar[bool] = True
 
-    prompt: str | None = Field(
-        None, description="column of what is responded to: texts, or lists of messages"
-    )
+    prompt: str | None = Field(None, description="column of the prompt: texts, or lists of messages")
     template: str | None = Field(
-        None, description="file with a chat template (Jinja) in place of the tokenizer's"
+        None, description="file with a chat template (Jinja), instead of the tokenizer's"
     )
-    plain: bool = Field(False, description="no chat template: a response continues the prompt's text")
+    plain: bool = Field(
+        False, description="use no chat template: the response continues the text of the prompt"
+    )
     reward: str = Field(
         "",
-        description="what judges: a directory or reference of a program with one score or with classes, or "
-        "MODULE:FUNCTION of lists of prompts and of responses",
+        description="source of rewards: a directory or reference of a program with one score or with classes, or "
+        "MODULE:FUNCTION, called with lists of prompts and of responses",
     )
     reward_class: int | None = Field(
-        None, ge=0, description="the class of the judging program whose log-probability is the reward"
+        None, ge=0, description="class of the reward program whose log-probability is the reward"
     )
     reads: Literal["whole", "response"] = Field(
-        "whole", description="what a program with a tokenizer of its own judges: with its prompt, or without"
+        "whole",
+        description="text that a reward program with its own tokenizer reads: with the prompt, or the response alone",
     )
-    new_tokens: int = Field(32, gt=0, description="most tokens of a response")
-    temperature: float = Field(1.0, gt=0, description="of sampling, and of the policy")
-    kl: float = Field(0.05, ge=0, description="penalty of each token's log-ratio to the reference policy")
+    new_tokens: int = Field(32, gt=0, description="maximum tokens of a response")
+    temperature: float = Field(1.0, gt=0, description="temperature of sampling and of the policy")
+    kl: float = Field(
+        0.05, ge=0, description="weight of the penalty on each token's log-ratio to the reference policy"
+    )
     kl_target: float | None = Field(
-        None, gt=0, description="KL of a response to which the penalty adapts (default: it does not)"
+        None,
+        gt=0,
+        description="target KL of a response, to which the penalty adapts (default: fixed penalty)",
     )
-    kl_gain: float = Field(0.1, gt=0, description="how fast it adapts")
+    kl_gain: float = Field(0.1, gt=0, description="speed of the adaptation to --kl-target")
     gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
-    lam: float = Field(0.95, ge=0, le=1, description="λ of generalised advantage estimation")
-    value: str = Field("logits_value", description="the output that is the value of each token")
-    minibatch: int = Field(8, gt=0, description="responses in memory at a time")
+    lam: float = Field(0.95, ge=0, le=1, description="λ of generalized advantage estimation")
+    value: str = Field("logits_value", description="output with the value of each token")
+    minibatch: int = Field(8, gt=0, description="responses per minibatch (in memory at a time)")
 
     # -- data
 
@@ -81,14 +86,16 @@ class LanguageObjective(OnPolicy):
         setting.need_tokenizer(self.name)
         if setting.widths.get(self.value) != 1:
             raise TrainingError(
-                f"objective {self.name!r}: the model has no output {self.value!r} of one value for each token; put one "
-                f"on with --pass head --mode add --labels 1 --head-name value --pool none --init zero"
+                f"objective {self.name!r}: the model has no output {self.value!r} with one value per token; add one "
+                f"with --pass head --mode add --labels 1 --head-name value --pool none --init zero"
             )
         if "logits" not in setting.widths or setting.fixed is not None:
-            raise TrainingError(f"objective {self.name!r} is of language models that take any length")
+            raise TrainingError(
+                f"objective {self.name!r} needs a language model that accepts any length; use another model"
+            )
         if self.plain:
             return {"template": None}
-        return {"template": chat_template(self.name, self.template, setting, ", or say --plain")}
+        return {"template": chat_template(self.name, self.template, setting, ", or use --plain")}
 
     def examples(self, row: Mapping[str, Any], setting: Setting) -> Iterable[dict[str, Any]]:
         column = setting.columns["prompt"]
@@ -98,9 +105,9 @@ class LanguageObjective(OnPolicy):
         else:
             ids = chat_tokens(asked, setting, add_generation_prompt=True)
         if not ids:
-            setting.count("is empty and was left out")
+            setting.count("is empty and was skipped")
         elif len(ids) + self.new_tokens > setting.longest:
-            setting.count(f"leaves no {self.new_tokens} of {setting.longest} tokens and was left out")
+            setting.count(f"leaves fewer than {self.new_tokens} of {setting.longest} tokens and was skipped")
         else:
             yield {"input_ids": ids}
 
@@ -118,7 +125,12 @@ class LanguageObjective(OnPolicy):
     # -- acting
 
     def companions(self, program: Program) -> Mapping[str, nn.Module]:
-        """live: what samples. policy: the module that trains. reference: what it was. judge: what it is to please."""
+        """Return the modules of a step.
+
+        live samples the responses. policy is the module that is trained. reference is the program without its trained
+        parts. judge computes the rewards. frozen, if possible, caches the layers below everything that is trained.
+        """
+        # A live model cannot hold an added head, and sampling does not need one.
         heads = [e.id for e in program.journal if e.pass_name == "head" and e.options.get("mode") == "add"]
         reference = reference_of(program)
         found: dict[str, nn.Module] = {
@@ -153,11 +165,11 @@ class LanguageObjective(OnPolicy):
         return {**batch, "inputs": inputs, "rollout": rollout, "scores": scores, **seen, **tail}
 
     def policy(self, module: nn.Module) -> LanguagePolicy:
-        """A module as a policy."""
+        """Wrap a module as a policy."""
         return LanguagePolicy(module, value=self.value, temperature=self.temperature)
 
     def experience(self, batch: Batch, coefficient: float | None = None) -> Experience:
-        """What a completed batch teaches under a penalty of the log-ratio (by default, that at the start)."""
+        """Return the experience of a completed batch. `coefficient` weights the KL penalty (default: --kl)."""
         rollout, taken = batch["rollout"], batch["log_probs"]
         beta = self.kl if coefficient is None else coefficient
         rewards = penalized_rewards(batch["scores"], taken, batch["reference"], rollout.mask, beta)
@@ -192,7 +204,18 @@ class LanguageObjective(OnPolicy):
     def update(
         self, policy: LanguagePolicy, experience: Experience, optimizer: Optimizer, clip: float, seed: int
     ) -> dict[str, float]:
-        """Change the policy; figures of how, `loss` among them."""
+        """Update the policy.
+
+        Args:
+            policy: the policy.
+            experience: experience to learn from.
+            optimizer: optimizer of all trained parameters.
+            clip: maximum norm of the gradient.
+            seed: seed of random choices in the update.
+
+        Returns:
+            Figures to log, including `loss`.
+        """
 
     # -- held-out prompts
 
@@ -200,7 +223,7 @@ class LanguageObjective(OnPolicy):
         return {"reward": batch["scores"], "kl": batch["kl"], "length": batch["rollout"].mask.sum(1)}
 
     def metrics(self, observed: Mapping[str, Tensor]) -> dict[str, float]:
-        """The mean reward, KL to the reference policy and length of a response."""
+        """Return the mean reward, the mean KL to the reference policy, and the mean length of a response."""
         return {name: float(values.double().mean()) for name, values in observed.items()}
 
 

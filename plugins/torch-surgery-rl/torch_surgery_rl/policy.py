@@ -1,6 +1,6 @@
-"""What a policy is here: an nn.Module that is called with an experience's inputs and gives (logits, values).
+"""Policies: modules that map the inputs of an experience to (logits, values).
 
-logits: rows × steps × actions. values: rows × steps, or None for a policy without a value head.
+logits are rows × steps × actions. values are rows × steps, or None without a value head.
 """
 
 from __future__ import annotations
@@ -14,16 +14,25 @@ from surgery.api import SurgeryError
 
 
 def trained(policy: nn.Module) -> list[nn.Parameter]:
-    """The parameters that train. Raises SurgeryError where there are none."""
+    """Return the trainable parameters.
+
+    Raises:
+        SurgeryError: there are none.
+    """
     found = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if not found:
-        raise SurgeryError("nothing of the policy trains; apply an adapter, such as surgery.Lora, or `full`")
+        raise SurgeryError(
+            "the policy has no trainable parameter; apply an adapter, such as surgery.Lora, or `full`"
+        )
     return found
 
 
 @contextlib.contextmanager
 def evaluating(policy: nn.Module) -> Iterator[None]:
-    """The policy in eval mode: under dropout, two calls are two policies and a KL between them is not zero."""
+    """Put the policy in eval mode for a while.
+
+    With dropout, two calls are two policies, and the KL between them is not zero.
+    """
     modes = [(module, module.training) for module in policy.modules()]
     policy.eval()
     try:
@@ -34,5 +43,5 @@ def evaluating(policy: nn.Module) -> Iterator[None]:
 
 
 def log_probs_of(logits: Tensor, actions: Tensor) -> Tensor:
-    """Log-probabilities of the actions, rows × steps."""
+    """Return the log-probabilities of the actions, rows × steps."""
     return logits.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)

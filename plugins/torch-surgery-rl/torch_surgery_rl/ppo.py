@@ -15,15 +15,25 @@ from torch_surgery_rl.policy import log_probs_of, trained
 
 @dataclass(frozen=True)
 class PPO:
-    """PPO (Schulman et al. 2017, arXiv:1707.06347): several epochs of minibatches on one batch of experience, on
+    """PPO (Schulman et al. 2017, arXiv:1707.06347): several epochs of minibatches on one batch of experience.
+
+    The loss is
 
         L = −mean min(ρ A, clip(ρ, 1−ε, 1+ε) A) + c₁ · mean max((V−R)², (V'−R)²) / 2 − c₂ · mean H(π)
 
-    with ρ = π(a|s) / π_old(a|s), and V' the value clipped to within `value_clip` of the one it had (None: not).
-    The mean is over the actions of a minibatch. Keep dropout off (eval mode), so that ρ starts at one.
+    with ρ = π(a|s) / π_old(a|s), and V' the value clipped to within `value_clip` of the old value. Means are over the
+    actions of a minibatch. Keep dropout off (eval mode), so that ρ starts at one.
 
-    minibatch: rows. max_grad_norm: the gradient is clipped to it. max_kl: the epochs end early where the mean KL of a
-    step from the old policy, as estimated on the minibatch, has passed it (None: they do not).
+    Attributes:
+        clip: ε.
+        value_clip: maximum change of a value (None: no clipping).
+        value_weight: c₁.
+        entropy_weight: c₂.
+        epochs: epochs over the experience.
+        minibatch: rows per optimizer step.
+        max_grad_norm: maximum norm of the gradient.
+        max_kl: end the epochs early if the mean KL per action from the old policy, estimated on the last minibatch,
+            exceeds this (None: never).
     """
 
     clip: float = 0.2
@@ -38,12 +48,22 @@ class PPO:
     def __post_init__(self) -> None:
         for name in ("clip", "epochs", "minibatch", "max_grad_norm"):
             if getattr(self, name) <= 0:
-                raise SurgeryError(f"PPO: {name} is {getattr(self, name)}, and has to be above 0")
+                raise SurgeryError(f"PPO: {name} is {getattr(self, name)}; pass a number above 0")
 
     def loss(
         self, logits: Tensor, values: Tensor, experience: Experience
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """L, and its parts: what the policy, values and entropy are, the estimated KL, the share of ratios clipped."""
+        """Return the loss, and its parts for logging.
+
+        Args:
+            logits: N × T × actions, of the current policy.
+            values: N × T, of the current policy.
+            experience: N rows of experience.
+
+        Returns:
+            The loss L, and its parts without gradients: policy, value and entropy terms, the estimated KL, and the
+            share of clipped ratios.
+        """
         mask, advantages = experience.mask, experience.advantages
         log_probs = log_probs_of(logits, experience.actions)
         log_ratio = torch.where(mask, log_probs - experience.log_probs, 0)
@@ -59,6 +79,7 @@ class PPO:
             entropy = masked_mean(torch.distributions.Categorical(logits=logits).entropy(), mask)
         loss = policy + self.value_weight * value - self.entropy_weight * entropy
         with torch.no_grad():
+            # An unbiased estimate of the KL from samples that is never negative.
             kl = masked_mean(ratio - 1 - log_ratio, mask)
             beyond = masked_mean((ratio != clipped).to(ratio.dtype), mask)
         parts = {"policy": policy, "value": value, "entropy": entropy, "kl": kl, "clipped": beyond}
@@ -72,15 +93,26 @@ class PPO:
         *,
         generator: torch.Generator | None = None,
     ) -> dict[str, float]:
-        """Train the policy on a batch of experience; returns the means of `loss`'s parts over the steps taken.
+        """Train the policy on a batch of experience.
 
-        generator: of the order of the rows. Raises SurgeryError where nothing trains, and for a loss or a gradient
-        that is not finite, before that minibatch changes anything.
+        A minibatch with a loss or gradient that is not finite changes nothing.
+
+        Args:
+            policy: the policy.
+            experience: experience to learn from.
+            optimizer: optimizer of the policy's parameters.
+            generator: generator of the row order.
+
+        Returns:
+            The parts of `loss`, averaged over the steps, and the number of steps.
+
+        Raises:
+            SurgeryError: nothing is trainable, or a loss or gradient is not finite.
         """
         ours = {id(parameter) for parameter in trained(policy)}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if ours.isdisjoint(map(id, parameters)):
-            raise SurgeryError("the optimizer has none of the parameters of the policy that train")
+            raise SurgeryError("the optimizer has no trainable parameter of the policy; pass these to it")
         seen: list[dict[str, Tensor]] = []
         for epoch in range(self.epochs):
             order = torch.randperm(len(experience), generator=generator).to(experience.actions.device)
@@ -90,14 +122,16 @@ class PPO:
                 loss, parts = self.loss(logits, values, part)
                 if not loss.isfinite():
                     raise SurgeryError(
-                        f"the loss of PPO is {loss.item()} in epoch {epoch}, rows {rows.tolist()}"
+                        f"the loss of PPO is {loss.item()} in epoch {epoch}, rows {rows.tolist()}; "
+                        f"lower the learning rate"
                     )
                 optimizer.zero_grad()
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
                 if not norm.isfinite():
                     raise SurgeryError(
-                        f"a gradient of PPO is {norm.item()} in epoch {epoch}, rows {rows.tolist()}"
+                        f"the norm of PPO's gradient is {norm.item()} in epoch {epoch}, rows {rows.tolist()}; "
+                        f"lower the learning rate"
                     )
                 optimizer.step()
                 seen.append(parts)

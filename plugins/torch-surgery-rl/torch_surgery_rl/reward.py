@@ -1,4 +1,4 @@
-"""Rewards of rollouts: any function of their texts or tokens, or a program that judges them."""
+"""Rewards of rollouts: a function of texts or tokens, or a program."""
 
 from __future__ import annotations
 
@@ -8,33 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.api import Program, SurgeryError
+from surgery.api import SurgeryError
+from surgery.api.programs import Program
 from torch_surgery_rl.language import Rollout
 
 Reward = Callable[[Rollout], Any]
 
 
 def score(reward: Reward, rollout: Rollout) -> Tensor:
-    """The reward of each row, N. Raises SurgeryError where it is not one finite number for each."""
+    """Compute the reward of each row.
+
+    Returns:
+        N rewards, float32.
+
+    Raises:
+        SurgeryError: the reward is not one finite number per row.
+    """
     device = rollout.actions.device
     scores = torch.as_tensor(reward(rollout), dtype=torch.float32, device=device).detach()
     if scores.shape != (len(rollout.actions),):
         raise SurgeryError(
-            f"the reward has shape {tuple(scores.shape)} for {len(rollout.actions)} responses; it is one number each"
+            f"the reward has shape {tuple(scores.shape)} for {len(rollout.actions)} responses; "
+            f"return one number for each"
         )
     wrong = (~scores.isfinite()).nonzero().flatten().tolist()
     if wrong:
-        raise SurgeryError(f"the reward of response {wrong[0]} is {scores[wrong[0]].item()}")
+        raise SurgeryError(
+            f"the reward of response {wrong[0]} is {scores[wrong[0]].item()}; return finite numbers"
+        )
     return scores
 
 
 def on_tokens(function: Callable[[list[list[int]], list[list[int]]], Any]) -> Reward:
-    """The reward function(prompts, responses) of tokens."""
+    """Make a reward of function(prompts, responses), called with lists of tokens."""
     return lambda rollout: function(rollout.prompts, rollout.responses)
 
 
 def on_texts(function: Callable[[list[str], list[str]], Any], tokenizer: Any) -> Reward:
-    """The reward function(prompts, responses) of texts, special tokens left out."""
+    """Make a reward of function(prompts, responses), called with texts without special tokens."""
 
     def reward(rollout: Rollout) -> Any:
         return function(_texts(rollout.prompts, tokenizer), _texts(rollout.responses, tokenizer))
@@ -52,16 +63,27 @@ def of_program(
     whole: bool = True,
     rows: int = 32,
 ) -> Reward:
-    """The reward that a program gives to prompt and response: its one score, or the log-probability of a label.
+    """Make a reward of a program that reads prompt and response.
 
-    Of a program with a score, or labels, for each token, that of the last one counts.
+    The reward is the program's only score, or the log-probability of a class. If it has these per token, the last
+    token counts.
 
-    With the policy's own tokens, or, where `reader` (the program's tokenizer) is given, with the text that `tokenizer`
-    (the policy's) makes of them; whole: or of the response alone. rows: how many at a time.
+    Args:
+        program: the reward program.
+        label: class whose log-probability is the reward, or None for a single score.
+        tokenizer: tokenizer of the policy, needed with `reader`.
+        reader: tokenizer of the program, if it differs from the policy's. The program then reads texts, else the
+            policy's tokens.
+        output: output with the score or the classes.
+        whole: with `reader`, read the prompt too; False: read the response alone.
+        rows: rows per forward pass.
+
+    Raises:
+        SurgeryError: `tokenizer` is missing. The reward itself raises it if the program does not fit the rollout.
     """
     if reader is not None and tokenizer is None:
         raise SurgeryError(
-            "a reward program with a tokenizer of its own needs the policy's too, to make texts"
+            "the reward program has its own tokenizer; pass the policy's too, to decode the texts"
         )
     needed = list(program.example_inputs[1])
 
@@ -75,14 +97,16 @@ def of_program(
             most = getattr(reader, "model_max_length", None)
             if most is not None and read["input_ids"].shape[1] > most:
                 raise SurgeryError(
-                    f"the reward program reads {most} tokens, and a prompt with its response has "
-                    f"{read['input_ids'].shape[1]}; lower --max-length, or let it read responses alone"
+                    f"the reward program reads {most} tokens, but a prompt with its response has "
+                    f"{read['input_ids'].shape[1]}; lower --max-length, or judge responses alone (--reads response)"
                 )
             inputs = {name: tensor.to(rollout.actions.device) for name, tensor in read.items()}
         inputs.setdefault("token_type_ids", torch.zeros_like(inputs["input_ids"]))
         missing = [name for name in needed if name not in inputs]
         if missing:
-            raise SurgeryError(f"the reward program takes {missing[0]!r} too, which a rollout does not have")
+            raise SurgeryError(
+                f"the reward program needs the input {missing[0]!r}, which a rollout lacks; use another program"
+            )
         found = []
         for start in range(0, len(rollout.actions), rows):
             given = program.run(**{name: inputs[name][start : start + rows] for name in needed})
@@ -99,13 +123,14 @@ def of_program(
 def _judged(logits: Tensor, label: int | None) -> Tensor:
     if logits.dim() != 2 or (label is None and logits.shape[1] != 1):
         raise SurgeryError(
-            f"the reward program gives {tuple(logits.shape)}; it has to give rows × 1, or rows × labels and a label"
+            f"the reward program's output has shape {tuple(logits.shape)}; "
+            f"it must be rows × 1, or rows × classes with a class"
         )
     if label is None:
         return logits[:, 0]
     if not 0 <= label < logits.shape[1]:
         raise SurgeryError(
-            f"the reward program has no label {label}: there are {logits.shape[1]}, counted from 0"
+            f"the reward program has no class {label}; choose one from 0 to {logits.shape[1] - 1}"
         )
     return logits.log_softmax(-1)[:, label]
 

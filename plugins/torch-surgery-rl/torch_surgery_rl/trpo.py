@@ -21,18 +21,27 @@ from torch_surgery_rl.policy import evaluating, log_probs_of, trained
 class TRPO:
     """TRPO (Schulman et al. 2015, arXiv:1502.05477): the step that improves the surrogate most within a KL bound.
 
-        maximise L(θ) = mean π_θ(a|s) / π_old(a|s) · A  subject to  mean KL(π_old ‖ π_θ) ≤ δ (`max_kl`)
+        maximize L(θ) = mean π_θ(a|s) / π_old(a|s) · A  subject to  mean KL(π_old ‖ π_θ) ≤ δ (`max_kl`)
 
-    The direction x solves (F + damping · I) x = ∇L by conjugate gradients on products with the Fisher matrix F, which
-    is the Hessian of the mean KL at θ_old. The step starts at sqrt(2δ / xᵀ(F + damping · I)x) · x and is cut by
-    `shrink` until the KL, measured, is within the bound and the surrogate has grown by at least `improvement` of what
-    its gradient promises; where it is not after `backtracks` tries, the policy stays as it was, bit for bit.
+    The direction x solves (F + damping · I) x = ∇L by conjugate gradients. F is the Fisher matrix, the Hessian of the
+    mean KL at θ_old, and is used only in products. The step starts at sqrt(2δ / xᵀ(F + damping · I)x) · x. It is
+    multiplied by `shrink` until the measured KL is within the bound and the surrogate has grown by at least
+    `improvement` times the growth predicted by the gradient. If `backtracks` tries fail, the policy is restored bit
+    for bit.
 
-    The mean is over all actions of the batch, with every action that could have been taken in the KL, and dropout is
-    off. What trains and does not reach the logits (a value head) is left alone: fit that with `fit_values`.
-    minibatch: rows in memory at a time; gradient, surrogate and the KL that is bounded are of the whole batch.
-    fisher_rows: of how many of its rows, evenly spaced, F is (None: all): a product costs more than a gradient, and F
-    gives a direction and no bound (appendix C of the paper subsamples too).
+    Means are over all actions of the batch. The KL is exact over all possible actions. Dropout is off. Trainable
+    parameters that do not reach the logits (a value head) are not changed; fit them with `fit_values`.
+
+    Attributes:
+        max_kl: δ.
+        damping: damping of the Fisher matrix.
+        iterations: iterations of conjugate gradients.
+        backtracks: maximum tries of the line search.
+        shrink: factor of the step between tries.
+        improvement: required share of the predicted growth.
+        minibatch: rows per forward pass. Gradient, surrogate and the bounded KL always use the whole batch.
+        fisher_rows: number of evenly spaced rows for F (None: all). A product costs more than a gradient, and F
+            affects only the direction, not the bound (appendix C of the paper subsamples too).
     """
 
     max_kl: float = 0.01
@@ -47,20 +56,24 @@ class TRPO:
     def __post_init__(self) -> None:
         for name in ("max_kl", "iterations", "backtracks", "minibatch"):
             if getattr(self, name) <= 0:
-                raise SurgeryError(f"TRPO: {name} is {getattr(self, name)}, and has to be above 0")
+                raise SurgeryError(f"TRPO: {name} is {getattr(self, name)}; pass a number above 0")
         if self.fisher_rows is not None and self.fisher_rows <= 0:
-            raise SurgeryError(f"TRPO: fisher_rows is {self.fisher_rows}, and has to be above 0")
+            raise SurgeryError(f"TRPO: fisher_rows is {self.fisher_rows}; pass a number above 0")
         for name in ("shrink", "improvement"):
             if not 0 < getattr(self, name) < 1:
-                raise SurgeryError(f"TRPO: {name} is {getattr(self, name)}, and is between 0 and 1")
+                raise SurgeryError(f"TRPO: {name} is {getattr(self, name)}; pass a number between 0 and 1")
         if self.damping < 0:
-            raise SurgeryError(f"TRPO: damping is {self.damping}, and is not below 0")
+            raise SurgeryError(f"TRPO: damping is {self.damping}; pass at least 0")
 
     def update(self, policy: nn.Module, experience: Experience) -> dict[str, float]:
-        """One step of the policy on a batch of experience.
+        """Do one step of the policy on a batch of experience.
 
-        Returns the mean KL of it, how much the surrogate grew, and which part of the full step was taken (0: none).
-        Raises SurgeryError where nothing that trains reaches the logits, and for a gradient that is not finite.
+        Returns:
+            kl: mean KL of the step. improvement: growth of the surrogate. step: accepted fraction of the full step
+            (0: none).
+
+        Raises:
+            SurgeryError: no trainable parameter reaches the logits, or a gradient is not finite.
         """
         with evaluating(policy):
             parameters, gradient, surrogate, old = self._gradient(policy, experience)
@@ -68,8 +81,10 @@ class TRPO:
             direction = conjugate_gradient(curvature, gradient, self.iterations)
             bend = float(direction @ curvature(direction))
             if not math.isfinite(bend):
-                raise SurgeryError(f"the curvature of TRPO's KL is {bend}; the policy is as it was")
-            if bend <= 0:  # the gradient is zero
+                raise SurgeryError(
+                    f"the curvature of TRPO's KL is {bend}; the policy is unchanged; check its weights"
+                )
+            if bend <= 0:  # the gradient is zero, so there is no direction
                 return {"kl": 0.0, "improvement": 0.0, "step": 0.0}
             full = (2 * self.max_kl / bend) ** 0.5 * direction
             promised = float(gradient @ full)
@@ -92,9 +107,14 @@ class TRPO:
     def fisher(
         self, policy: nn.Module, experience: Experience, parameters: Sequence[nn.Parameter]
     ) -> Callable[[Tensor], Tensor]:
-        """v → (F + damping · I) v, by differentiating the mean KL from the policy to itself twice.
+        """Return the product v → (F + damping · I) v, by differentiating the mean KL from the policy to itself twice.
 
-        The first derivative is kept for all products where all rows are in memory at a time (`minibatch`).
+        If one minibatch holds all rows, the graph of the first derivative is kept for all products.
+
+        Args:
+            policy: the policy.
+            experience: experience to average over.
+            parameters: parameters of the policy.
         """
         count = experience.mask.sum()
         chunks = list(experience.chunks(self.minibatch))
@@ -127,7 +147,7 @@ class TRPO:
         return product
 
     def _some(self, experience: Experience) -> Experience:
-        """The rows that F is of."""
+        """Select the rows for F."""
         if self.fisher_rows is None or self.fisher_rows >= len(experience):
             return experience
         spaced = torch.arange(self.fisher_rows, device=experience.actions.device) * len(experience)
@@ -136,15 +156,27 @@ class TRPO:
     def fit_values(
         self, policy: nn.Module, experience: Experience, optimizer: torch.optim.Optimizer, *, epochs: int = 4
     ) -> float:
-        """Fit the values to the returns by least squares; returns the mean squared error of the last epoch.
+        """Fit the values to the returns by least squares.
 
-        Only what does not reach the logits is moved (`value_parameters`), whatever else the optimizer has: anything
-        more would take the policy out of its bound.
+        Only parameters that do not reach the logits are changed (`value_parameters`), even if the optimizer has more.
+        Other changes would move the policy out of its KL bound.
+
+        Args:
+            policy: the policy.
+            experience: experience with returns.
+            optimizer: optimizer of the value parameters.
+            epochs: epochs over the experience.
+
+        Returns:
+            The mean squared error of the last epoch.
+
+        Raises:
+            SurgeryError: the optimizer has no value parameter, or there is none.
         """
         own = self.value_parameters(policy, experience)
         if {id(p) for group in optimizer.param_groups for p in group["params"]}.isdisjoint(map(id, own)):
             raise SurgeryError(
-                "the optimizer has nothing of the value head; give it TRPO().value_parameters(policy, experience)"
+                "the optimizer has no parameter of the value head; pass TRPO().value_parameters(policy, experience)"
             )
         with evaluating(policy):
             for _ in range(epochs):
@@ -159,20 +191,26 @@ class TRPO:
         return float(torch.stack(errors).mean())
 
     def value_parameters(self, policy: nn.Module, experience: Experience) -> list[nn.Parameter]:
-        """What trains and is not the policy's: the value head. Raises SurgeryError where that is nothing."""
+        """Return the trainable parameters that do not reach the logits: the value head.
+
+        Raises:
+            SurgeryError: there are none.
+        """
         parameters = trained(policy)
         logits, _ = policy(**experience.rows(slice(0, 1)).inputs)
         slopes = _slopes(logits.sum(), parameters)
         found = [p for p, slope in zip(parameters, slopes, strict=True) if slope is None]
         if not found:
-            raise SurgeryError("the policy has no parameter that trains for its values alone")
+            raise SurgeryError("every trainable parameter reaches the logits; add a value head")
         return found
 
     def _gradient(
         self, policy: nn.Module, experience: Experience
     ) -> tuple[list[nn.Parameter], Tensor, float, list[Tensor]]:
-        """The parameters of the policy, the surrogate's gradient and value, and the log-probabilities of all actions
-        (a tensor for each minibatch)."""
+        """Return the policy's parameters, the surrogate's gradient and value, and the old log-probabilities.
+
+        The log-probabilities of all actions are a list with one tensor per minibatch.
+        """
         parameters, count = trained(policy), experience.mask.sum()
         gradient, surrogate, old = None, 0.0, []
         for part in experience.chunks(self.minibatch):
@@ -182,7 +220,9 @@ class TRPO:
                 slopes = _slopes(value, parameters)
                 parameters = [p for p, slope in zip(parameters, slopes, strict=True) if slope is not None]
                 if not parameters:
-                    raise SurgeryError("no parameter that trains reaches the policy's logits")
+                    raise SurgeryError(
+                        "no trainable parameter reaches the policy's logits; train one, such as an adapter"
+                    )
                 slope = _flat([slope for slope in slopes if slope is not None])
             else:
                 slope = _flat(torch.autograd.grad(value, parameters))
@@ -191,14 +231,16 @@ class TRPO:
             old.append(logits.detach().log_softmax(-1))
         assert gradient is not None
         if not gradient.isfinite().all():
-            raise SurgeryError("the gradient of TRPO's surrogate is not finite; the policy is as it was")
+            raise SurgeryError(
+                "the gradient of TRPO's surrogate is not finite; the policy is unchanged; check the rewards"
+            )
         return parameters, gradient, surrogate, old
 
     @torch.no_grad()
     def _measure(
         self, policy: nn.Module, experience: Experience, old: Sequence[Tensor]
     ) -> tuple[float, float]:
-        """The surrogate and the mean KL from the old policy, where the parameters stand now."""
+        """Return the surrogate and the mean KL from the old policy, at the current parameters."""
         count, surrogate, kl = experience.mask.sum(), 0.0, 0.0
         for part, before in zip(experience.chunks(self.minibatch), old, strict=True):
             logits, _ = policy(**part.inputs)
@@ -211,7 +253,14 @@ class TRPO:
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], b: Tensor, iterations: int, tolerance: float = 1e-10
 ) -> Tensor:
-    """x with A x = b, of a positive definite A that is known by its products; until |b − A x|² is small over |b|²."""
+    """Solve A x = b by conjugate gradients, for a positive definite A.
+
+    Args:
+        product: function v → A v.
+        b: right-hand side.
+        iterations: maximum number of iterations.
+        tolerance: stop when |b − A x|² ≤ tolerance · |b|².
+    """
     x, residual = torch.zeros_like(b), b.clone()
     direction, square = residual.clone(), residual @ residual
     enough = tolerance * square
@@ -220,7 +269,7 @@ def conjugate_gradient(
             break
         ahead = product(direction)
         bend = direction @ ahead
-        if bend <= 0:  # without damping, where the matrix is singular
+        if bend <= 0:  # the matrix is singular along this direction, which happens without damping
             break
         length = square / bend
         x = x + length * direction
@@ -236,14 +285,14 @@ def _surrogate(logits: Tensor, part: Experience) -> Tensor:
 
 
 def _slopes(value: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Of each parameter, the gradient of a value, or None where that does not depend on it."""
+    """Return the gradient of a value for each parameter, or None if the value does not depend on it."""
     if not value.requires_grad:
         return [None] * len(parameters)
     return list(torch.autograd.grad(value, parameters, allow_unused=True))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """One vector, in float32 at least: conjugate gradients need it."""
+    """Concatenate tensors to one vector, in float32 at least, as conjugate gradients need it."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
@@ -255,7 +304,7 @@ def _split(vector: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 @torch.no_grad()
 def _put(parameters: Sequence[nn.Parameter], start: Sequence[Tensor], step: Tensor | None = None) -> None:
-    """Put the parameters where they started or a step away from there, in their own storage."""
+    """Set the parameters to their start, or to a step away from it, in their own storage."""
     ends = start
     if step is not None:
         ends = [origin + piece for origin, piece in zip(start, _split(step, parameters), strict=True)]
