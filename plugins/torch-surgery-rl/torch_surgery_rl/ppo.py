@@ -1,4 +1,4 @@
-"""Proximal policy optimisation."""
+"""Proximal policy optimization (PPO)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trust region policy optimisation."""
+"""Trust region policy optimization (TRPO)."""
 
 from __future__ import annotations
 
