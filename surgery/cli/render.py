@@ -85,7 +85,7 @@ def note_unfrozen(out: Console, passes: Sequence[Pass], freeze_base: bool | None
     selects = next((p.name for p in selections), None) if not settled else None
     if selects and freeze_base is None and any(isinstance(p, RewritePass) for p in passes):
         out.print(
-            f"note: because --pass {selects} selects what trains, the base is not frozen and trains too; "
+            f"note: --pass {selects} selects what trains, so the rest of the base stays trainable; "
             f"add --freeze-base to freeze it first",
             style="yellow",
         )
