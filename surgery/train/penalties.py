@@ -265,7 +265,7 @@ def _program(of: Program | nn.Module) -> tuple[Program, nn.Module]:
         return program, program.module()
     raise PassError(
         f"a penalty needs a program, its module, or a live model that carries surgery, not a "
-        f"{type(of).__name__}; surgery.capture(model, inputs) makes a program of one"
+        f"{type(of).__name__}; make one with surgery.capture(model, inputs)"
     )
 
 

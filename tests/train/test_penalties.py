@@ -244,7 +244,7 @@ def test_refused():
     adapted = base.apply(surgery.Lora(target="head", rank=2))
     with pytest.raises(PassError, match="penalty at 7: its weight is frozen"):
         l1(adapted, "head", 0.1)
-    with pytest.raises(PassError, match=r"is a Sequential; surgery.capture\(model, inputs\) makes"):
+    with pytest.raises(PassError, match=r"not a Sequential; make one with surgery.capture\(model, inputs\)"):
         l1(module, "head", 0.1)
     with pytest.raises(PassError, match=r"prox_: the learning rate is .*; pass a positive number"):
         l1(base, "conv", 0.1).prox_(0)
