@@ -1,4 +1,4 @@
-"""Weights in few bits: how values become codes, the ops that give them back, and their form in standard ONNX."""
+"""Quantization: conversion of weights to codes and back, and the graph ops that do it at run time."""
 
 from surgery.passes.quantize.codes import FORMATS, Codes, decode, encode
 from surgery.passes.quantize.ops import dequantize, fake_quantize, round_activation

@@ -1,4 +1,4 @@
-"""Values to codes and back, for a weight seen as a matrix (rows × K) with scales along blocks of each row."""
+"""Conversion between values and codes, for a matrix (rows × K) with one scale for each block of a row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The 16 quantiles of a normal variable that QLoRA takes, scaled to [-1, 1] (Dettmers et al. 2023, arXiv:2305.14314).
+# QLoRA's 16 quantiles of the normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, arXiv:2305.14314).
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -17,8 +17,13 @@ NF4 = (
 
 @dataclass(frozen=True)
 class Format:
-    """bits: of a code. offset: the code of zero, where the codes are a line; group: values that share a scale by
-    default (0: a whole row)."""
+    """A number format.
+
+    Attributes:
+        bits: Bits of a code.
+        offset: Code of the value zero, for formats with equally spaced levels.
+        group: Default number of values that share a scale (0: a whole row).
+    """
 
     bits: int
     offset: int
@@ -36,8 +41,14 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Codes:
-    """codes: packed (see `pack`), rows first. scale: (rows, blocks). zero: (rows, blocks) uint8, or None. smooth: (K,),
-    by which the columns of the matrix were multiplied before that, or None."""
+    """The codes of a matrix (rows × K), with what is needed to decode them.
+
+    Attributes:
+        codes: Packed codes, see `pack`.
+        scale: Scales (rows, blocks).
+        zero: Zero points (rows, blocks), uint8, or None.
+        smooth: Factors (K,) by which the columns were multiplied before encoding, or None.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -46,12 +57,19 @@ class Codes:
 
 
 def packed_columns(format: str, columns: int) -> int:
-    """How many bytes a row of codes takes."""
+    """Return the number of bytes of a row of packed codes."""
     return -(-columns * FORMATS[format].bits // 8)
 
 
 def encode(matrix: Tensor, format: str, block: int, asymmetric: bool = False) -> Codes:
-    """Round to nearest. matrix: (rows, K), floating; block divides K. asymmetric: int4 with zero points. See `grid`."""
+    """Round a matrix to the nearest codes, with the scales of `grid`.
+
+    Args:
+        matrix: Floating-point matrix (rows, K).
+        format: Name of a format in FORMATS.
+        block: Number of columns that share a scale; it divides K.
+        asymmetric: int4 only: use zero points.
+    """
     scale, zero = grid(matrix, format, block, asymmetric)
     wide = [None if t is None else t.repeat_interleave(block, 1) for t in (scale, zero)]
     assert wide[0] is not None
@@ -59,18 +77,30 @@ def encode(matrix: Tensor, format: str, block: int, asymmetric: bool = False) ->
 
 
 def grid(matrix: Tensor, format: str, block: int, asymmetric: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Scales (rows, blocks), in fp32 but rounded to the matrix's dtype, and zero points (uint8), of a matrix (rows, K).
+    """Compute scales and zero points of a matrix.
 
-    int8: the largest magnitude of a block is 127. int4: the value of largest magnitude is -8, so that all 16 codes are
-    in use; or, asymmetric, the range with zero in it is divided by 15. nf4: the largest magnitude is 1. ternary: the
-    mean magnitude of the matrix (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764). binary: that of a block (XNOR-Net,
-    Rastegari et al. 2016, arXiv:1603.05279).
+    - int8: the largest magnitude of a block becomes the code 127.
+    - int4: the value of largest magnitude becomes -8, so that all 16 codes can occur. Asymmetric: the range of the
+      block, extended to include zero, is divided into 15 steps.
+    - nf4: the largest magnitude of a block becomes 1.
+    - ternary: the scale is the mean magnitude of the matrix (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764).
+    - binary: the scale is the mean magnitude of a block (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279).
+
+    Args:
+        matrix: Floating-point matrix (rows, K).
+        format: Name of a format in FORMATS.
+        block: Number of columns that share a scale; it divides K.
+        asymmetric: int4 only: use zero points.
+
+    Returns:
+        Scales (rows, blocks) in fp32, rounded to the dtype of the matrix; zero points (rows, blocks) in uint8, or None.
     """
     rows, columns = matrix.shape
     blocks = matrix.float().reshape(rows, columns // block, block)
 
     def nonzero(scale: Tensor) -> Tensor:
-        """As it is stored, in the dtype of the matrix; a block of zeros has any scale, as its codes are zero."""
+        """Round scales to the dtype in which they are stored, and replace 0 by 1."""
+        # A block of zeros may have any scale, because its codes are zero.
         stored = scale.to(matrix.dtype).float()
         return torch.where(stored == 0, torch.ones_like(stored), stored)
 
@@ -83,19 +113,28 @@ def grid(matrix: Tensor, format: str, block: int, asymmetric: bool = False) -> t
         return nonzero(extreme / -8), None
     if format == "ternary":
         return nonzero(blocks.abs().mean()).expand(rows, columns // block).contiguous(), None
-    if format == "binary":  # has no code of zero, so that its scale is
+    # Binary codes cannot represent zero, so a block of zeros needs the scale 0.
+    if format == "binary":
         return blocks.abs().mean(2).to(matrix.dtype).float(), None
     return nonzero(blocks.abs().amax(2) / (127 if format == "int8" else 1)), None
 
 
 def to_codes(values: Tensor, scale: Tensor, zero: Tensor | None, format: str) -> Tensor:
-    """The nearest code of each value; scale and zero of the same shape, or one that broadcasts."""
+    """Return the nearest code of each value.
+
+    Args:
+        values: Values of any shape.
+        scale: Scales, broadcastable to `values`.
+        zero: Zero points, broadcastable to `values`, or None.
+        format: Name of a format in FORMATS.
+    """
     if format == "binary":
         return values >= 0
     on_line = values / scale
     if format == "int8":
         return on_line.round().clamp(-127, 127)
     if format == "nf4":
+        # The boundaries between codes are the midpoints of neighbouring levels.
         table = torch.tensor(NF4, device=values.device)
         return torch.bucketize(on_line.contiguous(), (table[1:] + table[:-1]) / 2)
     if zero is not None:
@@ -106,7 +145,14 @@ def to_codes(values: Tensor, scale: Tensor, zero: Tensor | None, format: str) ->
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, format: str) -> Tensor:
-    """(code - zero) × scale, as ONNX's DequantizeLinear has it, in the dtype of the scales."""
+    """Return (code - zero) × scale in the dtype of the scales, as ONNX's DequantizeLinear computes it.
+
+    Args:
+        codes: Unpacked codes of any shape.
+        scale: Scales, broadcastable to `codes`.
+        zero: Zero points, broadcastable to `codes`, or None.
+        format: Name of a format in FORMATS.
+    """
     if format == "nf4":
         return torch.tensor(NF4, dtype=scale.dtype, device=scale.device)[codes.long()] * scale
     line = codes.to(scale.dtype)
@@ -120,7 +166,15 @@ def from_codes(codes: Tensor, scale: Tensor, zero: Tensor | None, format: str) -
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, columns: int) -> Tensor:
-    """The matrix (rows, K) of packed codes, in the dtype of the scales."""
+    """Decode packed codes to a matrix (rows, K), in the dtype of the scales.
+
+    Args:
+        codes: Packed codes, see `pack`.
+        scale: Scales (rows, blocks).
+        zero: Zero points (rows, blocks), or None.
+        format: Name of a format in FORMATS.
+        columns: K.
+    """
     values = unpack(codes, format, columns)
     blocks = values.reshape(values.shape[0], scale.shape[1], -1)
     wide = None if zero is None else zero[..., None]
@@ -128,7 +182,10 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, format: str, colum
 
 
 def pack(values: Tensor, format: str) -> Tensor:
-    """Codes (rows, K) to bytes (rows, ceil(K·bits/8)), uint8, the first in the lowest bits; int8 as it is."""
+    """Pack codes (rows, K) into bytes (rows, ceil(K·bits/8)), uint8, the first code in the lowest bits.
+
+    int8 codes are only converted to that dtype.
+    """
     bits = FORMATS[format].bits
     if bits == 8:
         return values.to(torch.int8)
@@ -142,7 +199,16 @@ def pack(values: Tensor, format: str) -> Tensor:
 
 
 def unpack(codes: Tensor, format: str, columns: int) -> Tensor:
-    """The codes of `pack`, int8 or uint8, (rows, K)."""
+    """Unpack bytes of `pack`.
+
+    Args:
+        codes: Packed codes (rows, ceil(K·bits/8)).
+        format: Name of a format in FORMATS.
+        columns: K.
+
+    Returns:
+        Codes (rows, K), int8 or uint8.
+    """
     bits = FORMATS[format].bits
     if bits == 8:
         return codes

@@ -1,4 +1,4 @@
-"""What passes have in common that put codes in the place of a weight."""
+"""Base class of passes that replace a weight by quantized codes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from surgery.passes.quantize.requantize import into_codes
 
 
 class CodesPass(RewritePass):
-    """Its op reads `surgery::dequantize` of stored codes in the place of its weight."""
+    """A pass that lets an op read `surgery::dequantize` of stored codes instead of its weight.
+
+    A subclass defines `layout`, and the other methods where the defaults do not fit.
+    """
 
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     absorber = staticmethod(into_codes)
 
     @property
     def rounding(self) -> tuple[Any, ...]:
-        """Ops of this pass that round their first argument, an activation, to a few levels."""
+        """Ops added by this pass that round their first argument, an activation, to a few levels."""
         return ()
 
     @property
@@ -38,26 +41,33 @@ class CodesPass(RewritePass):
         return replace(SWAP, rounding=self.rounding)
 
     def layout(self, site: Site) -> Layout:
-        """How the site's weight is coded."""
+        """Number format and matrix form of the site's codes."""
         raise NotImplementedError
 
     def source(self, site: Site) -> Tensor:
-        """The weight to code, as stored."""
+        """Return the weight to encode, in its stored layout."""
         return site.probe.stored(site)
 
     def encode(self, site: Site, weight: Tensor) -> Codes:
-        """The codes of any weight in the place of the site's."""
+        """Encode a weight of the site's shape."""
         return self.layout(site).encode(weight)
 
     def recode(self, site: Site, weight: Tensor, held: Codes) -> Codes:
-        """The same where codes stand already, of which all stays that is no rounding of the weight."""
+        """Encode a changed weight of a site that is quantized already.
+
+        Args:
+            site: The site.
+            weight: The changed weight, with adapters merged into it.
+            held: The current codes; settings that do not depend on the weight (smoothing factors) are kept.
+        """
         return self.encode(site, weight)
 
     def keeps_out(self, site: Site) -> str:
-        """Why adapters at the site cannot go into its codes, or empty."""
+        """Return the reason why adapters at the site cannot be merged into its codes, or ""."""
         return ""
 
     def _encoded(self, site: Site) -> Codes:
+        """Encode the site's weight, once for planning and for all of its tensors."""
         return site.probe.once((self, site.key), lambda: self.encode(site, self.source(site)))
 
     def decide(self, site: Site) -> dict[str, Any]:
@@ -70,13 +80,14 @@ class CodesPass(RewritePass):
         return decided
 
     def outcome(self, site: Site) -> Outcome:
+        # If other ops read the weight too, it stays in use and nothing is saved.
         users = [c for c in site.calls if c.weight is not None and len(c.weight.users) > len(site.calls)]
         unused = frozenset[str]() if users or site.weight is None else frozenset({site.weight})
         if "error" not in site.decided:
             return Outcome(unused=unused)
         size = sum(spec.numel() * _bytes(spec, site) for spec in self.tensors(site).values())
         before = site.parameters * site.dtype.itemsize
-        note = f"{size / before:.3f} of its bytes; the weight moves by {site.decided['error']:.2%}"
+        note = f"{size / before:.3f} of its bytes; the weight changes by {site.decided['error']:.2%}"
         return Outcome(note=note, unused=unused)
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
@@ -85,6 +96,7 @@ class CodesPass(RewritePass):
     def _filled(self, site: Site, name: str) -> Callable[[Tensor], Any]:
         def fill(tensor: Tensor) -> None:
             tensor.copy_(getattr(self._encoded(site), name))
+            # The cached codes are as large as the tensors, so they are dropped after the last one is filled.
             if name == self.layout(site).names[-1]:
                 site.probe.forget((self, site.key))
 
@@ -94,11 +106,13 @@ class CodesPass(RewritePass):
         layout = self.layout(site)
 
         def read(_: fx.Node) -> fx.Node:
+            # The stored weight is not an argument: after this nothing needs it at run time.
             zero = g["zero"] if layout.asymmetric else None
             smooth = (g["smooth"],) if layout.smoothed else ()
             return g.call(dequantize._opoverload, g["codes"], g["scale"], zero, *layout.arguments, *smooth)
 
         g.swap_weight(read)
+        # A merge of adapters into the codes may have added a low-rank correction of the rounding error.
         if site.decided.get("correction"):
             return low_rank.add_branch(site, g, g["right"], g["left"], 1.0)
         return None

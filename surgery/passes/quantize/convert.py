@@ -1,4 +1,4 @@
-"""From weights that were trained rounded to their codes."""
+"""convert: replaces weights that were trained with `fake-quant` by their codes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from surgery.engine.contract.numerics import EXACT, Numerics
+from surgery.graph.marks import mark_of
 from surgery.graph.rewrite.current import weight_reader
 from surgery.graph.sites import Site
 from surgery.graph.view import View
@@ -16,12 +17,13 @@ from surgery.passes.quantize.matrix import Layout
 
 
 class Convert(CodesPass):
-    """Quantization-aware training ended: the codes themselves in the place of weights that `fake-quant` rounds.
+    """Conversion after quantization-aware training: replaces weights that `fake-quant` rounds by their codes.
 
-    The format, groups and zero points are those of `fake-quant`, and the codes those of the weights as they are now, so
-    that the outputs are the same to the bit. From there on it is as if `quantize` had been applied: the codes are
-    stored, in the bits that they have, adapters stand on them, and they stay codes in ONNX. Undo gives the weights that
-    were trained back, rounded in every forward.
+    The codes are those of the current weights, in the format, groups and zero points of `fake-quant`, so the outputs
+    stay the same to the bit. The result is as if `quantize` had been applied to the trained weights: the codes are
+    stored packed, adapters attach to them, and they stay codes in ONNX. With `int8-dynamic`, the input of each op is
+    still rounded by `fake-quant`. There is no merged form. Undo restores the trained weights, which are again rounded
+    in every forward pass.
     """
 
     name: ClassVar[str] = "convert"
@@ -30,10 +32,11 @@ class Convert(CodesPass):
     requires: ClassVar[tuple[str, ...]] = ("fake-quant",)
 
     def find(self, view: View) -> list[Site]:
-        """Sites whose weight is rounded or coded now; others that the target names are ignored."""
+        """Return the targeted sites whose weight is rounded or coded now; others are ignored."""
         return [site for site in super().find(view) if self._is_rounded(site)]
 
     def _is_rounded(self, site: Site) -> bool:
+        """True if the op reads a rounded or decoded weight."""
         if site.weight is None or site.kind not in self.on:
             return False
         return weight_reader(site.calls[0])[1].target in (
@@ -50,14 +53,15 @@ class Convert(CodesPass):
     def check(self, site: Site) -> str | None:
         current = weight_reader(site.calls[0])[1]
         if current.target is dequantize._opoverload:
-            return f"{current.meta['surgery']['entry']!r} has quantized it already; undo that first"
+            return f"{mark_of(current).entry!r} has quantized it already; undo that first"
         if not site.probe.in_memory:
-            return "its weight is not in memory, and its codes have to be computed; load the weights first"
+            return "its weight is not in memory, and its codes are computed from it; load the weights first"
+        # In the middle of a schedule the op reads a mixture of the weight and its rounding, which no codes give.
         share = current.args[6] if len(current.args) > 6 else None
         if isinstance(share, fx.Node) and (there := float(site.probe.tensor(str(share.target)))) < 1:
             return (
-                f"{current.meta['surgery']['entry']!r} has moved it {there:.0%} of the way to its codes; train to the "
-                f"end of that schedule first"
+                f"{mark_of(current).entry!r} has moved it {there:.0%} of the way to its codes; train to the "
+                f"end of its schedule first"
             )
         return None
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training: weights rounded in every forward, trained as if they were not."""
+"""fake-quant: quantization-aware training; weights are rounded in every forward pass."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ from surgery.passes.quantize.matrix import Layout
 
 
 class FakeQuant(FormatPass):
-    """Quantization-aware training: W is rounded to codes and back in every forward; its gradient passes straight on.
+    """Quantization-aware training: the op reads Q(W), W rounded to codes and back, in every forward pass.
 
-    The formats are those of `quantize`, and rounded alike; scales follow the weights as they train. The
-    straight-through estimator is that of Bengio et al. 2013 (arXiv:1308.3432), used so by Jacob et al. 2018
-    (arXiv:1712.05877); ternary is what BitNet b1.58 trains with. With `int8-dynamic` what enters the op is
-    rounded as well.
+    The gradient passes through the rounding unchanged (straight-through estimator, Bengio et al. 2013,
+    arXiv:1308.3432; used in this way by Jacob et al. 2018, arXiv:1712.05877). The base's own weights train, in their
+    dtype. The formats and the rounding are those of `quantize`; scales are computed from the current weights. With
+    `ternary` this is the training of BitNet b1.58. With `int8-dynamic` the input of the op is rounded too. Adapters
+    attach to the rounded weight. The outputs change by design.
 
-    `--schedule linear` rounds by and by: the op reads W + s (Q(W) − W), and the share s grows from 0 at step `--begin`
-    to 1 at `--end`, every `--every` steps; what enters an op is not rounded by and by. Call `module.advance(step)`, as
-    `surgery train` does. s is stored, and never falls.
+    `--schedule linear` rounds gradually: the op reads W + s (Q(W) − W), and the share s grows from 0 at step `--begin`
+    to 1 at step `--end`, once every `--every` steps. Call `module.advance(step)`, as `surgery train` does. The share is
+    stored and never decreases. A schedule cannot be combined with `int8-dynamic`, because the rounding of inputs is not
+    gradual.
 
-    The base's own weights train, in their dtype. `convert` then puts the codes themselves in their place: the outputs
-    stay the same to the bit. Merging makes the weights the rounded ones, as floats (in the middle of a schedule, as far
-    as it has moved them). ONNX has no straight-through rounding: convert or merge before an export. Adapters stand on
-    the rounded weight.
+    After training, `convert` replaces the weights by their codes, and the outputs stay the same to the bit. Merge: W
+    becomes Q(W), stored in floating point (during a schedule W + s (Q(W) − W)). ONNX has no op for this rounding, so
+    convert or merge before an export.
     """
 
     name: ClassVar[str] = "fake-quant"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("weights are rounded to few bits")
 
-    schedule: Literal["linear"] | None = Field(None, description="round by and by while the weights train")
+    schedule: Literal["linear"] | None = Field(None, description="round gradually during training")
     begin: Begin = 0
     end: End = None
     every: Every = 1
@@ -60,7 +61,7 @@ class FakeQuant(FormatPass):
         check_ramp(self, "linear")
         if self.schedule is not None and self.dynamic:
             raise PassError(
-                f"pass {self.name!r}: what enters an op is rounded or not, and int8-dynamic rounds it; use "
+                f"pass {self.name!r}: a schedule cannot round inputs gradually, and int8-dynamic rounds them; use "
                 f"--format int8 with a schedule"
             )
         return self
@@ -75,16 +76,16 @@ class FakeQuant(FormatPass):
     @property
     def expectations(self) -> Expectations:
         return Expectations(
-            detached="rounding has no slope: its gradient is taken to be that of the weight",
+            detached="rounding has a zero gradient; the straight-through estimator passes gradients on unchanged",
             no_onnx={
-                fake_quantize._opoverload: "weights rounded as in training have no op in ONNX; apply --pass convert, "
+                fake_quantize._opoverload: "rounding of weights in training has no ONNX op; apply --pass convert, "
                 "or merge"
             },
         )
 
     def why_not_merged(self, site: Site) -> str | None:
         if self.dynamic:
-            return "what enters is rounded at run time, which no weight holds; convert it"
+            return "its input is rounded at run time, which a weight cannot express; apply --pass convert instead"
         return None
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
@@ -98,7 +99,7 @@ class FakeQuant(FormatPass):
         g.swap_weight(rounded)
         return None
 
-    # -- while it trains
+    # -- schedule
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         if self.schedule is None:
@@ -113,7 +114,7 @@ class FakeQuant(FormatPass):
         if self.schedule is None:
             return Outcome()
         return Outcome(
-            note=f"{self._share(0):.0%} of the way to its codes; all of it at {self.unit} {self.end}"
+            note=f"{self._share(0):.0%} of the way to its codes, and 100% at {self.unit} {self.end}"
         )
 
     @property
@@ -121,9 +122,11 @@ class FakeQuant(FormatPass):
         return gradual(self, self._share, self._move)
 
     def _share(self, step: int) -> float:
+        """Share of the rounding at a step, from 0 to 1."""
         return 1.0 if self.schedule is None else progress(self, step)
 
     def _move(self, step: int, places: Sequence[GradualPlace]) -> None:
+        # A checkpoint may hold a larger share than the step asks for; it never decreases.
         for _, _, own in places:
             own["share"].clamp_(min=self._share(step))
 
@@ -133,6 +136,8 @@ class FakeQuant(FormatPass):
 
 @dataclass(frozen=True)
 class _Round(Fold):
+    """Merge: W becomes W + share · (Q(W) − W); share None stands for 1."""
+
     layout: Layout
     share: Tensor | None
     stage: ClassVar[Stage] = Stage.WEIGHT
@@ -143,4 +148,5 @@ class _Round(Fold):
 
 
 def _arguments(layout: Layout) -> tuple[str, int, bool, list[int], int]:
+    """Return the arguments of `surgery::fake_quantize` between the weight and the share."""
     return layout.format, layout.block, layout.asymmetric, list(layout.order), layout.rows

@@ -1,4 +1,4 @@
-"""What passes have in common that round weights to a format: their options, and the rounding of what enters."""
+"""Base class of passes that round weights to a number format: their options, and the rounding of inputs."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ DYNAMIC = "int8-dynamic"
 
 
 class FormatPass(RewritePass):
-    """Weights in a format; with `int8-dynamic` what enters their ops is rounded too."""
+    """A pass that rounds weights to a number format; with `int8-dynamic` it rounds the inputs of their ops too."""
 
     format: Literal["int8", "int8-dynamic", "int4", "nf4", "ternary", "binary"] = Field(
-        "int8", description="what the weights are rounded to"
+        "int8", description="number format of the weights; int8-dynamic also rounds the input of the op"
     )
     group: int | None = Field(
         None,
         ge=0,
-        description="values of a row that share a scale; 0: all (default: int4 32, nf4 64, else all)",
+        description="number of values of a row that share a scale; 0: the whole row (default: int4 32, nf4 64, else 0)",
     )
-    asymmetric: bool = Field(False, description="with int4: a zero point for each group")
+    asymmetric: bool = Field(False, description="int4: store a zero point for each group")
 
     per_token: bool = Field(
-        False, description="with int8-dynamic: a scale for each row of what enters, not one for all of it"
+        False,
+        description="int8-dynamic: one scale for each row of the input, instead of one for the whole input",
     )
     twice: bool = Field(
         False,
-        description="with int8-dynamic: what rounding leaves of what enters is rounded too (16 bits, two products)",
+        description="int8-dynamic: also quantize the rounding error of the input (about 16 bits, two products)",
     )
 
     @model_validator(mode="after")
@@ -52,16 +53,23 @@ class FormatPass(RewritePass):
         return self
 
     def for_dynamic(self, given: Mapping[str, bool]) -> None:
-        """Raises PassError for the first of these options that is given where nothing that enters is rounded."""
+        """Refuse options that need `int8-dynamic` with any other format.
+
+        Args:
+            given: Flag -> True if it is given.
+
+        Raises:
+            PassError: The format is not `int8-dynamic`, and an option is given.
+        """
         if not self.dynamic and (option := next((name for name, there in given.items() if there), None)):
             raise PassError(
-                f"pass {self.name!r}: {option} is for int8-dynamic, which rounds what enters, and this is "
+                f"pass {self.name!r}: {option} is for int8-dynamic, which rounds inputs, and this is "
                 f"{self.format}; leave it out"
             )
 
     @property
     def dynamic(self) -> bool:
-        """Whether what enters is rounded."""
+        """True if the input of the op is rounded too."""
         return self.format == DYNAMIC
 
     @property
@@ -69,11 +77,16 @@ class FormatPass(RewritePass):
         return (round_activation._opoverload,) if self.dynamic else ()
 
     def layout(self, site: Site) -> Layout:
-        """How the site's weight is coded."""
+        """Number format and matrix form of the site's codes."""
         return Layout.of(site, "int8" if self.dynamic else self.format, self.group, self.asymmetric)
 
     def round_input(self, g: Rewriter, smooth: fx.Node | None = None) -> None:
-        """Round what enters the op, where the format says so; divided by `smooth`, where there is one."""
+        """Round the input of the op if the format is `int8-dynamic`.
+
+        Args:
+            g: The rewriter, at the op.
+            smooth: Factors (features,) by which the input is divided before rounding, or None.
+        """
         if self.dynamic:
             how = smooth, self.per_token, self.twice
             g.replace_input(lambda x: g.call(round_activation._opoverload, x, *how))

@@ -1,4 +1,4 @@
-"""GPTQ: codes that make up for each other's rounding on calibration data (Frantar et al. 2023, arXiv:2210.17323)."""
+"""GPTQ: compensates rounding errors of a weight on calibration data (Frantar et al. 2023, arXiv:2210.17323)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from torch import Tensor
 
 from surgery.passes.quantize.codes import Codes, from_codes, grid, pack, to_codes
 
-DAMPING = 0.01  # of the mean of H's diagonal, as in the paper
-_STEP = 128  # columns after which the rest is updated at once
+DAMPING = 0.01  # fraction of the mean of H's diagonal, as in the paper
+_STEP = 128  # columns after which all later columns are updated at once
 
 
 def gptq(matrix: Tensor, products: Tensor, format: str, block: int, asymmetric: bool = False) -> Codes:
-    """Codes of W (rows, K) that keep W x, for the inputs whose XᵀX (K, K) is `products`.
+    """Encode a weight W so that W x changes little on given inputs.
 
-    Columns are rounded one by one, those of the largest inputs first, and the error of each goes into those that are
-    still to come, by the inverse of H = XᵀX. Scales and zero points are those of rounding to nearest, set beforehand.
+    Columns are rounded one by one, those with the largest inputs first. The error of each column is compensated in the
+    columns that are not rounded yet, through the inverse of H = XᵀX. Scales and zero points are those of rounding to
+    nearest, and are fixed before the first column.
+
+    Args:
+        matrix: The weight W (rows, K).
+        products: XᵀX (K, K) of the inputs X.
+        format: Name of a format in FORMATS.
+        block: Number of columns that share a scale; it divides K.
+        asymmetric: int4 only: use zero points.
     """
     scale, zero = grid(matrix, format, block, asymmetric)
     columns = matrix.shape[1]
     weight, hessian = matrix.double().clone(), products.double().clone()
+    # Inputs that are always zero would make H singular, and their columns do not matter.
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
@@ -40,6 +49,7 @@ def gptq(matrix: Tensor, products: Tensor, format: str, block: int, asymmetric: 
             weight[:, column:end] -= error[:, None] * inverse[column, column:end]
             found[:, column] = code.float()
             errors[:, column - start] = error
+        # Later columns are updated once for the whole block, as one matrix product.
         weight[:, end:] -= errors @ inverse[start:end, end:]
     codes = torch.empty_like(found)
     codes[:, order] = found

@@ -1,4 +1,4 @@
-"""A site's weight as the matrix that is coded, and the tensors that hold its codes."""
+"""The matrix form in which a site's weight is encoded, and the tensors that hold its codes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,17 @@ from surgery.passes.quantize.ops import dequantize
 
 @dataclass(frozen=True)
 class Layout:
-    """shape: of the weight as stored. order: its axes, outputs (and experts) first. rows, columns: of the matrix.
-    block: columns that share a scale. smoothed: columns were multiplied with factors before they were coded."""
+    """The number format and the matrix form (rows × columns) of a site's codes.
+
+    Attributes:
+        format: Name of a format in `codes.FORMATS`.
+        block: Number of columns that share a scale.
+        asymmetric: int4 only: codes have zero points.
+        shape: Shape of the weight as stored.
+        order: Axes of the weight in the order of the matrix: experts and outputs first.
+        rows: Number of rows of the matrix.
+        smoothed: Columns are multiplied by factors before encoding (SmoothQuant).
+    """
 
     format: str
     block: int
@@ -32,7 +41,15 @@ class Layout:
 
     @staticmethod
     def of(site: Site, format: str, group: int | None = None, asymmetric: bool = False) -> Layout:
-        """group: values that share a scale; 0 for a whole row, None for what the format has by default."""
+        """Make the layout of a site.
+
+        Args:
+            site: The site.
+            format: Name of a format in `codes.FORMATS`.
+            group: Number of values that share a scale; 0: a whole row; None: the default of the format.
+            asymmetric: int4 only: use zero points.
+        """
+        # Experts and outputs make the rows, so that each output of each expert has scales of its own.
         first = [site.layout.index(letter) for letter in "eov" if letter in site.layout]
         order = (*first, *(axis for axis in range(len(site.shape)) if axis not in first))
         rows = math.prod(site.shape[axis] for axis in first)
@@ -42,29 +59,37 @@ class Layout:
 
     @property
     def columns(self) -> int:
+        """Number of columns of the matrix."""
         return math.prod(self.shape) // self.rows
 
     @property
     def misfit(self) -> str:
-        """Why blocks do not fit, or empty."""
+        """Reason why blocks do not divide a row, with a remedy, or ""."""
         if self.columns % self.block == 0:
             return ""
         return (
-            f"its rows have {self.columns} values, which no groups of {self.block} divide; give --group 0 or "
+            f"its rows have {self.columns} values, which groups of {self.block} do not divide; give --group 0 or "
             f"a divisor"
         )
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """(rows, columns) of a weight as stored."""
+        """Reshape a weight from its stored layout to (rows, columns)."""
         return weight.permute(self.order).reshape(self.rows, -1)
 
     def encode(self, weight: Tensor, products: Tensor | None = None, smooth: Tensor | None = None) -> Codes:
-        """To nearest; with the XᵀX of what enters (columns × columns), by GPTQ. smooth: (columns,)."""
+        """Encode a weight: rounded to nearest, or by GPTQ if `products` is given.
+
+        Args:
+            weight: The weight in its stored layout.
+            products: XᵀX (columns × columns) of the inputs X of the op.
+            smooth: Factors (columns,) by which the columns are multiplied first.
+        """
         matrix = self.matrix(weight)
         if smooth is not None:
             factors = smooth.to(matrix.device).float()
             matrix = (matrix.float() * factors).to(matrix.dtype)
-            if products is not None:  # of what enters divided by these
+            # The op's input is divided by the same factors.
+            if products is not None:
                 products = products / torch.outer(factors, factors).to(products)
         if products is None:
             found = encode(matrix, self.format, self.block, self.asymmetric)
@@ -73,16 +98,20 @@ class Layout:
         return replace(found, smooth=smooth)
 
     def decode(self, found: Codes) -> Tensor:
-        """The weight that codes give, in its stored layout."""
+        """Decode codes to a weight in its stored layout."""
         return dequantize(found.codes, found.scale, found.zero, *self.arguments, found.smooth)
 
     @property
     def arguments(self) -> tuple[str, list[int], list[int]]:
-        """What `surgery::dequantize` takes after the tensors."""
+        """Arguments of `surgery::dequantize` after the tensors."""
         return self.format, list(self.shape), list(self.order)
 
     def specs(self, fill: Callable[[str], Callable[[Tensor], Any]]) -> dict[str, TensorSpec]:
-        """The tensors that hold the codes, in the order of `names`; fill(name) gives how one is filled."""
+        """Return the specifications of the tensors that hold the codes, in the order of `names`.
+
+        Args:
+            fill: Function name -> function that fills the tensor of that name in place.
+        """
         blocks = self.columns // self.block
         shapes = {
             "codes": (self.rows, packed_columns(self.format, self.columns)),
@@ -100,5 +129,6 @@ class Layout:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the tensors that hold the codes."""
         given = {"zero": self.asymmetric, "smooth": self.smoothed}
         return ("codes", "scale", *(name for name, there in given.items() if there))

@@ -1,4 +1,4 @@
-"""Quantization in a graph: each an op of its own that no exporter folds."""
+"""Quantization ops of a graph. They are custom ops, so that an exporter does not fold them into constants."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from surgery.engine.recompute import REMADE, made_from_codes
 from surgery.passes.quantize.codes import decode, encode
 
-# Of an activation's rows: the step of what was divided by its largest magnitude, and the least that that is taken for.
+# Rounding of rows: the step after division by the row's largest magnitude, and a lower bound of that magnitude.
 STEP, SMALLEST = float(torch.tensor(1 / 127)), torch.finfo(torch.float32).tiny
-# Half a step in 127 levels: the step of what a first rounding leaves, over its own.
+# `twice`: the rounding error is at most half a step; 127 levels of it make the second step 1/254 of the first.
 FINER = float(torch.tensor(1 / 254))
 
 
@@ -28,10 +28,16 @@ def dequantize(
     order: Sequence[int],
     smooth: Tensor | None = None,
 ) -> Tensor:
-    """The weight, in its stored layout, of the dtype of the scales.
+    """Decode a weight to its stored layout, in the dtype of the scales.
 
-    codes, scale, zero: as surgery.passes.quantize.codes has them, of the weight with its axes in `order` seen as a matrix.
-    shape: of the weight as stored. smooth: by column of that matrix, what it was multiplied with before it was coded.
+    Args:
+        codes: Packed codes of the matrix, see `codes.Codes`.
+        scale: Scales (rows, blocks).
+        zero: Zero points (rows, blocks), or None.
+        format: Name of a format in `codes.FORMATS`.
+        shape: Shape of the weight as stored.
+        order: Axes of the weight in the order of the matrix.
+        smooth: Factors by which the columns of the matrix were multiplied before encoding, or None.
     """
     turned = [shape[axis] for axis in order]
     columns = math.prod(turned) // codes.shape[0]
@@ -42,6 +48,7 @@ def dequantize(
         matrix = decode(codes, scale.float(), zero, format, columns) / smooth.float()
         return _back(matrix.to(scale.dtype).reshape(turned), order)
 
+    # In training, the backward pass decodes again instead of keeping every weight in memory.
     weight = make()
     made_from_codes(weight, make)
     return weight
@@ -67,11 +74,18 @@ def fake_quantize(
     rows: int,
     share: Tensor | None = None,
 ) -> Tensor:
-    """What a weight's codes would give back, to the bit.
+    """Round a weight to codes and back; the result is bit-identical to `dequantize` of its codes.
 
-    weight: in its stored layout; with its axes in `order` it is a matrix of so many rows, whose values share a scale
-    by blocks. Its gradient passes straight through to the weight (Bengio et al. 2013, arXiv:1308.3432). share: one
-    number, how far each value is moved to what it is rounded to (None: 1, all the way).
+    The gradient passes to the weight unchanged (straight-through estimator, Bengio et al. 2013, arXiv:1308.3432).
+
+    Args:
+        weight: The weight in its stored layout.
+        format: Name of a format in `codes.FORMATS`.
+        block: Number of columns that share a scale.
+        asymmetric: int4 only: use zero points.
+        order: Axes of the weight in the order of the matrix.
+        rows: Number of rows of the matrix.
+        share: Scalar from 0 to 1: how far each value is moved towards its rounding; None: 1.
     """
     turned = weight.permute(list(order))
     matrix = turned.reshape(rows, -1)
@@ -90,12 +104,16 @@ def _(weight: Tensor, *_: Any) -> Tensor:
 def round_activation(
     x: Tensor, smooth: Tensor | None = None, per_token: bool = False, twice: bool = False
 ) -> Tensor:
-    """An activation in 256 levels of its range at run time (ONNX's DynamicQuantizeLinear), given back as floats.
+    """Round an activation to 256 levels of its range at run time, as ONNX's DynamicQuantizeLinear does; returns floats.
 
-    One scale and zero point for the whole tensor, so that rows of a batch are rounded alike; per_token: a scale for
-    each row, 255 levels about zero, so that no row depends on what else is in the batch. smooth: (features,), by which
-    the features are divided before they are rounded, and multiplied after that. twice: what that leaves, at most half
-    a step, is rounded to 255 levels too, and both are given back: 16 bits. The gradient passes straight through.
+    The gradient passes through unchanged.
+
+    Args:
+        x: The activation (…, features).
+        smooth: Factors (features,) by which x is divided before rounding and multiplied afterwards, or None.
+        per_token: Round each row with a scale of its own, to 255 levels around zero, so that no row depends on the
+            rest of the batch. Otherwise one scale and zero point serve the whole tensor.
+        twice: Round the rounding error too, to 255 levels of half a step, and return the sum: about 16 bits.
     """
     wide = x.float() if smooth is None else x.float() * smooth.float().reciprocal()
     rounded = _of_rows(wide, twice) if per_token else _of_all(wide, twice)
@@ -103,6 +121,7 @@ def round_activation(
 
 
 def _of_all(wide: Tensor, twice: bool) -> Tensor:
+    """Round with one scale and zero point for the whole tensor."""
     low, high = wide.amin().clamp(max=0), wide.amax().clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -113,6 +132,7 @@ def _of_all(wide: Tensor, twice: bool) -> Tensor:
 
 
 def _of_rows(wide: Tensor, twice: bool) -> Tensor:
+    """Round symmetrically, with one scale for each row."""
     largest = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
     scaled = wide * largest.reciprocal()
     rounded = (scaled / STEP).round() * STEP
@@ -120,6 +140,7 @@ def _of_rows(wide: Tensor, twice: bool) -> Tensor:
 
 
 def _left(left: Tensor, step: Tensor | float) -> Tensor:
+    """Round the error of a first rounding."""
     return (left / step).round().clamp(-128, 127) * step
 
 
@@ -129,10 +150,13 @@ def _(x: Tensor, smooth: Tensor | None = None, per_token: bool = False, twice: b
 
 
 def _back(turned: Tensor, order: Sequence[int]) -> Tensor:
+    """Undo a permutation of axes."""
     return turned.permute([list(order).index(axis) for axis in range(len(order))]).contiguous()
 
 
 def _straight_through(op: Any, others: int) -> None:
+    """Register a gradient that passes to the first argument unchanged; `others` counts the other arguments."""
+
     def backward(_: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return (gradient, *(None for _ in range(others)))
 

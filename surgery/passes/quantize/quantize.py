@@ -1,4 +1,4 @@
-"""Weights in 8, 4, 2 or 1 bits, given back to their op when it runs."""
+"""quantize: stores weights in 8, 4, 2 or 1 bits and decodes them when their op runs."""
 
 from __future__ import annotations
 
@@ -27,35 +27,45 @@ from surgery.passes.quantize.smoothing import Map, moved_by_rounding, smoothing
 
 
 class Quantize(FormatPass, CodesPass):
-    """Quantized weights: W becomes scale × (code − zero), rounded to nearest; activations stay as they are.
+    """Quantized weights: W becomes scale × (code − zero) in 8, 4, 2 or 1 bits; int8-dynamic rounds activations too.
 
-    `--format int8`: symmetric, one scale for each output (a row). `int8-dynamic`: the same, and what enters the op is
-    rounded to 256 levels of its range at run time. `int4`: 16 levels, one scale for each `--group` of 32
-    inputs, symmetric, or with a zero point (`--asymmetric`). `nf4`: the 16 quantiles of a normal variable times the
-    largest magnitude of each group of 64 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). `ternary`: −1, 0 and 1 times
-    the mean magnitude (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764). `binary`: signs times the mean magnitude of a
-    row (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279). `--group 0` is a scale for each row. `--method gptq` rounds
-    the columns of a linear map one by one and puts the error of each into the rest, by what enters it on the data
-    (Frantar et al. 2023, arXiv:2210.17323).
+    The formats, set by `--format`:
 
-    Of `int8-dynamic` four options keep outputs where a few features or tokens are far larger than the rest.
-    `--per-token` rounds each row of what enters in 255 levels of its own range about zero, so that none depends on what
-    else is in a batch (ZeroQuant, Yao et al. 2022, arXiv:2206.01861). `--smooth` divides each feature by s before it is
-    rounded, and codes W s (SmoothQuant, Xiao et al. 2023, arXiv:2211.10438): s is max|x|^α / max|w|^(1−α) on the data,
-    the same for all targeted maps of one input, which is rounded once. `--twice` rounds what is left as well, in 255
-    levels of half a step, for a second product of integers (slices of a float, as in Ozaki's scheme; Ootomo et al.
-    2023, arXiv:2306.11975): 16 bits, for an output layer, say, whose errors nothing evens out. `--activation-budget`
-    measures by how much the rounding of what enters moves each map's outputs, and keeps what enters as it is where that
-    is more: the weight alone is int8 there.
+    - `int8`: symmetric, one scale for each output (row).
+    - `int8-dynamic`: as `int8`, and the input of the op is rounded to 256 levels of its range at run time.
+    - `int4`: 16 levels, one scale for each group of 32 inputs, symmetric or with zero points (`--asymmetric`).
+    - `nf4`: the 16 quantiles of a normal distribution, times the largest magnitude of each group of 64 (QLoRA, Dettmers
+      et al. 2023, arXiv:2305.14314).
+    - `ternary`: −1, 0 and 1, times the mean magnitude of the weight (BitNet b1.58, Ma et al. 2024, arXiv:2402.17764).
+    - `binary`: signs, times the mean magnitude of each row (XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279).
 
-    The codes are stored, never computed again. The op goes on as it was, and reads the weight that they give, so every
-    adapter stands on it as on the base: only the adapter has gradients (QLoRA). An adapter is folded into codes by
-    `merge --quantized`, where a budget allows it. In ONNX int8 and int4 are DequantizeLinear, whose weight onnxruntime
-    keeps in its bits and fuses (MatMulNBits), and int8-dynamic is DynamicQuantizeLinear and MatMulInteger (rows
-    of their own: divided by their largest magnitude, QuantizeLinear, and the product multiplied with it); a
-    table of embeddings is looked up in its codes. Undo gives W back bit for bit. Where W is read in another place too
-    it stays there, and nothing is saved. Zeros of `sparse` stay zero, for every format that has one. The outputs
-    change by design; the plan says by how much each weight does.
+    `--group` sets the number of values that share a scale; 0 is a whole row. Values are rounded to the nearest code.
+    With `--method gptq`, the columns of a linear layer are rounded one by one, and the error of each is compensated in
+    the columns that follow, for the inputs of the layer on the data (Frantar et al. 2023, arXiv:2210.17323).
+
+    Four options of `int8-dynamic` keep the error small if a few features or tokens are much larger than the rest:
+
+    - `--per-token` rounds each row of the input to 255 levels of its own symmetric range, so that no row depends on the
+      rest of the batch (ZeroQuant, Yao et al. 2022, arXiv:2206.01861).
+    - `--smooth α` divides each input feature by s before rounding and encodes W s (SmoothQuant, Xiao et al. 2023,
+      arXiv:2211.10438), with s = max|x|^α / max|w|^(1−α) on the data. All targeted layers of one input share s, so the
+      input is rounded once.
+    - `--twice` also rounds the rounding error, to 255 levels of half a step, for a second product of integers (Ozaki's
+      slicing; Ootomo et al. 2023, arXiv:2306.11975). This gives about 16 bits, and suits an output layer, for example,
+      where no later layer averages errors out.
+    - `--activation-budget` measures how much the rounding of the input changes the outputs of each layer. If it is more
+      than the budget, the input of that layer is not rounded, and only its weight is int8.
+
+    Codes are computed once and stored. The op itself stays, and reads the decoded weight. Adapters attach to it as in
+    the base, and only they get gradients (QLoRA). `merge --quantized` merges an adapter into the codes if a budget
+    allows it; the codes themselves have no merged form. If other ops read W too, it stays in memory, and nothing is
+    saved. Zeros of `sparse` stay zero in every format except `binary`. The outputs change by design; the plan shows the
+    error of each weight. Undo restores W bit for bit.
+
+    In ONNX, int8 and int4 weights become DequantizeLinear; onnxruntime keeps the codes and fuses the decoding with the
+    product (MatMulNBits). `int8-dynamic` becomes DynamicQuantizeLinear and MatMulInteger. With `--per-token`, rows are
+    divided by their largest magnitude and rounded by QuantizeLinear, and the product is multiplied by that magnitude.
+    An embedding gathers codes, and decodes only the rows that it needs.
     """
 
     name: ClassVar[str] = "quantize"
@@ -63,20 +73,20 @@ class Quantize(FormatPass, CodesPass):
 
     method: Literal["nearest", "gptq"] = Field(
         "nearest",
-        description="round to nearest, or make up for errors on the data (linear maps, int8 and int4)",
+        description="round to nearest, or compensate rounding errors on the data (linear layers; int8 and int4)",
     )
 
     smooth: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="with int8-dynamic: SmoothQuant's α, how much of what enters goes into the weights (0: nothing)",
+        description="int8-dynamic: SmoothQuant's α, how much of the input's scale moves into the weights (0: none)",
     )
     activation_budget: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="with int8-dynamic: where rounding what enters moves outputs by more (0.05: 5%), it stays",
+        description="int8-dynamic: do not round the input where that changes outputs by more than this (0.05: 5%)",
     )
 
     @model_validator(mode="after")
@@ -90,18 +100,20 @@ class Quantize(FormatPass, CodesPass):
 
     def check(self, site: Site) -> str | None:
         if self.method == "gptq" and site.kind != LINEAR:
-            return f"--method gptq is for linear maps, and this is a {site.kind} weight; quantize it in another pass"
+            return f"--method gptq is for linear layers, and this is a {site.kind} weight; quantize it in another pass"
         measuring = self._measuring
         if measuring and not site.probe.in_memory:
-            return f"its weight is not in memory, and {measuring[0]} has to read it"
+            return f"its weight is not in memory, and {measuring[0]} has to read it; load the weights first"
         why = self._hindrance(site)
         if why is None and measuring and not self._reached(site):
-            return "nothing but zeros enters it on the data, which says nothing of errors; give data that reaches it"
+            return (
+                "its input is zero on all of the data, so no error can be measured; give data that reaches it"
+            )
         return why
 
     @property
     def _measuring(self) -> list[str]:
-        """What of the options looks at the data."""
+        """Names of the given options that need data."""
         given = {
             "gptq": self.method == "gptq",
             "--smooth": bool(self.smooth),
@@ -113,6 +125,7 @@ class Quantize(FormatPass, CodesPass):
         return hindrance(site, self.layout(site), self.dynamic, self.method == "gptq")
 
     def _reached(self, site: Site) -> bool:
+        """True if the input of the op is not zero on all of the data."""
         found = site.probe.products(site) if self.method == "gptq" else site.probe.largest(site)
         return bool(found.any())
 
@@ -120,7 +133,7 @@ class Quantize(FormatPass, CodesPass):
         return replace(super().layout(site), smoothed=bool(self.smooth) and self._rounds(site))
 
     def _rounds(self, site: Site) -> bool:
-        """Whether what enters the site is rounded."""
+        """True if the input of the site is rounded."""
         return self.dynamic and not site.decided.get("kept", False)
 
     def decide(self, site: Site) -> dict[str, Any]:
@@ -142,8 +155,8 @@ class Quantize(FormatPass, CodesPass):
         plain = super().outcome(site)
         said = plain.note
         if "moved" in site.decided:
-            said += f"; rounding what enters moves the outputs by {site.decided['moved']:.1%}"
-            said += ", over the budget: the weight alone is int8" if site.decided["kept"] else ""
+            said += f"; rounding the input changes the outputs by {site.decided['moved']:.1%}"
+            said += ", over the budget: only the weight is int8" if site.decided["kept"] else ""
         if self._measuring and not site.probe.given:
             said += "; calibrated on the model's example inputs (give --data)"
         return replace(plain, note=said)
@@ -164,12 +177,13 @@ class Quantize(FormatPass, CodesPass):
             self.round_input(g, g["smooth"] if self.layout(site).smoothed else None)
         return super().rewrite(site, g)
 
-    # -- what is measured of all sites at once
+    # -- measured at all sites together
 
     def _maps(self, probe: Measurements) -> list[Map]:
-        """The targeted sites at which nothing stands against it."""
+        """Return the targeted sites that are not refused."""
 
         def make() -> list[Map]:
+            # Earlier passes may have left ops behind that no output depends on; data never reach these.
             live = live_nodes(probe.program.graph)
             found = [replace(s, measured=probe) for s in self.find(probe.view) if not s.selected_parts]
             fit = [
@@ -181,9 +195,12 @@ class Quantize(FormatPass, CodesPass):
         return probe.once((self, "maps"), make)
 
     def _smoothing(self, probe: Measurements) -> Mapping[SiteKey, Tensor]:
+        """Return SmoothQuant's factors by site."""
         return probe.once((self, "smooth"), lambda: smoothing(probe, self._maps(probe), self.smooth))
 
     def _moved(self, probe: Measurements) -> Mapping[SiteKey, float]:
+        """Return the relative change of the outputs by rounding the input, by site."""
+
         def make() -> dict[SiteKey, float]:
             factors = self._smoothing(probe) if self.smooth else {}
             maps = [replace(each, smooth=factors.get(each.site.key)) for each in self._maps(probe)]
@@ -192,7 +209,7 @@ class Quantize(FormatPass, CodesPass):
         return probe.once((self, "moved"), make)
 
     def _names(self, probe: Measurements) -> Mapping[SiteKey, str]:
-        """What the factors of each map that has them are called: those of one input go by its first map."""
+        """Return the names of smoothing factors by site; layers of one input use the name of the first of them."""
 
         def make() -> dict[SiteKey, str]:
             limit, found = self.activation_budget, {}

@@ -1,4 +1,8 @@
-"""Merging adapters into quantized weights: new codes, these and a correction, or the branch kept, by output error."""
+"""Merging adapters into quantized weights.
+
+At each weight the result is new codes, codes with a low-rank correction, or the adapters as they were. The choice
+depends on the error of the op's outputs on the data.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,7 @@ from surgery.passes.quantize.matrix import Layout
 
 
 class Recodes(Protocol):
-    """A pass whose codes can be made again with adapters in them; see CodesPass."""
+    """A pass that can encode a weight again with adapters merged into it; see CodesPass."""
 
     @property
     def requires(self) -> tuple[str, ...]: ...
@@ -43,13 +47,20 @@ class Recodes(Protocol):
 
 
 def into_codes(program: State, how: How, budget: float, ident: str, data: Sequence[InputSet]) -> Merged:
-    """Put adapters into the codes that they stand on, where `how` and the budget let them.
+    """Merge adapters into the codes of quantized weights, without changing the program.
 
-    budget: of what the adapters add to an op's outputs on the data, the part that may be lost (error over norm), for
-    `auto` and the rank of `residual`. Over the outputs themselves an error may be small and yet all that was learned.
-    What the data never use has no part in that: `auto` holds it to the same budget by its values, as an adapter lost
-    at a token that is merely rare would be seen by nobody.
-    ident: of the merge, which names its tensors. Nothing of the program is changed.
+    The error is measured relative to what the adapters add to an op's outputs on the data. An error that is small
+    relative to the outputs can still erase everything that an adapter has learned.
+
+    Args:
+        program: The program.
+        how: "requantize" for new codes; "residual" for codes with a low-rank correction; "auto" for the first of these
+            that is within the budget; "keep" to leave adapters as they are.
+        budget: Largest error allowed for "auto", and for the rank of "residual". With "auto", values of the weight that
+            no input on the data uses must stay within the budget too; otherwise an adapter could be lost at a rare
+            token unnoticed.
+        ident: Id of the merge, which names its tensors.
+        data: Inputs to measure on.
     """
     places = _places(program, Probe(program, data))
     choices: list[Choice] = []
@@ -71,7 +82,7 @@ def into_codes(program: State, how: How, budget: float, ident: str, data: Sequen
 
 
 def _places(program: State, probe: Measurements) -> list[_Place]:
-    """Where adapters stand on codes."""
+    """Return the quantized weights that have adapters."""
     live = live_entries(program.journal)
     found: list[_Place] = []
     for entry in live:
@@ -84,6 +95,7 @@ def _places(program: State, probe: Measurements) -> list[_Place]:
             place = _Place(program, entry, coding, replace(site, measured=probe), record, over)
             if place.over:
                 found.append(place)
+    # All places share one set of measurements, so that the data run through the program as few times as possible.
     inputs = Inputs(probe, [(place.site, place.pass_.rounding) for place in found])
     for place in found:
         place.inputs = inputs
@@ -91,7 +103,19 @@ def _places(program: State, probe: Measurements) -> list[_Place]:
 
 
 class _Place:
-    """One quantized weight and the adapters on it."""
+    """A quantized weight and its adapters.
+
+    Attributes:
+        entry: Journal entry of the quantization.
+        pass_: Its pass.
+        site: The site of the weight.
+        record: Record of the site in `entry`.
+        layout: Number format and matrix form of the codes.
+        over: Entries of the adapters, in journal order.
+        passes: Pass of each entry at the site, by id.
+        zeros: Ids of entries that set values of the weight to zero.
+        inputs: Measurements shared by all places.
+    """
 
     inputs: Inputs
 
@@ -110,12 +134,13 @@ class _Place:
         self.tensors = program.tensors
         self.passes = {e.id: cast(RewritePass, pass_of(e, plugins)) for e in over}
         self.zeros = [e.id for e in over if self.passes[e.id].effect.makes_zeros]
-        # `fake-quant` and `sparse` stand below the codes that were made of their weights.
+        # `fake-quant` and `sparse` are not adapters: the codes were computed from the weights that they changed.
         self.over = [e for e in over if e.pass_name not in pass_.requires and e.id not in self.zeros]
 
     def choose(self, how: How, budget: float) -> tuple[Choice, dict[str, Tensor]]:
+        """Decide how adapters are merged here; return the choice and the new tensors (none if adapters are kept)."""
         kept = Choice(self.record.path, self.entry.id, tuple(e.id for e in self.over), "keep")
-        why = "it was asked to stay" if how == "keep" else self._hindrance()
+        why = "the merge was asked to keep it" if how == "keep" else self._hindrance()
         if why:
             return replace(kept, why=why), {}
         wanted, given = self._wanted()
@@ -136,8 +161,11 @@ class _Place:
     def _corrected(
         self, kept: Choice, codes: Codes, fresh: Tensor, goal: _Goal, how: How, lost: str
     ) -> tuple[Choice, dict[str, Tensor]]:
-        """Codes and a low-rank correction: of what new ones round away, or of the adapters beside those that are
-        there."""
+        """Choose codes with a low-rank correction.
+
+        The codes are either new ones, and the correction restores what they round away, or the current ones, and the
+        correction approximates the adapters. The one with the smaller error is taken.
+        """
         moved = [(codes, fresh), (self._codes, goal.added)]
         found = [self._entering.decomposed(self._entering.joined(rest, goal.added)) for _, rest in moved]
         shapes = factor_shapes(self.site, 1)
@@ -146,9 +174,9 @@ class _Place:
         if how == "residual":
             rank = min(rank, max(most, 1), min(fresh.shape[1:]))
         elif rank >= most:
-            least = f"takes rank {rank}, no less than the adapters"
+            least = f"needs rank {rank}, which is not smaller than the adapters"
             if rank > min(fresh.shape[1:]):
-                least = "is beyond reach, as what enters it is rounded"
+                least = "is impossible, because its input is rounded"
             return replace(kept, why=f"{lost}, and a correction that loses {goal.budget:.1%} {least}"), {}
         best = min(range(len(found)), key=lambda index: found[index].tail(rank))
         (held, rest), scale = moved[best], self._codes.scale
@@ -168,8 +196,9 @@ class _Place:
         ), made
 
     def _hindrance(self) -> str:
+        """Return the reason why the adapters cannot be merged into codes, or ""."""
         if self.record.decided.get("correction"):
-            return "an earlier merge has put a low-rank correction there; undo that first"
+            return "an earlier merge added a low-rank correction; undo that first"
         why = self.pass_.keeps_out(self.site)
         if why:
             return why
@@ -186,16 +215,17 @@ class _Place:
             if any(fold.stage is Stage.SIZE for fold in folds.values()):
                 return f"{entry.id} makes the weight longer"
             if any(slot.partition(":")[0] != "weight" for slot in folds):
-                return f"{entry.id} changes the bias too, which is not in the codes"
+                return f"{entry.id} changes the bias too, which is not quantized"
         between = [node for call in self.site.calls for node in before(call)]
         others = [e for n in between if (e := mark_of(n).entry) != self.entry.id]
         if others and any(node.target in self.pass_.rounding for node in between):
-            return f"{others[0]} changes what enters it before that is rounded, so that its codes are not all"
+            return f"{others[0]} changes the input before it is rounded, which codes of the weight cannot express"
         if self._entering.nothing:
-            return "nothing but zeros enters it on the data, so that no error can be measured"
+            return "its input is zero on all of the data, so no error can be measured"
         return ""
 
     def _site_of(self, entry: Entry) -> Site:
+        """Return the site with the decisions of an adapter."""
         record = next(r for r in entry.sites if r.key == self.record.key)
         return self.site.deciding(record.decided)
 
@@ -207,10 +237,11 @@ class _Place:
 
     @property
     def _codes(self) -> Codes:
+        """The current codes."""
         return Codes(**{name: self.tensors[self.record.tensors[name]] for name in self.layout.names})
 
     def _made(self, codes: Codes) -> dict[str, Tensor]:
-        """What a merge makes anew of codes: the factors of smoothing stay those that are there."""
+        """Return the tensors of codes that a merge replaces: all but the smoothing factors."""
         return {name: getattr(codes, name) for name in self.layout.names if name != "smooth"}
 
     @cached_property
@@ -218,15 +249,21 @@ class _Place:
         return self.inputs.at(self.site, self._codes.scale.device)
 
     def _wanted(self) -> tuple[Tensor, Tensor]:
-        """The weight with the adapters in it, and the one that the codes give, in fp32."""
+        """Return the weight with the adapters merged, and the weight that the current codes decode to, in fp32."""
         given = self.layout.decode(self._codes).float()
         folds = [fold for entry in self.over for fold in self._folds(entry).values()]
         wanted = apply_folds(given.clone(), folds, given)
         return wanted, given
 
     def _encoded(self, wanted: Tensor, given: Tensor) -> Codes:
-        """The codes of what is wanted. Rows of it that no adapter has moved keep those that they have, to the bit."""
+        """Encode the merged weight.
+
+        Args:
+            wanted: The weight with the adapters merged.
+            given: The weight that the current codes decode to.
+        """
         codes = self._codes
+        # Encoding a decoded row again may give other codes, so rows that no adapter has changed keep theirs.
         moved = (self.layout.matrix(wanted) != self.layout.matrix(given)).any(1, keepdim=True)
         if not bool(moved.any()):
             return codes
@@ -241,13 +278,21 @@ class _Place:
         return replace(fresh, codes=held, scale=torch.where(moved, fresh.scale, codes.scale), zero=zero)
 
     def _values_of_adapters(self) -> int:
+        """Return the number of values in the adapters' tensors at the site."""
         records = [r for e in self.over for r in e.sites if r.key == self.record.key]
         return sum(self.tensors[full].numel() for r in records for full in r.tensors.values())
 
 
 @dataclass(frozen=True)
 class _Error:
-    """outputs: over the op's own. lost, unseen: see Choice. within: no more than the budget of either."""
+    """Error of a merge at one weight.
+
+    Attributes:
+        outputs: Error of the op's outputs, relative to these.
+        lost: Error relative to what the adapters add to the outputs; see Choice.
+        unseen: Error in values that no input on the data uses, relative to the adapters; see Choice.
+        within: Both `lost` and `unseen` are within the budget.
+    """
 
     outputs: float
     lost: float
@@ -256,13 +301,23 @@ class _Error:
 
     @property
     def said(self) -> str:
-        said = f"{self.lost:.1%} of what it adds"
-        return f"{said}, and {self.unseen:.1%} where the data never go" if self.unseen else said
+        """The error in words."""
+        said = f"{self.lost:.1%} of the adapters' effect"
+        return (
+            f"{said}, and {self.unseen:.1%} of it on inputs that the data never use" if self.unseen else said
+        )
 
 
 @dataclass(frozen=True)
 class _Goal:
-    """What is to be kept. whole, added: the weight with the adapters, and they themselves (stack × out × in)."""
+    """The target of a merge at one weight.
+
+    Attributes:
+        entering: Measurements of the op's inputs on the data.
+        whole: The weight with the adapters merged (stack × out × in).
+        added: What the adapters add to the weight (stack × out × in).
+        budget: Largest error allowed, relative to the effect of `added`.
+    """
 
     entering: Entering
     whole: Tensor
@@ -271,22 +326,30 @@ class _Goal:
 
     @cached_property
     def _size(self) -> float:
+        """Norm of the op's outputs on the data."""
         return max(self.entering.norm(self.entering.joined(self.whole, self.added)), 1e-30)
 
     @cached_property
     def _effect(self) -> float:
+        """Norm of what the adapters add to the outputs on the data."""
         return max(self.entering.norm(self.entering.joined(self.added, self.added)), 1e-30)
 
     @property
     def room(self) -> float:
-        """The error of the outputs that the budget lets pass."""
+        """Largest error of the outputs within the budget."""
         return self.budget * self._effect
 
     def error(self, by_op: Tensor, by_rest: Tensor) -> _Error:
-        """by_op: what the weight has lost. by_rest: of what rounding took from its input, what adapters made."""
+        """Measure the error of a merge.
+
+        Args:
+            by_op: Error of the weight, which acts on the input that the op reads.
+            by_rest: Error of the adapters, which acts on the part of the input that rounding removes.
+        """
         error = self.entering.norm(self.entering.joined(by_op, by_rest))
         gone = self.entering.unseen_norm(by_op)
-        # Where they add nothing there, it is held against all that they add: a row is scaled as a whole.
+        # If the adapters add nothing in unused places, the error there is compared with all that they add, since a new
+        # scale changes a whole row.
         there = self.entering.unseen_norm(self.added) or float(self.added.double().norm())
         unseen = gone / max(there, 1e-30)
         return _Error(

@@ -1,5 +1,8 @@
-"""SmoothQuant: what one feature of an activation is too large by goes into the weights (Xiao et al. 2023,
-arXiv:2211.10438), and how far the rounding of activations moves outputs."""
+"""SmoothQuant, and the effect of rounding activations on outputs.
+
+SmoothQuant moves the scale of outlier input features from the activations into the weights (Xiao et al. 2023,
+arXiv:2211.10438).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,15 @@ from surgery.passes.quantize.ops import round_activation
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map of rows, and how what enters it is rounded. smooth: (in,) or None."""
+    """A linear layer x Wᵀ whose input is rounded.
+
+    Attributes:
+        site: The site of W.
+        layout: Number format and matrix form of its codes.
+        smooth: Factors (in,) by which the input is divided before rounding, or None.
+        per_token: Each row of the input has a scale of its own.
+        twice: The rounding error of the input is rounded too.
+    """
 
     site: Site
     layout: Layout
@@ -28,24 +39,34 @@ class Map:
     twice: bool = False
 
     def rounded(self, x: Tensor) -> Tensor:
+        """Round an input."""
         return round_activation(x, self.smooth, self.per_token, self.twice)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the values that enter its calls, before passes that change what enters."""
+        """Names of the inputs of its calls, before passes that change them."""
         return tuple(input_before_adapters(operand(call)).name for call in self.site.calls)
 
     @property
     def matrix(self) -> Tensor:
-        """The weight (out × in), read anew: one that a pass computes is not kept."""
+        """The weight (out × in), read again on each access, because weights that a pass computes are not cached."""
         return self.layout.matrix(self.site.probe.stored(self.site))
 
 
 def factors(largest: Tensor, matrices: Sequence[Tensor], alpha: float, dtype: torch.dtype) -> Tensor:
-    """s (in,): max|x|^α / max|w|^(1−α) by feature, over the mean of that; x / s is rounded, and W s is coded.
+    """Compute SmoothQuant's factors: s = max|x|^α / max|w|^(1−α) for each feature, divided by their mean.
 
-    largest: max|x| (in,). matrices: all that read x (out × in). fp32, of values that `dtype` has. A feature that is
-    zero in all of the data, or in all weights, says nothing and has 1, the mean of the others: no s is 0 or infinite.
+    x / s is rounded, and W s is encoded. A feature that is zero in all of the data or in all weights gets the factor 1,
+    which is the mean of the others, so no factor is 0 or infinite.
+
+    Args:
+        largest: max|x| over the data (in,).
+        matrices: All weights that read x, each (out × in).
+        alpha: α.
+        dtype: Dtype in which the factors are stored.
+
+    Returns:
+        Factors (in,) in fp32, rounded to `dtype`.
     """
     read = torch.stack([matrix.float().abs().amax(0) for matrix in matrices]).amax(0).double()
     entering = largest.to(read)
@@ -56,7 +77,16 @@ def factors(largest: Tensor, matrices: Sequence[Tensor], alpha: float, dtype: to
 
 
 def smoothing(probe: Measurements, maps: Sequence[Map], alpha: float) -> dict[SiteKey, Tensor]:
-    """The factors of each map: the same ones for all that read the very same values, so that these are rounded once."""
+    """Compute the factors of each layer.
+
+    Layers that read the same input share their factors, so that the input is rounded once.
+
+    Args:
+        probe: Measurements on the data.
+        maps: The layers.
+        alpha: α.
+    """
+    # Layers with the same names of inputs read the same values.
     together: dict[tuple[str, ...], list[Map]] = defaultdict(list)
     for each in maps:
         together[each.inputs].append(each)
@@ -70,10 +100,10 @@ def smoothing(probe: Measurements, maps: Sequence[Map], alpha: float) -> dict[Si
 
 
 def moved_by_rounding(probe: Measurements, maps: Sequence[Map]) -> dict[SiteKey, float]:
-    """‖(x̂ − x) Wᵀ‖ / ‖x Wᵀ‖ of each map, the mean over the rows of the data, with x̂ the rounding of x.
+    """Measure ‖(x̂ − x) Wᵀ‖ / ‖x Wᵀ‖ of each layer, where x̂ is the rounding of x, as the mean over rows of the data.
 
-    Over rows, as a few that are far larger than the rest would hide those in a total. A row of which the map makes zero
-    has no such ratio and is left out. All maps are measured in one run over the data.
+    The mean is taken over the ratios of rows, because in a ratio of totals a few very large rows would hide the others.
+    Rows with x Wᵀ = 0 are left out. All layers are measured in one run over the data.
     """
     readers: dict[str, list[Map]] = defaultdict(list)
     for each in maps:
@@ -85,6 +115,7 @@ def moved_by_rounding(probe: Measurements, maps: Sequence[Map]) -> dict[SiteKey,
     def see(name: str, x: Tensor) -> None:
         for each in readers[name]:
             ratios = _ratios(x, each)
+            # A layer that is called several times with one value counts it once for each call.
             totals[each.site.key] += float(ratios.sum()) * each.inputs.count(name)
             rows[each.site.key] += len(ratios) * each.inputs.count(name)
 
@@ -93,7 +124,7 @@ def moved_by_rounding(probe: Measurements, maps: Sequence[Map]) -> dict[SiteKey,
 
 
 def _ratios(x: Tensor, reader: Map) -> Tensor:
-    """‖(x̂ − x) Wᵀ‖ / ‖x Wᵀ‖ of the rows of x of which W makes something; fp64."""
+    """Return ‖(x̂ − x) Wᵀ‖ / ‖x Wᵀ‖ of the rows of x with a nonzero output, in fp64."""
     moved = reader.rounded(x).float() - x.float()
     weight = reader.matrix.float().T
     given = ((v @ weight).reshape(-1, weight.shape[1]) for v in (moved, x.float()))

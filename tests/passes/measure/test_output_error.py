@@ -10,7 +10,7 @@ import surgery
 from surgery.api import PassError, Probe
 from surgery.engine.contract.observe import observe
 from surgery.engine.registry import find_pass
-from surgery.graph.marks import tail
+from surgery.graph.marks import output_with_adapters
 from surgery.passes.measure import output_error
 from tests.conftest import minilm_path
 from tests.passes.quantize.test_quantize import randomise
@@ -106,7 +106,7 @@ def site_of(program, path):
 def outputs(program, path, data=DATA):
     """What the op and the adapters round it give on the data, less its bias."""
     site = site_of(program, path)
-    node = tail(site.calls[0].node)
+    node = output_with_adapters(site.calls[0].node)
     values = Probe(program, data).values([node])[node.name]
     bias = Probe(program).tensor(site.bias) if site.bias else None
     if bias is not None and site.kind == "conv":
@@ -165,7 +165,7 @@ def test_never_worse_than_the_budget(path, budget, forms):
     merged = program.merge(quantized="auto", budget=budget, data=DATA)
     choice = merged.journal.entries[-1].options["choices"][path]
     if choice["how"] == "keep":
-        assert "% of what it adds" in choice["why"]
+        assert "% of the adapters' effect" in choice["why"]
         assert torch.equal(outputs(merged, path), outputs(program, path))
         return
     whole, bare = outputs(program, path), outputs(program.without(choice_adapter(program, path)), path)
@@ -226,7 +226,7 @@ def test_outputs_choose_otherwise_than_the_weight():
     # The tokens that have learned much are rare, and the one in nearly all of the data has learned little.
     program, data = table([0.02, 20.0, 20.0, 20.0], [0] * 1_000_000 + [1, 2, 3])
     assert lost_by_weight(program) <= 0.1
-    with pytest.raises(PassError, match=r"new codes lose \d+\.\d% of what it adds, and a correction"):
+    with pytest.raises(PassError, match=r"new codes lose \d+\.\d% of the adapters' effect, and a correction"):
         program.merge(quantized="auto", budget=0.1, data=data)
     # And the reverse: most of the table has learned little, and is hardly read.
     program, data = table([20.0, *[0.3] * 2000], [0] * 100_000 + [*range(1, 2001)])
@@ -239,7 +239,8 @@ def test_what_no_data_uses_is_not_lost_in_silence():
     """Rows that no token picks say nothing of outputs; they are held to the budget by their own values."""
     program, data = table([20.0, 20.0, 20.0, 0.02, 0.02], [0, 1, 2])
     with pytest.raises(
-        PassError, match=r"lose \d+\.\d% of what it adds, and \d+\.\d% where the data never go"
+        PassError,
+        match=r"lose \d+\.\d% of the adapters' effect, and \d+\.\d% of it on inputs that the data never use",
     ):
         program.merge(quantized="auto", budget=0.1, data=data)
     choice = check(program, program.merge(quantized="requantize", data=data), "0", data)
@@ -259,10 +260,10 @@ def test_an_expert_and_a_channel_out_of_use(forms):
         merged = program.merge(quantized="requantize", data=data)
         choice = check(program, merged, path, data)
         assert choice["lost"] < 0.5 < choice["unseen"]
-        with pytest.raises(PassError, match="where the data never go"):
+        with pytest.raises(PassError, match="of it on inputs that the data never use"):
             program.merge(quantized="auto", budget=0.5, data=data)
         nothing = [((ids, image * 0, rows * 0), {})]
-        with pytest.raises(PassError, match="nothing but zeros enters it on the data"):
+        with pytest.raises(PassError, match="its input is zero on all of the data"):
             program.merge(quantized="requantize", data=nothing)
 
 

@@ -192,8 +192,8 @@ def test_refused_and_said():
     base = surgery.capture(module.eval(), (torch.randn(2, 48),))
     planned = base.plan(surgery.Quantize(target="all", format="int4"))
     refused = {row.site.path: row.refusal for row in planned.passes[-1].refused}
-    assert "rows have 48 values, which no groups of 32 divide; give --group 0" in refused["0"]
-    assert "infinite or no numbers" in refused["2"]
+    assert "rows have 48 values, which groups of 32 do not divide; give --group 0" in refused["0"]
+    assert "its weight contains inf or NaN; fix the model first" in refused["2"]
     once = base.apply(surgery.Quantize(target="path:1"))
     with pytest.raises(PassError, match=r"'quantize' has quantized it already; undo that first"):
         once.apply(surgery.Quantize(target="path:1", label="again"))

@@ -84,9 +84,9 @@ def test_data_that_says_nothing_or_too_much(format):
     )
     inputs = torch.randn(4, 64)
     noted = base.plan(gptq).passes[-1].accepted[0]
-    assert "calibrated on the model's example inputs (give --data)" in gptq.note(noted.site)
+    assert "calibrated on the model's example inputs (give --data)" in gptq.outcome(noted.site).note
     noted = base.plan(gptq, data=[((inputs,), {})]).passes[-1].accepted[0]
-    assert "example inputs" not in gptq.note(noted.site)
+    assert "example inputs" not in gptq.outcome(noted.site).note
     inputs[0, 0] = torch.inf
     with pytest.raises(PassError, match="the input 'x' contains inf or NaN; clean the data"):
         base.plan(gptq, data=[((inputs,), {})])

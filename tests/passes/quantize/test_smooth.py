@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 import surgery
 from surgery.api import Probe
 from surgery.engine.contract.observe import observe
-from surgery.graph.marks import head
+from surgery.graph.marks import input_before_adapters
 from surgery.graph.ops import operand
 from surgery.passes.quantize.codes import decode, encode
 from surgery.passes.quantize.ops import round_activation
@@ -77,7 +77,7 @@ def by_hand(x, smooth):
 
 
 def entering(program, site, data):
-    node = head(operand(site.calls[0]))
+    node = input_before_adapters(operand(site.calls[0]))
     return Probe(program, data).values([node])[node.name]
 
 
@@ -258,12 +258,12 @@ def test_the_budget_keeps_exactly_what_is_over_it(alpha, planted):
             assert torch.equal(own["codes"], encode(weight, "int8", site.in_features).codes)
     assert sum(record.decided["kept"] for _, record in sites_of(program)) == 5
     for planned in planted.plan(passed, data=DATA).passes[-1].accepted:
-        said, moved = passed.note(planned.site), measured[planned.site.path]
-        assert f"rounding what enters moves the outputs by {planned.site.decided['moved']:.1%}" in said
-        assert (", over the budget: the weight alone is int8" in said) is (moved > budget)
+        said, moved = passed.outcome(planned.site).note, measured[planned.site.path]
+        assert f"rounding the input changes the outputs by {planned.site.decided['moved']:.1%}" in said
+        assert (", over the budget: only the weight is int8" in said) is (moved > budget)
         assert "example inputs" not in said
-    assert "calibrated on the model's example inputs (give --data)" in passed.note(
-        planted.plan(passed).passes[-1].accepted[0].site
+    assert "calibrated on the model's example inputs (give --data)" in (
+        passed.outcome(planted.plan(passed).passes[-1].accepted[0].site).note
     )
 
 
