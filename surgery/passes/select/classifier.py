@@ -1,4 +1,4 @@
-"""Classifier: only the head trains, the classic linear probe on frozen features."""
+"""classifier: trains only the head, as a linear probe on frozen features."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from surgery.engine.contract.selection import Selection
 
 
 class Classifier(SelectPass):
-    """Train the head alone: y = V f(x) + c with f frozen, linear probing (Alain & Bengio 2016, arXiv:1610.01644).
+    """Linear probing: only the head trains, y = V f(x) + c with f frozen (Alain & Bengio 2016, arXiv:1610.01644).
 
-    The head is what feeds an output of the model (role `head`), by dataflow; with `--dense` also what feeds only
-    the head (role `head.dense`: BERT's pooler, RoBERTa's dense layer). What the checkpoint did not hold trains too,
-    wherever it stands, since a random layer below the head would otherwise stay random. A language model's head that
-    is tied to the token embeddings trains with them: they are one tensor. Outputs do not change.
+    The head is the layer that computes an output of the model (role `head`), found by dataflow. With `--dense`, layers
+    that feed only the head train too (role `head.dense`: BERT's pooler, RoBERTa's dense layer). Parameters that the
+    checkpoint did not contain also train, wherever they are, because a random layer below the head would otherwise stay
+    random. If the head of a language model is tied to the token embeddings, these train with it, since they are one
+    tensor. Applying the pass does not change the outputs.
     """
 
     name: ClassVar[str] = "classifier"
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 
-    dense: bool = Field(False, description="also train what feeds only the head, such as a pooler")
+    dense: bool = Field(False, description="also train layers that feed only the head, such as a pooler")
 
     def selection(self, candidates: Candidates) -> Selection:
         wanted = ("head", "head.dense") if self.dense else ("head",)
@@ -32,7 +33,7 @@ class Classifier(SelectPass):
         chosen = (found & set(candidates.targeted)) | set(candidates.fresh)
         if not chosen:
             raise PassError(
-                "classifier: the model has no head among the parameters that it targets; load it with one "
-                "(--task text-classification, …) or put one on with --pass head"
+                "classifier: the model has no head among the targeted parameters; load it with one (--task "
+                "text-classification, …) or add one with --pass head"
             )
         return Selection(candidates.only(chosen))

@@ -1,4 +1,4 @@
-"""Embedding: only what takes the input in trains."""
+"""embedding: trains only the embeddings, or all layers before the first block."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ _ROLES = {
 
 
 class Embedding(SelectPass):
-    """Train the embeddings alone: the tables of tokens, positions and types, patch embeddings, learned tokens.
+    """Embedding training: only token, position, type and patch embeddings and learned tokens train.
 
-    `--which token|position|type|patch` takes one kind of them, by role. Learned positions and class tokens that are
-    added or joined on as they are (ViT) have no role: these are `position` if they have a row for each place, else
-    `token`. `--which stem` is all that stands before the first block, convolutions and norms included; `all`, the
-    default, is every kind, or the stem where a model has no embeddings (a ResNet, wav2vec2). A new head trains
-    too. Token embeddings that are tied to the output layer train with it. Outputs do not change. Training the
-    embeddings of a frozen model is how it is taken to a new vocabulary (Artetxe et al. 2020, arXiv:1910.11856).
+    `--which` chooses one kind: `token`, `position`, `type` or `patch`, found by role. Learned positions and class
+    tokens that are added or concatenated directly (ViT) have no role. They count as `position` if they have more than
+    one row, otherwise as `token`. `--which stem` is everything before the first block, including convolutions and
+    norms. `all`, the default, is every kind of embedding, or the stem if the model has none (ResNet, wav2vec2).
+
+    Parameters that the checkpoint did not contain, such as a new head, train too. Token embeddings that are tied to the
+    output layer train with it. Applying the pass does not change the outputs. Training only the embeddings adapts a
+    frozen model to a new vocabulary (Artetxe et al. 2020, arXiv:1910.11856).
     """
 
     name: ClassVar[str] = "embedding"
@@ -36,7 +38,8 @@ class Embedding(SelectPass):
     default_target: ClassVar[str | None] = "all"
 
     which: Literal["all", "token", "position", "type", "patch", "stem"] = Field(
-        "all", description="kind of embedding: token, position, type, patch; stem: all before the first block"
+        "all",
+        description="kind of embedding: token, position, type, patch; stem: all layers before the first block",
     )
 
     def selection(self, candidates: Candidates) -> Selection:
@@ -49,15 +52,15 @@ class Embedding(SelectPass):
         if not chosen:
             there = (
                 ", ".join(sorted(set(kinds.values())))
-                or "none; --which stem is what stands before its blocks"
+                or "none; use --which stem for the layers before its blocks"
             )
             raise PassError(
-                f"embedding: the model has no {self.which} embeddings among what is targeted; it has {there}"
+                f"embedding: the model has no {self.which} embeddings among the targeted parameters; it has {there}"
             )
         return Selection(candidates.only(chosen | set(candidates.fresh)))
 
     def _kinds(self, candidates: Candidates) -> dict[str, str]:
-        """Kind of embedding by parameter name."""
+        """Return the kind of embedding by parameter name."""
         found = {
             name: kind
             for name, roles in candidates.roles.items()
@@ -67,13 +70,14 @@ class Embedding(SelectPass):
         for name in map(candidates.first, _values(candidates.program.graph)):
             if candidates.depth.get(name) == 0 and name not in candidates.sites:
                 rows = candidates.shape(name)[:-1]
-                if rows:  # a vector is a bias
+                # A vector is a bias, not an embedding.
+                if rows:
                     found.setdefault(name, "position" if max(rows) > 1 else "token")
         return found
 
 
 def _values(graph: fx.Graph) -> set[str]:
-    """Names of tensors that are added to a value, or joined to one, as they are."""
+    """Return the names of tensors that are added or concatenated to another value, up to views and resizing."""
     found = set()
     for node in graph.nodes:
         stack = [node] if node.op == "get_attr" else []

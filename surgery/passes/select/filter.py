@@ -1,4 +1,4 @@
-"""Filter: the strongest output filters train, the rest of their weights is held."""
+"""filter: trains only the strongest output filters or values of each weight."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ _KINDS = (LINEAR, CONV, EXPERTS)
 
 
 class Filter(SelectPass):
-    """Train part of each weight: gradients are multiplied by a mask M, so that ΔW = M ⊙ ΔW.
+    """Partial training: gradients are multiplied by a mask M, so that only some values of each weight change.
 
-    By filter, M is one for the output features (rows of a linear weight, filters of a convolution, rows of each
-    expert) whose L1 norm Σ|w| is among the largest `--fraction` or `--count` of their weight, the measure by which
-    Li et al. 2017 (arXiv:1608.08710) tell filters that matter; the bias of a chosen filter trains, the others' do
-    not. By weight, M is one for the single values of largest |w|, and biases are held.
+    `--by filter` chooses output features: rows of a linear weight, filters of a convolution, rows of each expert. Those
+    with the largest L1 norm Σ|w| train (the importance of filters in Li et al. 2017, arXiv:1608.08710); `--fraction` or
+    `--count` sets how many of each weight. The bias of a chosen filter trains with it; other biases do not. `--by
+    weight` chooses the single values of largest |w|, and no biases.
 
-    `--source nonzero` takes the mask that L1 or group-lasso training left behind: exactly what is not zero in the
-    program as it is (|w|, or a filter's Σ|w|, above `--threshold`) trains, and what is zero stays pruned.
+    `--source nonzero` takes the mask that training with an L1 or group-lasso penalty has left: exactly the values that
+    are not zero now train (|w|, or Σ|w| of a filter, above `--threshold`). Values that are zero stay pruned.
 
-    Targets conv, linear and expert weights, by default all but the head's; a new head trains whole, the rest of
-    the base not at all. Masks are kept with the program. They hold with SGD, Adam, AdamW and other optimisers that
-    move a value by its own gradients, as long as weight decay spares what is masked, as the groups of
-    `program.parameter_groups()` do. Outputs do not change.
+    The pass targets conv, linear and expert weights, by default all except the head's. Parameters that the checkpoint
+    did not contain, such as a new head, train completely; the rest of the base does not train. Masks are stored in the
+    program. They hold for SGD, Adam, AdamW and other optimizers that update each value from its own gradients, if
+    weight decay is not applied to masked parameters; the groups of `program.parameter_groups()` ensure that. Applying
+    the pass does not change the outputs.
     """
 
     name: ClassVar[str] = "filter"
@@ -40,27 +41,27 @@ class Filter(SelectPass):
     default_target: ClassVar[str | None] = "all"
 
     by: Literal["filter", "weight"] = Field(
-        "filter", description="whether whole output filters or single weights are chosen"
+        "filter", description="choose whole output filters, or single values of weights"
     )
     source: Literal["norm", "nonzero"] = Field(
         "norm", description="norm: those of largest L1 norm; nonzero: those that are not zero now"
     )
     fraction: float | None = Field(
-        None, gt=0, le=1, description="share of each weight's filters (or values) that trains; 0.1 by default"
+        None, gt=0, le=1, description="share of each weight's filters (or values) that train (default 0.1)"
     )
     count: int | None = Field(
         None, gt=0, description="number of each weight's filters (or values) that train"
     )
-    threshold: float = Field(0.0, ge=0, description="up to this, a norm (or value) counts as zero")
+    threshold: float = Field(0.0, ge=0, description="nonzero: norms (or magnitudes) up to this count as zero")
 
     @model_validator(mode="after")
     def _consistent(self) -> Filter:
         if self.fraction is not None and self.count is not None:
-            raise ValueError("--fraction and --count each say how many train; give one of them")
+            raise ValueError("--fraction and --count both set how many train; give one of them")
         if self.source == "nonzero" and (self.fraction is not None or self.count is not None):
-            raise ValueError("--source nonzero takes what is not zero; leave out --fraction and --count")
+            raise ValueError("--source nonzero trains all that is not zero; leave out --fraction and --count")
         if self.source == "norm" and self.threshold:
-            raise ValueError("--threshold says what counts as zero with --source nonzero; add that")
+            raise ValueError("--threshold is for --source nonzero; add that, or leave --threshold out")
         return self
 
     def selection(self, candidates: Candidates) -> Selection:
@@ -78,13 +79,15 @@ class Filter(SelectPass):
         if self.source == "nonzero" and all(bool(mask.all()) for mask in masks.values()):
             what = "filter" if self.by == "filter" else "value"
             raise PassError(
-                f"filter: no {what} of the {len(masks)} parameters that it targets is zero (up to --threshold "
+                f"filter: no {what} of the {len(masks)} targeted parameters is zero (up to --threshold "
                 f"{self.threshold:g}); train them with an L1 or group-lasso penalty first, raise --threshold, or "
                 f"use --source norm"
             )
         trains = {name for name, mask in masks.items() if mask.any()}
         if not trains:
-            raise PassError("filter: everything that it targets is zero, so that nothing would train")
+            raise PassError(
+                "filter: all targeted values are zero, so nothing would train; choose other targets, or --source norm"
+            )
         partly = {n: m for n, m in masks.items() if n in trains and not m.all()}
         return Selection(candidates.only(trains | set(candidates.fresh)), masks=partly)
 
@@ -97,37 +100,38 @@ class Filter(SelectPass):
                     found.append((name, site))
         if not found:
             raise PassError(
-                "filter: the target names no conv, linear or expert weight (the head's need a target of their own, "
-                "--target head)"
+                "filter: the target names no conv, linear or expert weight; choose other targets (the head's weights "
+                "are included only with --target head)"
             )
         return found
 
     def _rows(self, site: Site, weight: Tensor) -> Tensor:
-        """L1 norm of every output filter: (out,), or (experts, out)."""
+        """Return the L1 norm of every output filter: (out,), or (experts, out)."""
         size = weight.abs()
         if site.kind == EXPERTS:
             return size.sum(site.layout.index("i"))
-        if site.kind == CONV and site.layout == "io":  # transposed: groups lie along the inputs
+        # Transposed convolutions have their groups along the input axis.
+        if site.kind == CONV and site.layout == "io":
             groups = site.groups
             per_group = size.reshape(groups, size.shape[0] // groups, size.shape[1], -1)
             return per_group.sum((1, 3)).flatten()
         return size.movedim(site.layout.index("o"), 0).flatten(1).sum(1)
 
     def _chosen(self, size: Tensor) -> Tensor:
-        """Which of these train, of the same shape: the largest of each row of the last axis, or those above zero."""
+        """Return a mask of the same shape: the largest values along the last axis, or those above the threshold."""
         if self.source == "nonzero":
             return size > self.threshold
         flat = size if self.by == "filter" else size.flatten()
         total = flat.shape[-1]
         share = 0.1 if self.fraction is None else self.fraction
         wanted = min(total, self.count if self.count is not None else max(1, math.ceil(share * total - 1e-9)))
-        # Stable, so that equal norms give the same choice everywhere.
+        # A stable sort makes the same choice among equal norms on every machine.
         order = flat.argsort(dim=-1, descending=True, stable=True)[..., :wanted]
         return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, order, True).view(size.shape)
 
 
 def _along_outputs(site: Site, chosen: Tensor, weight: Tensor) -> Tensor:
-    """A choice of output filters as a mask of the weight, with size 1 along what it is the same for."""
+    """Expand a choice of output filters to a mask that broadcasts over the weight."""
     if site.kind == EXPERTS:
         return chosen.unsqueeze(site.layout.index("i"))
     if site.kind == CONV and site.layout == "io" and site.groups > 1:

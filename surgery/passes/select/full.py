@@ -1,4 +1,4 @@
-"""Full: everything trains, or everything that a target names."""
+"""full: trains every parameter, or every targeted one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from surgery.engine.contract.selection import Selection
 
 
 class Full(SelectPass):
-    """Full fine-tuning: every parameter of the base trains, at the optimiser's rate, at every step.
+    """Full fine-tuning: every parameter of the base trains, at the optimizer's learning rate, at every step.
 
-    With a target, what it names trains and the rest is left as it was: `--pass freeze --pass full --target "norm"`.
-    That a selection says so keeps an adapter in the same program from freezing the base. It sets aside masks, rates
-    and windows that earlier selections gave, as a later selection always does. Outputs do not change.
+    With a target, the targeted parameters train and the others stay as they were: `--pass freeze --pass full --target
+    "norm"`. A program with a selection such as this one is not frozen by adapters. The pass replaces the masks, rates
+    and windows that earlier selections gave to these parameters, as every later selection does. Applying the pass does
+    not change the outputs.
     """
 
     name: ClassVar[str] = "full"

@@ -1,4 +1,4 @@
-"""Gradual unfreezing: the head trains first, then one depth more each time."""
+"""gradual-unfreeze: trains the head first, then one more depth at a time."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from surgery.engine.contract.selection import Selection
 
 
 class GradualUnfreeze(SelectPass):
-    """Gradual unfreezing (ULMFiT, Howard & Ruder 2018, arXiv:1801.06146).
+    """Gradual unfreezing: the head trains first, then one more depth at a time (Howard & Ruder 2018, arXiv:1801.06146).
 
-    The head trains from the start, and every `--every` epochs (or steps) the next depth below joins it: the last
-    block, the one before it, down to the embeddings at depth 0, or to `--down-to`. What has begun to train goes on.
-    With n blocks, depth d begins at every · (n + 1 − d); depths that the target does not name are passed over, and
-    no time goes to them. `--decay` gives discriminative rates: depth d trains at
-    decay^(n + 1 − d) of the optimiser's; ULMFiT's own is 1/2.6, that is 0.385. Depths as in `layerwise`; call
-    `module.advance(epoch)`. Adapters train as before. Outputs do not change.
+    The head trains from the start. Every `--every` epochs (or steps), the next depth below joins: the last block, the
+    one before it, and so on down to the embeddings at depth 0, or to `--down-to`. Depths that have started continue to
+    train. With n blocks, depth d starts at every · (n + 1 − d). Depths without targeted parameters are skipped and take
+    no time. `--decay` sets discriminative learning rates: depth d trains at decay^(n + 1 − d) times the optimizer's
+    rate; ULMFiT uses 1/2.6 ≈ 0.385. Depths are counted as in `layerwise`.
+
+    Call `module.advance(epoch)` in the training loop. Adapters train as before. Applying the pass does not change the
+    outputs.
     """
 
     name: ClassVar[str] = "gradual-unfreeze"
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 
-    every: int = Field(1, gt=0, description="how many epochs (or steps) until the next depth joins")
-    unit: Literal["step", "epoch"] = Field("epoch", description="what --every counts")
-    down_to: int = Field(0, ge=0, description="the lowest depth that joins at last; 0 is the embeddings")
+    every: int = Field(1, gt=0, description="epochs (or steps) until the next depth joins")
+    unit: Literal["step", "epoch"] = Field("epoch", description="unit of --every")
+    down_to: int = Field(0, ge=0, description="lowest depth that joins; 0 is the embeddings")
     decay: float = Field(
-        1.0, gt=0, le=1, description="learning rate of a depth over that of the one above it"
+        1.0, gt=0, le=1, description="learning rate of a depth, relative to the depth above it"
     )
 
     def selection(self, candidates: Candidates) -> Selection:
         by_depth = {d: names for d, names in candidates.by_depth.items() if d >= self.down_to}
         if not by_depth:
             raise PassError(
-                f"gradual-unfreeze: nothing that the target names is at depth {self.down_to} or above; the head of "
-                f"this model is at depth {candidates.deepest}"
+                f"gradual-unfreeze: no targeted parameter is at depth {self.down_to} or above; lower --down-to "
+                f"(the head of this model is at depth {candidates.deepest})"
             )
         windows = {
             name: (index * self.every, None)

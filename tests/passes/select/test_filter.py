@@ -201,11 +201,11 @@ def test_a_threshold_says_what_counts_as_zero():
 
 
 BAD = {
-    "two numbers": ({"fraction": 0.1, "count": 3}, "--fraction and --count each say how many train"),
+    "two numbers": ({"fraction": 0.1, "count": 3}, "--fraction and --count both set how many train"),
     "a number of what is there": ({"source": "nonzero", "count": 3}, "leave out --fraction and --count"),
     "a threshold of norms": (
         {"threshold": 0.1},
-        "--threshold says what counts as zero with --source nonzero",
+        "--threshold is for --source nonzero; add that",
     ),
     "more than all": ({"fraction": 1.5}, "--fraction is 1.5: input should be less than or equal to 1"),
     "by": ({"by": "row"}, "--by is 'row': input should be 'filter' or 'weight'"),
@@ -224,14 +224,12 @@ def test_nothing_to_choose_from():
         PassError, match=r"^filter: the target names no conv, linear or expert weight .*--target head"
     ):
         program().apply(surgery.Filter(target="norm"))
-    says = (
-        r"^filter: no filter of the 11 parameters .* is zero .*L1 or group-lasso penalty first.*--source norm"
-    )
+    says = r"^filter: no filter of the 11 targeted parameters is zero .*L1 or group-lasso penalty first.*--source norm"
     with pytest.raises(PassError, match=says):
         program().apply(surgery.Filter(source="nonzero"))
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     nn.init.zeros_(net[0].weight)
-    with pytest.raises(PassError, match=r"^filter: everything that it targets is zero"):
+    with pytest.raises(PassError, match=r"^filter: all targeted values are zero, so nothing would train"):
         surgery.capture(net, torch.randn(3, 4)).apply(surgery.Filter(target="path:0", source="nonzero"))
     assert mask_of(program().apply(surgery.Filter(target="head", count=2)), "head.bias").sum() == 2
 

@@ -223,9 +223,9 @@ def test_adapters_train_beside_a_selection():
 
 
 BAD = {
-    "two ranges": ({"top": 1, "layers": "2"}, "--layers and --top each choose the depths; give one"),
+    "two ranges": ({"top": 1, "layers": "2"}, "--layers and --top each choose depths; give one"),
     "no steps": ({"one_at_a_time": True}, "--one-at-a-time needs --steps"),
-    "steps alone": ({"steps": 3}, "--steps is how long each depth trains with --one-at-a-time; add that"),
+    "steps alone": ({"steps": 3}, "--steps is for --one-at-a-time; add that"),
     "decay": ({"decay": 1.5}, "--decay is 1.5: input should be less than or equal to 1"),
     "unknown": ({"botom": 1}, "has no option --botom; did you mean 'bottom'"),
 }
@@ -239,8 +239,8 @@ def test_wrong_options(name):
 
 
 FAR = {
-    "9": "--layers 9: the blocks of the model are 3: depths 0",
-    "3-2": "--layers 3-2: the blocks",
+    "9": "--layers 9 is not a valid range; the model's blocks are 3: depths 0",
+    "3-2": "--layers 3-2 is not a valid range; the model's blocks",
     "1-": "write depths and ranges, such as 2-5,8",
     "first": "write depths and ranges",
 }
@@ -254,13 +254,14 @@ def test_depths_that_are_not_there(layers):
 
 def test_more_blocks_than_there_are_and_nothing_at_a_depth():
     with pytest.raises(
-        PassError, match=r"^layerwise: 7 blocks are to train; the model has 3: depths 0 \(embeddings\)"
+        PassError, match=r"^layerwise: 7 blocks are asked for; the model has 3: depths 0 \(embeddings\)"
     ):
         program().apply(surgery.Layerwise(top=7))
-    with pytest.raises(PassError, match=r"^layerwise: nothing that the target names is at the depths"):
+    with pytest.raises(PassError, match=r"^layerwise: no targeted parameter is at the chosen depths"):
         program().apply(surgery.Layerwise(target="head", freeze_head=True))
     with pytest.raises(
-        PassError, match=r"^gradual-unfreeze: nothing .* at depth 9 or above; the head .* is at depth 4"
+        PassError,
+        match=r"^gradual-unfreeze: no targeted parameter is at depth 9 or above; .* head .* is at depth 4",
     ):
         program().apply(surgery.GradualUnfreeze(down_to=9))
 
