@@ -1,4 +1,4 @@
-"""Weights with zeros: how a weight is laid out for it, which values stay, and what of the data tells that."""
+"""Sparsity: the axes of weights, patterns and masks of zeros, and measurements of inputs."""
 
 from surgery.passes.sparse.axes import Layout
 from surgery.passes.sparse.masks import Pattern, choose, count

@@ -1,4 +1,4 @@
-"""A weight of any kind seen as (experts, outputs, places of a kernel, inputs), inputs last."""
+"""A weight of any kind, permuted to (experts, outputs, kernel positions, inputs)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from surgery.graph.sites import Site
 
 @dataclass(frozen=True)
 class Layout:
-    """order: the stored axes in that order. sizes: experts, outputs, places, inputs (1 for what there is none of).
+    """Axes of a weight in the order (experts, outputs, kernel positions, inputs).
 
-    Of a table outputs are its rows, so that they are the same of a head that is tied to it; of a convolution inputs
+    The outputs of an embedding table are its rows, as in a head that is tied to it. The inputs of a grouped convolution
     are those of one group.
+
+    Attributes:
+        order: Axes of the stored weight in that order.
+        sizes: Number of experts, outputs, kernel positions and inputs; 1 where a kind of axis does not exist.
     """
 
     order: tuple[int, ...]
@@ -24,6 +28,8 @@ class Layout:
 
     @staticmethod
     def of(site: Site) -> Layout:
+        """Return the layout of a site's weight."""
+
         def axis(letters: str) -> list[int]:
             return [site.layout.index(letter) for letter in letters if letter in site.layout]
 
@@ -34,17 +40,24 @@ class Layout:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Layout:
+        """Read a layout from the journal."""
         order, (experts, outputs, places, inputs) = data["order"], data["sizes"]
         return Layout(tuple(order), (experts, outputs, places, inputs))
 
     def to_json(self) -> dict[str, Any]:
+        """Write the layout for the journal."""
         return {"order": list(self.order), "sizes": list(self.sizes)}
 
     def laid(self, weight: Tensor) -> Tensor:
-        """The weight so, of the shape `sizes`; differentiable."""
+        """Permute and reshape a stored weight to `sizes`; differentiable."""
         return weight.permute(self.order).reshape(self.sizes)
 
     def stored(self, laid: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """What is laid out so in the stored layout, of that shape."""
+        """Permute and reshape a tensor of `sizes` back to the stored layout.
+
+        Args:
+            laid: Tensor of the shape `sizes`.
+            shape: Shape of the stored weight.
+        """
         turned = laid.reshape([shape[axis] for axis in self.order])
         return turned.permute([self.order.index(axis) for axis in range(len(self.order))])

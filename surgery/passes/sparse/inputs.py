@@ -1,4 +1,4 @@
-"""What enters a weight on the data: norms for its inputs, and what zeros do to its outputs."""
+"""Measurements on data: norms of the inputs of a weight, and the effect of zeros on its outputs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from surgery.passes.sparse.axes import Layout
 
 
 def norms(site: Site) -> Tensor:
-    """‖x‖ over all positions of the data of what each value is multiplied with: fp32, laid out as the weight, with 1
-    for sizes along which it is the same."""
+    """Return ‖x‖ over all positions of the data, for the input x that each value of a weight multiplies.
+
+    The result is fp32, in the order of `Layout`, with size 1 along axes on which the norms do not depend.
+    """
     if site.kind == LINEAR:
         squares = site.probe.products(site).diagonal().view(1, 1, 1, -1)
     elif site.kind == CONV:
@@ -23,7 +25,13 @@ def norms(site: Site) -> Tensor:
 
 
 def output_error(site: Site, weight: Tensor, moved: Tensor) -> float:
-    """How far the outputs of a linear map move on the data, over their size, where its laid-out weight moves so."""
+    """Return the relative change of a linear layer's outputs on the data when its weight changes.
+
+    Args:
+        site: The site of the layer.
+        weight: The weight, in the order of `Layout`.
+        moved: The change of the weight, in the same order.
+    """
     products = site.probe.products(site)
 
     def energy(laid: Tensor) -> float:
@@ -35,7 +43,10 @@ def output_error(site: Site, weight: Tensor, moved: Tensor) -> float:
 
 
 def _patches(site: Site) -> Tensor:
-    """Σ x² of a convolution, in its weight's layout: the gradient of its weight, of the sum of what it gives for x²."""
+    """Return Σ x² for each value of a convolution's weight, in its stored layout.
+
+    It is the gradient of Σ conv(x², W) with respect to W, which covers every stride, padding and group.
+    """
     nodes = {operand(call) for call in site.calls}
     values = site.probe.values(nodes)
     total = torch.zeros(site.shape, dtype=torch.float64)
@@ -53,7 +64,7 @@ def _patches(site: Site) -> Tensor:
 
 
 def _routed(site: Site) -> Tensor:
-    """Σ x² of each input by expert, (experts, inputs), over the rows that come to it."""
+    """Return Σ x² of each input, for each expert over the rows routed to it: (experts, inputs)."""
     nodes = {n for call in site.calls for n in (operand(call), call.gather) if n is not None}
     values = site.probe.values(nodes)
     total = torch.zeros(site.size("e"), site.size("i"), dtype=torch.float64)

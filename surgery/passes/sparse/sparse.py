@@ -1,4 +1,4 @@
-"""Weights with zeros, in patterns, chosen at once or along a schedule while they train."""
+"""sparse: sets the least important values of weights to zero, at once or gradually during training."""
 
 from __future__ import annotations
 
@@ -33,25 +33,35 @@ aten = torch.ops.aten
 
 
 class Sparse(RewritePass):
-    """Sparse weights: W becomes W ⊙ M, where M, one bool for each value, is zero at the least important ones.
+    """Sparse weights: W becomes W ⊙ M, where the mask M is zero at the least important values.
 
-    `--criterion magnitude`: |w|. `wanda`: |w|·‖x‖, with the norm of the input that it is multiplied with over the data
-    (Sun et al. 2023, arXiv:2306.11695), compared within each output. `--pattern unstructured`: single values, to
-    `--sparsity` of each weight, of each row, or of all that the target names together (`--scope`). `n:m`, such as 2:4:
-    of m inputs side by side n stay, which GPUs run faster (Mishra et al. 2021, arXiv:2104.08378). `RxC`, such as 4x4:
-    R outputs by C inputs stay or go together, by their mean. `--threshold t` in place of a sparsity keeps what is above
-    t: with 0, the support that training under a penalty has left (surgery.penalties: L1, group lasso, and their
+    `--criterion` sets the importance of a value. `magnitude` is |w|. `wanda` is |w|·‖x‖, where ‖x‖ is the norm of the
+    input that w multiplies, over the data (Sun et al. 2023, arXiv:2306.11695); it is compared within each output.
+
+    `--pattern` sets the structure of the zeros:
+
+    - `unstructured`: single values, to `--sparsity` of each weight, of each row, or of all targeted weights together
+      (`--scope`).
+    - `n:m`, such as 2:4: n of every m consecutive inputs are kept, which GPUs can run faster (Mishra et al. 2021,
+      arXiv:2104.08378).
+    - `RxC`, such as 4x4: blocks of R outputs by C inputs are kept or removed as a whole, by their mean importance.
+
+    `--threshold t` keeps the values (or blocks) of importance above t, instead of a given share. With t = 0 these are
+    the values that training under a penalty has not set to zero (`surgery.penalties`: L1, group lasso, and their
     proximal steps, which reach zero exactly).
 
-    M is stored and does not train. What it leaves out is exactly zero for the op and has no gradient, whatever the
-    optimiser does; W itself keeps its values there, and undo gives them back. `--schedule cubic` lets the
-    sparsity grow while W trains: s + (i − s)(1 − (t − begin)/(end − begin))³ from `--initial` i, with M chosen anew
-    every `--every` steps, by the magnitude that the weights have then (Zhu & Gupta 2017, arXiv:1710.01878). Call
-    `module.advance(step)`; from `--end` on M stays as it is. Zeros never come back by loading or starting over: M
-    changes only where the schedule asks for more of them than there are.
+    M has one bool for each value. It is stored, and does not train. Masked values are exactly zero for the op and get
+    no gradient, whatever the optimizer does. W itself keeps its values, and undo restores them. Adapters attach to
+    W ⊙ M. The outputs change by design; the plan shows the error of each weight, and with wanda also the error of each
+    linear layer's outputs on the data.
 
-    Merge: zeros in W. Adapters stand on W ⊙ M; one whose fold would fill the zeros stays beside. Outputs change by
-    design; the plan says by how much each weight does, and with wanda each linear map's outputs on the data.
+    `--schedule cubic` increases the sparsity while W trains, from i (`--initial`) to s (the final sparsity):
+    s + (i − s)(1 − (t − begin)/(end − begin))³ at step t. Every `--every` steps, M is chosen again by the current
+    magnitudes (Zhu & Gupta 2017, arXiv:1710.01878). Call `module.advance(step)` in the training loop. After `--end`, M
+    stays as it is. Loading a program, or counting steps from 0 again, never removes zeros: M changes only when the
+    schedule asks for more zeros than it has.
+
+    Merge: masked values of W become zero. An adapter whose merge would fill these zeros stays a separate branch.
     """
 
     name: ClassVar[str] = "sparse"
@@ -59,28 +69,28 @@ class Sparse(RewritePass):
     numerics: ClassVar[Numerics] = changes("values of weights are set to zero")
 
     sparsity: float | None = Field(
-        None, gt=0, lt=1, description="share of values that are zero (default 0.5; n:m says it itself)"
+        None, gt=0, lt=1, description="share of values that become zero (default 0.5; n:m sets it itself)"
     )
     pattern: str = Field(
         "unstructured",
-        description="unstructured; n:m, such as 2:4; or a block of outputs x inputs, such as 4x4",
+        description="unstructured; n:m, such as 2:4; or blocks of outputs x inputs, such as 4x4",
     )
     criterion: Literal["magnitude", "wanda"] = Field(
         "magnitude",
-        description="what the least important is: by magnitude, or times its input's norm on the data",
+        description="importance of a value: its magnitude, or (wanda) that times the norm of its input on the data",
     )
     scope: Scope | None = Field(
         None,
-        description="what shares a sparsity: each weight, row (of an output), or global: all together (default: "
-        "weight, with wanda row)",
+        description="values that are compared: of each weight, of each row (output), or of all targeted weights "
+        "(global); default: weight, with wanda row",
     )
     threshold: float | None = Field(
-        None, ge=0, description="in place of a sparsity: magnitudes up to this go (of a block, its mean)"
+        None,
+        ge=0,
+        description="instead of a sparsity: values up to this magnitude become zero (blocks: by their mean)",
     )
-    schedule: Literal["cubic"] | None = Field(
-        None, description="let the sparsity grow while the weights train"
-    )
-    initial: float = Field(0.0, ge=0, lt=1, description="with a schedule: the sparsity that it begins at")
+    schedule: Literal["cubic"] | None = Field(None, description="increase the sparsity during training")
+    initial: float = Field(0.0, ge=0, lt=1, description="with a schedule: sparsity at its beginning")
     begin: Begin = 0
     end: End = None
     every: Every = 1
@@ -99,28 +109,28 @@ class Sparse(RewritePass):
     def _together(self) -> Sparse:
         pattern, name = self._pattern, f"pass {self.name!r}"
         if pattern.group is not None and self.sparsity is not None:
-            raise PassError(f"{name}: {self.pattern} says how much is zero; leave out --sparsity")
+            raise PassError(f"{name}: {self.pattern} sets the sparsity itself; leave out --sparsity")
         if pattern.group is not None and self.scope is not None:
-            raise PassError(f"{name}: {self.pattern} is chosen within each group; leave out --scope")
+            raise PassError(f"{name}: {self.pattern} compares the values of each group; leave out --scope")
         if pattern.block != (1, 1) and self.scope == "row":
-            raise PassError(f"{name}: a block has several outputs; use --scope weight or global")
+            raise PassError(f"{name}: a block spans several outputs; use --scope weight or global")
         if self.threshold is not None:
             given = ("sparsity", "scope", "schedule")
             also = next((f"--{n}" for n in given if getattr(self, n) is not None), None)
             also = also or ("--criterion wanda" if self.criterion == "wanda" else None)
             if also or pattern.group is not None:
                 what = also or f"--pattern {self.pattern}"
-                raise PassError(f"{name}: --threshold alone says what stays; leave out {what}")
+                raise PassError(f"{name}: --threshold alone decides what is kept; leave out {what}")
         check_ramp(self, "cubic", "initial")
         if self.schedule is None:
             return self
         if self.initial >= self._final:
             raise PassError(
-                f"{name}: --initial {self.initial:g} is not below the sparsity of {self._final:g}"
+                f"{name}: --initial {self.initial:g} is not below the sparsity of {self._final:g}; lower it"
             )
         if self.criterion == "wanda":
             raise PassError(
-                f"{name}: a schedule chooses by the magnitudes that weights have while they train; leave out wanda"
+                f"{name}: a schedule compares the current magnitudes of weights; leave out --criterion wanda"
             )
         return self
 
@@ -130,6 +140,7 @@ class Sparse(RewritePass):
 
     @property
     def _final(self) -> float:
+        """Sparsity at the end of a schedule, or from the start without one."""
         own = self._pattern.sparsity
         return own if own is not None else 0.5 if self.sparsity is None else self.sparsity
 
@@ -138,7 +149,7 @@ class Sparse(RewritePass):
         by_row = self.criterion == "wanda" and self._pattern == Pattern()
         return self.scope or ("row" if by_row else "weight")
 
-    # -- what is refused
+    # -- refusals
 
     @property
     def effect(self) -> Effect:
@@ -148,10 +159,10 @@ class Sparse(RewritePass):
         return self._hindered(site) or self._fruitless(site)
 
     def _hindered(self, site: Site) -> str | None:
-        """Why nothing can be chosen here at all."""
+        """Return the reason why no mask can be chosen here, whatever the data are, or None."""
         refused = (
             computed_weight(site)
-            or not_floating(site, "make it sparse before it is quantized")
+            or not_floating(site, "make it sparse before quantizing it")
             or replaced_op(site, "undo that first, or leave the site out")
         )
         if refused:
@@ -159,32 +170,30 @@ class Sparse(RewritePass):
         _, current = weight_reader(site.calls[0])
         if current.target is dequantize._opoverload:
             entry = mark_of(current).entry
-            return (
-                f"{entry!r} has quantized it already; undo that, make it sparse, and quantize what is merged"
-            )
+            return f"{entry!r} has quantized it already; undo that, make it sparse, and quantize it again"
         given = weight_given_by(site)
         if given and self.schedule is not None:
-            return f"{given!r} has put another weight there, which no schedule reads; put the schedule before that"
+            return f"{given!r} has replaced its weight, which a schedule cannot read; apply the schedule before that"
         adapter = next((a for a in map(adapted_by, site.calls) if a), None)
         if adapter:
-            return f"it carries {adapter!r}, made for the whole weight; make it sparse first, and adapt then"
+            return f"it carries {adapter!r}, made for the dense weight; make it sparse first, and adapt afterwards"
         if site.kind == CONV and site.layout == "io" and site.groups > 1:
-            return "a transposed convolution with groups has no rows of its own; target its neighbours"
+            return "it is a transposed convolution with groups, whose outputs are not rows of a matrix; leave it out"
         if self.criterion == "wanda" and site.kind == EMBEDDING:
-            return "a table is looked up, and nothing enters a product; use --criterion magnitude"
+            return "an embedding multiplies no input; use --criterion magnitude"
         if why := self._misfit(site):
             return why
         if not site.probe.in_memory:
-            return "its weight is not in memory, and its values have to be compared; load the weights first"
+            return "its weight is not in memory, and its values are compared; load the weights first"
         stored = site.probe.stored(site)
         if not bool(torch.isfinite(stored).all()):
-            return "its weight holds values that are infinite or no numbers; mend the model first"
+            return "its weight contains inf or NaN; fix the model first"
         if not bool(stored.any()):
-            return "all its values are zero, so that there is nothing to choose by; leave it out"
+            return "all its values are zero, so none is less important; leave it out"
         return None
 
     def _misfit(self, site: Site) -> str | None:
-        """Why its sizes do not take the pattern."""
+        """Return the reason why the pattern does not fit the sizes of the weight, or None."""
         pattern, sizes = self._pattern, Layout.of(site).sizes
         if pattern.group is not None and sizes[3] % pattern.group[1]:
             return (
@@ -200,50 +209,52 @@ class Sparse(RewritePass):
         return None
 
     def _fruitless(self, site: Site) -> str | None:
-        """Why a choice here comes to nothing."""
+        """Return the reason why the data or the options leave nothing to choose here, or None."""
         if self.criterion == "wanda":
             entering = norms(site)
             if not bool(torch.isfinite(entering).all()):
-                return (
-                    "what enters it on the data holds values that are infinite or no numbers; mend the data"
-                )
+                return "its input on the data contains inf or NaN; clean the data"
             if not bool(entering.any()):
-                return "nothing but zeros enters it on the data; give data that reaches it"
+                return "its input is zero on all of the data; give data that reaches it"
         if self.threshold is not None:
             mask = self._found(site)
             if not bool(mask.any()):
-                return f"none of its values is above --threshold {self.threshold:g}; lower that"
+                return f"none of its values is above --threshold {self.threshold:g}; lower it"
             if bool(mask.all()):
-                return f"all its values are above --threshold {self.threshold:g}; train with a penalty, or raise that"
+                return f"all its values are above --threshold {self.threshold:g}; train with a penalty, or raise it"
         elif self._scope != "global" and not sum(count([Layout.of(site).sizes], *self._asked(self._final))):
-            return f"a sparsity of {self._final:g} takes none of its {site.parameters:,} values; ask for more"
+            return f"a sparsity of {self._final:g} removes none of its {site.parameters:,} values; raise --sparsity"
         return None
 
-    # -- what is chosen
+    # -- choice of values
 
     def _asked(self, sparsity: float) -> tuple[Pattern, float, Scope]:
+        """Return the arguments of `count` and `choose` for a sparsity."""
         return self._pattern, sparsity, self._scope
 
     def _scores(self, site: Site) -> Tensor:
+        """Return the importance of every value, in the order of `Layout`."""
         scores = Layout.of(site).laid(site.probe.stored(site)).abs()
         scores = scores if scores.dtype == torch.float64 else scores.float()
         return scores * norms(site).to(scores.device) if self.criterion == "wanda" else scores
 
     def _found(self, site: Site) -> Tensor:
-        """The mask at insertion, laid out; made once for a site, or for all of them."""
+        """Return the mask at insertion, in the order of `Layout`; it is computed once."""
         if self._scope == "global":
             return site.probe.once((self, "masks"), lambda: self._together_with(site))[site.key]
         return site.probe.once((self, site.key), lambda: self._chosen([site])[0])
 
     def _chosen(self, sites: Sequence[Site]) -> list[Tensor]:
+        """Return the masks of sites that are compared with each other."""
         if self.threshold is not None:
             return [above(self._scores(site), self._pattern, self.threshold) for site in sites]
         return choose([self._scores(site) for site in sites], *self._asked(self._sparsity_at(0)))
 
     def _together_with(self, site: Site) -> dict[Any, Tensor]:
-        """The masks of all sites that the target names and that can have one."""
+        """Return the masks of all targeted sites that are not refused."""
         program = site.probe.program
         sites = [replace(s, measured=site.probe) for s in self.find(program.view) if s.kind in self.on]
+        # Sites that would be refused must not take part in a comparison of all weights.
         hindrance = program.base.hindrance
         sites = [s for s in sites if not (self._hindered(s) or (hindrance and hindrance(s)))]
         return dict(zip((s.key for s in sites), self._chosen(sites), strict=True))
@@ -265,7 +276,7 @@ class Sparse(RewritePass):
 
     def outcome(self, site: Site) -> Outcome:
         decided = site.decided
-        said = f"{decided['sparsity']:.1%} zeros; the weight moves by {decided['error']:.2%}"
+        said = f"{decided['sparsity']:.1%} zeros; the weight changes by {decided['error']:.2%}"
         if "output_error" in decided:
             said += f", its outputs on the data by {decided['output_error']:.2%}"
         if self.schedule is not None:
@@ -280,13 +291,14 @@ class Sparse(RewritePass):
 
         return {"mask": TensorSpec(site.shape, fill, trainable=False, dtype=torch.bool)}
 
-    # -- while it trains
+    # -- schedule
 
     @property
     def gradual(self) -> Gradual | None:
         return gradual(self, self._sparsity_at, self._tighten)
 
     def _sparsity_at(self, step: int) -> float:
+        """Sparsity that the schedule asks for at a step."""
         if self.schedule is None:
             return self._final
         if step < self.begin:
@@ -294,11 +306,13 @@ class Sparse(RewritePass):
         return self._final + (self.initial - self._final) * (1 - progress(self, step)) ** 3
 
     def _tighten(self, step: int, places: Sequence[GradualPlace]) -> None:
+        """Choose the masks again, if the schedule asks for more zeros than there are."""
         layouts = [Layout.from_json(dict(decided)) for decided, _, _ in places]
         masks = [own["mask"] for _, _, own in places]
         asked = self._asked(self._sparsity_at(step))
         wanted = count([layout.sizes for layout in layouts], *asked)
         there = [int((~mask).sum()) for mask in masks]
+        # With scope global, only the total counts: zeros may move from one weight to another.
         there = [sum(there)] if self._scope == "global" else there
         if not any(more > now for more, now in zip(wanted, there, strict=True)):
             return
@@ -306,7 +320,7 @@ class Sparse(RewritePass):
         for layout, mask, chosen in zip(layouts, masks, choose(scores, *asked), strict=True):
             mask.copy_(layout.stored(chosen, tuple(mask.shape)))
 
-    # -- in the graph, and folded
+    # -- graph and merge
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
         g.swap_weight(lambda weight: g.call(aten.where.ScalarOther, g["mask"], weight, 0))
@@ -318,7 +332,11 @@ class Sparse(RewritePass):
 
 @dataclass(frozen=True)
 class Masked(Fold):
-    """Merge: zeros where the mask has none, before adapters are folded."""
+    """Merge: set masked values to zero, before adapters are merged.
+
+    Attributes:
+        mask: Mask of the weight's shape; False for values that become zero.
+    """
 
     stage: ClassVar[Stage] = Stage.WEIGHT
     keeps_zeros: ClassVar[bool] = True

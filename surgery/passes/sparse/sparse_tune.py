@@ -1,4 +1,4 @@
-"""sparse-tune: a trained sparse update of a weight, on a support that is fixed when it is applied."""
+"""sparse-tune: trains a sparse update of a weight, at places that are fixed when the pass is applied."""
 
 from __future__ import annotations
 
@@ -28,19 +28,26 @@ aten = torch.ops.aten
 
 
 class SparseTune(RewritePass):
-    """Sparse fine-tuning: W becomes W + S, where S is zero but for k trained values at fixed places.
+    """Sparse fine-tuning: W becomes W + S, where S has k trained values at fixed places and is zero elsewhere.
 
-    `indices` (k, int64, sorted) are places in the flattened weight, `values` (k) start at zero, so insertion is
-    exact. The support of each weight is chosen once: its values of largest magnitude; those of largest diagonal
-    Fisher information on the data (`gradient`: the FISH mask, Sung et al. 2021, arXiv:2111.09839); or at random
-    (SHiRA, Bhardwaj et al. 2024, arXiv:2406.13175). On a fused qkv, parts choose among their own rows.
+    `indices` (k, int64, sorted) are places in the flattened weight. `values` (k) start at zero, so the outputs do not
+    change at insertion. `--by` sets how the places of each weight are chosen, once:
 
-    Merge: W[indices] += values, which is the very sum that the graph makes, so in single precision merged and
-    unmerged are the same bits. A tied weight is changed in this use alone. Applications add up.
+    - `magnitude`: the values of largest magnitude.
+    - `gradient`: the values of largest diagonal Fisher information on the data (the FISH mask, Sung et al. 2021,
+      arXiv:2111.09839).
+    - `random`: at random (SHiRA, Bhardwaj et al. 2024, arXiv:2406.13175).
 
-    Where an op keeps its weight packed (a plugin's `WeightOp` with `dequantize`) the codes stay, and S x is added to
-    what the op gives; the support is chosen among the values that it unpacks to, or by the gradient that these would
-    have (of linear maps, where the op passes gradients on). Not of stacked experts, and nothing is folded.
+    For parts of a fused projection, places are chosen among their rows only. If a weight is tied, only the targeted use
+    of it changes. Several applications add up.
+
+    Merge: W[indices] += values. The graph computes the same sum, so in single precision merged and unmerged weights are
+    bit-identical.
+
+    If an op stores its weight packed (a `WeightOp` of a plugin with `dequantize`), the codes are kept, and S x is added
+    to the output of the op. Places are chosen among the decoded values, or by the gradients that these would have
+    (linear layers only, if the op passes gradients on). Packed stacked experts are refused, and packed weights have no
+    merged form.
     """
 
     name: ClassVar[str] = "sparse-tune"
@@ -48,13 +55,13 @@ class SparseTune(RewritePass):
 
     by: Literal["magnitude", "gradient", "random"] = Field(
         "magnitude",
-        description="how the support is chosen: magnitude, gradient (Fisher, on the data), random",
+        description="choice of the places: magnitude, gradient (Fisher information on the data), or random",
     )
     density: float | None = Field(
         None, gt=0, le=1, description="fraction of each weight's values that train (default 0.01)"
     )
     count: int | None = Field(
-        None, gt=0, description="in place of a density: how many values of each weight train"
+        None, gt=0, description="instead of a density: number of values of each weight that train"
     )
 
     @model_validator(mode="after")
@@ -72,39 +79,41 @@ class SparseTune(RewritePass):
         if computed:
             return computed
         if not site.float_dtype.is_floating_point:
-            return f"its weight is {site.dtype}, and no op dequantizes it; there is no value to add to"
+            return f"its weight is {site.dtype}, and no op dequantizes it, so nothing can be added to it; leave it out"
         if site.packed and (unread := self._check_packed(site)):
             return unread
         replaced = replaced_op(site, "undo that first, or leave the site out")
         if replaced:
             return replaced
         if self.count is not None and self.count > (there := self._room(site)):
-            return f"it has {there:,} values, and --count asks for {self.count:,}"
+            return f"it has {there:,} values, and --count asks for {self.count:,}; lower --count"
         if self.by != "gradient":
             return None
         name, inserted = self._source(site), site.probe.tensors
         if name in inserted and not isinstance(inserted[name], nn.Parameter):
             given = weight_given_by(site)
-            return f"{given!r} has put a weight there that does not train; choose --by magnitude or random"
+            return f"{given!r} has replaced its weight by one that does not train; choose --by magnitude or random"
         if not self._importance(site).any():
-            return "no gradient of the data reaches it; choose --by magnitude or random, or give data that uses it"
+            return "no gradient reaches it on the data; choose --by magnitude or random, or give data that uses it"
         return None
 
     def _check_packed(self, site: Site) -> str | None:
+        """Return the reason why a packed weight is refused, or None."""
         unread = packed.refusal(site)
         if unread:
             return f"{unread}; leave it out with !, or use lora"
         if site.kind == CONV and (lacking := low_rank.lacks(site)):
-            return f"its op {site.op} has no argument {lacking}, so what S would compute is not known"
+            return f"its op {site.op} has no argument {lacking}, which the update needs; leave it out with !"
         if self.by == "gradient" and site.kind != LINEAR:
-            return f"of a packed {site.kind} weight no gradient is measured; choose --by magnitude or random"
+            return f"gradients of a packed {site.kind} weight cannot be measured; choose --by magnitude or random"
         return None
 
     def _rows(self, site: Site) -> list[int]:
-        """Output features to choose among: all where it is empty."""
+        """Return the output features of the selected parts; empty: all."""
         return sorted(row for part in site.selected_parts for row in site.parts[part])
 
     def _room(self, site: Site) -> int:
+        """Return the number of values to choose from."""
         rows = self._rows(site)
         there = math.prod(site.float_shape)
         return there // site.out_features * len(rows) if rows else there
@@ -120,6 +129,8 @@ class SparseTune(RewritePass):
         return {"indices": support, "values": TensorSpec(shape)}
 
     def _choose(self, site: Site) -> Callable[[Tensor], Any]:
+        """Return a function that fills `indices`."""
+
         def fill(indices: Tensor) -> None:
             rows = self._rows(site)
             places = None
@@ -131,12 +142,14 @@ class SparseTune(RewritePass):
             else:
                 importance = self._importance(site).flatten()
                 offered = importance[places] if places is not None else importance
+                # Only the set matters, so topk need not sort; the indices are sorted below.
                 chosen = offered.topk(len(indices), sorted=False).indices
             indices.copy_((places[chosen] if places is not None else chosen).sort().values)
 
         return fill
 
     def _importance(self, site: Site) -> Tensor:
+        """Return the importance of every value of the weight."""
         assert site.weight is not None
         name = self._source(site)
         if self.by == "gradient":
@@ -145,7 +158,8 @@ class SparseTune(RewritePass):
 
     @staticmethod
     def _source(site: Site) -> str:
-        """The tensor that the site's op reads now, below what sparse updates were made before."""
+        """Return the name of the tensor that the site's op reads now, without earlier sparse updates."""
+        # Earlier sparse updates are chains of ops on a stored tensor; walk down to it.
         _, value = weight_reader(site.calls[0])
         while value.op != "get_attr":
             value = value.all_input_nodes[0]
@@ -163,10 +177,12 @@ class SparseTune(RewritePass):
         if not site.packed:
             g.swap_weight(add)
             return None
+        # Several calls of a packed op share one dense S.
         made = g.once(f"S of {g['values'].target}", update) if len(site.calls) > 1 else update()
         return g.call(aten.add.Tensor, g.output, low_rank.product(site, g, g.x, made, site.layout))
 
     def _scattered(self, site: Site, g: Rewriter, flat: fx.Node) -> fx.Node:
+        """Add the values to a flattened weight, and reshape the sum."""
         values = g["values"] if g.weight == 1 else g.call(aten.mul.Tensor, g["values"], g.weight)
         summed = g.call(aten.scatter_add.default, flat, 0, g["indices"], values)
         return g.call(aten.reshape.default, summed, list(site.float_shape))
@@ -177,7 +193,13 @@ class SparseTune(RewritePass):
 
 @dataclass(frozen=True)
 class AddSparse(Fold):
-    """Merge: add scale · values to a weight at places of its flattened self, below other adapters as in the graph."""
+    """Merge: add scale · values to the flattened weight, before other adapters are merged.
+
+    Attributes:
+        indices: Places in the flattened weight (k).
+        values: Values to add (k).
+        scale: Weight of the application.
+    """
 
     stage: ClassVar[Stage] = Stage.WEIGHT
 

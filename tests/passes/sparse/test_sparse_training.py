@@ -260,8 +260,8 @@ def test_the_plan_says_what_the_data_says():
     found = _layer_errors(base, made, data[0])[site.path]
     assert planned.site.decided["output_error"] == pytest.approx(found, rel=1e-4)
     assert re.fullmatch(
-        r"50\.0% zeros; the weight moves by \d+\.\d\d%, its outputs on the data by \d+\.\d\d%",
-        passed.note(planned.site),
+        r"50\.0% zeros; the weight changes by \d+\.\d\d%, its outputs on the data by \d+\.\d\d%",
+        passed.outcome(planned.site).note,
     )
 
 
