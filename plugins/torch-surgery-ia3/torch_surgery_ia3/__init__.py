@@ -1,4 +1,4 @@
-"""IA³: learned vectors that rescale keys, values and the inner activations of the feed-forward."""
+"""IA³: learned vectors that rescale keys, values and the inner activations of the feed-forward layer."""
 
 from __future__ import annotations
 
@@ -32,13 +32,28 @@ from surgery.api.algebra import Combination, Place, channels, computed_weight, o
 def combine(
     places: Sequence[Place], how: Combination, label: str
 ) -> tuple[RewritePass, list[dict[str, Tensor]]]:
-    """One vector, 1 + what the method makes of the l − 1: a weighted sum where that is linear."""
+    """Combine vectors l to one at each place: 1 plus the combination of the differences l − 1.
+
+    Args:
+        places: The places, with the sources at each.
+        how: Method of combination; the one for ranks ("cat") does not apply.
+        label: Label of the result.
+
+    Returns:
+        The combined pass, and its tensors at each place.
+
+    Raises:
+        PassError: The method needs ranks.
+    """
     if how.method == "cat" or how.by_svd:
-        raise PassError(f"combine: ia3 has no ranks, so no {how.method}; take linear, ties or dare_linear")
+        raise PassError(
+            f"combine: ia3 has no ranks, which {how.method} needs; use linear, ties or dare_linear"
+        )
     generator = torch.Generator().manual_seed(how.seed)
     values = []
     for place in places:
         weights = [source.weight for source in place.sources]
+        # "rows" is an index of the fused projection, not a trained vector.
         names = [name for name in place.sources[0].tensors if name != "rows"]
         values.append(
             {
@@ -55,11 +70,14 @@ def combine(
 class IA3(RewritePass):
     """IA³: y = W x + b becomes l ⊙ (W x + b), or W (l ⊙ x) + b (Liu et al. 2022, arXiv:2205.05638).
 
-    The paper rescales keys and values (the output of attn.k and attn.v, or those parts of a fused projection)
-    and the inner activation of the feed-forward (the input of mlp.down). The vectors l (one number for each
-    feature; channels, for a convolution) start at one, so insertion is exact. An input vector acts on
-    everything that stands at its site, earlier adapters too; later ones read the input unscaled. A weight w
-    makes the factor 1 + w·(l − 1). Merge: diag(l) W and l ⊙ b for an output, W diag(l) for an input.
+    The learned vector l has one value for each feature (each channel of a convolution). It starts at one, so the
+    outputs do not change at insertion. By default, as in the paper, the pass scales keys and values (the outputs of
+    attn.k and attn.v, or these parts of a fused projection) and the inner activation of the feed-forward layer (the
+    input of mlp.down). `--scale` sets input or output for all targets.
+
+    A vector on an input also scales the input of adapters that were applied before it; adapters applied later read the
+    unscaled input. A weight w of the application gives the factor 1 + w·(l − 1). Merge: W becomes diag(l) W and b
+    becomes l ⊙ b for an output; W becomes W diag(l) for an input.
     """
 
     name: ClassVar[str] = "ia3"
@@ -69,7 +87,8 @@ class IA3(RewritePass):
     combiner: ClassVar[Any] = staticmethod(combine)
 
     scale: Literal["auto", "input", "output"] = Field(
-        "auto", description="what the vector rescales; auto: the input of mlp.down, else the output"
+        "auto",
+        description="value that the vector scales; auto: the input of mlp.down, the output of other targets",
     )
 
     @property
@@ -89,6 +108,7 @@ class IA3(RewritePass):
         return None
 
     def _axis(self, site: Site) -> str:
+        """Return the axis of the weight that is scaled: "i" for its input, "o" for its output."""
         if self.scale == "auto":
             return "i" if site.role == "mlp.down" else "o"
         return self.scale[0]
@@ -108,6 +128,7 @@ class IA3(RewritePass):
 
     def rewrite(self, site: Site, g: Rewriter):
         rows = site.decided["rows"]
+        # Parts of a fused projection have vectors of their own; other rows are multiplied by one.
         if rows:
             vector = ones_elsewhere(g, [g[f"scale_{part}"] for part in rows], g["rows"])
         else:
@@ -132,9 +153,11 @@ class IA3(RewritePass):
 
 
 def _factor(vector: Tensor, weight: float) -> Tensor:
+    """Return 1 + weight · (vector − 1), exactly the vector for weight 1."""
     return vector if weight == 1 else vector * weight + (1 - weight)
 
 
 @hookimpl
 def surgery_passes() -> list[type]:
+    """Return the pass of this plugin."""
     return [IA3]

@@ -366,7 +366,7 @@ def test_refused_and_said():
     refused = {row.site.path: row.refusal for row in odd.plan(Int8Static(target="all")).passes[-1].refused}
     assert "W @ x" in refused["left"]
     assert "transposed convolution" in refused["up"]
-    assert "zero on all of the calibration data" in refused["dead"]
+    assert "its input is zero on all of the calibration data" in refused["dead"]
     for kind in (torch.float16, torch.bfloat16, torch.float64):
         half = surgery.capture(nn.Linear(8, 4).to(kind).eval(), torch.randn(2, 8).to(kind))
         with pytest.raises(PassError, match=rf"its weight is {kind}.*load the model in float32"):
@@ -399,7 +399,7 @@ def test_the_plan_says_what_was_seen():
     )
     assert alone.decided["seen"] == "on the example inputs alone; give --data"
     assert "seen" not in given.decided
-    assert "reads -" in pass_.note(given)
+    assert "reads -" in pass_.outcome(given).note
 
 
 def on_codes(base: Program, lora: surgery.Lora) -> Program:
@@ -426,7 +426,8 @@ def test_an_adapter_goes_into_codes(how, tmp_path):
         "linear": how,
     }
     assert (
-        "rounded right behind it, to a range that was seen without the adapter" in choices["grouped"]["why"]
+        "rounded directly after it, to a range that was calibrated without the adapter"
+        in choices["grouped"]["why"]
     )
     first = choices["conv"]  # which alone reads the same before and after
 

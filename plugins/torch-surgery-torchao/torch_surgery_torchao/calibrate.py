@@ -1,4 +1,4 @@
-"""Scales and zero points of activations, as torchao's PT2E observers find them on calibration data."""
+"""Scales and zero points of activations, found by torchao's PT2E observers on calibration data."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ OBSERVERS = {
     "minmax": MinMaxObserver,
     "moving-average": MovingAverageMinMaxObserver,
 }
-Edge = tuple[str, str]  # an op, and the value that it reads
+Edge = tuple[str, str]  # names of an op and of a value that it reads
 
 
 @dataclass(frozen=True)
 class Range:
-    """How an activation becomes uint8: x / scale + zero. largest: magnitude that was seen."""
+    """Quantization of an activation to uint8: x / scale + zero.
+
+    Attributes:
+        scale: Step between two codes.
+        zero: Code of the value zero.
+        largest: Largest magnitude seen on the data.
+    """
 
     scale: float
     zero: int
@@ -33,14 +39,25 @@ class Range:
 
 @dataclass(frozen=True)
 class Ranges:
-    """read: of edges. given: of what nodes give. By node name."""
+    """Ranges found on the data.
+
+    Attributes:
+        read: Range of the value that an op reads, by edge.
+        given: Range of a node's output, by node name.
+    """
 
     read: dict[Edge, Range]
     given: dict[str, Range]
 
 
 class Sites(Quantizer):
-    """Annotates these edges and outputs, in uint8 per tensor, and nothing else."""
+    """A torchao quantizer that annotates given edges and outputs, as uint8 per tensor, and nothing else.
+
+    Args:
+        edges: Edges to observe.
+        outputs: Names of nodes whose outputs to observe.
+        observer: Name in OBSERVERS.
+    """
 
     def __init__(self, edges: Iterable[Edge], outputs: Iterable[str], observer: str) -> None:
         super().__init__()
@@ -54,6 +71,7 @@ class Sites(Quantizer):
         )
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Write the annotations into the graph."""
         for node in model.graph.nodes:
             read = {x: self.spec for x in node.all_input_nodes if (node.name, x.name) in self.edges}
             given = self.spec if node.name in self.outputs else None
@@ -63,12 +81,21 @@ class Sites(Quantizer):
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
-        """There is nothing to hold against: which sites are fit is the pass's to say."""
+        """Do nothing: the pass has already checked the sites."""
 
 
 def calibrate(probe: Probe, edges: Iterable[Edge], outputs: Iterable[str], observer: str) -> Ranges:
-    """What observers find there on the probe's data. Raises PassError for data that does not fit the program, or that
-    makes anything but finite numbers there."""
+    """Run the data through the program and return the ranges that observers find.
+
+    Args:
+        probe: The program and its data.
+        edges: Edges to observe.
+        outputs: Names of nodes whose outputs to observe.
+        observer: Name in OBSERVERS.
+
+    Raises:
+        PassError: The data do not fit the program, or an observed value contains inf or NaN.
+    """
     sites, module = Sites(edges, outputs, observer), probe.module()
     _keep_from_norms(module.graph, sites.outputs)
     with warnings.catch_warnings(), torch.no_grad():
@@ -77,6 +104,7 @@ def calibrate(probe: Probe, edges: Iterable[Edge], outputs: Iterable[str], obser
         calls = [node for node in prepared.graph.nodes if node.op == "call_module"]
         observers = {str(node.target): prepared.get_submodule(str(node.target)) for node in calls}
         watches = {str(node.target): _Watch(node.all_input_nodes[0].name) for node in calls}
+        # The hooks run before the observers, so an infinite value is reported before an observer drops it.
         for name, each in observers.items():
             each.register_forward_pre_hook(watches[name])
         probe.run(prepared)
@@ -91,7 +119,12 @@ def calibrate(probe: Probe, edges: Iterable[Edge], outputs: Iterable[str], obser
 
 
 class _Watch:
-    """Sees what an observer sees: the observers themselves drop what is infinite."""
+    """A hook that sees the values of an observer, because observers silently ignore inf.
+
+    Attributes:
+        name: Name of the observed value.
+        largest: Largest magnitude seen.
+    """
 
     def __init__(self, name: str) -> None:
         self.name, self.largest = name, 0.0
@@ -99,14 +132,13 @@ class _Watch:
     def __call__(self, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         if not torch.isfinite(args[0]).all():
             raise PassError(
-                f"on the calibration data the value of {self.name} is infinite or no number; look at the data and the "
-                "model"
+                f"on the calibration data the value of {self.name} contains inf or NaN; check the data and the model"
             )
         self.largest = max(self.largest, float(args[0].abs().max()))
 
 
 def _observer_read(node: fx.Node, x: str) -> str:
-    """The observer of what an op reads: prepare_pt2e has put it between."""
+    """Return the name of the observer that prepare_pt2e inserted between an op and a value that it reads."""
     return next(
         str(n.target)
         for n in node.all_input_nodes
@@ -115,12 +147,16 @@ def _observer_read(node: fx.Node, x: str) -> str:
 
 
 def _observer_after(node: fx.Node) -> str:
+    """Return the name of the observer of a node's output."""
     return next(str(user.target) for user in node.users if user.op == "call_module")
 
 
 def _keep_from_norms(graph: fx.Graph, names: Iterable[str]) -> None:
-    """prepare_pt2e folds a batch norm into the convolution before it; a copy between them keeps the two apart, so that
-    what the convolution itself gives is observed."""
+    """Insert a copy between each named node and a batch norm that reads it.
+
+    prepare_pt2e folds a batch norm into the convolution before it. The copy prevents that, so that the output of the
+    convolution itself is observed.
+    """
     for node in list(graph.nodes):
         if node.name in names:
             for user in [u for u in node.users if "batch_norm" in str(u.target)]:

@@ -1,4 +1,4 @@
-"""`surgery_torchao::quantize_dequantize`: an activation rounded to 8 bits, as one node with a gradient."""
+"""`surgery_torchao::quantize_dequantize`: rounds an activation to 8 bits, as one node with a gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from torch import Tensor
 
 @torch.library.custom_op("surgery_torchao::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: float, zero: int) -> Tensor:
-    """(clamp(round(x / scale) + zero, 0, 255) − zero) × scale, as QuantizeLinear and DequantizeLinear have it."""
+    """Return (clamp(round(x / scale) + zero, 0, 255) − zero) × scale, as ONNX's QuantizeLinear and DequantizeLinear do.
+
+    Args:
+        x: The activation.
+        scale: Step between two codes.
+        zero: Code of the value zero, 0 to 255.
+    """
     return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
 
 
@@ -20,12 +26,13 @@ def _(x: Tensor, scale: float, zero: int) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, float, int], output: Tensor) -> None:
+    """Save a mask of the values that are not saturated."""
     x, scale, zero = inputs
     ctx.save_for_backward((x >= (-zero - 0.5) * scale) & (x <= (255 - zero + 0.5) * scale))
 
 
 def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    """Rounding passes the gradient on, and saturation stops it (Bengio et al. 2013, arXiv:1308.3432)."""
+    """Pass the gradient through rounding, but not through saturation (Bengio et al. 2013, arXiv:1308.3432)."""
     (within,) = ctx.saved_tensors
     return gradient * within, None, None
 
@@ -34,7 +41,7 @@ quantize_dequantize.register_autograd(_straight_through, setup_context=_keep)
 
 
 def translation() -> Any:
-    """The onnxscript function for torch.onnx's table."""
+    """Return the onnxscript function of the op, for torch.onnx's translation table."""
 
     def lower(x, scale, zero):
         import numpy

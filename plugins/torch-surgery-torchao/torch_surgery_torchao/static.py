@@ -1,4 +1,4 @@
-"""int8-static: products of int8 weights and 8-bit activations, whose scales are set beforehand on data."""
+"""int8-static: products of int8 weights and 8-bit activations, with scales calibrated on data in advance."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from surgery.api import (
     CONV,
     LINEAR,
     Call,
-    CodesPass,
+    Effect,
+    Expectations,
     Field,
     Numerics,
+    Outcome,
     PassError,
-    Quantize,
     Rewriter,
     Site,
     changes,
 )
+from surgery.api.quantization import CodesPass, Quantize
 from torch_surgery_torchao.op import quantize_dequantize
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 RELUS = (aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default)
-# What onnxruntime computes on codes as they are, or moves them through.
+# Ops that onnxruntime computes directly on codes.
 PASSING = (*RELUS, aten.max_pool2d.default, aten.dropout.default, aten.flatten.using_ints, aten.view.default,
            aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim)  # fmt: skip
 
@@ -37,20 +39,24 @@ PASSING = (*RELUS, aten.max_pool2d.default, aten.dropout.default, aten.flatten.u
 class Int8Static(CodesPass):
     """Static int8: y = W x + b becomes s_w·s_x·(W₈ x₈) + b (Jacob et al. 2018, arXiv:1712.05877).
 
-    Weights: int8, symmetric, one scale for each output, as `quantize --format int8` makes them (`--method gptq` too).
-    Activations: uint8 with one scale and one zero point for each tensor, which torchao's PT2E observers set on
-    `--data` (prepare_pt2e with a Quantizer that annotates the targeted sites and nothing else): `histogram` takes the
-    range of least squared error, `minmax` all that was seen, `moving-average` a running mean of each set's extremes.
-    What enters a linear map or a convolution is rounded; what leaves a convolution too, after its relu where it has
-    one, unless only quantized sites read it. `--output op` rounds right behind the convolution, so that adapters can
-    stand between that and the relu.
+    Weights are int8, symmetric, with one scale s_w for each output, as `quantize --format int8` makes them (also with
+    `--method gptq`). Activations are uint8, with one scale s_x and one zero point for each tensor. torchao's PT2E
+    observers find these on `--data`, by prepare_pt2e with a quantizer that annotates only the targeted sites:
+    `histogram` takes the range with the smallest squared error, `minmax` the range of all values seen, and
+    `moving-average` a running mean of the extremes of each data set.
 
-    Scales, zero points and codes are written down and never computed again. Gradients pass straight through rounding;
-    adapters read x as it was before rounding, and their gradients do not reach the codes (QLoRA). `merge --quantized`
-    folds an adapter into them where a budget allows it, what it makes of x before rounding included; not where the
-    convolution's output is rounded right behind it, to a range that was seen without the adapter. In ONNX a rounding
-    is QuantizeLinear and DequantizeLinear, which onnxruntime fuses with the op into MatMulIntegerToFloat and
-    QLinearConv; the export fails where it does not. Undo gives W back bit for bit. The outputs change by design.
+    The input of each linear layer and convolution is rounded. The output of a convolution is rounded too, after its
+    relu if it has one, unless only quantized sites read it. With `--output op` it is rounded directly after the
+    convolution, so that adapters can be inserted between that and the relu.
+
+    Scales, zero points and codes are computed once and stored. Gradients pass through rounding unchanged. Adapters read
+    x before it is rounded, and no gradients reach the codes (QLoRA). `merge --quantized` merges an adapter into the
+    codes if a budget allows it; the error includes the adapter's effect on the part of x that rounding removes. It
+    keeps adapters of a convolution whose output is rounded directly after it, because that range was calibrated without
+    the adapter. There is no other merged form. The outputs change by design. Undo restores W bit for bit.
+
+    In ONNX, each rounding is QuantizeLinear and DequantizeLinear, which onnxruntime fuses with the op into
+    MatMulIntegerToFloat and QLinearConv. The export fails if a product would be computed in floating point.
     """
 
     name: ClassVar[str] = "int8-static"
@@ -58,30 +64,32 @@ class Int8Static(CodesPass):
     numerics: ClassVar[Numerics] = changes("weights and activations are rounded to 8 bits")
 
     observer: Literal["histogram", "minmax", "moving-average"] = Field(
-        "histogram", description="how the range of an activation follows from what was seen of it"
+        "histogram", description="how the range of an activation is computed from the values seen"
     )
     method: Literal["nearest", "gptq"] = Field(
         "nearest",
-        description="of the weights: round to nearest, or make up for errors on the data (linear maps)",
+        description="weights: round to nearest, or compensate rounding errors on the data (linear layers)",
     )
     output: Literal["auto", "op"] = Field(
-        "auto", description="where what leaves a convolution is rounded: after its relu, or right behind it"
+        "auto",
+        description="where the output of a convolution is rounded: auto, after its relu; op, directly after it",
     )
-
-    @property
-    def in_place(self) -> bool:
-        return self.output == "op"
 
     @property
     def rounding(self) -> tuple[Any, ...]:
         return (quantize_dequantize._opoverload,)
 
     @property
-    def detaches(self) -> str:
-        return "gradients pass straight through the rounding of activations"
+    def effect(self) -> Effect:
+        return replace(super().effect, one_layer=self.output == "op")
+
+    @property
+    def expectations(self) -> Expectations:
+        return Expectations(detached="gradients pass through the rounding of activations unchanged")
 
     @property
     def _weights(self) -> Quantize:
+        """The pass that encodes the weights."""
         return Quantize(target=self.target, label=self.label, format="int8", method=self.method)
 
     def check(self, site: Site) -> str | None:
@@ -91,32 +99,34 @@ class Int8Static(CodesPass):
         ranges = self._ranges(site)
         flat = any(ranges.read[edge].largest == 0 for edge in _edges(site))
         if flat:
-            return "what enters it is zero on all of the calibration data; give data that reaches it"
+            return "its input is zero on all of the calibration data; give data that reaches it"
         return None
 
     def _unfit(self, site: Site) -> str | None:
-        """Why a site is refused, whatever the data are."""
+        """Return the reason why a site is refused, whatever the data are, or None."""
         if site.weight is not None and site.dtype is not torch.float32:
             return (
                 f"its weight is {site.dtype}, and onnxruntime's int8 products give float32; load the model in float32 "
                 "(--dtype float32)"
             )
         if site.kind == CONV and site.layout == "io":
-            return "it is a transposed convolution, of which onnxruntime has none in int8; use quantize there"
+            return (
+                "it is a transposed convolution, which onnxruntime cannot compute in int8; use quantize there"
+            )
         if any(call.x_axis == "column" for call in site.calls):
             return (
-                "it computes W @ x, and onnxruntime has one scale there for all rows of W; use quantize there"
+                "it computes W @ x, where onnxruntime allows one scale for all rows of W; use quantize there"
             )
         if not site.probe.in_memory:
-            return "its weight is not in memory, and calibration has to run the model; load the weights first"
+            return "its weight is not in memory, and calibration runs the model; load the weights first"
         return self._weights.check(site)
 
     def _ranges(self, site: Site) -> Ranges:
-        """Of all sites that are fit, found in one run over the data."""
+        """Return the ranges of all sites that are not refused, measured in one run over the data."""
         probe = site.probe
 
         def make() -> Ranges:
-            # Importing torchao takes seconds, and a journal is replayed without it.
+            # torchao takes seconds to import, and replaying a journal does not need it.
             from torch_surgery_torchao.calibrate import calibrate
 
             fit = [s for s in self._targeted(site) if s.kind in self.on and not self._unfit(s)]
@@ -127,13 +137,18 @@ class Int8Static(CodesPass):
         return probe.once((self, "ranges"), make)
 
     def _targeted(self, site: Site) -> list[Site]:
+        """Return all targeted sites, with the measurements of this one."""
         found = self.find(site.probe.view)
         return [replace(s, measured=site.probe) for s in found]
 
     def _place(self, call: Call, edges: set[Edge]) -> fx.Node | None:
-        """After which node what leaves a convolution is rounded; None where sites that read it do that."""
+        """Return the node after which the output of a convolution is rounded.
+
+        None: the sites that read the output round it themselves.
+        """
         if self.output == "op":
             return call.node
+        # Follow ops that work on codes to the value that other ops read.
         last = call.node
         while (user := _only_user(last)) is not None and user.target in PASSING:
             last = user
@@ -151,6 +166,7 @@ class Int8Static(CodesPass):
         return decided
 
     def _written_output(self, site: Site, call: Call, ranges: Ranges) -> dict[str, Any] | None:
+        """Return what the journal records about the rounding of a convolution's output, or None."""
         place = self._place(call, set(ranges.read))
         if place is None:
             return None
@@ -158,12 +174,13 @@ class Int8Static(CodesPass):
         after = "op" if place is call.node else "relu"
         return {"scale": range_.scale, "zero": range_.zero, "after": after}
 
-    def note(self, site: Site) -> str:
-        parts = [self._weights.note(site)] if "error" in site.decided else []
+    def outcome(self, site: Site) -> Outcome:
+        plain = super().outcome(site)
+        parts = [self._weights.outcome(site).note] if "error" in site.decided else []
         first = site.decided["input"][0]
         low, high = (first["scale"] * (end - first["zero"]) for end in (0, 255))
         parts.append(f"reads {low:.3g} to {high:.3g}")
-        return "; ".join(parts)
+        return replace(plain, note="; ".join(parts))
 
     def layout(self, site: Site) -> Any:
         return self._weights.layout(site)
@@ -174,13 +191,13 @@ class Int8Static(CodesPass):
     def keeps_out(self, site: Site) -> str:
         if any(given and given["after"] == "op" for given in site.decided.get("output", ())):
             return (
-                "what it gives is rounded right behind it, to a range that was seen without the adapter; undo "
+                "its output is rounded directly after it, to a range that was calibrated without the adapter; undo "
                 f"{self.entry_id!r}, merge to --format hf, and quantize that"
             )
         return ""
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
-        call = g.call_
+        call = g.site_call
         assert call is not None
         index = site.calls.index(call)
         read = site.decided["input"][index]
@@ -188,33 +205,39 @@ class Int8Static(CodesPass):
         def rounded(by: dict[str, Any]):
             return lambda value: g.call(quantize_dequantize._opoverload, value, by["scale"], by["zero"])
 
+        # Adapters keep reading the unrounded input: only the op's own argument is replaced.
         g.replace_input(rounded(read))
         corrected = super().rewrite(site, g)
         given = site.decided.get("output", {}) and site.decided["output"][index]
         if given:
             if given["after"] == "op":
-                g.stand_in(call.node, rounded(given))
+                g.replace_output(call.node, rounded(given))
             else:
                 relu = _relu(call)
                 if relu is None:
-                    raise PassError(f"{self.entry_id} at {site.path}: its relu is not where it was")
+                    raise PassError(
+                        f"{self.entry_id} at {site.path}: its relu was not found; undo later passes that changed it"
+                    )
                 g.wrap(relu, rounded(given))
         return corrected
 
 
 def _edges(site: Site) -> list[Edge]:
+    """Return the input edges of a site's calls."""
     return [(call.node.name, call.x.name) for call in site.calls]
 
 
 def _written(ranges: Ranges, edge: Edge) -> dict[str, Any]:
+    """Return what the journal records about the range of an edge."""
     return {"scale": ranges.read[edge].scale, "zero": ranges.read[edge].zero}
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
+    """Return the only reader of a value, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _relu(call: Call) -> fx.Node | None:
-    """The relu that alone reads what a convolution gives."""
+    """Return the relu that is the only reader of a convolution's output, or None."""
     user = _only_user(call.node)
     return user if user is not None and user.target in RELUS else None
