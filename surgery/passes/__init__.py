@@ -1,4 +1,4 @@
-"""Built-in passes, registered through the same hook as everybody's."""
+"""Built-in passes, registered through the same hook as those of plugins."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ from surgery.passes.untie import Untie
 
 @hookimpl
 def surgery_passes() -> list[type]:
+    """Return the built-in pass classes."""
     return [
         Lora,
         Quantize,

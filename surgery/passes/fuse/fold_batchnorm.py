@@ -95,6 +95,7 @@ class FoldBatchnorm(PatternPass):
         return {name: site.probe.tensor(full) for name, full in site.decided["reads"].items()}
 
     def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+        # The new tensors belong to the layer, not to the norm.
         owner = str(site.decided["reads"]["weight"]).rpartition(".")[0]
         return {name: f"{owner}.{attribute_of(self)}.{name}".lstrip(".") for name in tensors}
 
@@ -114,6 +115,7 @@ def fold(eps: float, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         held: Tensors by role: weight, mean and variance; bias, scale (γ) and shift (β) where they exist.
     """
     wide = {name: tensor.double() for name, tensor in held.items()}
+    # One factor for each output channel, which is the first axis of the weight. Absent γ is 1; absent β and b are 0.
     factor = (wide["variance"] + eps).rsqrt() * wide.get("scale", torch.ones(()).double())
     weight = wide["weight"] * factor.reshape(-1, *(1 for _ in wide["weight"].shape[1:]))
     bias = (wide.get("bias", torch.zeros(()).double()) - wide["mean"]) * factor + wide.get("shift", 0)

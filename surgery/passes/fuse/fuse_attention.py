@@ -42,7 +42,7 @@ BY_BLOCKS = rounded(
 
 
 class FuseAttention(PatternPass):
-    """Fused attention: softmax(s · q kᵀ + mask) v, written out in eager ops, becomes aten.scaled_dot_product_attention.
+    """Fused attention: softmax(s · q kᵀ + mask) v, in elementary ops, becomes aten.scaled_dot_product_attention.
 
     Shapes: q (…, L, d), k (…, S, d), v (…, S, e). The pass matches these forms:
 

@@ -61,6 +61,7 @@ class SplitQkv(PatternPass):
     def check(self, site: Site) -> str | None:
         view = site.probe.view
         match = self.match(site, view)
+        # Every row must belong to exactly one part; otherwise rows would be lost or duplicated.
         parts = view.site_of(match["op"]).parts
         if sorted(row for rows in parts.values() for row in rows) != list(range(shape_of(match["op"])[-1])):
             return "dataflow does not show which of its rows make queries, keys and values"
@@ -106,6 +107,7 @@ class SplitQkv(PatternPass):
         made = [self._part(match, part, g) for part in site.decided["parts"]]
         if match.pattern.name == _THIRDS:
             return [_seen(match, node, g) for node in made]
+        # The model reads one output in the old order of rows, for example interleaved by heads.
         order = _order(site)
         both = g.model_op(aten.cat.default, made, -1)
         return [both if order is None else g.model_op(aten.index_select.default, both, -1, g["order"])]

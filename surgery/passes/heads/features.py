@@ -71,6 +71,7 @@ def scores_of(call: Call) -> tuple[fx.Node, fx.Node | None]:
 
     BART, for example, adds `final_logits_bias` right after the layer. The output then includes that bias.
     """
+    # The bias may reach the addition through casts, which do not change what it is.
     value = output_with_adapters(call.node, whole=True)
     users = list(value.users)
     if len(users) == 1 and users[0].target is aten.add.Tensor and users[0].args[0] is value:
@@ -99,6 +100,7 @@ def find_features(view: View, pool: str | None) -> list[Features]:
     floats = {name: node for name, node in own.items() if _is_features(name, node)}
     flat = next((name for name, node in floats.items() if _rank(node) == 2), None)
     spread = next((name for name, node in floats.items() if _rank(node) > 2), None)
+    # Without a pool, a pooled output is used if there is one; with a pool, token features.
     name = (flat or spread) if pool is None else (spread or flat)
     if name is None:
         raise PassError(

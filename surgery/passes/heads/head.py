@@ -68,7 +68,10 @@ class Head(GraphPass):
         description="resize: numbers of the old classes to keep, such as 0,2,5 (default: the first ones)",
     )
     head_name: str = Field(
-        "", pattern=r"^[A-Za-z0-9_]*$", description="add: name of the head; its output is logits_NAME"
+        "",
+        pattern=r"^[A-Za-z0-9_]*$",
+        max_length=100,
+        description="add: name of the head; its output is logits_NAME",
     )
     pool: Literal["cls", "mean", "last", "none"] | None = Field(
         None,

@@ -73,6 +73,7 @@ class Prompt(GraphPass):
             return "give --init text and --text TEXT together"
         late = next((e.id for e in site.probe.journal if e.pass_name == "prefix"), None)
         by_ids = insert.embedding_of_ids(site.probe.view) is not None
+        # The initial prompt needs the decoded table, even if only its standard deviation.
         if by_ids and site.packed and (unread := packed.refusal(site)):
             return f"{unread}, and the initial prompt is computed from it; use prefix, adapter or lora"
         if self.init != "normal" and not by_ids:
