@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.capture.budget import limited
 from surgery.capture.inputs import hf_inputs
+from surgery.capture.stored_options import DTYPES
 from surgery.capture.types import LoadedModel, LoadOptions
-from surgery.common.errors import LoadError, MissingExtraError, nearest
+from surgery.common.errors import LoadError, MissingExtraError, SurgeryError, nearest
 
 PREFIX = "hf:"
 
@@ -57,7 +59,6 @@ ALIASES = {
 }
 # State-space models unroll their scan over these dimensions, so the capture may fix them at the example's length.
 _LENGTHS = frozenset({"seq", "src_seq", "tgt_seq"})
-_DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 
 
 def load(ref: str, options: LoadOptions) -> LoadedModel | None:
@@ -77,6 +78,11 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
             f"{ref}: trust_remote_code is never used, because it runs code from the model's directory; "
             "write a py: factory that builds the model from your own code"
         )
+    if not keywords.get("weights_only", True) or keywords.get("allow_all_kernels", False):
+        raise LoadError(
+            f"{ref}: weights_only=False and allow_all_kernels=True are never used, because they can run code; "
+            "remove them"
+        )
     _check_directory(ref, name, keywords)
     dtype = _dtype(keywords.pop("dtype", keywords.pop("torch_dtype", "auto")))
     with silenced(transformers):
@@ -84,10 +90,21 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
         # A GGUF file does not name its model class.
         task = options.task or ("text-generation" if "gguf_file" in chosen else None)
         model_class = _model_class(transformers, ref, config, task)
+        folder = _folder(name)
+        # Without a local directory the model is still to be downloaded, and its size is not known.
+        room = contextlib.nullcontext() if folder is None else limited(_bytes_in(folder), ref)
         try:
-            model, info = model_class.from_pretrained(
-                name, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, **chosen
-            )
+            with room:
+                model, info = model_class.from_pretrained(
+                    name,
+                    config=config,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                    **chosen,
+                )
+        except SurgeryError:
+            raise
         except Exception as error:
             raise LoadError(f"{ref}: {_sentence(error)}") from error
     # transformers initializes missing and mismatched weights randomly.
@@ -196,8 +213,8 @@ def _check_directory(ref: str, name: str, keywords: Mapping[str, Any]) -> None:
 
 
 def _dtype(value: Any) -> Any:
-    if isinstance(value, str) and value not in _DTYPES:
-        raise LoadError(f"unknown dtype '{value}'{nearest(value, _DTYPES)}")
+    if isinstance(value, str) and value not in DTYPES:
+        raise LoadError(f"unknown dtype '{value}'{nearest(value, DTYPES)}")
     return getattr(torch, value) if isinstance(value, str) and value != "auto" else value
 
 
@@ -211,6 +228,14 @@ def _config(
         )
     except Exception as error:
         raise LoadError(f"{ref}: {_sentence(error)}") from error
+    if not any(key.endswith("attn_implementation") for key in keywords):
+        for part in configs(config):
+            wanted = getattr(part, "_attn_implementation", None)
+            if isinstance(wanted, str) and "/" in wanted:
+                raise LoadError(
+                    f"{ref}: its configuration asks for the kernel {wanted!r}, which is downloaded code; "
+                    "give --model-kwarg attn_implementation=sdpa"
+                )
     # AutoConfig consumes gguf_file, but from_pretrained needs it too.
     if "gguf_file" in keywords:
         unused["gguf_file"] = keywords["gguf_file"]
@@ -293,6 +318,12 @@ def _files(name: str, keywords: Mapping[str, Any]) -> tuple[Path, ...]:
             break
     extra = [folder / "config.json", *folder.glob("model.safetensors.index.json")]
     return (*found, *(path for path in extra if path.exists()))
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files in a model's directory and directly below it, where a subfolder can hold the weights."""
+    files = [*folder.glob("*"), *folder.glob("*/*")]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _folder(name: str) -> Path | None:

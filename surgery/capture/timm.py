@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.export import Dim
 
+from surgery.capture.stored_options import DTYPES
 from surgery.capture.types import LoadedModel, LoadOptions
 from surgery.common.errors import LoadError, MissingExtraError, nearest
 
@@ -44,6 +45,8 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else ""
         raise LoadError(f"{ref}: {type(error).__name__}: {first[:200]}") from error
+    if isinstance(dtype, str) and dtype not in DTYPES[:-1]:
+        raise LoadError(f"{ref}: unknown dtype '{dtype}'{nearest(dtype, DTYPES[:-1])}")
     return from_model(
         model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype),
         batch=options.example.get("batch", 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from surgery.cli.yaml_text import Refused, parse_yaml
 from surgery.common.errors import SurgeryError, nearest
 from surgery.common.plugins import Plugins
+from surgery.common.readers import first_line
 from surgery.engine.probe import InputSet
 from surgery.engine.program import Program
 from surgery.store.load import load
@@ -101,11 +104,21 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix == ".npz":
-            with numpy.load(path, allow_pickle=False) as archive:
-                return {name: torch.from_numpy(archive[name]) for name in archive.files}
+            return _read_npz(path)
     except Exception as error:
-        raise SurgeryError(f"--data {path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise SurgeryError(f"--data {path} cannot be read: {first_line(error)}") from None
     raise SurgeryError(f"--data {path}: give a .safetensors or .npz file of tensors by input name")
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of an .npz file. Raises ValueError if it expands to much more than its size."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    allowed = 20 * path.stat().st_size + 200_000_000
+    if size > allowed:
+        raise ValueError(f"it expands to {size / 1e6:,.0f} MB, over {allowed / 1e6:,.0f} MB for its size")
+    with numpy.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
 def read_weights(given: Sequence[str]) -> dict[str, float]:
@@ -123,6 +136,8 @@ def _pair(text: str, option: str) -> tuple[str, Any]:
     if not equals or not name:
         raise SurgeryError(f"{option} {text!r}: write NAME=VALUE")
     try:
-        return name, yaml.safe_load(value)
+        return name, parse_yaml(value)
+    except Refused as error:
+        raise SurgeryError(f"{option} {name}: the value cannot be read: {error}") from None
     except yaml.YAMLError:
         return name, value

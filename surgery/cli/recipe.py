@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -11,16 +12,28 @@ import click
 import yaml
 from pydantic import Field, model_validator
 
-from surgery.common.errors import SurgeryError, nearest
+from surgery.capture.stored_options import check_kwargs
+from surgery.cli.yaml_text import Refused, parse_yaml
+from surgery.common.errors import MissingExtraError, SurgeryError, nearest
 from surgery.common.files import write_text
 from surgery.common.options import Configured
+from surgery.common.patterns import matcher
 from surgery.common.plugins import Plugins
+from surgery.common.readers import first_line
 from surgery.engine.contract.base import Pass
 from surgery.engine.contract.folds import How
 from surgery.engine.registry import find_pass
 from surgery.train.request import TrainingRequest
 
 LATER = ("train", "merge", "finish", "export")
+_TYPES: tuple[tuple[str, type, str], ...] = (
+    ("model", str, "a reference, such as hf:DIR"),
+    ("task", str, "the name of a task"),
+    ("model_kwargs", dict, "a mapping"),
+    ("freeze_base", bool, "true or false"),
+    ("train", dict, "a mapping with an 'objective' and 'data'"),
+)
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _KEYS = ("model", "task", "model_kwargs", "passes", "freeze_base", *LATER)
 
 
@@ -64,7 +77,7 @@ class Shipping(Configured):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if Path(self.file).name != self.file or self.file in (".", ".."):
+        if Path(self.file).name != self.file or self.file.startswith(".") or not self.file.isprintable():
             raise ValueError(
                 f"--file {self.file} must be a name in the directory of the run; remove the directory part"
             )
@@ -109,46 +122,121 @@ class Recipe:
         return [name for name in LATER if getattr(self, name)]
 
 
-def read_recipe(path: Path, plugins: Plugins) -> Recipe:
+def read_recipe(path: Path, plugins: Plugins, allowed: Collection[str] = ()) -> Recipe:
     """Parse a recipe file.
+
+    Args:
+        path: the file. It may come from elsewhere: nothing in it runs code that the user has not named.
+        plugins: plugin manager with the passes and objectives.
+        allowed: code that the recipe may name, such as `py:package.module:callable` or `module:function`.
 
     Raises:
         SurgeryError: the file cannot be read or a section is wrong; the message names the section.
         PassError: a pass is unknown or has a wrong option.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise SurgeryError(f"recipe {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise SurgeryError(f"recipe {path} is not a text file") from None
-    except yaml.YAMLError as error:
-        raise SurgeryError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    data = _read(Path(path))
     if not isinstance(data, dict):
         raise SurgeryError(f"recipe {path} must be a mapping with the key 'passes'")
     for key in data:
         if key not in _KEYS:
             raise SurgeryError(f"recipe {path} has an unknown key {key!r}{nearest(str(key), _KEYS)}")
+    for key, kind, what in _TYPES:
+        if data.get(key) is not None and not isinstance(data[key], kind):
+            raise SurgeryError(f"recipe {path}: {key!r} must be {what}")
+    for key in ("passes", "finish", "train"):
+        for text in _texts(data.get(key)):
+            _refuse_hidden_code(path, key, text, allowed)
+            _refuse_slow_patterns(path, key, text)
     passes = _passes(path, data, "passes", plugins)
     if not passes:
         raise SurgeryError(f"recipe {path}: 'passes' must be a list with at least one pass")
-    kwargs = data.get("model_kwargs") or {}
-    if not isinstance(kwargs, dict):
-        raise SurgeryError(f"recipe {path}: 'model_kwargs' must be a mapping")
     train = data.get("train")
-    if train is not None and not isinstance(train, dict):
-        raise SurgeryError(f"recipe {path}: 'train' must be a mapping with an 'objective' and 'data'")
     return Recipe(
         passes,
         data.get("model"),
         data.get("task"),
-        kwargs,
+        data.get("model_kwargs") or {},
         data.get("freeze_base"),
         _within(path, "train", lambda: TrainingRequest.parse(train, plugins)) if train is not None else None,
         _section(path, data, "merge", Merging, ""),
         _passes(path, data, "finish", plugins),
         _section(path, data, "export", Shipping, "file"),
     )
+
+
+def _read(path: Path) -> Any:
+    """The YAML value in a recipe file. Raises SurgeryError if it cannot be read."""
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SurgeryError(f"recipe {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise SurgeryError(f"recipe {path} is not a text file") from None
+    except Refused as error:
+        raise SurgeryError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise SurgeryError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a section of a recipe."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
+
+
+def _refuse_hidden_code(path: Path, key: str, text: str, allowed: Collection[str]) -> None:
+    """Refuse an option that names code: a `py:` model, or the `module:function` of an objective.
+
+    Args:
+        path: recipe file, for the message.
+        key: name of the section.
+        text: an option in it.
+        allowed: code that the user has named.
+
+    Raises:
+        SurgeryError: the text names other code.
+    """
+    # The options of a nested objective are one text: classification,label=stars.
+    for part in text.split(","):
+        named = part.rpartition("=")[2].strip()
+        is_code = named.startswith("py:") or (
+            # Targets of passes, such as path:encoder, look alike, and no pass reads a function.
+            key == "train" and _FUNCTION.fullmatch(named) and not named.startswith(("hf:", "timm:"))
+        )
+        if is_code and named not in allowed:
+            raise SurgeryError(
+                f"recipe {path}, {key!r}: it names code, {named[:200]}; if you trust it, name it again: "
+                f"--allow-code {named[:200]}"
+            )
+
+
+def _refuse_slow_patterns(path: Path, key: str, text: str) -> None:
+    """Refuse a target with a regular expression that could take very long. Raises SurgeryError."""
+    for part in text.split(","):
+        prefix, found, pattern = part.partition("re:")
+        # Penalties are written l1=STRENGTH@TARGET.
+        if found and not prefix.rpartition("@")[2].strip(" !"):
+            try:
+                matcher(pattern.strip())
+            except ValueError as error:
+                raise SurgeryError(
+                    f"recipe {path}, {key!r}: the pattern of the target {part[:100]!r} is not read from a recipe: "
+                    f"{error}"
+                ) from None
+
+
+def _options(path: Path, key: str, given: Mapping[Any, Any], without: str = "") -> dict[str, Any]:
+    """Options with `_` for `-` in their names. Raises SurgeryError if two names are then the same."""
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        plain = str(name).replace("-", "_")
+        if plain in options:
+            raise SurgeryError(f"recipe {path}, {key!r}: the option {plain!r} is given twice; remove one")
+        if name != without:
+            options[plain] = value
+    return options
 
 
 def _passes(path: Path, data: Mapping[str, Any], key: str, plugins: Plugins) -> tuple[Pass, ...]:
@@ -161,7 +249,7 @@ def _passes(path: Path, data: Mapping[str, Any], key: str, plugins: Plugins) -> 
     for index, item in enumerate(listed, 1):
         if not isinstance(item, dict) or not isinstance(item.get("pass"), str):
             raise SurgeryError(f"recipe {path}: pass {index} of {key!r} must be a mapping with a 'pass' name")
-        options = {str(name).replace("-", "_"): value for name, value in item.items() if name != "pass"}
+        options = _options(path, key, item, without="pass")
         passes.append(find_pass(plugins, item["pass"]).cls.parse(options))
     return tuple(passes)
 
@@ -185,7 +273,7 @@ def _section(path: Path, data: Mapping[str, Any], key: str, cls: type[T], alone:
         given = {alone: given}
     if not isinstance(given, dict):
         raise SurgeryError(f"recipe {path}: {key!r} must be a mapping of options, or true")
-    options = {str(name).replace("-", "_"): value for name, value in given.items()}
+    options = _options(path, key, given)
     return _within(path, key, lambda: cls.parse(options))
 
 
@@ -193,8 +281,14 @@ def _within(path: Path, key: str, read: Callable[[], R]) -> R:
     """Call `read` and add file and section to the message of a SurgeryError."""
     try:
         return read()
+    except MissingExtraError:
+        raise
     except SurgeryError as error:
         raise type(error)(f"recipe {path}, {key!r}: {error}") from None
+    except Exception as error:  # the boundary: whatever else a recipe from elsewhere holds
+        raise SurgeryError(
+            f"recipe {path}, {key!r}: cannot be read ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
@@ -251,7 +345,7 @@ def wanted_recipe(
     reference = model or read.model
     if reference is None:
         raise click.UsageError("no MODEL is given, on the command line or in a recipe; add MODEL")
-    refuse_code(model, reference, recipe)
+    refuse_code(model, reference, recipe, read.model_kwargs)
     passes = (*read.passes, *given)
     if not passes:
         raise click.UsageError("no pass was given; add --pass NAME or --recipe FILE (see `surgery passes`)")
@@ -259,18 +353,23 @@ def wanted_recipe(
     return Recipe(passes, reference, read.task, read.model_kwargs, chosen)
 
 
-def refuse_code(model: str | None, reference: str, recipe: Path | None) -> None:
-    """Refuse to run code that only a recipe names.
+def refuse_code(
+    model: str | None, reference: str, recipe: Path | None, model_kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse to run code that only a recipe names or enables.
 
     Args:
         model: MODEL of the command line, or None.
         reference: model reference to load, from the command line or the recipe.
         recipe: recipe file, for the message.
+        model_kwargs: arguments of the model's constructor that the recipe names.
 
     Raises:
-        SurgeryError: the reference is a `py:` reference and comes from the recipe.
+        SurgeryError: the reference is a `py:` reference and comes from the recipe, or an argument can run code or is
+            out of range.
     """
     if model is None and reference.startswith("py:"):
         raise SurgeryError(
             f"recipe {recipe} names code as its model, {reference}; to run that code, pass it again as MODEL"
         )
+    check_kwargs(model_kwargs, reference, f"recipe {recipe}, 'model_kwargs'", SurgeryError)

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 @output_option
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; its finished stages are kept.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run at the output path.")
+@click.option(
+    "--allow-code",
+    multiple=True,
+    metavar="CODE",
+    help="Let the recipe run this code (py:MODULE:CALLABLE, MODULE:FUNCTION); may be repeated.",
+)
 @click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files.")
 @json_option
 @loading_options
@@ -30,6 +36,7 @@ def run(
     output: Path,
     resume: bool,
     overwrite: bool,
+    allow_code: tuple[str, ...],
     tensorboard: bool,
     as_json: bool,
     plugins: Plugins,
@@ -47,6 +54,7 @@ def run(
         output,
         plugins=plugins,
         loader=loader,
+        allowed=allow_code,
         resume=resume,
         overwrite=overwrite,
         tensorboard=tensorboard,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def run_recipe(
     *,
     plugins: Plugins,
     loader: Callable[..., Program],
+    allowed: Sequence[str] = (),
     resume: bool,
     overwrite: bool,
     tensorboard: bool,
@@ -53,6 +54,7 @@ def run_recipe(
         output: directory that gets a directory for each stage.
         plugins: plugin manager of the programs.
         loader: function (ref, recipe) that loads a program.
+        allowed: code that the recipe may name besides the model.
         resume: keep the stages that an interrupted run has finished.
         overwrite: replace an earlier run.
         tensorboard: write TensorBoard event files during training.
@@ -61,11 +63,12 @@ def run_recipe(
     Raises:
         SurgeryError: the recipe is wrong, `output` is in use, or a stage fails. The message names the finished stages.
     """
-    wanted = read_recipe(recipe, plugins)
+    named = () if model is None else (model,)
+    wanted = read_recipe(recipe, plugins, (*named, *allowed))
     reference = model or wanted.model
     if reference is None:
         raise click.UsageError(f"no model is given, and {recipe} names none; add MODEL")
-    refuse_code(model, reference, recipe)
+    refuse_code(model, reference, recipe, wanted.model_kwargs)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SurgeryError(
             "surgery run uses one process; for several, train with `torchrun -m surgery train` instead"

@@ -19,7 +19,7 @@ class Configured(BaseModel):
         _failure: exception for a wrong option.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
     _kind: ClassVar[str] = ""
     _failure: ClassVar[type[SurgeryError]] = SurgeryError
@@ -55,11 +55,24 @@ class Configured(BaseModel):
             shown = problem.get("input")
             if field == "as":
                 raise cls._failure(
-                    f"{title}: --as {shown!r} is not a valid name; use letters, digits, - and _"
+                    f"{title}: --as {_short(shown)} is not a valid name; use letters, digits, - and _"
                 ) from None
             said = problem["msg"].removeprefix("Value error, ")
             said = said if said != problem["msg"] else said.lower()
-            raise cls._failure(f"{title}: {flag} is {shown!r}: {said}") from None
+            raise cls._failure(f"{title}: {flag} is {_short(shown)}: {said}") from None
+        except SurgeryError:
+            raise
+        except Exception as error:  # the boundary: a validator met a value that it does not expect
+            said = next(iter(str(error).splitlines()), "")[:200]
+            raise cls._failure(
+                f"{title}: its options cannot be read ({type(error).__name__}: {said}); check their values"
+            ) from error
+
+
+def _short(value: Any) -> str:
+    """The representation of a value, at most 200 characters of it."""
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:199]}…"
 
 
 def describe_options(configured: type[Configured]) -> list[dict[str, Any]]:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from surgery.common.errors import TargetError, nearest
+from surgery.common.patterns import Matcher, matcher
 from surgery.graph.ops import LINEAR
 from surgery.graph.sites import Site
 
 ROLE_ROOTS = ("attn", "mlp", "embed", "norm", "conv", "head", "linear")
 ALL = ("all", "**")
+_FEW_WILDCARDS = 3
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,13 @@ class Term:
     exclude: bool
     # One of: role, path, re, op, all, all-linear.
     reading: str
-    pattern: re.Pattern[str]
+    pattern: Matcher
 
     def matches_path(self, *names: str) -> bool:
         return any(self.pattern.fullmatch(name) for name in names if name)
 
     def matches_role(self, role: str) -> bool:
-        return bool(role) and self.pattern.fullmatch(role) is not None
+        return bool(role) and bool(self.pattern.fullmatch(role))
 
 
 def parse(target: str) -> list[Term]:
@@ -62,23 +64,37 @@ def parse(target: str) -> list[Term]:
     return terms
 
 
-def _compile(reading: str, pattern: str, shown: str) -> re.Pattern[str]:
+def _compile(reading: str, pattern: str, shown: str) -> Matcher:
     if reading in ("all", "all-linear"):
         return re.compile(".*")
     if reading == "re":
+        whole = rf".*(?:{pattern}).*"
         try:
-            return re.compile(rf".*(?:{pattern}).*")
-        except re.error as error:
+            return matcher(whole)
+        except ValueError:
+            pass  # lookaround and backreferences have no automaton; recipes may not use them
+        try:
+            return re.compile(whole)
+        except (re.error, OverflowError, RecursionError) as error:
             raise TargetError(f"target {shown!r} is not a valid regular expression: {error}") from None
     body = "".join(
         ".*" if piece == "**" else "[^.]*" if piece == "*" else "[^.]" if piece == "?" else re.escape(piece)
         for piece in re.split(r"(\*\*|\*|\?)", pattern)
     )
+    # Several wildcards backtrack for a long time on a name that does not match.
+    compiled = re.compile if len(re.findall(r"\*\*|\*", pattern)) <= _FEW_WILDCARDS else _automaton
     if reading == "op":
-        return re.compile(rf".*(?:{body}).*")
+        return compiled(rf".*(?:{body}).*")
     # A path may omit its leading components, a role may not. Both also select everything below them.
     left = "" if reading == "role" else r"(?:.*\.)?"
-    return re.compile(rf"{left}{body}(?:\..*)?")
+    return compiled(rf"{left}{body}(?:\..*)?")
+
+
+def _automaton(pattern: str) -> Matcher:
+    try:
+        return matcher(pattern)
+    except ValueError as error:
+        raise TargetError(f"target with many wildcards: {error}; use fewer") from None
 
 
 def _site_matches(term: Term, site: Site) -> bool:

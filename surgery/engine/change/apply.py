@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -25,6 +26,9 @@ from surgery.graph.sites import Site
 from surgery.graph.view import View
 
 S = TypeVar("S", bound=State)
+
+# A pass may add 20 times as many values as the base has; 200 MB in float32 are always allowed.
+_LARGEST_GROWTH, _ALWAYS_ALLOWED = 20, 50_000_000
 
 
 def plan(
@@ -158,6 +162,7 @@ def _rewrite(
     program: State, pass_: RewritePass, planned: PassPlan, entry: Entry
 ) -> tuple[fx.Graph, dict[str, Tensor]]:
     """A copy of the program's graph with an entry applied, and all inserted tensors by name."""
+    _check_size(program, planned, entry)
     tensors = dict(program.tensors)
     for site_plan, record in zip(planned.accepted, entry.sites, strict=True):
         site = site_plan.site
@@ -171,6 +176,20 @@ def _rewrite(
     replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, tensors, view)
     graph.lint()
     return graph, tensors
+
+
+def _check_size(program: State, planned: PassPlan, entry: Entry) -> None:
+    """Raise PassError if a pass would add far more than the model has: an option is wrong, or from a bad file."""
+    sizes: dict[str, int] = {}
+    for site_plan, record in zip(planned.accepted, entry.sites, strict=True):
+        for name, spec in site_plan.specs.items():
+            sizes[record.tensors[name]] = math.prod(spec.shape)
+    held = sum(tensor.numel() for tensor in {id(t): t for t in program.base.tensors.values()}.values())
+    added = sum(sizes.values())
+    if added > _LARGEST_GROWTH * held + _ALWAYS_ALLOWED:
+        raise PassError(
+            f"{entry.id}: it would add {added:,} values to a model of {held:,}; choose smaller sizes in its options"
+        )
 
 
 def _device(program: State, site: Site) -> device:

@@ -58,6 +58,7 @@ class Pass(Configured):
         "",
         alias="as",
         pattern=r"^[A-Za-z0-9_-]*$",
+        max_length=100,
         description="a name of your own for this application of the pass: letters, digits, - and _",
     )
 
