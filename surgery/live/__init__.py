@@ -1,4 +1,4 @@
-"""Surgery in place: live modules keep their own forward, and single layers are rewritten. See `apply_`."""
+"""Surgery in place: rewrites single layers of a live module, which keeps its own forward. See `apply_`."""
 
 from surgery.live.verbs import (
     apply_,

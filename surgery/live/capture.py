@@ -1,4 +1,4 @@
-"""The program of a live module: captured from a copy of its tree over the same parameters and buffers."""
+"""Capture of a live module, from a copy of its module tree over the same parameters and buffers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ from surgery.common.errors import CaptureError
 
 @dataclass
 class Seen:
-    """What the example inputs gave a layer. shapes: of the first tensor that entered, one for each rank. more: what
-    else was given, by name or position."""
+    """Inputs that a layer received on the example inputs.
+
+    Attributes:
+        shapes: Shape of the first tensor argument, one for each rank.
+        more: Other arguments that were not None, by name or position.
+        dtype: Dtype of the first tensor argument.
+    """
 
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     more: list[str] = field(default_factory=list)
@@ -26,10 +31,14 @@ class Seen:
 
 
 def mirror(model: nn.Module) -> nn.Module:
-    """A deep copy of everything but parameters and buffers, which are the model's own. Raises CaptureError."""
+    """A deep copy of a model that shares its parameters and buffers.
+
+    Raises:
+        CaptureError: The model cannot be copied.
+    """
+    # A tensor in the memo of deepcopy counts as copied already, and is used itself.
     tensors: dict[int, Any] = {id(t): t for t in model.parameters()}
     tensors.update({id(t): t for t in model.buffers()})
-    # The memo is what deepcopy would have put there for each of these.
     try:
         return copy.deepcopy(model, tensors)
     except Exception as error:
@@ -37,7 +46,17 @@ def mirror(model: nn.Module) -> nn.Module:
 
 
 def loaded_of(model: nn.Module, inputs: Any, dynamic: Any, example: Mapping[str, int]) -> LoadedModel:
-    """The mirror with example inputs: those given, or what a transformers model of its kind takes."""
+    """A mirror of the model, with example inputs.
+
+    Args:
+        model: The live module.
+        inputs: Example inputs, as for `surgery.capture`; None for a transformers model, whose inputs are known.
+        dynamic: Dynamic dimensions, as for `surgery.capture`.
+        example: Sizes of the example inputs of a transformers model, by dimension name.
+
+    Raises:
+        CaptureError: The model cannot be copied, or needs inputs.
+    """
     copied = mirror(model)
     if inputs is not None:
         cached = make_traceable(copied) if hasattr(copied, "config") else ()
@@ -45,13 +64,13 @@ def loaded_of(model: nn.Module, inputs: Any, dynamic: Any, example: Mapping[str,
         return replace(loaded, config=copy.deepcopy(getattr(model, "config", None)), cached=cached)
     if not hasattr(model, "config"):
         raise CaptureError(
-            f"{type(model).__name__} is no transformers model, whose inputs would be known; give inputs="
+            f"{type(model).__name__} is not a transformers model, so its inputs are unknown; give inputs="
         )
     return from_model(copied, example=example)
 
 
 def watch(loaded: LoadedModel) -> dict[str, Seen]:
-    """Run the example inputs, and see which modules they call, by every path that a module has."""
+    """Run the example inputs and record the inputs of every module that is called, under each of its paths."""
     found: dict[int, Seen] = {}
     paths: dict[int, list[str]] = {}
     handles = []

@@ -1,4 +1,4 @@
-"""A model that cannot be captured, as its layers side by side: sites by path, and no roles."""
+"""Fallback for models that cannot be captured: captures each layer separately. Sites then have paths but no roles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.live.layer import LayerError, input_name
 
 
 class Apart(nn.Module):
-    """A model's layers, each called with an input of its own; its modules keep their names."""
+    """The layers of a model, each called with its own input; modules keep their names."""
 
     def __init__(self, model: nn.Module, paths: list[str]) -> None:
         super().__init__()
@@ -21,11 +21,16 @@ class Apart(nn.Module):
         self.__dict__["_paths"] = paths
 
     def forward(self, inputs: list[Tensor]) -> list[Any]:
+        """Outputs of the layers, one for each input."""
         return [self.get_submodule(path)(x) for path, x in zip(self.__dict__["_paths"], inputs, strict=True)]
 
 
 def pretend(model: nn.Module) -> tuple[LoadedModel, Captured, dict[str, Seen]]:
-    """A capture of the layers alone, which cannot be run as a model."""
+    """Capture the layers of a model that can be rewritten; the capture cannot be run as a model.
+
+    Returns:
+        The layers with their inputs, their capture, and the input shapes of each layer by path.
+    """
     copied = mirror(model).eval()
     inputs: dict[str, Tensor] = {}
     for path, layer in copied.named_modules():
@@ -44,7 +49,7 @@ def pretend(model: nn.Module) -> tuple[LoadedModel, Captured, dict[str, Seen]]:
 
 
 def _input(layer: nn.Module) -> Tensor | None:
-    """Something that a layer of a kind that we know takes, or None for any other."""
+    """An input for a layer of a known class; None for any other module."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, nn.Parameter) or any(True for _ in layer.children()):
         return None
@@ -54,7 +59,8 @@ def _input(layer: nn.Module) -> Tensor | None:
 
     if isinstance(layer, nn.Linear):
         return made(2, 3, layer.in_features)
-    if type(layer).__name__ == "Conv1D" and weight.dim() == 2:  # transformers'
+    # The Conv1D of transformers is a linear layer with a transposed weight.
+    if type(layer).__name__ == "Conv1D" and weight.dim() == 2:
         return made(2, 3, weight.shape[0])
     if isinstance(layer, nn.Embedding):
         return torch.zeros(2, 3, dtype=torch.int64, device=weight.device)

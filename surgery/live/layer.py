@@ -1,4 +1,4 @@
-"""One layer, rewritten: its forward as a graph of its own, in which a journal's entries are replayed."""
+"""Rewriting of single layers: traces a layer's forward, replays journal entries in its graph, and compiles it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Piece:
-    """What one entry does at one layer. owner: the first name of the weight that the record's site is keyed on."""
+    """One entry at one layer.
+
+    Attributes:
+        entry: The journal entry.
+        pass_: Its pass.
+        record: Its record for the site.
+        owner: First name of the weight in the site's key.
+    """
 
     entry: Entry
     pass_: RewritePass
@@ -41,13 +48,14 @@ class Piece:
 
 
 class LayerError(Exception):
-    """Why a layer cannot be rewritten by itself; the message is a clause."""
+    """A layer cannot be rewritten separately; the message is a clause with the reason."""
 
 
 class Layers:
-    """Graphs and classes of layers, made once for all layers that are alike.
+    """Cache of traced graphs and compiled classes, shared by all layers of the same kind.
 
-    ops: what counts as a weight op.
+    Args:
+        ops: Ops that hold a weight.
     """
 
     def __init__(self, ops: Mapping[Any, WeightOp]) -> None:
@@ -57,9 +65,16 @@ class Layers:
         self._classes: dict[Any, type[nn.Module]] = {}
 
     def bare(self, layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torch.dtype) -> fx.Graph:
-        """The layer's own forward over ATen ops, at an input of this rank; get_attr targets are its own attributes.
+        """Graph of the layer's own forward in ATen ops; get_attr nodes name the layer's attributes.
 
-        Raises LayerError where it takes more than one tensor, or cannot be traced.
+        Args:
+            layer: The layer.
+            rank: Number of dimensions of its input.
+            shape: Example shape of its input; None if unknown.
+            dtype: Dtype of its input.
+
+        Raises:
+            LayerError: The forward takes more than one tensor, or cannot be traced.
         """
         key = (_kind(layer), rank, dtype)
         if key not in self._bare:
@@ -69,7 +84,11 @@ class Layers:
     def uses(
         self, layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torch.dtype
     ) -> frozenset[tuple[str, str]]:
-        """Attribute and kind of use of every weight in the layer's own forward. Raises LayerError as `bare`."""
+        """(attribute, kind of use) of every weight in the layer's own forward. Arguments as for `bare`.
+
+        Raises:
+            LayerError: The forward takes more than one tensor, or cannot be traced.
+        """
         key = (_kind(layer), rank, dtype)
         if key not in self._uses:
             graph = self.bare(layer, rank, shape, dtype)
@@ -87,13 +106,22 @@ class Layers:
         seen: Mapping[int, tuple[int, ...]],
         dtype: torch.dtype,
     ) -> type[nn.Module]:
-        """The class that computes what the pieces make of the layer, a subclass of its own.
+        """A subclass of the layer's class whose forward includes the given entries.
 
-        names: attribute path in the layer -> name in the program, of its own weights and of what passes add.
+        Args:
+            layer: The layer.
+            pieces: Entries that act at the layer, in journal order.
+            names: Attribute path in the layer -> name in the program, for its own weights and for inserted tensors.
+            tensors: Inserted tensors, by name in the program.
+            seen: Rank -> shape of the inputs that the layer received on the example inputs.
+            dtype: Dtype of its input.
+
+        Raises:
+            LayerError: The layer cannot be traced, or does not use the weight itself.
         """
         key = (_kind(layer), tuple(sorted(seen)), dtype, _key(pieces, names))
         if key not in self._classes:
-            # The same layer may be fed flattened rows at another time (experts, beams).
+            # A linear layer can also receive inputs of another rank, such as flattened rows for experts.
             unseen = dict.fromkeys((2, 3), ()) if isinstance(layer, nn.Linear) else {}
             forwards: dict[tuple[bool, int], Forward] = {}
             for rank, shape in {**unseen, **seen}.items():
@@ -103,7 +131,8 @@ class Layers:
                 except Exception:
                     if rank in seen:
                         raise
-                    continue  # a pass that needs a sequence, say: an input of this rank is refused when it comes
+                    # A pass can require a sequence axis, say; an input of this rank is then refused at run time.
+                    continue
                 for training, graph in zip((False, True), graphs, strict=True):
                     forwards[training, rank] = _compile(graph, type(layer).__name__)
             self._classes[key] = _subclass(type(layer), forwards, [p.entry.id for p in pieces])
@@ -117,7 +146,9 @@ class Layers:
         tensors: Mapping[str, Tensor],
         training: bool,
     ) -> fx.Graph:
+        """The graph of one mode with the entries replayed."""
         graph = copy_graph(bare)
+        # Passes work with names of the program; get_attr nodes are renamed back to attributes at the end.
         for node in graph.nodes:
             if node.op == "get_attr":
                 node.target = names[str(node.target)]
@@ -128,7 +159,7 @@ class Layers:
             use = (piece.owner, piece.record.key.kind)
             site = next((s for s in view.sites if (s.key.owner, s.kind) == use), None)
             if site is None:
-                raise LayerError(f"it holds the weight of {piece.record.path}, but does not use it itself")
+                raise LayerError(f"it has the weight of {piece.record.path}, but does not use it itself")
             site = site.deciding(piece.record.decided)
             alone = replace(piece.entry, sites=(piece.record,))
             rewrite_entry(alone, piece.pass_, graph, cache, [site], tensors, view)
@@ -142,7 +173,7 @@ class Layers:
 
 
 def _kind(layer: nn.Module) -> Any:
-    """What two layers have in common that compute the same, but for the values of their tensors."""
+    """Key that is equal for two layers that compute the same function, apart from the values of their tensors."""
     tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
     plain = (bool, int, float, str, tuple, torch.dtype, type(None))
     facts = [
@@ -159,6 +190,7 @@ def _kind(layer: nn.Module) -> Any:
 
 
 def _key(pieces: Sequence[Piece], names: Mapping[str, str]) -> str:
+    """Key that is equal for entries that change two layers of a kind in the same way."""
     own = {name: path for path, name in names.items()}
     told = [
         [
@@ -172,10 +204,14 @@ def _key(pieces: Sequence[Piece], names: Mapping[str, str]) -> str:
 
 
 def input_name(layer: nn.Module) -> str:
-    """The name of the one tensor that the layer's forward needs. Raises LayerError."""
+    """Name of the single tensor argument of the layer's forward.
+
+    Raises:
+        LayerError: The forward takes more than one tensor, or was replaced on the instance.
+    """
     if "forward" in vars(layer):
         raise LayerError(
-            "its forward was replaced on the instance (a hook of accelerate, say); remove that first"
+            "its forward was replaced on the instance (by a hook of accelerate, for example); remove that first"
         )
     parameters = [*inspect.signature(type(layer).forward).parameters.values()][1:]
     needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -185,6 +221,7 @@ def input_name(layer: nn.Module) -> str:
 
 
 def _trace(layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torch.dtype) -> fx.Graph:
+    """Trace a layer's forward with torch.export, with all axes of its input dynamic except the features."""
     name = input_name(layer)
     example, dynamic = _example(layer, rank, shape, dtype)
     training = layer.training
@@ -213,18 +250,18 @@ def _trace(layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torc
     known = {n for n, _ in (*layer.named_parameters(), *layer.named_buffers())}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in known:
-            raise LayerError(f"its forward makes a tensor of its own ({node.target})")
+            raise LayerError(f"its forward creates a constant tensor ({node.target})")
     return graph
 
 
-# Sizes that no weight is likely to have, so that none is taken for another.
+# Sizes that weights are unlikely to have, so that a dynamic axis is not mistaken for an axis of a weight.
 _SIZES = (3, 5, 7, 11, 13)
 
 
 def _example(
     layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torch.dtype
 ) -> tuple[Tensor, dict[int, Any]]:
-    """An input, and its dimensions that may be of any size: all but features."""
+    """An input for a layer, and its dynamic axes: all except those of the features."""
     device = next((p.device for p in layer.parameters(recurse=False)), torch.device("cpu"))
     if isinstance(layer, nn.Linear):
         sizes = [*_SIZES[: rank - 1], layer.in_features]
@@ -243,10 +280,11 @@ def _example(
 
 
 def _compile(graph: fx.Graph, title: str) -> Forward:
-    """The graph as a method: what it reads are attributes of self."""
+    """Compile a graph as a method that reads its tensors as attributes of self."""
     check_targets(graph)
     code = graph.python_code("self")
     where = f"<surgery {title} {next(_serial)}>"
+    # Registered with linecache, so that tracebacks and debuggers show the generated source.
     linecache.cache[where] = (len(code.src), None, code.src.splitlines(keepends=True), where)
     space = dict(code.globals)
     exec(compile(code.src, where, "exec"), space)
@@ -266,8 +304,8 @@ def _subclass(
         except KeyError:
             raise PassError(
                 f"{', '.join(entries)}: this {cls.__name__} is adapted for inputs of "
-                f"{' or '.join(str(r) for r in sorted({rank for _, rank in table}))} dimensions, and one of "
-                f"{input.dim()} came; apply it with inputs that reach the layer so"
+                f"{' or '.join(str(r) for r in sorted({rank for _, rank in table}))} dimensions, but got one of "
+                f"{input.dim()}; apply the pass with example inputs that reach the layer in this shape"
             ) from None
         return chosen(self, input)
 
@@ -278,13 +316,13 @@ def _subclass(
 
 
 def derived(cls: type[nn.Module], forward: Forward) -> type[nn.Module]:
-    """A layer's class with another forward: it goes by the same name, and `surgery_base` is the class itself."""
+    """A subclass with another forward and the same name; its attribute `surgery_base` is the original class."""
     kept = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(cls.__name__, (cls,), {**kept, "forward": forward, "surgery_base": cls})
 
 
 def _renamed(forward: Forward, parameter: str) -> Forward:
-    """The same, under the layer's own name for what enters it: callers may give it by keyword."""
+    """The forward with its argument renamed to the layer's own name, since callers may pass it by keyword."""
     space: dict[str, Any] = {"inner": forward}
     exec(f"def forward(self, {parameter}): return inner(self, {parameter})", space)
     return space["forward"]

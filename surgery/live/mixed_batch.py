@@ -1,4 +1,4 @@
-"""A batch whose rows use different adapters, in one forward."""
+"""Batches whose rows use different adapters in one forward."""
 
 from __future__ import annotations
 
@@ -21,18 +21,28 @@ Choice = str | Sequence[str] | None
 
 @contextlib.contextmanager
 def rows_of(model: nn.Module, state: LiveState, choices: Sequence[Choice]) -> Iterator[None]:
-    """Let row i of every batch use the adapters of choice i while the block runs."""
+    """Context manager: row i of every batch uses the adapters of choice i.
+
+    Args:
+        model: The live module.
+        state: Its state.
+        choices: For each row the names of its adapters; None for none.
+
+    Raises:
+        PassError: An adapted layer does not have the batch as its first axis, or the adapters are merged.
+        JournalError: The program has no such adapter.
+    """
     program = state.program
     _check_axes(program, len(choices))
     merged = next((e.id for e in program.journal if e.kind == "merge"), None)
     if merged:
         raise PassError(
-            f"the adapters are folded into the weights, which all rows share; take that back first: "
+            f"the adapters are folded into the weights, which all rows share; undo that first with "
             f"surgery.remove_(model, {merged!r})"
         )
     named = [_entries(program, choice) for choice in choices]
     groups = {key: [i for i, own in enumerate(named) if own == key] for key in dict.fromkeys(named)}
-    # What no row names has to leave its layers too.
+    # Layers with adapters that no row uses are listed too, so that these are switched off.
     classes: dict[str, dict[tuple[str, ...], type[nn.Module]]] = {
         p: {} for p in state.classes(model, program)
     }
@@ -53,6 +63,7 @@ def rows_of(model: nn.Module, state: LiveState, choices: Sequence[Choice]) -> It
 
 
 def _entries(program: Program, choice: Choice) -> tuple[str, ...]:
+    """Sorted ids of the adapters of a choice."""
     names = [choice] if isinstance(choice, str) else list(choice or ())
     return tuple(sorted({e.id for name in names for e in program.journal.find(name) if e.kind == "rewrite"}))
 
@@ -60,6 +71,7 @@ def _entries(program: Program, choice: Choice) -> tuple[str, ...]:
 def _by_rows(
     base: type[nn.Module], parts: Sequence[tuple[list[int], type[nn.Module]]], count: int
 ) -> type[nn.Module]:
+    """A layer class that runs each group of rows with the forward of its own class; `count` is the number of rows."""
     order = [row for rows, _ in parts for row in rows]
     inverse = [order.index(row) for row in range(count)]
 
@@ -67,7 +79,9 @@ def _by_rows(
         x = args[0] if args else next(iter(kwargs.values()))
         each, left = divmod(x.shape[0], count)
         if left or not each:
-            raise PassError(f"the batch has {x.shape[0]} rows, and adapters were chosen for {count}")
+            raise PassError(
+                f"the batch has {x.shape[0]} rows, but adapters were chosen for {count}; give one choice for each row"
+            )
         outs = []
         for rows, cls in parts:
             forward: Callable[..., Tensor] = cls.forward
@@ -78,13 +92,13 @@ def _by_rows(
 
 
 def _rows(rows: Sequence[int], each: int, like: Tensor) -> Tensor:
-    """Rows of a batch in which every row of the model's input has become `each`, one after the other."""
+    """Indices of rows in a batch where each row of the model's input is repeated `each` times in succession."""
     index = torch.tensor(rows, device=like.device)
     return (index[:, None] * each + torch.arange(each, device=like.device)).flatten()
 
 
 def _check_axes(program: Program, count: int) -> None:
-    """Raises PassError where an adapted layer has another axis than the batch first."""
+    """Raise PassError if the first axis of an adapted layer's input is not the batch."""
     if count < 1:
         raise PassError("no row was given; name the adapters of each row of the batch")
     batches = {
@@ -97,13 +111,13 @@ def _check_axes(program: Program, count: int) -> None:
             site = program.base.sites.by_key.get(record.key)
             if site is not None and not _rows_first(site, batches):
                 raise PassError(
-                    f"{entry.id} at {record.path}: the first axis of what enters it is not the batch's, so rows "
-                    f"cannot have adapters of their own there; run a batch for each adapter"
+                    f"{entry.id} at {record.path}: the first axis of its input is not the batch, so rows cannot have "
+                    f"different adapters there; run a batch for each adapter"
                 )
 
 
 def _rows_first(site: Site, batches: set[str]) -> bool:
-    """Whether the first axis is the batch's, or a multiple of it."""
+    """True if the first axis of the site's input is the batch, or a multiple of it."""
     for call in site.calls:
         first = operand(call).meta["val"].shape[0]
         symbols = first.node.expr.free_symbols if isinstance(first, torch.SymInt) else ()

@@ -1,4 +1,4 @@
-"""A live module of a program: the base's own class and forward, with the program's passes in its layers."""
+"""Live module of a program: the base's own class and forward, with the program's passes in its layers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ from surgery.live.state import ATTRIBUTE, LiveState
 
 
 def live(program: Program) -> nn.Module:
-    """The module that the program was made of, in eval mode, with its passes in place: for generate, Trainer, serving.
+    """A live module of a program, in eval mode: for `generate`, a Trainer, or serving.
 
-    It shares the program's tensors: training one trains the other, and `surgery.using`, `save_`, `merge_` and the
-    like work on it. A transformers model has the configuration that it came with (its cache, its experts).
-    Raises PassError for passes that single layers cannot hold.
+    The module has the class and forward of the base, and the program's passes in its layers. It shares the program's
+    tensors, so that training one trains the other. `surgery.using`, `save_`, `merge_` and the other live functions work
+    on it. A transformers model gets its original configuration back (its cache and its implementation of experts).
+
+    Args:
+        program: The program.
+
+    Raises:
+        PassError: A pass does not act within single layers, or the weights are not in memory.
     """
     base = program.base
     if not base.in_memory:
-        raise PassError("the weights are not in memory, so there is no module to run")
+        raise PassError("the weights are not in memory, so there is no module to run; load the weights first")
     model = mirror(base.loaded.module)
     if base.loaded.config is not None:
         _configured(model, base.loaded)
@@ -39,7 +45,7 @@ def live(program: Program) -> nn.Module:
 
 
 def _configured(model: Any, loaded: LoadedModel) -> None:
-    """Take back what made the model traceable."""
+    """Restore the settings that were changed to make the model traceable."""
     for path, number in loaded.cached:
         [*configs(model.get_submodule(path).config)][number].use_cache = True
     for own, before in zip(configs(model.config), configs(loaded.config), strict=True):
@@ -51,5 +57,5 @@ def _configured(model: Any, loaded: LoadedModel) -> None:
 
 @hookimpl
 def surgery_live(program: Program) -> nn.Module:
-    """The base's own module with the program's passes in place."""
+    """A live module of the program; see `live`."""
     return live(program)

@@ -1,4 +1,4 @@
-"""Where a live module's weights come from, so that a saved directory need not hold them."""
+"""Finds the reference that a live module was loaded from, so that a saved directory does not contain its weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ from surgery.engine.program import Program
 def sourced(
     program: Program, ref: str | None, task: str | None, model_kwargs: Mapping[str, Any] | None
 ) -> Program:
-    """The program on a base that a reference gives again, with the tensors that differ noted as not from there.
+    """The program on a base with a reference, so that saving it writes only the tensors that differ from the reference.
 
-    ref: None takes the directory that a transformers model was loaded from, where there is one; else the program is
-    returned as it is, with all of its weights its own. Raises LoadError where the reference is another model.
+    Args:
+        program: The program of a live module.
+        ref: Reference of the base, as for `surgery.load`. None: the directory that a transformers model was loaded
+            from; if there is none, the program is returned unchanged, and saving it writes all weights.
+        task: Name of the transformers task; by default that of the module's class.
+        model_kwargs: Keyword arguments of the model's constructor; by default the number of labels.
+
+    Raises:
+        LoadError: The reference is another model: its tensors differ in name or shape.
     """
     base = program.base
     module: Any = base.loaded.module
@@ -46,14 +53,15 @@ def sourced(
 
 
 def _differing(module: nn.Module, base: Base, ref: str) -> frozenset[str]:
+    """Names of the base's tensors whose values differ from those of a loaded module."""
     there = module.state_dict(keep_vars=True)
     here = base.loaded.module.state_dict(keep_vars=True)
     for name in [*here, *there]:
         ours, theirs = (tuple(state[name].shape) if name in state else "none" for state in (here, there))
         if ours != theirs:
             raise LoadError(
-                f"{ref} is another model: of {name}, this one has {ours} and that has {theirs}; give the reference "
-                f"(and task, model_kwargs) that it was loaded with"
+                f"{ref} is another model: {name} has shape {theirs} there and {ours} here; give the reference (and "
+                f"task, model_kwargs) that the model was loaded with"
             )
     return frozenset(
         name for name in here if name in base.tensors and not _equal(base.tensors[name], there[name])
@@ -65,7 +73,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def task_of(module: nn.Module) -> str | None:
-    """The transformers task whose class this model has."""
+    """Name of the transformers task that loads a model of this class; None if there is none."""
     import transformers
 
     config: Any = module.config
@@ -78,7 +86,7 @@ def task_of(module: nn.Module) -> str | None:
 
 
 def labels_of(module: nn.Module) -> dict[str, Any]:
-    """What a new head was made with, which the directory's own configuration need not say."""
+    """Number of labels of a classification head; a new head can differ from the directory's configuration."""
     if "Classification" not in type(module).__name__:
         return {}
     config: Any = module.config

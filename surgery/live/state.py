@@ -1,4 +1,4 @@
-"""What surgery keeps on a live module: its program, and which layers carry a class of ours."""
+"""State of a live module: its program, and the code that installs the program in its layers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.capture import LoadedModel
+from surgery.capture.hf import configs
 from surgery.common.errors import PassError
 from surgery.engine.base import Base
 from surgery.engine.contract.base import Pass, RewritePass
@@ -22,6 +24,7 @@ from surgery.graph.sites import Site, SiteKey
 from surgery.graph.view import View
 from surgery.live.capture import Seen
 from surgery.live.layer import LayerError, Layers, Piece, input_name
+from surgery.live.unseen import keep_off_fast_path, raw_reads
 
 ATTRIBUTE = "_surgery_state"
 
@@ -29,18 +32,32 @@ ATTRIBUTE = "_surgery_state"
 class LiveState:
     """The program of a live model, over the model's own tensors.
 
-    program: its base has the parameters as they were; of those that train, the model holds copies of its own (in
-    `program.changed`), so that undoing is bit for bit. seen: what the example inputs did to each layer.
-    uncaptured: why the model could not be captured, or empty.
+    The base has the original parameters. Parameters that train are replaced in the model by copies, which are in
+    `program.changed`, so that undoing restores the model bit for bit.
+
+    Attributes:
+        program: The program.
+        seen: Inputs of each layer on the example inputs, by path.
+        layers: Cache of rewritten layers.
+        uncaptured: Reason why the model could not be captured, or "".
+        required: Name of a base parameter -> its original `requires_grad`.
     """
 
     def __init__(
-        self, program: Program, seen: Mapping[str, Seen], layers: Layers, uncaptured: str = ""
+        self,
+        program: Program,
+        seen: Mapping[str, Seen],
+        layers: Layers,
+        uncaptured: str = "",
+        example: LoadedModel | None = None,
     ) -> None:
         self.program = program
         self.seen = dict(seen)
         self.layers = layers
         self.uncaptured = uncaptured
+        self.example = program.base.loaded if example is None and not uncaptured else example
+        self.raw = raw_reads(example) if uncaptured and example is not None else {}
+        self._tied: list[tuple[Any, bool]] = []
         self.required = {
             n: t.requires_grad for n, t in program.base.tensors.items() if isinstance(t, nn.Parameter)
         }
@@ -50,7 +67,7 @@ class LiveState:
 
     @contextlib.contextmanager
     def within(self, block: str) -> Iterator[None]:
-        """While a block runs, whose end puts back what was before it."""
+        """Context manager that marks a block which restores the model at its end; changes are refused inside."""
         before, self._block = self._block, block
         try:
             yield
@@ -58,23 +75,24 @@ class LiveState:
             self._block = before
 
     def free(self) -> None:
-        """Raises PassError in such a block: what is changed there would be gone at its end."""
+        """Raise PassError inside such a block, since its end would revert the change."""
         if self._block:
             raise PassError(
-                f"inside a `{self._block}` block the model is not changed, because the block's end puts back what "
-                f"was before it; do this outside"
+                f"inside a `{self._block}` block the model cannot be changed, because the end of the block would "
+                f"revert it; do this outside of the block"
             )
 
     def _hold(self, base: Base) -> None:
-        """Let planning on a base know what the live model cannot do."""
+        """Register the reasons of the live model with its base, so that planning refuses these sites."""
         base.hindrance = self.hindrance
-        if self.uncaptured:  # every layer is an end of its own there, which says nothing of the model
+        # In a fallback capture the layers are not connected, so roles derived from it would be wrong.
+        if self.uncaptured:
             base.__dict__["view"] = View(
                 base.captured.graph, base.names, base.plugins.weight_ops, known=({}, {})
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveState:
-        """For a copy of the model: its tensors are the copies, the graph and the classes the same."""
+        """State for a copy of the model: tensors are copied with the model; graph and classes are shared."""
         old = self.program.base
         module = copy.deepcopy(old.loaded.module, memo)
         base = Base(replace(old.loaded, module=module), old.captured, old.plugins, old.ref, old.options)
@@ -83,6 +101,8 @@ class LiveState:
         fresh = LiveState.__new__(LiveState)
         fresh.program = Program(base, self.program.journal, tensors, changed)
         fresh.seen, fresh.layers, fresh.uncaptured = self.seen, self.layers, self.uncaptured
+        fresh.example = replace(self.example, module=module) if self.example is not None else None
+        fresh.raw, fresh._tied = self.raw, []
         fresh.required, fresh._added, fresh._block = dict(self.required), set(self._added), ""
         fresh._hold(base)
         return fresh
@@ -90,28 +110,31 @@ class LiveState:
     # -- which passes and sites
 
     def refuse(self, passes: Iterable[Pass]) -> None:
-        """Raises PassError for a pass that changes more than single layers."""
+        """Raise PassError for a pass that changes more than single layers."""
         for pass_ in passes:
-            if isinstance(pass_, RewritePass) and not pass_.in_place:
+            if isinstance(pass_, RewritePass) and not pass_.effect.one_layer:
                 raise PassError(
-                    f"{pass_.name} changes more than single layers, so a live model cannot hold it; apply it to the "
-                    f"model's program: surgery.load('hf:…') or surgery.capture(model, inputs)"
+                    f"{pass_.name} changes more than single layers, which a live model does not support; apply it to "
+                    f"the model's program: surgery.load('hf:…') or surgery.capture(model, inputs)"
                 )
 
     def _layer(self, path: str) -> nn.Module:
+        """The layer of the base at a path; LayerError if a pass created it."""
         try:
             return self.program.base.loaded.module.get_submodule(path)
         except AttributeError:
-            raise LayerError("a pass made it, and the live model has no such layer") from None
+            raise LayerError("a pass created it, and the live model has no such layer") from None
 
     def hindrance(self, site: Site) -> str | None:
-        """Why a site of the program is none that can be rewritten in the live model, or None."""
+        """Reason why a site cannot be rewritten in the live model, or None."""
         if site.kind == EXPERTS:
-            return "its experts are one stacked tensor, which no layer of its own uses; capture the model for these"
+            return "its experts are one stacked tensor that is not the weight of a layer; capture the model for these"
+        # A computed weight is refused by the pass itself, with a more specific reason.
         if site.weight is None:
-            return None  # the pass has its own reason
-        if self.uncaptured:
             return None
+        if self.uncaptured:
+            why = next((self.raw[path] for path in self._owners(site.weight) if path in self.raw), None)
+            return f"{why}, so an adapter of the layer would not act; leave it out" if why else None
         problem = ""
         for path in self._owners(site.weight):
             try:
@@ -129,33 +152,42 @@ class LiveState:
                 problem = problem or f"{path}: {error}"
                 continue
             return None
-        return f"it cannot be rewritten in place ({problem}); capture the model, and apply it to the program"
+        return f"it cannot be rewritten in place ({problem}); capture the model and apply the pass to its program"
 
     def _users(self, key: SiteKey, named: set[tuple[str, str]]) -> list[str]:
-        """Paths of the modules that may be the ones whose calls a site is: the one that it is named after, first; of
-        a tied weight's other holders those that no other site is named after.
+        """Paths of the modules whose calls a site can consist of.
 
-        named: kind and module of every site.
+        These are the module that the site is named after, and, for a tied weight, other modules that own the weight
+        and that no other site is named after.
+
+        Args:
+            key: Key of the site.
+            named: (kind, module path) of every site.
         """
         own = key.owner.rpartition(".")[0]
         return [path for path in self._owners(key.owner) if path == own or (key.kind, path) not in named]
 
     def _owners(self, name: str) -> list[str]:
-        """Paths of the modules that hold a parameter, by every name that it has."""
+        """Paths of the modules that own a parameter; several if it is tied."""
         names = self.program.base.names.get(name, (name,))
         return list(dict.fromkeys(n.rpartition(".")[0] for n in names))
 
     # -- putting a program into the model
 
     def adopt(self, model: nn.Module, program: Program) -> None:
-        """Let the model be what a program on the same base is. Every layer is made before any is changed.
+        """Install a program on the same base in the model. All new layer classes exist before the model is changed.
 
-        Raises PassError where the model is in shards, which other tensors would put an end to.
+        Args:
+            model: The live module.
+            program: The program to install.
+
+        Raises:
+            PassError: The model's parameters are sharded, or a layer cannot be rewritten.
         """
         if any(is_shard(p) for p in model.parameters()):
             raise PassError(
-                "the model's parameters are shards of several processes; change it before it is sharded, or save it "
-                "and load what was saved"
+                "the model's parameters are sharded over several processes; change the model before it is sharded, or "
+                "save it and load the saved directory"
             )
         pieces = self._pieces(program)
         classes = {path: self._class_of(model, path, own, program) for path, own in pieces.items()}
@@ -167,14 +199,33 @@ class LiveState:
                 layer.__class__ = cls
         self.program = program
         self._let_train(model)
+        self._tell_config(model)
+        keep_off_fast_path(model)
+
+    def _tell_config(self, model: nn.Module) -> None:
+        """Let the configuration say whether weights are tied: transformers ties them again when it loads or saves."""
+        for config, was in self._tied:
+            config.tie_word_embeddings = was
+        self._tied = []
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        groups = (g for n, g in self.program.base.names.items() if n == g[0] and len(g) > 1)
+        if not any(parameters[n] is not parameters[g[0]] for g in groups for n in g if n in parameters):
+            return
+        for config in (
+            configs(model.config) if isinstance(model, nn.Module) and hasattr(model, "config") else ()
+        ):
+            if getattr(config, "tie_word_embeddings", False):
+                self._tied.append((config, True))
+                config.tie_word_embeddings = False
 
     def classes(self, model: nn.Module, program: Program) -> dict[str, type[nn.Module]]:
-        """The class that each layer which a program rewrites has to have, by path. Raises PassError."""
+        """The class that each rewritten layer gets, by path. Raises PassError if a layer cannot be rewritten."""
         return {
             path: self._class_of(model, path, own, program) for path, own in self._pieces(program).items()
         }
 
     def _pieces(self, program: Program) -> dict[str, list[Piece]]:
+        """Entries that act at each layer, by path."""
         found: dict[str, list[Piece]] = {}
         module = program.base.loaded.module
         named = {(key.kind, key.owner.rpartition(".")[0]) for key in program.base.sites.by_key}
@@ -191,16 +242,17 @@ class LiveState:
                         found.setdefault(path, []).append(Piece(entry, pass_, record, owner))
                 if not done:
                     raise PassError(
-                        f"{entry.id} at {record.path}: the model uses its weight without calling a layer that holds "
-                        f"it, so a live model cannot hold the pass there; leave the site out, or use the program itself"
+                        f"{entry.id} at {record.path}: the model uses its weight without calling a layer that has it, "
+                        f"so the layer cannot be rewritten; leave the site out, or use the program itself"
                     )
         return found
 
     def _uses(self, path: str, layer: nn.Module, owner: str, kind: str) -> bool:
-        """Whether the layer's own forward uses a weight in that way."""
+        """True if the layer's own forward uses a weight in this kind of op."""
         seen = self.seen.get(path)
+        # The model can read the weight without calling the layer.
         if seen is None and not self.uncaptured:
-            return False  # the model reads the weight, and never calls the layer
+            return False
         seen = seen or Seen()
         shapes = seen.shapes or ({3: ()} if isinstance(layer, nn.Linear) else {})
         attributes = [name for name, full in self._names(path, layer, self.program).items() if full == owner]
@@ -213,7 +265,7 @@ class LiveState:
         return bool(used) and all(any((name, kind) in at for name in attributes) for at in used)
 
     def _names(self, path: str, layer: nn.Module, program: Program) -> dict[str, str]:
-        """Attribute of a layer -> first name of that tensor in the program."""
+        """Name of a layer's own tensor -> first name of that tensor in the program."""
         own = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
         full = {name: f"{path}.{name}" if path else name for name, _ in own}
         return {name: program.base.names.get(known, (known,))[0] for name, known in full.items()}
@@ -221,6 +273,7 @@ class LiveState:
     def _class_of(
         self, model: nn.Module, path: str, pieces: list[Piece], program: Program
     ) -> type[nn.Module]:
+        """The class of one rewritten layer."""
         layer = program.base.loaded.module.get_submodule(path)
         live = model.get_submodule(path)
         seen = self.seen.get(path, Seen())
@@ -230,16 +283,20 @@ class LiveState:
                 names[local_name(path, full)] = full
         where = f"{pieces[-1].entry.id} at {pieces[-1].record.path}"
         if "forward" in vars(live):
-            raise PassError(f"{where}: its forward was replaced on the instance; remove that (a hook?) first")
+            raise PassError(
+                f"{where}: its forward was replaced on the instance, for example by a hook; remove that first"
+            )
         try:
             return self.layers.adapted(layer, pieces, names, program.tensors, seen.shapes, seen.dtype)
         except LayerError as error:
-            raise PassError(f"{where}: {error}; capture the model, and apply it to the program") from None
+            raise PassError(
+                f"{where}: {error}; capture the model and apply the pass to its program"
+            ) from None
 
     def _put_tensors(self, model: nn.Module, program: Program, pieces: Mapping[str, list[Piece]]) -> None:
-        """Inserted tensors where the layers read them, base parameters as this program has them."""
+        """Put inserted tensors into the layers that read them, and the program's values into base parameters."""
         wanted: dict[str, Tensor] = {n: program.tensors[full] for n, full in self._places(pieces).items()}
-        # What a layer does not read now stays where it is, while the program has it: it may be switched on again.
+        # A tensor of an adapter that is switched off stays in its layer, since it can be switched on again.
         held = {id(tensor) for tensor in program.tensors.values()}
         for name in self._added - set(wanted):
             there = get(model, name)
@@ -251,21 +308,30 @@ class LiveState:
             register(model, name, tensor, kind=Inserted)
         self._added = set(wanted)
         folded = program.folded()
+        merged: dict[int, nn.Parameter] = {}
         for name, group in program.base.names.items():
             if name != group[0]:
                 continue
-            value = program.changed.get(name, program.base.tensors[name])
-            if name in folded:
-                value = nn.Parameter(folded[name], requires_grad=False)
+            own = program.changed.get(name, program.base.tensors[name])
             for each in group:
+                # A merge can change only one use of a tied weight; that module then gets its own parameter.
+                value = own
+                if each in folded:
+                    there = folded[each]
+                    value = merged.setdefault(id(there), nn.Parameter(there, requires_grad=False))
                 owner, _, leaf = each.rpartition(".")
                 module = model.get_submodule(owner)
                 if module._parameters[leaf] is not value:
                     module._parameters[leaf] = value  # type: ignore[assignment]
 
     def gather(self, model: nn.Module) -> bool:
-        """Let the program have the values of what stands in the model in the place of its tensors: shards, in fully
-        sharded training. Every process has to call it. Returns whether there were shards."""
+        """Copy values from the model into the program where the model has other tensors, such as shards of FSDP.
+
+        In sharded training, every process has to call it.
+
+        Returns:
+            True if there were shards.
+        """
         program, sharded = self.program, False
         at = self.places(program)
         own: dict[str, Tensor] = {n: t for n, t in program.changed.items() if isinstance(t, nn.Parameter)}
@@ -280,14 +346,14 @@ class LiveState:
         return sharded
 
     def places(self, program: Program) -> dict[str, str]:
-        """Name of an inserted tensor -> where a layer of the model holds it (the first, where several do)."""
+        """Name of an inserted tensor -> path of the tensor in the model; the first, if several layers have it."""
         at: dict[str, str] = {}
         for place, full in self._places(self._pieces(program)).items():
             at.setdefault(full, place)
         return at
 
     def _places(self, pieces: Mapping[str, list[Piece]]) -> dict[str, str]:
-        """Where the model holds an inserted tensor -> its name in the program."""
+        """Path of an inserted tensor in the model -> its name in the program."""
         places = {}
         for path, own in pieces.items():
             for full in dict.fromkeys(f for piece in own for f in piece.record.tensors.values()):
@@ -296,7 +362,7 @@ class LiveState:
         return places
 
     def _let_train(self, model: nn.Module) -> None:
-        """Let require gradients what the program lets train; with an empty journal, what did before."""
+        """Set `requires_grad` as the program decides; with an empty journal, restore the original values."""
         program = self.program
         for name, tensor in {**program.base.tensors, **program.tensors, **program.changed}.items():
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
@@ -304,18 +370,26 @@ class LiveState:
                 wants = self.required.get(name, True) if bare else program.trains(name, program.clock.step)
                 if tensor.requires_grad != wants:
                     tensor.requires_grad_(wants)
+        # Making the module registers the hooks that mask gradients.
         if program.schedule.masks:
-            program.module()  # puts the hooks on what trains in part
+            program.module()
 
 
 def is_shard(tensor: Any) -> bool:
-    """Whether a tensor is a part of one that several processes hold."""
+    """True if a tensor is a shard of one that is distributed over processes."""
     return hasattr(tensor, "full_tensor")
 
 
 def local_name(path: str, full: str) -> str:
-    """Where a layer holds a tensor of the program: under its own path, or under the whole name, flattened, where the
-    tensor is called by another name of a tied weight."""
+    """Path of an inserted tensor within a layer.
+
+    It is the part of its name after the layer's path. If the tensor is named after another module (of a tied weight),
+    it is "shared." with the whole name.
+
+    Args:
+        path: Path of the layer.
+        full: Name of the tensor in the program.
+    """
     if not path:
         return full
     return (
@@ -324,13 +398,15 @@ def local_name(path: str, full: str) -> str:
 
 
 class Inserted(nn.Module):
-    """The tensors that a pass added to a layer; the layer computes with them."""
+    """Container of the tensors that a pass added to a layer. The layer reads them; it is not called itself."""
 
     def forward(self, *args: Any) -> Any:
+        """Raise RuntimeError; this module is never called."""
         raise RuntimeError("these are tensors of the layer that holds them")
 
 
 def _remove(model: nn.Module, name: str) -> None:
+    """Remove an inserted tensor from the model, and containers that are empty then."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     module._parameters.pop(leaf, None)
@@ -342,5 +418,6 @@ def _remove(model: nn.Module, name: str) -> None:
 
 
 def state_of(model: nn.Module) -> LiveState | None:
+    """The state of a live module; None if no pass has been applied to it."""
     state = vars(model).get(ATTRIBUTE)
     return state if isinstance(state, LiveState) else None

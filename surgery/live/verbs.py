@@ -1,4 +1,4 @@
-"""Surgery on a live module: the passes that act on single layers, with the module's own forward left in charge."""
+"""Surgery on a live module: applies, removes, scales, merges and saves passes that act on single layers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from surgery.capture import LoadOptions, trace
+from surgery.capture import LoadedModel, LoadOptions, trace
 from surgery.capture.trace import to_plain
 from surgery.common.errors import CaptureError, LoadError, PassError, SurgeryError, TargetError
 from surgery.common.plugins import Plugins, make_plugin_manager
 from surgery.engine.base import Base
 from surgery.engine.change.plans import PlanReport
 from surgery.engine.contract.base import Pass, RewritePass
+from surgery.engine.contract.numerics import rounded
 from surgery.engine.contract.observe import observe
 from surgery.engine.probe import InputSet
 from surgery.engine.program import Program
 from surgery.engine.replay import find_sites, live_entries, pass_of
+from surgery.graph.ops import LINEAR
 from surgery.live.capture import loaded_of, watch
 from surgery.live.fallback import pretend
 from surgery.live.layer import Layers
@@ -42,20 +44,39 @@ def apply_(
     data: Sequence[InputSet] = (),
     plugins: Plugins | None = None,
 ) -> Program:
-    """Apply passes that act on single layers to a live module, in place; returns its program.
+    """Apply passes that act on single layers to a live module, in place.
 
-    The model is captured first (once), from a copy over the same parameters, so that roles, ties, refusals and the
-    journal are those of `surgery.load(...).apply(...)`. Then each layer gets the rewritten forward, by a subclass of
-    its own class, and the new parameters; everything else of the model is as it was: its forward, generate and
-    caches, gradient checkpointing, `isinstance`, attributes. Parameters of the base that passes let train are
-    replaced by copies, so that `remove_` is bit for bit; make the optimiser afterwards.
+    The first call captures the model, from a copy over the same parameters. Roles, ties, refusals and the journal are
+    therefore those of `surgery.load(...).apply(...)`. Then each targeted layer gets a rewritten forward, in a subclass
+    of its own class, and the new parameters. Everything else stays as it was: the model's forward, generate and caches,
+    gradient checkpointing, `isinstance`, attributes.
 
-    inputs, dynamic: as for `surgery.capture`; a transformers model needs none. example: sizes of its example inputs.
-    The others as for `Program.apply`. Where the model cannot be captured, targets by path still work, and roles do
-    not. Raises TargetError, PassError; the model is then as it was.
+    Base parameters that the passes let train are replaced by copies, so that `remove_` restores the model bit for bit.
+    Create the optimizer after this call.
+
+    If the model cannot be captured, targets by path still work, but roles do not.
+
+    Args:
+        model: The module to change.
+        passes: Passes to apply, in order.
+        inputs: Example inputs, as for `surgery.capture`; a transformers model needs none.
+        dynamic: Dynamic dimensions, as for `surgery.capture`.
+        example: Sizes of the example inputs of a transformers model, by dimension name.
+        freeze_base: True freezes all existing parameters first, False does not; None as for `Program.apply`.
+        verify: Compare the outputs on the example inputs before and after with the change that the passes declare.
+        data: Inputs for passes that measure activations or gradients: a sequence of (args, kwargs).
+        plugins: Plugin manager; by default one with all installed plugins.
+
+    Returns:
+        The program of the module.
+
+    Raises:
+        TargetError: A target names no site.
+        PassError: A pass is refused, does not act within single layers, or changes the outputs by more than it
+            declares. The model is unchanged then.
     """
     if not passes and freeze_base is None:
-        raise PassError("no pass was given; see `surgery passes`")
+        raise PassError("no pass was given; `surgery passes` lists them")
     state = state_of(model) or _state(model, inputs, dynamic, example or {}, plugins)
     state.free()
     state.refuse(p for p in passes if isinstance(p, Pass))
@@ -80,9 +101,18 @@ def apply_(
 
 
 def remove_(model: nn.Module, *names: str) -> Program:
-    """Undo passes in a live module (all of them where none is named), bit for bit, and keep what others trained.
+    """Undo passes in a live module, bit for bit. Other trained parameters keep their values.
 
-    names: as for `Program.undo`. Raises JournalError where there is none, or a later one stands on it.
+    Args:
+        model: The live module.
+        names: Names of passes, as for `Program.undo`; without names, all passes are undone.
+
+    Returns:
+        The program without these passes.
+
+    Raises:
+        JournalError: The module has no such pass, or a later pass depends on it.
+        PassError: No pass has been applied to the module.
     """
     state = _known(model)
     state.free()
@@ -110,17 +140,37 @@ def plan_(
     data: Sequence[InputSet] = (),
     plugins: Plugins | None = None,
 ) -> PlanReport:
-    """What `apply_` would do, with every refusal; nothing is changed. Options as for `apply_`."""
+    """Report what `apply_` would do, with every refused site and the reason. The module is not changed.
+
+    Args:
+        model: The module.
+        passes: Passes to plan, in order.
+        inputs: As for `apply_`.
+        dynamic: As for `apply_`.
+        example: As for `apply_`.
+        freeze_base: As for `apply_`.
+        data: As for `apply_`.
+        plugins: As for `apply_`.
+
+    Raises:
+        TargetError: A target names no site.
+        PassError: A pass does not act within single layers, or the passes cannot be applied together.
+    """
     state = state_of(model) or _state(model, inputs, dynamic, example or {}, plugins)
     state.refuse(passes)
     return state.program.plan(*passes, freeze_base=freeze_base, data=data)
 
 
 def program_of(model: nn.Module) -> Program:
-    """The program of a module that `apply_` changed, over the module's own tensors: to save, merge, export, undo on.
+    """The program of a live module, over the module's own tensors, for saving, merging or exporting.
 
-    Of a model that is fully sharded it has the values as they are now; every process has to call it.
-    Raises PassError for any other module.
+    For a fully sharded model, the program gets a copy of the current values, and every process has to call this.
+
+    Args:
+        model: A module that `apply_` or `load_` changed, or that `Program.live` returned.
+
+    Raises:
+        PassError: No pass has been applied to the module.
     """
     state = _known(model)
     _refresh(state, model)
@@ -129,7 +179,19 @@ def program_of(model: nn.Module) -> Program:
 
 
 def weight_(model: nn.Module, weights: Mapping[str, float]) -> Program:
-    """Scale adapters of a live module: 1 as trained, 0 left out. Names as in `Program.undo`."""
+    """Scale adapters of a live module.
+
+    Args:
+        model: The live module.
+        weights: Name of an adapter, as in `Program.undo`, -> its scale: 1 as trained, 0 off.
+
+    Returns:
+        The program of the module.
+
+    Raises:
+        JournalError: The module has no such adapter, or a weight is not a finite number.
+        PassError: The pass of an adapter supports only 0 and 1.
+    """
     state = _known(model)
     state.free()
     state.adopt(model, _sharing(state.program.weighted(weights), state.program))
@@ -139,7 +201,22 @@ def weight_(model: nn.Module, weights: Mapping[str, float]) -> Program:
 def combine_(
     model: nn.Module, weights: Mapping[str, float], method: str = "svd", *, label: str, **options: Any
 ) -> Program:
-    """One adapter in the place of several of a live module; see `Program.combine` for the rest."""
+    """Combine several adapters of a live module into one.
+
+    Args:
+        model: The live module.
+        weights: Name of an adapter, as in `Program.undo`, -> its weight in the combination.
+        method: Combination method, as for `Program.combine`.
+        label: Label of the result.
+        options: Further options of `Program.combine`.
+
+    Returns:
+        The program of the module.
+
+    Raises:
+        PassError: The adapters cannot be combined by this method.
+        JournalError: The module has no such adapter.
+    """
     state = _known(model)
     state.free()
     before = state.program
@@ -150,9 +227,18 @@ def combine_(
 
 @contextlib.contextmanager
 def using(model: nn.Module, *names: str, weights: Mapping[str, float] | None = None) -> Iterator[nn.Module]:
-    """Only these adapters are in while the block runs; with `weights`, they are scaled. No name: the base.
+    """Context manager: only these adapters are switched on inside the block.
 
-    In the block the model can be run, trained and saved (with what is in then), and not changed.
+    Inside the block the model can be run, trained and saved (with these adapters), but not changed.
+
+    Args:
+        model: The live module.
+        names: Names of adapters, as in `Program.undo`; without names, all adapters are off.
+        weights: Name of an adapter -> its scale inside the block.
+
+    Raises:
+        JournalError: The module has no such adapter.
+        PassError: No pass has been applied to the module, or an adapter cannot be scaled.
     """
     state = _known(model)
     before = state.program
@@ -166,27 +252,82 @@ def using(model: nn.Module, *names: str, weights: Mapping[str, float] | None = N
 
 @contextlib.contextmanager
 def mixed_batch(model: nn.Module, adapters: Sequence[str | Sequence[str] | None]) -> Iterator[nn.Module]:
-    """Rows of a batch with adapters of their own, in one forward, while the block runs.
+    """Context manager: each row of a batch uses its own adapters, in one forward.
 
-    adapters: for each row of the batch the names of what is in there, as in `Program.undo` (None: the base). Where
-    the model repeats rows (beams, or positions put into the batch), so are the choices.
-    Raises PassError where what enters an adapted layer has no batch axis first.
+    If the model repeats rows (for beams, or by moving positions into the batch), the choices are repeated as well.
+
+    Args:
+        model: The live module.
+        adapters: For each row of the batch the name or names of its adapters, as in `Program.undo`; None for the base.
+
+    Raises:
+        PassError: The first axis of an adapted layer's input is not the batch, or the adapters are merged.
+        JournalError: The module has no such adapter.
+
+    Example:
+        >>> with surgery.mixed_batch(model, ["film", None, ["film", "music"]]):
+        ...     model(**inputs)  # three rows
     """
     if isinstance(adapters, str):
-        raise PassError(f"mixed_batch takes a choice for each row; give a list, such as [{adapters!r}, None]")
+        raise PassError(f"mixed_batch needs a choice for each row; give a list, such as [{adapters!r}, None]")
     state = _known(model)
     with state.within("mixed_batch"), rows_of(model, state, list(adapters)):
         yield model
 
 
 def merge_(model: nn.Module) -> Program:
-    """Fold the adapters into the live module's weights; see `Program.merge`. `remove_(model, "merge")` takes it back,
-    bit for bit, from the base's own weights, which are kept until then."""
+    """Fold the adapters of a live module into its weights; see `Program.merge`.
+
+    The base's own weights are kept in memory, so that `remove_(model, "merge")` undoes the merge bit for bit.
+
+    Args:
+        model: The live module.
+
+    Returns:
+        The program of the module.
+
+    Raises:
+        PassError: No adapter can be folded, or the outputs differ by more than the tolerance of a merge.
+    """
     state = _known(model)
     state.free()
     before = state.program
-    state.adopt(model, _sharing(before.merge(verify=not state.uncaptured), before))
+    merged = _sharing(before.merge(verify=not state.uncaptured), before)
+    then = _run(model, state.example)
+    state.adopt(model, merged)
+    try:
+        _verify_merge(model, state, before, then)
+    except Exception:
+        state.adopt(model, before)
+        raise
     return state.program
+
+
+def _verify_merge(model: nn.Module, state: LiveState, before: Program, then: Any) -> None:
+    """Hold the merged live model against the unmerged one on the example inputs; without inputs nothing is run.
+
+    Raises:
+        PassError: The outputs moved by more than rounding the weights once explains.
+    """
+    if state.example is None:
+        return
+    seen = observe(then, _run(model, state.example))
+    allowed = before.merge_tolerance
+    rounds = any(
+        isinstance(pass_ := pass_of(e, before.base.plugins), RewritePass) and pass_.effect.rounding
+        for e in live_entries(before.journal)
+    )
+    if rounds and not state.uncaptured:
+        # Rounded activations make whole steps of a small difference; the program itself moves by as much.
+        allowed += 2 * observe(before.run(), state.program.run()).difference
+    if not seen.within(rounded(allowed, "weights are rounded once more")):
+        merged = state.program.journal.entries[-1].options.get("folded", ())
+        sites = [r.path for e in before.journal if e.id in merged for r in e.sites]
+        raise PassError(
+            f"merge_: the live model's outputs moved by {seen.difference:.1e} of their scale, over {allowed:.0e}: a "
+            f"weight of {', '.join(sites[:5])} is read in another way than by its layer; the model is as it was; "
+            "keep the adapters unmerged, or merge the model's program"
+        )
 
 
 def save_(
@@ -200,18 +341,30 @@ def save_(
     max_shard_size: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a directory that `surgery.load` and `load_` read: the journal, what was inserted, what was trained.
+    """Write a directory that `surgery.load` and `load_` read: journal, inserted tensors and trained tensors.
 
-    format: "hf" writes a transformers directory in its place, with adapters folded into the weights of what is written
-    (the live model keeps them), in files of up to max_shard_size; see surgery.store.hf.write_hf.
+    For a fully sharded model, every process has to call this; the first one writes.
 
-    ref, task, model_kwargs: what gives the same base again, as for `surgery.load`; a transformers model's own
-    directory by default. Without any, the weights of the base are written too, and loading needs the base.
-    Of a fully sharded model every process has to call it; the first writes.
-    Raises LoadError where the reference is another model.
+    Args:
+        model: The live module.
+        path: Directory to write.
+        ref: Reference of the base, as for `surgery.load`. By default the directory that a transformers model was loaded
+            from. If there is none, the weights of the base are written too, and loading needs a program of the base.
+        task: Name of the transformers task of the reference, as for `surgery.load`.
+        model_kwargs: Keyword arguments of the model's constructor, as for `surgery.load`.
+        format: "surgery", or "hf" for a transformers directory. The latter has the adapters folded into the written
+            weights; the live module keeps them.
+        max_shard_size: Only for "hf": largest size of a weight file, such as "5GB"; see surgery.store.hf.write_hf.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        LoadError: The reference is another model.
+        SurgeryError: The path exists, or writing fails.
+        PassError: No pass has been applied to the module, or the format is unknown.
+        ExportError: An adapter cannot be folded, for "hf".
     """
     if format not in ("surgery", "hf"):
-        raise PassError(f"save_: there is no format {format!r}; it is 'surgery' or 'hf'")
+        raise PassError(f"save_: there is no format {format!r}; give 'surgery' or 'hf'")
     state = _known(model)
     _refresh(state, model)
     if state.gather(model) and torch.distributed.get_rank() != 0:
@@ -226,17 +379,33 @@ def save_(
 
 
 def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins | None = None) -> Program:
-    """Let a live module be what a saved directory says, which was written of either form of the same base.
+    """Apply the passes of a saved directory to a live module of the same base.
 
-    The module's own weights are the base's; what the directory stores of the base (a new head) is copied into them.
-    Raises JournalError where the base is another, PassError for what single layers cannot hold.
+    The directory can have been written by `save_` or by `Program.save`. The module's own weights are used as the base;
+    base tensors that the directory contains (a new head, for example) are copied into the module.
+
+    Args:
+        model: The module to change.
+        path: The saved directory.
+        inputs: Example inputs, as for `apply_`.
+        plugins: Plugin manager; by default one with all installed plugins.
+
+    Returns:
+        The program of the module.
+
+    Raises:
+        JournalError: The directory is damaged, or was saved for another base.
+        PassError: Passes have been applied to the module already, or a pass does not act within single layers.
+        CaptureError: The model cannot be captured, so it cannot be compared with the directory.
     """
     if state_of(model) is not None:
-        raise PassError("this module carries surgery already; take that off with surgery.remove_ first")
+        raise PassError(
+            "passes have been applied to this module already; undo them with surgery.remove_ first"
+        )
     state = _state(model, inputs, None, {}, plugins)
     if state.uncaptured:
         raise CaptureError(
-            f"the model cannot be captured, so {path} cannot be held against it; {state.uncaptured}"
+            f"the model cannot be captured, so it cannot be compared with {path}; {state.uncaptured}"
         )
     there = {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
     try:
@@ -246,7 +415,8 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
         program.own()
         state.adopt(model, program)
     except SurgeryError:
-        with torch.no_grad():  # what the directory stores of another base may have been copied by then
+        # Tensors of another base may have been copied into the module before the mismatch was found.
+        with torch.no_grad():
             for name, tensor in model.state_dict(keep_vars=True).items():
                 tensor.copy_(there[name])
         raise
@@ -255,10 +425,11 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
 
 
 def _known(model: nn.Module) -> LiveState:
+    """The state of a live module. Raises PassError if no pass has been applied to it."""
     state = state_of(model)
     if state is None:
         raise PassError(
-            f"this {type(model).__name__} carries no surgery; apply a pass with surgery.apply_ first"
+            f"no pass has been applied to this {type(model).__name__}; apply one with surgery.apply_ first"
         )
     return state
 
@@ -270,20 +441,22 @@ def _state(
     example: Mapping[str, int],
     plugins: Plugins | None,
 ) -> LiveState:
+    """A new state for a model: captured as a whole if possible, else layer by layer."""
     plugins = plugins or make_plugin_manager()
     layers = Layers(plugins.weight_ops)
+    example_model: LoadedModel | None = None
     try:
-        loaded = loaded_of(model, inputs, dynamic, example)
+        loaded = example_model = loaded_of(model, inputs, dynamic, example)
         captured, seen, why = trace(loaded), watch(loaded), ""
     except (CaptureError, LoadError) as error:
         loaded, captured, seen = pretend(model)
         why = str(error)
     base = Base(loaded, captured, plugins, "", LoadOptions(example=dict(example)))
-    return LiveState(Program(base), seen, layers, why)
+    return LiveState(Program(base), seen, layers, why, example_model)
 
 
 def _sharing(program: Program, before: Program) -> Program:
-    """The program with the tensors that the live module holds already, in the place of copies of them."""
+    """The program with the tensors that are in the live module already, instead of copies of them."""
     program.own()
     tensors = {name: before.tensors.get(name, tensor) for name, tensor in program.tensors.items()}
     changed = {}
@@ -292,7 +465,9 @@ def _sharing(program: Program, before: Program) -> Program:
         if held is None:
             changed[name] = tensor
             continue
-        if not torch.equal(held, tensor):  # put back to what it was before a pass that is undone
+        # The values differ if undoing a pass restored earlier ones. They are copied, since an optimizer may refer to
+        # the tensor in the module.
+        if not torch.equal(held, tensor):
             with torch.no_grad():
                 held.copy_(tensor)
         changed[name] = held
@@ -302,7 +477,7 @@ def _sharing(program: Program, before: Program) -> Program:
 
 
 def _refresh(state: LiveState, model: nn.Module) -> None:
-    """Let the program read the buffers that the model has now: moving a model to a device makes new ones."""
+    """Update the program's buffers: moving a model to another device replaces its buffers by new tensors."""
     tensors = state.program.base.tensors
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name in tensors:
@@ -310,33 +485,37 @@ def _refresh(state: LiveState, model: nn.Module) -> None:
 
 
 def _verify(model: nn.Module, state: LiveState, before: Program) -> None:
-    """Run the live module on the example inputs, as it was and as it is."""
+    """Run the live module without and with the new passes. Raises PassError if the outputs differ too much."""
     loaded = state.program.base.loaded
     fresh = [e for e in state.program.journal if e not in before.journal.entries and e.kind == "rewrite"]
     if not fresh:
         return
     now, program = _run(model, loaded), state.program
-    # Without them, and yet with what is frozen: torch computes a weight norm otherwise where it needs no gradient.
+    # The new passes are switched off instead of undone, so that frozen parameters stay frozen: torch computes a weight
+    # norm differently if it needs no gradient.
     state.adopt(model, _sharing(program.without(*(e.id for e in fresh)), program))
     then = _run(model, loaded)
     state.adopt(model, program)
     seen = observe(then, now)
-    declared = (pass_of(e, program.base.plugins).contract.on(program.precision) for e in fresh)
+    declared = (pass_of(e, program.base.plugins).numerics.on(program.precision) for e in fresh)
     if any(seen.within(numerics) for numerics in declared):
         return
     raise PassError(
         f"{fresh[-1].id}: in place, the outputs moved by {seen.difference:.1e} of their scale on the example inputs, "
-        f"which none of {', '.join(e.id for e in fresh)} declares; the model is as it was"
+        f"more than {' or '.join(e.id for e in fresh)} declares; the model is unchanged"
     )
 
 
 def _run(model: nn.Module, loaded: Any) -> Any:
+    """Outputs of the model in eval mode on the example inputs, without its cache; None without inputs."""
+    if loaded is None:
+        return None
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             outputs = to_plain(model(*loaded.args, **loaded.kwargs))
-            # A cache is an object of the model's own, of the same keys and values that gave the outputs.
+            # A cache is an object of the model that cannot be compared; the outputs depend on its contents anyway.
             return (
                 {k: v for k, v in outputs.items() if k != "past_key_values"}
                 if isinstance(outputs, dict)
@@ -348,6 +527,7 @@ def _run(model: nn.Module, loaded: Any) -> Any:
 
 
 def _refuse_caches(model: nn.Module, program: Program) -> None:
+    """Raise PassError if a branch reads other positions in a model that generates with a cache."""
     generates = getattr(model, "can_generate", None)
     if generates is None or not generates():
         return
@@ -355,14 +535,16 @@ def _refuse_caches(model: nn.Module, program: Program) -> None:
         pass_ = pass_of(entry, program.base.plugins) if entry.kind == "rewrite" else None
         if isinstance(pass_, RewritePass):
             for site in find_sites(entry, program.base.sites.by_key):
-                if pass_.mixes_positions(site):
+                if pass_.effect.mixes_positions and site.kind == LINEAR:
                     raise PassError(
-                        f"{entry.id} at {site.path}: it reads earlier positions, which a layer does not see when the "
-                        f"model generates with a cache; capture the model for it, or use another pass"
+                        f"{entry.id} at {site.path}: it reads earlier positions, which a layer does not get when the "
+                        f"model generates with a cache; capture the model and apply the pass to its program, or use "
+                        f"another pass"
                     )
 
 
 def _without_roles(error: TargetError, state: LiveState) -> TargetError:
+    """The error with a note that the model has no roles, since it could not be captured."""
     return TargetError(
         f"{error} (the model cannot be captured, so it has no roles, only paths; {state.uncaptured})"
     )

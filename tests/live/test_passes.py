@@ -88,7 +88,7 @@ def test_refused_and_untouched(llama, ids, pass_, error, message):
         surgery.apply_(llama, pass_)
     assert torch.equal(llama(ids).logits, before)
     assert list(llama.state_dict()) == keys
-    with pytest.raises(PassError, match="carries no surgery"):
+    with pytest.raises(PassError, match="no pass has been applied"):
         surgery.program_of(llama)
 
 
