@@ -1,12 +1,12 @@
-"""The examples' data, fetched with pip from pinned source packages, checked by sha256, cached outside the tree.
+"""Data for the examples: downloads pinned source packages with pip, checks sha256, caches them outside the tree.
 
     film, product, tweets, editorial   sentences rated by people from -4 to 4 (vaderSentiment, MIT licence)
     alpaca_en                          999 instructions with answers (LLaMA-Factory's demo, Apache 2.0)
-    dpo_en                             300 dialogues with a better and a worse answer (the same)
-    wiki                               30 articles of Wikipedia (there too, from the Wikipedia dump, CC BY-SA)
-    lee                                50 documents, the similarity of each pair rated by people (gensim's test data)
+    dpo_en                             300 dialogues with a better and a worse answer (same source)
+    wiki                               30 Wikipedia articles (same source, from the Wikipedia dump, CC BY-SA)
+    lee                                50 documents; people rated the similarity of each pair (gensim's test data)
 
-    python examples/data.py NAME FILE.jsonl    writes a set as rows that `surgery train` reads
+    python examples/data.py NAME FILE.jsonl    writes a data set as rows that `surgery train` reads
 
 The cache is $SURGERY_CACHE, or ~/.cache/torch-surgery.
 """
@@ -26,11 +26,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-NEUTRAL = 0.5  # sentences with a mean rating strictly between -0.5 and 0.5 get no label
+NEUTRAL = 0.5  # Sentences with a mean rating strictly between -0.5 and 0.5 get no label.
 
 
 class DataError(Exception):
-    """Data that cannot be fetched, or is not what was pinned."""
+    """Data cannot be downloaded, or differs from the pinned version."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,15 @@ DOMAINS = {
 
 @dataclass(frozen=True)
 class Sentence:
+    """A rated sentence.
+
+    Attributes:
+        text: The sentence.
+        rating: Mean of about 20 ratings, from -4 to 4.
+    """
+
     text: str
-    rating: float  # the mean of about 20 people's, -4 to 4
+    rating: float
 
     @property
     def label(self) -> int:
@@ -83,7 +90,7 @@ class Instruction:
 
 
 def sentences(domain: str = "film") -> list[Sentence]:
-    """Every rated sentence of a domain, in the file's order."""
+    """Rated sentences of a domain, in file order."""
     if domain not in DOMAINS:
         raise DataError(f"there is no domain {domain!r}; there are {', '.join(DOMAINS)}")
     outer = _member(fetch(VADER), RATINGS)
@@ -93,9 +100,9 @@ def sentences(domain: str = "film") -> list[Sentence]:
 
 
 def sentiment(domain: str = "film", held_out: float = 0.2, seed: int = 0) -> Split:
-    """Positive and negative sentences, split the same way for the same seed.
+    """Positive and negative sentences, split deterministically for a seed.
 
-    Sentences that differ only in case, spacing and punctuation count as one, so that none is on both sides.
+    Sentences that differ only in case, spacing and punctuation count as one, so no sentence is on both sides.
     """
     distinct = {" ".join(re.findall(r"\w+", s.text.lower())): s for s in reversed(sentences(domain))}
     kept = [s for s in reversed(distinct.values()) if abs(s.rating) >= NEUTRAL]
@@ -105,13 +112,13 @@ def sentiment(domain: str = "film", held_out: float = 0.2, seed: int = 0) -> Spl
 
 
 def alpaca_en() -> list[Instruction]:
-    """Instructions with the answers that a model should learn to give."""
+    """Instructions with reference answers."""
     rows = json.loads(_member(fetch(ALPACA), "llamafactory-0.9.5/data/alpaca_en_demo.json"))
     return [Instruction(f"{r['instruction']}\n\n{r['input']}".strip(), r["output"]) for r in rows]
 
 
 def dpo_en() -> list[dict[str, object]]:
-    """Dialogues as messages, with the answer that people preferred and another one."""
+    """Dialogues as messages, each with a preferred and a rejected answer."""
     rows = json.loads(_member(fetch(ALPACA), "llamafactory-0.9.5/data/dpo_en_demo.json"))
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     return [
@@ -125,12 +132,12 @@ def dpo_en() -> list[dict[str, object]]:
 
 
 def wiki() -> list[str]:
-    """Articles, each one text."""
+    """Articles, one string each."""
     return _member(fetch(ALPACA), "llamafactory-0.9.5/data/wiki_demo.txt").decode("utf-8").splitlines()
 
 
 def lee() -> tuple[list[str], list[list[float]]]:
-    """Documents, and for each pair the mean rating of about ten people (Lee, Pincombe and Welsh 2005)."""
+    """Documents and a matrix of similarities: means of about ten people's ratings (Lee, Pincombe and Welsh 2005)."""
     folder = "gensim-4.4.0/gensim/test/test_data"
     documents = _member(fetch(GENSIM), f"{folder}/lee.cor").decode("utf-8", "replace").splitlines()
     rows = _member(fetch(GENSIM), f"{folder}/similarities0-1.txt").decode("ascii").splitlines()
@@ -142,7 +149,11 @@ def cache_folder() -> Path:
 
 
 def fetch(source: Source) -> Path:
-    """The source package in the cache, downloaded by pip if it is not there. Raises DataError."""
+    """Path of the source package in the cache; pip downloads it if it is missing.
+
+    Raises:
+        DataError: the download fails, or the file is not the pinned one.
+    """
     path = cache_folder() / source.file
     if path.is_file() and sha256(path) == source.sha256:
         return path
@@ -155,13 +166,15 @@ def fetch(source: Source) -> Path:
     if done.returncode or not path.is_file():
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
         raise DataError(
-            f"pip could not download {requirement}: {said[-1].strip()} (once it has, no network is needed: "
-            f"the file is kept in {path.parent})"
+            f"pip could not download {requirement}: {said[-1].strip()} (needed once: the file is then kept in "
+            f"{path.parent})"
         )
     found = sha256(path)
     if found != source.sha256:
         path.unlink()
-        raise DataError(f"{source.file} is not the pinned file: its sha256 is {found}; it was removed")
+        raise DataError(
+            f"{source.file} is not the pinned file: its sha256 is {found}; it was deleted, so run this again"
+        )
     return path
 
 
@@ -171,16 +184,23 @@ def sha256(path: Path) -> str:
 
 
 def _member(archive: Path | io.BytesIO, name: str) -> bytes:
-    """One file of a tar archive, read in memory: nothing is extracted."""
+    """Content of one file of a tar archive; nothing is extracted to disk."""
     with tarfile.open(archive) if isinstance(archive, Path) else tarfile.open(fileobj=archive) as tar:
         stream = tar.extractfile(name)
         if stream is None:
-            raise DataError(f"{name} is no file")
+            raise DataError(f"{name} is not a file")
         return stream.read()
 
 
 def batches(count: int, size: int, lengths: list[int], rng: random.Random) -> Iterator[list[int]]:
-    """One shuffled epoch of indices in batches of similar length, so that little is padding."""
+    """One shuffled epoch of indices, in batches of similar length to reduce padding.
+
+    Args:
+        count: Number of examples.
+        size: Examples per batch.
+        lengths: Length of each example.
+        rng: Random generator for the order.
+    """
     order = list(range(count))
     rng.shuffle(order)
     chunk = size * 16
@@ -191,7 +211,11 @@ def batches(count: int, size: int, lengths: list[int], rng: random.Random) -> It
 
 
 def rows(name: str) -> list[dict[str, object]]:
-    """A set as rows with the columns that objectives look for. Raises DataError for another name."""
+    """Rows of a data set, with the columns that objectives expect.
+
+    Raises:
+        DataError: there is no data set of that name.
+    """
     if name in DOMAINS:
         split = sentiment(name)
         return [{"text": s.text, "label": s.label} for s in (*split.train, *split.held_out)]
@@ -201,7 +225,7 @@ def rows(name: str) -> list[dict[str, object]]:
         return dpo_en()
     if name == "wiki":
         return [{"text": article} for article in wiki()]
-    raise DataError(f"there is no set {name!r}; there are {', '.join(DOMAINS)}, alpaca_en, dpo_en, wiki")
+    raise DataError(f"there is no data set {name!r}; there are {', '.join(DOMAINS)}, alpaca_en, dpo_en, wiki")
 
 
 def main(arguments: list[str]) -> int:

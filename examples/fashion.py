@@ -1,7 +1,7 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747), and a network that turns its images into vectors.
+"""Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747), and a network that encodes its images as vectors.
 
-The images come with apt from Debian's package `dataset-fashion-mnist` (MIT licence), checked by sha256 and kept where
-the other data is (see data.py); nothing is installed.
+apt-get downloads the images as Debian's package `dataset-fashion-mnist` (MIT licence). The file is checked by sha256
+and kept in the cache of data.py; nothing is installed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILES = {True: "train", False: "t10k"}
 
 
 class Encoder(nn.Module):
-    """Images (batch × 1 × 28 × 28) to vectors of `features`."""
+    """Encodes images (batch × 1 × 28 × 28) as vectors (batch × features)."""
 
     def __init__(self, features: int = 128) -> None:
         super().__init__()
@@ -43,13 +43,17 @@ class Encoder(nn.Module):
 
 
 def encoder() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, dict[int, str]]]:
-    """What `py:fashion:encoder` loads: an untrained network, with an example and the axis that may change."""
+    """Factory for `py:fashion:encoder`: an untrained network, example inputs and the dynamic axis."""
     torch.manual_seed(0)
     return Encoder(), (torch.rand(2, 1, 28, 28),), {"image": {0: "batch"}}
 
 
 def fashion(train: bool = True) -> tuple[Tensor, Tensor]:
-    """Images (60,000, or 10,000 to test on, × 28 × 28, uint8) and their classes. Raises DataError."""
+    """Images (60,000, or 10,000 for testing, × 28 × 28, uint8) and their classes.
+
+    Raises:
+        DataError: the package cannot be downloaded, or is not the pinned one.
+    """
     with tarfile.open(fileobj=io.BytesIO(_data(_package())), mode="r:*") as tar:
         images, labels = (
             _numbers(tar, f"{FILES[train]}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")
@@ -58,17 +62,17 @@ def fashion(train: bool = True) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(tar: tarfile.TarFile, name: str) -> Tensor:
-    """The bytes of a file in the IDX format, without its header."""
+    """Data of a file in IDX format, without the header."""
     member = next((m for m in tar.getmembers() if m.name.endswith(name)), None)
     stream = member and tar.extractfile(member)
     if not stream:
-        raise DataError(f"{PACKAGE} holds no {name}")
+        raise DataError(f"{PACKAGE} does not contain {name}")
     raw = gzip.decompress(stream.read())
     return torch.frombuffer(bytearray(raw[4 + 4 * raw[3] :]), dtype=torch.uint8)
 
 
 def _data(package: Path) -> bytes:
-    """The data archive of a Debian package, which is an ar archive."""
+    """Data archive of a Debian package, which is an ar archive."""
     raw = package.read_bytes()
     place = 8
     while place < len(raw):
@@ -76,7 +80,7 @@ def _data(package: Path) -> bytes:
         if name.startswith("data.tar"):
             return raw[place + 60 : place + 60 + size]
         place += 60 + size + size % 2
-    raise DataError(f"{package.name} holds no data.tar")
+    raise DataError(f"{package.name} does not contain data.tar")
 
 
 def _package() -> Path:
@@ -86,7 +90,7 @@ def _package() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if shutil.which("apt-get") is None:
         raise DataError(
-            f"Fashion-MNIST comes with apt-get, which is not here; put {path.name} into {path.parent}"
+            f"apt-get, which downloads Fashion-MNIST, is not installed; put {path.name} into {path.parent} yourself"
         )
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         done = subprocess.run(

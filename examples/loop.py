@@ -1,4 +1,4 @@
-"""What both examples need: saying what happens, a training loop with a progress bar, and fair latencies."""
+"""Helpers of the examples: progress messages, a training loop with a progress bar, and latency measurements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ console = Console(highlight=False)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run an example without the libraries' progress bars; one line and exit code 2 for what a user can mend."""
+    """Run an example without the libraries' progress bars. An error that a user can fix is one line, exit code 2."""
     transformers_logging.disable_progress_bar()
     try:
         main()
@@ -39,7 +39,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def step(title: str, text: str) -> None:
-    """A line for what happens now."""
+    """Print the current step."""
     line = Table.grid(padding=0)
     line.add_column(width=INDENT, style="bold cyan")
     line.add_row(title, text)
@@ -47,7 +47,7 @@ def step(title: str, text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line for what came of it."""
+    """Print a result of the current step."""
     console.print(Padding(text, (0, 0, 0, INDENT), expand=False, style="dim"))
 
 
@@ -59,7 +59,18 @@ def train(
     steps: int,
     lr: float,
 ) -> float:
-    """AdamW over what requires a gradient, a linear warm-up and decay; gives the seconds it took."""
+    """Train with AdamW, linear warm-up and linear decay.
+
+    Args:
+        module: Module; its parameters with `requires_grad` are trained.
+        batches: Batches, at least as many as steps.
+        loss_of: Loss of a batch.
+        steps: Optimizer steps.
+        lr: Peak learning rate.
+
+    Returns:
+        Seconds of training.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.01)
     warmup = max(1, steps // 10)
@@ -91,7 +102,7 @@ def train(
 
 
 def latencies(files: Mapping[str, Path], inputs: Mapping[str, Tensor], repeats: int) -> dict[str, float]:
-    """Median seconds of each file in onnxruntime, run in turns so that all see the same machine."""
+    """Median seconds of each file in onnxruntime. Runs are interleaved, so machine load affects all files alike."""
     models = {name: OnnxModel(path) for name, path in files.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for (name, model), _ in zip(cycle(models.items()), range(len(models) * (repeats + 3)), strict=False):
@@ -102,7 +113,7 @@ def latencies(files: Mapping[str, Path], inputs: Mapping[str, Tensor], repeats: 
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of everything in a folder."""
+    """Bytes of a file, or of all files in a folder."""
     return (
         sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
         if path.is_dir()

@@ -1,11 +1,11 @@
-"""Teach SmolLM2 by preferences and rewards, by `surgery train`, on real data.
+"""Train SmolLM2 on preferences and rewards with `surgery train`, on real data.
 
-python examples/rl_runs.py                       all of them
-python examples/rl_runs.py ppo --quick           one, with little data, to see that it works
+python examples/rl_runs.py                       all runs
+python examples/rl_runs.py ppo --quick           one run with little data, as a test
 
-preferences   dialogues of which people preferred one answer: a reward model, DPO, and PPO by that reward model
-ppo, trpo     a policy learns to go on with what many film sentences begin with so that the demo's classifier finds
-              them positive, three seeds each, on openings held out (needs out/film/adapted, which `make demo` makes)
+preferences   dialogues with a preferred answer: a reward model, DPO, and PPO with that reward model
+ppo, trpo     a policy learns to continue frequent openings of film sentences so that the demo's classifier rates
+              them positive; three seeds each, on held-out openings (needs out/film/adapted of `make demo`)
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from runs import Runs, main, smollm2, words
 
 FILM = Path("out/film/adapted")
 VALUE = words("--pass head --mode add --labels 1 --head-name value --pool none --init zero")
-# Its first layers, no more, with a linear head on their mean: what 240 pairs are enough for.
+# With 240 pairs only a small model can be fitted: the first nine layers, and a linear head on their mean.
 REWARD = words(
     "--task feature-extraction --model-kwarg num_hidden_layers=9 "
     "--pass head --mode add --labels 1 --head-name reward --pool mean"
 )
-# What lies below an adapter is run once for a batch, and no gradient goes down there.
+# Layers below the first adapter get no gradient and run once for each batch, so adapting the last layers saves time.
 LAST_EIGHT = words(r"--pass lora --target 're:model\.layers\.2[2-9]\..*' --rank 8")
 LAST_TWO = words(r"--pass lora --target 're:model\.layers\.2[89]\..*' --rank 8")
 SEEDS = (0, 1, 2)
-MAX_KL = 0.1  # of a token, in one step of TRPO
-OPENING = 3  # words
+MAX_KL = 0.1  # Per token, in one step of TRPO.
+OPENING = 3  # Words.
 
 
 def smollm2_with_values(runs: Runs) -> Path:
@@ -65,12 +65,12 @@ def preferences(runs: Runs) -> None:
 
 
 def short(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Their short prompts, after which a response is much of what a reward model reads."""
+    """Short prompts of the rows: then the response is a large part of the reward model's input."""
     return [{"prompt": row["prompt"]} for row in rows if sum(len(m["content"]) for m in row["prompt"]) <= 150]
 
 
 def openings() -> list[str]:
-    """What at least four of the film sentences begin with: it says little of what they think of the film."""
+    """Openings that at least four film sentences share; they say little about the opinion of the film."""
     split = sentiment("film")
     first = Counter(" ".join(s.text.split()[:OPENING]) for s in (*split.train, *split.held_out))
     found = sorted(opening for opening, times in first.items() if times >= 4)
@@ -80,7 +80,7 @@ def openings() -> list[str]:
 
 def against_the_classifier(runs: Runs, method: str, own: list[str]) -> None:
     if not FILM.is_dir():
-        raise SystemExit(f"the classifier is made by the demo: run `make demo` first ({FILM} is missing)")
+        raise SystemExit(f"{FILM}, the classifier of the demo, is missing: run `make demo` first")
     begun = openings()
     learn, held = (
         runs.write(name, [{"prompt": opening} for opening in chosen])
@@ -99,7 +99,7 @@ def against_the_classifier(runs: Runs, method: str, own: list[str]) -> None:
         steps = updates(runs.out / f"{name}.run" / "log.jsonl")
         runs.say(f"KL of a token by update: {' '.join(f'{kl:.4f}' for kl in steps)}")
         if method == "trpo" and max(steps) > MAX_KL:
-            raise SystemExit(f"an update went over its bound: {max(steps)} > {MAX_KL}")
+            raise SystemExit(f"the KL of an update exceeds its bound: {max(steps)} > {MAX_KL}")
     gains = [after["reward"] - before["reward"] for before, after in ends]
     runs.say(
         f"{method}: reward higher by {statistics.mean(gains):.3f} (standard deviation of the seeds "
@@ -119,7 +119,7 @@ def trpo(runs: Runs) -> None:
 
 
 def updates(log: Path) -> list[float]:
-    """The KL of each update, for a token, from the log of a run."""
+    """KL per token of each update, from the log of a run."""
     figures = [json.loads(line).get("figures", {}) for line in log.read_text().splitlines()]
     return [each["update_kl"] for each in figures if "update_kl" in each]
 

@@ -1,4 +1,4 @@
-"""What the examples of training share: running commands, showing them as they could be typed, and keeping figures."""
+"""Helpers of training_runs.py and rl_runs.py: run commands, print them as typed, store their figures."""
 
 from __future__ import annotations
 
@@ -33,9 +33,15 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Runs:
-    """out: where everything is written. most: examples of a data set. more: options of every training.
+    """Runs commands and records them.
 
-    said: what was run and what it gave, as lines of Markdown. made: programs that several runs start from."""
+    Attributes:
+        out: Output directory.
+        most: Maximum number of examples of a data set.
+        more: Options for every training.
+        said: Commands and results, as lines of Markdown.
+        made: Names of programs that exist already; several runs start from them.
+    """
 
     out: Path
     most: int
@@ -53,7 +59,7 @@ class Runs:
         console.print(f"    {figures}\n", highlight=False)
 
     def surgery(self, *words: Any) -> str:
-        """Run a command; what it printed. Raises SystemExit with what it said where it fails."""
+        """Run a `surgery` command and return its output. Raises SystemExit with its error message if it fails."""
         line = [str(word) for word in words]
         shown = "surgery " + shlex.join(line)
         shown = shown.replace(MINILM_FOLDER, "MINILM").replace(f"{self.out}/", "")
@@ -67,7 +73,7 @@ class Runs:
         return done.stdout
 
     def apply(self, model: str, name: str, *words: Any) -> Path:
-        """A program, made where an earlier run has not made it."""
+        """Apply passes with `surgery apply`, unless an earlier run has created this program."""
         if name in self.made:
             self.said.append(f"- `{name}` is as above")
         else:
@@ -76,7 +82,7 @@ class Runs:
         return self.out / name
 
     def train(self, model: Path, name: str, *words: Any, show: Sequence[str]) -> tuple[Figures, Figures]:
-        """Train; the figures of the held-out data, before and after."""
+        """Train with `surgery train`; returns metrics on the held-out data before and after."""
         begun = perf_counter()
         options = [*words, *self.more, "--json", "-o", self.out / name, "--overwrite"]
         said = json.loads(self.surgery("train", model, *options).splitlines()[-1])
@@ -87,19 +93,19 @@ class Runs:
 
 
 def words(line: str) -> list[str]:
-    """The words of a command line."""
+    """Split a command line into words."""
     return shlex.split(line)
 
 
 def smollm2(out: Path) -> list[str]:
-    """The words that name SmolLM2 to `surgery apply`. Raises SystemExit where it is not installed.
+    """Arguments of `surgery apply` that name SmolLM2. Raises SystemExit if it is not installed.
 
-    It comes as GGUF, which takes longer to read than a short run trains: it is read once, and lies under `out` then.
+    Reading its GGUF file takes longer than a short training run, so it is converted once and kept under `out`.
     """
     folder = out / "SmolLM2"
     if not folder.is_dir():
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
+            with contextlib.redirect_stderr(io.StringIO()):  # Hides progress bars.
                 model = open_model()
         except DataError as error:
             raise SystemExit(str(error)) from None
@@ -112,14 +118,16 @@ def smollm2(out: Path) -> list[str]:
 
 def main(known: Mapping[str, Callable[[Runs], Any]], about: str | None) -> None:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", choices=[*known, []], help="which (default: all)")
-    parser.add_argument("--quick", action="store_true", help="little data, a few steps")
-    parser.add_argument("--most", type=int, default=100_000, help="examples of each data set")
-    parser.add_argument("--out", type=Path, default=Path("out/training"), help="where everything is written")
-    parser.add_argument("--write", action="store_true", help="put what was run into docs/training_runs.md")
+    parser.add_argument("runs", nargs="*", choices=[*known, []], help="runs (default: all)")
+    parser.add_argument("--quick", action="store_true", help="little data and few steps")
+    parser.add_argument(
+        "--most", type=int, default=100_000, help="maximum number of examples of each data set"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/training"), help="output directory")
+    parser.add_argument("--write", action="store_true", help="write the results to docs/training_runs.md")
     options = parser.parse_args()
     if options.quick and options.write:
-        parser.error("--write is for whole runs: leave out --quick")
+        parser.error("--write needs full runs: leave out --quick")
     out = options.out / "quick" if options.quick else options.out
     out.mkdir(parents=True, exist_ok=True)
     quick = ("--steps", "3", "--batch", "4") if options.quick else ()
@@ -134,10 +142,11 @@ def main(known: Mapping[str, Callable[[Runs], Any]], about: str | None) -> None:
 
 
 def _keep(name: str, said: Sequence[str], seconds: float) -> None:
-    """The page, with the other runs as they were in it."""
+    """Update one run in the page and in its data; keep the other runs."""
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    threads = os.environ.get("OMP_NUM_THREADS", "as many threads as torch takes")
-    load = f"load {os.getloadavg()[2]:.1f}"  # of the last quarter of an hour: what else the machine did
+    threads = os.environ.get("OMP_NUM_THREADS", "torch's default")
+    # The load of the last quarter of an hour shows if other programs ran at the same time.
+    load = f"load {os.getloadavg()[2]:.1f}"
     machine = (
         f"{platform.machine()}, {os.cpu_count()} CPUs, OMP_NUM_THREADS: {threads}, {load}, {date.today()}"
     )
@@ -152,16 +161,16 @@ def _page(kept: Mapping[str, Any]) -> str:
         "`python examples/training_runs.py --write` and `python examples/rl_runs.py --write` write this page."
     ]
     lines += [
-        f"Some run was under way for {_busy(kept.values()) / 60:.0f} minutes; several may be at a time (load)."
+        f"At least one run was active during {_busy(kept.values()) / 60:.0f} minutes; runs may overlap (see load)."
     ]
-    lines += ["Figures are of held-out data, before and after.", ""]
+    lines += ["Figures are measured on held-out data, before and after training.", ""]
     for title, run in kept.items():
         lines += [f"## {title}", "", f"{run['seconds']:.0f} s ({run['machine']})", "", *run["said"], ""]
     return "\n".join(lines)
 
 
 def _busy(kept: Iterable[Mapping[str, Any]]) -> float:
-    """Seconds in which at least one run was under way."""
+    """Seconds during which at least one run was active."""
     total, until = 0.0, 0.0
     for begun, ended in sorted((run["ended"] - run["seconds"], run["ended"]) for run in kept):
         total += max(ended - max(begun, until), 0.0)

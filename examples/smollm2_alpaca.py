@@ -1,11 +1,11 @@
-"""Teach a small language model to answer like a reference set, then ship it for transformers and as ONNX.
+"""Train a small language model on reference answers, then export it for transformers and as ONNX.
 
     python examples/smollm2_alpaca.py            about six minutes on two cores
-    python examples/smollm2_alpaca.py --quick    the same steps with little data, to see that they work
+    python examples/smollm2_alpaca.py --quick    the same steps with little data, as a test
 
-SmolLM2-135M-Instruct comes quantized in a GGUF file and is opened in float32. Its score is the perplexity of
-held-out answers to instructions: how many tokens, on average, it hesitates between. LoRA on the attention
-lowers it; the merged model is an ordinary transformers directory, and an ONNX file that agrees with it.
+SmolLM2-135M-Instruct comes as a quantized GGUF file and is opened in float32. Its score is the perplexity of held-out
+answers to instructions. LoRA on the attention lowers it. The merged model is written as a transformers directory and as
+an ONNX file, which is checked against it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Tokens of a prompt and its answer; the first `prompt` of them are not the model's to predict."""
+    """Tokens of a prompt and its answer. The first `prompt` tokens do not count in the loss."""
 
     tokens: list[int]
     prompt: int
 
 
 class Tutor:
-    """Instructions to tensors, and how well a module answers them."""
+    """Tokenizes instructions and measures the perplexity of answers."""
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
@@ -61,7 +61,7 @@ class Tutor:
         return Dialogue([*prompt, *answer][: self.max_tokens], len(prompt))
 
     def dialogues(self, rows: Sequence[Instruction]) -> list[Dialogue]:
-        """Those of which at least a little answer is left within `max_tokens`."""
+        """Dialogues that keep at least eight tokens of the answer within `max_tokens`."""
         made = (self.dialogue(row) for row in rows)
         return [d for d in made if len(d.tokens) >= d.prompt + 8]
 
@@ -76,7 +76,7 @@ class Tutor:
         return {"input_ids": ids, "attention_mask": mask}, labels
 
     def epochs(self, rows: Sequence[Dialogue], size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Shuffled batches without end."""
+        """Endless shuffled batches."""
         rng, lengths = random.Random(0), [len(row.tokens) for row in rows]
         while True:
             for chosen in batches(len(rows), size, lengths, rng):
@@ -95,7 +95,7 @@ class Tutor:
 def answer_loss(
     module: nn.Module, inputs: dict[str, Tensor], labels: Tensor, reduction: str = "mean"
 ) -> Tensor:
-    """Cross-entropy of the answers' tokens, each predicted from those before it."""
+    """Cross-entropy of the tokens of the answers, each predicted from the tokens before it."""
     logits = module(**inputs)["logits"]
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=reduction
@@ -111,13 +111,13 @@ def model_folder() -> Path:
 
 def open_model() -> Any:
     model = AutoModelForCausalLM.from_pretrained(model_folder(), gguf_file=GGUF, dtype=torch.float32)
-    # The weights are plain float32 by now, but the trainers refuse what is still called quantized.
+    # The weights are plain float32 now, but trainers refuse a model whose config still says that it is quantized.
     model.hf_quantizer.remove_quantization_config(model)
     return model.eval()
 
 
 def lessons(options: argparse.Namespace) -> tuple[Tutor, list[Instruction], list[Instruction]]:
-    """A tutor, rows to learn from and rows to keep back, shuffled the same every time."""
+    """A tutor, training rows and held-out rows, in a fixed random order."""
     rows = alpaca_en()
     random.Random(0).shuffle(rows)
     return Tutor(model_folder(), options.max_tokens), rows[200:], rows[:200]
@@ -141,9 +141,7 @@ def main(options: argparse.Namespace) -> None:
         model_kwargs={"gguf_file": GGUF, "dtype": "float32"},
     )
     step("Capture", f"SmolLM2, opened from GGUF: {base.count_parameters()[0] / 1e6:.0f}M parameters")
-    note(
-        f"{len(base.graph.nodes)} nodes, {len(base.sites)} places to operate on, {perf_counter() - begun:.1f} s"
-    )
+    note(f"{len(base.graph.nodes)} nodes, {len(base.sites)} sites, {perf_counter() - begun:.1f} s")
     scores = {"base": tutor.perplexity(base.module(), held_out)}
     note(f"perplexity of held-out answers: {scores['base']:.3f}")
 
@@ -187,7 +185,7 @@ def main(options: argparse.Namespace) -> None:
     table.add_column("")
     for name in ("perplexity", "trained", "on disk", "differs by"):
         table.add_column(name, justify="right")
-    table.add_row("as it was", f"{scores['base']:.3f}", "", megabytes(size_of(model_folder() / GGUF)), "")
+    table.add_row("base", f"{scores['base']:.3f}", "", megabytes(size_of(model_folder() / GGUF)), "")
     trained = f"{adapted.count_parameters()[1]:,}"
     table.add_row("LoRA", f"{scores['adapted']:.3f}", trained, megabytes(size_of(out / "adapted")), "")
     same = tutor.perplexity(merged.module(), held_out)
@@ -221,20 +219,28 @@ def read_options(
     quick: tuple[int, int, int, int],
     given: Sequence[str] | None,
 ) -> argparse.Namespace:
-    """full, quick: steps, batch, dialogues to score and longest dialogue, where they are not given."""
+    """Parse the command line of a SmolLM2 example.
+
+    Args:
+        about: Module docstring; its first line is the description.
+        out: Default output directory.
+        full: Default steps, batch size, dialogues to score and longest dialogue in tokens.
+        quick: The same defaults with --quick.
+        given: Command line, or None for that of the process.
+    """
     parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     named = {
         "steps": "training steps",
-        "batch": "dialogues a step",
+        "batch": "dialogues per step",
         "held_out": "dialogues to score",
-        "max_tokens": "longest dialogue",
+        "max_tokens": "longest dialogue, in tokens",
     }
     for (name, what), usual, few in zip(named.items(), full, quick, strict=True):
         said = f"{what} (default: {usual}, quick: {few})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, help=said)
     parser.add_argument("--rank", type=int, default=8, help="LoRA's rank")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    parser.add_argument("--out", type=Path, default=out, help="where files are written")
+    parser.add_argument("--out", type=Path, default=out, help="output directory")
     parser.add_argument("--quick", action="store_true", help="little data and few steps")
     options = parser.parse_args(given)
     for name, value in zip(named, quick if options.quick else full, strict=True):

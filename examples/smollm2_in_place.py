@@ -1,11 +1,11 @@
-"""A language model adapted as it stands, trained by transformers' and TRL's trainers, and shipped three ways.
+"""Adapt a live language model, train it with transformers' and TRL's trainers, and write it in three formats.
 
     python examples/smollm2_in_place.py            about twelve minutes on two cores
-    python examples/smollm2_in_place.py --quick    the same steps with little data, to see that they work
+    python examples/smollm2_in_place.py --quick    the same steps with little data, as a test
 
-Two LoRAs go into a live SmolLM2-135M-Instruct, `answers` trained by transformers' Trainer and `sft` by TRL's
-SFTTrainer, 50 steps each on alpaca_en. Then: one directory that holds both; each merged, as a transformers directory
-that generates the same tokens; and one ONNX model for generation that serves both.
+A live SmolLM2-135M-Instruct gets two LoRAs: transformers' Trainer trains `answers`, TRL's SFTTrainer trains `sft`, 50
+steps each on alpaca_en. The results are one directory with both adapters; a merged transformers directory for each,
+which generates the same tokens; and one ONNX model for generation that serves both.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def answer(model: Any, tutor: Tutor, **more: Any) -> torch.Tensor:
 
 
 def seconds_a_token(model: Any, tutor: Tutor) -> float:
-    """The fastest of three answers, over its tokens."""
+    """Seconds per token of the fastest of three answers."""
     taken = []
     for _ in range(3):
         begun = perf_counter()

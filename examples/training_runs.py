@@ -1,20 +1,20 @@
-"""Train programs by `surgery train`, one run for each of several objectives, on real data.
+"""Train programs with `surgery train` on real data, one run for each of several objectives.
 
-    python examples/training_runs.py                      all of them
-    python examples/training_runs.py distill --quick      one, with little data, to see that it works
+    python examples/training_runs.py                      all runs
+    python examples/training_runs.py distill --quick      one run with little data, as a test
 
-The data is written as JSONL under --out, every command is shown as it could be typed, and its figures on held-out
-data are printed.
+The data is written as JSONL under --out. Every command is printed as one would type it, with its metrics on held-out
+data.
 
-    classification   MiniLM learns whether a sentence about a film is positive
-    multi-task       four heads on MiniLM, one for each source of sentences, beside four models of one task
-    distill          three layers of MiniLM learn from the six that `classification` trained, beside labels alone
+    classification   MiniLM learns to classify film sentences as positive or negative
+    multi-task       four heads on MiniLM, one for each source of sentences, compared with four single-task models
+    distill          three layers of MiniLM learn from the six of `classification`, compared with labels alone
     contrastive      MiniLM learns which answer belongs to which instruction; lee's ratings before and after
-    fashion          a small network learns vectors of Fashion-MNIST's images, without labels (SimCLR) and with them
-    tweets           SmolLM2 goes on to read tweets (LoRA); its perplexity on these, and on Wikipedia
-    alpaca           SmolLM2 learns to answer instructions (LoRA): the loss of held-out answers
+    fashion          a small network learns vectors of Fashion-MNIST images, without labels (SimCLR) and with labels
+    tweets           SmolLM2 continues training on tweets (LoRA); its perplexity on tweets and on Wikipedia
+    alpaca           SmolLM2 learns to answer instructions (LoRA); the loss of held-out answers
 
-examples/rl_runs.py has those that learn from preferences and rewards.
+examples/rl_runs.py has the runs that learn from preferences and rewards.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import surgery
 
 
 def domain(runs: Runs, name: str, most: int) -> Path:
-    """Positive and negative sentences of a domain."""
+    """Write positive and negative sentences of a domain as JSONL, at most `most`."""
     found = sentiment(name)
     rows = [{"text": s.text, "label": s.label} for s in (*found.train, *found.held_out)]
     return runs.write(f"{name}-{most}", rows[:most])
@@ -111,7 +111,7 @@ def contrastive(runs: Runs) -> None:
 
 @torch.no_grad()
 def pearson(folder: Path) -> float:
-    """The correlation of the cosines of documents with what people said of each pair."""
+    """Pearson correlation between cosine similarities of documents and people's ratings."""
     documents, ratings = lee()
     program = surgery.load(str(folder))
     read = AutoTokenizer.from_pretrained(MINILM_FOLDER)
@@ -150,7 +150,7 @@ CLOTHES = "py:fashion:encoder"
 
 @torch.no_grad()
 def precision(folder: Path) -> float:
-    """Of the ten images that are nearest to each of 2,000 that nothing was trained on, how many show what it does."""
+    """Precision at ten on 2,000 held-out images: share of the ten nearest images that have the same class."""
     images, labels = (part[:2000] for part in fashion(train=False))
     program = surgery.load(str(folder), base=surgery.load(CLOTHES))
     vectors = F.normalize(program.run(images.unsqueeze(1).float() / 255)["output"], dim=1)
@@ -185,7 +185,7 @@ def tweets(runs: Runs) -> None:
 
 @torch.no_grad()
 def perplexity(program: surgery.Program, read: Any, texts: list[str]) -> float:
-    """Of every token of the texts but their first ones."""
+    """Perplexity of all tokens except the first of each text."""
     lost, count = 0.0, 0
     for text in texts:
         ids = read(text, return_tensors="pt")["input_ids"]
