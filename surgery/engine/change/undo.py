@@ -9,9 +9,10 @@ from torch import nn
 from surgery.common.errors import JournalError
 from surgery.engine import replay
 from surgery.engine.contract.base import RewritePass
+from surgery.engine.data import check_present
 from surgery.engine.journal import Entry, Journal
 from surgery.engine.restore import reverted, without
-from surgery.engine.state import State, check_present
+from surgery.engine.state import State
 
 
 def check_undoable(program: State, what: str) -> None:
@@ -48,7 +49,7 @@ def undo(program: S, name: str) -> S:
         return isinstance(pass_, RewritePass) and pass_.effect.freezes_base
 
     adapted = any(map(freezes, entries)) and not any(map(freezes, left))
-    # The automatic freezing of the base goes with the last adapter.
+    # The automatic freezing of the base is removed together with the last adapter.
     if adapted or not any(e.kind == "rewrite" for e in left):
         left = [e for e in left if not e.auto]
     names = {n for e in left for n in e.tensor_names}
