@@ -3,7 +3,7 @@
 Commands start quickly: `surgery --help`, `surgery COMMAND --help` and shell completion import neither torch nor a
 plugin. Three kinds of module keep it so:
 
-- group, options, pass_groups, plugins, choices: the command group and the options that commands share.
+- group, options, pass_groups, plugins, settings, choices: the command group and the options of commands.
 - see, change, ship, peft, train, run: declarations of commands. A command imports its work when it is called.
 - loading, recipe, views, reports, render, reference, training, stages: the work, which imports torch.
 """
