@@ -28,6 +28,7 @@ OF_0_1 = sorted(_NAMES.split())
 
 def test_a_pass_author_needs_few_names():
     assert len(surgery.api.__all__) <= 45
+    assert all(hasattr(surgery.api, name) for name in surgery.api.__all__)
 
 
 @pytest.mark.parametrize("module", MODULES)
