@@ -1,1 +1,1 @@
-"""Ratios against peers and floors: `python -m benchmarks [--quick] [NAME ...]`. One benchmark, one file."""
+"""Ratios against other libraries and lower bounds: `python -m benchmarks [--quick] [NAME ...]`. One file each."""

@@ -21,23 +21,20 @@ from benchmarks.timing import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("match", "step", "in_place", "merge", "onnx_latency", "generation", "startup")
-APART = (
-    "patterns",
-    "prune",
-    "training",
-)  # run where they are named: long, or with peers that the set-up does not have
+# These run only if they are named: they take long, or need libraries that the set-up does not install.
+APART = ("patterns", "prune", "training")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    known = f"of {', '.join(NAMES)} (default: all), {', '.join(APART)}"
+    known = f"{', '.join(NAMES)} (default: all of these), or {', '.join(APART)}"
     parser.add_argument("names", nargs="*", metavar="NAME", help=known)
     parser.add_argument("--quick", action="store_true", help="MiniLM only, small sizes, few rounds")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of torch and onnxruntime (1: CPU time is taken)"
+        "--threads", type=int, default=1, help="threads of torch and onnxruntime (1: measures CPU time)"
     )
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks.json"))
-    parser.add_argument("--write", action="store_true", help="write a page of each into benchmarks/ too")
+    parser.add_argument("--write", action="store_true", help="also write a page for each into benchmarks/")
     asked = parser.parse_args(argv)
     unknown = [name for name in asked.names if name not in (*NAMES, *APART)]
     if unknown:
@@ -72,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 def _print(rows: list[Row], threads: int) -> None:
     clock = "CPU time of one thread" if threads == 1 else f"wall time, {threads} threads"
     title = f"medians of interleaved rounds, {clock}; ratio = ours / peer, with quartiles"
-    table = Table("what", "ours", "peer", "ratio", "spread", "aim", "met?", "note", title=title)
+    table = Table("measured", "ours", "peer", "ratio", "spread", "aim", "met?", "note", title=title)
     section = ""
     for row in rows:
         if section and row.benchmark != section:
@@ -88,7 +85,7 @@ def _print(rows: list[Row], threads: int) -> None:
 
 
 def _page(name: str, rows: list[Row], threads: int) -> str:
-    """The rows of one benchmark, in Markdown."""
+    """Markdown page of one benchmark."""
     clock = "CPU time of one thread" if threads == 1 else f"wall time, {threads} threads"
     about = (importlib.import_module(f"benchmarks.{name}").__doc__ or "").strip()
     lines = [
@@ -98,8 +95,8 @@ def _page(name: str, rows: list[Row], threads: int) -> str:
         "",
         about,
     ]
-    lines += ["", f"Medians of interleaved rounds, {clock}; ratio: ours over the peer's, with quartiles.", ""]
-    lines += ["| what | ours | peer | ratio | quartiles | aim | note |", "|---|---|---|---|---|---|---|"]
+    lines += ["", f"Medians of interleaved rounds, {clock}. The ratio is ours / peer, with quartiles.", ""]
+    lines += ["| measured | ours | peer | ratio | quartiles | aim | note |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
         spread = "" if row.low is None or row.high is None else f"{row.low:.3g}–{row.high:.3g}"

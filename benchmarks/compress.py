@@ -1,14 +1,13 @@
-"""Models made smaller: size, quality and latency of every format: `python -m benchmarks.compress` (about half an hour).
+"""Compressed models: size, quality and latency of every format: `python -m benchmarks.compress` (about half an hour).
 
-Each subject is exported to ONNX once for each format and judged in onnxruntime on data that no format was calibrated
-on. Beside them stand onnxruntime's own quantizers on the fp32 file, and torchao exported by torch.onnx. Latency is the
-median of interleaved rounds at 1 and 16 rows (and a row of one token, which is a step of generation, where the model
-generates), as a ratio of fp32's (CPU time of one thread; --threads for wall time).
-"covered" is what the weights that a format acts on take on disk, over what they took in fp32. Nothing is trained
-after compression: what fine-tuning wins back is not in here.
+Each subject is exported to ONNX in each format and evaluated in onnxruntime, on data that was not used for calibration.
+For comparison there are onnxruntime's own quantizers on the fp32 file, and torchao exported by torch.onnx. Latency is
+the median of interleaved rounds at 1 and 16 rows, as a ratio to fp32's (CPU time of one thread; --threads for wall
+time). Models that generate are also timed on one row of one token, a generation step. "covered" is the size on disk of
+the weights that a format acts on, over their size in fp32. Nothing is trained after compression.
 
-    --quick   the digits only         --only NAME…   of the subjects: digits, lee, film, smollm2
-                                      --formats NAME…   of the formats; fp32 is made beside them
+    --quick   digits only             --only NAME…   subjects: digits, lee, film, smollm2
+                                      --formats NAME…   formats; fp32 is always included
 """
 
 from __future__ import annotations
@@ -43,9 +42,15 @@ KEPT = ROOT / "benchmarks" / "compress.json"
 
 @dataclass(frozen=True)
 class Format:
-    """make: writes the file of a subject to a path, fp32's beside it, and returns the share of bytes of what it covers.
+    """A compressed format.
 
-    peer: it is not ours. config: of the session it runs in. The file of another format in place of `make`: its name."""
+    Attributes:
+        name: Name in the table.
+        make: Function (subject, path, path of the fp32 file) that writes the file and returns its "covered" ratio; or
+            the name of another format whose file is used.
+        peer: True if the format is another library's.
+        config: Session options of onnxruntime.
+    """
 
     name: str
     make: Callable[[Subject, Path, Path], float | None] | str
@@ -69,9 +74,15 @@ class Result:
 def _ours(
     name: str = "", head: Mapping[str, Any] | None = None, **options: Any
 ) -> Callable[[Subject, Path, Path], float | None]:
-    """A pass on the subject's target. What a format of linear maps leaves is made int8, as other quantizers do it.
+    """Function that applies a pass to the subject's target and exports the result.
 
-    head: the options of a pass of its own on the output layer."""
+    Formats for linear layers leave other weights; these become int8, as other quantizers do.
+
+    Args:
+        name: Pass, or "" for fp32.
+        head: Options of a separate pass on the output layer.
+        options: Options of the pass.
+    """
 
     def make(subject: Subject, path: Path, _: Path) -> float | None:
         program = subject.program
@@ -98,9 +109,8 @@ def _ours(
         if name == "sparse":
             program = program.merge()
         program.export(path)
-        return (
-            None if name == "prune-filters" else _covered(program, added[:1], path)
-        )  # a group is more than its site
+        # A pruned group has more weights than its site, so the ratio is not defined.
+        return None if name == "prune-filters" else _covered(program, added[:1], path)
 
     return make
 
@@ -118,7 +128,7 @@ def _theirs(write: Callable[[Subject, Path, Path], None]) -> Callable[[Subject, 
 
 
 def _covered(program: surgery.Program, added: Sequence[Any], path: Path) -> float | None:
-    """Bytes in the file of what a format added, over those of the weights at its sites; not what `rest` added."""
+    """Bytes in the file of the tensors that a format added, over the bytes of the weights at its sites."""
     names = {full for entry in added for record in entry.sites for full in record.tensors.values()}
     held = {t.name: t for t in onnx.load(str(path), load_external_data=False).graph.initializer}
     sizes = [_bytes(held[name]) for name in names if name in held]
@@ -138,7 +148,7 @@ def _bytes(tensor: Any) -> float:
     return count * _BITS.get(tensor.data_type, 8 * kind.itemsize) / 8
 
 
-# What onnxruntime's own quantizer writes into the file; for a fused DequantizeLinear it is the session's to say.
+# onnxruntime's own quantizer writes this setting into the file; for a fused DequantizeLinear it is a session option.
 FP32_SUMS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 FORMATS = [
@@ -185,7 +195,7 @@ NAMES = [format.name for format in FORMATS]
 
 
 def evaluate(subject: Subject, formats: Sequence[Format] = FORMATS) -> Iterator[Result]:
-    """The formats of a subject, fp32 first. Raises what goes wrong in ours; a peer's failure is a result."""
+    """Results of a subject's formats, fp32 first. An error in a format of ours is raised; a peer's is a result."""
     with tempfile.TemporaryDirectory() as folder:
         made: dict[str, Result] = {}
         models: dict[str, OnnxModel] = {}
@@ -249,8 +259,8 @@ def table(results: list[Result], measures: Mapping[str, str]) -> Table:
 def markdown(results: list[Result], measures: Mapping[str, str], threads: int) -> str:
     lines = ["# Formats: size, quality, latency", "", "`python -m benchmarks.compress` writes this page.", ""]
     lines += [
-        f"Latency: over fp32's in onnxruntime, {threads} thread(s), at 1 and 16 rows, both in one run; "
-        "rows of a table can be of several. Lost: of the quality.",
+        f"Latency is relative to fp32's in onnxruntime, {threads} thread(s), at 1 and 16 rows, measured in one run; "
+        'the rows of a table may come from several runs. "lost" is the relative loss of quality.',
         "",
     ]
     for name, measured in measures.items():
@@ -272,7 +282,7 @@ def markdown(results: list[Result], measures: Mapping[str, str], threads: int) -
 
 
 def _write(results: list[Result], measures: Mapping[str, str], threads: int) -> None:
-    """The page, with what it held of other subjects and formats."""
+    """Write the page; results of other subjects and formats stay."""
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {"results": [], "measures": {}}
     all_measures = {**kept["measures"], **measures}
     made = {(row.subject, row.format) for row in results}
@@ -292,14 +302,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compress", description=(__doc__ or "").split(":")[0]
     )
-    parser.add_argument("--quick", action="store_true", help="the digits only, few rounds")
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="digits, lee, film, smollm2")
-    parser.add_argument("--formats", nargs="*", default=[], metavar="NAME", help="as the page calls them")
-    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime (1: CPU time is taken)")
+    parser.add_argument("--quick", action="store_true", help="digits only, few rounds")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="NAME", help="subjects: digits, lee, film, smollm2"
+    )
+    parser.add_argument(
+        "--formats", nargs="*", default=[], metavar="NAME", help="formats, with their names on the page"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of onnxruntime (1: measures CPU time)"
+    )
     parser.add_argument(
         "--write",
         action="store_true",
-        help="write benchmarks/compress.md, what was not asked for as it was in it",
+        help="write benchmarks/compress.md; results that were not requested stay",
     )
     asked = parser.parse_args(argv)
     warnings.filterwarnings("ignore")

@@ -1,9 +1,10 @@
-"""Generating in onnxruntime with what `surgery export --generate` writes, against transformers eager and optimum.
+"""Generation in onnxruntime with the files of `surgery export --generate`, against transformers eager and optimum.
 
-Greedy, one row, a prompt of 24 tokens; the same tokens in all of ours as in eager, or the benchmark stops. Three
-exports of SmolLM2 (a random llama with --quick): its LoRA merged, its LoRA as it is, and its LoRA as inputs with the
-adapter active. optimum needs another version of transformers, so it runs in a process of its own: SURGERY_OPTIMUM is
-a Python that has optimum-onnx (pip install 'optimum-onnx[onnxruntime]'); it is left out where there is none. Wall time.
+Greedy decoding of one row after a prompt of 24 tokens. The benchmark stops if an export of ours generates other tokens
+than eager. There are three exports of SmolLM2 (a random llama with --quick): LoRA merged, LoRA kept as a branch, and
+LoRA as inputs with the adapter active. optimum needs another version of transformers, so it runs in a separate process:
+set SURGERY_OPTIMUM to a Python that has optimum-onnx (pip install 'optimum-onnx[onnxruntime]'); without it, optimum is
+skipped. Wall time.
 """
 
 from __future__ import annotations
@@ -109,14 +110,16 @@ def _measure(answers: dict[str, Answer], rounds: int) -> Times:
                 found[name].append(time.perf_counter() - begun)
         for name, tokens in said.items():
             if name != "optimum" and tokens != said["eager"]:
-                raise RuntimeError(f"{name} generates other tokens than eager; the times mean nothing")
+                raise RuntimeError(
+                    f"{name} generates other tokens than eager, so the times are not comparable"
+                )
             if len(tokens) != len(said["eager"]):
                 raise RuntimeError(f"{name} generates another number of tokens than eager")
     return Times(found)
 
 
 class _Peer:
-    """optimum in another Python: it exports once, and then answers a line with a line."""
+    """optimum in another Python process: it exports once, then answers each line of input with a line of tokens."""
 
     def __init__(self, python: str, folder: Path, ids: torch.Tensor) -> None:
         script = Path(__file__).with_name("optimum_peer.py")
@@ -146,4 +149,6 @@ class _Peer:
         for line in self.process.stdout:
             if line.startswith("["):
                 return json.loads(line)
-        raise RuntimeError("optimum's process ended; run benchmarks/optimum_peer.py by hand to see why")
+        raise RuntimeError(
+            "optimum's process ended; run benchmarks/optimum_peer.py directly to see the error"
+        )

@@ -1,9 +1,9 @@
-"""LoRA in a live transformers model against PEFT's: putting it in, a training step, and generating.
+"""LoRA in a live transformers model against PEFT's: injection, a training step, and generation.
 
-Injection: rank 8 on the 168 linear maps of a llama of 374M parameters (24 layers, random weights). The first time ours
-captures the model, so that roles, ties and refusals are known, and compares outputs before and after; "again" is a
-second adapter on the same live model. Step and generation: SmolLM2 (MiniLM with --quick, which does not generate), the
-same base, factors and inputs; the benchmark stops where losses or tokens differ.
+Injection: rank 8 on the 168 linear layers of a llama with 374M parameters (24 layers, random weights). "first" includes
+the capture of the model, which finds roles, ties and refusals, and compares outputs before and after; "again" is a
+second adapter on the same live model. Step and generation: SmolLM2 (MiniLM with --quick, which does not generate), with
+the same base, factors and inputs; the benchmark stops if losses or tokens differ.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def _generating(modules: dict[str, Any], rounds: int) -> Iterator[Row]:
 
     times = measure({name: Variant(answer(name)) for name in modules}, rounds)
     if not torch.equal(found["ours"], found["PEFT"]) or torch.equal(found["ours"], found["base"]):
-        raise RuntimeError("ours and PEFT generate other tokens, or those of the base")
+        raise RuntimeError(
+            "ours and PEFT generate different tokens, or the adapter does not change the base's"
+        )
     yield compare(
         "in_place", f"SmolLM2: {TOKENS} tokens of apply_", times, "ours", "PEFT", note="the same tokens"
     )

@@ -1,9 +1,9 @@
 """Matching and rewriting every linear of a graph, against torch.fx.replace_pattern and onnxscript's rewriter.
 
-All three insert the same LoRA branch at the same number of places, in stacks of one traced layer (see stack.py).
-Ours: index the sites, select `all-linear`, insert the nodes with their metadata. Copying the graph, compiling it and
-running the proof are timed beside it, as no peer does them: replace_pattern's own recompile is left out. The peers
-insert one A and B for all sites and no metadata.
+All three insert the same LoRA branch at the same number of places, in stacks of one traced layer (see stack.py). Ours
+indexes the sites, selects `all-linear`, and inserts the nodes with metadata. Copying and compiling the graph and
+checking the outputs are timed separately, because no peer does them; replace_pattern's own recompile is disabled. The
+peers insert one A and B for all sites, without metadata.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(quick: bool) -> Iterator[Row]:
             aim = AIM if size == MIDDLE else None
             yield compare("match", f"{nodes:,} nodes: match, rewrite", times, "ours", peer, aim, note)
         if size > MIDDLE:
-            # it took 3.7 times as long for twice the nodes: minutes at this size
+            # Its time grows 3.7 times when the nodes double, so this size would take minutes.
             what = f"{nodes:,} nodes: match, rewrite"
             yield Row(
                 "match", what, "fx.replace_pattern", times.median("ours"), note="peer left out: quadratic"
@@ -81,7 +81,7 @@ def _ours(program: surgery.Program, adapted: surgery.Program) -> Variant:
 
 
 def _beside(program: surgery.Program, adapted: surgery.Program, nodes: int, rounds: int) -> Iterator[Row]:
-    """Steps that the peers leave to the user."""
+    """Times of the steps that the peers leave to the user."""
     module = adapted.graph_module
     reference = program.run()
 
@@ -100,7 +100,7 @@ def _beside(program: surgery.Program, adapted: surgery.Program, nodes: int, roun
 
 
 class _Adapted(nn.Module):
-    """What lowrank.add_branch inserts, for replace_pattern to trace."""
+    """The branch that `add_branch` inserts, as a module for replace_pattern to trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def _onnxscript(layers: int) -> Variant:
 
     def replacement(op: Any, x: Any, weight: Any, bias: Any) -> Any:
         hidden = op.MatMul(x, op.Constant(value=a))
-        # a Sum: rules are tried on what they inserted, and an Add would match for ever
+        # Rules are also tried on inserted nodes: an Add would match again without end, a Sum does not.
         return op.Sum(op.MatMul(x, weight), bias, op.MatMul(hidden, op.Constant(value=b)))
 
     rules = RewriteRuleSet([RewriteRule(pattern, replacement)])

@@ -1,8 +1,8 @@
-"""Folding LoRA on every linear of SmolLM2's layers (MiniLM's with --quick) into its weights, rank 8.
+"""Merging LoRA of rank 8 into the weights of all linear layers of SmolLM2 (MiniLM with --quick).
 
-The floor is the bare `weight.addmm_(B, A, alpha=scale)` over the same tensors. PEFT's is merge_and_unload. Folding in
-place uses the base up, so every run starts from a base of its own program objects, and the weights are put back;
-both outside the timed part. The proof (two runs of the model) is not timed: `verify=False`, and neither peer has one.
+The floor is the bare `weight.addmm_(B, A, alpha=scale)` over the same tensors. PEFT's merge is merge_and_unload. An
+in-place merge consumes the base, so the weights are restored before every run, outside the timed part. The output check
+(two runs of the model) is not timed (`verify=False`), since no peer has one.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def run(quick: bool) -> Iterator[Row]:
     yield compare("merge", f"{what} in place", times, "in place", "floor", AIM, note)
     yield compare("merge", f"{what} in place", times, "in place", "PEFT")
     yield compare(
-        "merge", f"{what}, base kept", times, "copy", "floor", note="the folded weights are new tensors"
+        "merge", f"{what}, base kept", times, "copy", "floor", note="the merged weights are new tensors"
     )
     yield compare("merge", f"{what}, base kept", times, "copy", "PEFT")
 
 
 def _factors(program: surgery.Program) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight name -> A and B."""
+    """Factors: weight name -> (A, B)."""
     entry = program.journal.find("lora")[0]
     tensors = program.tensors
     return {r.key.owner: (tensors[r.tensors["A"]], tensors[r.tensors["B"]]) for r in entry.sites}
@@ -72,7 +72,7 @@ def _peft(model: Model, program: surgery.Program) -> Any:
 
 
 def _check(program: surgery.Program, factors: Any, weights: Any, restore: Any, floor: Any) -> None:
-    """All ways give the floor's weights, bit for bit."""
+    """Check that all merges give the floor's weights, bit for bit."""
     restore()
     kept = program.merge(verify=False).folded()
     floor(None)
@@ -81,5 +81,5 @@ def _check(program: surgery.Program, factors: Any, weights: Any, restore: Any, f
     program.merge(in_place=True)
     for name in factors:
         if not torch.equal(weights[name], expected[name]) or not torch.equal(kept[name], expected[name]):
-            raise RuntimeError(f"merge of {name} differs from the floor's; the times mean nothing")
+            raise RuntimeError(f"merge of {name} differs from the floor's, so the times are not comparable")
     restore()

@@ -1,4 +1,4 @@
-"""The models that the benchmarks run on, as a program and as the peer's eager module."""
+"""Models of the benchmarks, as surgery programs and as eager modules for the peers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import surgery
 
 
 class MissingPeer(Exception):
-    """A package that a benchmark compares with, or the model it runs on, is not installed."""
+    """A package that a benchmark needs (a peer or a model) is not installed."""
 
 
 def require(package: str, why: str) -> None:
-    """Raises MissingPeer with the line that installs it."""
+    """Raise MissingPeer with the install command if a package is missing."""
     if importlib.util.find_spec(package) is None:
         raise MissingPeer(
             f"{why} needs {package!r}; install it with: pip install {package.replace('_', '-')}"
@@ -27,7 +27,14 @@ def require(package: str, why: str) -> None:
 
 
 def torch_onnx(program: surgery.Program, module: nn.Module, path: Path, **names: list[str]) -> None:
-    """What torch.onnx alone writes of a program's model. names: input_names, output_names."""
+    """Export a program's model with torch.onnx alone.
+
+    Args:
+        program: Program with example inputs and dynamic shapes.
+        module: Module to export.
+        path: Output file.
+        names: input_names and output_names of torch.onnx.export.
+    """
     args, kwargs = program.example_inputs
     given = {"kwargs": kwargs, "dynamo": True, "dynamic_shapes": program.captured.dynamic_shapes}
     torch.onnx.export(module, args, str(path), verbose=False, **given, **names)
@@ -38,9 +45,19 @@ _PROGRAMS: dict[str, surgery.Program] = {}
 
 @dataclass(frozen=True)
 class Model:
-    """name: in the table. path, task, kwargs: as surgery.load and from_pretrained take them. auto: the
-    transformers class. attention, mlp: the peer's names of the projections. first: a small parameter before
-    everything that an adapter on the first layer's attention trains behind."""
+    """A pretrained model.
+
+    Attributes:
+        name: Name in the table.
+        path: Directory, for surgery.load and from_pretrained.
+        task: Task, for surgery.load.
+        auto: Auto class of transformers.
+        attention: Module names of the attention projections, for the peer.
+        mlp: Module names of the MLP layers, for the peer.
+        first: A small parameter of the first layer; its gradient passes through all layers that LoRA's gradient does.
+        loss: Loss from outputs and token ids.
+        kwargs: Keyword arguments of from_pretrained.
+    """
 
     name: str
     path: str
@@ -53,7 +70,7 @@ class Model:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def program(self) -> surgery.Program:
-        """Loaded once for all benchmarks: a program is never changed, and merge puts back what it folds."""
+        """The program, loaded once for all benchmarks. Programs are immutable, and merge.py restores the weights."""
         if self.name not in _PROGRAMS:
             _PROGRAMS[self.name] = surgery.load(f"hf:{self.path}", task=self.task, model_kwargs=self.kwargs)
         return _PROGRAMS[self.name]
@@ -63,7 +80,7 @@ class Model:
 
         model: nn.Module = getattr(transformers, self.auto).from_pretrained(self.path, **self.kwargs)
         quantizer: Any = getattr(model, "hf_quantizer", None)
-        # Of a GGUF file the weights are floats by now, and Trainer refuses what is still called quantized.
+        # The weights of a GGUF file are floats now, but Trainer refuses a model whose config says that it is quantized.
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
         return model
@@ -82,7 +99,7 @@ class Model:
                 theirs.pop(f"base_model.model.{module}.lora_{factor}.default.weight").copy_(tensor)
         left = [name for name in theirs if "lora_" in name]
         if left:
-            raise RuntimeError(f"PEFT adapted what the program did not: {left[0]}")
+            raise RuntimeError(f"PEFT adapted a layer that the program did not: {left[0]}")
         return adapted
 
 
@@ -130,7 +147,7 @@ def smollm2() -> Model:
 
 
 def randomise(program: surgery.Program, scale: float = 0.02, seed: int = 1) -> surgery.Program:
-    """Fill the inserted tensors: with B = 0 no gradient reaches A, and equal losses prove little."""
+    """Fill the inserted tensors with random values: with B = 0 no gradient reaches A, so equal losses prove little."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in program.tensors.values():

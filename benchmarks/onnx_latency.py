@@ -1,5 +1,8 @@
-"""MiniLM's ONNX files in onnxruntime: merged against the base's (as many nodes, as fast), the adapted one beside them,
-and the base's against what torch.onnx alone writes of the model."""
+"""Latency of MiniLM's ONNX files in onnxruntime.
+
+The merged file is compared with the base's: it should have as many nodes and be as fast. The adapted file is compared
+with the base's too, and the base's with the file that torch.onnx alone writes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def run(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         programs = {"base": base, "merged": adapted.merge()}
-        if not quick:  # an export takes most of this benchmark's time
+        if not quick:  # Exports take most of this benchmark's time.
             programs["adapted"] = adapted
         for name, program in programs.items():
             program.export(Path(folder, f"{name}.onnx"))

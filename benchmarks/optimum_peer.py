@@ -1,5 +1,8 @@
-"""optimum's ONNX export of a transformers directory, generating what it is asked; run by benchmarks/generation.py in a
-Python of its own: `python optimum_peer.py DIR OUT THREADS`. A line of JSON in, a line of tokens out."""
+"""Generation with optimum's ONNX export of a transformers directory, for benchmarks/generation.py.
+
+It runs in a separate Python: `python optimum_peer.py DIR OUT THREADS`. Each line of JSON on standard input is answered
+with a line of tokens.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Patterns of many ops: how often each is found on architectures, and its time against fx's and onnxscript's rewriters.
+"""Patterns of several ops: matches on ten architectures, and time against the rewriters of fx and onnxscript.
 
-Timed is what match.py times, on stacks of one traced layer: find every place and put the new op there. Ours indexes
-the graph, tries all alternatives of the pass's patterns, and fills metadata; the peers look for the one form that the
-layer has, written for them, and insert the same op without metadata. Weights that a pass computes are not timed.
+The timed part is that of match.py, on stacks of one traced layer: find every match and insert the new op. Ours indexes
+the graph, tries all alternatives of the pass's patterns, and fills in metadata. The peers match the single form that
+the layer has, written for them, and insert the same op without metadata. Weights that a pass computes are not timed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, 
 _SEQ2SEQ = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
 _GROUPED = {**_WIDTHS, **_TEXT, "num_key_value_heads": 2, "head_dim": 8}
 
-# Tiny and random, of two blocks: task and settings. "timm:" of timm, whole.
+# Task and settings of tiny random models with two blocks; models of timm ("timm:") keep their size unless set.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("fill-mask", {**_WIDTHS, **_TEXT}),
     "albert": ("fill-mask", {**_WIDTHS, **_TEXT, "embedding_size": 16}),
@@ -62,7 +62,7 @@ def run(quick: bool) -> Iterator[Row]:
     yield from _times(1_300 if quick else MIDDLE, rounds=2 if quick else 3)
 
 
-# -- how often
+# -- number of matches
 
 
 def _counts(names: Sequence[str]) -> Iterator[Row]:
@@ -102,14 +102,21 @@ def _program(name: str) -> surgery.Program:
     return surgery.Program(Base(loaded, trace(loaded), make_plugin_manager(entry_points=False)))
 
 
-# -- how fast
+# -- time
 
 
 @dataclass(frozen=True)
 class Task:
-    """One pattern for everybody. fx_pattern, fx_new: for torch.fx. onnx_pattern, onnx_new: for onnxscript.
+    """One pattern, for all libraries.
 
-    each: matches in one layer. without: why a peer is left out, by its name.
+    Attributes:
+        pass_: Pass of surgery.
+        layer: Function that returns a program of one layer with one match.
+        fx_pattern: Pattern for torch.fx.
+        fx_new: Replacement for torch.fx.
+        onnx_pattern: Pattern for onnxscript.
+        onnx_new: Replacement for onnxscript.
+        without: Peers that are left out: name -> reason.
     """
 
     pass_: PatternPass
@@ -265,12 +272,12 @@ def tasks() -> list[Task]:
         ),
         Task(
             surgery.FuseQkv(), written_out, qkv, fused, onnx_qkv, onnx_fused,
-            {"onnxscript": "it takes six matches a layer, as nothing tells its three products apart"},
+            {"onnxscript": "it finds six matches per layer, because its pattern cannot tell the three products apart"},
         ),
         Task(
             surgery.FoldBatchnorm(), conv_norm,
             batch_norm, lambda x, w, b, s, t, m, v: aten.conv2d.default(x, w, t, [1, 1], [1, 1]),
             onnx_batch_norm, lambda op, x, w, b, s, t, m, v: op.Conv(x, w, t, pads=[1, 1, 1, 1]),
-            {"onnxscript": "torch.onnx has folded it in the model that it is given"},
+            {"onnxscript": "torch.onnx folds it in the model that onnxscript gets"},
         ),
     ]  # fmt: skip

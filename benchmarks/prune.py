@@ -1,16 +1,18 @@
 """prune-filters against Torch-Pruning: `python -m benchmarks prune` (not part of `make bench`).
 
-Half of the units of every group go, by L1, of the same random weights: ResNet-18, a ConvNeXt, a ViT (timm) and a small
-Llama with grouped queries. Both prune everything but the classifier's outputs, streams and whole heads included; of
-ours also what is pruned by default (within blocks). Multiply-adds are torch's own count of a forward pass. Seconds are
-those of finding groups and removing units, once: ours on a captured program, and with the capture beside it; theirs on
-the eager model, with what the model's attributes need afterwards. Exported means torch.onnx.export (dynamo), run by
-onnxruntime on the same inputs to within 1e-4 of the outputs' scale.
+Both remove half of the units of every group, ranked by L1, from the same random weights: ResNet-18, a ConvNeXt, a ViT
+(timm) and a small Llama with grouped queries. Both prune everything except the classifier's outputs, including residual
+streams and whole heads. Ours is also run with its default, which prunes within blocks. Multiply-adds are torch's own
+count of a forward pass. Seconds are those of finding groups and removing units, once. Ours runs on a captured program;
+the time of the capture is given separately. Torch-Pruning runs on the eager model; its time includes the update of the
+model's attributes. Exported means that torch.onnx.export (dynamo) writes a file whose outputs in onnxruntime agree with
+the model's within 1e-4 of their scale.
 
-Coverage: of the timm models of `make sweep`, how many each prunes to a model that runs. Ours has to compute what the
-whole model does with the removed units at zero (see tests/passes/prune/test_prune_filters.py), which is not asked of the peer. The
-peer is told of attention heads, and afterwards sets the attribute that its own example sets; a model whose forward
-reads other sizes from attributes does not run then, and one whose groups are not found in 120 s counts as not pruned.
+Coverage is the number of timm models of `make sweep` that each prunes to a model that runs. Ours must also compute what
+the whole model computes with the removed units at zero (see tests/passes/prune/test_prune_filters.py); the peer is not
+held to that. The peer gets the attention heads, and then the attribute that its own example sets is updated. A model
+whose forward reads other sizes from attributes does not run then. A model whose groups are not found in 120 s counts as
+not pruned.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import surgery
 from benchmarks.models import MissingPeer, require
 from benchmarks.timing import Row
-from surgery.api import make_plugin_manager
+from surgery.api.programs import make_plugin_manager
 from surgery.capture import LoadedModel, trace
 from surgery.common.errors import SurgeryError
 from surgery.engine.base import Base
@@ -41,13 +43,21 @@ from surgery.passes import PruneFilters
 
 RATIO = 0.5
 SAME = 1e-4
-LIMIT = 120  # seconds of wall time for one model of the peer: of some its search for groups does not end
+LIMIT = (
+    120  # Wall-clock seconds for the peer on one model: on some models its search for groups does not end.
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """load: a fresh model with inputs. heads: by module, what Torch-Pruning has to be told of attention.
-    after: sets what the model's attributes have to be once it is pruned."""
+    """A model to prune.
+
+    Attributes:
+        name: Name in the table.
+        load: Function that returns a new model with inputs.
+        heads: Attention heads by module, for Torch-Pruning.
+        after: Function that updates the model's attributes after Torch-Pruning.
+    """
 
     name: str
     load: Callable[[], LoadedModel]
@@ -104,7 +114,7 @@ def _vit_heads(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def _vit_after(model: nn.Module) -> None:
-    """As Torch-Pruning's own example does it: attributes, and a forward that does not count on the width."""
+    """Update attributes and forward as Torch-Pruning's own example does: the forward must not assume the width."""
     for module in model.modules():
         if hasattr(module, "qkv"):
             module.num_heads = module.qkv.out_features // 3 // module.head_dim
@@ -141,7 +151,14 @@ def _llama_after(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What is left, over what there was. exported: whether, or why not."""
+    """Result of pruning one model.
+
+    Attributes:
+        parameters: Fraction of parameters left.
+        macs: Fraction of multiply-adds left.
+        seconds: CPU seconds of pruning.
+        exported: "yes" with the error, or the reason of the failure.
+    """
 
     parameters: float
     macs: float
@@ -217,7 +234,7 @@ def _peer(case: Case) -> Pruned:
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Raises TimeoutError where the block takes longer than LIMIT."""
+    """Raise TimeoutError if the block takes longer than LIMIT."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"it has not ended after {LIMIT} s")
@@ -278,7 +295,7 @@ def _macs(forward: Callable[[], Any]) -> int:
 
 
 def _coverage(quick: bool) -> Row:
-    """How many models of the sweep each prunes to one that runs; why not, for the first few."""
+    """Number of sweep models that each prunes to a model that runs, with the failures."""
     try:
         from tests.zoo import zoo
     except ImportError:
@@ -295,7 +312,7 @@ def _coverage(quick: bool) -> Row:
 
 
 def _runs(name: str, build: Callable[[str], LoadedModel], prunes: Callable[[LoadedModel], None]) -> str:
-    """Why it could not be pruned to a model that runs, or empty."""
+    """Reason why a model cannot be pruned to one that runs, or ""."""
     try:
         prunes(build(name))
     except Exception as problem:

@@ -1,9 +1,9 @@
 """QLoRA on SmolLM2 against LoRA on fp32: `python -m benchmarks.qlora` (about 25 minutes; --quick: two steps).
 
-Both train rank 8 on the attention for the same steps on alpaca_en's answers, each in a process of its own: memory is
-that process's resident size, after loading and at its peak while training. QLoRA's base is nf4 (groups of 64), given
-back to the system after it was quantized (`Program.release`). Then the trained adapter is merged into the codes three
-ways, and the perplexity of held-out answers says what each costs. The same is done on int8.
+Both train rank 8 on the attention for the same steps on alpaca_en's answers, each in its own process. Memory is the
+resident size of that process, after loading and at its peak during training. QLoRA's base is nf4 (groups of 64); its
+fp32 weights are freed after quantization (`Program.release`). The trained adapter is then merged into the codes in
+three ways, and the perplexity of held-out answers shows the cost of each. The same is done with int8.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ BUDGET = 0.1
 
 
 def resident() -> float:
-    """Megabytes of this process in memory now."""
+    """Resident size of this process in megabytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 1e6
 
 
 class Peak(threading.Thread):
-    """The largest resident size while the block runs, sampled a hundred times a second."""
+    """Largest resident size during the block, sampled a hundred times per second."""
 
     def __enter__(self) -> Peak:
         self.most, self.ended = resident(), threading.Event()
@@ -80,7 +80,7 @@ def one(kind: str, out: Path, quick: bool) -> dict[str, Any]:
         adapted.release()
     del program
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it is not counted
+    ctypes.CDLL(None).malloc_trim(0)  # Returns freed memory to the system, so that it is not counted.
     found["loaded"] = resident()
     begun = time.process_time()
     with Peak() as peak:
@@ -140,7 +140,7 @@ def _trained(results: list[dict[str, Any]]) -> Lines:
 
 
 def _merged(results: list[dict[str, Any]]) -> Lines:
-    title = f"Merged into the codes (budget: {BUDGET:.0%} of what the adapter adds)"
+    title = f"Merged into the codes (budget: {BUDGET:.0%} of the adapter's contribution)"
     header = ("base", "way", "perplexity", "sites", "mean error", "worst", "lost of the adapter")
     lines = []
     for row in results:

@@ -1,4 +1,4 @@
-"""The other quantizers: onnxruntime's own on the fp32 file, and torchao by torch.onnx."""
+"""Quantizers of other libraries: onnxruntime's on the fp32 file, and torchao exported with torch.onnx."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def static(subject: Subject, path: Path, plain: Path, **options: Any) -> None:
 
 
 def static_products(subject: Subject, path: Path, plain: Path) -> None:
-    """The same, of what multiplies weights only."""
+    """onnxruntime's quantize_static, only for ops that multiply with weights."""
     static(subject, path, plain, op_types_to_quantize=["MatMul", "Gemm", "Conv"])
 
 

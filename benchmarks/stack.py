@@ -1,10 +1,10 @@
-"""Graphs of any size with the mix of nodes that a transformer has: one traced layer, repeated.
+"""Graphs of any size with the mix of nodes of a transformer: one traced layer, repeated.
 
-The layer (transformers' BertLayer, width 32, sdpa) is captured by torch.export with dynamic batch and length: 41
-nodes, of which 6 are linears and 16 their and the norms' parameters. `written_out` is a layer with RMSNorm, attention
-and GELU in elementary ops. The stack feeds each copy's output to the
-next; every copy has parameters and module paths of its own, and the nodes keep the metadata of the capture. The
-ONNX stack repeats the same layer as torch.onnx.export writes it.
+The layer (transformers' BertLayer, width 32, sdpa) is captured by torch.export with dynamic batch and length. It has 41
+nodes: 6 are linears and 16 are parameters of linears and norms. `written_out` is a layer with RMSNorm, attention and
+GELU in elementary ops. Each copy reads the output of the one before. Every copy has its own parameters and module
+paths, and the nodes keep the metadata of the capture. The ONNX stack repeats the same layer as torch.onnx.export writes
+it.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def conv_norm() -> surgery.Program:
 
 
 def layers_for(nodes: int, one: surgery.Program | None = None) -> int:
-    """How many layers make a stack of about as many nodes."""
+    """Number of layers for a stack of about this many nodes."""
     return round(nodes / (len((one or block()).graph.nodes) - 2))
 
 
 def fx_stack(layers: int, one: surgery.Program | None = None) -> surgery.Program:
-    """A program of as many layers, as if it had been captured."""
+    """A program of this many layers, as if it had been captured."""
     one = one or block()
     source = one.base.captured.graph_module
     root, graph = nn.Module(), fx.Graph()
@@ -138,7 +138,7 @@ def _onnx_block(one: surgery.Program) -> Any:
 
 
 def onnx_stack(layers: int, one: surgery.Program | None = None) -> Any:
-    """An onnx_ir model of as many layers."""
+    """An onnx_ir model of this many layers."""
     import onnx_ir as ir
 
     one = one or block()

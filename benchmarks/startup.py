@@ -1,8 +1,8 @@
-"""Start-up of the command line: CPU time of new processes, over that of `python -c "import click, rich"`.
+"""Start-up of the command line: CPU time of new processes, relative to `python -c "import click, rich"`.
 
 Help, version and completion must not import torch, whose import alone takes about two seconds. CPU time is that of the
-processes themselves (user and system), so other programs on the machine hardly count. Every round starts each process
-once. `import torch` and a command that does load the plugins stand beside them, without an aim.
+processes themselves (user and system), so other programs on the machine hardly matter. Every round starts each process
+once. `import torch` and a command that loads the plugins are measured for comparison, without an aim.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _completion(*words: str) -> dict[str, str]:
 
 
 def _measure(starts: dict[str, tuple[tuple[str, ...], dict[str, str]]], rounds: int) -> Times:
-    """CPU time of each process, round by round. A first round, which reads files into the cache, does not count."""
+    """CPU time of each process, round by round. The first round only fills the file cache and does not count."""
     found: dict[str, list[float]] = {name: [] for name in starts}
     for number in range(-1, rounds):
         for name, (command, environment) in starts.items():

@@ -1,11 +1,11 @@
 """A LoRA training step against PEFT's: forward, backward, AdamW step, zero_grad.
 
-Rank 8 on q, k, v and out, no dropout, a batch of 16 × 48 tokens a third of which rows are padded (as real
-batches are; without padding the eager model drops its mask and times another attention). Both sides have the
-same base, factors and inputs, and the benchmark stops where their losses differ.
+Rank 8 on q, k, v and out, no dropout, a batch of 16 × 48 tokens. A third of the rows is padded, as in real batches;
+without padding the eager model drops its mask and uses another attention. Both sides have the same base, factors and
+inputs, and the benchmark stops if their losses differ.
 
-"added" is the step less the forward and backward of the frozen eager base, in which one small parameter of the
-first layer trains, so that the gradient goes through all the layers that LoRA's does.
+"added" is the time of a step minus that of the frozen eager base. One small parameter of the base's first layer trains,
+so that the gradient passes through the same layers as LoRA's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from benchmarks.timing import Row, Variant, compare, measure, quartiles
 
 AIM = 0.92
 BATCH, LENGTH, RANK, ALPHA = 16, 48, 8, 16.0
-EPSILON = torch.finfo(torch.float32).eps  # a mean over a batch often agrees to the last bit
-SAME_LOSS = 1e-4  # relative, after a few steps of fp32 in two orders of summation
+EPSILON = torch.finfo(torch.float32).eps  # A mean over a batch often agrees to the last bit.
+SAME_LOSS = 1e-4  # Relative, after a few steps of fp32 with different orders of summation.
 
 
 def run(quick: bool) -> Iterator[Row]:
@@ -49,7 +49,7 @@ def _compare(model: Model, rounds: int, batch: int) -> Iterator[Row]:
     gap = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["PEFT"], strict=True))
     if not gap <= SAME_LOSS:
         raise RuntimeError(
-            f"{model.name}: the losses of ours and PEFT differ by {gap:.1e}; the times mean nothing"
+            f"{model.name}: the losses of ours and PEFT differ by {gap:.1e}, so the times are not comparable"
         )
     note = f"losses agree within {max(gap, EPSILON):.0e}"
     yield compare("step", f"{model.name}: LoRA step", times, "ours", "PEFT", AIM, note)
@@ -62,11 +62,11 @@ def _added(model: Model, rounds: Any) -> Row:
     pairs = zip(rounds["ours"], rounds["PEFT"], rounds["frozen base"], strict=True)
     added = [(ours - base, peer - base) for ours, peer, base in pairs]
     ours, peer = (statistics.median(side) for side in zip(*added, strict=True))
-    ratios = [a / b for a, b in added if b > 0]  # in a noisy round the base can be the slower one
+    ratios = [a / b for a, b in added if b > 0]  # In a noisy round the base can be slower.
     low, high = quartiles(ratios) if ratios else (None, None)
     ratio = ours / peer if peer > 0 else None
     what = f"{model.name}: added by LoRA"
-    return Row("step", what, "PEFT", ours, peer, ratio, low, high, note="step less the frozen base")
+    return Row("step", what, "PEFT", ours, peer, ratio, low, high, note="step minus the frozen base")
 
 
 def step_of(

@@ -1,4 +1,4 @@
-"""The models that are compressed, and how well a file of each does in onnxruntime: on data that its package ships."""
+"""Models of the compression benchmark, with a quality measure for ONNX files on data that packages ship."""
 
 from __future__ import annotations
 
@@ -23,16 +23,29 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 FILM = ROOT / "out" / "film" / "adapted"
-WINDOW, WINDOWS, CALIBRATION = 128, 144, 8  # of 24 windows a loss of 1% has an error of 0.3%
+WINDOW, WINDOWS, CALIBRATION = 128, 144, 8  # With 24 windows a loss of 1% has an error of 0.3%.
 
 
 @dataclass(frozen=True)
 class Subject:
-    """quality: of a file, larger is better where `up`. inputs: of a latency, by the number of rows. token: one row of
-    one token, of a model that generates. data: that calibrated methods measure on, none of it among what quality is
-    taken on. target: linear maps. rest: tables or convolutions, which formats of linear maps leave; they are made int8
-    beside these. head: the output layer, which is left too, but where activations are rounded. products: what other
-    passes act on, where it is more than the target. rounds: of timing; a run of milliseconds needs more of them."""
+    """A model with its evaluation.
+
+    Attributes:
+        name: Name in the table.
+        measure: Name of the quality measure.
+        program: The model.
+        target: Linear layers.
+        quality: Quality of an ONNX file.
+        inputs: Inputs for latency, by the number of rows.
+        data: Calibration data; quality is measured on other data.
+        up: True if larger quality is better.
+        rest: Tables or convolutions; formats for linear layers leave them, so they become int8.
+        head: Output layer; formats for linear layers leave it too, unless they round activations.
+        products: Target of other passes, if it is larger than `target`.
+        notes: Remarks for the table.
+        token: Inputs of one row and one token, for models that generate.
+        rounds: Rounds of timing; short runs need more.
+    """
 
     name: str
     measure: str
@@ -50,7 +63,7 @@ class Subject:
     rounds: int = 7
 
     def loss(self, quality: float, reference: float) -> float:
-        """How much of the quality is lost, as a fraction of the reference's."""
+        """Relative loss of quality, as a fraction of the reference's."""
         return (reference - quality) / reference if self.up else (quality - reference) / reference
 
 
@@ -65,7 +78,7 @@ def film() -> Subject:
     from data import sentiment
 
     if not FILM.is_dir():
-        raise MissingPeer(f"the film model is made by the demo: run `make demo` first ({FILM} is missing)")
+        raise MissingPeer(f"{FILM}, the model of the demo, is missing: run `make demo` first")
     merged = FILM.parent / "merged-hf"
     command = [sys.executable, "-m", "surgery", "merge", FILM, "--format", "hf", "--overwrite", "-o", merged]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -87,7 +100,7 @@ def film() -> Subject:
 
 
 def lee() -> Subject:
-    """MiniLM's sentence embeddings: correlation of their cosines with people's ratings of similarity."""
+    """MiniLM's sentence embeddings: correlation of cosine similarities with people's ratings."""
     from data import lee as documents_and_ratings
     from transformers import AutoTokenizer
 
@@ -162,7 +175,7 @@ def language_model() -> Subject:
         head="head",
         token=given(windows[:1, :1]),
         rounds=5,
-        notes=("its weights come from a Q4_1 file: 4-bit rounding of them is a second one",),
+        notes=("the weights come from a Q4_1 file, so 4-bit formats round them a second time",),
     )
 
 
@@ -222,6 +235,6 @@ class _Digits(nn.Sequential):
 
 
 def _named(program: surgery.Program, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the program takes of a tokenizer's output."""
+    """The inputs of the program among a tokenizer's outputs."""
     _, kwargs = program.example_inputs
     return {name: given[name] for name in kwargs}

