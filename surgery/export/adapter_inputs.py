@@ -21,7 +21,7 @@ from surgery.engine.replay import live_entries, pass_of
 from surgery.export.optional import require
 from surgery.export.runtime import adapter_file
 from surgery.passes.lora import combine
-from surgery.passes.lora.lora import Lora, plain_pairs
+from surgery.passes.lora.lora import Lora
 
 if TYPE_CHECKING:
     from surgery.engine.program import Program
@@ -69,12 +69,15 @@ def slots(program: Program) -> Slots:
     labels = {entry.id: entry.label or entry.id for entry, _ in chosen}
     places = places_of(program, chosen, "--adapters-as-inputs")
     pairs = [
-        {source.entry: plain_pairs(place.site, source, "--adapters-as-inputs") for source in place.sources}
+        {
+            source.entry: combine.plain_pairs(place.site, source, "--adapters-as-inputs")
+            for source in place.sources
+        }
         for _, place in places
     ]
     # One shared LoRA has to hold every adapter, so it takes the largest rank at any site.
-    rank = max(a.shape[1] for own in pairs for by_end in own.values() for a, _ in by_end.values())
-    carrier = Lora.carrier([place for _, place in places], rank, _LABEL)
+    rank = max(a.shape[1] for own in pairs for by_pair in own.values() for a, _ in by_pair.values())
+    carrier = combine.carrier(Lora, [place for _, place in places], rank, _LABEL)
     zeros = [
         {
             name: torch.zeros(spec.shape)
@@ -92,7 +95,7 @@ def slots(program: Program) -> Slots:
         for source in place.sources:
             # The shared LoRA has scale 1, so the scale and the weight of the adapter go into B.
             scale = source.weight * source.pass_.scale  # type: ignore[attr-defined]
-            scaled = {end: (a, b * scale) for end, (a, b) in own[source.entry].items()}
+            scaled = {pair: (a, b * scale) for pair, (a, b) in own[source.entry].items()}
             for name, value in combine.named(scaled, rank).items():
                 slot = slotted.tensors[record.tensors[name]]
                 adapters[labels[source.entry]][record.tensors[name]] = value.reshape(slot.shape).to(slot)

@@ -16,7 +16,7 @@ import surgery
 from surgery.cli import main
 from surgery.common.errors import PassError
 from surgery.engine.contract.observe import observe
-from surgery.passes.lora.lora import PISSA_MOVES
+from surgery.passes.lora.pissa import PISSA_MOVES
 from surgery.testing import CHECKS, check_pass
 from tests.shared import models
 from tests.techniques.models import program as real
@@ -161,9 +161,9 @@ def test_dora_is_the_papers_weight_with_its_gradients(full):
 
 def test_the_norm_is_a_constant_unless_asked():
     a, b = (surgery.Lora(target="all", dora=True, full_gradient=full) for full in (False, True))
-    assert "constant" in a.detaches
-    assert not b.detaches
-    assert "along it" in b.redirects
+    assert "constant" in a.expectations.detached
+    assert not b.expectations.detached
+    assert "along it" in b.expectations.redirected
 
 
 def test_dora_merged_untrained_is_the_weight_itself():
@@ -419,7 +419,7 @@ def test_before_and_after_others(other, options):
                 one.apply(second)
             continue
         both = one.apply(second)
-        assert observe(one.run(), both.run()).within(second.contract)
+        assert observe(one.run(), both.run()).within(second.numerics)
         assert torch.equal(both.without(second.label).run(), one.run())
         trained(both, seed=2)
         assert close(both.merge().run(), both.run())
