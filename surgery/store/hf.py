@@ -1,4 +1,4 @@
-"""Writing a program as a transformers directory that `AutoModel.from_pretrained` loads."""
+"""Writes a program as a transformers directory that `AutoModel.from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -21,22 +21,31 @@ from surgery.engine.fold import foldable
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries
 
-# Everything but weights that a tokenizer, processor or generation needs, by the names transformers gives.
+# Files of tokenizers and processors, by the names that transformers uses.
 _COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
 )  # fmt: skip
 
-_SIZE = re.compile(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", re.IGNORECASE)  # what huggingface_hub reads
+# The sizes that huggingface_hub accepts.
+_SIZE = re.compile(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
 
 def write_hf(
     program: Program, path: Any, *, overwrite: bool = False, max_shard_size: str | None = None
 ) -> None:
-    """Write a merged program's weights, config, generation config and tokenizer.
+    """Write the weights, configuration, generation configuration and tokenizer of a merged program.
 
-    max_shard_size: of one safetensors file ("5GB"); what is larger is split, with an index. None is transformers' own.
-    Raises ExportError where adapters remain.
+    Args:
+        program: A program of a transformers model, without adapters.
+        path: Directory to write.
+        overwrite: Replace an existing directory.
+        max_shard_size: Largest size of a safetensors file, such as "5GB"; larger weights are split into several files
+            with an index. None for the default of transformers.
+
+    Raises:
+        ExportError: The program contains an adapter, the base is not a transformers model, or the size is invalid.
+        SurgeryError: The path exists, or writing fails.
     """
     if max_shard_size is not None and not _SIZE.fullmatch(max_shard_size):
         raise ExportError(f"--max-shard-size {max_shard_size}: write a size, such as 5GB or 200MB")
@@ -45,28 +54,32 @@ def write_hf(
         _, kept = foldable(program.base, program.journal, program.sites, program.tensors)
         why = f": {kept[left[0].id]}" if left[0].id in kept else "; merge first, or export to ONNX"
         raise ExportError(
-            f"{left[0].id!r} is not folded into the weights, and a transformers directory cannot hold it{why}"
+            f"{left[0].id!r} is not folded into the weights, and a transformers directory cannot contain it{why}"
         )
     with staged_directory(Path(path), overwrite) as folder:
         _write(program.base, program.state(), folder, max_shard_size)
 
 
 def write_base(base: Base, folder: Path) -> None:
-    """The base alone, for --standalone."""
+    """Write the base of a program without its passes, for --standalone."""
     folder.mkdir()
     _write(base, base.tensors, folder)
 
 
 def _write(base: Base, state: Mapping[str, Tensor], folder: Path, max_shard_size: str | None = None) -> None:
+    """Write a directory with `state` as the weights of a new module of the base's class."""
     module: Any = base.loaded.module
     if not hasattr(module, "save_pretrained") or not hasattr(module, "config"):
         raise ExportError(
-            f"--format hf needs a transformers model, and the base is {base.ref or type(module).__name__}"
+            f"--format hf needs a transformers model, but the base is {base.ref or type(module).__name__}; "
+            f"use the default format, or export to ONNX"
         )
     config = copy.deepcopy(base.loaded.config or module.config)
-    if hasattr(config, "quantization_config"):  # the weights are plain tensors by now
+    # The weights were dequantized when the model was loaded.
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
     tied = {name: group for name, group in base.names.items() if len(group) > 1}
+    # A pass can untie weights; transformers would tie them again when it loads the directory.
     if any(state[name] is not state[group[0]] for name, group in tied.items()):
         config.tie_word_embeddings = False
     _resize_vocabulary(config, module, state)
@@ -92,7 +105,7 @@ def _write(base: Base, state: Mapping[str, Tensor], folder: Path, max_shard_size
 
 
 def _resize_vocabulary(config: Any, module: Any, state: Mapping[str, Tensor]) -> None:
-    """Let the configuration say how many rows a table of tokens has now."""
+    """Set `vocab_size` in the configuration if a token embedding has more rows than before."""
     for name, tensor in module.named_parameters():
         if name in state and tensor.dim() == 2 and state[name].shape[1:] == tensor.shape[1:]:
             for part in configs(config):
@@ -102,6 +115,7 @@ def _resize_vocabulary(config: Any, module: Any, state: Mapping[str, Tensor]) ->
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
+    """Switch the progress bars of transformers off inside the block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -114,14 +128,17 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _unfake(module: nn.Module) -> None:
+    """Raise ExportError if a parameter got no value from the program and is still on the meta device."""
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
-            raise ExportError(f"the program has no value for {name}; was the model class changed?")
+            raise ExportError(
+                f"the program has no value for {name}; use the model class that it was captured from"
+            )
 
 
 def write_companions(base: Base, folder: Path) -> None:
-    """Tokenizer, processor and the like, from where the base came."""
-    # A live model has no files of its own, but knows where it came from.
+    """Copy the files of tokenizer and processor from the directory that the base was loaded from."""
+    # A live model has no list of files, but its configuration names the directory.
     named = getattr(base.loaded.config, "_name_or_path", "")
     source = base.loaded.files[0].parent if base.loaded.files else Path(named)
     if (not named and not base.loaded.files) or not source.is_dir():
@@ -134,4 +151,4 @@ def write_companions(base: Base, folder: Path) -> None:
     if gguf and not list(folder.glob("tokenizer*")):
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf, trust_remote_code=False).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`surgery.load` and `surgery.capture`: from a reference or a module to a Program."""
+"""`surgery.load` and `surgery.capture`: create a Program from a reference or a module."""
 
 from __future__ import annotations
 
@@ -28,20 +28,34 @@ def load(
     example: Mapping[str, int] | None = None,
     plugins: Plugins | None = None,
 ) -> Program:
-    """A Program of a model reference or of a directory that surgery saved.
+    """Load a model by its reference, or a directory that surgery saved, as a Program.
 
-    ref: `hf:DIR_OR_ID`, `timm:NAME`, `py:package.module:callable`, `FILE.pt2` (with trust=True), a plugin's
-    own scheme, or a saved directory. task: a transformers task name. model_kwargs: for the model's own
-    constructor. base: for a saved directory, where its base lies now (required, as a confirmation, where the
-    base is `py:` code). example: sizes of the example inputs by dimension name.
-    Raises LoadError, CaptureError, JournalError, MissingExtraError.
+    Args:
+        ref: `hf:DIR_OR_ID`, `timm:NAME`, `py:package.module:callable`, `FILE.pt2` (with trust=True), a scheme of a
+            plugin, or a saved directory.
+        task: Name of a transformers task, which selects the model class.
+        model_kwargs: Keyword arguments of the model's constructor.
+        trust: Allow a reference that can run code, such as a `.pt2` file.
+        base: Only for a saved directory: reference of its base, if the base has moved. Required for a base of the kind
+            `py:`, as a confirmation that its code may run.
+        example: Sizes of the example inputs, by dimension name.
+        plugins: Plugin manager; by default one with all installed plugins.
+
+    Returns:
+        The program; of a saved directory, with its passes applied.
+
+    Raises:
+        LoadError: The reference cannot be loaded.
+        CaptureError: The model cannot be captured by torch.export.
+        JournalError: The saved directory is damaged, or does not fit its base.
+        MissingExtraError: An optional library is not installed.
     """
     plugins = plugins or make_plugin_manager()
     if "://" not in ref and Path(ref).is_dir():
         if is_saved(Path(ref)):
             return _noting(ref, load_saved(Path(ref), base=base, trust=trust, plugins=plugins))
         raise LoadError(
-            f"{ref} is a directory, but not one that surgery saved; for a transformers model write hf:{ref}"
+            f"{ref} is a directory that surgery did not save; for a transformers model write hf:{ref}"
         )
     options = LoadOptions(
         task=task, model_kwargs=dict(model_kwargs or {}), trust=trust, example=dict(example or {})
@@ -51,6 +65,7 @@ def load(
 
 
 def _noting(ref: str, program: Program) -> Program:
+    """The program, after a warning for each note of its capture."""
     for note in program.base.captured.notes:
         warnings.warn(f"{ref}: {note}", stacklevel=3)
     return program
@@ -59,11 +74,17 @@ def _noting(ref: str, program: Program) -> Program:
 def capture(
     module: nn.Module, example_inputs: Any, dynamic: Any = None, *, plugins: Plugins | None = None
 ) -> Program:
-    """A Program of a module of yours; the module is copied and never changed.
+    """Capture a module as a Program. The module is copied and never changed.
 
-    example_inputs: a tensor, a tuple or a dict, with a batch of at least 2. dynamic: `{input: {axis: "batch"}}`
-    or torch.export Dims; None makes axis 0 of every input the dimension `batch`.
-    Raises CaptureError, naming the input or the operation, where it cannot be captured.
+    Args:
+        module: The module.
+        example_inputs: A tensor, a tuple or a dict of inputs, with a batch of at least 2.
+        dynamic: Dynamic dimensions, as `{input: {axis: "batch"}}` or torch.export Dims. None makes axis 0 of every
+            input the dimension `batch`.
+        plugins: Plugin manager; by default one with all installed plugins.
+
+    Raises:
+        CaptureError: The module cannot be captured; the message names the input or the operation.
     """
     loaded = from_module(module, example_inputs, dynamic)
     return Program(Base(loaded, trace(loaded), plugins or make_plugin_manager()))

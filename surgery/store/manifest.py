@@ -1,4 +1,4 @@
-"""The types of a saved directory's manifest, checked before anything of it is used."""
+"""Types of the fields in the manifest of a saved directory, checked before any of them is used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Manifest(BaseModel):
 
 
 def check_manifest(manifest: Any, path: Path) -> dict[str, Any]:
-    """The manifest with all fields that a loader reads.
+    """Check the types of a manifest and return it with all fields that the loader reads.
 
     Args:
         manifest: The parsed JSON.

@@ -1,4 +1,4 @@
-"""Saved directories: the journal, what the base cannot give back, and a fingerprint of the base.
+"""Saved directories: the journal, the tensors that are not in the base's own files, and a fingerprint of the base.
 
     surgery.json           schema, base reference and fingerprint, journal, sha256 of the files below
     inserted.safetensors   every tensor that a pass inserted, frozen ones too
@@ -6,8 +6,8 @@
     base.safetensors       base tensors that came from no content-hashed file (a new head, a random model)
     base/                  with --standalone: the base as a transformers directory
 
-A directory is written aside and renamed. Nothing in it is executed: tensors are safetensors, and a base that
-is code (`py:`) or can run code (`.pt2`) loads only when the user names or trusts it again.
+A directory is written under a temporary name and renamed. Loading runs no code from it: tensors are in safetensors, and
+a base that is code (`py:`) or can contain code (`.pt2`) loads only if the user names or trusts it again.
 """
 
 from __future__ import annotations
@@ -29,30 +29,46 @@ from surgery.common.files import core_version, staged_directory
 from surgery.common.names import check_plain, components
 from surgery.common.plugins import Plugins
 from surgery.engine.base import Base, sha256
+from surgery.engine.data import check_present
 from surgery.engine.journal import Journal
 from surgery.engine.program import Program
 from surgery.engine.replay import build_graph, pass_of
-from surgery.engine.state import check_present
 from surgery.store.hf import write_base
 from surgery.store.manifest import check_manifest
 
 SCHEMA = 2
-READABLE = (1, 2)  # what is new in 2 has defaults in Entry.from_json
+# Schemas that can be read. Fields that are new in 2 have defaults in Entry.from_json.
+READABLE = (1, 2)
 MANIFEST = "surgery.json"
 INSERTED, CHANGED, BASE = "inserted.safetensors", "changed.safetensors", "base.safetensors"
 
 
 def is_saved(path: Path) -> bool:
+    """True if a path is a directory that surgery saved."""
     return (path / MANIFEST).is_file()
 
 
 def save(program: Program, path: Any, *, standalone: bool = False, overwrite: bool = False) -> None:
-    """Write a program. Raises SurgeryError where the path is taken, the disk is full, or it has no base."""
+    """Write a program as a directory that `surgery.load` reads.
+
+    Args:
+        program: The program.
+        path: Directory to write.
+        standalone: Include the base as a transformers directory, so that loading does not need the original.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        SurgeryError: The path exists, writing fails, the weights are not in memory, or a standalone directory cannot
+            contain this base.
+        JournalError: The base was merged in place, or released from memory.
+    """
     base = program.base
     if base.consumed:
-        raise JournalError("this base was merged in place: write it with --format hf or to ONNX instead")
+        raise JournalError("the base was merged in place; write it with --format hf or to ONNX instead")
     if not base.in_memory:
-        raise SurgeryError("the weights are not in memory, so there is nothing to save")
+        raise SurgeryError(
+            "the weights are not in memory, so there is nothing to save; load the weights first"
+        )
     if standalone:
         check_present(program, "--standalone")
     ref, tensors = base.ref, _unsourced(base)
@@ -93,7 +109,7 @@ def save(program: Program, path: Any, *, standalone: bool = False, overwrite: bo
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses shared storage: every name gets bytes of its own (ties are found again on loading)."""
+    """Contiguous copies of tensors, since safetensors refuses shared storage. Loading restores tied tensors."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -101,6 +117,7 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unsourced(base: Base) -> dict[str, Tensor]:
+    """Tensors of the base that are in none of its files; without files, its buffers as well."""
     kept: dict[str, Tensor] = {}
     buffers = dict(base.loaded.module.named_buffers(remove_duplicate=False))
     for name, tensor in base.tensors.items():
@@ -111,6 +128,7 @@ def _unsourced(base: Base) -> dict[str, Tensor]:
 
 
 def _differing(program: Program) -> dict[str, Tensor]:
+    """Changed base tensors whose bits differ from the base's."""
     return {
         name: tensor
         for name, tensor in program.changed.items()
@@ -119,6 +137,7 @@ def _differing(program: Program) -> dict[str, Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors have the same bits; compared as bytes, so that NaN equals NaN."""
     return (
         torch.equal(
             a.detach().cpu().view(-1).view(torch.uint8),
@@ -130,17 +149,21 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _standalone(base: Base, folder: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Write the base into the directory; return the reference to load it by, and the tensors to store beside it."""
     scheme = base.ref.partition(":")[0]
     if scheme == "hf":
         write_base(base, folder / "base")
         return "hf:./base", tensors
     if scheme == "timm":
-        return base.ref, tensors  # made by name, and every weight is stored already
-    raise SurgeryError(f"--standalone cannot hold the code of {base.ref or 'a module given from Python'}")
+        # timm creates the model from its name, and all weights are in `tensors` already.
+        return base.ref, tensors
+    raise SurgeryError(
+        f"--standalone cannot include the code of {base.ref or 'a module given from Python'}; leave it out"
+    )
 
 
 def _hash_tree(folder: Path) -> dict[str, str]:
-    """What the loader reads of a transformers directory."""
+    """sha256 of the files that the loader reads in a transformers directory, by file name."""
     names = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json"]
     return {path.name: sha256(path) for path in sorted(names)}
 
@@ -151,7 +174,11 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """surgery.json, checked against its own checksum, and the files against theirs. Raises JournalError."""
+    """Read surgery.json, and check it and all files against their checksums.
+
+    Raises:
+        JournalError: A file is missing, damaged or was edited, or a newer version wrote it.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         schema = manifest["schema"]
@@ -159,7 +186,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise JournalError(f"{path / MANIFEST} cannot be read ({error}); restore it or apply again") from None
     if schema not in READABLE:
         raise JournalError(
-            f"{path} has schema {str(schema)[:20]}, and this version reads up to {SCHEMA}; upgrade torch-surgery"
+            f"{path} has schema {str(schema)[:20]}, but this version reads up to {SCHEMA}; upgrade torch-surgery"
         )
     if manifest.get("checksum") != _checksum(manifest):
         raise JournalError(
@@ -175,10 +202,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Program:
-    """Re-capture the base and replay the journal. base: where the base lies now, or a captured Program."""
+    """Load a saved directory: capture its base again and replay its journal.
+
+    Args:
+        path: The directory.
+        base: Reference of the base, if it has moved, or a Program of the base; None for the recorded reference.
+        trust: Allow a base that can run code, such as a `.pt2` file.
+        plugins: The plugin manager.
+
+    Raises:
+        JournalError: The directory is damaged or does not fit its base.
+        LoadError: The base cannot be loaded, or is code that the caller has not named.
+        PassError: A pass in the journal is not installed.
+    """
     manifest = read_manifest(path)
     journal = Journal.from_json(manifest["journal"])
-    for entry in journal:  # an absent plugin is named before a model is loaded
+    # A missing plugin is reported before a model is loaded, which can take long.
+    for entry in journal:
         if entry.kind == "rewrite":
             pass_of(entry, plugins)
     stored = {name: _read(path / name) for name in manifest["files"]}
@@ -195,7 +235,8 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Progr
         graph = build_graph(root, journal, inserted, root.captured, stored=True)
     except SurgeryError:
         raise
-    except Exception as error:  # decisions of a pass can be anything in a file that was edited
+    except Exception as error:
+        # In an edited file the decisions of a pass can be anything, so a pass can raise any exception.
         first = (str(error).splitlines() or [""])[0][:200]
         raise JournalError(
             f"{path}: its journal cannot be replayed on this model ({type(error).__name__}: {first}); restore the "
@@ -205,21 +246,22 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Progr
 
 
 def _changed(path: Path, base: Base, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Trained values of base tensors. Raises JournalError for one that does not fit the base."""
+    """Trained values of base tensors. Raises JournalError if one does not fit the base."""
     changed = {}
     for name, value in stored.items():
         own = base.tensors.get(name)
         if own is None or own.shape != value.shape or own.dtype != value.dtype:
             has = "no such tensor" if own is None else f"{own.dtype} {list(own.shape)}"
             raise JournalError(
-                f"{path / CHANGED} holds {name[:200]} {value.dtype} {list(value.shape)}, and the base has {has}"
+                f"{path / CHANGED} contains {name[:200]} {value.dtype} {list(value.shape)}, but the base has {has}; "
+                f"restore the directory, or pass the original base with --base"
             )
         changed[name] = _as_in(own, value)
     return changed
 
 
 def _check_names(path: Path, journal: Journal, held: Mapping[str, Tensor], base: Base) -> None:
-    """Check names that become attributes of generated code, and that journal and file name the same tensors.
+    """Check that names are safe as attributes in generated code, and that journal and file name the same tensors.
 
     Raises:
         JournalError: A name is not plain, belongs to the base, or is missing on one side.
@@ -229,20 +271,26 @@ def _check_names(path: Path, journal: Journal, held: Mapping[str, Tensor], base:
     for name in sorted({*named, *held}, key=str):
         check_plain(name, f"a tensor of {path / INSERTED}", JournalError, known)
         if name in base.tensors:
-            raise JournalError(f"{path / INSERTED} holds {name}, which is a tensor of the base")
+            raise JournalError(
+                f"{path / INSERTED} contains {name}, which is a tensor of the base; restore it or apply again"
+            )
     missing = named - set(held)
     if missing:
         raise JournalError(f"{path} lacks the tensor {min(missing)}; restore it or apply again")
     unknown = set(held) - named
     if unknown:
-        raise JournalError(f"{path / INSERTED} holds {min(unknown)}, which no entry of the journal names")
+        raise JournalError(
+            f"{path / INSERTED} contains {min(unknown)}, which the journal does not name; restore it or apply again"
+        )
 
 
 def _as_in(original: Tensor, value: Tensor) -> Tensor:
+    """The value as a parameter if the original is one."""
     return nn.Parameter(value) if isinstance(original, nn.Parameter) else value
 
 
 def _trainable(journal: Journal, plugins: Plugins, base: Base) -> set[str]:
+    """Names of the inserted tensors that their passes declare trainable."""
     names = set()
     for entry in journal:
         if entry.kind != "rewrite":
@@ -251,7 +299,10 @@ def _trainable(journal: Journal, plugins: Plugins, base: Base) -> set[str]:
         for record in entry.sites:
             site = base.sites.by_key.get(record.key)
             if site is None:
-                raise JournalError(f"{entry.id} cannot be replayed: the base has no site {record.path}")
+                raise JournalError(
+                    f"{entry.id} cannot be replayed: the base has no site {record.path}; pass the original base with "
+                    f"--base"
+                )
             specs = pass_.tensors(site.deciding(record.decided))  # type: ignore[attr-defined]
             names |= {record.tensors[name] for name, spec in specs.items() if spec.trainable}
     return names
@@ -259,10 +310,12 @@ def _trainable(journal: Journal, plugins: Plugins, base: Base) -> set[str]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        # Cloned: where a file's tensors lie decides the order in which small products are summed, and so last bits.
+        # Cloned for alignment: the address of a tensor can change the order of summation in small matrix products,
+        # and with it the last bits of the outputs.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except Exception as error:  # of a damaged header, the library raises errors of several kinds
-        raise LoadError(f"{path} is no readable safetensors file ({error}); restore it") from None
+    except Exception as error:
+        # For a damaged header the library raises several kinds of exceptions.
+        raise LoadError(f"{path} is not a readable safetensors file ({error}); restore it") from None
 
 
 def _base(
@@ -273,7 +326,7 @@ def _base(
     plugins: Plugins,
     stored: Mapping[str, Tensor],
 ) -> Base:
-
+    """Load the base of a saved directory, fill in its stored tensors, and capture it."""
     if isinstance(base, Program):
         loaded, ref, options = base.base.loaded, base.base.ref, base.base.options
     else:
@@ -284,7 +337,9 @@ def _base(
                 f"surgery.load({str(path)!r}, base=surgery.capture(module, inputs))"
             )
         if ref.startswith("py:") and base != ref:
-            raise LoadError(f"{path} stands on code, {ref}; to run that code, name it again: --base {ref}")
+            raise LoadError(
+                f"the base of {path} is code, {ref}; to run that code, name it again with --base {ref}"
+            )
         if base is not None:
             ref = str(base)
         if ref == "hf:./base":
@@ -296,6 +351,7 @@ def _base(
 
 
 def _fill(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
+    """Copy stored tensors into the module. Raises JournalError if one does not fit."""
     there: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     there.update(module.named_buffers(remove_duplicate=False))
     kept = set(module.state_dict(keep_vars=True))
@@ -304,25 +360,28 @@ def _fill(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
             tensor = there.get(name)
             if tensor is not None and tensor.shape == value.shape:
                 tensor.copy_(value)
-            elif tensor is None or name in kept:  # else the module makes it anew in its first forward
+            # A non-persistent buffer of another shape is skipped: the module recomputes it in its first forward.
+            elif tensor is None or name in kept:
                 has = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
                 raise JournalError(
-                    f"{path} stores {name} {tuple(value.shape)}, and the base has {has}; is it another?"
+                    f"{path} stores {name} {tuple(value.shape)}, but the base has {has}; pass the original base with "
+                    f"--base"
                 )
 
 
 def _check_base(path: Path, saved: Mapping[str, Any], base: Base) -> None:
+    """Raise JournalError if the base has other files or another graph than the saved one."""
     if saved["files"] and base.loaded.files:
         for name, expected in saved["files"].items():
             if name not in base.file_hashes:
                 raise JournalError(
-                    f"the base of {path} has changed: it has no {name} now; restore it, or name the right one "
+                    f"the base of {path} has changed: it has no {name} now; restore it, or pass the original base "
                     f"with --base"
                 )
             if base.file_hashes[name] != expected:
                 raise JournalError(
-                    f"the base of {path} has changed: {name} is not the file that it was saved with; restore it, "
-                    f"or name the right one with --base"
+                    f"the base of {path} has changed: {name} differs from the file that it was saved with; restore "
+                    f"it, or pass the original base with --base"
                 )
     if base.graph_hash == saved["graph"]:
         return
@@ -332,6 +391,9 @@ def _check_base(path: Path, saved: Mapping[str, Any], base: Base) -> None:
     what = (
         f"these sites differ: {', '.join(differing[:5])}"
         if differing
-        else "its sites are the same, its ops are not"
+        else "its sites are the same, but other ops differ"
     )
-    raise JournalError(f"the base of {path} is traced to another graph than when it was saved; {what}")
+    raise JournalError(
+        f"the graph of the base of {path} differs from the saved one: {what}; use the library versions that it was "
+        f"saved with, or apply the passes again"
+    )

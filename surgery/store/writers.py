@@ -13,5 +13,5 @@ from surgery.store.saved import save
 
 @hookimpl
 def surgery_writers() -> dict[str, Callable[..., Any]]:
-    """Format -> function (program, path, **options)."""
+    """Name of a format -> function (program, path, **options) that writes it."""
     return {"surgery": save, "hf": write_hf, "peft": export_peft}

@@ -91,9 +91,9 @@ def test_merged_and_weighted_programs_come_back(adapted, tmp_path):
 
 def test_code_runs_only_when_named_again(adapted, tmp_path):
     adapted.save(tmp_path / "adapted")
-    with pytest.raises(LoadError, match=r"stands on code.*--base py:tests.shared.models:attention"):
+    with pytest.raises(LoadError, match=r"is code, py:.*--base py:tests.shared.models:attention"):
         surgery.load(str(tmp_path / "adapted"))
-    with pytest.raises(LoadError, match="stands on code"):
+    with pytest.raises(LoadError, match="is code, py:"):
         surgery.load(str(tmp_path / "adapted"), base="py:tests.shared.models:forms")
 
 

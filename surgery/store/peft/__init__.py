@@ -1,4 +1,4 @@
-"""PEFT's checkpoints, both ways, without PEFT: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Reads and writes PEFT checkpoints (`adapter_config.json`, `adapter_model.safetensors`) without the PEFT library."""
 
 from surgery.store.peft.reading import import_peft
 from surgery.store.peft.writing import export_peft

@@ -1,4 +1,4 @@
-"""The two files of a PEFT checkpoint, and how PEFT spells names in them."""
+"""The two files of a PEFT checkpoint, and PEFT's names of tensors, patterns and tasks in them."""
 
 from __future__ import annotations
 
@@ -22,29 +22,43 @@ AGAIN = "save the checkpoint with PEFT again"
 
 
 def prefix(method: str) -> str:
-    """What PEFT puts before the names of a model's tensors: it wraps layers in one module more than prompts."""
+    """Prefix of tensor names in a checkpoint: for LoRA and IA³, PEFT wraps the model in one more module."""
     return "base_model." if method in ("PREFIX_TUNING", "PROMPT_TUNING") else "base_model.model."
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors, by PEFT's names less the prefix. Raises LoadError for what is no PEFT checkpoint."""
+    """Configuration and tensors of a checkpoint; the tensors by PEFT's names without the prefix.
+
+    Raises:
+        LoadError: The directory is not a PEFT checkpoint, or cannot be read.
+    """
     if not (path / CONFIG).is_file():
-        raise LoadError(f"{path} has no {CONFIG}, so it is no PEFT checkpoint")
+        raise LoadError(f"{path} has no {CONFIG}, so it is not a PEFT checkpoint; give its directory")
     config = check_config(read_json(path / CONFIG, LoadError, AGAIN), path / CONFIG)
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
             raise LoadError(
-                f"{path} holds adapter_model.bin, a pickle, which can run code and is not read; save it again with "
+                f"{path} contains adapter_model.bin, a pickle, which can run code and is not read; save it again with "
                 f"PEFT as safetensors"
             )
-        raise LoadError(f"{path} has no {WEIGHTS}")
+        raise LoadError(f"{path} has no {WEIGHTS}; {AGAIN}")
     tensors = read_tensors(path / WEIGHTS, LoadError, AGAIN)
     own = prefix(config["peft_type"])
     return config, {name.removeprefix(own): tensor.clone() for name, tensor in tensors.items()}
 
 
 def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool) -> None:
-    """Both files, in a directory that is written aside and renamed. Raises SurgeryError."""
+    """Write both files into a directory; it is written under a temporary name and renamed.
+
+    Args:
+        path: Directory to write.
+        config: The configuration.
+        tensors: Tensors by their names in the checkpoint.
+        overwrite: Replace an existing directory.
+
+    Raises:
+        SurgeryError: The path exists, or writing fails.
+    """
     with staged_directory(path, overwrite) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         contiguous = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
@@ -52,10 +66,17 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
 
 
 def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that fits the end of a module path, as PEFT reads rank_pattern and its like."""
+    """The value for a module path in `rank_pattern` or `alpha_pattern`, by PEFT's rules.
+
+    Args:
+        patterns: Regular expression -> value. The first one that matches the end of the path wins.
+        path: Path of the module.
+        default: Value if no pattern matches.
+    """
     ends = [path, *(path[at + 1 :] for at, character in enumerate(path) if character == ".")]
     for pattern, value in patterns.items():
-        if "^" in pattern:  # an anchor is at the beginning of the path, not of one of its ends
+        # PEFT anchors "^" at the beginning of the whole path, not at the beginning of one of its ends.
+        if "^" in pattern:
             found = matcher(rf"(?:.*\.)?(?:{pattern})").fullmatch(path)
         else:
             found = any(matcher(pattern).fullmatch(end) for end in ends)
@@ -65,7 +86,7 @@ def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 
 def task_type(module: Any) -> str | None:
-    """PEFT's name of a transformers model's task, or None."""
+    """PEFT's task type of a transformers model, from its class name; None if it is unknown."""
     name = type(module).__name__
     for ending, task in (
         ("ForCausalLM", "CAUSAL_LM"), ("LMHeadModel", "CAUSAL_LM"), ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),

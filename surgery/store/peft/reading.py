@@ -1,4 +1,4 @@
-"""A PEFT checkpoint as passes on our program of its base."""
+"""Reads a PEFT checkpoint: applies the corresponding passes to a program of its base and copies the tensors."""
 
 from __future__ import annotations
 
@@ -29,35 +29,48 @@ from surgery.store.peft.schema import check_names
 
 _LORA = re.compile(r"(?P<path>.+)\.lora_(?P<what>A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?")
 _OURS = {"A": "A", "B": "B", "embedding_A": "A", "embedding_B": "B", "magnitude_vector": "m"}
-_UNREAD: dict[str, tuple[Any, ...]] = {  # option of PEFT's LoRA -> what is fine
+# Options of PEFT's LoRA without a counterpart here -> the values that mean "not used".
+_UNREAD: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,), "megatron_config": (None,), "alora_invocation_tokens": (None,),
     "lora_bias": (None, False), "target_parameters": (None, [], {}), "use_qalora": (None, False),
     "arrow_config": (None,), "use_bdlora": (None, False),
 }  # fmt: skip
-# Of the factors alone, or of a new base.
+# Values of init_lora_weights that initialize only the factors and leave the base weights unchanged.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "loftq", None)
 
 
 def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
-    """The base with what a PEFT checkpoint holds: LoRA (rsLoRA, DoRA, PiSSA, rank and alpha patterns,
-    modules_to_save), IA³, prefix tuning, prompt tuning.
+    """Apply a PEFT checkpoint to a program: LoRA, IA³, prefix tuning or prompt tuning.
 
-    base: the program of the model that the checkpoint was made for, of the same class. label: a name for the passes.
-    Where ranks or alphas differ, one pass is applied for each of them, label_1, label_2, …
-    Raises LoadError where the checkpoint cannot be read, is of another base, lacks tensors, or is of a method or has
-    an option that has no counterpart here.
+    LoRA includes rsLoRA, DoRA, PiSSA, rank and alpha patterns, and modules_to_save.
+
+    Args:
+        path: Directory of the checkpoint.
+        base: Program of the model that the checkpoint was made for, of the same class.
+        label: Label of the passes. If ranks or alphas differ, there is a pass for each, with the labels label_1,
+            label_2, …
+
+    Returns:
+        The program with the passes applied.
+
+    Raises:
+        LoadError: The checkpoint cannot be read, was made for another base, lacks tensors, or has a method or an
+            option without a counterpart here.
     """
     config, tensors = read(Path(path))
     check_names(tensors, Path(path) / WEIGHTS, base)
     kind = str(config["peft_type"])
     readers = {"LORA": _lora, "IA3": _ia3, "PREFIX_TUNING": _prefix, "PROMPT_TUNING": _prompt}
     if kind not in readers:
-        raise LoadError(f"{path}: PEFT's {kind} has no counterpart here; these have: {', '.join(readers)}")
+        raise LoadError(
+            f"{path}: PEFT's {kind} has no counterpart here; use a checkpoint of {', '.join(readers)}"
+        )
     try:
         return readers[kind](_Checkpoint(str(path), config, tensors, label), base)
     except SurgeryError:
         raise
-    except Exception as error:  # the boundary: whatever else a file from elsewhere holds
+    except Exception as error:
+        # The file is not trusted, and can have contents that raise any exception.
         raise LoadError(
             f"{path} cannot be read ({type(error).__name__}: {first_line(error)}); {AGAIN}"
         ) from error
@@ -65,12 +78,15 @@ def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
 
 @dataclass(frozen=True)
 class _Checkpoint:
+    """A checkpoint that has been read, and the label for its passes."""
+
     path: str
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     label: str
 
     def named(self, number: int, count: int) -> str:
+        """Label of one of `count` passes; numbers start at 1."""
         return self.label if count == 1 else f"{self.label or 'peft'}_{number}"
 
 
@@ -78,24 +94,28 @@ class _Checkpoint:
 
 
 def _lora(given: _Checkpoint, base: Program) -> Program:
+    """Apply a LoRA checkpoint: one pass for each pair of rank and alpha."""
     config = given.config
     for option, fine in _UNREAD.items():
         if config.get(option) not in fine:
-            raise LoadError(f"{given.path}: its option {option} = {config[option]!r} has no counterpart here")
+            raise LoadError(
+                f"{given.path}: its option {option} = {config[option]!r} has no counterpart here; merge it with PEFT"
+            )
     start = config.get("init_lora_weights", True)
     pissa = isinstance(start, str) and start.startswith("pissa")
     if not pissa and start not in _PLAIN_STARTS:
         raise LoadError(
-            f"{given.path}: with init_lora_weights = {start!r} PEFT changes the base; convert it with PEFT's "
-            f"path_initial_model_for_weight_conversion"
+            f"{given.path}: with init_lora_weights = {start!r} PEFT changes base weights; convert the checkpoint with "
+            f"PEFT's path_initial_model_for_weight_conversion"
         )
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     rest: dict[str, Tensor] = {}
     for name, tensor in given.tensors.items():
         match = _LORA.fullmatch(name)
         bare = name.replace(".base_layer.", ".")
+        # PEFT also stores the weight of an adapted embedding itself; it is the base's.
         if bare != name and bare in base.base.tensors and torch.equal(base.base.tensors[bare], tensor):
-            continue  # PEFT keeps an adapted embedding's own weight beside its factors
+            continue
         if match:
             factors[match["path"]][_OURS[match["what"]]] = tensor
         else:
@@ -106,13 +126,15 @@ def _lora(given: _Checkpoint, base: Program) -> Program:
     groups: dict[tuple[int, float], list[str]] = defaultdict(list)
     for path, own in factors.items():
         if set(own) != needed:
-            raise LoadError(f"{given.path}: at {path} it has {sorted(own)}, and needs {sorted(needed)}")
+            raise LoadError(
+                f"{given.path}: at {path} it has {sorted(own)}, but needs {sorted(needed)}; {AGAIN}"
+            )
         alpha = by_pattern(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
         rank = by_pattern(config.get("rank_pattern") or {}, path, config.get("r"))
         shape = tuple(own["A"].shape)
         if rank is not None and shape[:1] != (rank,):
             raise LoadError(
-                f"{given.path}: the configuration has rank {rank} at {path}, and lora_A has shape {shape}; {AGAIN}"
+                f"{given.path}: the configuration has rank {rank} at {path}, but lora_A has shape {shape}; {AGAIN}"
             )
         groups[int(shape[0]), float(alpha)].append(path)
     passes: list[Pass] = [
@@ -139,8 +161,9 @@ def _lora(given: _Checkpoint, base: Program) -> Program:
 
 
 def _check_paths(given: _Checkpoint, base: Program, factors: Mapping[str, Any]) -> None:
+    """Raise LoadError if the checkpoint adapts no module, or one that the base does not have."""
     if not factors:
-        raise LoadError(f"{given.path} holds no tensors of {given.config['peft_type']}")
+        raise LoadError(f"{given.path} contains no tensors of {given.config['peft_type']}; {AGAIN}")
     known = {site.path for site in base.sites}
     missing = [path for path in factors if path not in known]
     if missing:
@@ -152,18 +175,20 @@ def _check_paths(given: _Checkpoint, base: Program, factors: Mapping[str, Any]) 
 
 
 def _saved_modules(given: _Checkpoint, base: Program, rest: Mapping[str, Tensor]) -> list[Pass]:
-    """What PEFT stored whole (modules_to_save, biases), as a selection: it trains."""
+    """A selection that trains the parameters that PEFT stored whole (modules_to_save, biases), if there are any."""
     if not rest:
         return []
     unknown = [name for name in rest if name not in base.base.tensors]
     if unknown:
-        raise LoadError(f"{given.path} holds {unknown[0]}, which this base has not; is it for another?")
+        raise LoadError(
+            f"{given.path} contains {unknown[0]}, which this base does not have; load the base that it was made for"
+        )
     for name, value in rest.items():
         own = base.base.tensors[name]
         if own.shape != value.shape:
             raise LoadError(
-                f"{given.path} holds {name} {tuple(value.shape)}, and the base has {tuple(own.shape)}; give the base "
-                f"what it was made for (--model-kwarg num_labels=…; new tokens with the pass vocab)"
+                f"{given.path} contains {name} {tuple(value.shape)}, but the base has {tuple(own.shape)}; give the "
+                f"base the same sizes (--model-kwarg num_labels=…; new tokens with the pass vocab)"
             )
     names = [n for n in rest if isinstance(base.base.tensors[n], nn.Parameter)]
     return [Full(target=",".join(f"path:{name}" for name in names))] if names else []
@@ -173,6 +198,7 @@ def _saved_modules(given: _Checkpoint, base: Program, rest: Mapping[str, Tensor]
 
 
 def _ia3(given: _Checkpoint, base: Program) -> Program:
+    """Apply an IA³ checkpoint: one pass for scaled inputs, one for scaled outputs."""
     scales = {n.removesuffix(".ia3_l"): t for n, t in given.tensors.items() if n.endswith(".ia3_l")}
     rest = {n: t for n, t in given.tensors.items() if not n.endswith(".ia3_l")}
     _check_paths(given, base, scales)
@@ -206,6 +232,7 @@ def _ia3(given: _Checkpoint, base: Program) -> Program:
 
 
 def _prefix(given: _Checkpoint, base: Program) -> Program:
+    """Apply a prefix-tuning checkpoint."""
     tokens = given.config["num_virtual_tokens"]
     twice = given.config.get("task_type") == "SEQ_2_SEQ_LM"
     prefix = Prefix(
@@ -227,8 +254,9 @@ def _prefix(given: _Checkpoint, base: Program) -> Program:
 
 
 def _prompt(given: _Checkpoint, base: Program) -> Program:
+    """Apply a prompt-tuning checkpoint."""
     tokens = given.config["num_virtual_tokens"]
-    # For an encoder-decoder PEFT keeps rows for the decoder too, which its model never reads.
+    # For an encoder-decoder model PEFT also stores rows for the decoder, which the model never reads.
     table = _table(given, None)[:tokens]
     prompt = Prompt(tokens=tokens, **{"as": given.label})
     planned = _planned(given, base, prompt)
@@ -241,20 +269,23 @@ def _prompt(given: _Checkpoint, base: Program) -> Program:
 
 
 def _untabled(given: _Checkpoint) -> dict[str, Tensor]:
+    """Tensors of the checkpoint other than the table."""
     return {name: tensor for name, tensor in given.tensors.items() if name != PROMPT}
 
 
 def _table(given: _Checkpoint, shape: tuple[int, int] | None) -> Tensor:
+    """The table of a prefix or prompt. Raises LoadError if it is missing or has another shape."""
     if PROMPT not in given.tensors:
-        raise LoadError(f"{given.path} lacks the tensor {PROMPT}")
+        raise LoadError(f"{given.path} lacks the tensor {PROMPT}; {AGAIN}")
     table = given.tensors[PROMPT]
     if table.dim() != 2:
         raise LoadError(
-            f"{given.path}: {PROMPT} has shape {tuple(table.shape)}, and a table has 2 axes; {AGAIN}"
+            f"{given.path}: {PROMPT} has shape {tuple(table.shape)}, but must have 2 axes; {AGAIN}"
         )
     if shape is not None and tuple(table.shape) != shape:
         raise LoadError(
-            f"{given.path} is for another base: {PROMPT} is {tuple(table.shape)}, and this one needs {shape}"
+            f"{given.path} is for another base: {PROMPT} is {tuple(table.shape)}, but this one needs {shape}; load the "
+            f"base that it was made for"
         )
     return table
 
@@ -263,7 +294,7 @@ def _table(given: _Checkpoint, shape: tuple[int, int] | None) -> Tensor:
 
 
 def _planned(given: _Checkpoint, base: Program, pass_: Pass) -> PassPlan:
-    """The plan of a pass, which has the shapes of its tensors and allocates none of them."""
+    """The plan of a pass, which has the shapes of its tensors without allocating them."""
     try:
         return base.plan(pass_, freeze_base=False).passes[-1]
     except SurgeryError as error:
@@ -271,7 +302,7 @@ def _planned(given: _Checkpoint, base: Program, pass_: Pass) -> PassPlan:
 
 
 def _check_sizes(given: _Checkpoint, planned: PassPlan, values: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Hold a checkpoint's tensors against those that a pass would add, before it adds them.
+    """Compare the sizes of a checkpoint's tensors with those that a pass would add, before it adds them.
 
     Args:
         given: The checkpoint.
@@ -289,15 +320,17 @@ def _check_sizes(given: _Checkpoint, planned: PassPlan, values: Mapping[str, Map
 
 
 def _other_size(given: _Checkpoint, where: str, has: Sequence[int], fits: Sequence[int]) -> LoadError:
+    """The error for a tensor of the wrong size."""
     return LoadError(
-        f"{given.path} is for another base: at {where} it has {tuple(has)}, and {tuple(fits)} fits"
+        f"{given.path} is for another base: at {where} it has {tuple(has)} instead of {tuple(fits)}; load the base "
+        f"that it was made for"
     )
 
 
 def _apply(given: _Checkpoint, base: Program, passes: list[Pass], rest: Mapping[str, Tensor]) -> Program:
-    """The passes, and the rest of the checkpoint: what PEFT stored whole. Nothing else of the base trains."""
+    """Apply passes and copy the tensors that PEFT stored whole; all other parameters of the base are frozen."""
     try:
-        # What an earlier checkpoint or pass selected stands: freezing again would stop its adapters.
+        # If an earlier checkpoint or pass has selected parameters, freezing again would stop its adapters.
         frozen = any(entry.kind == "select" for entry in base.journal)
         program = base.apply(*passes, *_saved_modules(given, base, rest), freeze_base=not frozen)
     except PassError as error:
@@ -311,18 +344,19 @@ def _apply(given: _Checkpoint, base: Program, passes: list[Pass], rest: Mapping[
 
 
 def _fresh(program: Program, base: Program, name: str) -> list[Entry]:
-    """What was just applied: the base may carry adapters of the same kind."""
+    """Entries that were just applied; the base may have earlier ones of the same pass."""
     return [e for e in program.journal.entries[len(base.journal) :] if e.pass_name == name]
 
 
 def _put(given: _Checkpoint, own: Tensor, value: Tensor, where: str) -> None:
+    """Copy a tensor of the checkpoint; axes of size 1 may differ. Raises LoadError if it does not fit."""
     if own.numel() != value.numel() or sorted(s for s in own.shape if s > 1) != sorted(
         s for s in value.shape if s > 1
     ):
         raise _other_size(given, where, value.shape, own.shape)
     if own.is_floating_point() != value.is_floating_point():
         raise LoadError(
-            f"{given.path}: at {where} it has {value.dtype}, and the base has {own.dtype}; {AGAIN}"
+            f"{given.path}: at {where} it has {value.dtype}, but the base has {own.dtype}; {AGAIN}"
         )
     with torch.no_grad():
         own.copy_(value.reshape(own.shape))

@@ -1,4 +1,4 @@
-"""The types and ranges of a PEFT configuration, and the names of a checkpoint's tensors, checked before any is used."""
+"""Checks of PEFT checkpoints: types and ranges of the configuration, and tensor names, before any of them is used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from surgery.common.patterns import matcher
 from surgery.engine.program import Program
 from surgery.engine.schema import Text, check_depth
 
-_MOST = 2**20  # of a rank, and of tokens; checkpoints have up to a few thousand
+# Upper bound of a rank and of a number of tokens; real checkpoints have up to a few thousand.
+_MOST = 2**20
 
 
 def _known_form(pattern: str) -> str:
@@ -37,7 +38,7 @@ Pattern = Annotated[StrictStr, AfterValidator(_known_form)]
 
 
 class _Config(BaseModel):
-    """The fields that surgery reads. PEFT writes more, of which only the nesting is checked."""
+    """Fields that surgery reads. PEFT writes more fields, of which only the nesting is checked."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -66,7 +67,7 @@ _KINDS: Mapping[str, type[_Config]] = {"LORA": _Lora, "PREFIX_TUNING": _Tokens, 
 
 
 def check_config(config: Any, path: Path) -> dict[str, Any]:
-    """A configuration, if what surgery reads of it has the right types and ranges.
+    """Check the types and ranges of the fields that surgery reads, and return the configuration.
 
     Args:
         config: The parsed JSON.
@@ -76,7 +77,9 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
         LoadError: A field is missing, or has another type or value; the message names it.
     """
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise LoadError(f"{path} names no peft_type; is it of PEFT?")
+        raise LoadError(
+            f"{path} has no peft_type, so PEFT did not write it; give the directory of a PEFT checkpoint"
+        )
     kind = config["peft_type"]
     model = _KINDS.get(kind, _Config) if isinstance(kind, str) else _Config
     try:
@@ -95,7 +98,12 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
 
 
 def check_names(names: Iterable[str], path: Path, base: Program) -> None:
-    """Check the names of a checkpoint's tensors: plain, or made of components that the base has.
+    """Check that the tensor names of a checkpoint are plain, or consist of components that the base's names have.
+
+    Args:
+        names: Names of the tensors.
+        path: Their file, for messages.
+        base: Program of the base.
 
     Raises:
         LoadError: A name has other characters.

@@ -1,4 +1,4 @@
-"""Prefixes as PEFT keeps them: one row of a table for each token, all layers' keys and values side by side."""
+"""PEFT's prefix table: one row for each virtual token, with the keys and values of all layers side by side."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ Shape = tuple[int, ...]
 
 
 def _starts(count: int, twice: bool) -> list[int]:
-    """Where each layer's keys stand in a row, in units of a layer's keys; its values follow them.
+    """Offset of each layer's keys in a row, in units of one layer's keys; its values follow the keys.
 
-    For two stacks PEFT repeats what it deals out, in fours of which it drops two.
+    `twice` is for encoder-decoder models. There PEFT doubles the table along the layers, splits it into groups of four
+    and uses only two of each, so that two decoder layers share one part of the table.
     """
     step = 4 if twice else 2
     return [step * i % (2 * count) for i in range(count)]
 
 
 def prefixes(table: Tensor, shapes: Sequence[Shape], twice: bool) -> list[dict[str, Tensor]]:
-    """K and V (heads × tokens × width) of each layer, from PEFT's table (tokens × all)."""
+    """K and V of each layer, of shape (heads, tokens, width), from PEFT's table.
+
+    Args:
+        table: PEFT's table, of shape (tokens, layers · 2 · heads · width).
+        shapes: (heads, width) of each layer; all must be equal.
+        twice: True for an encoder-decoder model, see `_starts`.
+    """
     heads, width = shapes[0]
     split = table.view(table.shape[0], 2 * len(shapes), heads, width)
     return [
@@ -32,11 +39,20 @@ def prefixes(table: Tensor, shapes: Sequence[Shape], twice: bool) -> list[dict[s
 
 
 def table_of(layers: Sequence[Mapping[str, Tensor]], twice: bool) -> Tensor:
-    """PEFT's table from K and V of each layer. Raises ExportError where PEFT cannot hold them."""
+    """PEFT's table of the prefixes of all layers.
+
+    Args:
+        layers: K and V of each layer, of shape (heads, tokens, width).
+        twice: True for an encoder-decoder model, see `_starts`.
+
+    Raises:
+        ExportError: The layers differ in shape, or layers that share a part of the table have different prefixes.
+    """
     heads, tokens, width = layers[0]["K"].shape
     if any(tuple(own[name].shape) != (heads, tokens, width) for own in layers for name in ("K", "V")):
         raise ExportError(
-            "PEFT's prefixes have one number of heads and one width in all layers, and these differ"
+            "PEFT needs the same number of heads and the same width in all layers, but these differ; save the "
+            "program, or export it to ONNX"
         )
     split = torch.zeros(tokens, 2 * len(layers), heads, width, dtype=layers[0]["K"].dtype)
     filled: dict[int, Mapping[str, Tensor]] = {}
@@ -44,8 +60,8 @@ def table_of(layers: Sequence[Mapping[str, Tensor]], twice: bool) -> Tensor:
         other = filled.setdefault(start, own)
         if not all(torch.equal(other[name], own[name]) for name in ("K", "V")):
             raise ExportError(
-                "PEFT gives two decoder layers one prefix (it drops every other one of two stacks), and these differ; "
-                "save the program, or export it to ONNX"
+                "PEFT uses one prefix for two decoder layers of an encoder-decoder model, but these differ; save the "
+                "program, or export it to ONNX"
             )
         split[:, start], split[:, start + 1] = own["K"].transpose(0, 1), own["V"].transpose(0, 1)
     return split.reshape(tokens, -1)

@@ -1,4 +1,4 @@
-"""What a program carries as a PEFT checkpoint, where PEFT has it."""
+"""Writes the adapters of a program as a PEFT checkpoint, if PEFT supports them."""
 
 from __future__ import annotations
 
@@ -22,33 +22,49 @@ from surgery.store.peft import tables
 from surgery.store.peft.files import PROMPT, prefix, task_type, write
 
 _METHODS = {"lora": "LORA", "ia3": "IA3", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
+_MIXED_LAYOUTS = (
+    "PEFT has one fan_in_fan_out for all layers, but these weights are stored in both layouts; write a checkpoint "
+    "for each target, or save the program"
+)
 
 
 def export_peft(program: Program, path: Any, *, overwrite: bool = False) -> dict[str, Any]:
-    """Write a directory that `PeftModel.from_pretrained` loads, with the logits of the program. Returns the config.
+    """Write a directory that `PeftModel.from_pretrained` loads. The loaded model has the program's logits.
 
-    LoRA in all its forms (PiSSA as a plain LoRA of twice the rank, which is what PEFT itself converts it to; a weight
-    w is multiplied into B), IA³, prefixes as PEFT has them (--positions shift, over self-attention, no gate; an MLP is
-    computed once), prompts. What was trained of the base goes with it as modules_to_save.
-    Raises ExportError, naming pass and site, for what PEFT cannot hold.
+    Supported are LoRA in all its forms, IA³, prefixes with PEFT's options (--positions shift, over self-attention, no
+    gate), and prompts. PiSSA becomes a plain LoRA of twice the rank, to which PEFT itself converts it. The weight of an
+    application is multiplied into B. The MLP of a prefix is evaluated and not stored. Trained modules of the base are
+    written as modules_to_save.
+
+    Args:
+        program: The program.
+        path: Directory to write.
+        overwrite: Replace an existing directory.
+
+    Returns:
+        The configuration that was written.
+
+    Raises:
+        ExportError: PEFT does not support an adapter; the message names the pass and the site.
+        SurgeryError: The path exists, or writing fails.
     """
     program = _plain(program)
     live = live_entries(program.journal)
     if not live:
         raise ExportError(
-            "export-peft: the program carries no adapter; apply a pass, or write it with `surgery merge --format hf`"
+            "export-peft: the program has no adapter; apply a pass, or write it with `surgery merge --format hf`"
         )
     names = {entry.pass_name for entry in live}
     unknown = next((e for e in live if e.pass_name not in _METHODS), None)
     if unknown is not None:
         raise ExportError(
-            f"{unknown.id}: PEFT has no {unknown.pass_name}; it has {', '.join(_METHODS)}. Leave it out (--without), "
-            f"or export to ONNX"
+            f"{unknown.id}: PEFT has no {unknown.pass_name}; it has {', '.join(_METHODS)}. Leave it out (--without) or "
+            f"export to ONNX"
         )
     if len(names) > 1:
         raise ExportError(
-            f"a PEFT checkpoint holds one method, and the program has {', '.join(sorted(names))}; write one for each, "
-            f"with --only"
+            f"a PEFT checkpoint contains one method, but the program has {', '.join(sorted(names))}; write one for "
+            f"each with --only"
         )
     base, method = program.base, names.pop()
     config: dict[str, Any] = {
@@ -65,7 +81,8 @@ def export_peft(program: Program, path: Any, *, overwrite: bool = False) -> dict
     if saved:
         if method in ("prefix", "prompt") and set(saved) - {"classifier", "score", "cls", "qa_outputs"}:
             raise ExportError(
-                f"PEFT stores no weights of the base with a {method}, and {saved[0]} was trained"
+                f"PEFT stores no weights of the base with a {method}, but {saved[0]} was trained; save the program, or "
+                f"export it to ONNX"
             )
         config["modules_to_save"] = saved
         state = program.state()
@@ -79,7 +96,7 @@ def export_peft(program: Program, path: Any, *, overwrite: bool = False) -> dict
 
 
 def _plain(program: Program) -> Program:
-    """With what has a plainer form in that: an MLP that makes prefixes."""
+    """The program with adapters in their simpler form, if they have one: prefixes without their MLP."""
     if any(
         isinstance(pass_ := pass_of(e, program.base.plugins), RewritePass) and pass_.simplify is not None
         for e in live_entries(program.journal)
@@ -89,23 +106,26 @@ def _plain(program: Program) -> Program:
 
 
 def _trained_modules(program: Program) -> list[str]:
-    """Modules that directly hold a parameter of the base which is not as it was."""
+    """Paths of the modules that own a trained parameter of the base."""
     found = []
     for name, tensor in program.changed.items():
         if isinstance(tensor, nn.Parameter) and not torch.equal(tensor, program.base.tensors[name]):
             module, _, _ = name.rpartition(".")
             if not module:
-                raise ExportError(f"PEFT stores whole modules, and {name} was trained, which is in none")
+                raise ExportError(
+                    f"PEFT stores whole modules, but {name}, which was trained, is in none; save the program instead"
+                )
             found.append(module)
     return sorted(set(found))
 
 
 def _site(program: Program, entry: Entry, record: Any) -> Site:
+    """Site of a record in the base. Raises ExportError if it is not the weight of a module of the base."""
     site = program.base.sites.by_key.get(record.key)
     if site is None or record.path != record.key.owner.removesuffix(".weight"):
         raise ExportError(
-            f"{entry.id} at {record.path}: PEFT adapts modules of the base, and this is none; fold it (merge), or save "
-            f"the program"
+            f"{entry.id} at {record.path}: PEFT adapts only modules of the base; merge the adapter, or save the "
+            f"program"
         )
     return site.deciding(record.decided)
 
@@ -114,6 +134,7 @@ def _site(program: Program, entry: Entry, record: Any) -> Site:
 
 
 def _lora(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of all LoRA entries as one LoRA, with a rank and an alpha for each module."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -126,14 +147,14 @@ def _lora(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict
         for option in ("rslora", "dora", "dropout"):
             if getattr(lora, option) != getattr(first, option):
                 raise ExportError(
-                    f"{live[0].id} and {entry.id} differ in {option}, which PEFT has once for all; write each alone, "
-                    f"with --only"
+                    f"{live[0].id} and {entry.id} differ in {option}, but PEFT has one value for all; write them "
+                    f"separately with --only"
                 )
         for record in entry.sites:
             site = _site(program, entry, record)
             if record.path in ranks:
                 raise ExportError(
-                    f"{entry.id} at {record.path}: a second LoRA stands there; combine them first, or write each alone"
+                    f"{entry.id} at {record.path}: there is a second LoRA; combine them first, or write them separately"
                 )
             factors, rank = _factors(program, entry, record, site, lora)
             alphas[record.path] = lora.scale * (rank**0.5 if lora.rslora else rank)
@@ -142,7 +163,7 @@ def _lora(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict
             if site.kind == LINEAR:
                 layouts.add(site.layout)
     if len(layouts) > 1:
-        raise ExportError("PEFT's fan_in_fan_out is one for all layers, and these are stored in both ways")
+        raise ExportError(_MIXED_LAYOUTS)
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     config = {
         "r": rank,
@@ -161,24 +182,30 @@ def _lora(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict
 
 
 def _most_common(values: Any) -> Any:
+    """The most frequent value; of several the smallest."""
     listed = list(values)
     return max(sorted(set(listed)), key=listed.count)
 
 
 def _exactly(path: str) -> str:
-    """A pattern of PEFT that fits a module path and no other."""
+    """Pattern in PEFT's form that matches one module path and no other."""
     return "^" + path.replace(".", r"\.")
 
 
 def _factors(
     program: Program, entry: Entry, record: Any, site: Site, lora: Lora
 ) -> tuple[dict[str, Tensor], int]:
+    """Tensors of one LoRA by PEFT's names, and its rank."""
     path = record.path
     if site.kind not in (LINEAR, CONV, EMBEDDING) or (site.kind == CONV and site.groups > 1):
-        raise ExportError(f"{entry.id} at {path}: PEFT has no LoRA on this {site.kind} weight")
+        raise ExportError(
+            f"{entry.id} at {path}: PEFT has no LoRA for this {site.kind} weight; merge the adapter, or save the "
+            f"program"
+        )
     if lora.dora and entry.weight != 1:
         raise ExportError(
-            f"{entry.id}: DoRA's weight of {entry.weight:g} cannot be multiplied into its tensors"
+            f"{entry.id}: its weight of {entry.weight:g} cannot be multiplied into the tensors of a DoRA; set the "
+            f"weight to 1"
         )
     own = {name: program.tensors[full].detach() for name, full in record.tensors.items()}
     rows = site.decided.get("rows") or {}
@@ -186,7 +213,8 @@ def _factors(
         a, b = _whole(entry, site, own, rows)
     else:
         a, b = own["A"], own["B"]
-    if any(name.startswith("A0") for name in own):  # of a packed weight
+    # On a packed weight PiSSA keeps its initial factors: the branch computes s(B A − B₀A₀).
+    if any(name.startswith("A0") for name in own):
         start = {name.replace("0", "", 1): value for name, value in own.items() if name[1:2] == "0"}
         a0, b0 = _whole(entry, site, start, rows) if rows else (start["A"], start["B"])
         a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
@@ -204,10 +232,11 @@ def _factors(
 
 
 def _whole(entry: Entry, site: Site, own: dict[str, Tensor], rows: Any) -> tuple[Tensor, Tensor]:
-    """Factors of parts of a fused projection as one pair for all of it: A stacked, B by blocks."""
+    """Factors of the parts of a fused projection as one pair: A is stacked, B has a block for each part."""
     if "m" in own or any(name.startswith("m_") for name in own):
         raise ExportError(
-            f"{entry.id} at {site.path}: PEFT's DoRA takes all of a fused projection, and this a part"
+            f"{entry.id} at {site.path}: PEFT's DoRA needs all of a fused projection, but this adapts a part; merge "
+            f"the adapter, or save the program"
         )
     a = torch.cat([own[f"A_{part}"] for part in rows])
     b = torch.zeros(site.out_features, a.shape[0], dtype=a.dtype)
@@ -222,10 +251,13 @@ def _whole(entry: Entry, site: Site, own: dict[str, Tensor], rows: Any) -> tuple
 def _converted(
     program: Program, site: Site, residual: Tensor, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """PiSSA on the base as it was: s(B A − B₀A₀), where W − residual = s·B₀A₀ is of the same rank."""
+    """Factors of PiSSA on the original base: s(B A − B₀A₀), where W − residual = s·B₀A₀ has the same rank.
+
+    B₀ and A₀ are recovered from W − residual by a singular value decomposition.
+    """
     if site.kind != LINEAR:
         raise ExportError(
-            f"PiSSA at {site.path}: only on a linear layer has PEFT a form for it; merge instead"
+            f"PiSSA at {site.path}: PEFT supports it only on linear layers; merge the adapter instead"
         )
     weight = program.base.tensors[str(site.weight)].detach()
     lost = (weight.double() - residual.double()) / scale
@@ -240,6 +272,7 @@ def _converted(
 
 
 def _ia3(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of all IA³ entries; `feedforward_modules` have their inputs scaled."""
     tensors: dict[str, Tensor] = {}
     inputs: list[str] = []
     layouts: set[str] = set()
@@ -248,7 +281,8 @@ def _ia3(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[
             site = _site(program, entry, record)
             if site.kind != LINEAR or record.path in tensors:
                 raise ExportError(
-                    f"{entry.id} at {record.path}: PEFT has no second IA³, nor one on {site.kind}"
+                    f"{entry.id} at {record.path}: PEFT supports one IA³ at a linear layer; leave this one out "
+                    f"(--without), or save the program"
                 )
             on_input = record.decided["axis"] == "i"
             own = {name: program.tensors[full].detach().flatten() for name, full in record.tensors.items()}
@@ -260,7 +294,7 @@ def _ia3(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[
                 inputs.append(record.path)
             tensors[f"{record.path}.ia3_l"] = scale[None] if on_input else scale[:, None]
     if len(layouts) > 1:
-        raise ExportError("PEFT's fan_in_fan_out is one for all layers, and these are stored in both ways")
+        raise ExportError(_MIXED_LAYOUTS)
     paths = sorted(name.removesuffix(".ia3_l") for name in tensors)
     return {
         "target_modules": paths,
@@ -271,17 +305,19 @@ def _ia3(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[
 
 
 def _prefix(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and table of a prefix."""
     entry = _only(live)
     tuned = pass_of(entry, program.base.plugins)
     assert isinstance(tuned, Prefix)
     if tuned.positions != "shift" or tuned.gate or tuned.over != "self":
         raise ExportError(
-            f"{entry.id}: PEFT's prefixes shift positions, have no gate, and stand before self-attentions; this one "
-            f"has --positions {tuned.positions}, --over {tuned.over}{', --gate' if tuned.gate else ''}"
+            f"{entry.id}: PEFT's prefixes shift positions, have no gate and act on self-attention; this one has "
+            f"--positions {tuned.positions}, --over {tuned.over}{', --gate' if tuned.gate else ''}; save the program"
         )
     if any(len(record.decided["attentions"]) > 1 for record in entry.sites):
         raise ExportError(
-            f"{entry.id}: one weight makes the keys of several attentions, which PEFT does not know"
+            f"{entry.id}: one weight computes the keys of several attentions, which PEFT does not support; save the "
+            f"program"
         )
     twice = task_type(program.base.loaded.module) == "SEQ_2_SEQ_LM"
     layers = [{n: program.tensors[r.tensors[n]].detach() for n in ("K", "V")} for r in entry.sites]
@@ -299,10 +335,13 @@ def _prefix(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], di
 
 
 def _prompt(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and table of a prompt. For an encoder-decoder PEFT expects rows for the decoder too, not used."""
     entry = _only(live)
     (record,) = entry.sites
     if record.decided.get("at") != "ids":
-        raise ExportError(f"{entry.id}: PEFT's prompts stand before token ids, and this model has none")
+        raise ExportError(
+            f"{entry.id}: PEFT's prompts need token ids as input, which this model does not have; save the program"
+        )
     (full,) = record.tensors.values()
     rows = program.tensors[full].detach()
     config: Any = program.base.loaded.module.config
@@ -318,8 +357,10 @@ def _prompt(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], di
 
 
 def _only(live: Sequence[Entry]) -> Entry:
+    """The single entry. Raises ExportError if there are several."""
     if len(live) > 1:
         raise ExportError(
-            f"a PEFT checkpoint holds one {live[0].pass_name}, and the program has {len(live)}; write each with --only"
+            f"a PEFT checkpoint contains one {live[0].pass_name}, but the program has {len(live)}; write them "
+            f"separately with --only"
         )
     return live[0]

@@ -1,4 +1,4 @@
-"""PEFT's checkpoints, both ways: made by PEFT and read here, written here and read by PEFT, with equal logits."""
+"""PEFT's checkpoints in both directions: PEFT's are read here, ours by PEFT, with equal logits."""
 
 from __future__ import annotations
 
@@ -226,13 +226,13 @@ def test_bad_checkpoints(bases, tmp_path):
         LoadError, match=r"is for another base: this one has no model\.embed_tokens, nor 4 others of its 5"
     ):
         surgery.import_peft(tmp_path / "good", bases(gpt2)[2])
-    with pytest.raises(LoadError, match=r"no adapter_config.json, so it is no PEFT checkpoint"):
+    with pytest.raises(LoadError, match=r"no adapter_config.json, so it is not a PEFT checkpoint"):
         surgery.import_peft(tmp_path, base)
     tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
     lost = next(name for name in tensors if "lora_B" in name)
     few = {name: tensor for name, tensor in tensors.items() if name != lost}
     save_file(few, tmp_path / "good" / "adapter_model.safetensors")
-    with pytest.raises(LoadError, match=r"it has \['A'\], and needs \['A', 'B'\]"):
+    with pytest.raises(LoadError, match=r"it has \['A'\], but needs \['A', 'B'\]"):
         surgery.import_peft(tmp_path / "good", base)
     save_file(tensors, tmp_path / "good" / "adapter_model.safetensors")
     broken(tmp_path / "good", peft_type="VERA")
@@ -253,14 +253,14 @@ def test_bad_checkpoints(bases, tmp_path):
         ([surgery.Adapter(size=4)], "adapter: PEFT has no adapter; it has lora, ia3, prefix, prompt"),
         (
             [surgery.Lora(target="attn.*"), surgery.Prompt(tokens=2)],
-            "holds one method, and the program has lora, prompt",
+            "contains one method, but the program has lora, prompt",
         ),
         ([surgery.Prefix(tokens=2)], "PEFT's prefixes shift positions, .* --positions keep"),
         (
             [surgery.Lora(target="attn.q", label="a"), surgery.Lora(target="attn.q", label="b")],
-            "lora:b at .*q_proj: a second LoRA stands there",
+            "lora:b at .*q_proj: there is a second LoRA",
         ),
-        ([surgery.Full()], "the program carries no adapter"),
+        ([surgery.Full()], "the program has no adapter"),
     ],
 )
 def test_what_peft_cannot_hold(passes, message, bases, tmp_path):
@@ -297,5 +297,5 @@ def test_the_commands(bases, tmp_path, surgery_):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
     said = surgery_("import-peft", tmp_path, "--base", f"hf:{folder}", "-o", tmp_path / "no", code=2)
-    assert "is no PEFT checkpoint" in said
+    assert "is not a PEFT checkpoint" in said
     assert not (tmp_path / "no").exists()

@@ -1,4 +1,4 @@
-"""PEFT's own randomised tensors, put into our program, give PEFT's logits."""
+"""PEFT's randomized tensors, copied into our program, give PEFT's logits."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ SMALL = [minilm, llama, gpt2, t5]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """make -> PEFT's model, afresh, and our program of the same, loaded once."""
+    """make -> a new PEFT model, and our program of the same model, loaded once."""
     programs = {}
 
     def of(make):
@@ -94,12 +94,12 @@ def base(tmp_path_factory):
 
 
 def paths(targets):
-    """What PEFT matches by the ends of module paths, in our words."""
+    """Target paths of PEFT, matched by the ends of module paths, in surgery's syntax."""
     return ",".join(f"path:{target}" for target in targets)
 
 
 def inputs_for(program):
-    """Random ids, and masks that leave nothing out, of 3 × 11."""
+    """Random ids of 3 × 11, with masks that exclude nothing."""
     generator = torch.Generator().manual_seed(3)
     kwargs = program.example_inputs[1]
     found = {}
@@ -127,7 +127,7 @@ def check(program, expected, inputs):
 
 
 def randomised(adapted, marker):
-    """PEFT's parameters with that in their names, moved at random, by module path and the rest of the name."""
+    """PEFT's parameters with that text in their names, randomized, by module path and rest of the name."""
     torch.manual_seed(7)
     found = {}
     with torch.no_grad():
@@ -145,7 +145,7 @@ OURS = {"A": "A", "B": "B", "embedding_A": "A", "embedding_B": "B", "magnitude_v
 
 
 def with_lora(model, targets, inputs, **options):
-    """Logits of PEFT's model with its tensors moved at random, and these by our names."""
+    """Logits of PEFT's model with randomized tensors, and these tensors by our names."""
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **options)
     adapted = get_peft_model(model, config).eval()
     values = {f"{path}.lora.{OURS[rest]}": v for (path, rest), v in randomised(adapted, "lora_").items()}

@@ -1,6 +1,6 @@
-"""PEFT's own randomised prefixes, put into our program, give PEFT's logits.
+"""PEFT's randomized prefixes, copied into our program, give PEFT's logits.
 
-PEFT hands a prefix over as past keys and values: positions of real tokens are counted behind it.
+PEFT passes a prefix as past keys and values, so positions of real tokens start after it.
 """
 
 from __future__ import annotations
