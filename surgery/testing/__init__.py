@@ -1,23 +1,25 @@
-"""The conformance kit: what every pass owes to the programs that it is applied to, as checks that can fail.
+"""The conformance kit: checks that every pass must pass on the programs that it is applied to.
 
-numerics     outputs at insertion keep what the pass declares, on the example, fresh inputs and another shape
-untouched    sites refused or not targeted keep their op and inputs; the pass inserts nothing else
-inserted     no inserted node is dead, or lacks meta or provenance; every declared tensor is used
-effect       with random parameters the outputs move
-tied         tied weights stay tied and as they were, and merge without changing their other uses
-second       the same label is refused; another works on top, within the declared numerics, and undoes, or is
-             refused everywhere because of the first, by name
-merge        merged against unmerged, with random parameters, at two shapes, also stacked
-restored     after merging: the original names, nodes and wiring, and the base's graph as it was
-weights      left out is exact; half is half, merged too, or refused where the pass is not weightable
-undo         undo gives back the program bit for bit, undo_all the base
-reload       saved, and loaded in another process with another seed and thread count: the same bits
-reexport     torch.export takes it again; the result runs at another batch size
-unflatten    torch.export.unflatten of that gives the same outputs
-gradients    gradients reach exactly what should train, in eval and train mode, and are right
-held         steps of AdamW move what should train, when it should, and not a bit of anything else
-onnx         parity in onnxruntime; every inserted tensor is in the file, under its name, with provenance
-input        the program that was given, and its model, are bit for bit as before
+numerics     inserting the pass changes the outputs by no more than it declares: on the example inputs, on new inputs,
+             and at another shape
+untouched    sites that are refused or not targeted keep their op and inputs
+inserted     inserted nodes are live and have meta and provenance; every declared tensor is used
+effect       random parameters change the outputs
+tied         tied weights stay tied and unchanged, and merging does not change their other uses
+second       the same label is refused; another application works on top of the first, within the declared numerics, and
+             can be undone; or every site refuses it and names the first application as the reason
+merge        merged and unmerged outputs agree with random parameters, at two shapes, also with two applications
+restored     after merging, names, nodes and wiring are the original ones, and the base's graph is unchanged
+weights      weight 0 equals the program without the pass; weight 0.5 differs from 1 and can be merged, or is refused if
+             the pass is not scalable
+undo         undo restores the program bit for bit, undo_all the base
+reload       saved, and loaded in another process with another seed and thread count, the program has the same bits
+reexport     torch.export accepts the rewritten graph again; the result runs at another batch size
+unflatten    torch.export.unflatten of that export has the same outputs
+gradients    gradients reach exactly the parameters that should train, in eval and train mode, and are correct
+held         steps of AdamW change the parameters that should train, when they should, and no bit of anything else
+onnx         onnxruntime agrees with the program; every inserted tensor is in the file under its name, with provenance
+input        the given program and its model are unchanged bit for bit
 """
 
 from __future__ import annotations
@@ -64,16 +66,28 @@ def check_pass(
     scale: float = 0.5,
     raises: bool = True,
 ) -> ConformanceReport:
-    """Hold a pass to its contract on one program; the report lists what was checked, and what was not and why.
+    """Run the checks of the conformance kit for a pass on one program.
 
-    checks: names from CHECKS (all by default). scale: how far trained parameters are moved at random, against
-    what keeps activations at their size. raises: False puts failures into the report and goes on.
-    Raises ConformanceError at the first failure, naming pass, check and site; PassError or TargetError where
-    the pass cannot be applied to the program at all.
+    Args:
+        pass_: The pass, with options.
+        program: The program to apply it to; it is not changed.
+        checks: Names of checks, see CHECKS; all by default.
+        seed: Seed of random parameters and inputs.
+        scale: Size of the random parameters, relative to a size that preserves the scale of activations.
+        raises: False collects failures in the report instead of raising at the first one.
+
+    Returns:
+        A report with the result of each check, and the reason for each check that was skipped.
+
+    Raises:
+        ConformanceError: A check fails; the message names the pass, the check and the site.
+        PassError: The pass cannot be applied to the program.
+        TargetError: The target names no site.
+        ValueError: There is no check with one of the names.
     """
     for name in checks or ():
         if name not in CHECKS:
-            raise ValueError(f"there is no check {name!r}{nearest(name, CHECKS)}")
+            raise ValueError(f"there is no check {name!r}{nearest(name, CHECKS) or '; see CHECKS'}")
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="surgery-conformance-") as folder:
         case = Case(pass_, program, seed, scale, Path(folder))
@@ -98,7 +112,7 @@ def check_pass(
 
 
 def _refuse(case: Case) -> None:
-    """Raise what the pass says where it cannot be applied at all; other errors are for the checks to report."""
+    """Raise the error of a pass that cannot be applied. Errors of other kinds are reported by the checks."""
     try:
         _ = case.adapted
     except SurgeryError:
@@ -108,6 +122,7 @@ def _refuse(case: Case) -> None:
 
 
 def _unexpected(pass_: Pass, check: str, error: Exception) -> ConformanceError:
+    """A conformance error for an exception that a check did not expect."""
     text = str(error) if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"
     return ConformanceError(pass_.entry_id, check, " ".join(text.split())[:500])
 

@@ -1,4 +1,4 @@
-"""One pass on one program, as the checks see it: applied, with random parameters, with inputs to try."""
+"""One pass on one program, as the checks use it: applied, with random parameters, and with inputs to run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class ConformanceError(AssertionError):
-    """A pass breaks its contract. pass_name, check, site: where; site is empty where it is not about one."""
+    """A pass breaks its contract.
+
+    Attributes:
+        pass_name: Name of the application.
+        check: Name of the check that failed.
+        site: Path of the site, or "" if the failure is not about a site.
+    """
 
     def __init__(self, pass_name: str, check: str, message: str, site: str = "") -> None:
         self.pass_name, self.check, self.site = pass_name, check, site
@@ -39,17 +45,25 @@ class ConformanceError(AssertionError):
 
 
 class Skip(Exception):
-    """A check does not apply; the message says why."""
+    """A check does not apply; the message is the reason."""
 
 
 def exactly(sites: Iterable[Site]) -> str:
-    """A target of just these sites."""
+    """A target that names exactly these sites."""
     return ",".join(f"re:^{re.escape(site.path)}$" for site in sites)
 
 
 @dataclass
 class Case:
-    """See check_pass. folder: for files."""
+    """A pass and a program to check it on.
+
+    Attributes:
+        pass_: The pass.
+        program: The program that it is applied to.
+        seed: Seed of random parameters and inputs.
+        scale: Size of random parameters, see `check_pass`.
+        folder: Directory for files that checks write.
+    """
 
     pass_: Pass
     program: Program
@@ -65,45 +79,65 @@ class Case:
         self.reference = self.program.run()
 
     def error(self, check: str, message: str, site: str = "") -> ConformanceError:
+        """The error for a failed check of this pass.
+
+        Args:
+            check: Name of the check.
+            message: Description of the failure.
+            site: Path of the site, or "".
+        """
         return ConformanceError(self.pass_.entry_id, check, message, site)
 
     @property
     def rewrite(self) -> RewritePass:
-        """The pass; skips the check for a selection."""
+        """The pass, if it rewrites the graph; raises Skip for a selection."""
         if not isinstance(self.pass_, RewritePass):
             raise Skip("a selection changes no graph")
         return self.pass_
 
     @property
     def declared(self) -> Numerics:
-        """The pass's contract for the dtype of this program."""
-        return self.pass_.contract.on(self.program.precision)
+        """Numerics that the pass declares for the dtype of this program."""
+        return self.pass_.numerics.on(self.program.precision)
 
     # -- programs
 
     @cached_property
     def adapted(self) -> Program:
-        """The pass applied, as at insertion."""
+        """The program with the pass applied and its initial parameters."""
         return self.apply(self.program, self.pass_)
 
     @cached_property
     def random(self) -> Program:
-        """The pass applied, its trainable tensors moved at random; see `to_train`."""
+        """The program with the pass applied and random trainable tensors. Do not train it; see `to_train`."""
         return self.fresh()
 
     def fresh(self, pass_: Pass | None = None, program: Program | None = None, **options: Any) -> Program:
-        """A program of its own with the pass applied and its trainable tensors moved at random."""
+        """A new program with a pass applied and its trainable tensors randomized.
+
+        Args:
+            pass_: The pass; that of the case by default.
+            program: The program to apply it to; that of the case by default.
+            options: Options of `Program.apply`.
+        """
         applied = self.apply(program or self.program, pass_ or self.pass_, **options)
         self.randomise(applied, applied.journal.entries[-1])
         return applied
 
     def apply(self, program: Program, pass_: Pass, **options: Any) -> Program:
+        """Apply a pass with the seed of the case, without verification.
+
+        Args:
+            program: The program.
+            pass_: The pass.
+            options: Options of `Program.apply`.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return program.apply(pass_, verify=False, **options)
 
     def once_only(self, again: Pass) -> str:
-        """Why a second application is refused at every site of the first: because of that one, by its name; or ""."""
+        """Reason why every site of the first application refuses a second one, naming the first; or ""."""
         here = {planned.site.key for planned in self.accepted}
         planned = self.random.plan(again, freeze_base=False).passes[-1]
         reasons = [str(p.refusal) for p in planned.refused if p.site.key in here]
@@ -112,9 +146,14 @@ class Case:
         return f"a second is refused at each of {len(reasons)} sites: {reasons[0]}" if reasons else ""
 
     def randomise(self, program: Program, entry: Entry) -> None:
-        """Noise of `scale` over the root of the fan-in: what is inserted then weighs about as much as the base.
+        """Add noise to the trainable tensors of an entry, in place.
 
-        What the pass alone lets train of the base moves too, by a tenth of its own size.
+        The standard deviation is `scale` / sqrt(fan-in), so that an inserted branch has about the scale of the base.
+        Base parameters that only this entry lets train get noise of `scale` / 5 of their mean magnitude.
+
+        Args:
+            program: The program.
+            entry: The entry.
         """
         generator = torch.Generator().manual_seed(self.seed + 1)
         with torch.no_grad():
@@ -134,22 +173,25 @@ class Case:
 
     @staticmethod
     def to_train(program: Program) -> Program:
-        """The program over storage of its own, so that training it moves nothing else."""
+        """A copy of the program with its own storage, so that training it changes nothing else."""
         tensors, changed = program.copies()
         return Program(program.base, program.journal, tensors, changed)
 
-    # -- what it did
+    # -- the application
 
     @property
     def entry(self) -> Entry:
+        """Journal entry of the pass."""
         return self.adapted.journal.entries[-1]
 
     @property
     def plan(self) -> PassPlan:
+        """Plan of the pass."""
         return self.adapted.reports[-1].plan
 
     @property
     def accepted(self) -> list[SitePlan]:
+        """Sites that the pass accepted."""
         return self.plan.accepted
 
     @property
@@ -167,13 +209,13 @@ class Case:
 
     @cached_property
     def inputs(self) -> list[Inputs]:
-        """The example, fresh inputs of its shape, and at another size of every dynamic dimension."""
+        """The example inputs, random inputs of the same shape, and inputs with other sizes of dynamic dimensions."""
         args, kwargs = self.program.example_inputs
         return [(args, kwargs), *((a, dict(k)) for a, k in parity_inputs(self.program, self.seed))]
 
     @cached_property
     def other(self) -> Inputs | None:
-        """Inputs at another size of every dynamic dimension; None where all are fixed."""
+        """Inputs with other sizes of all dynamic dimensions; None if there is no dynamic dimension."""
         captured = self.random.captured
         try:
             sizes = other_sizes(captured)
@@ -183,49 +225,61 @@ class Case:
 
     @cached_property
     def reaching(self) -> list[Inputs]:
-        """Inputs in which what the pass inserted takes part, where those above do not make it."""
+        """Inputs with which the inserted part affects the outputs; empty if it does with the inputs above."""
         return [(a, dict(k)) for a, k in reaching_inputs(self.random, self.inputs)]
 
     @property
     def exercised(self) -> Inputs:
-        """One set of inputs in which what the pass inserted takes part."""
+        """One set of inputs with which the inserted part affects the outputs."""
         return (self.reaching or self.inputs)[0]
 
     def compare(
         self, a: Program, b: Program, inputs: list[Inputs] | None = None, more: bool = False
     ) -> Observed:
-        """The worst over all inputs. more: b may return more than a, where the pass extends outputs."""
+        """Compare the outputs of two programs on several inputs.
+
+        Args:
+            a: The first program.
+            b: The second program.
+            inputs: Inputs to run; `self.inputs` by default.
+            more: Ignore additional outputs of `b` if the pass adds outputs.
+
+        Returns:
+            The largest difference over all inputs.
+        """
         sets = self.inputs if inputs is None else inputs
-        more = more and self.pass_.extends
+        more = more and self.pass_.expectations.adds_outputs
         seen = [observe(a.run(*args, **kwargs), b.run(*args, **kwargs), more) for args, kwargs in sets]
         return Observed(all(s.equal for s in seen), max(s.difference for s in seen))
 
     @cached_property
     def moved(self) -> float:
-        """How far random parameters move the outputs, over their scale: those of before, or else the new ones."""
+        """Change of the outputs by random parameters, relative to their scale."""
         moved = self.compare(self.program, self.random, more=True).difference
         if 0 < moved < math.inf:
             return moved
+        # Outputs that the pass adds, or inputs that reach the inserted part, are not in that comparison.
         return self.compare(self.adapted, self.random, self.inputs + self.reaching).difference
 
     @cached_property
     def merge_tolerance(self) -> float:
-        """What the engine allows a merge; in single precision also at most a fiftieth of what there is to merge."""
+        """Allowed difference of a merge: that of the engine; in fp32 and fp64 also at most 1/50 of `moved`."""
         dtypes = {t.dtype for t in self.program.base.tensors.values() if t.is_floating_point()}
         allowed = self.program.merge_tolerance
         return min(allowed, self.moved / 50) if dtypes <= {torch.float32, torch.float64} else allowed
 
     def on_one_site(self, site: Site) -> Pass:
-        """The same pass on one site alone, to find the one that is at fault."""
+        """The same pass on one site only, to find the site that causes a failure."""
         return self.pass_.model_copy(update={"target": exactly([site])})
 
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal where dtype, shape and bits are."""
+    """Key of a tensor that is equal if dtype, shape and bits are equal."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return str(tensor.dtype), tuple(tensor.shape), data
 
 
 def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a structure of outputs."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

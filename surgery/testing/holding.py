@@ -1,4 +1,4 @@
-"""The check of what a few steps of an optimiser move: what should train, when it should, and nothing else."""
+"""Check of training: a few optimizer steps change exactly the parameters that should train, when they should."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def held(case: Case) -> str:
-    """Three steps of AdamW with weight decay at the start of the schedule, and three more after its last change.
+    """Train three steps with AdamW and weight decay at the start of the schedule, and three more after its last change.
 
-    Through `parameter_groups` and `advance`, one optimiser for both, so that it has momentum for what no longer
-    trains. What the pass itself decided is what is expected; every other value stays bit for bit.
+    It uses `parameter_groups` and `advance`, and one optimizer for both parts, so that the optimizer has momentum for
+    parameters that no longer train. The decisions of the pass itself are the expectation. All values that should not
+    train must stay equal bit for bit.
     """
     program = case.to_train(case.random)
     module = program.module()
@@ -31,32 +32,35 @@ def held(case: Case) -> str:
     except PassError:
         wanted = [n for n in program.parameter_names() if _trains(case, program, n, 0)]
         if wanted or any(p.requires_grad for p in module.parameters()):
-            raise case.error("held", "something trains, and there is no parameter group for it") from None
+            raise case.error("held", "a parameter trains, but there is no parameter group for it") from None
         raise Skip("nothing trains in this program") from None
     _check_groups(case, program, groups)
-    # Rates were looked at; with them, the lowest depth of a steep decay would move by less than it can hold.
+    # The rates have been checked. All groups now get the same rate: with a steep decay by depth, steps of the lowest
+    # layers could be too small to change a value.
     for group in groups:
         group["lr"] = _RATE
-    optimiser = torch.optim.AdamW(groups, eps=1e-30)  # type: ignore[arg-type]
-    if any(p.dtype in _HALF for g in groups for p in g["params"]):  # the square of a gradient is 0 there
-        optimiser = torch.optim.SGD(groups, momentum=0.9)  # type: ignore[arg-type,assignment]
+    optimizer = torch.optim.AdamW(groups, eps=1e-30)  # type: ignore[arg-type]
+    # In half precision the square of a gradient, which AdamW keeps, underflows to 0.
+    if any(p.dtype in _HALF for g in groups for p in g["params"]):
+        optimizer = torch.optim.SGD(groups, momentum=0.9)  # type: ignore[arg-type,assignment]
     counts = []
     moments = [0, *program.schedule.changes[-1:]]
     for step in moments:
         module.advance(step)
         before = {name: tensor.detach().clone() for name, tensor in _all(module).items()}
-        pulled = _train(case, module, optimiser)
+        pulled = _train(case, module, optimizer)
         counts.append(_check_moved(case, program, module, before, pulled, step))
     unit = program.schedule.unit
     return "; ".join(f"{n} tensors moved at {unit} {step}" for n, step in zip(counts, moments, strict=True))
 
 
 def _all(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _trains(case: Case, program: Program, name: str, step: int) -> bool:
-    """As the pass decided it, where it did, and not as the program reads the journal."""
+    """True if a parameter should train at a step, by the decision of the pass itself if it made one."""
     said = case.plan.selection
     first = program.names.get(name, (name,))[0]
     if first not in said.trains:
@@ -66,10 +70,12 @@ def _trains(case: Case, program: Program, name: str, step: int) -> bool:
 
 
 def _mask(case: Case, program: Program, name: str) -> Tensor | None:
+    """Mask that the pass decided for a parameter, or None."""
     return case.plan.selection.masks.get(program.names.get(name, (name,))[0])
 
 
 def _check_groups(case: Case, program: Program, groups: list) -> None:
+    """Check that every parameter that trains is in one group, with the rate that the pass decided."""
     said = case.plan.selection
     where = {}
     for group in groups:
@@ -81,7 +87,8 @@ def _check_groups(case: Case, program: Program, groups: list) -> None:
             rate = said.rates.get(first, 1.0)
             if first in said.trains and abs(group["lr"] - _RATE * rate) > 1e-9 * _RATE:
                 raise case.error(
-                    "held", f"{first} is to train at {rate:g} of the rate, and does at {group['lr']:g}"
+                    "held",
+                    f"{first} should train at {_RATE * rate:g}, but its group has the rate {group['lr']:g}",
                 )
     for name in said.trains:
         ever = said.trains[name] and name in dict(program.module().named_parameters())
@@ -89,20 +96,20 @@ def _check_groups(case: Case, program: Program, groups: list) -> None:
             raise case.error("held", f"{name} is {'in no' if ever else 'in a'} parameter group")
 
 
-def _train(case: Case, module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Takes the steps; returns by name where a gradient was not zero."""
+def _train(case: Case, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Take the steps. Returns, by parameter name, a bool tensor of the values that had a nonzero gradient."""
     args, kwargs = case.exercised
     pulled: dict[str, Tensor] = {}
     for _ in range(_STEPS):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = loss_of(module(*args, **kwargs))
         if loss.requires_grad:
             loss.backward()
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
                 pulled[name] = pulled.get(name, torch.tensor(False)) | (parameter.grad != 0)
-        optimiser.step()
-    optimiser.zero_grad()
+        optimizer.step()
+    optimizer.zero_grad()
     return pulled
 
 
@@ -114,6 +121,7 @@ def _check_moved(
     pulled: Mapping[str, Tensor],
     step: int,
 ) -> int:
+    """Compare the parameters after the steps with those before; returns the number of tensors that moved."""
     live = learning_parameters(program.graph)
     moved = 0
     when = f"at {program.schedule.unit} {step}"
@@ -122,17 +130,17 @@ def _check_moved(
         same = fingerprint(tensor) == fingerprint(before[name])
         trains = name in parameters and _trains(case, program, name, step)
         if not trains and not same:
-            raise case.error("held", f"{name} moves {when}, and it should not")
+            raise case.error("held", f"{name} moves {when}, but should not train")
         if not trains:
             continue
         if name not in pulled and not live.isdisjoint(program.names.get(name, (name,))):
-            raise case.error("held", f"no gradient reaches {name} {when}, and it should train")
+            raise case.error("held", f"no gradient reaches {name} {when}, but it should train")
         mask = _mask(case, program, name)
         if mask is not None:
             rest = ~mask.expand_as(tensor)
             if fingerprint(tensor[rest]) != fingerprint(before[name][rest]):
-                raise case.error("held", f"{name} moves {when} where its mask holds it")
+                raise case.error("held", f"{name} moves {when} where its mask is False")
         if same and name in pulled and pulled[name].any() and tensor.dtype not in _HALF:
-            raise case.error("held", f"{name} has a gradient {when} and does not move")
+            raise case.error("held", f"{name} has a gradient {when} but does not move")
         moved += not same
     return moved

@@ -1,4 +1,4 @@
-"""`python -m surgery.testing.loader`: the other process of the reload check."""
+"""`python -m surgery.testing.loader`: loads a saved directory in a separate process, for the reload check."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from surgery.testing.case import tensors_of
 
 
 def main() -> None:
+    """Load a saved directory, run it on stored inputs, and write its state and outputs."""
     parser = argparse.ArgumentParser()
     parser.add_argument("directory")
     parser.add_argument("inputs")
@@ -26,7 +27,8 @@ def main() -> None:
     torch.set_num_threads(asked.load_threads)
     program = load(asked.directory, base=asked.base, trust=asked.trust)
     found = {f"state/{name}": tensor for name, tensor in program.state().items()}
-    # The same sum in another order has other last bits: only loading must not depend on threads.
+    # Only loading must be independent of the number of threads. The run uses the same number as the first process,
+    # since another order of summation changes the last bits.
     torch.set_num_threads(asked.run_threads)
     args, kwargs = torch.load(asked.inputs, weights_only=True)
     outputs = tensors_of(program.run(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""What the conformance kit found."""
+"""Report of the conformance kit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check. status: passed, skipped or failed. detail: what was seen, or why it was skipped or failed."""
+    """Result of one check.
+
+    Attributes:
+        check: Name of the check.
+        status: "passed", "skipped" or "failed".
+        detail: Observed values, or the reason why it was skipped or failed.
+        seconds: Wall-clock time in seconds.
+    """
 
     check: str
     status: str
@@ -17,26 +24,34 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ConformanceReport:
-    """Every check in order. print() it."""
+    """Results of all checks, in order; print() shows them as a table.
+
+    Attributes:
+        pass_name: Name of the application that was checked.
+        outcomes: Result of each check.
+    """
 
     pass_name: str
     outcomes: tuple[Outcome, ...]
 
     @property
     def ok(self) -> bool:
-        """Nothing failed."""
+        """True if no check failed."""
         return not self.failed
 
     @property
     def passed(self) -> dict[str, str]:
+        """Check -> detail, for checks that passed."""
         return self._with("passed")
 
     @property
     def skipped(self) -> dict[str, str]:
+        """Check -> reason, for checks that were skipped."""
         return self._with("skipped")
 
     @property
     def failed(self) -> dict[str, str]:
+        """Check -> reason, for checks that failed."""
         return self._with("failed")
 
     def _with(self, status: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Checks of what leaves the process: saved and loaded, exported again, unflattened, in ONNX."""
+"""Checks of saved and exported programs: reload, torch.export, unflatten and ONNX."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TIMEOUT = 600
 
 
 def reload(case: Case) -> str:
-    """Saved by one process, loaded by another with another seed and thread count: the same bits."""
+    """Saved and loaded in another process with another seed and thread count, the program has the same bits."""
     path = case.folder / "saved"
     case.random.save(path, overwrite=True)
     _as_written(case, path)
@@ -51,31 +51,34 @@ def reload(case: Case) -> str:
 
 
 def _as_written(case: Case, path: Path) -> None:
-    """The journal, and the tensors that no graph reads (masks): what `state` does not show."""
+    """Check the journal, and the tensors that no graph reads (masks), which `state` does not contain."""
     written = Journal.from_json(read_manifest(path)["journal"]).to_json()
     if json.dumps(written) != json.dumps(case.random.journal.to_json()):
         raise case.error("reload", "the journal that was saved is not the program's")
     stored = load_file(path / INSERTED) if case.random.tensors else {}
     for name, tensor in case.random.tensors.items():
         if name not in stored or fingerprint(stored[name]) != fingerprint(tensor):
-            raise case.error("reload", f"{name} is not in {INSERTED} as it is in the program")
+            raise case.error("reload", f"{name} in {INSERTED} is missing, or differs from the program's")
 
 
 def _installed(pass_: Pass) -> bool:
+    """True if another process finds the class of the pass by its name."""
     info = passes(make_plugin_manager()).get(pass_.name)
     return info is not None and info.cls is type(pass_)
 
 
 def _same_here(case: Case, program: Program) -> None:
+    """Compare the state and outputs of a loaded program with those that were saved."""
     for name, tensor in case.random.state().items():
         other = program.state().get(name)
         if other is None or fingerprint(tensor) != fingerprint(other):
-            raise case.error("reload", f"{name} is not the same after loading")
+            raise case.error("reload", f"{name} differs after loading")
     if not observe(case.random.run(), program.run(*case.inputs[0][0], **case.inputs[0][1])).equal:
-        raise case.error("reload", "outputs are not the same bits after loading")
+        raise case.error("reload", "outputs differ after loading")
 
 
 def _other_process(case: Case, path: Path) -> str:
+    """Load the directory in another process and compare its state and outputs bit for bit."""
     threads = torch.get_num_threads()
     other = 1 if threads > 1 else 2
     args, kwargs = case.inputs[0]
@@ -103,6 +106,7 @@ def _other_process(case: Case, path: Path) -> str:
 
 
 def _exported(case: Case) -> Any:
+    """The rewritten graph, exported again with torch.export; cached in the case."""
     if "exported" not in case.__dict__:
         captured = case.random.captured
         args, kwargs = case.program.example_inputs
@@ -113,10 +117,12 @@ def _exported(case: Case) -> Any:
 
 
 def _sets(case: Case) -> list[Inputs]:
+    """Inputs to compare on: the example, another size, and inputs that reach the inserted part."""
     return [case.inputs[0], *([case.other] if case.other is not None else []), *case.reaching]
 
 
 def _agrees(case: Case, check: str, module: Any) -> str:
+    """Compare the outputs of a module with those of the program."""
     worst = 0.0
     for args, kwargs in _sets(case):
         with torch.no_grad():
@@ -129,18 +135,18 @@ def _agrees(case: Case, check: str, module: Any) -> str:
 
 
 def reexport(case: Case) -> str:
-    """torch.export takes the edited graph again, and what it makes runs at another batch size."""
+    """torch.export accepts the rewritten graph, and the result runs at another batch size."""
     try:
         program = _exported(case)
     except Exception as error:
         raise case.error(
-            "reexport", f"torch.export refuses it: {' '.join(str(error).split())[:300]}"
+            "reexport", f"torch.export fails on the graph: {' '.join(str(error).split())[:300]}"
         ) from error
     return _agrees(case, "reexport", program.module(check_guards=False))
 
 
 def unflatten(case: Case) -> str:
-    """torch.export.unflatten of the exported program gives the same outputs."""
+    """torch.export.unflatten of the exported program has the same outputs."""
     try:
         module = torch.export.unflatten(_exported(case))
     except Exception as error:
@@ -151,10 +157,10 @@ def unflatten(case: Case) -> str:
 
 
 def onnx(case: Case) -> str:
-    """Parity in onnxruntime, and every inserted tensor in the file under its own name and provenance."""
+    """onnxruntime agrees with the program; every inserted tensor is in the file under its name, with provenance."""
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
         raise Skip("onnx, onnxscript or onnxruntime is not installed (torch-surgery[onnx])")
-    for op, why in getattr(case.pass_, "unwritten", {}).items():
+    for op, why in case.pass_.expectations.no_onnx.items():
         if any(node.target is op for node in live_nodes(case.random.graph)):
             raise Skip(why)
     path = case.folder / "model.onnx"
@@ -164,8 +170,9 @@ def onnx(case: Case) -> str:
     for entry in live_entries(case.random.journal):
         for record in entry.sites:
             for name, full in record.tensors.items():
+                # The tensor of an earlier pass is not exported if this pass has replaced the ops that read it.
                 if entry.id != case.entry.id and full not in read:
-                    continue  # an earlier pass's, which this one took over from
+                    continue
                 tensor = stored.get(full)
                 if tensor is None:
                     raise case.error(

@@ -1,4 +1,4 @@
-"""The check of gradients: what they reach, in both modes, and whether they are right."""
+"""Check of gradients: they reach exactly the parameters that should train, in both modes, and are correct."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.engine.module import ProgramModule
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries, pass_of
 from surgery.graph.graphs import live_nodes
-from surgery.graph.marks import META
+from surgery.graph.marks import mark_of
 from surgery.testing.case import Case, Inputs, tensors_of
 from surgery.testing.graph import learning_parameters
 
@@ -24,8 +24,11 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def gradients(case: Case) -> str:
-    """Gradients reach exactly what should train, in eval and train mode; those of inserted tensors agree with
-    finite differences; and a pass that is exact leaves the gradients of the base as they were."""
+    """Check the gradients of a program with the pass.
+
+    They must reach exactly the parameters that should train, in eval and train mode. Those of inserted tensors must
+    agree with finite differences. A pass with exact numerics must not change the gradients of the base.
+    """
     notes = []
     program = case.to_train(case.random)
     module = program.module()
@@ -49,19 +52,22 @@ def gradients(case: Case) -> str:
 
 
 def _held(case: Case) -> str:
-    """Why gradients of the pass are not those of the outputs: its own reason, or that of an adapter it stands under."""
+    """Reason why gradients differ from the true ones, given by the pass or by an adapter at the same site; or ""."""
     owners = {record.key.owner for record in case.entry.sites}
     for entry in (case.entry, *live_entries(case.program.journal)):
         pass_ = pass_of(entry, case.program.base.plugins)
         if isinstance(pass_, RewritePass) and owners & {record.key.owner for record in entry.sites}:
-            why = pass_.detaches
+            why = pass_.expectations.detached
             if why:
                 return why if entry is case.entry else f"at {entry.id}, {why}"
     return ""
 
 
 def loss_of(outputs: Any) -> Tensor:
-    """A fixed random functional of every floating output, in float64; of those with a gradient, where some have one."""
+    """Fixed random linear functional of the floating-point outputs, in float64.
+
+    If some of them require a gradient, only these are used.
+    """
     generator = torch.Generator().manual_seed(0)
     terms = []
     for tensor in tensors_of(outputs):
@@ -72,7 +78,7 @@ def loss_of(outputs: Any) -> Tensor:
 
 
 def _grads(module: nn.Module, inputs: Inputs, like: Any = None) -> dict[str, Tensor]:
-    """like: outputs beyond which those of the module are left out."""
+    """Gradients by parameter name; outputs of the module that `like` does not have are ignored."""
     args, kwargs = inputs
     outputs = module(*args, **kwargs)
     loss = loss_of(outputs if like is None else shared(like, outputs))
@@ -87,6 +93,7 @@ def _grads(module: nn.Module, inputs: Inputs, like: Any = None) -> dict[str, Ten
 def _check_reached(
     case: Case, program: Program, module: ProgramModule, got: Mapping[str, Tensor], mode: str
 ) -> None:
+    """Check that gradients reach exactly the parameters that should train."""
     names = program.base.names
     live = learning_parameters(module.graph_module().graph)
     base = {
@@ -101,15 +108,16 @@ def _check_reached(
     reached = {names.get(name, (name,))[0] for name in got}
     for name in sorted(wanted - reached):
         raise case.error(
-            "gradients", f"none reaches {name} in {mode} mode, and it should train", _site(case, name)
+            "gradients", f"none reaches {name} in {mode} mode, but it should train", _site(case, name)
         )
     for name in sorted(reached - wanted):
         raise case.error(
-            "gradients", f"one reaches {name} in {mode} mode, and it should not train", _site(case, name)
+            "gradients", f"one reaches {name} in {mode} mode, but it should not train", _site(case, name)
         )
 
 
 def _check_not_zero(case: Case, got: Mapping[str, Tensor]) -> None:
+    """Check that the gradients of inserted tensors are finite and not zero everywhere."""
     for name in case.trainable:
         gradient = got.get(name)
         if gradient is not None and not gradient.isfinite().all():
@@ -121,13 +129,14 @@ def _check_not_zero(case: Case, got: Mapping[str, Tensor]) -> None:
 
 
 def _site(case: Case, name: str) -> str:
+    """Path of the site of an inserted tensor, or ""."""
     if not isinstance(case.pass_, RewritePass):
         return ""
     return next((r.path for r in case.entry.sites if name in r.tensors.values()), "")
 
 
 def _check_slope(case: Case, program: Program, module: nn.Module, got: Mapping[str, Tensor]) -> str:
-    """The slope along the gradient (and a random direction) against central differences."""
+    """Compare the directional derivative along the gradient plus a random direction with central differences."""
     tensors = {name: program.tensors[name] for name in case.trainable}
     if any(t.dtype in _HALF for t in tensors.values()):
         return "slopes not compared in half precision"
@@ -144,13 +153,16 @@ def _check_slope(case: Case, program: Program, module: nn.Module, got: Mapping[s
     best = min((abs(_slope(module, case.exercised, tensors, along, s) - expected), s) for s in _STEPS)[0]
     error = best / abs(expected)
     if error > 0.05:
-        raise case.error("gradients", f"the slope along them is off by {error:.0%}: something is detached")
+        raise case.error(
+            "gradients", f"they differ from finite differences by {error:.0%}: something is detached"
+        )
     return f"slope within {error:.1e}"
 
 
 def _slope(
     module: nn.Module, inputs: Inputs, tensors: Mapping[str, Tensor], along: Mapping[str, Tensor], step: float
 ) -> float:
+    """Central difference of the loss along a direction; the tensors are restored."""
     kept = {name: t.detach().clone() for name, t in tensors.items()}
     losses = []
     with torch.no_grad():
@@ -164,24 +176,30 @@ def _slope(
 
 
 def _add_stand_ins(program: Program, gradients: dict[str, Tensor]) -> None:
-    """A tensor and the copies that are read in its place share what was its gradient."""
+    """Add the gradients of copies that a pass put instead of a tensor to the gradient of that tensor."""
     for node in live_nodes(program.graph):
-        name, mark = str(node.target), node.meta.get(META, {})
-        if node.op == "get_attr" and "weight_of" in mark and name in gradients and name in program.tensors:
-            before = str(program.view.node(mark["wraps"]).target)
+        name, mark = str(node.target), mark_of(node)
+        if (
+            node.op == "get_attr"
+            and mark.weight_of is not None
+            and name in gradients
+            and name in program.tensors
+        ):
+            before = str(program.view.node(str(mark.wraps)).target)
             owner = program.base.names.get(before, (before,))[0]
             if owner != name:
                 gradients[owner] = gradients.get(owner, 0) + gradients[name]
 
 
 def _check_base(case: Case) -> str:
-    """At insertion an exact pass is the identity on values, and has to be on the base's gradients too."""
-    if case.pass_.contract.tolerance:
+    """Check that a pass with exact numerics does not change the gradients of the base at insertion."""
+    if case.pass_.numerics.tolerance:
         return "the base's gradients are not compared, as the pass rounds"
-    if case.rewrite.redirects:
-        return f"the base's gradients are not compared: {case.rewrite.redirects}"
+    redirected = case.rewrite.expectations.redirected
+    if redirected:
+        return f"the base's gradients are not compared: {redirected}"
     unfrozen = case.apply(case.program, case.pass_, freeze_base=False)
-    like = case.reference if case.pass_.extends else None
+    like = case.reference if case.pass_.expectations.adds_outputs else None
     with_pass = _grads(case.to_train(unfrozen).module(), case.inputs[0], like)
     _add_stand_ins(unfrozen, with_pass)
     without = _grads(case.to_train(case.program).module(), case.inputs[0])

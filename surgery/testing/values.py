@@ -1,4 +1,4 @@
-"""Checks of what programs compute: at insertion, with random parameters, applied twice, undone."""
+"""Checks of outputs: at insertion, with random parameters, with two applications, and after undo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from surgery.testing.case import Case, Skip, fingerprint
 
 
 def numerics(case: Case) -> str:
-    """Outputs at insertion keep what the pass declares."""
+    """Inserting the pass changes the outputs by no more than it declares."""
     seen = case.compare(case.program, case.adapted, more=True)
     declared = case.declared
     if not seen.within(declared):
@@ -23,6 +23,7 @@ def numerics(case: Case) -> str:
 
 
 def _culprit(case: Case) -> str:
+    """Path of the first site where the pass alone changes the outputs by more than it declares, or ""."""
     for planned in case.accepted:
         alone = case.apply(case.program, case.on_one_site(planned.site))
         if not case.compare(case.program, alone, more=True).within(case.declared):
@@ -31,21 +32,21 @@ def _culprit(case: Case) -> str:
 
 
 def effect(case: Case) -> str:
-    """With random parameters the outputs move: otherwise the checks that follow would prove nothing."""
+    """Random parameters change the outputs; otherwise later checks would compare nothing."""
     _ = case.rewrite
     if not case.trainable:
         return "nothing it inserts trains"
     if not case.moved > 1e-4:
         raise case.error(
             "effect",
-            f"random parameters move the outputs by {case.moved:.1e} of their scale; what was inserted does not "
-            "reach them, or scale is too small",
+            f"random parameters move the outputs by {case.moved:.1e} of their scale; the inserted part does not "
+            "reach the outputs, or scale is too small",
         )
     return f"random parameters move the outputs by {case.moved:.1e} of their scale"
 
 
 def second(case: Case) -> str:
-    """The same label is refused; another works on top of the first, and undoing it leaves the first."""
+    """The same label is refused; a second application works on top of the first, and undoing it restores the first."""
     label = "again"
     while any(e.label == label for e in case.program.journal):
         label += "_"
@@ -72,30 +73,30 @@ def second(case: Case) -> str:
         raise case.error("second", f"both applications use the tensor {sorted(shared)[0]}")
     case.randomise(both, both.journal.entries[-1])
     if not case.compare(case.random, both.undo(again.entry_id)).equal:
-        raise case.error("second", "undoing the second does not give the first back")
+        raise case.error("second", "undoing the second application does not restore the first")
     return f"{seen} on top of the first"
 
 
 def undo(case: Case) -> str:
-    """Undo gives back the program bit for bit, undo_all the base."""
+    """undo restores the program bit for bit, undo_all the base."""
     undone = case.random.undo(case.entry.id)
     now = {name: fingerprint(t) for name, t in undone.state().items()}
     if now != case.before:
         differing = sorted(n for n in {*now, *case.before} if now.get(n) != case.before.get(n))
-        raise case.error("undo", f"{differing[0]} is not what it was ({len(differing)} tensors differ)")
+        raise case.error("undo", f"{differing[0]} is not restored ({len(differing)} tensors differ)")
     if hash_graph(undone.graph) != case.graph_hash:
-        raise case.error("undo", "the graph is not what it was")
+        raise case.error("undo", "the graph is not restored")
     if not observe(case.reference, undone.run()).equal:
-        raise case.error("undo", "outputs are not what they were, bit for bit")
+        raise case.error("undo", "the outputs are not restored bit for bit")
     base = case.random.undo_all()
     now = {name: fingerprint(t) for name, t in base.state().items()}
     if now != case.base_before or hash_graph(base.graph) != case.base_hash:
-        raise case.error("undo", "undo_all does not give the base, bit for bit")
+        raise case.error("undo", "undo_all does not restore the base bit for bit")
     return f"{len(now)} tensors and {len(undone.graph.nodes)} nodes, bit for bit"
 
 
 def unchanged(case: Case) -> str:
-    """The program that was given is as before all that was done here."""
+    """The given program and its base are unchanged after all other checks."""
     program, _ = case.program, case.random
     for what, was, tensors in (
         ("program", case.before, program.state()),

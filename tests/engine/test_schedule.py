@@ -1,4 +1,4 @@
-"""What selections decide is kept and obeyed: windows, rates and masks, by modules, optimisers, files and undo."""
+"""Selections are stored and followed: windows, rates and masks, in modules, optimizers, files and undo."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OPTIMISERS = {
 @pytest.mark.parametrize("name", OPTIMISERS)
 @pytest.mark.parametrize("to_none", [True, False])
 def test_outside_its_window_a_parameter_stays_bit_for_bit(name, to_none):
-    """With momentum from its own window, with weight decay, and with gradients that are zeroed and not dropped."""
+    """With momentum from its window, with weight decay, and with gradients that are zeroed instead of None."""
     made, options = OPTIMISERS[name]
     applied = program().apply(surgery.Layerwise(**ONE))
     module, (x, y) = applied.module(), digits(64)
@@ -60,7 +60,7 @@ def test_outside_its_window_a_parameter_stays_bit_for_bit(name, to_none):
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_masks_hold(name):
-    """What a mask holds keeps its bits, whatever the optimiser remembers; what it lets train moves."""
+    """Masked values keep their bits in spite of optimizer state; the others move."""
     made, options = OPTIMISERS[name]
     applied = program().apply(surgery.Filter(fraction=0.25))
     before = bits(applied)
@@ -159,7 +159,7 @@ def test_a_compiled_module_is_masked_and_scheduled():
 
 
 def test_views_train_together_at_one_step():
-    """`without` shares parameters, so also what of them trains now: making or reading a view restarts nothing."""
+    """`without` shares parameters, and so their trainability: creating or reading a view restarts nothing."""
     applied = program().apply(surgery.Lora(target="mlp.*", rank=2), surgery.Layerwise(**ONE))
     module = applied.module()
     module.advance(10)
@@ -214,7 +214,7 @@ def test_groups_of_one_step():
 
 
 def test_a_later_selection_wins():
-    """Of one parameter the last that names it counts: whether, when, how fast and how much of it."""
+    """The last selection that names a parameter wins: trainability, window, rate and mask."""
     base = program()
     both = base.apply(surgery.Layerwise(top=1, decay=0.5), surgery.Freeze(target="head"))
     assert depths(n for n, p in both.module().named_parameters() if p.requires_grad) == {3, 4}
@@ -416,7 +416,7 @@ def test_a_saved_program_keeps_all_of_it(tmp_path):
 
 
 def test_a_directory_of_the_first_schema_loads(tmp_path):
-    """It knew only what trains; the list of trainable tensors is worked out from the passes."""
+    """It stores only trainable parameters; the list of trainable tensors is derived from the passes."""
     trained = program().apply(surgery.Freeze(target="!head"), surgery.Lora(target="mlp.*", rank=2))
     fit(trained, 2)
     trained.save(tmp_path / "old")
@@ -468,11 +468,11 @@ def _late(self, names, step):
 
 FAULTS = {
     "advance does nothing": (ProgramModule, "advance", lambda self, step: [], "should"),
-    "nothing stops": (ProgramModule, "advance", _never_stop, "it should not"),
+    "nothing stops": (ProgramModule, "advance", _never_stop, "but should not train"),
     "one step late": (Schedule, "trains", _late, "should train"),
-    "no mask": (ProgramModule, "_hold", lambda self: None, "where its mask holds it"),
-    "the journal forgets windows": (Entry, "windows", property(lambda self: {}), "it should not"),
-    "rates are lost": (Schedule, "rate", lambda self, names: 1.0, "of the rate"),
+    "no mask": (ProgramModule, "_hold", lambda self: None, "where its mask is False"),
+    "the journal forgets windows": (Entry, "windows", property(lambda self: {}), "but should not train"),
+    "rates are lost": (Schedule, "rate", lambda self, names: 1.0, "but its group has the rate"),
 }
 
 
@@ -495,7 +495,7 @@ def test_the_kit_sees_what_is_not_held(fault, monkeypatch):
 
 
 def test_the_kit_sees_decay_under_a_mask(monkeypatch):
-    """The one thing that a mask on gradients cannot stop."""
+    """Weight decay is the only thing that a gradient mask cannot stop."""
     real = surgery.Program.parameter_groups
 
     def decaying(self, *args, **options):
@@ -505,5 +505,5 @@ def test_the_kit_sees_decay_under_a_mask(monkeypatch):
         return groups
 
     monkeypatch.setattr(surgery.Program, "parameter_groups", decaying)
-    with pytest.raises(ConformanceError, match="where its mask holds it"):
+    with pytest.raises(ConformanceError, match="where its mask is False"):
         check_pass(surgery.Filter(), surgery.capture(Stack(), torch.randn(4, 64)), checks=["held"])

@@ -1,8 +1,9 @@
-"""The conformance kit passes what is right, and each of its checks catches a pass planted to break it."""
+"""The conformance kit passes correct passes, and each of its checks catches a planted fault."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -11,16 +12,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import surgery
-from surgery.api import (
-    LINEAR,
-    RewritePass,
-    ScaleAxis,
-    TensorSpec,
-    hookimpl,
-    make_plugin_manager,
-    rounded,
-    scale_output,
-)
+from surgery.api import ADAPTER, LINEAR, RewritePass, ScaleAxis, TensorSpec, hookimpl, rounded, scale_output
+from surgery.api.programs import make_plugin_manager
+from surgery.engine.contract.base import default_names
 from surgery.testing import CHECKS, ConformanceError, check_pass
 from tests.conftest import minilm_path
 from tests.shared.models import convnet, forms
@@ -97,19 +91,23 @@ def test_a_selection():
 # -- planted faults
 
 
-class Scale(RewritePass):
-    """Right in everything; the faults below are made from it."""
+class Unmerged(RewritePass):
+    """Scales outputs; it is not merged, nor scaled by a weight."""
 
     name: ClassVar[str] = "scale"
     on: ClassVar[tuple[str, ...]] = (LINEAR,)
-    weightable: ClassVar[bool] = True
-    mergeable: ClassVar[bool] = True
 
     def tensors(self, site):
         return {"s": TensorSpec((site.out_features,), nn.init.ones_)}
 
     def rewrite(self, site, g):
         return scale_output(site, g, g["s"])
+
+
+class Scale(Unmerged):
+    """Right in everything; the faults below are made from it."""
+
+    effect = replace(ADAPTER, scalable=True)
 
     def merge(self, site, tensors, weight):
         factor = 1 + weight * (tensors["s"] - 1)
@@ -130,7 +128,7 @@ class OverItsTolerance(NotExact):
 
 class FixedBatch(Scale):
     def rewrite(self, site, g):
-        return g.call(aten.mul.Tensor, g.out, g.call(aten.expand.default, g["s"], [4, site.out_features]))
+        return g.call(aten.mul.Tensor, g.output, g.call(aten.expand.default, g["s"], [4, site.out_features]))
 
 
 class WrongMerge(Scale):
@@ -148,7 +146,7 @@ class MergesNoBias(Scale):
 
 class ForgetsWeight(Scale):
     def rewrite(self, site, g):
-        return g.call(aten.mul.Tensor, g.out, g["s"])
+        return g.call(aten.mul.Tensor, g.output, g["s"])
 
 
 class ForgetsWeightInMerge(Scale):
@@ -157,33 +155,33 @@ class ForgetsWeightInMerge(Scale):
 
 
 class Detached(Scale):
-    weightable = False
+    effect = ADAPTER
 
     def rewrite(self, site, g):
-        return g.call(aten.mul.Tensor, g.out, g.call(aten.detach.default, g["s"]))
+        return g.call(aten.mul.Tensor, g.output, g.call(aten.detach.default, g["s"]))
 
 
 class HalfDetached(Scale):
     """The values are right, the slope is half of what it should be."""
 
-    weightable = False
+    effect = ADAPTER
 
     def rewrite(self, site, g):
         half = g.call(aten.mul.Scalar, g["s"], 0.5)
         other = g.call(aten.detach.default, half)
-        return g.call(aten.mul.Tensor, g.out, g.call(aten.add.Tensor, half, other))
+        return g.call(aten.mul.Tensor, g.output, g.call(aten.add.Tensor, half, other))
 
 
 class CutsTheBase(Scale):
     """The base's output is detached: what stands below it no longer learns."""
 
-    weightable = False
+    effect = ADAPTER
 
     def check(self, site):
         return "one is enough" if site.path == "0" else None
 
     def rewrite(self, site, g):
-        return g.call(aten.mul.Tensor, g.call(aten.detach.default, g.out), g["s"])
+        return g.call(aten.mul.Tensor, g.call(aten.detach.default, g.output), g["s"])
 
 
 class ReadsAFrozenCopy(Scale):
@@ -207,7 +205,7 @@ class RefusesASecondForNoReason(Scale):
 
 class LeavesNodes(Scale):
     def rewrite(self, site, g):
-        g.call(aten.neg.default, g.out)
+        g.call(aten.neg.default, g.output)
         return super().rewrite(site, g)
 
 
@@ -233,11 +231,11 @@ class Unused(Scale):
         return {**super().tensors(site), "spare": TensorSpec((3,))}
 
 
-class Dead(Scale):
-    mergeable = False
+class Dead(Unmerged):
+    effect = replace(ADAPTER, scalable=True)
 
     def rewrite(self, site, g):
-        return g.call(aten.add.Tensor, g.out, g.call(aten.mul.Scalar, g["s"], 0.0))
+        return g.call(aten.add.Tensor, g.output, g.call(aten.mul.Scalar, g["s"], 0.0))
 
 
 class TouchesItsNeighbour(Scale):
@@ -261,14 +259,12 @@ class ChangesTheBaseGraph(Scale):
         return super().merge(site, tensors, weight)
 
 
-class DrawsAtReplay(Scale):
+class DrawsAtReplay(Unmerged):
     """Every build of the graph is another, once it is trained."""
-
-    weightable = mergeable = False
 
     def rewrite(self, site, g):
         more = g.call(aten.mul.Scalar, g.call(aten.sub.Scalar, g["s"], 1), 1 + random.random())
-        return g.call(aten.mul.Tensor, g.out, g.call(aten.add.Scalar, more, 1))
+        return g.call(aten.mul.Tensor, g.output, g.call(aten.add.Scalar, more, 1))
 
 
 class WritesIntoTheBase(Scale):
@@ -282,9 +278,8 @@ class WritesIntoTheBase(Scale):
 
 
 class IgnoresItsLabel(Scale):
-    @property
-    def attribute(self):
-        return "scale"
+    def names(self, site, tensors):
+        return default_names(self.model_copy(update={"label": ""}), site, tensors)
 
 
 class EditsWhilePlanning(Scale):
@@ -312,10 +307,10 @@ scale_op.register_autograd(
 
 
 class NoLowering(Scale):
-    weightable = False
+    effect = ADAPTER
 
     def rewrite(self, site, g):
-        return g.call(torch.ops.surgery_tests.scale.default, g.out, g["s"])
+        return g.call(torch.ops.surgery_tests.scale.default, g.output, g["s"])
 
 
 FAULTS = {
@@ -335,7 +330,7 @@ FAULTS = {
     ChangesTheBaseGraph: ("restored", "graph"),
     ForgetsWeight: ("weights", "has to use g.weight"),
     ForgetsWeightInMerge: ("weights", "differ by"),
-    DrawsAtReplay: ("second", "does not give the first back"),
+    DrawsAtReplay: ("second", "does not restore the first"),
     WritesIntoTheBase: ("merge", ""),
     EditsWhilePlanning: ("input", "graph"),
     Detached: ("gradients", "none reaches"),
@@ -386,7 +381,7 @@ def test_a_fault_is_caught_by_its_check(fault):
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_check_catches_it_alone(fault, check):
-    """What an earlier check would catch too: these have to see it by themselves."""
+    """An earlier check would find these faults too; here each check must find its fault alone."""
     with pytest.raises(ConformanceError, match=f"scale: {check}"):
         check_pass(fault(target="0,2"), program_for(fault), checks=[check])
 
@@ -416,11 +411,14 @@ def test_failures_can_be_collected():
 
 
 def test_what_merges_nothing_is_reported():
-    class NoMerge(Scale):
-        mergeable = False
+    class NoMerge(Unmerged):
+        effect = replace(ADAPTER, scalable=True)
+
+        def rewrite(self, site, g):
+            return scale_output(site, g, g["s"])
 
     report = check_pass(NoMerge(target="0,2"), program_for(NoMerge), checks=CHEAP)
-    assert report.skipped["merge"] == "the pass merges nothing (mergeable is False)"
+    assert report.skipped["merge"] == "the pass merges nothing (its class defines no merge)"
     assert "merges nothing" in report.passed["weights"]
 
 
