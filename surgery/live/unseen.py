@@ -1,4 +1,4 @@
-"""Uses of a weight that a layer's own forward does not see: layers never called, weights read by others, fast paths."""
+"""Uses of a weight outside of its layer's forward: layers that are never called, weights read elsewhere, fast paths."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _ELSEWHERE = "another module reads its weight without calling it"
 
 
 def raw_reads(example: LoadedModel) -> dict[str, str]:
-    """Layers of a model whose weight is used in another way than by calling them, with the reason.
+    """Layers whose weight is used without calling them, with the reason.
 
-    The model is run on the example inputs. Layers that are not called are named. Then it is run with the weight of each
-    called layer set to NaN while the layer itself returns what it returned before: where the outputs change, somebody
-    else reads the weight.
+    The model runs on the example inputs, and layers that are not called are listed. Then it runs with the weights of
+    called layers set to NaN, while these layers return their recorded outputs. If the outputs of the model change,
+    another module reads the weight.
 
     Args:
-        example: The model with inputs; it is left as it was.
+        example: The model with inputs; its weights are restored.
 
     Returns:
-        Path of a layer -> reason; empty where the model cannot be run on the inputs.
+        Path of a layer -> reason; empty if the model cannot be run on the inputs.
     """
     layers = {
         path: layer
@@ -43,7 +43,8 @@ def raw_reads(example: LoadedModel) -> dict[str, str]:
         for layer in _readers(example, record, called, before):
             found.update({path: _ELSEWHERE for path, each in layers.items() if each is layer})
         return found
-    except Exception:  # a model that cannot be run here is judged when it is run by its user
+    except Exception:
+        # A model that cannot run on the example inputs cannot be checked here; its own error comes at run time.
         return {}
     finally:
         for module, training in modes.items():
@@ -57,12 +58,15 @@ class _Record:
         self.outputs: dict[nn.Module, list[Any]] = {layer: [] for layer in layers}
 
     def watching(self) -> Any:
+        """Context manager that records the outputs of the layers."""
+
         def look(layer: nn.Module, args: Any, output: Any) -> None:
             self.outputs[layer].append(output)
 
         return _hooks(self.outputs, look)
 
     def playing(self) -> Any:
+        """Context manager in which the layers return the recorded outputs."""
         at = dict.fromkeys(self.outputs, 0)
 
         def play(layer: nn.Module, args: Any, output: Any) -> Any:
@@ -73,6 +77,8 @@ class _Record:
 
 
 class _hooks:
+    """Context manager that registers a forward hook on several modules."""
+
     def __init__(self, layers: Any, hook: Any) -> None:
         self._layers, self._hook = list(layers), hook
 
@@ -87,7 +93,7 @@ class _hooks:
 def _readers(
     example: LoadedModel, record: _Record, layers: list[nn.Module], before: list[Tensor]
 ) -> list[nn.Module]:
-    """Those of the layers whose weight somebody else reads, by halving."""
+    """Layers whose weight another module reads, found by bisection."""
     if not layers or not _differs(example, record, layers, before):
         return []
     if len(layers) == 1:
@@ -100,6 +106,7 @@ def _readers(
 
 
 def _differs(example: LoadedModel, record: _Record, layers: list[nn.Module], before: list[Tensor]) -> bool:
+    """True if NaN in the weights of these layers changes the outputs although the layers play back their own."""
     found = [cast(nn.Parameter, layer.weight) for layer in layers]
     weights = [weight for weight in found if weight.is_floating_point()]
     kept = [weight.detach().clone() for weight in weights]
@@ -116,16 +123,18 @@ def _differs(example: LoadedModel, record: _Record, layers: list[nn.Module], bef
 
 
 def _leaves(example: LoadedModel) -> list[Tensor]:
+    """All output tensors of the model on its inputs."""
     outputs = example.module(*example.args, **example.kwargs)
     values = outputs.to_tuple() if hasattr(outputs, "to_tuple") else outputs
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def keep_off_fast_path(model: nn.Module) -> None:
-    """Let torch call the layers of an nn.TransformerEncoderLayer that has adapters.
+    """Make torch call the inner layers of every nn.TransformerEncoderLayer that has adapters.
 
-    In eval mode without gradients torch computes such a layer by one kernel from the raw weights, which would leave
-    adapters out. It does not where the layer has a hook, so an empty one is put there, and removed with the adapters.
+    In eval mode without gradients, torch computes such a layer by one fused kernel from the raw weights, which would
+    bypass adapters. A layer with a hook does not use the kernel, so an empty hook is registered, and removed with the
+    adapters.
     """
     for layer in model.modules():
         if not isinstance(layer, nn.TransformerEncoderLayer):

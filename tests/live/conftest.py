@@ -1,4 +1,4 @@
-"""Small live models, and how to compare them."""
+"""Small live models, and helpers to compare them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.shared import tiny
 
 @pytest.fixture
 def llama():
-    """A llama of two layers with grouped keys, its own every time."""
+    """A llama of two layers with grouped keys; every call makes a new one."""
     return small()
 
 
@@ -24,7 +24,7 @@ def ids():
 
 
 def fill(model, std=0.3):
-    """Random values in all that a live model's passes inserted and that trains; its program."""
+    """Fill the trainable tensors of a live model's passes with random values; returns its program."""
     torch.manual_seed(2)
     program = surgery.program_of(model)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def one_adapter():
 
 @pytest.fixture
 def adapted(one_adapter):
-    """A llama with a random LoRA, its own every time."""
+    """A llama with a random LoRA, new for every test."""
     return deepcopy(one_adapter)
 
 
@@ -69,5 +69,5 @@ def two_adapters():
 
 @pytest.fixture
 def two(two_adapters):
-    """A llama with two random LoRAs, film and news, its own every time."""
+    """A llama with two random LoRAs, film and news, new for every test."""
     return deepcopy(two_adapters)

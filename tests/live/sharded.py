@@ -1,6 +1,6 @@
-"""Trains a tiny adapted llama for a few steps; run by torchrun from test_sharded.py. Prints the losses of each step.
+"""Trains a tiny adapted llama for a few steps and prints the losses; torchrun runs it for test_sharded.py.
 
-`python -m tests.live.sharded MODE OUT`: MODE is alone, ddp or fsdp2; OUT gets what surgery.save_ writes.
+`python -m tests.live.sharded MODE OUT`: MODE is alone, ddp or fsdp2; surgery.save_ writes to OUT.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STEPS, ROWS = 6, 8
 
 
 def accelerator(mode: str) -> Accelerator:
-    """accelerate turns sharding on for other devices than CPUs only; fully_shard itself runs on gloo."""
+    """accelerate refuses sharding on CPUs, but fully_shard itself works with gloo."""
     made = Accelerator(cpu=True)
     if mode == "fsdp2":
         plugin = FullyShardedDataParallelPlugin(

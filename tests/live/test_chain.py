@@ -1,5 +1,8 @@
-"""The whole way on a tiny model of each family: adapted live, generated, trained, saved, loaded as a graph, merged,
-written as a transformers directory, and opened by `from_pretrained`: the same outputs all along."""
+"""The whole chain on a tiny model of each family, with the same outputs throughout.
+
+The model is adapted live, generates, trains, is saved, loaded as a graph, merged, written as a transformers directory,
+and opened by `from_pretrained`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ GENERATE = ("t5", "whisper", "mixtral", "qwen3", "gemma")
 
 
 class Summed(Trainer):
-    """For a model whose head has no loss of its own: the mean square of its outputs."""
+    """Gives a model without its own loss one: the mean square of its outputs."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         outputs = model(**inputs)
@@ -31,7 +34,7 @@ class Summed(Trainer):
 
 
 def trained(model: nn.Module, inputs: dict, folder) -> list[float]:
-    """The losses of a few steps of transformers' Trainer on the rows of one batch."""
+    """Losses of a few steps of transformers' Trainer on the rows of one batch."""
     rows = [{name: value[i % len(value)] for name, value in inputs.items()} for i in range(8)]
     said = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     if said in inputs and "pixel_values" not in inputs:

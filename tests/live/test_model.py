@@ -1,4 +1,4 @@
-"""What stays as it was about a model that carries surgery: generate, modes, copies, compilation, classes."""
+"""Features of a model that surgery leaves intact: generate, modes, copies, compilation, classes."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_modes_are_left_as_they_are(llama):
 
 
 def test_uses_of_a_tied_table_are_told_apart(randomised):
-    """T5's encoder and decoder look tokens up in one table, each by a layer of its own."""
+    """T5's encoder and decoder read one embedding table, each through its own layer."""
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(tiny.t5()).eval()
     program = surgery.apply_(model, surgery.Lora(target="embed.*", rank=2))
@@ -132,7 +132,7 @@ def test_uses_of_a_tied_table_are_told_apart(randomised):
 
 
 def test_a_layer_that_is_given_more_is_refused(llama):
-    """BART looks positions up by a layer that is also told where to begin."""
+    """BART's position embedding also gets an offset as input."""
     torch.manual_seed(0)
     model = zoo.module("bart")
     with pytest.raises(PassError, match=r"embed_positions.*the model gives its forward .* too"):
@@ -140,7 +140,7 @@ def test_a_layer_that_is_given_more_is_refused(llama):
 
 
 def test_a_weight_that_no_call_reaches_is_not_missed_silently():
-    """Mamba multiplies by the weight of a layer that it never calls: a graph takes a LoRA there, a live model none."""
+    """Mamba multiplies by the weight of a layer that it never calls: a LoRA works in a graph, but not live."""
     from surgery.capture import hf
 
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def test_a_weight_that_no_call_reaches_is_not_missed_silently():
 
 
 def test_live_again_with_the_caches_that_it_had(tmp_path, randomised):
-    """T5's encoder has a configuration of its own, whose cache is off."""
+    """T5's encoder has its own configuration, with its cache off."""
     torch.manual_seed(0)
     T5ForConditionalGeneration(tiny.t5()).save_pretrained(tmp_path)
     program = surgery.load(f"hf:{tmp_path}", task="text2text-generation").apply(surgery.Lora(target="attn.*"))

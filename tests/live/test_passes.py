@@ -1,4 +1,4 @@
-"""Every pass that acts on single layers, on a live model: it trains, agrees with its program, and comes off again."""
+"""Every pass on single layers, on a live model: it trains, agrees with its program, and can be removed."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_copy_of_a_model_knows_what_it_cannot_do():
 
 @pytest.mark.parametrize("format", ["int4", "int8-dynamic"])
 def test_quantized_in_place(format, llama, ids, randomised):
-    """Codes in a live model, an adapter on them, and both off again to the bit."""
+    """Codes in a live model with an adapter; removing both restores the model bit for bit."""
     before = llama(ids).logits
     surgery.apply_(llama, surgery.Quantize(target="attn.*,mlp.*", format=format))
     rounded = llama(ids).logits

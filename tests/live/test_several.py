@@ -1,4 +1,4 @@
-"""Several adapters on one live model: switched, weighted, one for each row, folded, saved and loaded."""
+"""Several adapters on one live model: switched, weighted, one per row, folded, saved and loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""accelerate on an adapted model in two processes: replicated (DDP) and fully sharded (FSDP2), against one process."""
+"""accelerate with an adapted model in two processes, replicated (DDP) and fully sharded (FSDP2), against one process.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def test_the_losses_of_one_process(runs, mode):
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_what_was_trained_is_saved(runs, mode):
-    """Adapters and norms, gathered from both processes."""
+    """Adapters and norms are gathered from both processes."""
     alone, several = (surgery.load(str(runs[m][1])) for m in ("alone", mode))
     before = surgery.load(str(runs["alone"][1].parent / "alone")).undo_all()
     assert set(alone.tensors) == set(several.tensors)

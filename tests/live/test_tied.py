@@ -1,4 +1,4 @@
-"""Tied weights in a live model: a merge changes the use that carries the adapter, and the model says that it did."""
+"""Tied weights in a live model: a merge changes only the use with the adapter, and the model reports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's, unchanged, on a live model that carries surgery."""
+"""transformers' Trainer and TRL's trainers, unchanged, on an adapted live model."""
 
 from __future__ import annotations
 

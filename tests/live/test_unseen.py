@@ -1,4 +1,4 @@
-"""Uses of a weight that its layer does not see: refused by name, or kept working."""
+"""Uses of a weight outside the call of its layer: refused by name, or supported."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_layer_that_is_called_merges(branching):
 
 
 def test_a_merge_that_moves_the_live_model_is_taken_back(branching, monkeypatch):
-    """The check judges the live model: without the one at `apply_` the merge itself refuses."""
+    """The merge checks the live model itself: without the check of `apply_`, the merge refuses."""
     model, ids = branching
     monkeypatch.setattr("surgery.live.state.raw_reads", lambda example: {})
     stir(surgery.apply_(model, surgery.Lora(target="path:embed", rank=2), inputs=(ids,)))
