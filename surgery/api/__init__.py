@@ -1,8 +1,8 @@
-"""The names that the author of a pass needs. Plugins import `surgery.api` and nothing else of surgery.
+"""Public names for authors of passes. A plugin imports `surgery.api` and no other module of surgery.
 
-A name here, and in the modules below, keeps its meaning and its signature within a minor version of torch-surgery; a
-change is announced in the changelog one minor version ahead, and the old form works with a DeprecationWarning until
-then. Other modules may change at any time, except `surgery.testing`, for a plugin's tests.
+A name here, and in the modules below, keeps its meaning and signature within a minor version of torch-surgery. A change
+is announced in the changelog one minor version ahead, and until then the old form works with a DeprecationWarning.
+Other modules can change at any time, except `surgery.testing`, which a plugin's tests may use.
 
     surgery.api.patterns       passes that match several ops and replace them
     surgery.api.algebra        low-rank branches, scaling vectors, combining of several adapters
@@ -87,7 +87,7 @@ __all__ = [
     "scale_output",
 ]
 
-# Names that lay here in version 0.1 -> the module of surgery.api that has them now.
+# Module of surgery.api -> names that were in surgery.api itself in version 0.1.
 _MOVED = {
     "patterns": (
         "PatternPass", "pattern", "ops", "value", "constant", "number", "axis", "any_of", "maybe", "stored",
@@ -111,6 +111,7 @@ _MOVED = {
 
 
 def __getattr__(name: str) -> Any:
+    """Names of version 0.1 that have moved or were renamed, with a DeprecationWarning."""
     if name == "MergeOp":
         warnings.warn("surgery.api.MergeOp is now surgery.api.Fold", DeprecationWarning, stacklevel=2)
         return Fold

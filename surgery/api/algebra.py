@@ -1,4 +1,4 @@
-"""Low-rank branches, scaling vectors, measures of weights, and the combining of several adapters."""
+"""Low-rank branches, scaling vectors, measures of weights, and combinations of several adapters."""
 
 from __future__ import annotations
 

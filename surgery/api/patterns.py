@@ -1,4 +1,4 @@
-"""Passes whose places are matches of a pattern of several ops, and the language of patterns."""
+"""Passes that replace the matches of a pattern of several ops, and functions to write patterns."""
 
 from __future__ import annotations
 

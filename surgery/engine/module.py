@@ -142,6 +142,7 @@ class ProgramModule(nn.Module):
         return over(self, graph, self.__dict__["_title"], source)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph of the current mode; arguments and outputs are those of the original model."""
         return self.graph_module()(*args, **kwargs)
 
     def train(self, mode: bool = True) -> ProgramModule:
@@ -237,7 +238,7 @@ def _has(root: Any, path: str) -> bool:
 
 
 def _container(root: nn.Module, path: str, kind: type[nn.Module] = nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds a dotted path, and the last component; missing modules are created."""
+    """The module that contains a dotted path, and the last component; missing modules are created."""
     *parents, leaf = path.split(".")
     for part in parents:
         child = root._modules.get(part)
@@ -269,6 +270,12 @@ def register(
 
 
 def attach(root: nn.Module, path: str, value: Any) -> None:
-    """Set the attribute at a dotted path; missing modules are created."""
+    """Set the attribute at a dotted path.
+
+    Args:
+        root: Module that the path starts at.
+        path: Dotted path; missing modules on the way are created.
+        value: Value of the attribute.
+    """
     owner, leaf = _container(root, path)
     setattr(owner, leaf, value)

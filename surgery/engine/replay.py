@@ -126,7 +126,13 @@ def paced(base: Base, journal: Journal) -> list[GradualEntry]:
 
 
 def weight_names(base: Base, journal: Journal, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Parameter name -> all names of that tensor, for the base and for passes that add weights."""
+    """Parameter name -> all names of that tensor, for the base and for passes that add weights.
+
+    Args:
+        base: The program's base.
+        journal: The program's journal.
+        tensors: Inserted tensors, by name.
+    """
     names = dict(base.names)
     for entry in live_entries(journal):
         if is_structural(entry, base.plugins):

@@ -1,8 +1,8 @@
-"""The types and ranges of a stored journal, checked before anything of it is used.
+"""Types and ranges of the fields in a stored journal, checked before any of them is used.
 
-A journal can come from elsewhere. Its names are plain (see surgery.common.names), its numbers finite and of the right
-type. The values under `decided` belong to the passes; `replay.check_fit` compares what follows from them with the
-stored tensors.
+A journal can come from an untrusted source. Its names must be plain (see surgery.common.names), and its numbers finite
+and of the right type. The values under `decided` are defined by the passes; `replay.check_fit` compares the tensors
+that follow from them with the stored tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Marks on graph nodes: what a pass has noted about the nodes that it inserted or changed."""
+"""Marks on graph nodes: notes of a pass about the nodes that it inserted or changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ META = "surgery"  # the key in `node.meta`
 
 @dataclass(frozen=True)
 class Mark:
-    """What a pass has noted on a node. Other nodes are referred to by their names.
+    """Notes of a pass on a node. Other nodes are referred to by their names.
 
     Attributes:
         entry: Id of the journal entry that inserted the node, or "" for a node of the model.
@@ -22,17 +22,17 @@ class Mark:
         wraps: The value that this one replaces for its users: the next inner adapter, or the op itself.
         wrapped_by: The value that replaces this one without reading it.
         input: The node changes the input of its op.
-        weight_of: The parameter that this value replaces under its op.
-        grown: The value is larger than the op's own; adapters made for the op stay inside.
+        weight_of: The parameter that its op reads this value instead of.
+        grown: The value is larger than the op's own. Adapters that were made for the op stay inside of it.
         output: Name under which the program returns the value.
         instead_of: The value that a model op of a pass replaces for good.
         gone_for: The node that replaced this one for good.
         feeds: The value that this one replaces for a single reader.
         once: Key under which the pass finds the node again at its other places.
         resized: The entry that changed a size among the node's arguments.
-        follows: The value behind which this one was inserted as an op like the model's own.
+        follows: The value that this one was inserted after, as an op like the model's own.
         gate: The branch that passes through this gate; see `analysis.residuals.gated_by`.
-        role: Role of a weight op, where later analysis cannot derive it.
+        role: Role of a weight op, if later analysis cannot derive it.
         at: Path of the site that replaced this node for good.
         rows: Number of rows that a longer table adds.
         prefix: Number of positions that a prefix adds.
@@ -65,7 +65,7 @@ _NONE = Mark()
 
 
 def mark_of(node: fx.Node) -> Mark:
-    """The mark of a node; one without entries for a node that no pass has touched."""
+    """The mark of a node; an empty mark if no pass has changed the node."""
     mark: Mark = node.meta.get(META, _NONE)
     return mark
 
@@ -81,30 +81,34 @@ def is_aux(node: fx.Node) -> bool:
 
 
 def is_superseded(node: fx.Node) -> bool:
-    """True for ops in whose place a pass has put others for good: those are the sites now."""
+    """True for ops that a pass has replaced for good; the new ops are the sites now."""
     return mark_of(node).gone_for is not None
 
 
 def output_with_adapters(node: fx.Node, whole: bool = False) -> fx.Node:
-    """The value that stands for a site's output now: the last adapter wrapped round it, or the op itself.
+    """The current value of an op's output: the outermost adapter around it, or the op itself.
 
-    whole: beyond what made the output larger (see `wrappers`).
+    Args:
+        node: The op.
+        whole: Include values that are larger than the op's own, see `adapters_around`.
     """
     return next(reversed(adapters_around(node, whole)), node)
 
 
 def adapters_around(node: fx.Node, whole: bool = False) -> list[fx.Node]:
-    """The values that adapters put in the place of an op's, from the innermost.
+    """The values that replace an op's output, from the innermost adapter to the outermost.
 
-    whole: those too that made the output larger than the op's own (`grown` in their mark): other adapters, made for
-    the op as it is, stay inside of these.
+    Args:
+        node: The op.
+        whole: Include values that are larger than the op's own (`grown` in their mark). Adapters that were made for
+            the op stay inside of these.
     """
     found: list[fx.Node] = []
     current = node
     while True:
         outer = next((u for u in current.users if mark_of(u).wraps == current.name), None)
         if outer is None:
-            # An op put in the place of another need not read it.
+            # A value can replace another one without reading it, so it is not among its users.
             name = mark_of(current).wrapped_by
             outer = next((n for n in node.graph.nodes if n.name == name), None) if name else None
         if outer is None or (mark_of(outer).grown and not whole):
@@ -114,7 +118,12 @@ def adapters_around(node: fx.Node, whole: bool = False) -> list[fx.Node]:
 
 
 def input_before_adapters(node: fx.Node, whole: bool = False) -> fx.Node:
-    """The value that enters a site, before adapters that change what its op reads; `whole` as in `wrappers`."""
+    """The input of a site before adapters that change it.
+
+    Args:
+        node: The value that the op reads now.
+        whole: Go back also beyond values that are larger than the op's own input.
+    """
     while mark_of(node).input and (whole or not mark_of(node).grown):
         node = node.args[0]  # type: ignore[assignment]
     return node

@@ -1,4 +1,4 @@
-"""Sites: the places where a program uses a weight, found in its graph and keyed on the weight's own name."""
+"""Sites: the places where a program uses a weight, found in its graph and identified by the weight's name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from surgery.graph.packed import unpacking
 
 @dataclass(frozen=True)
 class SiteKey:
-    """What the journal writes down for a site: never a node name.
+    """Identifies a site in the journal, independently of node names.
 
-    owner: the parameter's name, or the module path where the weight is computed. ordinal counts uses of one
-    owner that differ in kind or layout; calls of one module share their site.
+    Attributes:
+        owner: Name of the parameter; if the weight is computed, the path of the module.
+        kind: Kind of use, such as "linear".
+        ordinal: Number of the use, among uses of one owner that differ in kind or layout. All calls of one module
+            belong to one site.
     """
 
     owner: str
@@ -30,18 +33,19 @@ class SiteKey:
     ordinal: int = 0
 
     def to_json(self) -> dict[str, Any]:
+        """The key as JSON-able data."""
         return {"owner": self.owner, "kind": self.kind, "ordinal": self.ordinal}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> SiteKey:
+        """The key of data that `to_json` returned."""
         return SiteKey(data["owner"], data["kind"], int(data["ordinal"]))
 
 
 class Measurements(Protocol):
-    """What a pass may read and measure at a site while it is planned or applied; see `engine.probe.Probe`.
+    """Interface of `engine.probe.Probe`: tensors and measurements while a pass is planned or applied.
 
-    The engine lies above the graph, so the graph names only this interface. `view`, `journal`, `captured` and
-    `program` have the types that Probe gives them.
+    This package must not import the engine, so `view`, `journal`, `captured` and `program` are untyped here.
     """
 
     given: bool
@@ -97,12 +101,24 @@ class Measurements(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """A weight and every call of it.
+    """A weight and all calls that use it.
 
-    path: module path of the weight ("….query"), or the parameter's name where that is not called "weight".
-    weight, bias: parameter names, None where absent or computed. shape, dtype: of the weight as stored.
-    layout: its axes, such as "oi". tied: other names of the same tensor. parts: for a fused projection, part
-    name -> output features. selected_parts: those that a target asked for; empty means all.
+    Attributes:
+        key: Key of the site in the journal.
+        path: Module path of the weight ("….query"); the full name of a parameter that is not called "weight".
+        kind: Kind of use: linear, conv, embedding, experts or norm.
+        calls: The ops that use the weight.
+        weight: Name of the weight; None if it is computed.
+        bias: Name of the bias; None if there is none or it is computed.
+        shape: Shape of the weight as stored.
+        dtype: Dtype of the weight as stored.
+        layout: Axes of the weight by letter, such as "oi": o output, i input, e expert, v vocabulary, d embedding.
+        role: Role that the analysis found, such as "attn.q", or "".
+        tied: Other names of the same tensor.
+        parts: For a fused projection, name of a part -> its output features.
+        selected_parts: Parts that the target names; empty for all.
+        decided: Decisions of the pass at the site.
+        measured: Measurements on the program; None in a replay.
     """
 
     key: SiteKey
@@ -123,49 +139,57 @@ class Site:
 
     @property
     def probe(self) -> Measurements:
-        """The program's tensors, activations and gradients; there while a pass is planned or applied."""
+        """The program's tensors, activations and gradients, while a pass is planned or applied.
+
+        Raises:
+            PassError: A journal is being replayed, which measures nothing.
+        """
         if self.measured is None:
             raise PassError(
-                f"{self.path}: nothing is measured when a journal is replayed; keep it in `decide`"
+                f"{self.path}: nothing can be measured when a journal is replayed; measure in `decide` and return the "
+                f"result"
             )
         return self.measured
 
     @property
     def op(self) -> str:
+        """Name of the op that uses the weight."""
         return str(self.calls[0].node.target)
 
     @property
     def groups(self) -> int:
+        """Groups of a convolution; 1 for other kinds."""
         return int(weight_ops.arguments(self.calls[0].node).get("groups", 1)) if self.kind == CONV else 1
 
     @property
     def bias_is_computed(self) -> bool:
-        """Whether the op adds a bias that is no parameter, or not the same one at every call."""
+        """True if the op adds a bias that is not a parameter, or if its calls add different ones."""
         given = [weight_ops.arguments(c.node).get(c.op.bias) if c.op.bias else None for c in self.calls]
         named = {str(c.bias.target) if c.bias is not None else None for c in self.calls}
         return len(named) > 1 or (named == {None} and any(bias is not None for bias in given))
 
     def size(self, axis: str) -> int:
-        """Length of an axis of the weight by its letter (o, i, e, v, d); for conv, i is per group."""
+        """Length of an axis of the weight, by its letter (o, i, e, v, d). For conv, i is the length per group."""
         return self.float_shape[self.layout.index(axis)]
 
     @property
     def packed(self) -> bool:
-        """Whether the op unpacks its weight: shape and dtype of the weight then say little about its algebra."""
+        """True if the op unpacks its weight, so that `shape` and `dtype` are those of the packed form."""
         return self.calls[0].op.dequantize is not None
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """The dtype of what a pass adds here: the weight's own, or the op's result where that is packed."""
+        """Dtype of tensors that a pass adds here: that of the weight, or of the op's result if the weight is packed."""
         return self.calls[0].node.meta["val"].dtype if self.packed else self.dtype
 
     @property
     def float_shape(self) -> tuple[int, ...]:
-        """Shape of the weight that the op computes with: as stored, or where it is packed as the op unpacks it."""
+        """Shape of the weight that the op computes with: as stored, or as the op unpacks it."""
         if not self.packed:
             return self.shape
         call = self.calls[0]
-        if self.kind == CONV:  # the sizes of its kernel are in the weight alone
+        # The kernel sizes of a convolution cannot be read from its input and output.
+        if self.kind == CONV:
             return tuple(unpacking(call).val.shape)
         ends = {"o": call.node, "d": call.node, "i": call.x}
         return tuple(
@@ -175,21 +199,26 @@ class Site:
 
     @property
     def out_features(self) -> int:
+        """Number of output features; for an embedding its width."""
         return self.size("d" if self.kind == EMBEDDING else "o")
 
     @property
     def in_features(self) -> int:
+        """Number of input features; for an embedding the number of rows. For a convolution per group."""
         return self.size("v" if self.kind == EMBEDDING else "i")
 
     @property
     def computed_from(self) -> tuple[str, ...]:
+        """Names of the tensors that a computed weight is computed from."""
         return self.calls[0].computed_from
 
     @property
     def parameters(self) -> int:
+        """Number of values of the weight."""
         return _numel(self.shape)
 
     def deciding(self, decided: Mapping[str, Any]) -> Site:
+        """The site with the decisions of a pass."""
         return replace(self, decided=dict(decided))
 
 
@@ -201,7 +230,15 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 class SiteIndex:
-    """All sites of a graph. names: parameter name -> all names of that tensor, itself included."""
+    """All sites of a graph, in graph order.
+
+    Args:
+        graph: The graph.
+        names: Parameter name -> all names of that tensor, including this one.
+        ops: Ops that hold a weight.
+        roles: Roles by site, if they are known.
+        parts: Parts of fused projections by site, if they are known.
+    """
 
     def __init__(
         self,
@@ -243,7 +280,7 @@ class SiteIndex:
 
 
 def _owner(call: Call, names: Mapping[str, tuple[str, ...]]) -> str:
-    """The weight's name under the module that uses it, where it has several."""
+    """Name of the weight that identifies its site; of a tied weight, the name under the module that uses it."""
     if call.weight is None:
         return call.module_path
     aliases = names[str(call.weight.target)]

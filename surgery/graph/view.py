@@ -1,4 +1,4 @@
-"""What passes see of a graph: its sites with their roles, its attentions, residual branches and repeated blocks."""
+"""View: the analysis of a graph for passes, with sites, roles, attentions, residual branches and repeated blocks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from surgery.graph.sites import Site, SiteIndex, SiteKey
 
 
 class View:
-    """An analysis of one graph, made as it is asked for. What adapters inserted is looked through.
+    """Analysis of one graph, computed on demand. It looks through nodes that adapters inserted.
 
-    names: parameter name -> all names of that tensor. training: the graph was traced in train mode.
-    known: roles and parts by site, where they were found before adapters were inserted.
+    Args:
+        graph: The graph.
+        names: Parameter name -> all names of that tensor.
+        ops: Ops that hold a weight.
+        training: True if the graph was traced in train mode.
+        known: Roles and parts by site, if they were found before adapters were inserted.
     """
 
     def __init__(
@@ -41,23 +45,27 @@ class View:
 
     @cached_property
     def calls(self) -> list[Call]:
+        """All calls of ops that hold a weight, in graph order."""
         nodes = [node for node in self.graph.nodes if not is_aux(node) and not is_superseded(node)]
         return find_calls(nodes, self.ops, lambda node: node.target in self.names)
 
     @cached_property
     def flow(self) -> Dataflow:
+        """Dataflow of the graph: for each value, the weight ops that it comes from."""
         return trace_origins(self.graph.nodes, self.calls)
 
     @cached_property
     def roles(self) -> Roles:
+        """Roles of weight ops, and the attentions they belong to."""
         return find_roles(self.graph, self.calls, self.flow)
 
     def seen_role(self, node: fx.Node) -> str:
-        """The role of a weight op, where roles were asked for before: nothing is analysed while a graph is edited."""
+        """Role of a weight op if roles have been computed already, else ""; a graph under edit is not analyzed."""
         return self.roles.role.get(node, "") if "roles" in self.__dict__ else ""
 
     @property
     def attentions(self) -> list[Attention]:
+        """Attentions of the graph."""
         return self.roles.attentions
 
     @cached_property
@@ -79,7 +87,7 @@ class View:
         return {call.node: site for site in self.sites for call in site.calls}
 
     def site_of(self, node: fx.Node) -> Site:
-        """The site whose call this node is. KeyError where it is none."""
+        """The site that a node is a call of; KeyError if it is of none."""
         return self._site_by_node[node]
 
     @cached_property
@@ -94,27 +102,32 @@ class View:
 
     @cached_property
     def depth(self) -> dict[str, int]:
-        """Depth by parameter name: 0 before the first block, then the blocks, then what follows them."""
+        """Depth by parameter name: 0 before the first block, then the number of the block, one more after the last."""
         return depth_of(self.graph, self.calls, self.blocks)
 
     @cached_property
     def biases(self) -> dict[SiteKey, list[str]]:
-        """Names of the parameters that are added as biases, by the site that they belong to."""
+        """Names of the parameters that are added as biases, by site."""
         return site_biases(self.graph, self.names, self.sites, self.flow)
 
     @cached_property
     def ops_index(self) -> OpIndex:
-        """The nodes by op, for patterns to look in."""
+        """Nodes by op, for matching patterns."""
         return OpIndex(self.graph)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """make(), kept under the key: what a pass finds in this graph, and asks for again at each of its sites."""
+        """Result of make(), cached under the key, for findings that a pass needs at each of its sites.
+
+        Args:
+            key: Key of the value.
+            make: Function that computes it.
+        """
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
     def node(self, name: str) -> fx.Node:
-        """The node of that name. KeyError where there is none."""
+        """The node of a name; KeyError if there is none."""
         return self._by_name[name]
 
     @cached_property

@@ -20,4 +20,5 @@ class Freeze(SelectPass):
     default_target: ClassVar[str | None] = "all"
 
     def select(self, parameters: tuple[str, ...]) -> dict[str, bool]:
+        """False for every targeted parameter."""
         return dict.fromkeys(parameters, False)

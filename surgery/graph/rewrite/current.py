@@ -1,4 +1,4 @@
-"""What stands at a site now: passes may have put another weight under its op, adapters round it, an op in its place."""
+"""Finds the current weight, bias and output of a site after earlier passes have changed it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from surgery.graph.sites import Site
 
 
 def standing_for(source: fx.Node) -> set[fx.Node]:
-    """A parameter's node, and what passes have put in its place."""
+    """A parameter's node, and the values that passes have replaced it with."""
     return {n for n in source.graph.nodes if n is source or parameter_of(n) == source.target}
 
 
 def weight_reader(call: Call) -> tuple[fx.Node, fx.Node]:
-    """On the way from the weight to the call's op, the node that reads the weight, and what it reads there now."""
+    """The node that reads the weight, on the path from the weight to the call's op, and the value that it reads now.
+
+    A model can transpose or reshape a weight before its op reads it.
+    """
     assert call.weight is not None
     standing = standing_for(call.weight)
     name = call.op.x if call.x_axis == "column" else call.op.weights[0]
@@ -28,13 +31,13 @@ def weight_reader(call: Call) -> tuple[fx.Node, fx.Node]:
 
 
 def bias_now(call: Call) -> fx.Node | None:
-    """What the call's op reads as its bias now."""
+    """The value that the call's op reads as its bias now; None if there is none."""
     value = arguments(call.node).get(call.op.bias) if call.op.bias else None
     return value if isinstance(value, fx.Node) else None
 
 
 def replaced_by(node: fx.Node) -> str | None:
-    """The entry that put another op in the place of this one, which is dead since, or None."""
+    """Id of the entry that replaced this op, so that no output depends on it any more; or None."""
     fresh = mark_of(node).gone_for
     if fresh is not None:
         return mark_of(next(n for n in node.graph.nodes if n.name == fresh)).entry
@@ -48,7 +51,7 @@ def replaced_by(node: fx.Node) -> str | None:
 
 
 def replaced_at(site: Site) -> str | None:
-    """The entry that put another op in the place of one of a site's, or None."""
+    """Id of the entry that replaced an op of a site, or None."""
     return next((entry for entry in (replaced_by(call.node) for call in site.calls) if entry), None)
 
 
@@ -64,19 +67,19 @@ def replaced_op(site: Site, remedy: str) -> str | None:
 
 
 def _outer(node: fx.Node) -> fx.Node:
-    """The next value that was put round this one, or in its place; see `tail`."""
+    """The next outer value that replaces this one; see `adapters_around`."""
     found = next((u for u in node.users if mark_of(u).wraps == node.name), None)
     return found or next(n for n in node.graph.nodes if n.name == mark_of(node).wrapped_by)
 
 
 def weight_given_by(site: Site) -> str | None:
-    """The entry that put another weight under the site's op, the last one, or None."""
+    """Id of the last entry that replaced the weight which the site's op reads, or None."""
     _, value = weight_reader(site.calls[0])
     return mark_of(value).entry if parameter_of(value) else None
 
 
 def adapted_by(call: Call) -> str | None:
-    """An entry that has changed what enters the call's op or what leaves it, or None."""
+    """Id of an entry that has changed the input or the output of the call's op, or None."""
     for now, bare in (
         (output_with_adapters(call.node), call.node),
         (operand(call), input_before_adapters(operand(call))),
@@ -87,9 +90,10 @@ def adapted_by(call: Call) -> str | None:
 
 
 def tensors_now(site: Site) -> tuple[str, str | None] | str:
-    """Names of the tensors that the site's op reads as weight and bias now (None where it has no such bias).
+    """Names of the tensors that the site's op reads as weight and bias now; the bias can be None.
 
-    In place of these a sentence, where the op was replaced or reads what a pass computes.
+    Returns:
+        (weight, bias), or the reason as a text if the op was replaced or reads a value that a pass computes.
     """
     computed = computed_weight(site)
     if computed:
@@ -112,7 +116,7 @@ def tensors_now(site: Site) -> tuple[str, str | None] | str:
 
 
 def _changes(call: Call, value: fx.Node) -> str | None:
-    """The entry that computes the value which stands for a parameter, or put it there for an adapter of its own."""
+    """Id of the entry that computes the replacement of a parameter, or replaced it for its own adapter; or None."""
     if parameter_of(value) is None:
         return None
     entry, node, last = mark_of(value).entry, call.node, output_with_adapters(call.node)
@@ -126,7 +130,13 @@ def _changes(call: Call, value: fx.Node) -> str | None:
 
 
 def read_elsewhere(site: Site, name: str, names: tuple[str, ...] = ()) -> bool:
-    """Whether an output needs a tensor (by any of its names) for more than this site's own ops."""
+    """True if an output depends on a tensor through other ops than those of this site.
+
+    Args:
+        site: The site.
+        name: Name of the tensor.
+        names: Its other names.
+    """
     own = {call.node: operand(call) for call in site.calls}
     graph = site.calls[0].node.graph
     wanted = {name, *names}

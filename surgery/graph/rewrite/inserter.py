@@ -121,7 +121,11 @@ class Inserter:
         return node
 
     def get(self, name: str) -> fx.Node:
-        """A new graph value of a tensor of the base, by its name."""
+        """Insert a new graph value of a tensor of the base.
+
+        Args:
+            name: Name of the tensor.
+        """
         # A graph may read a tied tensor under another name than the journal recorded.
         names = self.view.names.get(name, (name,))
         known = next(n for n in self.graph.nodes if n.op == "get_attr" and n.target in names)
@@ -131,7 +135,13 @@ class Inserter:
         return node
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Insert `op(*args, **kwargs)`; arguments may be graph values."""
+        """Insert `op(*args, **kwargs)` and return its value.
+
+        Args:
+            op: An ATen op or another function.
+            args: Positional arguments; they can be graph values.
+            kwargs: Keyword arguments; they can be graph values.
+        """
         with self.graph.inserting_before(self._anchor):
             node = self.graph.create_node("call_function", op, name=getattr(op, "__name__", None))
         # create_node would search the arguments for raw symbols, which takes longer than everything else here.
@@ -154,7 +164,13 @@ class Inserter:
         return node
 
     def model_op(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """As `call`, for an op like the model's own: later passes match it, and roles are read through it."""
+        """Insert an op that counts as the model's own: later passes match it, and analysis reads roles through it.
+
+        Args:
+            op: An ATen op or another function.
+            args: Positional arguments, as in `call`.
+            kwargs: Keyword arguments, as in `call`.
+        """
         node = self.call(op, *args, **kwargs)
         set_mark(node, aux=False)
         return node
@@ -170,7 +186,12 @@ class Inserter:
 
     @contextlib.contextmanager
     def before(self, node: fx.Node, like: fx.Node | None = None) -> Iterator[None]:
-        """Insert what the block calls before a node, as part of the module that `like` (or the node) belongs to."""
+        """Context manager: insert before a node.
+
+        Args:
+            node: The node to insert before.
+            like: A node of the module that inserted nodes belong to; `node` by default.
+        """
         kept = self._anchor, self._like
         self._anchor, self._like = node, like or node
         try:
@@ -179,19 +200,19 @@ class Inserter:
             self._anchor, self._like = kept
 
     def after(self, node: fx.Node) -> contextlib.AbstractContextManager[None]:
-        """Insert what the block calls after a node; for an input or a parameter, after all of these."""
+        """Context manager: insert after a node; for an input or parameter, after all inputs and parameters."""
         following = node.next
         while node.op in ("placeholder", "get_attr") and following.op in ("placeholder", "get_attr"):
             following = following.next
         return self.before(following, node)
 
     def once(self, key: str, build: Callable[[], fx.Node], stack: Mapping[str, Any] | None = None) -> fx.Node:
-        """The value that `build` inserts: made at one place of this pass, and found again at the others.
+        """A value that is inserted once for all places of this pass.
 
         Args:
             key: Name of the value within the pass.
             build: Function that inserts the value and returns it.
-            stack: The `nn_module_stack` of the inserted nodes, where they do not belong to the site's module.
+            stack: The `nn_module_stack` of the inserted nodes, if they do not belong to the site's module.
         """
         for node in self.graph.nodes:
             mark = mark_of(node)
@@ -207,16 +228,16 @@ class Inserter:
         return node
 
     def set_role(self, node: fx.Node, role: str) -> None:
-        """Record the role of an op like the model's own, where later analysis cannot derive it."""
+        """Record the role of an op inserted with `model_op`, if later analysis cannot derive it."""
         set_mark(node, role=role)
 
     def add_output(self, name: str, node: fx.Node) -> None:
-        """Let the program return one value more; see surgery.graph.outputs.add_output."""
+        """Let the program return an additional value; see surgery.graph.outputs.add_output."""
         set_mark(node, output=name)
         add_output(self.graph, name, node)
 
     def follow(self, changed: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
-        """New values behind nodes of another width; see surgery.graph.outputs.follow."""
+        """New fake values of the nodes after nodes of another width; see surgery.graph.outputs.follow."""
         return follow(self.graph, changed, self._cache)
 
     def refresh(self, vals: Mapping[fx.Node, Any]) -> None:
@@ -225,9 +246,10 @@ class Inserter:
             node.meta = {**node.meta, "val": val}
 
     def _custom(self) -> dict[str, Any]:
-        """Provenance that torch.export keeps through a re-export, and so in the ONNX file."""
+        """Provenance in the form that torch.export preserves, so that an ONNX file has it too."""
         name, _, label = self._entry_id.partition(":")
         return {"surgery": {"pass": name, "name": label or "default", "site": self.site.path}}
 
     def _provenance(self) -> Mark:
+        """The mark of a node that an adapter inserts."""
         return Mark(entry=self._entry_id, site=self.site.path, aux=True)

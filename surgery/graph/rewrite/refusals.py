@@ -1,4 +1,4 @@
-"""Reasons why a pass refuses a site, written once: each is a clause with a remedy, or None where it does not apply."""
+"""Reasons to refuse a site that several passes share: each is a clause with a remedy, or None if it does not apply."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from surgery.graph.sites import Site
 
 
 def computed_weight(site: Site) -> str | None:
-    """The refusal of a weight that the model computes from other tensors, so that there is none to act on."""
+    """Refusal of a weight that the model computes from other tensors, so that there is no parameter to act on."""
     if site.weight is not None:
         return None
     return f"its weight is computed from {', '.join(site.computed_from)}; target those"
 
 
 def not_floating(site: Site, remedy: str) -> str | None:
-    """The refusal of a weight that is stored packed or in integers.
+    """Refusal of a weight that is stored packed or in integers.
 
     Args:
         site: The site.
@@ -21,4 +21,4 @@ def not_floating(site: Site, remedy: str) -> str | None:
     """
     if not site.packed and site.dtype.is_floating_point:
         return None
-    return f"its weight is packed or no floating-point one; {remedy}"
+    return f"its weight is packed or not floating-point; {remedy}"

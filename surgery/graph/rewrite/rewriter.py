@@ -29,7 +29,7 @@ from surgery.graph.sites import Site
 
 aten = torch.ops.aten
 
-# Names of version 0.1 -> today's. They work for one version more, with a warning.
+# Names of version 0.1 -> current names. The old names work for one more version, with a warning.
 _RENAMED = {
     "again": "call_op_on",
     "at": "at_call",
@@ -46,10 +46,10 @@ _RENAMED = {
 
 
 class Rewriter(Inserter):
-    """Replaces values at one call of a site with values that it inserts for one pass.
+    """Edits the graph at one call of a site, for one pass: inserts values and replaces others with them.
 
-    `x` is the input of the op, `output` the value that its users see now, earlier adapters included. For an op that
-    computes W @ x both are shown transposed, with the features last.
+    `x` is the input of the op, `output` the value that its users read now, earlier adapters included. For an op that
+    computes W @ x, both are transposed, so that the features come last.
     """
 
     _ends: tuple[fx.Node, fx.Node]  # input and output of the op, as the graph has them
@@ -77,7 +77,7 @@ class Rewriter(Inserter):
 
     @property
     def output(self) -> fx.Node:
-        """The value that users of the site's output see now, earlier adapters included."""
+        """The value that users of the site's output read now, earlier adapters included."""
         return self._features_last(self._ends[1])
 
     @property
@@ -99,6 +99,7 @@ class Rewriter(Inserter):
         return self.call(node.target, *args, **kwargs)
 
     def _features_last(self, node: fx.Node) -> fx.Node:
+        """The value with features on the last axis: transposed if the op computes W @ x."""
         if not self._columns:
             return node
         if node not in self._turned:
@@ -109,12 +110,12 @@ class Rewriter(Inserter):
     # -- replacing values
 
     def wrap(self, node: fx.Node, build: Callable[[fx.Node], fx.Node], grown: bool = False) -> fx.Node:
-        """Replace a node's value, with all adapters around it, by build(value) for its users.
+        """Let the users of a node's value, with all adapters around it, read build(value) instead.
 
         Args:
             node: An op of the model.
-            build: Function of the value that inserts nodes with `call` and returns the new value. What it inserts
-                goes on reading the old one.
+            build: Function of the value that inserts nodes with `call` and returns the new value. The nodes that it
+                inserts keep reading the old value.
             grown: The new value is larger than the op's own; earlier and later adapters of the op stay inside.
         """
         value = output_with_adapters(node, whole=grown)
@@ -130,7 +131,7 @@ class Rewriter(Inserter):
         return fresh
 
     def replace_output(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Replace the value that a node itself computes by build(node); adapters around it then act on that."""
+        """Replace the value that a node itself computes by build(node); adapters around it act on the new value."""
         known = set(self._new)
         with self.after(node):
             fresh = build(node)
@@ -141,9 +142,10 @@ class Rewriter(Inserter):
     def replace_argument(
         self, user: fx.Node, where: int | str | fx.Node, build: Callable[[fx.Node], fx.Node]
     ) -> fx.Node:
-        """Let one op of the model read build(value) instead of an argument's value, which others still read.
+        """Let one op of the model read build(value) instead of the value of an argument.
 
-        Earlier adapters of the op read the new value too. Later analysis sees it as the old value.
+        Earlier adapters of the op read the new value too; all other users keep reading the old one. Later analysis
+        treats the new value as the old one.
 
         Args:
             user: The op.
@@ -169,9 +171,10 @@ class Rewriter(Inserter):
         return fresh
 
     def insert_after(self, node: fx.Node, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Let the users of a node's value read build(value), made of ops like the model's own.
+        """Let the users of a node's value read build(value), which consists of ops like the model's own.
 
-        Unlike `wrap`, this is no adapter of the node: its adapters stay before what is inserted.
+        Unlike with `wrap`, the new value is not an adapter of the node: later adapters of the node are inserted before
+        it.
         """
         known = set(self._new)
         with self.after(node):
@@ -184,11 +187,11 @@ class Rewriter(Inserter):
     def replace_input(self, build: Callable[[fx.Node], fx.Node], grown: bool = False) -> None:
         """Let the op and its earlier adapters read build(x) instead of x.
 
-        Later adapters still read x itself, so that merging in journal order is right.
+        Later adapters read x itself, as merging in journal order requires.
 
         Args:
-            build: Function of x that inserts all it needs with `call`. First arguments must lead from the value that
-                it returns back to x.
+            build: Function of x that inserts nodes with `call`. From the value that it returns, following the first
+                argument of each node must lead back to x.
             grown: As in `wrap`; later adapters then read the new value too.
         """
         name = self.site_call.node.name
@@ -214,13 +217,13 @@ class Rewriter(Inserter):
             reader.replace_input_with(x, value)
 
     def _put(self, value: fx.Node, fresh: fx.Node, moves: Callable[[fx.Node], bool]) -> None:
-        """Let users read `fresh` instead of `value`, those for which `moves` is true."""
+        """Let the users of `value` for which `moves` is true read `fresh` instead."""
         # Marked before the swap: `wraps` names the inner value, so that a later pass finds the outermost.
         set_mark(fresh, wraps=value.name)
         if fresh not in value.users:
             set_mark(value, wrapped_by=fresh.name)
         for user in value.users:
-            # A value that made the output larger stays outside of the new one.
+            # A value that made the output larger stays outermost: it wraps the new value now.
             if user is not fresh and mark_of(user).wraps == value.name and moves(user):
                 set_mark(user, wraps=fresh.name)
         value.replace_all_uses_with(fresh, delete_user_cb=moves)
@@ -228,13 +231,13 @@ class Rewriter(Inserter):
     # -- replacing ops for good
 
     def supersede(self, node: fx.Node, fresh: fx.Node, value: fx.Node | None = None) -> None:
-        """Let the users of a node's value read `fresh` for good: an op made with `model_op`, which is the site now.
+        """Replace an op for good by an op made with `model_op`, which is the site from here on.
 
         Args:
-            node: The op that is replaced. Adapters around it are dead then; refuse them in `check`, see
-                `current.adapted_by`.
+            node: The op that is replaced. Adapters around it no longer have an effect, so a pass should refuse a site
+                with adapters in `check`; see `current.adapted_by`.
             fresh: Its replacement.
-            value: A later value that the replacement includes, such as a sum with the bias.
+            value: A later value that the replacement includes, such as the sum with a bias; its users read `fresh`.
         """
         value = output_with_adapters(node, whole=True) if value is None else value
         set_mark(fresh, instead_of=value.name)
@@ -245,8 +248,8 @@ class Rewriter(Inserter):
         """Replace several ops of the model by ops made with `model_op`, for good.
 
         Args:
-            nodes: All ops that go.
-            values: For those of them that others read, the value to read instead.
+            nodes: All ops that are replaced.
+            values: Replaced op -> the new value, for each op that others read.
         """
         for node, fresh in values.items():
             self.supersede(node, fresh)
@@ -263,14 +266,17 @@ class Rewriter(Inserter):
     # -- other weights and sizes
 
     def swap_weight(self, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Let the site's calls read build(weight) instead of their weight, in its stored layout; made once for a site.
+        """Let the calls of a site read build(weight) instead of their weight, in its stored layout.
 
-        For site indexing, earlier adapters and later passes the new value counts as the parameter. It is the
-        innermost value at its site, so the Fold that merges it has `stage = Stage.WEIGHT`. Returns the value.
+        The value is inserted once for all calls. Site indexing, earlier adapters and later passes treat it as the
+        parameter. Since it is the innermost value at its site, the Fold that merges it has `stage = Stage.WEIGHT`.
 
         Args:
-            build: Function of the weight's value; it returns a graph value of the weight's shape, inserted with `call`
-                or one of `g[...]`.
+            build: Function of the weight's value that returns a graph value of the same shape: one inserted with
+                `call`, or one of `g[...]`.
+
+        Returns:
+            The new value.
 
         Raises:
             PassError: The weight is computed, or another op has replaced the site's.
@@ -282,10 +288,12 @@ class Rewriter(Inserter):
         return self._swap(reader, current, str(call.weight.target), build)
 
     def swap_bias(self, build: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """As `swap_weight`, for the bias that the site's op itself adds."""
+        """Let the calls of a site read build(bias) instead of their bias; see `swap_weight`."""
         call, current = self.site_call, bias_now(self.site_call)
         if call.bias is None or current is None:
-            raise PassError(f"{self._entry_id} at {self.site.path}: its op adds no bias that is a parameter")
+            raise PassError(
+                f"{self._entry_id} at {self.site.path}: its op adds no bias that is a parameter; refuse it in `check`"
+            )
         return self._swap(call.node, current, str(call.bias.target), build)
 
     def _swap(
@@ -307,16 +315,25 @@ class Rewriter(Inserter):
         return self._swapped[current]
 
     def swap_tensor(self, node: fx.Node, name: str) -> None:
-        """Let everything that reads a tensor of the model read one of the pass's, of another size, for good.
+        """Let all users of a tensor of the model read a tensor of the pass instead, for good; its size can differ.
 
-        The ops stay; give those behind it their sizes with `resize`.
+        The ops stay; set the new sizes of later nodes with `resize`.
+
+        Args:
+            node: The tensor's node.
+            name: Name of the new tensor in the pass.
         """
         fresh = self._attribute(name)
         set_mark(fresh, wraps=node.name, call=self.site_call.node.name)
         node.replace_all_uses_with(fresh)
 
     def resize(self, node: fx.Node, args: tuple[Any, ...]) -> None:
-        """Give a node behind a value of another size its new `val`, and new arguments where sizes in them changed."""
+        """Update the fake value of a node after a change of size, and its arguments if they contain sizes.
+
+        Args:
+            node: The node.
+            args: Its arguments with the new sizes.
+        """
         if str(args) != str(node.args):
             node.args = args
             node.meta = {**node.meta, META: replace(mark_of(node), resized=self._entry_id)}
@@ -324,10 +341,13 @@ class Rewriter(Inserter):
         node.meta.pop("tensor_meta", None)
 
     def propagate_sizes(self, changed: Mapping[fx.Node, fx.Node]) -> None:
-        """Give everything behind inserted nodes its new sizes; see surgery.graph.propagate.
+        """Update the sizes of all nodes after inserted ones; see surgery.graph.propagate.
 
         Args:
             changed: Inserted node -> the node that it replaced for its users.
+
+        Raises:
+            PassError: An op cannot take the new size.
         """
         try:
             done = propagate(self.graph, changed)
@@ -352,7 +372,7 @@ class Rewriter(Inserter):
 
     @contextlib.contextmanager
     def at_call(self, call: Call) -> Iterator[None]:
-        """Work at another call while the block runs: `x`, `output`, `replace_input` and `call` refer to it."""
+        """Context manager: `x`, `output`, `replace_input` and `call` refer to another call."""
         kept = self._call, self._ends, self._anchor, self._columns, self._turned
         self._call = call
         self._enter(call, columns=False)
