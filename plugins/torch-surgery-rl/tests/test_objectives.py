@@ -14,7 +14,7 @@ import types
 import zipfile
 from pathlib import Path
 
-from surgery.train.registry import find_objective
+from surgery.api.training import find_objective
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
