@@ -1,7 +1,7 @@
-"""The layers of surgery/ and what breaks them: imports that run upward, circles between files, hidden imports.
+"""Layers of surgery/ and their violations: upward imports, circular imports, hidden imports.
 
-LAYERS is the one table: docs/architecture.md prints it, tests/test_architecture.py holds the code to it.
-`python -m tests.architecture` lists every fault of the tree.
+LAYERS is the only table: docs/architecture.md prints it, and tests/test_architecture.py checks the code against it.
+`python -m tests.architecture` lists every violation.
 """
 
 from __future__ import annotations
@@ -143,12 +143,12 @@ def circles(found: list[Import]) -> list[list[str]]:
 
 
 def hidden(found: list[Import]) -> list[Import]:
-    """Imports of surgery itself inside functions, where nothing asks for a quick start."""
+    """Imports of surgery inside functions, where start-up time does not need them."""
     return [each for each in found if each.kind == "function" and not each.source.startswith(LAZY)]
 
 
 def unknown(root: Path = ROOT) -> list[str]:
-    """Packages that no row of the table names."""
+    """Packages that the table does not list."""
     return sorted({package_of(name) for name in files(root)} - set(LAYERS) - {""})
 
 
@@ -165,7 +165,7 @@ def table() -> str:
 
 
 def faults(root: Path = ROOT) -> list[str]:
-    """Everything that breaks the layers, one line each."""
+    """Every violation, one line each."""
     found = imports(root)
     lines = [f"{each}: {package_of(each.source)} may not import that" for each in upward(found)]
     lines += [f"a circle of {len(group)} files: {', '.join(group)}" for group in circles(found)]

@@ -1,4 +1,4 @@
-"""Shared programs. Session-wide ones are never changed: every operation on a program makes a new one."""
+"""Shared programs. Session-wide programs never change: every operation returns a new program."""
 
 from __future__ import annotations
 

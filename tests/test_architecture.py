@@ -1,4 +1,4 @@
-"""The layers of surgery/: no import runs upward, no files form a circle, and each planted fault is found."""
+"""Layers of surgery/: no upward imports, no circular imports, and each planted violation is found."""
 
 from __future__ import annotations
 

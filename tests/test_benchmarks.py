@@ -1,4 +1,4 @@
-"""The benchmarks run, compare like with like and write what they found; no test looks at a time."""
+"""Benchmarks run, compare like with like and write their results; no test checks a time."""
 
 from __future__ import annotations
 

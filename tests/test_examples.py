@@ -48,7 +48,7 @@ def test_film_sentiment(tmp_path):
 
 @pytest.mark.slow
 def test_film_yaml_from_the_base_to_onnx(tmp_path, monkeypatch, capsys):
-    """The README's recipe as it is, of fewer steps."""
+    """The README's recipe, with fewer steps."""
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load((ROOT / "examples" / "film.yaml").read_text())
     recipe["train"] |= {"steps": 60, "data": "film.jsonl"}

@@ -1,4 +1,4 @@
-"""What the README shows runs as it is written."""
+"""Code blocks of the README run as written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 import surgery
-from surgery.api import make_plugin_manager
+from surgery.api.programs import make_plugin_manager
 from surgery.testing import check_pass
 from tests.shared import models
 
@@ -76,7 +76,7 @@ def test_in_place(tmp_path):
 
 
 def test_from_python(tmp_path, minilm):
-    """The block under "From Python", on MiniLM in the place of the path."""
+    """The block under "From Python", with MiniLM instead of the path."""
     (source,) = (block for block in BLOCKS if "import surgery\n\nprogram = surgery.load" in block)
     steps = source.replace("...  # any training loop", "STEP()")
     steps = re.sub(r"program = surgery\.load\(.*\)\n", "program = MINILM\n", steps, count=1)

@@ -1,8 +1,8 @@
-"""Let torchvision import beside a CPU build of torch, for which it has no compiled operators.
+"""Lets torchvision be imported with a CPU build of torch, for which it has no compiled operators.
 
-timm imports torchvision, whose wheel is built for another torch: registering fake kernels for operators that
-do not exist fails at import. This writes a .pth file into the environment that puts an empty module in the
-place of that registration. It is for development only; the product never does it.
+timm imports torchvision, whose wheel is built for another torch: registering fake kernels for missing operators fails
+at import. This script writes a .pth file into the environment that replaces the registration by an empty module. It is
+for development only; surgery itself never does this.
 """
 
 import sysconfig

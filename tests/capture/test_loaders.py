@@ -1,4 +1,4 @@
-"""Each loader: what it reads, what it refuses, in one sentence."""
+"""Loaders: accepted references and one-line refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State-space models: captured at one length, which is said; their projections, W @ x among them, are sites."""
+"""State-space models: captured at one length, with a notice; their projections, including W @ x, are sites."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_from_the_left(pass_):
 
 
 def test_merged_as_eager():
-    """The folded weights in the module itself give what the program gives."""
+    """The folded weights, put into the eager module, give the program's outputs."""
     torch.manual_seed(0)
     module, x = Left(), torch.randn(3, 4, 5)
     adapted = surgery.capture(module, x).apply(surgery.Lora(target="first,second,kernel", rank=2))

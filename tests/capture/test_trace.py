@@ -1,4 +1,4 @@
-"""What a capture keeps: names, objects, regions, modes, shapes."""
+"""Properties that a capture preserves: names, objects, regions, modes, shapes."""
 
 from __future__ import annotations
 

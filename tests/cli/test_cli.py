@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def process(*args):
-    """Run the installed command in a process of its own; returns what it printed."""
+    """Run the installed command in a separate process; returns its output."""
     command = [str(Path(sys.executable).parent / "surgery"), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stderr
@@ -32,7 +32,7 @@ def process(*args):
 
 
 def surgery(*args, code=0):
-    """Run a command in this process, since starting forty takes minutes; returns what it printed."""
+    """Run a command in this process, since starting forty processes takes minutes; returns its output."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.redirect_stdout(out),
@@ -45,7 +45,7 @@ def surgery(*args, code=0):
 
 
 def refused(*args):
-    """The one line that a bad input gets, with exit code 2."""
+    """Error line of a command with bad input, which must exit with code 2."""
     lines = surgery(*args, code=2).strip().splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
@@ -68,7 +68,7 @@ def test_session_on_a_small_llama(tmp_path):
 
 
 def session(model, sites, added, tmp_path):
-    """plan → apply (in a process of its own) → export → merge → verify → diff → undo."""
+    """plan → apply (in a separate process) → export → merge → verify → diff → undo."""
     lora = ["--pass", "lora", "--target", "attn.*", "--rank", "4"]
     freeze = ["--pass", "freeze", "--target", "embed.*"]
     planned = json.loads(surgery("plan", model, *lora, *freeze, "--json"))
@@ -202,7 +202,7 @@ def test_bad_input(case, saved, capsys, monkeypatch):
 
 
 def test_a_pt2_runs_nothing_without_trust(tmp_path):
-    """A file whose pickle would write a marker: refused unread, and the marker is not there."""
+    """A file whose pickle would write a marker is refused unread, so the marker does not appear."""
     from torch import nn
 
     program = torch.export.export(nn.Linear(4, 4), (torch.randn(2, 4),))

@@ -1,4 +1,4 @@
-"""The pages of reference are what the docstrings say now."""
+"""Reference pages agree with the docstrings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.parametrize(("folder", "make"), [("passes", pages), ("objectives", objective_pages)])
 def test_pages_are_up_to_date(folder, make):
-    """`make docs` writes them; a page of what is gone has to go too."""
+    """`make docs` writes them; pages of removed passes must be deleted."""
     known = {name: text for name, text in make(make_plugin_manager()).items() if name != "README.md"}
     written = {p.name: p.read_text() for p in (DOCS / folder).glob("*.md") if p.name != "README.md"}
     assert {name: text for name, text in known.items() if written.get(name) != text} == {}

@@ -1,4 +1,4 @@
-"""`surgery run`: one file from a base to ONNX, in stages that a stopped run keeps."""
+"""`surgery run`: one file describes all stages from a base to ONNX; a stopped run keeps its finished stages."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def started(*args, **environment):
 
 
 def completed(words, **environment):
-    """The completions that bash offers for the last of the words."""
+    """Bash completions for the last word."""
     place = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
     printed, code, imported = started(_SURGERY_COMPLETE="bash_complete", **place, **environment)
     assert (code, imported) == (0, [])

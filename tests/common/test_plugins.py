@@ -1,4 +1,4 @@
-"""Every hook with a plugin of its own; broken, clashing and absent plugins, installed as pip would."""
+"""Each hook with its own plugin; broken, clashing and absent plugins, installed as pip would do it."""
 
 from __future__ import annotations
 

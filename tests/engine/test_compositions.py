@@ -1,4 +1,4 @@
-"""Passes in one program: ten compositions through the kit, and what is refused, with its sentence."""
+"""Several passes in one program: ten compositions through the kit, and refused ones with their messages."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_undo_under_a_copy_is_refused():
 
 
 def test_a_pipeline_orders_its_passes():
-    """low-rank has to come before what stands on its factors, however they are given."""
+    """low-rank must come before passes on its factors, in any given order."""
     ordered = program("vit").apply(of("lora", target="mlp.*", rank=2), of("low-rank", target="mlp.*", rank=4))
     assert [e.pass_name for e in ordered.journal if not e.auto] == ["low-rank", "lora"]
 
@@ -201,7 +201,7 @@ def test_a_selection_says_what_it_stops():
 
 
 class Needing(RewritePass):
-    """Adds nothing, on top of LoRA."""
+    """Adds nothing; requires LoRA."""
 
     name: ClassVar[str] = "needing"
     requires: ClassVar[tuple[str, ...]] = ("lora",)
@@ -211,7 +211,7 @@ class Needing(RewritePass):
 
 
 class Hating(Needing):
-    """Adds nothing, and not beside LoRA."""
+    """Adds nothing; conflicts with LoRA."""
 
     name: ClassVar[str] = "hating"
     requires: ClassVar[tuple[str, ...]] = ()
@@ -264,7 +264,7 @@ def test_what_passes_say_of_each_other():
 
 @pytest.mark.parametrize("under", ["lora", "ia3"])
 def test_nothing_is_folded_under_what_computes_with_the_weight(under, randomise):
-    """DoRA stays, since a side branch stands below it; were LoRA folded, it would take the norm of another weight."""
+    """DoRA stays because a side branch is below it; if LoRA were folded, DoRA would use the norm of another weight."""
     program = program_of_three(under)
     randomise(program, 0.3)
     with pytest.raises(PassError, match="lora:dora computes with the unmerged weight, and is not folded"):

@@ -1,4 +1,4 @@
-"""Any sequence of passes on any small graph keeps what a program promises: lint, shapes, names, undo, merge."""
+"""Any sequence of passes on any small graph keeps a program's guarantees: lint, shapes, names, undo, merge."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LAYERS = {"linear": lambda: nn.Linear(WIDTH, WIDTH), "attend": Attend, "mix": Mi
 
 
 class Net(nn.Module):
-    """layers: (kind, whether it has a residual, whether a norm comes before it)."""
+    """layers: (kind, True with a residual, True with a norm before the layer)."""
 
     def __init__(self, layers: list[tuple[str, bool, bool]], tied: bool) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ PASSES = st.lists(st.sampled_from(OPTIONS), min_size=1, max_size=4)
 
 
 def trained(program: surgery.Program, entry: str, seed: int) -> None:
-    """What an entry inserted, moved at random."""
+    """Change the trainable tensors of one entry at random."""
     generator = torch.Generator().manual_seed(seed)
     (found,) = [e for e in program.journal if e.id == entry]
     with torch.no_grad():
@@ -131,7 +131,7 @@ def trained(program: surgery.Program, entry: str, seed: int) -> None:
 
 
 def outputs(program: surgery.Program, *args: Tensor) -> Tensor:
-    """What the net returns; with a head added, that is one of two outputs."""
+    """Outputs of the net; with an added head, these are one of two outputs."""
     found = program.run(*args)
     return found["output"] if isinstance(found, dict) else found
 
@@ -159,7 +159,7 @@ def test_each_pass_with_lora_on_it(number):
 def keeps_promises(
     net: nn.Module, passes: list[tuple[str, dict[str, Any]]], seed: int
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Applies, trains, merges and undoes them. Returns those that were not refused."""
+    """Apply, train, merge and undo passes; returns those that were not refused."""
     ids = torch.randint(0, 13, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
     program = surgery.capture(net, (ids,), {"ids": {0: "batch", 1: "seq"}})
@@ -212,7 +212,7 @@ def _merges(program: surgery.Program) -> None:
 
 
 def _undoes(program: surgery.Program, history: list[tuple[str, Tensor]]) -> None:
-    """Backwards, each step gives the bits that were there before the pass."""
+    """Undo in reverse order; each step restores the bits from before the pass."""
     for entry, before in reversed(history):
         program = program.undo(entry)
         assert torch.equal(outputs(program), before), entry
@@ -221,7 +221,7 @@ def _undoes(program: surgery.Program, history: list[tuple[str, Tensor]]) -> None
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(NETS, PASSES, st.randoms(use_true_random=False))
 def test_undo_in_any_order(net, passes, random):
-    """Whatever is undone first, the end is the base; what others stand on is refused by name."""
+    """Undo in any order ends at the base; undoing a pass that others depend on is refused by name."""
     program = surgery.capture(net, (torch.zeros(2, LENGTH, dtype=torch.int64),), {"ids": {0: "batch"}})
     base = outputs(program)
     for number, (name, options) in enumerate(passes):

@@ -40,7 +40,7 @@ def _minilm() -> nn.Module:
 
 @pytest.fixture
 def minilm(_minilm: nn.Module) -> Callable[[], ExportSource]:
-    """A fresh capture over weights of its own."""
+    """A new capture with its own weights."""
 
     def make() -> ExportSource:
         return capture(copy.deepcopy(_minilm), text_inputs(1000), text_shapes(512))

@@ -1,4 +1,4 @@
-"""Attention in the file: what torch computes, rows that see nothing with it, and no pass that mends NaNs."""
+"""Attention in the ONNX file: torch's outputs, also for fully masked rows, without a pass that removes NaNs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(path, args):
 
 
 def masks():
-    """Some keys left out, and one row that sees none of them."""
+    """Masks that exclude some keys, with one fully masked row."""
     torch.manual_seed(1)
     seen = torch.rand(BATCH, 1, QUERIES, KEYS) > 0.4
     seen[..., 0] = True
@@ -81,7 +81,7 @@ def test_masked_attention_is_torchs(kind, heads, scale, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_half_precision_rows_that_see_nothing_are_zeros(kind, tmp_path):
-    """Scores of about -60 on top of the lowest float16 would be -inf, and the row NaN."""
+    """Scores of about -60 plus the lowest float16 would be -inf, and the row NaN."""
     query, key, value = (x.half() for x in tensors())
     mask = masks()[kind]
     given = [query * 30, key, value, mask if kind == "bool" else mask.half()]
@@ -103,7 +103,7 @@ def test_attention_without_a_mask_is_torchs(causal, heads, tmp_path):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_other_lengths_run(causal, tmp_path):
-    """A causal mask and the shapes of grouped queries are those of the inputs, not of the example."""
+    """The causal mask and the shapes of grouped queries follow the inputs, not the example."""
     module = Attend(is_causal=causal, enable_gqa=True)
     path, _ = exported(
         module,
@@ -117,7 +117,7 @@ def test_other_lengths_run(causal, tmp_path):
 
 
 def test_one_mask_serves_every_layer(tmp_path):
-    """What a mask becomes is computed once: a float bias and which rows see anything."""
+    """The float bias and the set of unmasked rows are computed once for all layers."""
 
     class Layers(nn.Module):
         def __init__(self):
@@ -145,7 +145,7 @@ class Residual(nn.Module):
 
 
 def test_onnxruntime_leaves_the_sum_of_a_residual_apart(tmp_path):
-    """With Add in the place of Sum the same file is fused: the test would see it."""
+    """With Add instead of Sum the same file is fused, so the test would detect it."""
     path, ops = exported(Residual(), [torch.randn(2, 3, 16)], tmp_path)
     assert ops.count("Sum") == 1
     assert ops.count("Add") == 1

@@ -1,4 +1,4 @@
-"""Convolutions in three dimensions in onnxruntime: without a bias, as LoRA adds them, torch.onnx writes a wrong one."""
+"""3-D convolutions in onnxruntime: torch.onnx exports them wrongly without a bias, as LoRA adds them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.passes.quantize.test_quantize import randomise
 
 
 class First(nn.Module):
-    """Of one image of the batch, without a batch axis."""
+    """Convolution of one image of the batch, without a batch axis."""
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Language models for generation, and LoRA as inputs: onnxruntime's tokens and outputs against the model's own."""
+"""Language models for generation, and LoRA as inputs: onnxruntime's tokens and outputs against the model's."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def session(path):
 
 
 def greedy(folder, ids, mask, options=None):
-    """A loop of its own over the two graphs, with nothing of transformers or surgery in it."""
+    """Greedy decoding with the two graphs, written without transformers or surgery."""
     prefill, decode = session(folder / "prefill.onnx"), session(folder / "decode.onnx")
     cached = [value.name for value in decode.get_inputs() if "past_key_values" in value.name]
     tokens, given = [ids], ids
@@ -159,7 +159,7 @@ def test_names_and_provenance_survive(two, exported):
 
 
 def test_weights_lie_there_once(two, exported):
-    """Both graphs read one file, of about the size of the weights."""
+    """Both graphs read one file, about as large as the weights."""
     weights = sum(t.numel() for t in {id(t): t for t in two[1].state().values()}.values()) * 4
     assert (exported / "decode.onnx.data").stat().st_size <= 1.05 * weights
     assert (exported / "prefill.onnx.data").stat().st_size == 0
@@ -213,7 +213,7 @@ def test_as_the_readme_has_it(two, adaptable):
 
 
 def test_one_graph_and_its_adapters(randomise, tmp_path):
-    """An encoder: the graph of the program, with two adapters, the second at half weight, and what both leave alone."""
+    """An encoder's graph with two adapters, the second at half weight, and outputs that neither changes."""
     torch.manual_seed(0)
     program = surgery.load(
         f"hf:{minilm_path()}",
@@ -298,7 +298,7 @@ def test_what_is_refused(two, tmp_path, capsys):
 
 
 def test_quantized(two, tmp_path):
-    """4-bit weights and an adapter on them: tokens as in torch where onnxruntime runs the file as it is written."""
+    """4-bit weights with an adapter: the same tokens as in torch when onnxruntime runs the file unoptimized."""
     program = surgery.load(f"hf:{two[0] / 'base'}").apply(
         surgery.Quantize(target="attn.*,mlp.*", format="int4"), surgery.Lora(target="attn.*", rank=2)
     )

@@ -78,7 +78,7 @@ def test_dora_stays_a_formula(small_bert: ExportSource, tmp_path: Path) -> None:
 
 
 def test_nothing_folds_without_provenance_either(small_bert: ExportSource, tmp_path: Path) -> None:
-    """Without provenance too, nothing is computed from a weight: only its own transpose is stored."""
+    """Also without provenance nothing is precomputed from a weight: only its transpose is stored."""
     names = add_dora(small_bert)
     report = export_onnx(small_bert, tmp_path / "dora.onnx")
     assert all(report.stored[name] in (name, f"{name}.T") for name in names)

@@ -116,7 +116,7 @@ def test_another_programs_file(gpt2: ExportSource, convnet: ExportSource, tmp_pa
 
 
 def test_the_tolerance_is_not_blind(gpt2: ExportSource, tmp_path: Path) -> None:
-    """A LoRA at 1% of its strength too much must not pass for rounding."""
+    """A LoRA that is 1% too strong must not pass as rounding."""
     provenance = add_lora(gpt2)
     report = export_onnx(gpt2, tmp_path / "gpt2.onnx", provenance=provenance)
     changed = copy.deepcopy(gpt2.graph_module)

@@ -1,5 +1,4 @@
-"""accelerate with an adapted model in two processes, replicated (DDP) and fully sharded (FSDP2), against one process.
-"""
+"""accelerate with an adapted model in two processes, replicated (DDP) and sharded (FSDP2), against one process."""
 
 from __future__ import annotations
 

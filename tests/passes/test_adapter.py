@@ -1,4 +1,4 @@
-"""Bottleneck adapters: where they stand, what they compute, that they learn, and the whole kit."""
+"""Bottleneck adapters: positions, outputs, learning, and the whole kit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import AutoModel
 
 import surgery
 from surgery.common.errors import PassError, TargetError
+from surgery.graph.marks import mark_of
 from surgery.passes.adapter import Adapter
 from surgery.testing import check_pass
 from tests.conftest import minilm_path
@@ -98,7 +99,7 @@ def test_dropout_only_in_train_mode(two_layers, randomise):
     once, again = (module(**inputs)["last_hidden_state"] for _ in range(2))
     assert torch.equal(once, again)
     drops = [n for n in module.train().graph_module().graph.nodes if "dropout" in str(n.target)]
-    own = [n for n in drops if n.meta.get("surgery", {}).get("entry") == "adapter"]
+    own = [n for n in drops if mark_of(n).entry == "adapter"]
     assert len(own) == 4
     assert not torch.equal(module(**inputs)["last_hidden_state"], module(**inputs)["last_hidden_state"])
 
@@ -166,7 +167,7 @@ def test_channels_are_told_from_a_square_image():
 
 
 def test_names_mean_nothing():
-    """Attention and feed-forward are told by what they compute, whatever modules are called."""
+    """Attention and feed-forward are found by their computation, whatever the modules are called."""
 
     class Layer(nn.Module):
         def __init__(self):

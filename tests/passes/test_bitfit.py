@@ -1,4 +1,4 @@
-"""BitFit: every bias and nothing else, added ones where the model has none, in and out, in place."""
+"""BitFit: every bias and nothing else, added biases where the model has none, in graphs and live models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_new_head_trains_whole_and_another_where_it_is_asked(minilm):
 
 
 class Adds(nn.Module):
-    """Biases that no op takes as one: in a sum, cast and viewed; of a layer that is not its weight; of an LSTM."""
+    """Biases that are not arguments of an op: in a sum, cast and viewed; of a layer without its weight; of an LSTM."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ def test_missing_biases_start_at_zero_exactly():
 
 @pytest.mark.parametrize("factory", [models.forms, models.experts, models.attention, models.convnet])
 def test_every_form_of_weight(factory, randomise):
-    """What an added bias does is what the op with that bias would: compared with hand-made ones below."""
+    """An added bias acts like a bias of the op: compared with hand-made ones below."""
     base = surgery.capture(*factory())
     applied = base.apply(surgery.Bitfit(add_missing=True))
     assert torch.equal(applied.run(), base.run())
@@ -148,7 +148,7 @@ def test_stacked_experts_get_a_bias_each():
 
 
 def test_before_a_batch_norm_there_is_no_use_for_a_bias():
-    """In train mode its gradient is zero: the norm takes its own mean off. That norm's bias trains."""
+    """In train mode its gradient is zero, since the norm subtracts the mean. The norm's own bias trains."""
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)
     )

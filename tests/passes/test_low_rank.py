@@ -1,4 +1,4 @@
-"""low-rank: the truncated SVD on every form of weight, its errors as stated, smaller and faster, undone and refused."""
+"""low-rank: truncated SVD on every form of weight, reported errors, size and speed, undo and refusals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 class Every(nn.Module):
-    """Every form that is factored: W x, x W, addmm, matmul, grouped and strided convolutions, lookups, experts."""
+    """Every form that can be factored: W x, x W, addmm, matmul, grouped and strided convolutions, lookups, experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def every() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 
 
 def test_factors_are_the_truncated_svd():
-    """The factored program against the model whose weights are what torch.linalg.svd leaves at that rank."""
+    """The factored program against the model with weights truncated by torch.linalg.svd to that rank."""
     module, inputs = every()
     base = surgery.capture(module, inputs)
     program = base.apply(surgery.LowRank(target=TARGET, rank=2))
@@ -99,7 +99,7 @@ def test_factors_are_the_truncated_svd():
 
 @pytest.mark.parametrize("basis", ["weight", "outputs"])
 def test_stated_errors_are_the_measured_ones(basis):
-    """`error` is that of the weight, `output_error` that of the op's outputs on the data, at every kind of site."""
+    """`error` is the weight's error, `output_error` that of the op's outputs on the data, at every kind of site."""
     module, inputs = every()
     base = surgery.capture(module, inputs)
     data = [((torch.randint(0, 20, (3, 6)),), {}) for _ in range(4)]
@@ -330,7 +330,7 @@ def test_kit_on_models(name, options):
 
 
 def test_freezing_what_it_made_is_no_fault_of_the_next_pass():
-    """torch multiplies a turned view otherwise where the weight needs no gradient: lora is held to what stands then."""
+    """torch multiplies a transposed view differently if the weight is frozen; lora is compared with that result."""
     torch.manual_seed(0)
 
     class Net(nn.Module):

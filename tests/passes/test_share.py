@@ -1,4 +1,4 @@
-"""share and untie: one weight for several layers, its gradient their sum, stored once; and apart again."""
+"""share and untie: one weight for several layers, with the sum of their gradients, stored once; and untied again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stack(layers: int = 4) -> tuple[nn.Module, surgery.Program]:
 
 
 def groups(program: surgery.Program) -> list[list[int]]:
-    """Which layers read one up-projection, by what their ops read in the graph."""
+    """Layers that read one up-projection, found from the operands in the graph."""
     found: dict[str, list[int]] = {}
     for record in program.journal.entries[-1].sites:
         if record.path.endswith(".up"):

@@ -1,4 +1,4 @@
-"""Work in lines of Python that are run, which a busy machine does not change, in the place of seconds."""
+"""Counts executed lines of Python: a measure of work that does not depend on machine load, unlike seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def lines_run(do: Callable[[], object]) -> int:
-    """How many lines `do` runs, in whatever file, each as often as it is run (a turn of a comprehension is one)."""
+    """Number of executed lines of `do`, in any file; a line counts each time it runs, also in comprehensions."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Programs of the zoo with attention in elementary ops, which another process can load where a test saves them."""
+"""Programs of the zoo with attention in elementary ops; another process can load them after a test saves them."""
 
 from __future__ import annotations
 

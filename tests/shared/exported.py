@@ -1,4 +1,4 @@
-"""Programs to export: captured the way surgery captures them, and adapted by hand."""
+"""Programs to export: captured as surgery captures them, and adapted by hand."""
 
 from __future__ import annotations
 

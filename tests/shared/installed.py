@@ -1,4 +1,4 @@
-"""Plugins as pip leaves them, in a folder to put on PYTHONPATH: a module and a .dist-info with an entry point."""
+"""Plugins as pip installs them, in a folder for PYTHONPATH: a module and a .dist-info with an entry point."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class {cls}(RewritePass):
     """Changes nothing."""
     name = "{name}"
     def rewrite(self, site, g):
-        return g.call(__import__("torch").ops.aten.add.Tensor, g.out, 0)
+        return g.call(__import__("torch").ops.aten.add.Tensor, g.output, 0)
 
 @hookimpl
 def surgery_passes():

@@ -1,4 +1,4 @@
-"""A short plain training loop, for tests of what learns."""
+"""A short plain training loop, for tests that a program learns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import surgery
 def falling_loss(
     program: surgery.Program, args: Sequence[Any], classes: int, steps: int = 40, lr: float = 1e-2
 ) -> list[float]:
-    """The losses of a few steps of Adam towards random classes, of what the program lets train."""
+    """Losses of a few steps of Adam towards random classes, for the trainable parameters."""
     module = program.module().train()
     generator = torch.Generator().manual_seed(5)
     optimizer = torch.optim.Adam(program.parameter_groups(lr))

@@ -1,4 +1,4 @@
-"""Ops of a third party that keep their weights packed, as a plugin has them: 4-bit codes in pairs and a codebook."""
+"""Third-party ops with packed weights, as a plugin adds them: pairs of 4-bit codes and a codebook."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.api import CONV, EMBEDDING, LINEAR, WeightOp, hookimpl, make_plugin_manager
+from surgery.api import CONV, EMBEDDING, LINEAR, WeightOp, hookimpl
+from surgery.api.programs import make_plugin_manager
 from surgery.passes.sparse.sparse_tune import SparseTune
 
 CODEBOOK = torch.tensor(
@@ -54,7 +55,7 @@ linear4.register_autograd(_backward, setup_context=_keep)
 
 @torch.library.custom_op("surgery_packed::linear8_dynamic", mutates_args=())
 def linear8_dynamic(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
-    """Rounds its activation to 8 bits too: it is not linear in x."""
+    """Linear op that also rounds its activation to 8 bits, so it is not linear in x."""
     step = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
     return ((x / step).round() * step) @ unpack_int8({"packed": packed, "scales": scales}).t() + bias
 
@@ -233,7 +234,7 @@ def capture(module, *inputs):
 
 
 def trained(program, seed=1):
-    """What an optimiser would have moved: parameters, and nothing that is frozen."""
+    """Change parameters at random, as an optimizer would; frozen tensors stay."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in program.tensors.values():

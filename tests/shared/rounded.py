@@ -1,4 +1,4 @@
-"""What tests of int8-dynamic's options have in common: a program carried on, and what is in a file of it."""
+"""Helpers for the options of int8-dynamic: round trips of a program and checks of its ONNX file."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def check_carried(base, pass_, limit, path):
 
 
 def check_fused(pass_, path, error, products):
-    """MiniLM's first two layers in a file: so many products of integers in onnxruntime, and no weight in floats.
+    """Check MiniLM's first two layers in a file: this many integer products in onnxruntime, no weight in floats.
 
-    Gives the file's ops, counted."""
+    Returns the number of each op in the file.
+    """
     torch.manual_seed(0)
     given = {"num_labels": 2, "num_hidden_layers": 2}
     encoder = surgery.load(f"hf:{minilm_path()}", task="text-classification", model_kwargs=given)
@@ -53,7 +54,7 @@ def check_fused(pass_, path, error, products):
 
 
 def error_under_an_adapter(dora, path, **options):
-    """Of a file in which one map is int8-dynamic, under LoRA or DoRA."""
+    """Parity error of a file with one int8-dynamic layer under LoRA or DoRA."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 40)).eval()
     base = surgery.capture(module, (torch.randint(0, 40, (3, 7)),))

@@ -1,4 +1,4 @@
-"""A small residual stack with an embedding, three blocks and a head: what selections by depth are tried on."""
+"""A small residual stack with an embedding, three blocks and a head, for selections by depth."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def bits(program: surgery.Program) -> dict[str, Tensor]:
 
 
 def moved(program: surgery.Program, before: dict[str, Tensor]) -> set[str]:
-    """Names of the parameters that are not bit for bit what they were (no zero has another sign, either)."""
+    """Names of the parameters that have changed in any bit (the sign of a zero counts too)."""
     now = bits(program)
     return {
         n

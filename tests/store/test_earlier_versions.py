@@ -1,7 +1,7 @@
-"""What version 0.1.0 wrote: saved directories of every pass, PEFT's checkpoints and recipes give the same bits now.
+"""Files of version 0.1.0: directories of every pass, PEFT checkpoints and recipes give the same bits now.
 
-They are in tests/fixtures/v0_1, whose `make` says how each was made. It is never run again: a case that fails here
-is a directory of somebody's that this version reads in another way.
+They are in tests/fixtures/v0_1, whose `make` describes each case and is never run again. A case that fails here is a
+user's directory that this version reads differently.
 """
 
 from __future__ import annotations
@@ -70,12 +70,11 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def exact() -> bool:
-    """Whether this machine rounds as the one that wrote the cases: its sums give the same last bits.
+    """True if this machine rounds as the one that wrote the cases: its sums have the same last bits.
 
-    Sums of floats depend on the order that the processor's vector units and BLAS take, so elsewhere the last bits of
-    outputs may differ by no fault of this code. That is judged by plain torch alone, on the modules of all cases:
-    what this package computes has no part in it, and so cannot excuse itself. Weights that are stored have to come
-    back bit for bit on any machine.
+    Sums of floats depend on the order in which vector units and BLAS add, so on other machines the last bits of outputs
+    may differ although this code is correct. Only plain torch on the modules of all cases decides this; code of this
+    package takes no part, so it cannot hide its own faults. Stored weights must be restored bit for bit on any machine.
     """
     stored = tensors_of(FIXTURES / "machine.safetensors")
     return all(
@@ -99,7 +98,7 @@ class Case:
         self.exact = exact
 
     def base(self) -> str:
-        """The reference of its base, wherever the tests are run."""
+        """Reference of the case's base, for any working directory."""
         return here(self.facts["base"])
 
     def group(self, name: str) -> list[Tensor]:
@@ -134,7 +133,7 @@ class Case:
         assert not (moved if self.exact else moved - computed)
 
     def check_base(self, undone: surgery.Program) -> None:
-        """Whether a program without its passes is the base that there was."""
+        """Check that a program without its passes is the original base."""
         kept = {name: t for name, t in undone.state().items() if name not in self.facts["made"]}
         assert digests_in_one(kept) == self.facts["base_state"]
         self.same(self.run(undone), "base")
@@ -199,7 +198,7 @@ def test_a_saved_directory(group: str, name: str, case: Callable[[str, str], Cas
 
 
 def test_every_pass_has_a_case(unpacked: Callable[[str], Path]) -> None:
-    """Of those that version 0.1.0 had."""
+    """Every pass of version 0.1.0 has a case."""
     seen = set()
     for group, names in INDEX.items():
         for name in names:
@@ -256,7 +255,7 @@ def test_a_peft_checkpoint(
 def test_a_recipe(
     name: str, case: Callable[[str, str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read and carried out by the command, whose seed decides what starts at random."""
+    """The command reads and runs it; its seed determines random initial values."""
     found = case("recipes", name)
     require_plugins(found.facts)
     monkeypatch.chdir(ROOT)  # a recipe's paths are read from where it is run

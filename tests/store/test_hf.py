@@ -1,4 +1,4 @@
-"""Transformers directories: what vLLM, llama.cpp's converter and `from_pretrained` look for in one."""
+"""Transformers directories: the files that vLLM, llama.cpp's converter and `from_pretrained` expect."""
 
 from __future__ import annotations
 

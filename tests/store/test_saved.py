@@ -1,4 +1,4 @@
-"""Saved directories: loaded by another process with another seed and thread count, guarded, never half-written."""
+"""Saved directories: loaded by another process with another seed and thread count, checked, never half-written."""
 
 from __future__ import annotations
 

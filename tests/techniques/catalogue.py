@@ -1,7 +1,7 @@
-"""Every technique of the catalogue: its pass on each of the eight models, and where it has to work.
+"""Catalogue of techniques: the pass for each of the eight models, and the models on which it must work.
 
-A technique that needs an option on some model (a rank that saves on a tiny one, biases that have to be added) gets
-it here; what a pass refuses is asked of it all the same, and its own sentence is what the table shows.
+Options that a technique needs on some model are set here (a rank that saves parameters on a tiny model, biases that
+must be added). A technique that a model does not support is applied too; the table shows the refusal.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.api import Pass, make_plugin_manager
+from surgery.api.programs import Pass, make_plugin_manager
 from surgery.engine.registry import find_pass
 
 TEXT = ("minilm", "smollm2", "t5", "vit")  # where no technique but a convolutional one may be missing
@@ -21,8 +21,11 @@ ALL = (*TEXT, *CONV_AND_SOUND, *SPARSE_AND_STATE)
 
 @dataclass(frozen=True)
 class Technique:
-    """name: as the table shows it. make: model -> pass. mandatory: models on which it has to pass the kit.
-    before: passes applied first, to have something to work on."""
+    """One technique.
+
+    name: name in the table. make: model -> pass. mandatory: models on which it must pass the kit. before: passes that
+    are applied first, because the technique needs their result.
+    """
 
     name: str
     family: str
@@ -32,7 +35,7 @@ class Technique:
 
 
 def of(name: str, **options: Any) -> Pass:
-    """The pass of that name, as a command line would make it."""
+    """Pass of that name, built as the command line builds it."""
     return find_pass(make_plugin_manager(), name).cls.parse(options)
 
 
@@ -44,7 +47,7 @@ _LINEARS = {
 
 
 def linears(model: str) -> str:
-    """A few weights of each kind that the model has."""
+    """Target with a few weights of each kind that the model has."""
     return _LINEARS.get(model, "attn.q,attn.v,mlp.down")
 
 
@@ -57,7 +60,7 @@ def _at_linears(name: str, **options: Any) -> Callable[[str], Pass]:
 
 
 def catalogue() -> list[Technique]:
-    """In the order of the table."""
+    """Techniques in the order of the table."""
     return [*_additive(), *_selective(), *_reparameterisation(), *_patterns()]
 
 
@@ -148,11 +151,11 @@ def _reparameterisation() -> list[Technique]:
         return lambda model: of("share", target="conv" if model == "resnet18" else linears(model), **options)
 
     def half(model: str) -> Pass:
-        """Within its blocks the small Mamba has two units each, of which a second application finds one."""
+        """The small Mamba has only two units within its blocks; a second application would find one."""
         return of("prune-filters", ratio=0.5, **({"target": "all"} if model == "mamba" else {}))
 
     def taylor(model: str) -> Pass:
-        """Of the streams too: what makes them first is named."""
+        """Prunes residual streams too; their first producer is named."""
         return of("prune-filters", ratio=0.25, importance="taylor", target="all")
 
     def untie(model: str) -> Pass:
@@ -205,7 +208,7 @@ def _reparameterisation() -> list[Technique]:
 
 
 def _patterns() -> list[Technique]:
-    """The models' attention is one op already, and so is their GELU: those two say that there is nothing to fuse."""
+    """Attention and GELU are single ops in these models, so fuse-attention and fuse-gelu refuse: nothing to fuse."""
     family = "patterns"
 
     def fuse_first(model: str) -> tuple[Pass, ...]:

@@ -1,5 +1,8 @@
-"""The eight models that every technique is tried on. `program(name)` gives a fresh Program that another process
-can load: real checkpoints where a package ships one, else tiny random models saved in a folder of this process."""
+"""The eight models on which every technique is tested.
+
+`program(name)` returns a new Program that another process can load: a real checkpoint if a package has one, else a tiny
+random model, saved in a folder of this process.
+"""
 
 from __future__ import annotations
 

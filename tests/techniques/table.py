@@ -1,11 +1,11 @@
-"""`make techniques`: every technique of the catalogue on eight models, each cell the outcome of the conformance kit.
+"""`make techniques`: runs the conformance kit with every technique of the catalogue on eight models.
 
     python -m tests.techniques [--only NAME,…] [--models NAME,…] [--workers 2] [--resume | --missing]
 
-Hours on two cores, so cells are kept in docs/techniques.json as they are made, and those not asked for stay, of
-whatever sources: the page says how many are of which. --resume makes only those that are not there of these sources,
---missing those that are not there at all. Writes docs/techniques.md once every cell is there; exit code 1 where a
-mandatory one is not a pass.
+A full run takes hours on two cores, so each cell is stored in docs/techniques.json when it is finished. Cells that were
+not requested stay, even if older sources made them; the page lists the number of cells for each version of the sources.
+--resume computes only cells that are missing for the current sources, --missing only cells that are missing entirely.
+docs/techniques.md is written once every cell exists. The exit code is 1 if a mandatory cell has not passed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.api import Pass, Program
+from surgery.api.programs import Pass, Program
 from surgery.common.errors import PassError
 from surgery.testing import check_pass
 from tests.techniques.catalogue import Technique, catalogue
@@ -38,8 +38,10 @@ PAGE, KEPT = Path("docs/techniques.md"), Path("docs/techniques.json")
 
 @dataclass(frozen=True)
 class Cell:
-    """outcome: "passed", "failed" or "refused". detail: checks passed and skipped, or the sentence. sources: hash of
-    what it was made from."""
+    """One cell.
+
+    outcome: "passed", "failed" or "refused". detail: failed checks, or the message. sources: hash of the source files.
+    """
 
     technique: str
     model: str
@@ -58,13 +60,13 @@ class Cell:
 
 
 def cell(technique: Technique, model: str) -> Cell:
-    """One technique on one model; anything but a refusal of it, or of what it stands on, counts as a failure."""
+    """Apply one technique to one model. All errors except a refusal by it, or by a pass before it, are failures."""
     started = time.perf_counter()
     passed, skipped = 0, {}
     try:
         torch.manual_seed(0)
         base, pass_ = program(model), technique.make(model)
-        # What it stands on may be what cannot be applied.
+        # The passes before it may be refused too.
         refusal = next((said for each in technique.before(model) if (said := _refusal(each, base))), None)
         if refusal is None:
             base = base.apply(*technique.before(model)) if technique.before(model) else base
@@ -83,7 +85,7 @@ def cell(technique: Technique, model: str) -> Cell:
 
 
 def _refusal(pass_: Pass, base: Program) -> str | None:
-    """The pass's own sentence where it cannot be applied."""
+    """The pass's error message if it cannot be applied, else None."""
     try:
         base.apply(pass_, verify=False)
     except PassError as error:
@@ -103,7 +105,7 @@ def _work(jobs: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
 
 
 def sources() -> str:
-    """A hash of what the cells depend on."""
+    """Hash of the source files that the cells depend on."""
     digest = hashlib.sha256()
     for path in sorted([*Path("surgery").rglob("*.py"), *Path("tests/techniques").glob("[cm]*.py")]):
         digest.update(path.read_bytes())
@@ -111,7 +113,7 @@ def sources() -> str:
 
 
 def table(wanted: list[tuple[str, str]], workers: int, kept: dict[tuple[str, str], Cell]) -> None:
-    """Make cells, and put them among those that are kept."""
+    """Compute cells and store each one when it is finished."""
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     for job in [*wanted, *[None] * workers]:
@@ -139,7 +141,7 @@ def _keep(cells: list[Cell]) -> None:
 
 
 def _kept() -> dict[tuple[str, str], Cell]:
-    """The cells of earlier runs."""
+    """Cells of earlier runs."""
     if not KEPT.exists():
         return {}
     cells = [Cell(**row) for row in json.loads(KEPT.read_text())["cells"]]
@@ -147,18 +149,19 @@ def _kept() -> dict[tuple[str, str], Cell]:
 
 
 def markdown(techniques: list[Technique], models: list[str], cells: list[Cell]) -> str:
-    """The page: the table, and under it the sentence of every refusal."""
+    """The page: the table, followed by the message of every refusal."""
     found = {(c.technique, c.model): c for c in cells}
     made = Counter(c.sources for c in cells)
     lines = [
         "# Techniques",
         "",
-        f"Written by `make techniques` on {date.today()}; no cell is written by hand. Sources (first digits of their",
-        f"hash, number of cells): {', '.join(f'{h[:8]} {n}' for h, n in made.most_common())}. A number is how many",
-        "checks of `surgery.testing.check_pass` a technique passed on a model (n/a: not applicable, with the reason in",
-        "`techniques.json`); *refused* is the pass's own refusal, listed below. MiniLM and SmolLM2 are the real",
-        "checkpoints cut to their first two layers, ResNet-18 is timm's at full size with random weights, the others",
-        "tiny and random. A cell in which the technique has to work is marked •.",
+        f"`make techniques` wrote this page on {date.today()}; no cell is written by hand. Versions of the sources",
+        f"(hash and number of cells): {', '.join(f'{h[:8]} {n}' for h, n in made.most_common())}. A cell has",
+        "the number of checks of `surgery.testing.check_pass` that a technique passes on a model (n/a: not applicable;",
+        "`techniques.json` has the reason). *refused* means that the pass refuses the model, with a message that is",
+        "listed below. MiniLM and SmolLM2 are the real checkpoints cut to their first two layers, ResNet-18 is timm's",
+        "at full size with random weights, the other models are tiny and random. • marks cells in which the technique",
+        "must work.",
         "",
     ]
     for family in dict.fromkeys(t.family for t in techniques):
@@ -192,9 +195,9 @@ def main() -> int:
     parser.add_argument("--models", default="", help="models, comma-separated (all by default)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
-        "--resume", action="store_true", help="keep cells that did not fail, of these sources"
+        "--resume", action="store_true", help="keep cells of the current sources that did not fail"
     )
-    parser.add_argument("--missing", action="store_true", help="keep cells that did not fail, of any sources")
+    parser.add_argument("--missing", action="store_true", help="keep all cells that did not fail")
     asked = parser.parse_args()
     only = [name.strip() for name in asked.only.split(",") if name.strip()]
     models = [name.strip() for name in asked.models.split(",") if name.strip()] or list(MODELS)

@@ -1,4 +1,4 @@
-"""A tiny llama with a tokenizer of its own, saved as transformers does, and data for it."""
+"""A tiny llama with its own tokenizer, saved as a transformers directory, and data for it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write(path, rows):
 
 
 def prepared(program, objective, path, longest=32):
-    """What an objective makes of a file of rows: its examples, and the setting."""
+    """Examples and setting that an objective derives from a file of rows."""
     rows = read_rows([path]).train
     setting = objective.prepared(rows, Setting.of(program, find_tokenizer(program), longest))
     return make_examples(rows, objective, setting), setting
@@ -72,7 +72,7 @@ def prepared(program, objective, path, longest=32):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Sentences whose words follow from one another."""
+    """Sentences in which an animal always occurs with the same colour."""
     animals, colours = ("cat", "dog"), ("red", "green")
     rows = [
         {"text": f"the {animals[i % 2]} sees a {colours[i % 2]} tree" + " and says yes" * (i % 3)}

@@ -1,7 +1,7 @@
-"""`surgery` in one of several processes: python -m tests.train.several [--shard BLOCK] COMMAND…, run by torchrun.
+"""`surgery` as one of several processes: python -m tests.train.several [--shard BLOCK] COMMAND…, run by torchrun.
 
-accelerate turns sharding on for other devices than CPUs only, while fully_shard itself runs on gloo: with --shard it is
-told that it may. BLOCK: class name of the layers that are units of their own; none: the model as a whole.
+accelerate refuses sharding on CPUs, but fully_shard itself works with gloo: with --shard, accelerate allows it. BLOCK
+is the class name of the layers that are sharded separately; none: the whole model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What acts while the loop runs, and is seen in its log: learning rates, schedules, ramps, penalties, bf16."""
+"""Changes during training, and their log: learning rates, schedules, ramps, penalties, bf16."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_ramp_acts_is_in_the_log_and_goes_on_where_it_stopped(given, base, tex
 
 
 def test_penalties_reach_zero_and_feed_what_selects(base, texts, tmp_path):
-    """Groups that are zero after training, said in the log: the support that `sparse` keeps and `filter` trains."""
+    """Groups that are zero after training are logged; `sparse` keeps the support, and `filter` trains it."""
     plain = base.apply(surgery.Full())
     fit(plain, CausalLm(), texts, tmp_path / "plain", steps=8)
     program = base.apply(surgery.Full())

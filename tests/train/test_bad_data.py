@@ -1,5 +1,7 @@
-"""What stops a training with one line: data that is wrong, a tokenizer that cannot be read, a disk that is full; and
-the forms that data may have."""
+"""Errors that stop a training with one line, and the accepted forms of data.
+
+Errors: wrong data, an unreadable tokenizer, a full disk.
+"""
 
 from __future__ import annotations
 

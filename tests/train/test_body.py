@@ -1,4 +1,4 @@
-"""What runs in training: live transformers models by default, to the losses of the graph; and mixed precision."""
+"""Form of the trained model: transformers models train live by default, with the graph's losses; mixed precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""contrastive: its losses against their formulas, what it refuses, and that it learns."""
+"""contrastive: losses against their formulas, refusals, and learning."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def batch_of(program, objective, path):
 
 
 def vectors(program, texts):
-    """Means over the tokens of each text by itself, without padding."""
+    """Means over the tokens of each text alone, without padding."""
     read, found = find_tokenizer(program), []
     for text in texts:
         ids = torch.tensor([read(text)["input_ids"]] * 2)

@@ -1,4 +1,4 @@
-"""distill: its loss against its formula and against what transformers gives inside, and that it learns."""
+"""distill: loss against its formula and transformers' hidden states, and learning."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def classifier(folder, seed, **more):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """Saved by surgery."""
+    """A teacher saved by surgery."""
     folder = tmp_path_factory.mktemp("teacher")
     surgery.load(classifier(folder / "base", 1), task="text-classification").save(folder / "saved")
     return str(folder / "saved")
@@ -56,7 +56,7 @@ def taught(teacher):
 
 @pytest.fixture(autouse=True)
 def known(teacher, taught, monkeypatch):
-    """Programs that are loaded once, by their reference; a test may add others."""
+    """Programs by reference, loaded once; a test may add others."""
     programs, load = {teacher: taught}, surgery.load
     monkeypatch.setattr(
         "surgery.train.objectives.distill.load", lambda ref, **more: programs.get(ref) or load(ref, **more)

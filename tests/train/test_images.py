@@ -1,4 +1,4 @@
-"""Training on images: what is read of a row, views, and networks that learn from scikit-learn's digits."""
+"""Training on images: reading rows, views, and networks that learn scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_simclr_is_nt_xent(digits):
 
 
 def test_a_network_learns_without_labels(digits, tmp_path):
-    """Of held-out images, the nearest of 400 has the same digit more often than it had before training."""
+    """On held-out images, the nearest of 400 has the same digit more often than before training."""
     images, labels = load_digits(return_X_y=True)
     pixels, labels = torch.tensor(images / 16 * (240 / 255)).float().view(-1, 1, 8, 8), torch.tensor(labels)
 

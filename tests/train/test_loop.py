@@ -1,4 +1,4 @@
-"""The loop: it learns, keeps the best, obeys schedules, and continues after kill -9 bit for bit."""
+"""The loop: it learns, keeps the best evaluation, follows schedules, and continues after kill -9 bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""multi-task: batches of one task by shares, losses and figures of each, learned weights that are resumed exactly."""
+"""multi-task: batches of one task by share, losses and metrics of each, learned weights, exact resume."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_uncertainty_weighs_as_kendall_has_it(heads, rows):
 
 
 class Stops(Watcher):
-    """As if the process were killed at a step."""
+    """Simulates a kill at a step."""
 
     def __init__(self, at):
         self.at = at

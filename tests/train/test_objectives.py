@@ -1,4 +1,4 @@
-"""Objectives by themselves: what they make of rows, and what their losses are."""
+"""Objectives alone: their examples from rows, and their losses."""
 
 from __future__ import annotations
 

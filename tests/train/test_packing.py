@@ -1,4 +1,4 @@
-"""Packing: one row of several examples gives what each gives alone, or is refused."""
+"""Packing: a row of several examples gives the same results as each example alone, or is refused."""
 
 from __future__ import annotations
 

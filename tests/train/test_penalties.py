@@ -1,4 +1,4 @@
-"""Penalties: their values and proximal steps by hand, and training on digits in which they decide the support."""
+"""Penalties: values and proximal steps by hand, and training on digits where they choose the support."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.shared.stacks import digits
 
 
 def test_values_by_hand():
-    """Of every form of weight: W x, x W, grouped and transposed convolutions, a table, experts."""
+    """Every form of weight: W x, x W, grouped and transposed convolutions, a table, experts."""
     program = every()
     own = {n: t.detach() for n, t in program.module().named_parameters()}
 
@@ -80,7 +80,7 @@ def test_proximal_steps_by_hand():
 
 
 def test_no_way_to_shrink_is_less():
-    """The step gives the least of ½‖z − w‖² + rate · penalty(z): near it nothing is better."""
+    """The step minimizes ½‖z − w‖² + rate · penalty(z): no nearby point is better."""
     program = every()
     weight = program.module().get_parameter("linear.weight")
     start = weight.detach().clone()
@@ -143,7 +143,7 @@ class Digits(nn.Module):
 
 
 def trained(make, steps=150, loss_too=False):
-    """The program and its accuracy on held-out digits, after training with a penalty or none."""
+    """Train a program with a penalty or none; returns it with its accuracy on held-out digits."""
     torch.manual_seed(0)
     x, y = digits(1600)
     program = surgery.capture(Digits(), (x[:4],), {"x": {0: "batch"}})

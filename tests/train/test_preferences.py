@@ -1,4 +1,4 @@
-"""reward and dpo: what they make of pairs, their losses against other code, and that they learn."""
+"""reward and dpo: examples from pairs, losses against other implementations, and learning."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batch_of(program, objective, path, longest=32, chosen=None):
 
 
 def moved(program, scale=0.3):
-    """With adapters that do something."""
+    """Change adapters at random."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, tensor in program.tensors.items():
@@ -293,7 +293,7 @@ def test_without_a_reference_there_is_a_remedy(llama, tmp_path):
 
 
 def preferences(tmp_path, count=64):
-    """Red is better than green, whatever it is and wherever it stands."""
+    """Pairs in which red is preferred to green, for any noun and position."""
     words, rows = ("cat", "dog", "tree"), []
     for number in range(count):
         a, b = words[number % 3], words[number // 3 % 3]

@@ -35,8 +35,10 @@ SLOW = pytest.mark.slow
 
 
 def start(mode, program, data, output, *more):
-    """The processes of a run. Its 11 batches of an epoch leave the last step of two processes one, and the second
-    evaluation a batch for one of them."""
+    """Start the processes of a run.
+
+    With 11 batches in an epoch, the last step of two processes has one batch, and so has the second evaluation.
+    """
     several = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     if mode == "launched":  # accelerate starts several on CPUs by mpirun alone
         several = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1")

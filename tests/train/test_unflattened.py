@@ -1,4 +1,4 @@
-"""A graph in the modules that it came from: the same outputs and gradients to the bit, a call for each block."""
+"""A graph split into its original modules: the same outputs and gradients bit for bit, one call per block."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # ruff: noqa: E501  (one architecture a line where it fits)
-"""Tiny random architectures as data: what to build, and how many attention weights to expect in it.
+"""Tiny random architectures as data: how to build them, and their expected attention weights.
 
-`expected` counts distinct attention weights by role, worked out from the configuration: `qkv` is a fused
-projection, ALBERT's shared layer counts once, DeepSeek's low-rank chains are `q.a`, `q.b`, `kv.a`, `kv.b`.
-None means not worked out. Two layers each, unless said.
+`expected` is the number of distinct attention weights by role, derived from the configuration: `qkv` is a fused
+projection, ALBERT's shared layer counts once, DeepSeek's low-rank chains are `q.a`, `q.b`, `kv.a`, `kv.b`. None means
+unknown. Models have two layers unless noted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`python -m tests.zoo.generation [NAME …] [--write FILE]`: every language model of the zoo to ONNX for generation.
+"""`python -m tests.zoo.generation [NAME …] [--write FILE]`: ONNX generation with every language model of the zoo.
 
-LoRA on the attention, random; then `export_generation`, which compares greedy and sampled tokens of onnxruntime with
-the live model's. About 9 minutes.
+Each model gets a random LoRA on the attention. `export_generation` then compares greedy and sampled tokens of
+onnxruntime with the live model's. About 9 minutes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES = tuple(name for name, arch in zoo.ARCHITECTURES.items() if arch.task == "
 
 
 def run(name: str, folder: Path) -> str:
-    """What came of one, in words."""
+    """Export one model; returns the result in words."""
     model = zoo.module(name)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = 0
@@ -41,14 +41,14 @@ def run(name: str, folder: Path) -> str:
 _ABOUT = """\
 # Language models to ONNX for generation
 
-Written by `python -m tests.zoo.generation --write docs/generation.md`: a random LoRA on a tiny random model, and
-`export_generation`, which runs greedy and sampled generation of three rows, one of them padded, in onnxruntime and in
-transformers. A tie is a row that parts where the logits are equal within rounding.
+`python -m tests.zoo.generation --write docs/generation.md` writes this page. Each tiny random model gets a random LoRA.
+`export_generation` then compares greedy and sampled generation of three rows, one of them padded, between onnxruntime
+and transformers. A tie is a row whose tokens differ from a step at which the logits are equal within rounding.
 """
 
 
 def page(said: dict[str, str]) -> str:
-    """The table as a page."""
+    """The results as a page."""
     lines = [
         _ABOUT,
         "| model | outcome |",

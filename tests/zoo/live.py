@@ -1,7 +1,8 @@
 """`python -m tests.zoo.live [NAME …] [--write FILE]`: surgery in place on every transformers model of the zoo.
 
-LoRA on every layer of the live model that takes one: bit for bit at insertion (asked of `apply_` itself), random
-adapters, the live model against its program, `remove_`, and the live model against what it was. About 5 minutes.
+LoRA on every layer of the live model that accepts one. `apply_` checks that outputs at insertion are equal bit for bit.
+Then, with random adapters, the live model is compared with its program, and after `remove_` with its original outputs.
+About 5 minutes.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from tests.zoo import zoo
 
 @dataclass
 class Outcome:
-    """sites, refused: how many. program: how far the live model is from its program. captured: whether roles are known.
-    failed: a sentence, or empty."""
+    """Result for one architecture.
+
+    sites, refused: number of sites and refusals. program: difference of the live model from its program. captured: True
+    if roles are known. failed: error message, or empty.
+    """
 
     name: str
     sites: int = 0
@@ -47,7 +51,7 @@ def tensors(outputs: object) -> list[Tensor]:
 
 
 def run(name: str) -> Outcome:
-    """The chain on one architecture."""
+    """Run the chain on one architecture."""
     outcome, begun = Outcome(name), time.perf_counter()
     try:
         model = zoo.module(name).eval()
@@ -82,7 +86,7 @@ def run(name: str) -> Outcome:
             if (
                 outcome.program > 1e-4
             ):  # experts are batched there, and dispatched here: sums in another order
-                raise AssertionError(f"the live model is {outcome.program:.1e} from its program")
+                raise AssertionError(f"the live model differs from its program by {outcome.program:.1e}")
         surgery.remove_(model)
         if not observe(before, outputs()).equal:
             raise AssertionError("removal is not bit for bit")
@@ -97,15 +101,18 @@ def run(name: str) -> Outcome:
 _ABOUT = """\
 # Surgery in place on transformers models
 
-Written by `python -m tests.zoo.live --write docs/in_place.md`: a LoRA on every layer that takes one, put into a
-live tiny random model with `surgery.apply_`. A row says how many layers took it and how many were refused (norms
-mostly), whether the outputs at insertion are equal bit for bit, how far the live model with random adapters is from
-its graph, over the outputs' scale, and whether `surgery.remove_` gives the outputs of the base bit for bit.
+`python -m tests.zoo.live --write docs/in_place.md` writes this page. `surgery.apply_` adds a LoRA to every layer of a
+live, tiny, random model that accepts one. The columns are:
+
+- layers and refused: layers with LoRA, and layers that refuse it (mostly norms)
+- at insertion: whether the outputs are equal bit for bit
+- from its graph: difference between the live model and its graph with random adapters, over the outputs' scale
+- removed: whether the outputs after `surgery.remove_` equal those of the base bit for bit
 """
 
 
 def page(outcomes: list[Outcome]) -> str:
-    """The table as a page."""
+    """The results as a page."""
     lines = [
         _ABOUT,
         f"{len(outcomes)} architectures, {sum(not o.failed for o in outcomes)} pass.",
@@ -140,7 +147,7 @@ def main(names: list[str]) -> int:
     passed = [o for o in outcomes if not o.failed]
     bare = sum(not o.captured for o in passed)
     print(
-        f"{len(outcomes)} architectures; in place {len(passed)} pass, {bare} of them by paths alone, because they "
+        f"{len(outcomes)} architectures; {len(passed)} pass in place, {bare} of them only with paths, because they "
         f"cannot be captured"
     )
     if write:

@@ -1,8 +1,9 @@
-"""The zoo as a loader plugin: `zoo:NAME`, through the same hook as any third party's scheme."""
+"""The zoo as a loader plugin: `zoo:NAME`, through the hook for third-party schemes."""
 
 from __future__ import annotations
 
-from surgery.api import LoadedModel, LoadOptions, hookimpl
+from surgery.api import hookimpl
+from surgery.api.programs import LoadedModel, LoadOptions
 from tests.zoo import zoo
 
 

@@ -1,9 +1,11 @@
-"""`make sweep`: the whole chain on every architecture of the zoo, against what plain torch.export captures.
+"""`make sweep`: the whole chain on every architecture of the zoo, compared with plain torch.export.
 
-capture → roles → LoRA on attn.* (on everything with a matrix where there is no attention) → random adapters →
-save → load in another process, with another seed and thread count → merge → ONNX with parity at a new shape.
-An architecture with attention must yield the expected number of q, k, v, qkv and out sites. The denominator is
-what plain torch.export captures by itself, with the same inputs. Exit code 1 below 95% of it.
+capture → roles → LoRA on attn.* (on every matrix if there is no attention) → random adapters → save → load in another
+process, with another seed and thread count → merge → ONNX with parity at a new shape. An architecture with attention
+must have the expected number of q, k, v, qkv and out sites.
+
+The denominator is the number of architectures that plain torch.export captures with the same inputs. The exit code is 1
+below 95% of it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ STEPS = ("capture", "roles", "lora", "save", "load", "merge", "onnx")
 
 @dataclass
 class Outcome:
-    """One architecture. baseline: why plain torch.export fails, or None. failed: the step that failed."""
+    """Result for one architecture. baseline: error of plain torch.export, or None. failed: the step that failed."""
 
     name: str
     baseline: str | None = None
@@ -51,7 +53,7 @@ def load(ref: str) -> surgery.Program:
 
 
 def load_elsewhere(directory: str, out: str) -> None:
-    """Runs in a process of its own: loads under another seed and thread count, and writes the outputs."""
+    """Runs in a separate process: loads with another seed and thread count, and writes the outputs."""
     _quiet()
     torch.manual_seed(4321)
     torch.set_num_threads(2)
@@ -61,7 +63,7 @@ def load_elsewhere(directory: str, out: str) -> None:
 
 
 def run(name: str, elsewhere: ProcessPoolExecutor, folder: Path) -> Outcome:
-    """The chain on one architecture; the first step that fails ends it."""
+    """Run the chain on one architecture, up to the first step that fails."""
     outcome = Outcome(name)
     begun = time.perf_counter()
     step = "baseline"

@@ -1,7 +1,7 @@
-"""Builds the zoo through the product's loaders, and runs it: `python -m tests.zoo.zoo [NAME ...]`.
+"""Builds the zoo with surgery's loaders and tests its capture: `python -m tests.zoo.zoo [NAME ...]`.
 
 For each architecture: does plain torch.export capture it with the same inputs and dimensions, does
-`surgery.capture.trace` with its check, and does a train capture. Exit code 1 below 95% of what plain
+`surgery.capture.trace` with its check, and does a train capture? The exit code is 1 below 95% of the number that plain
 torch.export captures.
 """
 
@@ -26,7 +26,7 @@ NAMES = [*ARCHITECTURES, *(f"timm:{name}" for name in TIMM)]
 
 
 def module(name: str) -> nn.Module:
-    """The bare model of transformers, random and the same every time, in eval mode."""
+    """The bare transformers model in eval mode, with fixed random weights."""
     import transformers
 
     arch = ARCHITECTURES[name]
@@ -41,7 +41,7 @@ def module(name: str) -> nn.Module:
 
 
 def build(name: str) -> LoadedModel:
-    """The LoadedModel that the product's own loader code makes of an architecture of the zoo."""
+    """LoadedModel of an architecture of the zoo, built by surgery's own loader."""
     if name.startswith("timm:"):
         torch.manual_seed(0)
         settings = TIMM[name.removeprefix("timm:")][0]
@@ -53,14 +53,14 @@ def build(name: str) -> LoadedModel:
 
 
 def expected(name: str) -> dict[str, int] | None:
-    """How many attention weights of each role there are; None where that was not worked out."""
+    """Number of attention weights by role, or None if unknown."""
     return TIMM[name.removeprefix("timm:")][1] if name.startswith("timm:") else ARCHITECTURES[name].expected
 
 
 def baseline(name: str) -> str | None:
-    """None where plain torch.export captures it with the same inputs and dimensions, else why not.
+    """None if plain torch.export captures it with the same inputs and dimensions, else the error.
 
-    Only the cache is off, which is a setting of the model; no patch, no expert implementation, no check.
+    Only the cache is off, which is a setting of the model; there are no patches, expert implementations or checks.
     """
     loaded = build(name)
     plain = loaded.module
@@ -81,7 +81,7 @@ def baseline(name: str) -> str | None:
 
 
 def run(name: str) -> dict[str, object]:
-    """One row: what plain export, the capture and the train capture say (None is good), and the seconds."""
+    """One row: results of plain export, capture and train capture (None is success), and the seconds."""
     row: dict[str, object] = {"name": name}
     try:
         row["baseline"] = baseline(name)

@@ -1,4 +1,4 @@
-"""Several adapters made into one: PEFT's add_weighted_adapter on the same factors, and what cannot be combined."""
+"""Combining adapters: PEFT's add_weighted_adapter on the same factors, and refusals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def ours(folder):
     ],
 )
 def test_as_peft_combines(kind, method, tmp_path):
-    """What dare drops is drawn; test_dare has the law of it."""
+    """dare drops values at random; test_dare checks their distribution."""
     checkpoints(tmp_path, kind)
     density = None if method in ("linear", "cat", "svd") else 0.6
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -114,7 +114,7 @@ def test_a_smaller_rank_is_the_nearest(tmp_path):
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_convolutions_and_experts(method):
-    """Groups and experts have a pair each; the exact methods give the weighted sum (svd at the summed rank)."""
+    """Groups and experts have one pair each; exact methods give the weighted sum (svd at the summed rank)."""
     for made in (_experts(), _convolutions()):
         torch.manual_seed(3)
         program = surgery.capture(*made)
@@ -145,7 +145,7 @@ def _convolutions():
 
 
 def test_the_order_of_what_came_between(tmp_path):
-    """An IA³ over the first LoRA scales what that adds, and not what a later one does."""
+    """An IA³ after the first LoRA scales that LoRA's branch, but not a later one's."""
     checkpoints(tmp_path, "llama")
     program = surgery.load(f"hf:{tmp_path / 'base'}")
     ia3 = find_pass(program.base.plugins, "ia3").cls

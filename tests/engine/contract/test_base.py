@@ -1,4 +1,4 @@
-"""The pass contract: small, and closed to members that it no longer has."""
+"""The pass contract: few members, and a class that defines an old one is refused."""
 
 from __future__ import annotations
 

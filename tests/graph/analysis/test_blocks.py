@@ -1,4 +1,4 @@
-"""Residual branches, rows of blocks and depth: on architectures whose structure is known from their configuration."""
+"""Residual branches, rows of blocks and depth, on architectures whose configuration gives their structure."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def holds_branch(result: Found, branch: Branch) -> None:
 
 
 def holds_block(result: Found, block: Block) -> None:
-    """Its nodes are all that lies between input and output."""
+    """Check that a block has exactly the nodes between its input and output."""
     assert block.output in block.nodes
     assert {call.node for call in block.calls} <= set(block.nodes)
     rests: set[fx.Node] = {block.input}
@@ -344,7 +344,7 @@ def test_adds_in_place_scaled_cast_and_turned_round() -> None:
 
 
 class Group(nn.Module):
-    """Blocks with a skip over all of them, as in SwinIR; twice, and no block repeats within."""
+    """Blocks with a skip over all of them, as in SwinIR, twice; no block inside repeats."""
 
     def __init__(self) -> None:
         super().__init__()

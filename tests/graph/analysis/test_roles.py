@@ -1,4 +1,4 @@
-"""Roles and parts on architectures whose weights have known names; the code under test never sees a name."""
+"""Roles and parts on architectures whose weights have known names; the tested code never sees a name."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def image(size: int = 32) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """names: pattern of weight name to role; `a|b` where a tied weight has both. cross: how many are."""
+    """names: pattern of weight name -> role; `a|b` if a tied weight has both. cross: number of cross-attentions."""
 
     cls: str
     model_type: str
@@ -364,7 +364,7 @@ class Record(fx.Interpreter):
 
 
 def operands(gm: fx.GraphModule, roles: Roles, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the first attention reads."""
+    """Operands of the first attention."""
     record = Record(gm, roles.attentions[0].operands)
     record.garbage_collect_values = False
     record.run(*inputs.values())

@@ -1,4 +1,4 @@
-"""Patterns: what they match, what they refuse and why, one match a place, the same every time."""
+"""Patterns: matches, refusals with reasons, one match per place, deterministic results."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_alternatives_are_tried_in_order_and_optional_nodes_are_taken_where_they
 
 
 def test_an_optional_node_that_others_read_stays_outside():
-    """Greedy first, then without it: the cast is the captured value where a residual reads it too."""
+    """Matched greedily first, then without the node: the cast is the captured value if a residual reads it too."""
 
     @pattern
     def root():

@@ -1,4 +1,4 @@
-"""A sequence made longer inside a captured graph: against the model itself on a sequence of that length."""
+"""A longer sequence inside a captured graph, against the model itself on a sequence of that length."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def insert_after(graph, node, op, *args):
 
 
 def pad_inputs(graph, names, more, front=True):
-    """Every named input padded by ones; the inserted nodes and what they stand for."""
+    """Pad every named input with ones; returns inserted nodes and the nodes that they replace."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     replaced = {}
     for node in inputs:
@@ -79,7 +79,7 @@ def output_of(graph, path):
 
 
 def insert_tokens(graph, tokens, first, last):
-    """cat(first, tokens) for those who read `first`; as long as before again behind `last`."""
+    """Readers of `first` get cat(first, tokens); behind `last` the length is the original again."""
     batch = insert_after(graph, first, aten.sym_size.int, first, 0)
     length = insert_after(graph, batch, aten.sym_size.int, first, 1)
     expanded = insert_after(graph, length, aten.expand.default, tokens, [batch, -1, -1])
@@ -91,7 +91,7 @@ def insert_tokens(graph, tokens, first, last):
 
 
 def token_node(graph, module, tokens):
-    """The tokens as a buffer of the graph's module, and the node that reads it."""
+    """Tokens as a buffer of the graph's module, and the node that reads it."""
     module.register_buffer("tokens", tokens)
     mode = next(n.meta["val"] for n in graph.nodes if n.op == "placeholder").fake_mode
     with graph.inserting_before(next(iter(graph.nodes))):
@@ -121,7 +121,7 @@ def assert_equal(got, expected, tolerance=0.0):
 
 
 class Shapes(fx.Interpreter):
-    """Runs a graph and checks every `val` against the shape that is really there."""
+    """Runs a graph and checks every `val` against the actual shape."""
 
     def __init__(self, module):
         super().__init__(module)
@@ -210,7 +210,7 @@ def test_exports_again(name):
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "deberta-v2", "glm"])
 def test_inputs_of_fixed_length(name):
-    """Every length is a number here: reshapes, masks, positions and tables are mended."""
+    """Every length is a constant here: reshapes, masks, positions and tables are adjusted."""
     more = 4
     module, captured = capture(name, static_ids=True)
     graph = copy_graph(captured.graph)
@@ -228,7 +228,7 @@ def test_inputs_of_fixed_length(name):
 
 
 def test_tokens_behind_the_embedding_with_a_longer_mask():
-    """Both kinds of change in one call: what a prompt of vectors for a decoder is."""
+    """Both changes in one call, as a prompt of vectors for a decoder needs them."""
     module, captured = capture("llama")
     graph, gm = copy_graph(captured.graph), captured.graph_module
     prompt = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
@@ -316,7 +316,7 @@ class Op(nn.Module):
 
 
 def lengthen_op(function, more=2):
-    """The graph of Op with zeros put behind its first linear map, before and after propagation."""
+    """Graph of Op with zeros appended after its first linear layer, before and after propagation."""
     torch.manual_seed(0)
     module, captured = capture(Op(function), (torch.randn(2, 6, 4),), ({0: Dim("batch")},))
     graph, gm = copy_graph(captured.graph), captured.graph_module
@@ -368,7 +368,7 @@ def test_op(name):
 
 
 def _by_hand(module, name, x):
-    """The same with 8 where there was 6."""
+    """The same operation with 8 instead of 6."""
     x = nn.functional.pad(module.before(x), (0, 0, 0, 2))
     eight = {
         "merge and split again": lambda m, x: x * 2,
@@ -446,7 +446,7 @@ def test_forgotten_input():
 
 
 def test_a_view_of_what_was_cut():
-    """A slice is not contiguous: the view behind it becomes a reshape."""
+    """A slice is not contiguous, so the view behind it becomes a reshape."""
     _, gm, graph, replaced = lengthen_op(lambda m, x: x.relu().view(-1, 4) * 2)
     relu = next(n for n in graph.nodes if n.target is aten.relu.default)
     short = insert_after(graph, relu, aten.slice.Tensor, relu, 1, 0, 6)
@@ -480,7 +480,7 @@ def test_picks_are_named():
 
 
 def test_ambiguous_product():
-    """6·4 → 8·4 was merged of (6, 4) here and of (4, 6) there: a view that splits it is not guessed."""
+    """24 is a merge of (6, 4) at one place and of (4, 6) at another: a view that splits it is not guessed."""
 
     def function(m, x):
         one = x.reshape(x.shape[0], 24).relu()
@@ -495,7 +495,7 @@ def test_ambiguous_product():
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_regrouping_is_what_numbers_say(data):
-    """Merge neighbours of a shape at random: the view's new sizes are those of the same merge at the new length."""
+    """Merges random neighbours of a shape: the view's new sizes are those of the same merge at the new length."""
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
     at = data.draw(st.integers(0, len(shape) - 1))
     old = [*shape[:at], 7, *shape[at + 1 :]]  # 7 divides nothing else here

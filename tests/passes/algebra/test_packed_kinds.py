@@ -1,6 +1,7 @@
-"""Adapters on packed weights in train mode, of parts, of other kinds and precisions, and of what cannot be unpacked.
+"""Adapters on packed weights: train mode, parts, other kinds and precisions, and weights that cannot be unpacked.
 
-Tolerance as in test_packed_ops: 1e-5 of the values' scale, sums of a dozen products in fp32 in another order.
+The tolerance is that of test_packed_ops: 1e-5 of the values' scale, for sums of a dozen products in fp32 in another
+order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Adapters on a third party's packed ops: DoRA, PiSSA, sparse updates and the rest, beside the op as it is.
+"""Adapters on third-party packed ops: DoRA, PiSSA, sparse updates and others, with the op unchanged.
 
-Tolerance 1e-5 of the values' scale throughout, in fp32: what is compared are sums of a dozen products in another order,
+The tolerance is 1e-5 of the values' scale in fp32: the compared values are sums of a dozen products in another order,
 each within half a unit in the last place (6e-8), and a square root and a quotient of such sums.
 """
 
@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import surgery
-from surgery.api import LINEAR, PassError, SurgeryError, WeightOp, hookimpl, make_plugin_manager
+from surgery.api import LINEAR, PassError, SurgeryError, WeightOp, hookimpl
+from surgery.api.programs import make_plugin_manager
 from surgery.engine.contract.observe import relative_difference
 from surgery.passes.sparse.sparse_tune import SparseTune
 from surgery.testing import check_pass
@@ -140,7 +141,7 @@ def test_saved_and_loaded_without_measuring_anything(pass_, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", ["dora", "pissa", "magnitude"])
 def test_the_kit(name):
-    """ONNX in onnxruntime among the rest; on ops that are linear, so that slopes are what gradients say."""
+    """The conformance kit, including ONNX in onnxruntime, on ops that are linear, so that slopes match gradients."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), Linear4(8, 12), nn.Tanh(), Linear4(12, 6, bias=False))
     pass_ = PASSES[name].model_copy(update={"target": "path:2.packed,path:4.packed"})
@@ -163,7 +164,7 @@ def test_onnx_of_an_op_that_rounds_its_activation(tmp_path):
 
 
 def test_what_has_no_gradient_is_not_chosen_by_one():
-    """torch's own int8 product: adapters stand on it, and their gradients are there; its weight's cannot be had."""
+    """On torch's own int8 product adapters work and have gradients; the weight itself has none."""
     op = torch.ops.aten._weight_int8pack_mm.default
 
     class Plugin:

@@ -1,4 +1,4 @@
-"""Deeper, wider, and with branches at the side: what is exact, where copies stand, that they learn."""
+"""Depth, width and side branches: exactness, positions of copies, and learning."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_deeper_is_exact_and_larger(model):
 
 
 def test_a_post_norm_model_gets_a_gate():
-    """BERT normalises behind its adds, so zeroed projections are no identity there; a closed gate is."""
+    """BERT normalizes after its residual adds, so zeroed projections are not an identity there; a closed gate is."""
     base = surgery.load(f"hf:{minilm_path()}", model_kwargs={"num_hidden_layers": 2})
     deeper = base.apply(of("expand", deeper=2))
     assert torch.equal(base.run()["last_hidden_state"], deeper.run()["last_hidden_state"])

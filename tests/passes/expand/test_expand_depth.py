@@ -1,4 +1,4 @@
-"""expand --deeper: which blocks are copied, that a copy is the identity, that it learns, and what is refused."""
+"""expand --deeper: the copied blocks, that a copy is the identity, that it learns, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""expand --side: branches at zero beside ops, that keep positions and causality, learn, and what is refused."""
+"""expand --side: branches at zero parallel to ops keep positions and causality and learn; refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_refusals():
 
 
 class Blocks(nn.Module):
-    """Positions in a row, each by itself: (batch, sequence, 6)."""
+    """Position-wise blocks: (batch, sequence, 6)."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_causal_decoder_stays_causal(causal, randomise):
-    """Nobody says --causal: the branch sees what the attention of its row sees."""
+    """Without --causal: the branch sees the same positions as the attention of its block."""
     torch.manual_seed(0)
     ids = torch.randint(0, 11, (2, 7))
     later = ids.clone()

@@ -1,4 +1,4 @@
-"""expand --wider: hidden layers compute what they did, their copies of units can part, and what is refused."""
+"""expand --wider: hidden layers keep their outputs, copies of units can diverge, and refusals."""
 
 from __future__ import annotations
 

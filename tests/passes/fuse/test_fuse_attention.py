@@ -1,4 +1,4 @@
-"""fuse-attention: in the forms that models write, with masks, groups and dropout, and what keeps it from matching."""
+"""fuse-attention: the forms that models write, with masks, groups and dropout, and reasons for no match."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_all_that_one_model_can_have_in_one_pipeline(tmp_path):
 
 
 def test_plan_says_why_on_the_command_line(tmp_path, monkeypatch, capsys):
-    """In this process: starting one for each command takes longer than what they do."""
+    """In this process: starting one for each command takes longer than the command."""
     (tmp_path / "softcap.py").write_text(
         "import torch\nfrom tests.passes.fuse.test_fuse_attention import Attend\n"
         "def capped():\n"

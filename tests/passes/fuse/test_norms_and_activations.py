@@ -1,4 +1,4 @@
-"""fuse-gelu and fuse-rmsnorm: in the forms that models write, undone, trained, exported to one ONNX op."""
+"""fuse-gelu and fuse-rmsnorm: the forms that models write, undone, trained, exported to one ONNX op."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def written(program, path, **options):
 
 
 class Formed(nn.Module):
-    """A function of one tensor, behind a linear so that there is something to train."""
+    """A function of one tensor after a linear layer, so that there is something to train."""
 
     def __init__(self, function, dtype=torch.float32):
         super().__init__()

@@ -1,4 +1,4 @@
-"""fold-batchnorm, fuse-qkv and split-qkv: new weights from the model's, there and back, trained, refused, exported."""
+"""fold-batchnorm, fuse-qkv and split-qkv: computed weights, undone, trained, refused, exported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ops_of(program, training=False):
 
 
 def settled(net):
-    """With statistics and scales that are not those of a fresh norm."""
+    """Give norms statistics and scales that differ from those of new norms."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(module.running_mean)
@@ -291,7 +291,7 @@ def test_conformance_whole(name, pass_name):
 
 
 def test_plan_for_machines(capsys):
-    """Sizes that are not fixed are null, and a place of several ops is no layer called so many times."""
+    """Sizes that are not fixed are null; a site of several ops has no call count."""
     with pytest.raises(SystemExit) as ended:
         main(["plan", f"hf:{minilm_path()}", "--pass", "fuse-qkv", "--json"])
     assert ended.value.code == 0

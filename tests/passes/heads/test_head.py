@@ -1,4 +1,4 @@
-"""Heads: replaced, resized by class, added beside what there is; the graph's outputs, their names and their masks."""
+"""Heads: replaced, resized by class, added to the existing ones; the graph's outputs, their names and their masks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def convnet() -> surgery.Program:
 
 
 class Tokens(nn.Module):
-    """Scores of every token, of the first, or hidden states alone, in the structure that a test asks for."""
+    """Scores of all tokens, of the first token, or hidden states alone, in the structure that a test chooses."""
 
     def __init__(self, returns: str = "dict") -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_a_pointwise_convolution_is_a_head_too():
 
 
 class Counting(nn.Module):
-    """Counts on the width of its head, in the way that a test asks for."""
+    """Depends on the width of its head, in the way that a test chooses."""
 
     def __init__(self, way: str, width: int = 2) -> None:
         super().__init__()

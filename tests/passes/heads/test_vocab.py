@@ -1,4 +1,4 @@
-"""New tokens: exact for the old ones, in the embedding and the output layer, trained, exported, folded and undone."""
+"""New tokens: exact for old ones, in embedding and output layer; trained, exported, folded and undone."""
 
 from __future__ import annotations
 

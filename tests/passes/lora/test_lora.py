@@ -1,4 +1,4 @@
-"""LoRA on every form of weight: exact at insertion, merged as it computes, gradients where they belong."""
+"""LoRA on every form of weight: exact at insertion, merged outputs equal, gradients at the right tensors."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_merge_in_place_needs_no_copy(randomise):
 
 
 class Leftover(torch.nn.Module):
-    """A layer whose result nobody reads."""
+    """A layer whose result is not used."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""rsLoRA, DoRA, PiSSA and LoRA dropout: the papers' algebra, the graphs, what they compose with, what they refuse."""
+"""rsLoRA, DoRA, PiSSA and LoRA dropout: the papers' algebra, the graphs, compositions and refusals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def close(a, b, tolerance=ROUNDING):
 
 
 def trained(program, scale=0.3, seed=1):
-    """Parameters moved at random; what is frozen (a residual, an index) stays."""
+    """Change parameters at random; frozen tensors (a residual, an index) stay."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in program.tensors.values():
@@ -84,7 +84,7 @@ def test_inserted_then_merged(form, variant):
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("gaussian", "pissa, randomised")])
 def test_conformance(variant):
-    """All of the kit but what starts processes or exports; those below. PiSSA's rank is that of a depthwise kernel."""
+    """The kit without checks that start processes or export (below). PiSSA's rank is that of a depthwise kernel."""
     options = VARIANTS[variant]
     for factory, target in (FORMS["forms"], FORMS["interleaved"]):
         assert check_pass(lora(target, **options), surgery.capture(*factory()), checks=CHEAP).ok
@@ -341,7 +341,7 @@ def test_dropout_is_in_the_train_graph_alone():
 
 
 def test_dropout_drops_what_enters_the_branch():
-    """On one linear map, by hand; with B = 0 the output is the base's, whatever is dropped."""
+    """One linear layer, by hand; with B = 0 the output is the base's, for any dropout."""
     torch.manual_seed(0)
     base = surgery.capture(nn.Sequential(nn.Linear(6, 5)), torch.randn(4, 6))
     fresh = base.apply(lora("0", dropout=0.5)).module().train()

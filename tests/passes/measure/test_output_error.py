@@ -1,4 +1,4 @@
-"""What a merge into codes says of its error, held against the op itself, run on the data before and after."""
+"""Reported errors of merges into codes, against the op itself, run on the data before and after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.passes.quantize.test_quantize import randomise
 
 
 class Forms(nn.Module):
-    """Every kind of weight, each reading the inputs by itself: what enters one is the same whatever another does."""
+    """Every kind of weight, each on the inputs directly, so that no input depends on another weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Forms(nn.Module):
 
 
 def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens by Zipf's law and features of unlike size: what a mean over the weight's values would not see."""
+    """Tokens by Zipf's law and features of different scales: a mean over weight values would miss both."""
     generator = torch.Generator().manual_seed(seed)
     often = 1.0 / torch.arange(1, 13)
     ids = torch.multinomial(often, 24, replacement=True, generator=generator).reshape(4, 6)
@@ -84,7 +84,7 @@ PATHS = [
 
 
 def adapted(base, path, format="int4", size=0.05, **options):
-    """One adapter, on codes everywhere."""
+    """One adapter, with codes at all sites."""
     program = base.apply(
         surgery.Quantize(target=f"path:{path}", format=format, group=options.pop("group", 0))
     )
@@ -104,7 +104,7 @@ def site_of(program, path):
 
 
 def outputs(program, path, data=DATA):
-    """What the op and the adapters round it give on the data, less its bias."""
+    """Outputs of the op with its adapters on the data, without bias."""
     site = site_of(program, path)
     node = output_with_adapters(site.calls[0].node)
     values = Probe(program, data).values([node])[node.name]
@@ -124,7 +124,7 @@ def choice_of(merged):
 
 
 def check(program, merged, path, data=DATA):
-    """The choice, once it is what running the op says. The outputs are sums of some 60 products in fp32."""
+    """Check a choice against running the op. The outputs are sums of some 60 products in fp32."""
     choice = choice_of(merged)
     adapter = program.journal.entries[-1].id
     whole, bare = outputs(program, path, data), outputs(program.without(adapter), path, data)
@@ -156,7 +156,7 @@ def test_the_error_is_that_of_the_op_run(path, how, forms):
 @pytest.mark.parametrize("budget", [0.03, 0.3, 1.0])
 @pytest.mark.parametrize("path", PATHS)
 def test_never_worse_than_the_budget(path, budget, forms):
-    """Whatever is chosen, nothing is lost beyond it: by running the op, and where no data go by the weight's values."""
+    """Every choice loses at most the budget: measured on the op, or on weight values where there is no data."""
     program = adapted(forms, path, size=0.2, rank=5)
     # A second weight, under an adapter that has learned nothing, so that something always goes into codes.
     other = "linear" if path != "linear" else "left"
@@ -176,7 +176,7 @@ def test_never_worse_than_the_budget(path, budget, forms):
 
 @pytest.mark.parametrize("how", ["requantize", "residual"])
 def test_what_an_op_reads_is_rounded_too(how, forms):
-    """int8-dynamic: the adapter read x, and what it made of the rounding of x goes with it."""
+    """int8-dynamic: the adapter read x before rounding, so its response to the rounding error is lost too."""
     program = adapted(forms, "linear", "int8-dynamic", group=None, size=0.5)
     data = [((ids, image, rows * torch.tensor([1.0, 1, 1, 1, 1, 40])), {}) for (ids, image, rows), _ in DATA]
     merged = program.merge(quantized=how, data=data)
@@ -189,7 +189,7 @@ def test_what_an_op_reads_is_rounded_too(how, forms):
 
 
 def test_an_adapter_of_what_enters_is_measured_on_what_enters(forms):
-    """IA3 in front of an op: once it is in the codes these read x, not the scaled x that is there before the merge."""
+    """IA³ before an op: after the merge the codes read x itself, not the scaled x that was there before."""
     ia3 = find_pass(forms.base.plugins, "ia3").cls
     program = forms.apply(surgery.Quantize(target="path:even", format="int4", group=0))
     program = program.apply(ia3(target="path:even", scale="input"))
@@ -200,7 +200,7 @@ def test_an_adapter_of_what_enters_is_measured_on_what_enters(forms):
 
 
 def table(updates, tokens):
-    """A table, int4 codes and an adapter that adds this much (times noise) to its rows; the data is these tokens."""
+    """A table with int4 codes and an adapter that adds noise of this size to its rows; the data is these tokens."""
     torch.manual_seed(0)
     base = surgery.capture(
         nn.Sequential(nn.Embedding(len(updates), 32)).eval(), (torch.tensor([[0, 1], [1, 2]]),)
@@ -222,7 +222,7 @@ def lost_by_weight(program):
 
 
 def test_outputs_choose_otherwise_than_the_weight():
-    """What a small update loses to rounding matters as often as its token comes."""
+    """The rounding error of a small update counts as often as its token occurs."""
     # The tokens that have learned much are rare, and the one in nearly all of the data has learned little.
     program, data = table([0.02, 20.0, 20.0, 20.0], [0] * 1_000_000 + [1, 2, 3])
     assert lost_by_weight(program) <= 0.1
@@ -236,7 +236,7 @@ def test_outputs_choose_otherwise_than_the_weight():
 
 
 def test_what_no_data_uses_is_not_lost_in_silence():
-    """Rows that no token picks say nothing of outputs; they are held to the budget by their own values."""
+    """Rows that no token uses do not affect outputs; the budget applies to their values."""
     program, data = table([20.0, 20.0, 20.0, 0.02, 0.02], [0, 1, 2])
     with pytest.raises(
         PassError,
@@ -269,7 +269,7 @@ def test_an_expert_and_a_channel_out_of_use(forms):
 
 @pytest.mark.parametrize("format", ["int4", "nf4", "ternary", "binary"])
 def test_rows_that_no_adapter_moves_keep_their_codes(format):
-    """Codes of the values that codes give may be others: what was learned elsewhere must not cost them."""
+    """Rounding decoded values may give other codes: rows that the adapter does not change must keep theirs."""
     program, data = table([1.0, 0.0, 0.0, -1.0, 0.0], [0, 1, 2, 3, 4])
     program = program.undo_all()
     program = program.apply(
@@ -296,7 +296,7 @@ class Tied(nn.Module):
 
 
 def test_a_tied_table_and_its_head_have_codes_of_their_own():
-    """Each is measured by what it does: tokens that are read, or what enters the head."""
+    """Each is measured on its own inputs: tokens for the table, hidden states for the head."""
     torch.manual_seed(0)
     base = surgery.capture(Tied().eval(), (torch.randint(0, 20, (3, 8)),))
     quantized = base.apply(surgery.Quantize(target="all", format="int4", group=0))
@@ -326,7 +326,7 @@ def test_saved_loaded_exported_and_undone(forms, tmp_path):
 
 
 def test_measured_in_parts_where_there_is_little_room(forms, monkeypatch):
-    """A large model's products are not all kept at once."""
+    """The products of a large model do not all fit in memory at once."""
     target = ",".join(f"path:{path}" for path in PATHS if path != "up")
     program = forms.apply(surgery.Quantize(target=target, format="int4", group=0))
     program = randomise(program.apply(surgery.Lora(target=target, rank=1)))

@@ -1,4 +1,4 @@
-"""Prefix tuning: attention over learned and own keys, as computed by hand, in every form that attention is written."""
+"""Prefix tuning: attention over learned and own keys, against a formula, in every form of attention."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def eager(q, k, v, mask):
 
 
 def folded(q, k, v, mask):
-    """Heads within the batch, and the mask in the first product, as Bloom and old BART write it."""
+    """Heads folded into the batch, and the mask in the first product, as in Bloom and old BART."""
     shape = q.shape
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     scores = torch.bmm(q, k.transpose(1, 2)) * shape[-1] ** -0.5
@@ -75,7 +75,7 @@ def folded(q, k, v, mask):
 
 
 def turned(q, k, v, mask):
-    """Keys times queries: the softmax runs over the rows."""
+    """Keys times queries: the softmax runs over rows."""
     scores = torch.matmul(k, q.transpose(-1, -2)) * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores + mask.transpose(-1, -2)
@@ -115,7 +115,7 @@ FORMS = {
 
 
 class Attention(nn.Module):
-    """form: how it is written. key_heads: fewer than those of the queries where these are grouped."""
+    """form: written form of attention. key_heads: fewer than the query heads for grouped queries."""
 
     def __init__(self, form: str, cross: bool = False) -> None:
         super().__init__()
@@ -412,7 +412,7 @@ def test_positions_that_are_not_found_are_not_shifted():
 
 
 class Channels(nn.Module):
-    """XCiT's: features attend to features."""
+    """XCiT's attention: features attend to features."""
 
     def __init__(self):
         super().__init__()
@@ -475,7 +475,7 @@ def test_options_as_the_command_line_gives_them():
 
 @pytest.mark.parametrize("options", [{}, {"projection": True, "hidden": 16}, {"gate": True}], ids=str)
 def test_learns(options):
-    """Of a frozen encoder: which half of a sequence holds the larger numbers, read off its mean."""
+    """A prefix on a frozen encoder learns which half of a sequence has the larger numbers."""
     torch.manual_seed(0)
     module = nn.Sequential(
         Attention("bool"), nn.Linear(WIDTH, WIDTH), nn.Tanh(), Attention("float"), nn.Linear(WIDTH, 1)
@@ -501,7 +501,7 @@ def test_learns(options):
 
 @pytest.mark.parametrize("options", [{}, {"projection": True, "hidden": 8}, {"gate": True}], ids=str)
 def test_conformance(options):
-    """Everything but the other process and ONNX, which `test_ships` has."""
+    """All checks except another process and ONNX, which `test_ships` covers."""
     checks = ["numerics", "untouched", "inserted", "effect", "tied", "second", "merge", "restored", "weights", "undo",
               "reexport", "unflatten", "gradients", "held", "input"]  # fmt: skip
     for form in ("bool", "causal op", "eager grouped", "folded"):

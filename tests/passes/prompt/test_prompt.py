@@ -1,4 +1,4 @@
-"""Prompts: PEFT's logits from PEFT's tokens, what the real positions see, every start, every refusal."""
+"""Prompts: PEFT's logits with PEFT's tokens, attention of real positions, every initialization, every refusal."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ TINY = {
 
 @pytest.mark.parametrize("name", TINY)
 def test_peft_on_a_decoder(name, tmp_path):
-    """Logits of real positions only: PEFT's less those of the prompt."""
+    """Logits of real positions only: PEFT's without those of the prompt."""
     torch.manual_seed(0)
     model = TINY[name]()
     model.save_pretrained(tmp_path)
@@ -189,7 +189,7 @@ def test_positions_are_left_for_the_prompt():
 
 
 def test_learns(tmp_path):
-    """To make the model answer every text by one token, which the base finds unlikely."""
+    """The prompt learns to make the model answer every text with one token that is unlikely for the base."""
     torch.manual_seed(0)
     model = TINY["llama"]()
     with torch.no_grad():

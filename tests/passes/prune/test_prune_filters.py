@@ -1,4 +1,4 @@
-"""prune-filters: what goes together, what is left, what it computes; refused, trained, exported, and stood upon."""
+"""prune-filters: groups, remaining sizes and outputs; refusals, training, export, and adapters on top."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ SAME = 2e-6
 
 
 def program(name: str) -> surgery.Program:
-    """Of the zoo: random weights, full architecture, small."""
+    """A model of the zoo: random weights, full architecture, small."""
     loaded = build(name)
     return surgery.Program(Base(loaded, trace(loaded), make_plugin_manager()))
 
 
 def masked(base: surgery.Program, pruned: surgery.Program) -> Any:
-    """What the whole program computes with every removed channel set to zero as it is made."""
+    """Outputs of the whole program with every removed channel set to zero where it is computed."""
     run = coupling_of(base.view)
     keep = kept_atoms(run, [SimpleNamespace(decided=r.decided) for r in pruned.journal.entries[-1].sites])
     nodes = {node.name: node for node in base.graph.nodes}
@@ -69,7 +69,7 @@ def masked(base: surgery.Program, pruned: surgery.Program) -> Any:
 
 
 def difference(a: Any, b: Any) -> float:
-    """Over the scale of a, the worst of all outputs."""
+    """Largest difference of all outputs, over the scale of a."""
     pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
     return max(float((x - y).abs().max() / x.abs().max()) for x, y in pairs)
 
@@ -108,7 +108,7 @@ def test_the_least_neurons_go():
 
 
 def test_importances_rank_otherwise():
-    """l2 by hand; taylor sees what the outputs depend on: a neuron that is always off goes first."""
+    """l2 by hand; taylor measures the effect on the outputs, so a neuron that is always off is removed first."""
     base = mlp()
     up, down = base.state()["0.weight"].detach(), base.state()["2.weight"].detach()
     squares = (
@@ -216,7 +216,7 @@ def branches() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def test_every_group_by_itself():
-    """One place at a time, and all: each is right alone."""
+    """One site at a time, and all together: each is correct alone."""
     base = surgery.capture(*branches())
     planned = base.plan(surgery.PruneFilters(ratio=0.5)).passes[-1]
     places = {plan.site.path: plan.site.decided for plan in planned.accepted}
@@ -250,7 +250,7 @@ def test_multiply_adds_are_counted():
 
 
 class Uneven(nn.Module):
-    """Halves of one projection that lead apart, and an attention of one head, whose width is its scale."""
+    """A projection whose halves have different users, and an attention of one head whose width is its scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ class Uneven(nn.Module):
 
 
 def test_ops_that_have_to_be_others():
-    """A chunk becomes a split of two sizes; an attention goes on to divide by the root of the width that it had."""
+    """A chunk becomes a split of two sizes; an attention still divides by the root of its original width."""
     torch.manual_seed(0)
     net = Uneven()
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_round_to_keeps_multiples():
 
 
 def test_ranked_together():
-    """Of two hidden layers the one with many idle units gives most of them, and keeps a tenth."""
+    """The one of two hidden layers with many idle units loses most of them, but keeps a tenth."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5))
     with torch.no_grad():
@@ -504,7 +504,7 @@ def test_digits_are_read_again_after_fine_tuning(tmp_path):
 
 
 def test_together_in_one_pipeline():
-    """What adapters would stand on is made first, whatever the order given."""
+    """Layers that adapters attach to are created first, in any given order."""
     made = mlp().apply(surgery.Lora(target="all-linear", rank=2), surgery.PruneFilters(ratio=0.5))
     assert [e.pass_name for e in made.journal if e.kind == "rewrite"] == ["prune-filters", "lora"]
     assert made.tensors["0.prune-filters.lora.B"].shape == (4, 2)

@@ -1,4 +1,4 @@
-"""fake-quant and convert: trained rounded, then put into codes that give the same to the bit."""
+"""fake-quant and convert: trained with rounding, then converted to codes with the same outputs bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAINED = (*KIT, "merge", "restored")
 
 
 def steps(program, inputs, count=2):
-    """Some steps on outputs that should be small: every weight moves."""
+    """Some steps that reduce the outputs: every weight moves."""
     module = program.module()
     optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What enters is rounded row by row: the op, what it saves, and integer products in onnxruntime."""
+"""Row-wise quantized inputs: the op, its saved tensors, and integer products in onnxruntime."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def planted(tmp_path_factory):
 
 
 def rows_by_hand(x, smooth=None):
-    """255 levels of each row's largest magnitude, row by row."""
+    """255 levels of each row's largest magnitude, row by row, by hand."""
     factor = torch.ones(x.shape[-1]) if smooth is None else smooth
     found = torch.empty_like(x)
     for given, into in zip(x.flatten(0, -2) / factor, found.flatten(0, -2), strict=True):
@@ -82,7 +82,7 @@ def test_half_precision_and_the_gradient(dtype):
 
 
 def test_massive_rows_leave_the_others_as_they_are():
-    """One scale for all makes nothing of what is a thousandth of the largest row (seen in language models)."""
+    """One scale for all rows rounds rows of a thousandth of the largest to zero (seen in language models)."""
     torch.manual_seed(0)
     base = surgery.capture(nn.Sequential(nn.Linear(64, 64)).eval(), (torch.randn(4, 64),))
     x = torch.randn(32, 64)

@@ -1,4 +1,4 @@
-"""Quantized training in little memory: weights made again in the backward pass, and the base's given back."""
+"""Quantized training in little memory: weights recomputed in the backward pass, and the base's memory freed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gradients(module, inputs):
 
 
 def test_made_again_for_the_backward_pass(adapted, monkeypatch):
-    """The same gradients to the bit, by one more decoding of each weight that the gradient passes."""
+    """The same gradients bit for bit, with one more decoding of each weight that the gradient passes."""
     module, (_, inputs) = adapted.module(), adapted.example_inputs
     made = []
     decode = ops.decode
@@ -80,7 +80,7 @@ def test_weights_given_back(adapted, tmp_path):
 
 
 def test_no_view_of_the_memory_is_left(adapted):
-    """Nor one in an earlier program, in what verified it, or in the report of a pass: one alone would keep it all."""
+    """No view in an earlier program, in its verification or in a pass report: one alone would keep all of it."""
     earlier = adapted.without("lora")
     earlier.run()
     assert adapted.reports

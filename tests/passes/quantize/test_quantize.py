@@ -1,4 +1,4 @@
-"""quantize: codes and their values, what the plan says, undone and refused, adapters on top, and standard ONNX."""
+"""quantize: codes and their values, the plan's errors, undo and refusals, adapters on top, standard ONNX."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _three(found):
 
 @pytest.mark.parametrize(("format", "asymmetric"), [("int8", False), ("int4", False), ("int4", True)])
 def test_gptq_keeps_the_products(format, asymmetric):
-    """On inputs of which a few directions are much larger, as a transformer's are."""
+    """On inputs with a few dominant directions, like those in transformers."""
     generator = torch.Generator().manual_seed(2)
     inputs = torch.randn(2000, 64, generator=generator) @ (
         torch.randn(64, 64, generator=generator) * torch.logspace(0, -2, 64)
@@ -210,7 +210,7 @@ def test_refused_and_said():
 
 
 def randomise(program):
-    """Only what trains: the scales of the codes are floats too."""
+    """Randomize only trainable tensors: scales of the codes are floats too."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in program.tensors.values():
@@ -228,7 +228,7 @@ def encoder():
 
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "bitfit"])
 def test_adapters_stand_on_codes(name, encoder, tmp_path):
-    """Only the adapter has gradients, whatever it is; saved and loaded; and it comes off to the bit."""
+    """Only the adapter has gradients, for every adapter; it is saved, loaded and removed bit for bit."""
     quantized = encoder.apply(surgery.Quantize(target="attn.*,mlp.*", format="int4"))
     ia3 = find_pass(encoder.base.plugins, "ia3").cls
     pass_ = {
@@ -306,7 +306,7 @@ def test_size_on_disk(encoder, tmp_path):
 
 @pytest.mark.parametrize("options", [{"format": "int8"}, {"format": "int4"}])
 def test_a_gemm_is_fused_too(options, tmp_path):
-    """Of two axes linear and addmm are Gemm in ONNX, which onnxruntime would compute in floats."""
+    """On two-dimensional inputs linear and addmm become Gemm in ONNX, which onnxruntime would compute in floats."""
 
     class Rows(nn.Module):
         def __init__(self) -> None:
@@ -343,7 +343,7 @@ def test_data_that_do_not_fit(encoder):
 
 
 def test_data_in_another_order_is_the_same_data(encoder):
-    """Keywords reach the graph's inputs by name: a tokenizer's order is not the model's."""
+    """Keywords match the graph's inputs by name: a tokenizer's order differs from the model's."""
     _, inputs = encoder.example_inputs
     site = next(s for s in encoder.sites if s.role == "attn.out")
     turned = dict(reversed(inputs.items()))

@@ -1,5 +1,8 @@
-"""Quantization at its edges: weights of zeros and of half precision, data of zeros or infinite, every kind of adapter,
-every format merged, and files that onnxruntime makes floats of."""
+"""Quantization edge cases.
+
+Weights of zeros and of half precision, data of zeros or infinite, every kind of adapter, every format merged, and files
+that onnxruntime converts to floats.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ FORMS = ["int8", "int4", "nf4", "ternary", "binary"]
 
 
 class Block(nn.Module):
-    """Two linear maps with a residual."""
+    """Two linear layers with a residual."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ def test_rows_of_zeros_stay_zero(format):
     ("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 1.0), (torch.float16, 2e-6)]
 )
 def test_what_is_said_of_half_precision_is_what_is_stored(format, dtype, size):
-    """Codes are of the scales as the dtype holds them: of numbers near its smallest too."""
+    """Codes are computed with the scales as the dtype stores them, also near its smallest number."""
     module = nn.Sequential(nn.Linear(64, 64)).eval().to(dtype)
     with torch.no_grad():
         module[0].weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * size)
@@ -129,7 +132,7 @@ def test_zeros_measure_no_error():
 @pytest.mark.parametrize("options", [*({"format": f} for f in FORMS), {"format": "int4", "asymmetric": True},
                                      {"format": "int8-dynamic"}], ids=str)  # fmt: skip
 def test_every_format_takes_an_adapter_in(options):
-    """New codes are those of the sum; the outputs move no more than what is said to be lost."""
+    """New codes encode the sum; the outputs move no more than the reported loss."""
     program = randomise(
         block()
         .apply(surgery.Quantize(target="all", **options))
@@ -146,7 +149,7 @@ def test_every_format_takes_an_adapter_in(options):
 
 
 def test_auto_chooses_for_each_site_by_itself():
-    """Of a large update new codes lose little; a small one stays beside."""
+    """New codes lose little of a large update; a small update stays a branch."""
     program = block().apply(surgery.Quantize(target="all", format="int4"))
     program = program.apply(surgery.Lora(target="path:up", rank=2, label="big"))
     program = program.apply(surgery.Lora(target="path:down", rank=2, label="small"))

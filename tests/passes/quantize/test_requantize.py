@@ -1,4 +1,4 @@
-"""Adapters merged into quantized weights: what is chosen at which budget, what it costs, and that it comes off."""
+"""Adapters merged into quantized weights: choices for each budget, their error, and undo."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_chosen_by_the_error_of_outputs(format, options, budget, how, encoder):
 
 
 def test_a_correction_takes_less_room_or_the_branch_stays(encoder):
-    """Wide adapters: a correction of a smaller rank is within the budget where new codes alone are not."""
+    """Wide adapters: a correction of smaller rank is within the budget where new codes alone are not."""
     program = encoder.apply(surgery.Quantize(target="attn.*", format="int4"))
     program = randomise(program.apply(surgery.Lora(target="attn.*", rank=64)))
     plain = program.merge(quantized="requantize")
@@ -101,7 +101,7 @@ def test_a_correction_takes_less_room_or_the_branch_stays(encoder):
 
 
 def test_nothing_learned_is_nothing_lost(encoder):
-    """A fresh adapter adds nothing: it goes, and the codes stay to the bit, of formats too that would round anew."""
+    """A new adapter adds nothing: it is removed, and codes stay bit for bit, also in formats that would round again."""
     program = encoder.apply(surgery.Quantize(target="attn.*", format="ternary"))
     merged = program.apply(surgery.Lora(target="attn.*", rank=2)).merge(quantized="auto")
     assert merge_of(merged).options["into_codes"] == {"lora": 8}

@@ -1,4 +1,4 @@
-"""What int8-dynamic would lose of activations: factors that go into the weights (SmoothQuant), and inputs kept."""
+"""Activation options of int8-dynamic: scaling factors in the weights (SmoothQuant), and unquantized inputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DATA = [inputs(seed) for seed in (1, 2, 3)]
 
 
 def outlying(folder):
-    """A llama that computes what it did, with one feature of what every norm gives a hundred times as large."""
+    """A llama with the same outputs, but one feature of every norm's output a hundred times as large."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama()).eval()
     with torch.no_grad():
@@ -68,7 +68,7 @@ def own_tensors(program, record):
 
 
 def by_hand(x, smooth):
-    """256 levels of the range of x / s, times s; float arithmetic alone."""
+    """256 levels of the range of x / s, times s, in float arithmetic."""
     wide = x / smooth
     low, high = min(float(wide.min()), 0.0), max(float(wide.max()), 0.0)
     step = torch.tensor(high - low) / 255
@@ -85,7 +85,7 @@ def entering(program, site, data):
 
 
 def test_factors_are_the_papers():
-    """max|x|^α / max|w|^(1−α) over all data, and of every weight that reads the input; alike but for their mean."""
+    """max|x|^α / max|w|^(1−α) over all data and all weights on the input; equal up to their mean."""
     largest = torch.tensor([4.0, 9.0, 0.0, 1.0])
     weights = [torch.tensor([[1.0, -4.0, 1.0, 0.0]]), torch.tensor([[-9.0, 1.0, 1.0, 0.0]])]
     found = factors(largest, weights, 0.5, torch.float32)
@@ -104,7 +104,7 @@ def test_factors_are_positive_and_finite_in_every_dtype(dtype):
 
 
 class Twice(nn.Module):
-    """One map that is called on two inputs, and one more that reads the first of them."""
+    """One layer that is called on two inputs, and another on the first of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_maxima_are_of_all_data_and_all_calls():
 
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_the_op_by_its_formula(method, planted):
-    """Every map, from what entered it: s round(x / s), times codes of W s over s. Sums of at most 64 products."""
+    """Every layer, from its input: s round(x / s), times codes of W s over s. Sums of at most 64 products."""
     program = planted.apply(surgery.Quantize(**SMOOTH, method=method), data=DATA)
     for site, record in sites_of(program):
         own = own_tensors(program, record)
@@ -184,7 +184,7 @@ def test_smoothing_saves_what_an_outlier_costs(planted):
 
 
 def test_older_calls_of_the_ops_stand():
-    """Programs that were saved before have neither argument: the same to the bit."""
+    """Programs saved by earlier versions have neither argument: the same results bit for bit."""
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(round_activation(x), round_activation(x, torch.ones(8)))
     x.requires_grad_()
@@ -194,7 +194,7 @@ def test_older_calls_of_the_ops_stand():
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_half_precision(kind):
-    """What is stored is what the codes were made with, and what the plan says of the weight is what they give."""
+    """The stored factors are those used for the codes, and the plan's error of the weight matches the codes."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)).to(kind).eval()
     x = (torch.randn(32, 64) * torch.logspace(-2, 1, 64)).to(kind)
@@ -268,7 +268,7 @@ def test_the_budget_keeps_exactly_what_is_over_it(alpha, planted):
 
 
 def test_a_few_massive_rows_do_not_hide_the_others():
-    """In a total they would: the rest is rounded to nothing, and is nothing beside them."""
+    """In a sum over rows they would: the other rows are rounded to zero, but are negligible in the sum."""
     torch.manual_seed(0)
     base = surgery.capture(nn.Sequential(nn.Linear(16, 16)).eval(), (torch.randn(4, 16),))
     x = torch.randn(64, 16)

@@ -1,4 +1,4 @@
-"""Smoothed and kept activations, carried on: saved, undone, merged into, exported, held by the kit, refused."""
+"""Smoothed and unquantized activations: saved, undone, merged into, exported, checked by the kit, refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_live_model_computes_the_same(encoder):
 
 
 def adapter_error(program, merged, path, data):
-    """By running the op before the merge, and after it."""
+    """Error of a merge, by running the op before and after it."""
     outputs = []
     for each in (program, merged):
         site = next(s for s in each.sites if s.path == path)
@@ -84,7 +84,7 @@ def adapter_error(program, merged, path, data):
 @pytest.mark.parametrize("how", ["requantize", "residual"])
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_an_adapter_goes_into_the_codes_of_the_smoothed_weight(method, how, planted, tmp_path):
-    """Where what enters is rounded and where it is kept; the factors stay those that are stored."""
+    """With quantized and with unquantized inputs; the stored factors stay."""
     program = planted.apply(surgery.Quantize(**SMOOTH, method=method, activation_budget=0.02), data=DATA)
     program = randomise(program.apply(surgery.Lora(target="attn.q,mlp.down", rank=4)))
     kinds = {r.path.rpartition(".")[2]: r.decided["kept"] for _, r in sites_of(program)}
@@ -129,13 +129,13 @@ def optimised(path):
 
 
 def floats_left(graph):
-    """The weights of MiniLM's maps that a graph has in floats."""
+    """Weights of MiniLM's linear layers that a graph has in floats."""
     sizes = {(384, 384), (384, 1536), (1536, 384)}
     return [t.name for t in graph.initializer if t.data_type == 1 and tuple(t.dims) in sizes]
 
 
 def test_fused_by_onnxruntime(encoder, tmp_path):
-    """One product with reciprocals, one rounding of each input; no weight in floats; a kept map is MatMulNBits."""
+    """One product with reciprocals, one rounding per input, no float weight; an unquantized input gives MatMulNBits."""
     passed = surgery.Quantize(**SMOOTH, activation_budget=0.03)
     program = encoder.apply(passed)
     kept = sum(record.decided["kept"] for _, record in sites_of(program))
@@ -162,7 +162,7 @@ def test_fused_by_onnxruntime(encoder, tmp_path):
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_exported_under_adapters(adapter, planted, tmp_path):
-    """DoRA reads the weight itself: it is written in floats, divided by the factors; LoRA leaves the integers."""
+    """DoRA reads the weight itself: it is exported in floats, divided by the factors; LoRA keeps the integers."""
     program = planted.apply(surgery.Quantize(**SMOOTH), data=DATA)
     program = randomise(program.apply(surgery.Lora(target="attn.q,mlp.down", rank=2, dora=adapter == "dora")))
     report = program.export(tmp_path / "model.onnx")
@@ -172,7 +172,7 @@ def test_exported_under_adapters(adapter, planted, tmp_path):
 
 
 class Rows(nn.Module):
-    """Weights stored the other way round, as GPT-2 has them: x W and addmm."""
+    """Transposed weights, as in GPT-2: x W and addmm."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What enters is rounded, and what that leaves is rounded too: the op, what it saves, two products in onnxruntime."""
+"""Inputs quantized twice (value and rounding error): the op, its saved tensors, two products in onnxruntime."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def planted(tmp_path_factory):
 
 
 def spans(scaled, per_token):
-    """From the least to the largest level."""
+    """Difference between the highest and the lowest level."""
     largest = 2 * scaled.abs().amax(-1, keepdim=True)
     return largest if per_token else scaled.max().clamp(min=0) - scaled.min().clamp(max=0)
 
@@ -57,7 +57,7 @@ def test_sixteen_bits_of_each_value(per_token, smoothed):
 
 @ROWS
 def test_what_one_rounding_keeps_stays(per_token):
-    """Zeros, and values on a level, are what they were: nothing is left of them."""
+    """Zeros, and values on a level, are kept: they have no rounding error."""
     x = torch.tensor([[0.0, 127.0, -64.0, 1.0, -128.0 if not per_token else -127.0]])
     assert torch.equal(round_activation(x, None, per_token, True)[0, 0], torch.tensor(0.0))
     torch.testing.assert_close(round_activation(x, None, per_token, True), x, rtol=1e-6, atol=1e-6)
@@ -82,7 +82,7 @@ def test_half_precision_and_the_gradient(dtype, per_token):
 @ROWS
 @pytest.mark.parametrize("options", [{}, {"method": "gptq"}, {"smooth": 0.5}])
 def test_every_map_is_the_product_of_its_codes(per_token, options, planted):
-    """Of what enters nothing to speak of is lost, so that the weight's rounding is what is left."""
+    """The input's error is negligible, so only the weight's rounding error is left."""
     program = planted.apply(surgery.Quantize(**TWICE, per_token=per_token, **options), data=DATA)
     assert len(sites_of(program)) == 14
     for site, record in sites_of(program):
@@ -139,7 +139,7 @@ def test_the_kit(planted, per_token):
     [pytest.param(False, 0, marks=pytest.mark.slow), (False, 0.5), (True, 0), (True, 0.5)],
 )
 def test_two_products_of_integers(per_token, smooth, tmp_path):
-    """Fused by onnxruntime, each of them; no weight in floats, and closer to the weight alone than one rounding is."""
+    """onnxruntime fuses both; no float weight; the result is closer to weight-only rounding than with one product."""
     path, passed = tmp_path / "model.onnx", surgery.Quantize(**TWICE, per_token=per_token, smooth=smooth)
     # A value between two levels of the second rounding may go either way.
     written = check_fused(passed, path, error=1e-3, products=24)

@@ -1,4 +1,4 @@
-"""Filters under gradient masks: which are chosen, on every form of weight, and what L1 and group lasso left."""
+"""Filters under gradient masks: their selection, on every form of weight, and after L1 and group lasso."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUICK = [name for name in CHECKS if name not in ("reload", "reexport", "unflatte
 
 
 def mask_of(applied, name):
-    """The whole mask of a parameter; all True where it has none and trains."""
+    """The full mask of a parameter; without a mask, all True if it trains and else all False."""
     shape = applied.state()[name].shape
     if name not in applied.schedule.masks:
         return torch.full(shape, applied.trains(name))

@@ -1,4 +1,4 @@
-"""Selections by what a parameter is and how deep it stands: what trains, when, how fast, and nothing else."""
+"""Selections by kind and depth of parameters: which ones train, when, how fast, and no others."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_classifier():
 
 
 class Block(nn.Module):
-    """A body without a head: what it returns is a sum."""
+    """A body without a head: its output is a sum."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Block(nn.Module):
 
 
 def test_a_new_head_trains_with_every_selection(minilm):
-    """MiniLM's classifier is in no checkpoint: random, it has to learn whatever else does."""
+    """MiniLM's classifier is in no checkpoint: it is random, so it must train with every selection."""
     head = {"classifier.weight", "classifier.bias"}
     assert trains(minilm.apply(surgery.Classifier())) == head
     dense = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
@@ -209,7 +209,7 @@ def test_a_head_that_a_pass_put_in_is_at_the_top():
 
 
 def test_adapters_train_beside_a_selection():
-    """The pipeline freezes nothing here: the selection does, and leaves what adapters added alone."""
+    """The pipeline freezes nothing here: the selection does, and does not affect adapters."""
     lora = surgery.Lora(target="mlp.up", rank=2)
     for order in ((lora, surgery.Layerwise(top=1)), (surgery.Layerwise(top=1), lora)):
         applied = program().apply(*order)
@@ -352,7 +352,7 @@ def test_the_kit_on_other_models(which, name):
 
 @pytest.fixture
 def surgery_(capsys):
-    """The command, in this process; returns what it printed."""
+    """Run the command in this process; returns its output."""
 
     def run(*args):
         with pytest.raises(SystemExit) as done:

@@ -1,4 +1,4 @@
-"""sparse: the patterns to the value, scores by hand, zeros that hold, undone and refused, and what stands on them."""
+"""sparse: exact patterns, scores by hand, zeros that stay, undo and refusals, and adapters on top."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_as_many_as_asked(scope, sparsity):
 
 
 def zeros_of(program, site):
-    """Where the op reads zeros, laid out."""
+    """Mask of the zeros that the op reads, in its layout."""
     own = program.sites.by_key[site.key]
     return Layout.of(own).laid(Probe(program).stored(own)) == 0
 
@@ -117,7 +117,7 @@ def test_kit_on_small_models(form):
 
 
 def test_what_wanda_multiplies_with():
-    """Each norm, one by one: of linear maps either way round, of patches, of an expert's own rows."""
+    """Each norm, one by one: of linear layers in both layouts, of patches, of an expert's own rows."""
     torch.manual_seed(0)
     base = every()
     probe = Probe(base)
@@ -328,7 +328,7 @@ def test_global_takes_where_weights_are_small():
 
 
 def test_adapters_stand_on_zeros_and_stay_beside(tmp_path):
-    """Only the adapter trains; folded it would fill the zeros, so it is kept, and said; both come off to the bit."""
+    """Only the adapter trains. A merge would fill the zeros, so it stays a branch, with a notice; undo is exact."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
     base = surgery.capture(module, (torch.randn(2, 16),), {"input": {0: "batch"}})
@@ -373,7 +373,7 @@ def test_a_plan_of_several_is_what_applying_does():
 
 @pytest.mark.parametrize("name", ["ia3", "bitfit"])
 def test_what_keeps_the_zeros_is_folded_with_them(name):
-    """Scales of what enters or leaves, and biases."""
+    """Scales of inputs or outputs, and biases, can be folded."""
     module, inputs = models.attention()
     base = surgery.capture(module, inputs)
     pass_ = find_pass(base.base.plugins, name).cls.parse({"target": "out"})
@@ -388,7 +388,7 @@ def test_what_keeps_the_zeros_is_folded_with_them(name):
 
 
 def test_through_a_transformers_directory(tmp_path):
-    """Merged, written and loaded as any other model, the zeros are there, and codes keep them."""
+    """Merged, written and loaded like any model: the zeros stay, and codes keep them."""
     base = surgery.load(
         f"hf:{minilm_path()}", task="feature-extraction", model_kwargs={"num_hidden_layers": 1}
     )
@@ -417,7 +417,7 @@ def test_sparse_tune_below_is_masked_too():
 
 
 def test_in_onnx(tmp_path):
-    """Merged, the zeros are in the file; as it trains, the mask is there under its name."""
+    """Merged, the zeros are in the file; unmerged, the mask is there under its name."""
     module, inputs = models.convnet()
     base = surgery.capture(module, inputs)
     program = base.apply(surgery.Sparse(target="all,!norm", sparsity=0.75))

@@ -1,4 +1,4 @@
-"""sparse while a model trains: the cubic schedule, obeyed and kept; in place; on MiniLM and real text."""
+"""sparse during training: the cubic schedule, followed and stored; live models; MiniLM on real text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(applied, steps, momentum=0.9):
 
 
 def cubic(step):
-    """Zhu & Gupta's formula, of the steps 4, 9, 14, 19 and 24."""
+    """Zhu & Gupta's formula, at the steps 4, 9, 14, 19 and 24."""
     if step < 4:
         return 0.0
     due = min(24, 4 + (step - 4) // 5 * 5)
@@ -65,7 +65,7 @@ def test_the_sparsity_is_the_formulas():
 
 @pytest.mark.parametrize("pattern", ["2:4", "4x4", "unstructured"])
 def test_it_ends_in_the_pattern(pattern):
-    """Whatever was passed over on the way, and however far beyond the end the loop goes."""
+    """Also if steps were skipped, and if the loop runs beyond the end."""
     options = {} if pattern == "2:4" else {"sparsity": 0.5}
     made = surgery.Sparse(target="blocks", pattern=pattern, schedule="cubic", end=10, initial=0.1, **options)
     applied = program().apply(made)
@@ -83,7 +83,7 @@ def test_it_ends_in_the_pattern(pattern):
 
 
 def test_the_choice_follows_the_training():
-    """By the magnitudes that the weights have then: not those of the start."""
+    """By the current magnitudes of the weights, not the initial ones."""
     applied = program().apply(surgery.Sparse(**{**RAMP, "target": "head"}))
     (at_once,) = [
         t
@@ -99,7 +99,7 @@ def test_the_choice_follows_the_training():
 
 
 def test_saved_and_gone_on_with(tmp_path):
-    """Half-way it is stored as it is; a loop that starts over takes nothing back; a finished one never moves again."""
+    """A partial state is stored; a loop that starts over undoes nothing; a finished mask never changes."""
     applied = program().apply(surgery.Sparse(**RAMP))
     run(applied, range(12))
     half = sparsity(applied)
@@ -193,7 +193,7 @@ def test_in_place():
 
 
 def text(count, start=0):
-    """Sentences of this project's own pages."""
+    """Sentences from this project's pages."""
     root = Path(__file__).parents[3]
     pages = "\n".join(
         path.read_text() for path in [root / "README.md", *sorted((root / "docs" / "passes").glob("*.md"))]
@@ -236,7 +236,7 @@ def test_wanda_is_nearer_than_magnitude_on_held_out_text(layers, options):
 
 
 def _layer_errors(base, made, held):
-    """By layer: how far W x moves for the inputs of the model as it was, over its size."""
+    """Relative error of W x for each layer, on the inputs of the original model."""
     probe, now, found = Probe(base, [held]), Probe(made), {}
     for site in base.sites:
         if not site.role.startswith(("attn", "mlp")):
@@ -251,7 +251,7 @@ def _layer_errors(base, made, held):
 
 
 def test_the_plan_says_what_the_data_says():
-    """The output error that is noted is that on the data."""
+    """The noted output error is that on the data."""
     base, data = encoder(1), [batch(text(16))]
     site = next(s for s in base.sites if s.role == "mlp.up")
     passed = surgery.Sparse(target=f"path:{site.path}", criterion="wanda")

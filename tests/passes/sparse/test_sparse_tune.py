@@ -1,4 +1,4 @@
-"""sparse-tune: the support as asked for, exact at insertion, merged to the same bits, beside other adapters."""
+"""sparse-tune: the requested support, exact at insertion, merged bit for bit, together with other adapters."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_support_is_what_by_says():
 
 
 def test_the_gradients_importance_is_fishers():
-    """Of p(y|x) over the model's own answers, exactly, since all of them can be counted: a linear softmax."""
+    """Fisher information of p(y|x) over the model's own answers, exact for a linear softmax with few classes."""
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(4, 3, bias=False), 2 * torch.randn(5, 4)
     probe = Probe(surgery.capture(layer, x), [((row[None],), {}) for row in x])
