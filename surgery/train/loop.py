@@ -233,7 +233,7 @@ class Loop:
         best = state.step
         if state.best is not None and state.best != state.step:
             best = state.best
-            self.weights.put(self.checkpoints.weights_of(best))
+            self.weights.put(self.checkpoints.weights_of(best), self.checkpoints.path(best))
             metrics = self.evaluate()
         else:
             self.body.pull(self.weights.names)
@@ -395,7 +395,7 @@ class Loop:
         self.training = now
         for each, before in zip(paced, done, strict=True):
             if each.done != before and before is not None and not logged:
-                self.watch.noted(step + 1, f"{each.pass_.name} changed its tensors to {each.done:.3g}")
+                self.watch.noted(step + 1, f"{each.entry} changed its tensors to {each.done:.3g}")
 
     def _batch(self, data: Examples, chosen: Sequence[int], draw: Generator) -> Batch:
         """Make a batch on the device, completed by the objective's companions."""
