@@ -208,5 +208,5 @@ def test_plan_refuses_what_apply_does():
     for method in (program.plan, program.apply):
         with pytest.raises(PassError, match="'lora' is applied already; give this one a name"):
             method(*twice)
-        with pytest.raises(PassError, match="the class Lora is no pass"):
+        with pytest.raises(PassError, match="the class Lora is not a pass"):
             method(surgery.Lora)

@@ -276,10 +276,13 @@ SAYS = {
         Selection({"embed.weight": True}, windows={"embed.weight": (5, 5)}),
         "which contains no step; give a later end",
     ),
-    "unit": (Selection({"embed.weight": True}, unit="batch"), "counts in 'step' or 'epoch', not in 'batch'"),
+    "unit": (
+        Selection({"embed.weight": True}, unit="batch"),
+        "the unit of the schedule is 'batch'; use 'step' or 'epoch'",
+    ),
     "shape": (
         Selection({"embed.weight": True}, masks={"embed.weight": torch.ones(64, 16, dtype=torch.bool)}),
-        r"of the shape \(16, 64\) or with 1",
+        r"of the shape \(16, 64\) or with size 1",
     ),
     "dtype": (
         Selection({"embed.weight": True}, masks={"embed.weight": torch.ones(16, 64)}),

@@ -118,5 +118,5 @@ def test_from_the_command_line(made, capsys):
     assert "--max-shard-size lots: write a size" in said
     code, said = run("--max-shard-size", "5GB", "-o", folder / "no")
     assert code == 2
-    assert "is for --format hf" in said
+    assert "--max-shard-size needs --format hf" in said
     assert not (folder / "no").exists()
