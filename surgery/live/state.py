@@ -421,3 +421,24 @@ def state_of(model: nn.Module) -> LiveState | None:
     """The state of a live module; None if no pass has been applied to it."""
     state = vars(model).get(ATTRIBUTE)
     return state if isinstance(state, LiveState) else None
+
+
+def sharing(program: Program, before: Program) -> Program:
+    """The program with the tensors that are in the live module already, instead of copies of them."""
+    program.own()
+    tensors = {name: before.tensors.get(name, tensor) for name, tensor in program.tensors.items()}
+    changed = {}
+    for name, tensor in program.changed.items():
+        held = before.changed.get(name)
+        if held is None:
+            changed[name] = tensor
+            continue
+        # The values differ if undoing a pass restored earlier ones. They are copied, since an optimizer may refer to
+        # the tensor in the module.
+        if not torch.equal(held, tensor):
+            with torch.no_grad():
+                held.copy_(tensor)
+        changed[name] = held
+    return Program(
+        program.base, program.journal, tensors, changed, program._graph, program.reports, program.clock
+    )

@@ -11,24 +11,21 @@ import torch
 from torch import nn
 
 from surgery.capture import LoadedModel, LoadOptions, trace
-from surgery.capture.trace import to_plain
-from surgery.common.errors import CaptureError, LoadError, PassError, SurgeryError, TargetError
+from surgery.common.errors import CaptureError, LoadError, PassError, TargetError
 from surgery.common.plugins import Plugins, make_plugin_manager
 from surgery.engine.base import Base
 from surgery.engine.change.plans import PlanReport
-from surgery.engine.contract.base import Pass, RewritePass
-from surgery.engine.contract.numerics import rounded
-from surgery.engine.contract.observe import observe
+from surgery.engine.contract.base import Pass
 from surgery.engine.probe import InputSet
 from surgery.engine.program import Program
-from surgery.engine.replay import find_sites, live_entries, pass_of
-from surgery.graph.ops import LINEAR
+from surgery.engine.replay import live_entries, pass_of
 from surgery.live.capture import loaded_of, watch
+from surgery.live.checks import refuse_caches, run_live, verify_insertion, verify_merge
 from surgery.live.fallback import pretend
 from surgery.live.layer import Layers
 from surgery.live.mixed_batch import rows_of
 from surgery.live.reference import sourced
-from surgery.live.state import ATTRIBUTE, LiveState, state_of
+from surgery.live.state import ATTRIBUTE, LiveState, sharing, state_of
 from surgery.store.hf import write_hf
 from surgery.store.saved import load_saved
 
@@ -87,13 +84,13 @@ def apply_(
         adapted = program.apply(*passes, freeze_base=freeze_base, verify=check, data=data)
     except TargetError as error:
         raise (_without_roles(error, state) if state.uncaptured else error) from None
-    _refuse_caches(model, adapted)
-    adapted = _sharing(adapted, program)
+    refuse_caches(model, adapted)
+    adapted = sharing(adapted, program)
     state.adopt(model, adapted)
     model.__dict__[ATTRIBUTE] = state
     if check:
         try:
-            _verify(model, state, program)
+            verify_insertion(model, state, program)
         except PassError:
             state.adopt(model, program)
             raise
@@ -121,7 +118,7 @@ def remove_(model: nn.Module, *names: str) -> Program:
         undone = program
         for name in names:
             undone = undone.undo(name)
-        undone = _sharing(undone, program)
+        undone = sharing(undone, program)
     else:
         undone = program.undo_all()
     state.adopt(model, undone)
@@ -194,7 +191,7 @@ def weight_(model: nn.Module, weights: Mapping[str, float]) -> Program:
     """
     state = _known(model)
     state.free()
-    state.adopt(model, _sharing(state.program.weighted(weights), state.program))
+    state.adopt(model, sharing(state.program.weighted(weights), state.program))
     return state.program
 
 
@@ -221,7 +218,7 @@ def combine_(
     state.free()
     before = state.program
     combined = before.combine(weights, method, label=label, **options)
-    state.adopt(model, _sharing(combined, before))
+    state.adopt(model, sharing(combined, before))
     return state.program
 
 
@@ -242,7 +239,7 @@ def using(model: nn.Module, *names: str, weights: Mapping[str, float] | None = N
     """
     state = _known(model)
     before = state.program
-    state.adopt(model, _sharing(before.only(*names).weighted(weights or {}), before))
+    state.adopt(model, sharing(before.only(*names).weighted(weights or {}), before))
     try:
         with state.within("using"):
             yield model
@@ -292,42 +289,15 @@ def merge_(model: nn.Module) -> Program:
     state = _known(model)
     state.free()
     before = state.program
-    merged = _sharing(before.merge(verify=not state.uncaptured), before)
-    then = _run(model, state.example)
+    merged = sharing(before.merge(verify=not state.uncaptured), before)
+    then = run_live(model, state.example)
     state.adopt(model, merged)
     try:
-        _verify_merge(model, state, before, then)
+        verify_merge(model, state, before, then)
     except Exception:
         state.adopt(model, before)
         raise
     return state.program
-
-
-def _verify_merge(model: nn.Module, state: LiveState, before: Program, then: Any) -> None:
-    """Hold the merged live model against the unmerged one on the example inputs; without inputs nothing is run.
-
-    Raises:
-        PassError: The outputs moved by more than rounding the weights once explains.
-    """
-    if state.example is None:
-        return
-    seen = observe(then, _run(model, state.example))
-    allowed = before.merge_tolerance
-    rounds = any(
-        isinstance(pass_ := pass_of(e, before.base.plugins), RewritePass) and pass_.effect.rounding
-        for e in live_entries(before.journal)
-    )
-    if rounds and not state.uncaptured:
-        # Rounded activations make whole steps of a small difference; the program itself moves by as much.
-        allowed += 2 * observe(before.run(), state.program.run()).difference
-    if not seen.within(rounded(allowed, "weights are rounded once more")):
-        merged = state.program.journal.entries[-1].options.get("folded", ())
-        sites = [r.path for e in before.journal if e.id in merged for r in e.sites]
-        raise PassError(
-            f"merge_: the live model's outputs moved by {seen.difference:.1e} of their scale, over {allowed:.0e}: a "
-            f"weight of {', '.join(sites[:5])} is read in another way than by its layer; the model is as it was; "
-            "keep the adapters unmerged, or merge the model's program"
-        )
 
 
 def save_(
@@ -414,7 +384,7 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
         state = LiveState(Program(program.base), state.seen, state.layers)
         program.own()
         state.adopt(model, program)
-    except SurgeryError:
+    except BaseException:
         # Tensors of another base may have been copied into the module before the mismatch was found.
         with torch.no_grad():
             for name, tensor in model.state_dict(keep_vars=True).items():
@@ -455,92 +425,12 @@ def _state(
     return LiveState(Program(base), seen, layers, why, example_model)
 
 
-def _sharing(program: Program, before: Program) -> Program:
-    """The program with the tensors that are in the live module already, instead of copies of them."""
-    program.own()
-    tensors = {name: before.tensors.get(name, tensor) for name, tensor in program.tensors.items()}
-    changed = {}
-    for name, tensor in program.changed.items():
-        held = before.changed.get(name)
-        if held is None:
-            changed[name] = tensor
-            continue
-        # The values differ if undoing a pass restored earlier ones. They are copied, since an optimizer may refer to
-        # the tensor in the module.
-        if not torch.equal(held, tensor):
-            with torch.no_grad():
-                held.copy_(tensor)
-        changed[name] = held
-    return Program(
-        program.base, program.journal, tensors, changed, program._graph, program.reports, program.clock
-    )
-
-
 def _refresh(state: LiveState, model: nn.Module) -> None:
     """Update the program's buffers: moving a model to another device replaces its buffers by new tensors."""
     tensors = state.program.base.tensors
     for name, buffer in model.named_buffers(remove_duplicate=False):
         if name in tensors:
             tensors[name] = buffer
-
-
-def _verify(model: nn.Module, state: LiveState, before: Program) -> None:
-    """Run the live module without and with the new passes. Raises PassError if the outputs differ too much."""
-    loaded = state.program.base.loaded
-    fresh = [e for e in state.program.journal if e not in before.journal.entries and e.kind == "rewrite"]
-    if not fresh:
-        return
-    now, program = _run(model, loaded), state.program
-    # The new passes are switched off instead of undone, so that frozen parameters stay frozen: torch computes a weight
-    # norm differently if it needs no gradient.
-    state.adopt(model, _sharing(program.without(*(e.id for e in fresh)), program))
-    then = _run(model, loaded)
-    state.adopt(model, program)
-    seen = observe(then, now)
-    declared = (pass_of(e, program.base.plugins).numerics.on(program.precision) for e in fresh)
-    if any(seen.within(numerics) for numerics in declared):
-        return
-    raise PassError(
-        f"{fresh[-1].id}: in place, the outputs moved by {seen.difference:.1e} of their scale on the example inputs, "
-        f"more than {' or '.join(e.id for e in fresh)} declares; the model is unchanged"
-    )
-
-
-def _run(model: nn.Module, loaded: Any) -> Any:
-    """Outputs of the model in eval mode on the example inputs, without its cache; None without inputs."""
-    if loaded is None:
-        return None
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            outputs = to_plain(model(*loaded.args, **loaded.kwargs))
-            # A cache is an object of the model that cannot be compared; the outputs depend on its contents anyway.
-            return (
-                {k: v for k, v in outputs.items() if k != "past_key_values"}
-                if isinstance(outputs, dict)
-                else outputs
-            )
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _refuse_caches(model: nn.Module, program: Program) -> None:
-    """Raise PassError if a branch reads other positions in a model that generates with a cache."""
-    generates = getattr(model, "can_generate", None)
-    if generates is None or not generates():
-        return
-    for entry in program.journal:
-        pass_ = pass_of(entry, program.base.plugins) if entry.kind == "rewrite" else None
-        if isinstance(pass_, RewritePass):
-            for site in find_sites(entry, program.base.sites.by_key):
-                if pass_.effect.mixes_positions and site.kind == LINEAR:
-                    raise PassError(
-                        f"{entry.id} at {site.path}: it reads earlier positions, which a layer does not get when the "
-                        f"model generates with a cache; capture the model and apply the pass to its program, or use "
-                        f"another pass"
-                    )
 
 
 def _without_roles(error: TargetError, state: LiveState) -> TargetError:
