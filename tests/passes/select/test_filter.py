@@ -221,7 +221,7 @@ def test_wrong_options(name):
 
 def test_nothing_to_choose_from():
     with pytest.raises(
-        PassError, match=r"^filter: the target names no conv, linear or expert weight .*--target head"
+        PassError, match=r"^filter: the target names no conv, linear or expert weight; .*--target head"
     ):
         program().apply(surgery.Filter(target="norm"))
     says = r"^filter: no filter of the 11 targeted parameters is zero .*L1 or group-lasso penalty first.*--source norm"

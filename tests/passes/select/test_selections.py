@@ -123,7 +123,7 @@ def test_embedding(name):
         assert trains(base.apply(surgery.Embedding(which=which))) == expected | fresh
     assert trains(base.apply(surgery.Embedding())) == set().union(*kinds.values()) | fresh
     missing = next(k for k in ("type", "patch") if k not in kinds)
-    there = "none; --which stem" if "stem" in kinds else ", ".join(sorted(kinds))
+    there = "none; use --which stem" if "stem" in kinds else ", ".join(sorted(kinds))
     with pytest.raises(PassError, match=f"^embedding: the model has no {missing} embeddings.*it has {there}"):
         base.apply(surgery.Embedding(which=missing))
 
