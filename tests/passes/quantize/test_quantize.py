@@ -254,7 +254,7 @@ def test_adapters_stand_on_codes(name, encoder, tmp_path):
     assert observe(program.undo(name.replace("dora", "lora")).run(), quantized.run()).equal
     if name == "lora":
         with pytest.raises(
-            PassError, match="lora: quantize has replaced .*, the weight that it would be folded into"
+            PassError, match=r"lora: quantize has replaced .*, the weight that it would be folded into"
         ):
             program.merge()
 
