@@ -1,4 +1,4 @@
-"""The hooks that a plugin can implement. README.md documents each hook."""
+"""The hooks that a plugin can implement. docs/plugins.md documents each hook."""
 
 from __future__ import annotations
 

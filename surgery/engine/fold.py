@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from surgery.common.errors import JournalError
+from surgery.common.errors import JournalError, SurgeryError
+from surgery.common.readers import first_line
 from surgery.engine.contract.base import RewritePass, default_names, merges
 from surgery.engine.contract.folds import Fold, Stage, apply_folds
 from surgery.engine.journal import Entry, Journal, SiteRecord
@@ -283,7 +285,8 @@ def fold(
         if in_place:
             _check_in_place(own, original.data_ptr() == work.data_ptr())
         reads = any(step.fold.reads_original for step in own)
-        work = apply_folds(work, [step.fold for step in own], original.to(work.dtype) if reads else work)
+        with _reported(own[-1].entry, own[-1].site.path):
+            work = apply_folds(work, [step.fold for step in own], original.to(work.dtype) if reads else work)
         if work.dtype != original.dtype:
             with torch.no_grad():
                 work = original.copy_(work) if in_place else work.to(original.dtype)
@@ -312,6 +315,19 @@ def _check_in_place(steps: list[_Step], shared: bool) -> None:
             )
 
 
+@contextmanager
+def _reported(entry: Entry, path: str) -> Iterator[None]:
+    """Report any other error than a SurgeryError with its pass and site: a stored decision can be anything."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise JournalError(
+            f"{entry.id} at {path} cannot be folded ({type(error).__name__}: {first_line(error)}); undo the merge"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Step:
     """One change of one base tensor: `name` is the tensor's."""
@@ -329,7 +345,9 @@ def _steps_of(
     steps = []
     for site, record in zip(find_sites(entry, sites.by_key), entry.sites, strict=True):
         own = {name: tensors[full] for name, full in record.tensors.items()}
-        for slot, change in pass_.merge(site, own, entry.weight).items():
+        with _reported(entry, record.path):
+            changes = dict(pass_.merge(site, own, entry.weight))
+        for slot, change in changes.items():
             name = _place(site, slot, entry)
             if name is not None:
                 steps.append(_Step(entry, site, name, change))

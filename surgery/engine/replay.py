@@ -13,7 +13,7 @@ from surgery.capture import Captured
 from surgery.common.errors import JournalError, nearest
 from surgery.common.plugins import Plugins
 from surgery.engine.base import Base
-from surgery.engine.contract.base import GraphPass, Pass, RewritePass
+from surgery.engine.contract.base import GraphPass, Pass, RewritePass, merges
 from surgery.engine.contract.gradual import Gradual
 from surgery.engine.contract.pattern import PatternPass
 from surgery.engine.journal import Entry, Journal, SiteRecord
@@ -232,7 +232,35 @@ def build_graph(
         # Only these passes create or replace ops with weights, which the index lists.
         if pass_.effect.adds_weights or isinstance(pass_, PatternPass):
             index = None
+    if stored:
+        _check_dormant(base, journal, tensors)
     return graph
+
+
+def _check_dormant(base: Base, journal: Journal, tensors: Mapping[str, Tensor]) -> None:
+    """Check the stored entries that are not in the graph: folded ones, and those of weight 0.
+
+    Raises:
+        JournalError: A merge names an entry that cannot be folded, or the tensors of an entry do not fit.
+    """
+    known = {entry.id: entry for entry in journal if entry.kind == "rewrite"}
+    for merge in journal:
+        for name in merge.options.get("folded", ()) if merge.kind == "merge" else ():
+            entry = known.get(name)
+            if entry is None or not merges(type(pass_of(entry, base.plugins))):
+                raise JournalError(f"{merge.id} folds {name!r}, which is no entry that can be folded")
+    live = {entry.id for entry in live_entries(journal)}
+    for entry in known.values():
+        pass_ = pass_of(entry, base.plugins)
+        places = [base.sites.by_key.get(record.key) for record in entry.sites]
+        # Sites that another pass has made are not in the base, and are checked when the entry acts again.
+        if entry.id not in live and isinstance(pass_, RewritePass) and None not in places:
+            sites = [
+                site.deciding(record.decided)
+                for site, record in zip(places, entry.sites, strict=True)
+                if site
+            ]
+            check_fit(entry, pass_, sites, tensors)
 
 
 @dataclass

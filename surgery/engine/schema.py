@@ -20,6 +20,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    model_validator,
 )
 
 from surgery.common.errors import JournalError
@@ -96,6 +97,14 @@ class StoredEntry(_Strict):
     numerics: Json
     weight: FiniteFloat
     auto: StrictBool
+
+    @model_validator(mode="after")
+    def _names_entries(self) -> StoredEntry:
+        for key in ("folded", "simplified") if self.kind == "merge" else ():
+            names = self.options.get(key, [])
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"options.{key} must be a list of entries")
+        return self
 
 
 def check_entry(data: Any, number: int) -> None:

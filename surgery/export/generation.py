@@ -32,7 +32,7 @@ from surgery.engine.contract.base import RewritePass
 from surgery.engine.replay import live_entries, pass_of
 from surgery.export.adapter_inputs import slots, write_adapters
 from surgery.export.failure import first_line
-from surgery.export.generator import open_generator, sliding_window, whole_cache
+from surgery.export.generator import PARTS, open_generator, sliding_window, whole_cache
 from surgery.export.lowerings.dequantize import Weight, check_kept
 from surgery.export.onnx_file import quiet
 from surgery.export.opset import opset_for
@@ -47,7 +47,6 @@ from surgery.store.hf import write_companions
 if TYPE_CHECKING:
     from surgery.engine.program import Program
 
-PARTS = ("prefill", "decode")
 WEIGHTS = "decode.onnx.data"
 _INLINE = 1024  # bytes: smaller tensors stay in the graph, where shape inference can read them
 _TOKENS = 32  # new tokens that the check generates

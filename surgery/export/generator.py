@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from surgery.common.errors import ExportError, nearest
+from surgery.capture.budget import limited
+from surgery.common.errors import ExportError, SurgeryError, nearest
+from surgery.common.readers import read_json
 from surgery.export.failure import first_line
 from surgery.export.optional import require
 from surgery.export.runtime import ADAPTER, adapter_file
+from surgery.export.untrusted import read_checked
+
+_MANIFEST = "export.json"
+PARTS = ("prefill", "decode")
+# Containers of Python, and caches and outputs of transformers.
+_TREE = re.compile(
+    r"builtins\.(tuple|list|dict)|collections\.OrderedDict|transformers(\.\w+)*[.:]\w*(Cache|Output)\w*"
+)
 
 
 def open_generator(path: Any, **session: Any) -> Any:
@@ -34,8 +46,9 @@ def open_generator(path: Any, **session: Any) -> Any:
     from transformers.exporters.base import ExportedModel
 
     folder = Path(path)
-    if not (folder / "export.json").is_file():
+    if not (folder / _MANIFEST).is_file():
         raise ExportError(f"{path} was not written by `surgery export --generate`; name a directory that was")
+    _check_directory(folder)
     if "session_options" not in session:
         # Suppress the warning that onnxruntime logs for every input with a default value.
         session["session_options"] = ort.SessionOptions()
@@ -45,14 +58,20 @@ def open_generator(path: Any, **session: Any) -> Any:
     except Exception as error:
         raise ExportError(f"{path} cannot be opened ({first_line(error)}); export it again") from error
     title = str(exported.components["decode"].metadata.architecture)
-    cls = getattr(transformers, title, None)
-    if cls is None:
+    cls: Any = getattr(transformers, title, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ExportError(
             f"{path} was exported from {title}, which the installed transformers lacks; upgrade transformers"
         )
     # Only `generate` and the attributes it reads are needed, so the model is created without weights.
-    with torch.device("meta"):
-        shell = cls(exported.config)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    try:
+        with torch.device("meta"), limited(size, str(path)):
+            shell: Any = cls(exported.config)  # type: ignore[arg-type]
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{path} cannot be opened ({first_line(error)}); export it again") from error
     if exported.generation_config is not None:
         shell.generation_config = exported.generation_config
     shell.__class__ = type(title, (_Generator, cls), {"forward": _forward_like(cls)})
@@ -63,6 +82,59 @@ def open_generator(path: Any, **session: Any) -> Any:
     for runner in runners.values():
         runner.session = _Session(runner.session, shell)
     return shell.eval()
+
+
+def _check_directory(folder: Path) -> None:
+    """Check a directory before transformers reads it: other formats than ONNX, and some trees of inputs, run code.
+
+    Raises:
+        ExportError: the manifest is damaged, or names another format, files elsewhere, or unknown types.
+    """
+    manifest = read_json(folder / _MANIFEST, ExportError, "export it again")
+    parts = manifest.get("components") if isinstance(manifest, dict) else None
+    if not isinstance(parts, dict) or set(parts) != set(PARTS) or manifest.get("export_format") != "onnx":
+        raise ExportError(
+            f"{folder / _MANIFEST} describes no ONNX graphs {' and '.join(PARTS)}; `surgery export --generate` wrote "
+            "something else"
+        )
+    for part, entry in parts.items():
+        if not isinstance(entry, dict) or entry.get("file") != f"{part}.onnx":
+            raise ExportError(
+                f"{folder / _MANIFEST}: the file of {part!r} has to be {part}.onnx; export it again"
+            )
+        metadata = entry.get("metadata")
+        if not isinstance(metadata, dict) or not str(metadata.get("architecture")).isidentifier():
+            raise ExportError(f"{folder / _MANIFEST}: {part!r} has damaged metadata; export it again")
+        for key in ("in_spec", "out_spec"):
+            if metadata.get(key) is not None and not _is_tree(metadata[key], 0):
+                raise ExportError(f"{folder / _MANIFEST}: {key} of {part!r} has a type that is not read")
+        read_checked(folder / f"{part}.onnx")
+
+
+def _is_tree(text: Any, depth: int) -> bool:
+    """True for a tree of inputs or outputs, as torch writes it, that is made of containers and model outputs.
+
+    torch imports whatever module a defaultdict or an enum in it names.
+    """
+    try:
+        value = json.loads(text) if isinstance(text, str) and depth < 8 else None
+    except (ValueError, RecursionError):
+        return False
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            kind = item.get("type")
+            if "__enum__" in item or (kind is not None and not _TREE.fullmatch(str(kind))):
+                return False
+            # The context of a container is a JSON text of its own.
+            context = item.get("context")
+            if isinstance(context, str) and context[:1] in "{[" and not _is_tree(context, depth + 1):
+                return False
+            waiting += item.values()
+    return value is not None
 
 
 class _Generator:

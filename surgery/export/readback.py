@@ -11,6 +11,7 @@ from typing import Any
 from surgery.common.errors import ExportError
 from surgery.export import metadata_keys
 from surgery.export.optional import require
+from surgery.export.untrusted import read_checked
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ def provenance_of(path: Path) -> dict[str, StoredTensor]:
     found = {}
     for name, value in model.graph.initializers.items():
         meta, place = value.metadata_props, _place(value.metadata_props)
+        if value.const_value is None:
+            raise ExportError(f"'{path}' has no data for the tensor {name!r}; export it again")
         found[name] = StoredTensor(
             name=name,
             source=meta.get(metadata_keys.SOURCE, name),
             shape=tuple(value.const_value.shape),
             dtype=value.const_value.dtype.name.lower(),
-            tied=tuple(json.loads(meta.get(metadata_keys.TIED, "[]"))),
+            tied=tuple(_parsed(meta.get(metadata_keys.TIED, "[]"), path, metadata_keys.TIED, str)),
             pass_name=place[0],
             instance=place[1],
             site=place[2],
@@ -79,9 +82,24 @@ def names_survive(path: Path) -> dict[str, str]:
 
 
 def journal_of(path: Path) -> Any:
-    """Read the journal that the program had when it was exported; None if the file has no journal."""
+    """Read the journal that the program had when it was exported; None if the file has no journal.
+
+    Raises:
+        ExportError: the file cannot be read, or its journal is damaged.
+    """
     text = _load(path).metadata_props.get(metadata_keys.JOURNAL)
-    return None if text is None else json.loads(text)
+    return None if text is None else _parsed(text, path, metadata_keys.JOURNAL, dict)
+
+
+def _parsed(text: str, path: Path, key: str, kind: type) -> list[Any]:
+    """A list of values of one type from a metadata text. Raises ExportError for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(item, kind) for item in found):
+        raise ExportError(f"'{path}' has damaged metadata in {key}; export it again")
+    return found
 
 
 def _place(meta: Mapping[str, str]) -> tuple[str, str, str]:
@@ -95,6 +113,7 @@ def _place(meta: Mapping[str, str]) -> tuple[str, str, str]:
 
 def _load(path: Path) -> Any:
     ir = require("onnx_ir")
+    read_checked(path)
     try:
         return ir.load(path)
     except Exception as error:

@@ -17,6 +17,7 @@ from surgery.common.errors import ExportError, nearest
 from surgery.export import metadata_keys
 from surgery.export.failure import first_line
 from surgery.export.optional import require
+from surgery.export.untrusted import read_checked
 
 ADAPTER = ".onnx_adapter"  # suffix of onnxruntime's adapter files
 
@@ -53,7 +54,7 @@ class OnnxModel:
             {"session.qdq_matmulnbits_accuracy_level": "1"}.
 
     Raises:
-        ExportError: the file cannot be read or run.
+        ExportError: the file cannot be read or run, or names data outside its directory.
         MissingExtraError: onnxruntime is not installed.
     """
 
@@ -71,6 +72,7 @@ class OnnxModel:
         self.config = dict(config or {})
         if not self.path.is_file():
             raise ExportError(f"there is no ONNX file '{path}'; check the path")
+        read_checked(self.path)
         self._session = self._open(str(self.path))
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
@@ -211,9 +213,9 @@ class OnnxModel:
         try:
             feed = {name: inputs[name].detach().cpu().contiguous().numpy() for name in self.inputs}
             values = session.run(wanted, feed, options)
+            return {name: torch.as_tensor(value) for name, value in zip(wanted, values, strict=True)}
         except Exception as error:
             raise ExportError(f"onnxruntime cannot run '{self.path.name}': {first_line(error)}") from error
-        return {name: torch.as_tensor(value) for name, value in zip(wanted, values, strict=True)}
 
 
 def adapter_file(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from surgery.engine.program import Program
 from surgery.export.compare import Divergence, first_divergence
 from surgery.export.program import parity_inputs, source_of
 from surgery.export.runtime import OnnxModel
-from surgery.graph.marks import META
+from surgery.graph.marks import mark_of
 from surgery.graph.ops import module_path
 
 Side = Program | OnnxModel
+_MOST_VALUES = 2**25  # of one random input of an ONNX file
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ def _cause(side: Side, name: str) -> str:
         return ""
     node = next((n for n in side.graph.nodes if n.name == name), None)
     for near in [node, *node.all_input_nodes] if node is not None else []:
-        mark = near.meta.get(META, {})
-        if mark.get("entry"):
-            return f"{mark['entry']} at {mark['site']}"
+        mark = mark_of(near)
+        if mark.entry:
+            return f"{mark.entry} at {mark.site}"
     return ""
 
 
@@ -180,6 +182,11 @@ def _onnx_inputs(model: Side, seed: int) -> tuple[tuple[Any, ...], dict[str, Any
     made: dict[str, Tensor] = {}
     for name, (kind, shape) in model.signature.items():
         sizes = [size if isinstance(size, int) else 2 if size == "batch" else 7 for size in shape]
+        if any(size < 0 for size in sizes) or math.prod(sizes) > _MOST_VALUES:
+            raise SurgeryError(
+                f"'{model.path}': the input {name!r} has the shape {list(shape)[:8]}; random inputs have up to "
+                f"{_MOST_VALUES:,} values"
+            )
         if "float" in kind or "double" in kind:
             made[name] = torch.randn(sizes, generator=generator)
         elif "bool" in kind or "mask" in name:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-
+# Kinds of residual branches that get an adapter, by placement.
 _ATTENTION, _FEED_FORWARD = ("attention", "cross-attention"), ("feed-forward",)
 _KINDS = {
     "houlsby": (*_ATTENTION, *_FEED_FORWARD),
@@ -41,28 +41,30 @@ def _small(tensor: Tensor) -> None:
 class Adapter(GraphPass):
     """Bottleneck adapters: h becomes h + s·W_up σ(W_down h + b_down) + s·b_up, beside a frozen model.
 
-    h is the result of a residual branch, just before it is added to the stream: after dropout, layer scale and a
-    norm within the branch. `houlsby` puts one on every branch, that is after attention and after feed-forward
-    (Houlsby et al. 2019, arXiv:1902.00751); `pfeiffer` after feed-forward alone (Pfeiffer et al. 2021,
-    arXiv:2005.00247); `parallel` adds to the feed-forward's result what the adapter makes of the feed-forward's
-    input (He et al. 2022, arXiv:2110.04366, who take s = 4). Branches are found by dataflow, from the adds that
-    join them to the stream. Where a model has neither attention nor feed-forward, every residual branch gets one:
-    a ResNet's, by 1×1 convolutions over the channels, or a Mamba mixer's.
+    h is the result of a residual branch just before it is added to the residual stream, after any dropout, layer scale
+    and norm of the branch. `houlsby` adapts every branch, that is after attention and after feed-forward (Houlsby et
+    al. 2019, arXiv:1902.00751). `pfeiffer` adapts only feed-forward branches (Pfeiffer et al. 2021, arXiv:2005.00247).
+    `parallel` reads the input of the feed-forward branch and adds to its result (He et al. 2022, arXiv:2110.04366, with
+    s = 4). Branches are found by dataflow, from the adds that join them to the stream. In a model without attention and
+    feed-forward every residual branch gets an adapter: in a ResNet 1×1 convolutions over the channels, in Mamba linear
+    maps at each mixer.
 
-    down (m × d) starts normal with deviation 0.01, up (d × m) and the biases at zero, so insertion is exact. A
-    layer that the model applies several times has one adapter for all of them. It does not merge: σ stands
-    between its two maps. Target: by the branch's last weight (`attn.out`, `mlp.down`, a path).
+    down (m × d) starts normal with standard deviation 0.01; up (d × m) and the biases start at zero, so insertion is
+    exact. A layer that the model applies several times has a single adapter. The pass cannot be merged, because σ is
+    nonlinear. The target names the last weight of a branch (`attn.out`, `mlp.down`, a path).
     """
 
     name: ClassVar[str] = "adapter"
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
-        "houlsby", description="after attention and feed-forward; after feed-forward; or beside it"
+        "houlsby", description="after attention and feed-forward; after feed-forward; or parallel to it"
     )
     size: int = Field(64, gt=0, description="width m of the bottleneck")
-    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="σ")
-    scale: float = Field(1.0, gt=0, description="s, what the adapter adds is multiplied by it")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the bottleneck's values, in train mode")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="activation function σ")
+    scale: float = Field(1.0, gt=0, description="factor s of the adapter's output")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="probability of dropping a value of the bottleneck, in train mode"
+    )
 
     @property
     def effect(self) -> Effect:
@@ -88,17 +90,17 @@ class Adapter(GraphPass):
         branches = _branches_of(site, site.probe.view)
         axes = {_channel_axis(site, b.end) for b in branches}
         if len(axes) > 1 or None in axes:
-            return "the axis of the features cannot be told at the end of its branch; target other branches"
+            return "the feature axis at the end of its branch is ambiguous; target other branches"
         if self.placement == "parallel" and any(
             _positions(b.inner, *axes) != _positions(b.end, *axes) for b in branches
         ):
-            return "its branch changes the size of the image, so nothing stands beside it; use --placement pfeiffer"
+            return "its branch changes the image size, so nothing can be parallel to it; use --placement pfeiffer"
         return None
 
     def decide(self, site: Site) -> dict[str, Any]:
         branch = _branches_of(site, site.probe.view)[0]
         axis = _channel_axis(site, branch.end)
-        assert axis is not None
+        assert axis is not None  # see `check`
         read = branch.inner if self.placement == "parallel" else branch.end
         return {
             "axis": axis,
@@ -130,7 +132,7 @@ class Adapter(GraphPass):
 
 
 def _map(site: Site, g: Rewriter, value: fx.Node, name: str) -> fx.Node:
-    """A linear map over the features: of the last axis, or of the channels of an image or a signal."""
+    """Insert a linear map over the features: the last axis, or the channels of an image or a signal."""
     weight, bias = g[name], g[f"{name}_bias"]
     if site.decided["axis"] == -1:
         return g.call(aten.linear.default, value, weight, bias)
@@ -152,19 +154,21 @@ def _size(node: fx.Node, axis: int) -> int:
 
 
 def _positions(node: fx.Node, axis: int | None) -> list[str]:
-    """The sizes of all axes but that of the features."""
+    """The sizes of all axes except the features."""
     sizes = [str(size) for size in node.meta["val"].shape]
     del sizes[axis or 0]
     return sizes
 
 
 def _channel_axis(site: Site, end: fx.Node) -> int | None:
-    """-1 or 1: where the features are in the branch's result; None where both could be, or neither."""
+    """Axis of the features in the result of a branch, -1 or 1; None if neither or both are possible."""
     shape = end.meta["val"].shape
     wide = site.size("d" if "d" in site.layout else "o")
     fits = [axis for axis in (-1, 1) if isinstance(shape[axis], int) and shape[axis] == wide]
     if len(fits) < 2 or len(shape) == 2:
         return fits[0] if fits else None
-    like = [str(call.node.meta["val"].shape) for call in site.calls]  # symbols have no hash
+    # Both axes have the right size. The result of the branch then has its features where the last weight puts them,
+    # if it still has that op's shape. Shapes are compared as text because symbolic sizes have no hash.
+    like = [str(call.node.meta["val"].shape) for call in site.calls]
     usual = 1 if site.kind == "conv" else -1
     return usual if str(shape) in like else None

@@ -1,4 +1,4 @@
-"""BitFit: only biases train."""
+"""BitFit: trains only biases."""
 
 from __future__ import annotations
 
@@ -22,31 +22,32 @@ from surgery.graph.view import View
 
 aten = torch.ops.aten
 
+# Norms that subtract the mean over positions, and so any constant per channel.
 _TAKE_OUT = ("batch_norm", "instance_norm")
 
 
 class Bitfit(RewritePass):
     """BitFit: in y = W x + b only b trains (Ben Zaken et al. 2022, arXiv:2106.10199).
 
-    Every parameter that an op adds as a bias trains, of linear and convolutional weights and of norms, and no other
-    of the base; a head that the checkpoint did not hold trains whole, and with `--train-head` any head. The base's
-    own biases train in place: leaving the pass out (`without`) or undoing it gives back what they were.
+    The biases of linear weights, convolutions and norms train, and no other parameter of the base. An exception is a
+    head that the checkpoint does not contain: it trains whole, and with `--train-head` every head does. The base's own
+    biases train in place. Disabling the pass (`without`) or undoing it restores their values.
 
-    `--add-missing` gives linear, convolution and expert weights that have no bias one, b (out), or (experts × out)
-    for stacked experts, at zero: insertion is exact, y + 0. A convolution whose result goes into a batch norm gets
-    none: that norm takes a constant out again, and its own bias trains. Models without any bias (Llama, T5) need
-    this. A bias on keys has no effect in an attention without rotary positions, since softmax takes it out.
+    `--add-missing` adds a bias of zeros to linear, convolution and expert weights without one, b (out), or (experts ×
+    out) for stacked experts. Insertion is exact. A convolution before a batch norm gets none: the norm subtracts any
+    constant, and its own bias trains. Models without biases (Llama, T5) need this option. A bias on keys has no effect
+    in an attention without rotary positions, because softmax cancels it.
 
-    Merge: the base's biases are trained as they are; one that was added stays, as the base has no bias to hold it.
-    Biases cannot be scaled: the pass is in or out. Exact.
+    Merge: the base's biases already have their trained values. An added bias stays in the program, since the base has
+    no bias for it. The pass cannot be scaled, only switched on and off.
     """
 
     name: ClassVar[str] = "bitfit"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EXPERTS, NORM, EMBEDDING)
     default_target: ClassVar[str | None] = "all"
 
-    add_missing: bool = Field(False, description="weights without a bias get one, at zero")
-    train_head: bool = Field(False, description="the head's weights train too")
+    add_missing: bool = Field(False, description="add a bias of zeros to weights without one")
+    train_head: bool = Field(False, description="train the weights of the head too")
 
     def find(self, view: View) -> list[Site]:
         asked = super().find(view)
@@ -54,7 +55,7 @@ class Bitfit(RewritePass):
         if not sites:
             raise PassError(
                 f"bitfit: nothing that --target {self.target} names has a bias, or a use for one (embeddings have "
-                f"none, and a batch norm takes out what a convolution before it adds); target linear weights or norms"
+                f"none, and a batch norm cancels that of a convolution before it); target linear weights or norms"
             )
         return sites
 
@@ -62,13 +63,11 @@ class Bitfit(RewritePass):
         if self._biases(site) or (self.train_head and site.role.startswith("head")):
             return None
         if site.bias_is_computed:
-            return "its bias is computed, not a parameter; target what it is computed from"
+            return "its bias is computed, not a parameter; target the weights that it is computed from"
         if not self.add_missing:
             return "it has no bias; --add-missing gives it one at zero"
         if not site.float_dtype.is_floating_point:
-            return (
-                f"its weight is {site.dtype}, and no op dequantizes it; a bias needs a floating-point result"
-            )
+            return f"its weight is {site.dtype}, and no op dequantizes it; target floating-point weights"
         return None
 
     def _biases(self, site: Site) -> list[str]:
@@ -104,9 +103,7 @@ class Bitfit(RewritePass):
         return g.call(aten.add.Tensor, g.output, bias)
 
     def why_not_merged(self, site: Site) -> str | None:
-        return (
-            "the base has no bias there, to hold the one that was added" if site.decided["missing"] else None
-        )
+        return "the base has no bias that could hold the added one" if site.decided["missing"] else None
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
         return {}
@@ -122,6 +119,6 @@ def _never_has_one(site: Site) -> bool:
 
 
 def _is_taken_out(site: Site) -> bool:
-    """Whether all that reads a convolution subtracts its mean over places and samples."""
+    """True if every reader of a convolution's output subtracts its mean over positions."""
     readers = [user for call in site.calls for user in output_with_adapters(call.node).users]
     return bool(readers) and all(op_name(user.target) in _TAKE_OUT for user in readers)

@@ -1,4 +1,4 @@
-"""low-rank: a weight becomes the product of two smaller ones."""
+"""low-rank: replaces a weight by the product of two smaller ones."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from surgery.passes.algebra import factor, low_rank
 
 aten = torch.ops.aten
 
-_ADDS = frozenset(("1", "1.0", "None"))  # alpha and beta of an addmm that is a linear
+# Values of alpha and beta with which an addmm is a plain linear map. Other ops have neither argument.
+_ADDS = frozenset(("1", "1.0", "None"))
 
 
 class LowRank(RewritePass):
     """Low-rank factors: y = x Wᵀ + b becomes y = (x Aᵀ) Bᵀ + b, A (r × in) and B (out × r) from W's SVD.
 
-    A convolution becomes r filters per group with its own kernel, stride and groups, then a pointwise one; an
-    embedding a table (V × r) and a map (d × r); stacked experts one pair each, of one rank. Both factors train, the
-    bias stays, and W is neither run nor counted nor exported. It is kept for `undo`, which restores it.
+    A convolution becomes r filters per group with its own kernel, stride and groups, followed by a pointwise
+    convolution. An embedding becomes a table (V × r) and a map (d × r). Stacked experts get one pair each, of one rank.
+    Both factors train and the bias stays. W is neither run nor counted nor exported; it is kept for `undo`.
 
-    The rank is given, or the smallest that keeps a fraction of the squared singular values (`energy`), or the
-    smallest whose relative error of the op's outputs on the data is at most a `budget`. `basis` says which
-    directions are kept: of the weight (truncated SVD: Denton et al. 2014, arXiv:1404.0736), or of its outputs on
-    the data: U of Y Yᵀ (Zhang et al. 2015, arXiv:1505.06798), the same as the SVD of W·L with L Lᵀ = X Xᵀ (SVD-LLM,
-    Wang et al. 2024, arXiv:2403.07378), plus a hundredth of W Wᵀ to order what the data does not reach. In both the
-    error left at a rank is known exactly, without a search; the journal and the plan have it for each site: `error`
-    of the weight, `output_error` where outputs were measured.
+    The rank is given, or it is the smallest that keeps a fraction of the squared singular values (`energy`), or the
+    smallest at which the relative error of the op's outputs on the data is within a `budget`. `basis` chooses the
+    directions to keep. `weight` keeps those of the weight (truncated SVD: Denton et al. 2014, arXiv:1404.0736).
+    `outputs` keeps those of its outputs on the data: U of Y Yᵀ (Zhang et al. 2015, arXiv:1505.06798), which is the SVD
+    of W·L with L Lᵀ = X Xᵀ (SVD-LLM, Wang et al. 2024, arXiv:2403.07378); a hundredth of W Wᵀ is added to order
+    directions that the data does not reach. In both, the error at a rank is known exactly and needs no search. The
+    journal and the plan have it for each site: `error` of the weight, and `output_error` where outputs were measured.
 
-    It changes what the model computes by that much. A weight is refused where two would not be smaller, where
-    something else reads it, and under adapters (factor first, adapt then). There is no merged form.
+    The outputs change by this error. A weight is refused if two factors would not be smaller, if something else reads
+    it, or if it has adapters (apply this pass before them). The pass cannot be merged.
     """
 
     name: ClassVar[str] = "low-rank"
@@ -50,23 +51,23 @@ class LowRank(RewritePass):
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("approximates weights by products of two smaller ones")
 
-    rank: int | None = Field(None, gt=0, description="inner dimension r (of a convolution, for each group)")
+    rank: int | None = Field(None, gt=0, description="inner dimension r (per group of a convolution)")
     energy: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="in place of a rank: the fraction of the squared singular values to keep",
+        description="instead of a rank: the fraction of the squared singular values to keep",
     )
     budget: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="in place of a rank: the largest relative error of each op's outputs on the data",
+        description="instead of a rank: the largest relative error of each op's outputs on the data",
     )
     basis: Literal["weight", "outputs"] | None = Field(
         None,
-        description="keep the directions that matter to the weight, or to its outputs on the data (default: outputs "
-        "with --budget, else weight)",
+        description="keep the largest directions of the weight, or of its outputs on the data (default: outputs with "
+        "--budget, else weight)",
     )
 
     @model_validator(mode="after")
@@ -96,14 +97,16 @@ class LowRank(RewritePass):
             return standing
         adapter = next((a for a in map(adapted_by, site.calls) if a), None)
         if adapter:
-            return f"it carries {adapter!r}, trained for the whole weight; factor first and adapt then"
+            return (
+                f"it carries {adapter!r}, trained for the whole weight; factor first, then apply the adapter"
+            )
         if any(not {str(arguments(c.node).get(k)) for k in ("alpha", "beta")} <= _ADDS for c in site.calls):
-            return "its op scales what it adds; only a plain sum is factored"
+            return "its op scales its product or its bias; only a plain linear map is factored"
         weight = standing[0]
         if read_elsewhere(site, weight, site.probe.names.get(weight, ())):
             return (
-                f"{weight} is read in another place too, which would keep it: nothing is saved; give the other "
-                f"place a copy with --pass untie, or leave it out"
+                f"{weight} is read in another place too and would have to stay, so nothing is saved; give the "
+                f"other place a copy with --pass untie, or leave this weight out"
             )
         return self._refused_by_size(site)
 
@@ -111,7 +114,7 @@ class LowRank(RewritePass):
         each = sum(torch.Size(shape).numel() for shape in factor.stored_shapes(site, 1))
         most = (site.parameters - 1) // each
         if not most:
-            return f"no rank saves: even 1 takes {each:,} values, and the weight has {site.parameters:,}"
+            return f"no rank is smaller: even rank 1 takes {each:,} values, and the weight has {site.parameters:,}"
         rank = self._found(site)["rank"] if self.rank is None else self.rank
         if rank > most:
             asked = "" if self.rank is not None else self._measure() + " asks for "
@@ -164,6 +167,7 @@ class LowRank(RewritePass):
     def _filled(self, site: Site, name: str) -> Callable[[Tensor], Any]:
         def fill(tensor: Tensor) -> None:
             tensor.copy_(self._found(site)[name])
+            # B is filled last; the factors are as large as the new weights, so they are not kept.
             if name == "B":
                 site.probe.forget((self, site.key))
 
@@ -181,13 +185,13 @@ class LowRank(RewritePass):
 
 
 def _cast(g: Rewriter, tensor: fx.Node) -> fx.Node:
-    """A factor in the dtype that the op computes in, where the model casts its weight."""
+    """The factor in the dtype that the op computes in, which differs where the model casts its weight."""
     wanted = g.site_call.node.meta["val"].dtype
     return tensor if tensor.meta["val"].dtype == wanted else g.call(aten.to.dtype, tensor, wanted)
 
 
 def _outputs(site: Site) -> Iterable[tuple[Tensor, Tensor | None]]:
-    """What each call of the site gives on each set of data, less its bias, with experts' numbers."""
+    """The output of each call on each set of data, without its bias, and the expert number of each row or None."""
     nodes = {n for call in site.calls for n in (call.node, call.gather, bias_now(call)) if n is not None}
     values = site.probe.values(nodes)
     for call in site.calls:
@@ -201,6 +205,7 @@ def _outputs(site: Site) -> Iterable[tuple[Tensor, Tensor | None]]:
 
 
 def _spread(site: Site, call: Call, bias: Tensor) -> Tensor:
+    """The bias, shaped to be subtracted from the output."""
     if site.kind == CONV:
         return bias.reshape(-1, *(1 for _ in site.shape[2:]))
     return bias

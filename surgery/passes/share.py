@@ -1,4 +1,4 @@
-"""share: layers use one weight between them."""
+"""share: lets layers use a common weight."""
 
 from __future__ import annotations
 
@@ -26,27 +26,32 @@ from surgery.graph.view import View
 
 @dataclass(frozen=True)
 class Group:
-    """Sites of one role and shape at one place of their blocks, the first layer's first."""
+    """Sites that share a weight.
+
+    Attributes:
+        sites: Sites of one role and shape at the same place in their blocks, in the order of the layers.
+    """
 
     sites: tuple[Site, ...]
 
     @property
     def leader(self) -> Site:
+        """The site of the first layer."""
         return self.sites[0]
 
 
 class Share(RewritePass):
     """Weight sharing: the layers of a group compute with one weight, whose gradient is the sum of theirs.
 
-    Layers are the repeated blocks of the model; weights are shared that have one role, one shape and one place in
-    their blocks, of those that the target names. Groups are all layers of a row, N runs of consecutive layers
-    (`groups`: ALBERT, Lan et al. 2020, arXiv:1909.11942), or every k-th layer (`every`: the cycle of Takase & Kiyono
-    2021, arXiv:2104.06022). The weight is the first layer's own, or the mean as a new tensor; biases follow it.
+    Layers are the repeated blocks of the model. Targeted weights share if they have the same role, the same shape and
+    the same place in their blocks. Groups are all layers of a row, N runs of consecutive layers (`groups`: ALBERT, Lan
+    et al. 2020, arXiv:1909.11942), or every k-th layer (`every`: the cycle of Takase & Kiyono 2021, arXiv:2104.06022).
+    The shared weight is that of the first layer, or the mean as a new tensor. Biases are treated in the same way.
 
-    It changes what the model computes, unless the weights are equal already: then it is exact in either mode. The
-    other layers' weights are neither read, counted nor exported, and a saved program stores what is shared
-    once; undo restores each. `untie` gives layers copies of their own, at what was trained. Adapters may be added
-    to each layer, and stay: there is no merged form, as what is folded for one layer would change all.
+    The outputs change, unless the weights are equal already; both modes are then exact. The weights of the other layers
+    are neither read nor counted nor exported, and a saved program stores a shared weight once. Undo restores each.
+    `untie` gives layers their own copies of the trained weight. Each layer may get its own adapters. Neither they nor
+    this pass can be merged, because a merge for one layer would change all.
     """
 
     name: ClassVar[str] = "share"
@@ -62,13 +67,13 @@ class Share(RewritePass):
         description="split the layers into this many groups of consecutive ones (default: one group)",
     )
     every: int | None = Field(
-        None, gt=0, description="in place of groups: every k-th layer shares, in k groups"
+        None, gt=0, description="instead of --groups: every k-th layer shares, in k groups"
     )
     biases: Literal["shared", "own"] = Field("shared", description="whether biases are shared too")
 
     @property
     def effect(self) -> Effect:
-        return replace(SWAP, one_layer=False)  # layers would read one another's weights
+        return replace(SWAP, one_layer=False)  # layers read the weights of others
 
     @model_validator(mode="after")
     def _one_grouping(self) -> Share:
@@ -76,13 +81,14 @@ class Share(RewritePass):
             raise PassError("pass 'share': give one of --groups and --every, not both")
         return self
 
-    # -- who shares with whom
+    # -- groups
 
     def _groups(self, site: Site) -> dict[SiteKey, Group]:
         view = site.probe.view
         return site.probe.once((self, "groups"), lambda: self._find_groups(view))
 
     def _find_groups(self, view: View) -> dict[SiteKey, Group]:
+        """Every targeted site in a repeated block -> its group."""
         wanted = {site.key for site in self.find(view)}
         found: dict[SiteKey, Group] = {}
         for row in view.blocks:
@@ -93,6 +99,7 @@ class Share(RewritePass):
                     site = view.site_of(call.node)
                     number = place[site.role]
                     place[site.role] += 1
+                    # A module that several blocks call is one site; it counts in the first block.
                     if site.key in wanted and not any(site.key in sites for sites in alike.values()):
                         same = (
                             site.role,
@@ -109,7 +116,7 @@ class Share(RewritePass):
         return found
 
     def _number(self, layer: int, layers: int) -> int:
-        """Which group a layer is in."""
+        """Number of the group of a layer."""
         if self.every is not None:
             return layer % self.every
         return layer * min(self.groups or 1, layers) // layers
@@ -125,7 +132,7 @@ class Share(RewritePass):
             return own
         group = self._groups(site).get(site.key)
         if group is None:
-            return "it is in none of the model's repeated blocks, so no other layer has its like"
+            return "it is in none of the model's repeated blocks, so no other layer has such a weight"
         if len(group.sites) < 2:
             return "no other layer of its group has a targeted weight of this role and shape at this place"
         for other in group.sites:
@@ -142,7 +149,7 @@ class Share(RewritePass):
         return f"since {entries[0]!r}" if entries else "in the model itself"
 
     def _now(self, site: Site) -> tuple[str, str | None]:
-        """Names of the weight and the bias that are shared, at this site."""
+        """Names of the tensors that the site reads now as weight and, if biases are shared, as bias."""
         standing = tensors_now(site)
         assert not isinstance(standing, str)
         return standing[0], standing[1] if self.biases == "shared" else None
@@ -178,6 +185,7 @@ class Share(RewritePass):
         def fill(tensor: Tensor) -> None:
             names = [str(self._now(other)[index]) for other in self._groups(site)[site.key].sites]
             values = [site.probe.tensor(name) for name in names]
+            # The mean of equal values may round; sharing equal weights must be exact.
             alike = all(torch.equal(value, values[0]) for value in values)
             tensor.copy_(values[0] if alike else torch.stack([v.double() for v in values]).mean(0))
 

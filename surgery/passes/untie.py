@@ -1,4 +1,4 @@
-"""untie: a site that reads a tied or shared weight gets a copy of its own."""
+"""untie: gives a site its own copy of a tied or shared weight."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from surgery.graph.sites import Site
 class Untie(RewritePass):
     """Untie: the site reads W' (and b'), trained copies of the weight (and bias) that it shared with others.
 
-    For weights that the model itself ties, such as the output layer and the embedding, and for those that `share`
-    has tied: the copy starts at what is read now, trained or not, so insertion is exact. The others go on sharing.
-    Merge: the weight at the site becomes the copy. Undo ties again, at what the others hold.
+    It acts on weights that the model itself ties, such as the output layer and the embedding, and on weights that
+    `share` has tied. A copy starts at the current, perhaps trained, value, so insertion is exact. Other sites still
+    share theirs. Merge: the weight of the site becomes the copy. Undo ties it again, with the value of the other sites.
     """
 
     name: ClassVar[str] = "untie"
@@ -48,7 +48,7 @@ class Untie(RewritePass):
         return None
 
     def _shared(self, site: Site) -> dict[str, str]:
-        """Of weight and bias, those that something else reads too, with the name of the tensor."""
+        """Those of "weight" and "bias" that something else reads too, with the name of the tensor."""
         standing = tensors_now(site)
         assert not isinstance(standing, str)
         names = site.probe.names
@@ -85,7 +85,11 @@ class Untie(RewritePass):
 
 @dataclass(frozen=True)
 class Become(Fold):
-    """Merge: a tensor becomes another one, and keeps what earlier merges have added to it."""
+    """Merge: replaces a tensor by another, and keeps the changes of earlier merges.
+
+    Attributes:
+        value: The new tensor.
+    """
 
     stage: ClassVar[Stage] = Stage.WEIGHT
     reads_original: ClassVar[bool] = True
@@ -94,6 +98,7 @@ class Become(Fold):
 
     def apply(self, weight: Tensor, original: Tensor) -> Tensor:
         value = self.value.detach().to(weight.dtype)
+        # Adding value − original to an unchanged weight could round differently than copying the value.
         if weight.equal(original):
-            return weight.copy_(value)  # value − original + original may have other bits
+            return weight.copy_(value)
         return weight.add_(value - original)

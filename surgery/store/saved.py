@@ -14,20 +14,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from surgery.capture import LoadOptions, trace
+from surgery.capture.budget import limited
 from surgery.capture.reference import load_model
+from surgery.capture.stored_options import check_example, check_kwargs
 from surgery.common.errors import JournalError, LoadError, SurgeryError
 from surgery.common.files import core_version, staged_directory
 from surgery.common.names import check_plain, components
 from surgery.common.plugins import Plugins
+from surgery.common.readers import first_line, read_json, read_tensors
 from surgery.engine.base import Base, sha256
 from surgery.engine.data import check_present
 from surgery.engine.journal import Journal
@@ -40,6 +44,7 @@ SCHEMA = 2
 # Schemas that can be read. Fields that are new in 2 have defaults in Entry.from_json.
 READABLE = (1, 2)
 MANIFEST = "surgery.json"
+_AGAIN = "restore it or apply again"
 INSERTED, CHANGED, BASE = "inserted.safetensors", "changed.safetensors", "base.safetensors"
 
 
@@ -179,11 +184,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         JournalError: A file is missing, damaged or was edited, or a newer version wrote it.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        schema = manifest["schema"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise JournalError(f"{path / MANIFEST} cannot be read ({error}); restore it or apply again") from None
+    manifest = read_json(path / MANIFEST, JournalError, _AGAIN)
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if type(schema) is not int:
+        raise JournalError(f"{path / MANIFEST} cannot be read: it names no schema; {_AGAIN}")
     if schema not in READABLE:
         raise JournalError(
             f"{path} has schema {str(schema)[:20]}, but this version reads up to {SCHEMA}; upgrade torch-surgery"
@@ -215,6 +219,44 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Progr
         LoadError: The base cannot be loaded, or is code that the caller has not named.
         PassError: A pass in the journal is not installed.
     """
+    with _boundary(path):
+        return _load(path, base, trust, plugins)
+
+
+@contextmanager
+def _boundary(path: Path) -> Iterator[None]:
+    """Report any other error than a SurgeryError as a damaged directory: an edited file can cause every kind."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise JournalError(
+            f"{path}: its journal cannot be replayed on this model ({type(error).__name__}: {first_line(error)}); "
+            f"{_AGAIN}"
+        ) from error
+
+
+@contextmanager
+def _untouched(base: Any, stored: Mapping[str, Tensor]) -> Iterator[None]:
+    """Restore the values of a base that the caller passed, if loading fails after the stored ones were filled in."""
+    if not isinstance(base, Program):
+        yield
+        return
+    module = base.base.loaded.module
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    tensors.update(module.named_buffers(remove_duplicate=False))
+    held = [(tensors[name], tensors[name].detach().clone()) for name in stored if name in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in held:
+                tensor.copy_(value)
+        raise
+
+
+def _load(path: Path, base: Any, trust: bool, plugins: Plugins) -> Program:
     manifest = read_manifest(path)
     journal = Journal.from_json(manifest["journal"])
     # A missing plugin is reported before a model is loaded, which can take long.
@@ -222,26 +264,17 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Progr
         if entry.kind == "rewrite":
             pass_of(entry, plugins)
     stored = {name: _read(path / name) for name in manifest["files"]}
-    root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}))
-    _check_base(path, manifest["base"], root)
-    changed = _changed(path, root, stored.get(CHANGED, {}))
-    held = stored.get(INSERTED, {})
-    _check_names(path, journal, held, root)
-    try:
+    with _untouched(base, stored.get(BASE, {})):
+        root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}))
+        _check_base(path, manifest["base"], root)
+        changed = _changed(path, root, stored.get(CHANGED, {}))
+        held = stored.get(INSERTED, {})
+        _check_names(path, journal, held, root)
         listed = manifest["parameters"]
         # Schema 1 has no list.
         trainable = _trainable(journal, plugins, root) if listed is None else set(listed)
         inserted = {n: nn.Parameter(t) if n in trainable else t for n, t in held.items()}
         graph = build_graph(root, journal, inserted, root.captured, stored=True)
-    except SurgeryError:
-        raise
-    except Exception as error:
-        # In an edited file the decisions of a pass can be anything, so a pass can raise any exception.
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise JournalError(
-            f"{path}: its journal cannot be replayed on this model ({type(error).__name__}: {first}); restore the "
-            "directory or apply again"
-        ) from error
     return Program(root, journal, inserted, changed, graph)
 
 
@@ -309,13 +342,9 @@ def _trainable(journal: Journal, plugins: Plugins, base: Base) -> set[str]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        # Cloned for alignment: the address of a tensor can change the order of summation in small matrix products,
-        # and with it the last bits of the outputs.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except Exception as error:
-        # For a damaged header the library raises several kinds of exceptions.
-        raise LoadError(f"{path} is not a readable safetensors file ({error}); restore it") from None
+    # Cloned for alignment: the address of a tensor can change the order of summation in small matrix products, and with
+    # it the last bits of the outputs.
+    return {name: tensor.clone() for name, tensor in read_tensors(path, LoadError).items()}
 
 
 def _base(
@@ -329,25 +358,37 @@ def _base(
     """Load the base of a saved directory, fill in its stored tensors, and capture it."""
     if isinstance(base, Program):
         loaded, ref, options = base.base.loaded, base.base.ref, base.base.options
-    else:
-        ref = saved["ref"]
-        if not ref and base is None:
-            raise LoadError(
-                f"{path} was saved from a module given in Python; load it with "
-                f"surgery.load({str(path)!r}, base=surgery.capture(module, inputs))"
-            )
-        if ref.startswith("py:") and base != ref:
-            raise LoadError(
-                f"the base of {path} is code, {ref}; to run that code, name it again with --base {ref}"
-            )
-        if base is not None:
-            ref = str(base)
-        if ref == "hf:./base":
-            ref = f"hf:{path / 'base'}"
-        options = LoadOptions(saved["task"], saved["model_kwargs"], trust, saved["example"])
+        _fill(loaded.module, stored, path)
+        return Base(loaded, base.base.captured, plugins, ref, options)
+    ref = saved["ref"]
+    if not ref and base is None:
+        raise LoadError(
+            f"{path} was saved from a module given in Python; load it with "
+            f"surgery.load({str(path)!r}, base=surgery.capture(module, inputs))"
+        )
+    if ref.startswith("py:") and base != ref:
+        raise LoadError(
+            f"the base of {path} is code, {ref}; to run that code, name it again with --base {ref}"
+        )
+    if base is not None:
+        ref = str(base)
+    if ref == "hf:./base":
+        ref = f"hf:{path / 'base'}"
+    check_kwargs(saved["model_kwargs"], ref, f"{path / MANIFEST}, model_kwargs", LoadError)
+    check_example(saved["example"], f"{path / MANIFEST}, example", LoadError)
+    options = LoadOptions(saved["task"], saved["model_kwargs"], trust, saved["example"])
+    with _room(path, ref, saved["model_kwargs"]):
         loaded = load_model(ref, options, plugins)
     _fill(loaded.module, stored, path)
     return Base(loaded, trace(loaded), plugins, ref, options)
+
+
+def _room(path: Path, ref: str, kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """A limit on the size of a timm model, which is made by its name alone; the loader of hf: has its own limit."""
+    if not ref.startswith("timm:"):
+        return nullcontext()
+    files = [*path.iterdir(), Path(str(kwargs.get("checkpoint_path") or path / MANIFEST))]
+    return limited(sum(file.stat().st_size for file in files if file.is_file()), str(path))
 
 
 def _fill(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:

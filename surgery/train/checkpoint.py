@@ -15,23 +15,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from surgery.common.errors import TrainingError
+from surgery.common.errors import SurgeryError, TrainingError
 from surgery.common.files import staged_directory, write_text
+from surgery.common.readers import first_line, read_json, read_tensors
 from surgery.engine.program import Program
+from surgery.engine.schema import Natural
 from surgery.live.state import is_shard
 from surgery.train.runner import Body, shard_like
 
 RUN, LOG = "run.json", "log.jsonl"
+_REMEDY = "remove the checkpoint, or leave out --resume"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # of AdamW
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -95,9 +99,25 @@ class Weights:
         return {name: _copied(tensor) for name, tensor in held.items()}
 
     @torch.no_grad()
-    def put(self, values: Mapping[str, Tensor]) -> None:
-        """Write values into the program, into the running module, and into the objective's learned tensors."""
+    def put(self, values: Mapping[str, Tensor], path: Path | None = None) -> None:
+        """Write values into the program, into the running module, and into the objective's learned tensors.
+
+        Args:
+            values: values by name.
+            path: file of the values, for the error.
+
+        Raises:
+            TrainingError: a value is missing, or has another shape or dtype; nothing is written then.
+        """
         held = {**self.program.changed, **self.program.tensors}
+        for name, own in {**{n: held[n] for n in self.names}, **self.learned}.items():
+            value = values.get(name)
+            if value is None or value.shape != own.shape or value.dtype != own.dtype:
+                has = "nothing" if value is None else f"{value.dtype} {tuple(value.shape)}"
+                raise TrainingError(
+                    f"{path or 'the checkpoint'} holds {has} for {name}, and the program has {own.dtype} "
+                    f"{tuple(own.shape)}; {_REMEDY}"
+                )
         for name in self.names:
             held[name].copy_(values[name])
         for name, tensor in self.learned.items():
@@ -113,7 +133,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, oldest first."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdecimal() and f"{int(name):08d}" == name)
 
     def path(self, step: int) -> Path:
         """Return the directory of the checkpoint of a step."""
@@ -134,10 +155,11 @@ class Checkpoints:
         Raises:
             TrainingError: there is no run, or a part of its identity differs.
         """
-        try:
-            known = json.loads((self.folder / RUN).read_text())
-        except (OSError, ValueError):
-            raise TrainingError(f"{self.folder} contains no run to resume; leave out --resume") from None
+        if not (self.folder / RUN).is_file():
+            raise TrainingError(f"{self.folder} contains no run to resume; leave out --resume")
+        known = read_json(self.folder / RUN, TrainingError, "leave out --resume")
+        if not isinstance(known, dict):
+            raise TrainingError(f"{self.folder / RUN} describes no run; leave out --resume")
         for part, values in json.loads(json.dumps(identity)).items():
             before = known.get(part)
             if values == before:
@@ -190,16 +212,63 @@ class Checkpoints:
             return State()
         path = self.path(steps[-1])
         try:
-            state = State(**json.loads((path / STATE).read_text()))
-            weights.put(load_file(path / WEIGHTS))
-            _put_moments(optimizer, load_file(path / OPTIMIZER))
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise TrainingError(f"the checkpoint {path} cannot be read ({error}); remove it") from None
+            state = _state(path, steps)
+            values = read_tensors(path / WEIGHTS, TrainingError, _REMEDY)
+            moments = read_tensors(path / OPTIMIZER, TrainingError, _REMEDY)
+            _check_moments(optimizer, moments, path / OPTIMIZER)
+            weights.put(values, path / WEIGHTS)
+            _put_moments(optimizer, moments)
+        except SurgeryError:
+            raise
+        except Exception as error:  # the boundary: whatever else an edited checkpoint holds
+            raise TrainingError(
+                f"the checkpoint {path} cannot be read ({first_line(error)}); remove it"
+            ) from None
         return state
 
     def weights_of(self, step: int) -> dict[str, Tensor]:
         """Load the weights of a checkpoint."""
-        return load_file(self.path(step) / WEIGHTS)
+        return read_tensors(self.path(step) / WEIGHTS, TrainingError, _REMEDY)
+
+
+class _Stored(BaseModel):
+    """The types of a stored state."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: Natural
+    best: Natural | None = None
+    score: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+    stale: Natural = 0
+    scaler: dict[StrictStr, Annotated[float, Field(strict=True)]] | None = None
+    kept: dict[StrictStr, Annotated[float, Field(strict=True)]] = {}
+
+
+def _state(path: Path, steps: Sequence[int]) -> State:
+    """The state of the last checkpoint. Raises TrainingError if it is not one that a run wrote."""
+    data = read_json(path / STATE, TrainingError, _REMEDY)
+    try:
+        _Stored.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, problem["loc"]))[:100]
+        raise TrainingError(f"{path / STATE} cannot be read: {where}: {problem['msg']}; {_REMEDY}") from None
+    state = State(**data)
+    if state.step != steps[-1] or state.best not in (None, *steps):
+        raise TrainingError(f"{path / STATE} is of another step, or its best checkpoint is gone; {_REMEDY}")
+    return state
+
+
+def _check_moments(optimizer: Any, stored: Mapping[str, Tensor], path: Path) -> None:
+    """Check that moments belong to the optimizer's parameters. Raises TrainingError."""
+    parameters = dict(_named(optimizer))
+    for full, value in stored.items():
+        key, _, name = full.partition(":")
+        parameter = parameters.get(name)
+        if parameter is None or key not in _MOMENTS or (value.dim() and value.shape != parameter.shape):
+            raise TrainingError(
+                f"{path} holds {full[:200]!r} {tuple(value.shape)}, which is no state of this optimizer; {_REMEDY}"
+            )
 
 
 def _named(optimizer: Any) -> Iterable[tuple[str, nn.Parameter]]:

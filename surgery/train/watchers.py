@@ -114,7 +114,7 @@ class LogFile(Watcher):
     def begun(self, step: int, steps: int) -> None:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read_log(self.path) if row["step"] <= step] if step else []
+            kept = [row for row in read_log(self.path) if row.get("step", 0) <= step] if step else []
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
@@ -135,11 +135,21 @@ class LogFile(Watcher):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a log. An incomplete last line, left by a process that died, is skipped."""
+    """Return the entries of a log. An incomplete last line, left by a process that died, is skipped.
+
+    Raises:
+        TrainingError: a line is damaged.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    except (ValueError, RecursionError):
+        rows = [None]
+    if not all(isinstance(row, dict) and isinstance(row.get("step", 0), int) for row in rows):
+        raise TrainingError(f"{path} is damaged; remove it")
+    return rows
 
 
 class TensorBoard(Watcher):

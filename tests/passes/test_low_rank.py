@@ -257,7 +257,7 @@ def test_a_tied_embedding_is_factored_once_the_output_layer_has_a_copy():
         ({"rank": 6}, (), r"low-rank at out: refused, rank 6, which takes 96 values, .* has 64; it saves up to rank 3"),
         ({"energy": 0.99}, (), r"refused, --energy 0.99 asks for rank \d"),
         ({"budget": 0.001}, (), r"refused, --budget 0.001 asks for rank \d"),
-        ({"rank": 2}, (surgery.Lora(target="out"),), r"it carries 'lora', .*; factor first and adapt then"),
+        ({"rank": 2}, (surgery.Lora(target="out"),), r"it carries 'lora', .*; factor first, then apply the adapter"),
         ({"rank": 2}, (surgery.SparseTune(target="out"),), r"'sparse-tune' changes its weight; undo that"),
         ({"rank": 2, "as": "b"}, (surgery.LowRank(target="out", rank=3),), r"'low-rank' has put another op in its"),
     ],

@@ -195,9 +195,7 @@ def test_adapters_of_sharing_layers_stay(order, randomise):
     program = base.apply(*((share, lora) if order == "share first" else (lora, share)), freeze_base=True)
     randomise(program, 0.5)
     assert not torch.allclose(program.run(), base.apply(share).run(), atol=1e-3)
-    with pytest.raises(
-        PassError, match=r"lora: share has replaced blocks.0.up.weight"
-    ):
+    with pytest.raises(PassError, match=r"lora: share has replaced blocks.0.up.weight"):
         program.merge()
     assert torch.equal(program.without("lora").run(), base.apply(share).run())
     assert program.without("share").merge().journal.entries[-1].options["folded"] == ["lora"]

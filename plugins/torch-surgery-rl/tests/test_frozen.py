@@ -175,7 +175,9 @@ def test_an_output_that_is_more_than_one_product_is_not_narrowed(program, rollou
 
 
 def test_a_layer_that_a_pass_made_is_none_of_the_live_model(program, rollout):
-    with pytest.raises(PassError, match="head_value: a pass created it, and the live model has no such layer"):
+    with pytest.raises(
+        PassError, match="head_value: a pass created it, and the live model has no such layer"
+    ):
         program.apply(surgery.Lora(target="path:head_value", rank=1, label="values"))
 
 

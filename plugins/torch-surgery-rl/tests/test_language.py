@@ -347,7 +347,7 @@ def test_rewards_of_texts_and_of_programs(base, tmp_path):
             assert float(found[row]) == pytest.approx(float(alone.detach()), abs=1e-5)
     with pytest.raises(SurgeryError, match=r"output has shape \(3, 3\); it must be rows × 1, or"):
         score(of_program(judge), rollout)
-    with pytest.raises(SurgeryError, match="no label 3: there are 3"):
+    with pytest.raises(SurgeryError, match="no class 3; choose one from 0 to 2"):
         score(of_program(judge, label=3), rollout)
     with pytest.raises(SurgeryError, match="pass the policy's too"):
         of_program(judge, label=1, reader=Words())
@@ -365,7 +365,7 @@ def test_bad_input_is_refused_in_a_line(base):
         (lambda: score(on_tokens(lambda p, r: [0.5]), rollout), r"shape \(1,\) for 3 responses"),
         (lambda: roll_out(live, [], 4), "no prompts"),
         (lambda: roll_out(live, [[5], []], 4), "prompt 1 is empty"),
-        (lambda: roll_out(live, ["a"], 4), "need a tokenizer"),
+        (lambda: roll_out(live, ["a"], 4), "the prompts are texts; pass a tokenizer"),
         (
             lambda: roll_out(live, [[5] * 60], 5),
             "60 tokens plus 5 new ones exceeds the model's 64 positions",

@@ -68,7 +68,7 @@ class Judge(nn.Module):
             )
         function = imported(name, *found.groups())
         if not callable(function):
-            raise TrainingError(f"--reward {name} is a {type(function).__name__}; give a function")
+            raise TrainingError(f"--reward {name} is of type {type(function).__name__}; give a function")
         return Judge(function)
 
     def forward(self, rollout: Rollout, tokenizer: Any) -> Tensor:

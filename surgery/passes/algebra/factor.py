@@ -1,11 +1,11 @@
-"""Factoring a weight: its matrices, the directions that matter in its outputs, and what a rank leaves out.
+"""Factoring a weight into B A: its matrices, the most important directions of its outputs, and the error at a rank.
 
-Every kind of weight is seen as stacked matrices W (stack × out × in): one for a linear or an embedding (whose
-table is the transpose), one for each group of a convolution (in = channels × kernel), one for each expert. With
-the first r columns U of an orthonormal basis of the outputs, W ≈ U (Uᵀ W): so B = U and A = Uᵀ W. Where the
-basis is that of W Wᵀ this is the truncated SVD; where it is that of the outputs, Y Yᵀ = W X Xᵀ Wᵀ, it is the
-rank-r weight of least error on the inputs X, the same as the SVD of W L with L Lᵀ = X Xᵀ. In either basis the
-squared error left at rank r is the sum of the shares of the directions after r, exactly.
+Every kind of weight is seen as stacked matrices W (stack × out × in): one for a linear map or an embedding (whose
+table is the transpose), one per group of a convolution (in = channels × kernel), one per expert. With the first r
+columns U of an orthonormal basis of the outputs, W ≈ U (Uᵀ W), so B = U and A = Uᵀ W. With the eigenvectors of W Wᵀ as
+basis, this is the truncated SVD. With those of Y Yᵀ = W X Xᵀ Wᵀ, it is the rank-r weight of least error on the inputs
+X, the same as the SVD of W L with L Lᵀ = X Xᵀ. In both bases the squared error at rank r is exactly the sum of the
+shares of the directions after r.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from surgery.graph.ops import CONV, EMBEDDING, EXPERTS
 from surgery.graph.sites import Site
 from surgery.passes.algebra.low_rank import factor_shapes
 
-# Outputs on few inputs say nothing of most directions; a hundredth of the weight's own share orders these.
+# Few inputs leave most directions of the outputs at zero. A hundredth of the weight's own share orders these.
 DAMPING = 1e-2
 
 
 @dataclass(frozen=True)
 class Directions:
-    """basis: orthonormal directions of the outputs, the most important first (stack × out × at most in).
+    """Orthonormal directions of the outputs, the most important first.
 
-    weight, outputs: share of the squared norm of the weight, and of its outputs on the data, along each, summed
-    over the stack; None where no outputs were given.
+    Attributes:
+        basis: The directions as columns (stack × out × at most in).
+        weight: Share of the weight's squared norm along each, summed over the stack.
+        outputs: The same for the outputs on the data; None where no outputs were measured.
     """
 
     basis: Tensor
@@ -37,13 +39,13 @@ class Directions:
     outputs: Tensor | None
 
     def error(self, rank: int, of_outputs: bool = False) -> float:
-        """‖W − W_r‖/‖W‖, or ‖Y − Y_r‖/‖Y‖."""
+        """Relative error at a rank: ‖W − W_r‖/‖W‖, or ‖Y − Y_r‖/‖Y‖ of the outputs."""
         shares = self.outputs if of_outputs else self.weight
         assert shares is not None
         return float(shares[rank:].sum().clamp(min=0).sqrt())
 
     def rank_within(self, error: float, of_outputs: bool = False) -> int:
-        """The smallest rank (at least 1) that leaves at most this relative error."""
+        """The smallest rank, at least 1, with at most this relative error."""
         return next(
             (r for r in range(1, self.basis.shape[2]) if self.error(r, of_outputs) <= error),
             self.basis.shape[2],
@@ -56,9 +58,9 @@ def matrices(site: Site, weight: Tensor) -> Tensor:
 
 
 def stacked(site: Site, weight: Tensor) -> Tensor:
-    """The same, in the weight's own dtype."""
+    """The weight as (stack × out × in), in its own dtype."""
     if site.kind == CONV:
-        if site.layout == "io":  # transposed; of one group, as its groups lie along the inputs
+        if site.layout == "io":  # transposed, with one group: several would lie along the input axis
             weight = weight.transpose(0, 1)
         return weight.reshape(site.groups, weight.shape[0] // site.groups, -1)
     if site.kind == EXPERTS:
@@ -67,9 +69,11 @@ def stacked(site: Site, weight: Tensor) -> Tensor:
 
 
 def output_products(site: Site, outputs: Iterable[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """Y Yᵀ (stack × out × out) of what the op gives, less its bias.
+    """Y Yᵀ (stack × out × out) of the outputs of an op without its bias, in float64.
 
-    outputs: values of the op, with the expert number of each row where they are gathered.
+    Args:
+        site: The site.
+        outputs: Values of the op, each with the expert number of each row where experts are gathered.
     """
     total: Tensor | float = 0.0
     for value, experts in outputs:
@@ -94,9 +98,16 @@ def output_products(site: Site, outputs: Iterable[tuple[Tensor, Tensor | None]])
 
 
 def directions(weight: Tensor, products: Tensor | None, by_outputs: bool) -> Directions:
-    """weight: from `matrices`. products: from `output_products`. by_outputs: rank directions by these."""
+    """Directions of the outputs of a weight, the most important first.
+
+    Args:
+        weight: The weight from `matrices`.
+        products: Y Yᵀ from `output_products`, or None.
+        by_outputs: Order the directions by the outputs instead of the weight.
+    """
     rows, columns = weight.shape[1:]
-    span = torch.linalg.qr(weight)[0] if rows > columns else None  # outputs lie in what the weight spans
+    # All outputs lie in the column space of the weight. In its basis the problem is as small as the input.
+    span = torch.linalg.qr(weight)[0] if rows > columns else None
     inner = span.transpose(1, 2) @ weight if span is not None else weight
     gram = inner @ inner.transpose(1, 2)
     if products is not None and span is not None:
@@ -125,7 +136,13 @@ def _shares(basis: Tensor, products: Tensor) -> Tensor:
 
 
 def factors(weight: Tensor, found: Directions, rank: int) -> tuple[Tensor, Tensor]:
-    """A (stack × rank × in) and B (stack × out × rank), the singular values shared between them."""
+    """A (stack × rank × in) and B (stack × out × rank), with the norm of each direction split evenly between them.
+
+    Args:
+        weight: The weight from `matrices`.
+        found: Its directions.
+        rank: Number of directions to keep.
+    """
     b = found.basis[:, :, :rank]
     a = b.transpose(1, 2) @ weight
     scale = a.norm(dim=2, keepdim=True).sqrt()
@@ -134,7 +151,13 @@ def factors(weight: Tensor, found: Directions, rank: int) -> tuple[Tensor, Tenso
 
 
 def as_stored(site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors in the shapes that their ops take."""
+    """Factors from `factors` in the shapes that their ops take.
+
+    Args:
+        site: The site.
+        a: A (stack × rank × in).
+        b: B (stack × out × rank).
+    """
     if site.kind == CONV:
         kernel = site.float_shape[2:]
         return a.reshape(-1, site.float_shape[1], *kernel), b.reshape(

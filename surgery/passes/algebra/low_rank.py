@@ -1,8 +1,8 @@
-"""Low-rank branches on every kind of weight: shapes, graph, and what the merged weight becomes.
+"""Low-rank branches on every kind of weight: their shapes, their graph and their merge.
 
-For a weight seen as a matrix W (out × in), the branch is y + s·B(A x) with A (r × in), B (out × r), and the
-merge W + s·B A. Convolutions apply A with the base's kernel, stride and groups and B pointwise; an embedding
-looks A up; stacked experts gather A and B with the base's own expert numbers.
+For a weight seen as a matrix W (out × in), the branch gives y + s·B(A x) with A (r × in) and B (out × r), and the merge
+W + s·B A. A convolution applies A with the base's kernel, stride and groups, and B pointwise. An embedding looks up
+rows of Aᵀ. Stacked experts select A and B by the expert numbers of the base.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 
 aten = torch.ops.aten
-CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")  # after x, weight and bias
+# Arguments of a convolution op after x, weight and bias.
+CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
 
 
 def factor_shapes(site: Site, rank: int, rows: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of A and B. rows: output features that the branch covers (all by default)."""
+    """Shapes of A and B.
+
+    Args:
+        site: The site.
+        rank: r; of a convolution, per group.
+        rows: Number of output features that the branch covers; all by default.
+    """
     out = site.out_features if rows is None else rows
     if site.kind == CONV:
         groups, kernel = site.groups, site.float_shape[2:]
@@ -42,7 +49,16 @@ def branch(
     bias: fx.Node | None = None,
     x: fx.Node | None = None,
 ) -> fx.Node:
-    """B(A x) (+ bias), of the shape of the site's output (or of the rows that B has). x: g.x by default."""
+    """Insert B(A x) + bias, in the shape of the site's output, with as many features as B has rows.
+
+    Args:
+        site: The site.
+        g: The rewriter at a call of the site.
+        a: Graph value of A.
+        b: Graph value of B.
+        bias: Graph value of a bias, or None.
+        x: Input of the branch; None is `g.x`.
+    """
     return _up(site, g, _down(site, g, a, x or g.x), b, bias)
 
 
@@ -55,7 +71,17 @@ def add_branch(
     x: fx.Node | None = None,
     out: fx.Node | None = None,
 ) -> fx.Node:
-    """out + scale · B(A x); one fused addmm where the site is a linear. x, out: g.x and g.output by default."""
+    """Insert out + scale · B(A x); for a linear map, one fused addmm.
+
+    Args:
+        site: The site.
+        g: The rewriter at a call of the site.
+        a: Graph value of A.
+        b: Graph value of B.
+        scale: Factor of the branch.
+        x: Input of the branch; None is `g.x`.
+        out: The value to add to; None is `g.output`.
+    """
     out = out or g.output
     hidden = _down(site, g, a, x or g.x)
     if site.kind in (CONV, EXPERTS, EMBEDDING):
@@ -63,7 +89,7 @@ def add_branch(
     transposed = g.call(aten.t.default, b)
     if out.meta["val"].dim() == 2:
         return g.call(aten.addmm.default, out, hidden, transposed, alpha=scale)
-    # -1 keeps batch and sequence symbolic without asking for their product
+    # addmm takes matrices. A size of -1 avoids the product of symbolic batch and sequence sizes.
     flat_out = g.call(aten.reshape.default, out, [-1, site.out_features])
     flat_hidden = g.call(aten.reshape.default, hidden, [-1, _last(b)])
     summed = g.call(aten.addmm.default, flat_out, flat_hidden, transposed, alpha=scale)
@@ -77,16 +103,25 @@ def add_rows(
     scale: float,
     out: fx.Node | None = None,
 ) -> fx.Node:
-    """out + scale · (branch outputs placed at their output features, zero elsewhere). out: g.output by default."""
+    """Insert out + scale · (branch outputs at their output features, zero elsewhere).
+
+    Args:
+        site: The fused projection.
+        g: The rewriter at a call of the site. For interleaved rows, the pass has the tensor `rows_N` from
+            `gather_index`, where N is the first of them.
+        branches: Output of each branch, with the output features (rows) that it has.
+        scale: Factor of the branches.
+        out: The value to add to; None is `g.output`.
+    """
     value = out or g.output
     total, spatial = site.out_features, len(site.float_shape) - 2 if site.kind == CONV else 0
-    inner = [0, 0] * spatial  # the axes behind the features
+    inner = [0, 0] * spatial  # no padding of the axes after the features
     for update, rows in branches:
         first, last = rows[0], rows[-1]
         if is_run(rows):
             placed = g.call(aten.constant_pad_nd.default, update, [*inner, first, total - last - 1])
         else:
-            # an extra zero column that every uncovered feature reads
+            # Output features that the branch does not cover read an extra column of zeros.
             padded = g.call(aten.constant_pad_nd.default, update, [*inner, 0, 1])
             placed = g.call(aten.index_select.default, padded, -1 - spatial, g[f"rows_{first}"])
         value = g.call(aten.add.Tensor, value, placed, alpha=scale)
@@ -94,12 +129,16 @@ def add_rows(
 
 
 def is_run(rows: Sequence[int]) -> bool:
-    """Whether rows follow each other without a gap."""
+    """True if rows are consecutive."""
     return list(rows) == list(range(rows[0], rows[-1] + 1))
 
 
 def gather_index(rows: Sequence[int], total: int) -> Tensor:
-    """For interleaved rows: column of the padded branch output that each output feature reads; int64 (total,)."""
+    """Index that places a branch at interleaved rows: for each output feature, the column of the branch output.
+
+    Features that the branch does not cover get the column after the last, which `add_rows` pads with zeros. The index
+    is int64 of shape (total,).
+    """
     index = torch.full((total,), len(rows), dtype=torch.int64)
     index[torch.tensor(list(rows))] = torch.arange(len(rows))
     return index
@@ -116,7 +155,15 @@ def _down(site: Site, g: Rewriter, a: fx.Node, x: fx.Node) -> fx.Node:
 
 
 def product(site: Site, g: Rewriter, x: fx.Node, weight: fx.Node, layout: str) -> fx.Node:
-    """What the site's op computes of x with another weight (its axes as in layout) and no bias."""
+    """Insert the site's op on another input with another weight and no bias.
+
+    Args:
+        site: The site; its stride, padding and so on are kept.
+        g: The rewriter at a call of the site.
+        x: The input.
+        weight: Graph value of the weight.
+        layout: Axes of that weight by their letters, such as "oi"; see `Site.layout`.
+    """
     call = g.site_call
     if site.kind == EMBEDDING:
         return g.call(aten.embedding.default, weight, x, arguments(call.node).get("padding_idx", -1))
@@ -133,13 +180,13 @@ def product(site: Site, g: Rewriter, x: fx.Node, weight: fx.Node, layout: str) -
 
 
 def lacks(site: Site) -> str | None:
-    """What a packed convolution's op does not say, by which a branch is given the shape of what it computes."""
+    """Name of an argument that the op of a packed convolution lacks and a branch needs, or None."""
     given = arguments(site.calls[0].node)
     return next((name for name in CONV_ARGUMENTS if name not in given), None)
 
 
 def _conv(site: Site, padding: Any = 0) -> Any:
-    """torch's own convolution of as many axes. padding: of the op beside which it stands, a word or numbers."""
+    """torch's convolution op with as many spatial axes; for padding as a word ("same"), the overload that takes it."""
     packet = (aten.conv1d, aten.conv2d, aten.conv3d)[len(site.float_shape) - 3]
     return packet.padding if isinstance(padding, str) else packet.default
 
@@ -155,7 +202,15 @@ def _up(site: Site, g: Rewriter, hidden: fx.Node, b: fx.Node, bias: fx.Node | No
 
 @dataclass(frozen=True)
 class AddLowRank(Fold):
-    """Merge: W ← W + scale · B A, in place, in the weight's own layout. rows: output features covered."""
+    """Merge: W ← W + scale · B A, in place, in the layout of the weight.
+
+    Attributes:
+        site: The site.
+        a: The factor A.
+        b: The factor B.
+        scale: Factor of B A.
+        rows: Output features covered; None for all.
+    """
 
     site: Site
     a: Tensor
@@ -172,7 +227,7 @@ class AddLowRank(Fold):
             right = a.reshape(groups, a.shape[0] // groups, -1)
             if self.rows is None:
                 matrix.baddbmm_(left, right, alpha=self.scale)
-            else:  # a fused projection, in one group
+            else:  # parts have branches only in convolutions of one group
                 index = torch.tensor(self.rows, device=weight.device)
                 matrix[0].index_add_(0, index, left[0] @ right[0], alpha=self.scale)
             return weight
@@ -180,7 +235,7 @@ class AddLowRank(Fold):
             matrix = weight if site.layout == "eoi" else weight.transpose(1, 2)
             matrix.baddbmm_(b, a, alpha=self.scale)
             return weight
-        # rows = outputs; an embedding (v, d) and Conv1D (i, o) hold the transpose
+        # A matrix with outputs as rows; an embedding (v, d) and GPT-2's Conv1D (i, o) are stored transposed.
         matrix = weight if site.layout == "oi" else weight.t()
         if self.rows is None:
             if site.layout == "oi":

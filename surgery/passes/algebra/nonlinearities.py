@@ -1,4 +1,4 @@
-"""Nonlinearities that passes insert, by the names that their options have."""
+"""Activation functions that passes insert, by their names in options."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Packed weights as floats: what a third party's `WeightOp.dequantize` computes, traced into ops.
+"""Packed weights as floats: the ops of a third party's `WeightOp.dequantize`, for passes that compute with values.
 
-The same ops run eagerly and in a graph, so that what a pass measures of the weight when it is applied is, to the bit,
-what its graph computes with later.
+The same ops run eagerly and in a graph, so a pass measures bit for bit the weight that its graph computes later.
 """
 
 from __future__ import annotations
@@ -23,28 +22,31 @@ aten = torch.ops.aten
 
 
 def refusal(site: Site) -> str | None:
-    """Why a pass cannot compute with a packed weight as floats, or None."""
+    """The reason why a pass cannot compute with a packed weight as floats, or None."""
     if site.kind == EXPERTS:
-        return f"its weight is packed for {site.op}, and of stacked experts nothing is unpacked"
+        return f"its weight is packed for {site.op}, and stacked experts cannot be unpacked"
     try:
         made = unpacking(site.calls[0]).val
     except PassError as error:
         return f"its weight is packed, and {error}"
     if tuple(made.shape) != site.float_shape or not made.dtype.is_floating_point:
         return (
-            f"its weight is packed, and the dequantize of {site.op} gives {made.dtype} of shape {list(made.shape)} "
-            f"where the op computes with {list(site.float_shape)}"
+            f"its weight is packed, and the dequantize of {site.op} returns {made.dtype} of shape {list(made.shape)}, "
+            f"but the op computes with {list(site.float_shape)}"
         )
     return None
 
 
 def constants(site: Site) -> tuple[Tensor, ...]:
-    """What `unpacked` reads of a packed site's weight that is no argument of the op: tensors of the pass."""
+    """Tensors that `dequantize` reads and that are not arguments of the op, such as a codebook.
+
+    The pass stores the n-th of them as its tensor `constant_n`, for `unpacked`.
+    """
     return unpacking(site.calls[0]).constants if site.packed else ()
 
 
 def unpacked(site: Site, g: Rewriter) -> fx.Node:
-    """The packed weight of the site as floats, computed in the graph; the pass has its `constants` by their numbers."""
+    """Insert the packed weight of the site as floats. The pass must have its `constants` as tensors."""
     found = unpacking(g.site_call)
     args = arguments(g.site_call.node)
     own = [g[f"constant_{number}"] for number in range(len(found.constants))]

@@ -45,7 +45,7 @@ class Dora(Variant):
     @classmethod
     def expectations(cls, lora: LoraOptions) -> Expectations:
         if lora.full_gradient:
-            return Expectations(redirected="the norm takes out of a weight's gradient what lies along it")
+            return Expectations(redirected="the norm removes the part of a weight's gradient along it")
         return Expectations(detached="DoRA's norm is a constant to the gradient (section 4.3 of the paper)")
 
     def refusal(self) -> str | None:
@@ -214,7 +214,13 @@ def rows_of(call: Apply, site: Site, weight: Any, rows: Sequence[int], index: An
 
 
 def zero_output(site: Site, weight: Tensor, pairs: Sequence[Pair]) -> int | None:
-    """The first covered output feature whose weight is zero, so that it has no direction, or None."""
+    """The first covered output feature whose weight is zero, so that it has no direction, or None.
+
+    Args:
+        site: The site.
+        weight: Its weight in floats.
+        pairs: Pairs of the site, which cover output features.
+    """
     axis = output_axis(site)
     kept = (0, axis) if site.kind == EXPERTS else (axis,)
     zero = ~weight.ne(0).any(dim=[d for d in range(weight.dim()) if d not in kept])

@@ -81,7 +81,13 @@ class Branch:
     start: tuple[fx.Node, fx.Node] | None = None
 
     def value(self, site: Site, g: Rewriter, dropped: fx.Node | None) -> fx.Node:
-        """Insert the branch, before it is scaled."""
+        """Insert the branch, before it is scaled.
+
+        Args:
+            site: The site.
+            g: The rewriter at a call of the site.
+            dropped: Input of the branch after dropout; None is `g.x`.
+        """
         trained = low_rank.branch(site, g, self.a, self.b, x=dropped)
         if self.start is None:
             return trained

@@ -1,4 +1,4 @@
-"""PiSSA: A and B start as the principal part of W, and the op reads what is left of it (arXiv:2404.02948).
+"""PiSSA: A and B start as the principal part of W, and the op reads the residual (arXiv:2404.02948).
 
 W = (W − s·B A) + s·B A, where s·B A is the part of W along its r largest singular values, each shared evenly between A
 and B. The op reads the frozen residual W − s·B A instead of W, and the branch adds the rest. Outputs differ from the
@@ -42,7 +42,7 @@ aten = torch.ops.aten
 # twice the worst in half precision.
 PISSA_MOVES = rounded(
     2e-5,
-    "the residual is rounded to the weight's dtype, and two products are summed in the place of one",
+    "the residual is rounded to the weight's dtype, and two products are summed instead of one",
     {torch.float64: 5e-14, torch.float16: 1e-2, torch.bfloat16: 8e-2},
 )
 OVERSAMPLED = 8  # columns beyond the rank in the randomized SVD (Halko et al. 2011, arXiv:0909.4061)
@@ -71,7 +71,9 @@ class Pissa(Variant):
         journal = {entry.id: entry for entry in self.site.probe.journal}
         for name in entries_at(self.site):
             if journal[name].pass_name != self.lora.name or journal[name].options.get("dora"):
-                return f"{name} acts on what its op computes, of which PiSSA takes a part away; apply it after this"
+                return (
+                    f"{name} acts on the op with all of its weight, which PiSSA splits; apply it after this"
+                )
         return None
 
     def start(self, pair: Pair) -> tuple[Fill, Fill] | None:

@@ -1,4 +1,4 @@
-"""Fisher information of the weights on data, which needs no labels."""
+"""Diagonal Fisher information of weights on data without labels."""
 
 from __future__ import annotations
 
@@ -20,39 +20,51 @@ from surgery.graph.sites import Measurements, Site
 def fisher(probe: Measurements, name: str, samples: int = 4, seed: int = 0) -> Tensor:
     """Diagonal Fisher information of a base parameter, of its shape, in fp32; see `fisher_of`.
 
-    For the packed weight of a linear op it is that of the floats that the weight stands for. It is computed for all
-    parameters in one run and kept by the probe.
+    For a packed weight of a linear op, it is the information of the unpacked values. It is computed for all parameters
+    in one run and kept by the probe.
 
     Args:
-        probe: what the pass may measure (`site.probe`).
-        name: the parameter's name.
-        samples: answers drawn for each set of data.
-        seed: of the draws.
+        probe: Measurements of the program (`site.probe`).
+        name: Name of the parameter.
+        samples: Number of answers drawn for each set of data.
+        seed: Seed of the draws.
 
     Raises:
-        PassError: a gradient on the data is not finite.
+        PassError: The program has no gradient on the data, or one that is not finite.
     """
     return probe.once(("fisher", samples, seed), lambda: _measured(probe, samples, seed))[name]
 
 
 def _measured(probe: Measurements, samples: int, seed: int) -> dict[str, Tensor]:
-    for _ in probe.inputs_of_graph():  # raises where the data do not fit
+    # This raises a clear error if the data do not fit the program's inputs.
+    for _ in probe.inputs_of_graph():
         pass
     found = fisher_of(probe.program, probe.data, samples, seed)
     wrong = next((name for name, value in found.items() if not bool(value.isfinite().all())), None)
     if wrong is not None:
-        raise PassError(f"on the data the gradient of {wrong} is infinite or no number; mend the data")
+        raise PassError(f"on the data the gradient of {wrong} contains inf or NaN; clean the data")
     return found
 
 
 def fisher_of(program: State, data: Sequence[InputSet], samples: int, seed: int) -> dict[str, Tensor]:
-    """E over data and y ~ p(y|x) of (∂ log p(y|x) / ∂θ)², for every parameter of the base, by name.
+    """The mean over data and drawn answers y ~ p(y|x) of (∂ log p(y|x) / ∂θ)², for every base parameter by its name.
 
-    Of a packed weight of a linear op: for the floats that it stands for, θ of their shape.
+    p is the softmax over the last axis of the program's first floating-point output, or a normal distribution of
+    variance 1 around it if that axis has one channel. So no labels are needed (Sung et al. 2021, arXiv:2111.09839).
 
-    p is the softmax over the last axis of the program's first floating output (a unit-variance normal around it
-    where that has one channel), so no labels are needed (Sung et al. 2021, arXiv:2111.09839).
+    Args:
+        program: The program, an `engine.state.State`.
+        data: Pairs of (args, kwargs).
+        samples: Number of answers drawn for each pair.
+        seed: Seed of the draws.
+
+    Returns:
+        Tensors in float32 of each parameter's shape; of the unpacked shape for a packed weight of a linear op.
+
+    Raises:
+        PassError: An output is not finite, or an op has no gradient.
     """
+    # A copy without selections of trainable parameters in its journal, so that every parameter gets a gradient.
     free = program.derive(program.journal, *program.copies())
     free.journal = type(program.journal)(tuple(e for e in program.journal if e.kind == "rewrite"))
     module = free.module()
@@ -70,16 +82,14 @@ def fisher_of(program: State, data: Sequence[InputSet], samples: int, seed: int)
             leaves = pytree.tree_leaves(run(*args, **kwargs))
             output = next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
             if not bool(output.isfinite().all()):
-                raise PassError(
-                    "on the data the program gives values that are infinite or no numbers; mend the data"
-                )
+                raise PassError("on the data the program's output contains inf or NaN; clean the data")
             loss = _surprise(output.float(), generator)
             try:
                 loss.backward()
-            except RuntimeError as error:  # an op of a plugin need not have a gradient
+            except RuntimeError as error:  # an op of a plugin may have no gradient
                 raise PassError(
-                    f"on the data no gradient can be had: {str(error).splitlines()[0]}; choose by something else, or "
-                    "give the op its autograd formula"
+                    f"on the data there is no gradient: {str(error).splitlines()[0]}; choose by another criterion, or "
+                    "register an autograd formula for the op"
                 ) from error
             for name, parameter in module.named_parameters(remove_duplicate=False):
                 if parameter.grad is not None:
@@ -91,7 +101,7 @@ def fisher_of(program: State, data: Sequence[InputSet], samples: int, seed: int)
 
 
 class _Packed(fx.Interpreter):
-    """Runs a graph, and adds up gradients of packed linear weights, to which their ops give none: ∂L/∂W = Σ gᵀ x."""
+    """Runs a graph and sums ∂L/∂W = Σ gᵀ x for packed linear weights, whose ops have no gradient for them."""
 
     def __init__(self, module: fx.GraphModule, sites: Iterable[Site]) -> None:
         super().__init__(module)
@@ -113,6 +123,7 @@ class _Packed(fx.Interpreter):
             return value
         name, call, _ = self.weights[n.name]
         x = self.env[arguments(n)[call.op.x]].detach()
+        # The gradient g of the output arrives in the hook below, so the output must require one.
         value = value if value.requires_grad else value.detach().requires_grad_()
 
         def add(gradient: Tensor) -> None:
@@ -124,19 +135,20 @@ class _Packed(fx.Interpreter):
         return value
 
     def zeros(self) -> dict[str, Tensor]:
+        """A tensor of zeros for each packed weight, by its name."""
         return {
             name: torch.zeros(shape, device=call.node.meta["val"].device)
             for name, call, shape in self.weights.values()
         }
 
     def taken(self) -> dict[str, Tensor]:
-        """The gradients of the run before, by the weight's name, which are forgotten with this."""
+        """The gradients of the last run by the weight's name; they are cleared."""
         found, self._gradients = self._gradients, {}
         return found
 
 
 def _surprise(output: Tensor, generator: torch.Generator) -> Tensor:
-    """−log p of a drawn answer, averaged over rows."""
+    """−log p of a drawn answer, as a mean over rows."""
     if output.shape[-1] == 1:
         drawn = output.detach() + torch.randn(output.shape, generator=generator)
         return ((output - drawn) ** 2 / 2).mean()

@@ -1,9 +1,10 @@
-"""How far an op's outputs move when its weight does: exactly, by the products of what enters it on the data.
+"""The error of an op's outputs on data when its weight changes, exact, from the products XᵀX of its inputs.
 
-A weight is seen as stacked matrices (surgery.passes.algebra.factor): one for a linear map or a table, one for each group of a
-convolution (its columns are channels × kernel), one for each expert. With X the rows on which such a matrix acts, the
-squared norm of what E adds to the outputs over all of the data is tr(E XᵀX Eᵀ), summed over the stack: so XᵀX (stack ×
-in × in) is all that has to be kept. Rows of a table are picked by one-hot X, whose XᵀX is how often each is read.
+A weight is seen as stacked matrices (see surgery.passes.algebra.factor): one for a linear map or a table, one per group
+of a convolution (its columns are channels × kernel), one per expert. Let X be the rows that such a matrix multiplies.
+A change E of the matrix changes the outputs on all of the data by the squared norm tr(E XᵀX Eᵀ), summed over the stack.
+So only XᵀX (stack × in × in) has to be kept. For a table, X is one-hot, and XᵀX is the diagonal matrix of how often
+each row is read.
 """
 
 from __future__ import annotations
@@ -23,16 +24,20 @@ from surgery.graph.marks import input_before_adapters
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments, operand, per_axis
 from surgery.graph.sites import Measurements, Site, SiteKey
 
-_DAMPING = 1e-6  # of the mean of XᵀX's diagonal: inputs that the data never use
-_ROOM = 2**31  # bytes of products that are kept at once, where one site does not take more
+# Added to the diagonal of XᵀX, times its mean: without it, inputs that are always zero make XᵀX singular.
+_DAMPING = 1e-6
+# Bytes of products kept at once, unless one site alone needs more.
+_ROOM = 2**31
 
 
 @dataclass(frozen=True)
-class Entering:
-    """What enters a site on the data. products: XᵀX, fp64 (stack × in × in); of a table its diagonal (1 × rows).
+class InputStatistics:
+    """Second moments of a site's input on the data.
 
-    rounded: the op reads x̂, a rounding of the x that adapters read. X is then [x̂, x − x̂], twice as wide, and a matrix
-    that acts on it is one of `joined`.
+    Attributes:
+        products: XᵀX in float64 (stack × in × in); for a table, its diagonal (1 × rows).
+        rounded: The op reads x̂, a rounding of the x that adapters read. X is then [x̂, x − x̂], twice as wide, and
+            `joined` makes the matrices that act on it.
     """
 
     products: Tensor
@@ -40,15 +45,20 @@ class Entering:
 
     @property
     def nothing(self) -> bool:
-        """Whether only zeros enter."""
+        """True if the input is zero throughout the data."""
         return not bool(self.products.any())
 
     def joined(self, by_op: Tensor, by_rest: Tensor) -> Tensor:
-        """The matrices that act on X: by_op on what the op reads, by_rest on what rounding took away from that."""
+        """The matrices that act on X.
+
+        Args:
+            by_op: Matrices (stack × out × in) that act on the input of the op, x̂.
+            by_rest: Matrices that act on the rounding error x − x̂; unused if the op reads x.
+        """
         return torch.cat([by_op, by_rest], 2) if self.rounded else by_op
 
     def norm(self, moved: Tensor) -> float:
-        """Of what `moved` (stack × out × in, or `joined`) makes of the data."""
+        """Norm over all of the data of the outputs of `moved` (stack × out × in, or from `joined`)."""
         wide = moved.double()
         return float((self._times(wide) * wide).sum().clamp(min=0).sqrt())
 
@@ -57,31 +67,32 @@ class Entering:
 
     @cached_property
     def unseen(self) -> Tensor:
-        """Inputs that are zero throughout the data: rows that no token picks, experts and channels out of use."""
+        """True for inputs that are zero throughout the data: rows that no token reads, unused experts and channels."""
         squares = self.products if self.products.dim() == 2 else self.products.diagonal(dim1=1, dim2=2)
         return (squares.unflatten(1, (2, -1)).sum(1) if self.rounded else squares) == 0
 
     def unseen_norm(self, moved: Tensor) -> float:
-        """Of the part of `moved` (stack × out × in) that the data never use: nothing but its own values tells of it."""
+        """Norm of the values of `moved` (stack × out × in) that act on unseen inputs; outputs do not show them."""
         return float((moved.double().square() * self.unseen[:, None]).sum().sqrt())
 
-    def decomposed(self, moved: Tensor) -> Decomposed:
-        """The corrections C x that leave least of (moved X), of every rank at once (Zhang et al. 2024,
-        arXiv:2410.06040): with L Lᵀ = xxᵀ they are the truncated SVD of C L, for the C that leaves least of all.
+    def decomposed(self, moved: Tensor) -> LowRankError:
+        """The best corrections C x of the output error (moved X), for every rank (Zhang et al. 2024, arXiv:2410.06040).
 
-        Where nothing is rounded that C is `moved` itself. Otherwise it is moved Xxᵀ (xxᵀ)⁻¹, and what the rest of X
-        makes is left whatever the rank.
+        Let C be the best correction of full rank and L Lᵀ = xxᵀ. The corrections of lower rank are the truncated SVD
+        of C L. If nothing is rounded, C is `moved` itself. Otherwise C = moved Xxᵀ (xxᵀ)⁻¹, and the part of the error
+        that x cannot explain remains at every rank.
         """
         wide = moved.double()
         if self.products.dim() == 2:
             root = (self.products + self._damping(self.products)).sqrt()[:, None]
             left, values, right = torch.linalg.svd(wide * root, full_matrices=False)
-            return Decomposed(left, values, right / root, 0.0)
+            return LowRankError(left, values, right / root, 0.0)
         own, crossed, damping = self._of_x()
         own.diagonal(dim1=1, dim2=2).add_(damping)
         root = torch.linalg.cholesky(own)
         floor = 0.0
         if self.rounded:
+            # Least squares for C with the damping as a ridge. The floor is the squared error of C itself.
             plain = wide[..., : own.shape[2]]
             against = wide @ crossed + plain * damping[:, None]
             whole = torch.linalg.solve_triangular(root.mT, against, upper=True, left=False)
@@ -91,12 +102,13 @@ class Entering:
             whole = wide @ root
         left, values, right = torch.linalg.svd(whole, full_matrices=False)
         right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
-        return Decomposed(left, values, right, floor)
+        return LowRankError(left, values, right, floor)
 
     def _of_x(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x's own products, those of X with x, and the damping of the first."""
+        """Products of x with itself and of X with x, and the damping of the first."""
         crossed = self.products
         if self.rounded:
+            # x = x̂ + (x − x̂), so products with x are sums over the two halves of X.
             crossed = sum(crossed.chunk(2, 2))  # type: ignore[assignment]
             own: Tensor = sum(crossed.chunk(2, 1))  # type: ignore[assignment]
         else:
@@ -109,9 +121,15 @@ class Entering:
 
 
 @dataclass(frozen=True)
-class Decomposed:
-    """left · diag(values) · right (stack by stack), of which every rank leaves least error. floor: squared, left by
-    all of them."""
+class LowRankError:
+    """The best corrections of every rank, as truncations of left · diag(values) · right, with their errors.
+
+    Attributes:
+        left: Left factors (stack × out × n).
+        values: Singular values (stack × n).
+        right: Right factors (stack × n × in).
+        floor: Squared error that remains at every rank.
+    """
 
     left: Tensor
     values: Tensor
@@ -120,15 +138,16 @@ class Decomposed:
 
     @cached_property
     def tails(self) -> list[float]:
-        """By rank, the error of the outputs that is left."""
+        """Remaining error of the outputs by rank, from rank 0."""
         squared = self.values.square().sum(0).flip(0).cumsum(0).flip(0) + self.floor
         return [*squared.sqrt().tolist(), math.sqrt(self.floor)]
 
     def tail(self, rank: int) -> float:
+        """Remaining error of the outputs at a rank."""
         return self.tails[min(rank, len(self.tails) - 1)]
 
     def rank_within(self, error: float) -> int:
-        """The smallest rank, at least 1, that leaves no more; one past the last where none does."""
+        """The smallest rank, at least 1, with at most this error; one more than the largest if none has."""
         return max(next((rank for rank, tail in enumerate(self.tails) if tail <= error), len(self.tails)), 1)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -136,28 +155,37 @@ class Decomposed:
         return self.left[..., :rank] * self.values[:, None, :rank], self.right[:, :rank]
 
 
-class Inputs:
-    """What enters sites, measured when it is asked for: for as many at once as there is room."""
+class InputMeasurements:
+    """Input statistics of sites, measured on first use for as many sites in one run as memory allows."""
 
     def __init__(self, probe: Measurements, sites: Iterable[tuple[Site, Collection[Any]]]) -> None:
-        """sites: each with the ops that round what enters it, or none."""
+        """Prepare measurements of these sites.
+
+        Args:
+            probe: Measurements of the program (`site.probe`).
+            sites: Each site, with the ops that round its input (empty if none).
+        """
         self.probe = probe
         self._sources = {
             site.key: [_Source(site, call, rounding) for call in site.calls] for site, rounding in sites
         }
         self._found: dict[tuple[str, ...], Tensor] = {}
 
-    def at(self, site: Site, device: torch.device) -> Entering:
-        """device: of the weight."""
+    def at(self, site: Site, device: torch.device) -> InputStatistics:
+        """The statistics of a site's input, on a device, summed over its calls.
+
+        Raises:
+            PassError: The input contains inf or NaN.
+        """
         sources = self._sources[site.key]
         if any(source.key not in self._found for source in sources):
-            self._found = {}
+            self._found = {}  # free the last batch before the next is measured
             self._found = self._measure(self._batch(site.key))
         total = torch.stack([self._found[source.key] for source in sources]).sum(0)
-        return Entering(total.to(device), any(source.rounded is not None for source in sources))
+        return InputStatistics(total.to(device), any(source.rounded is not None for source in sources))
 
     def _batch(self, key: SiteKey) -> list[_Source]:
-        """The sources of a site, and of those that follow while there is room."""
+        """The sources of a site, and of the sites after it while memory allows."""
         keys = list(self._sources)
         wanted: dict[tuple[str, ...], _Source] = {}
         room = _ROOM
@@ -171,6 +199,7 @@ class Inputs:
 
     def _measure(self, sources: Sequence[_Source]) -> dict[tuple[str, ...], Tensor]:
         found = {source.key: torch.zeros(source.shape, dtype=torch.float64) for source in sources}
+        # A value is kept only until every source that reads it has all of its values.
         uses = Counter(name for source in sources for name in source.names)
         held: dict[str, Tensor] = {}
         left = dict(uses)
@@ -191,7 +220,16 @@ class Inputs:
 
 
 class _Source:
-    """What enters one call. names: of the graph's values that tell it. shape: of its products."""
+    """The input of one call.
+
+    Attributes:
+        x: Name of the input before adapters.
+        rounded: Name of the rounded input that the op reads, or None.
+        gather: Name of the expert numbers, or None.
+        names: All of these names.
+        key: Identity of the products; calls with the same inputs share them.
+        shape: Shape of the products.
+    """
 
     def __init__(self, site: Site, call: Call, rounding: Collection[Any]) -> None:
         self.site, self.call = site, call
@@ -199,6 +237,7 @@ class _Source:
         self.rounded = read.name if any(node.target in rounding for node in before(call)) else None
         self.gather = call.gather.name if call.gather is not None else None
         self.names = tuple({name: None for name in (self.x, self.rounded, self.gather) if name is not None})
+        # Products of a convolution depend on its stride and kernel, those of a table on its size: they are not shared.
         alone = (call.node.name,) if site.kind in (CONV, EMBEDDING) else ()
         self.key = (site.kind, call.x_axis, *self.names, *alone)
         if site.kind == EMBEDDING:
@@ -210,20 +249,21 @@ class _Source:
             self.shape = (stack, wide, wide)
 
     def add_to(self, found: Tensor, held: dict[str, Tensor]) -> None:
+        """Add the products of one set of data."""
         x, gather = held[self.x], None if self.gather is None else held[self.gather]
         if self.site.kind == EMBEDDING:
             found[0] += torch.bincount(x.flatten(), minlength=found.shape[1]).to(found)
             return
         values = [x] if self.rounded is None else [held[self.rounded], x - held[self.rounded]]
         if not all(bool(value.isfinite().all()) for value in values):
-            raise PassError(f"on the data the value {self.x!r} is infinite or no number; mend the data")
+            raise PassError(f"on the data the value {self.x!r} contains inf or NaN; clean the data")
         if self.call.x_axis == "column":
             values = [value.transpose(-2, -1) for value in values]
         for index, rows in self._rows(values, gather):
             found[index] += (rows.mT @ rows).to(found)
 
     def _rows(self, values: list[Tensor], gather: Tensor | None) -> Iterator[tuple[Any, Tensor]]:
-        """Which of the stack, and the rows on which it acts; fp64."""
+        """Index into the stack, and the rows that its matrix multiplies, in float64."""
         if self.site.kind == CONV:
             parts = [_patches(self.site, self.call, value) for value in values]
             for each in zip(*parts, strict=True):
@@ -239,7 +279,7 @@ class _Source:
 
 
 def before(call: Call) -> list[fx.Node]:
-    """What passes have put between what enters a site and its op."""
+    """Nodes that passes have inserted between the input of a site and its op, the last first."""
     found, node, first = [], operand(call), input_before_adapters(operand(call))
     while node is not first:
         found.append(node)
@@ -248,7 +288,7 @@ def before(call: Call) -> list[fx.Node]:
 
 
 def _patches(site: Site, call: Call, x: Tensor) -> Iterator[Tensor]:
-    """The rows on which a convolution's weight acts, for one sample after the other: (groups, positions, in)."""
+    """The rows that a convolution's weight multiplies, sample by sample: (groups, positions, in)."""
     args, kernel = arguments(call.node), site.shape[2:]
     axes = len(kernel)
     stride, dilation = (per_axis(args[name], axes) for name in ("stride", "dilation"))
@@ -259,7 +299,7 @@ def _patches(site: Site, call: Call, x: Tensor) -> Iterator[Tensor]:
         ends = [(p, p) for p in per_axis(args["padding"], axes)]
     for sample in x if x.dim() == axes + 2 else x[None]:
         if site.layout == "io":
-            # Transposed: a convolution, with the kernel turned round, of what has zeros between its values.
+            # A transposed convolution is a convolution with the kernel flipped, of its input with zeros between values.
             spread = sample.new_zeros(
                 len(sample), *((n - 1) * s + 1 for n, s in zip(sample.shape[1:], stride, strict=True))
             )
@@ -280,7 +320,7 @@ def _windows(
     stride: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """(channels, *positions, *kernel): what a kernel sees at each position. sides: what is padded, axis by axis."""
+    """The window of a kernel at each position, as (channels, *positions, *kernel); `sides` is the padding by axis."""
     found = torch.nn.functional.pad(sample, [n for side in reversed(sides) for n in side])
     for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), 1):
         found = found.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]

@@ -141,7 +141,10 @@ def read(program: State, text: str, tokens: int) -> list[int]:
     try:
         from transformers import AutoTokenizer
 
-        ids = AutoTokenizer.from_pretrained(where)(text, add_special_tokens=False)["input_ids"]
+        # Without the argument transformers asks on the terminal whether to run a tokenizer's code.
+        ids = AutoTokenizer.from_pretrained(where, trust_remote_code=False)(text, add_special_tokens=False)[
+            "input_ids"
+        ]
     except Exception as error:
         first = (str(error).splitlines() or ["no message"])[0]
         raise PassError(

@@ -25,7 +25,7 @@ from surgery.graph.ops import CONV
 from surgery.graph.sites import Measurements, Site
 from surgery.passes.algebra.factor import stacked
 from surgery.passes.algebra.low_rank import factor_shapes
-from surgery.passes.measure.output_error import Entering, Inputs, before
+from surgery.passes.measure.output_error import InputMeasurements, InputStatistics, before
 from surgery.passes.quantize.codes import Codes
 from surgery.passes.quantize.matrix import Layout
 
@@ -96,7 +96,7 @@ def _places(program: State, probe: Measurements) -> list[_Place]:
             if place.over:
                 found.append(place)
     # All places share one set of measurements, so that the data run through the program as few times as possible.
-    inputs = Inputs(probe, [(place.site, place.pass_.rounding) for place in found])
+    inputs = InputMeasurements(probe, [(place.site, place.pass_.rounding) for place in found])
     for place in found:
         place.inputs = inputs
     return found
@@ -117,7 +117,7 @@ class _Place:
         inputs: Measurements shared by all places.
     """
 
-    inputs: Inputs
+    inputs: InputMeasurements
 
     def __init__(
         self,
@@ -245,7 +245,7 @@ class _Place:
         return {name: getattr(codes, name) for name in self.layout.names if name != "smooth"}
 
     @cached_property
-    def _entering(self) -> Entering:
+    def _entering(self) -> InputStatistics:
         return self.inputs.at(self.site, self._codes.scale.device)
 
     def _wanted(self) -> tuple[Tensor, Tensor]:
@@ -319,7 +319,7 @@ class _Goal:
         budget: Largest error allowed, relative to the effect of `added`.
     """
 
-    entering: Entering
+    entering: InputStatistics
     whole: Tensor
     added: Tensor
     budget: float

@@ -313,7 +313,8 @@ class Counts(nn.Module):
 COUNTS = [
     (
         "view",
-        r"op view.*depends on the old size.*; the vocabulary has 9 rows; extend the embedding alone with --output-layer off",
+        r"op view.*depends on the old size.*; the vocabulary has 9 rows; "
+        r"extend the embedding alone with --output-layer off",
     ),
     ("slice", r"op slice.*cuts the values to the old size"),
     ("log_softmax", r"normalizes its logits \(op log_softmax\)"),

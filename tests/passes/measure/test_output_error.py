@@ -332,8 +332,10 @@ def test_measured_in_parts_where_there_is_little_room(forms, monkeypatch):
     program = randomise(program.apply(surgery.Lora(target=target, rank=1)))
     choices = program.merge(quantized="requantize", data=DATA).journal.entries[-1].options["choices"]
     runs = []
-    measured = output_error.Inputs._measure
-    monkeypatch.setattr(output_error.Inputs, "_measure", lambda *given: runs.append(0) or measured(*given))
+    measured = output_error.InputMeasurements._measure
+    monkeypatch.setattr(
+        output_error.InputMeasurements, "_measure", lambda *given: runs.append(0) or measured(*given)
+    )
     monkeypatch.setattr(output_error, "_ROOM", 1)
     assert program.merge(quantized="requantize", data=DATA).journal.entries[-1].options["choices"] == choices
     assert len(runs) == len(choices)
