@@ -128,7 +128,9 @@ def test_convolutional_blocks():
         checks=["numerics", "untouched", "inserted", "effect"],
     )
     assert "16 nodes" not in report.passed["inserted"]
-    with pytest.raises(PassError, match=r"adapter at layer2\.0\.conv2: refused, its branch changes the image size"):
+    with pytest.raises(
+        PassError, match=r"adapter at layer2\.0\.conv2: refused, its branch changes the image size"
+    ):
         program("resnet18").apply(Adapter(placement="parallel", target="layer2.0.conv2"))
 
 
