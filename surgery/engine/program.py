@@ -112,7 +112,8 @@ class Program(State):
             verify: Run the example inputs before and after, and raise PassError if the outputs differ by more than
                 `merge_tolerance`.
             quantized: Treatment of adapters on quantized weights.
-            budget: Largest part of the adapters' contribution to the outputs of an op that "auto" may lose.
+            budget: Largest part of the adapters' contribution to the outputs of an op that may be lost. It limits
+                "auto", and determines the rank of a correction.
             data: Inputs to measure that error on: a sequence of (args, kwargs). The example inputs by default.
 
         Raises:

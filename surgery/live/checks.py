@@ -1,4 +1,4 @@
-"""Checks of a live model: it is run as its user runs it, before and after passes or a merge."""
+"""Checks of a live model: compares its outputs on the example inputs before and after passes or a merge."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ from surgery.live.state import LiveState, sharing
 
 
 def verify_merge(model: nn.Module, state: LiveState, before: Program, then: Any) -> None:
-    """Hold the merged live model against the unmerged one on the example inputs; without inputs nothing is run.
+    """Compare a merged live model with the unmerged one on the example inputs, if there are any.
+
+    Args:
+        model: The live module, merged.
+        state: Its state.
+        before: Its program before the merge.
+        then: Its outputs before the merge.
 
     Raises:
-        PassError: The outputs moved by more than rounding the weights once explains.
+        PassError: The outputs differ by more than rounding the weights once can cause.
     """
     if state.example is None:
         return
@@ -33,20 +39,29 @@ def verify_merge(model: nn.Module, state: LiveState, before: Program, then: Any)
         for e in live_entries(before.journal)
     )
     if rounds and not state.uncaptured:
-        # Rounded activations make whole steps of a small difference; the program itself moves by as much.
+        # Quantized activations turn a tiny difference into a whole quantization step; the program itself differs too.
         allowed += 2 * observe(before.run(), state.program.run()).difference
     if not seen.within(rounded(allowed, "weights are rounded once more")):
         merged = state.program.journal.entries[-1].options.get("folded", ())
         sites = [r.path for e in before.journal if e.id in merged for r in e.sites]
         raise PassError(
-            f"merge_: the live model's outputs moved by {seen.difference:.1e} of their scale, over {allowed:.0e}: a "
-            f"weight of {', '.join(sites[:5])} is read in another way than by its layer; the model is as it was; "
-            "keep the adapters unmerged, or merge the model's program"
+            f"merge_: the live model's outputs moved by {seen.difference:.1e} of their scale, more than {allowed:.0e}: "
+            f"a weight of {', '.join(sites[:5])} is also read outside of its layer. The model is unchanged; keep the "
+            "adapters unmerged, or merge the model's program"
         )
 
 
 def verify_insertion(model: nn.Module, state: LiveState, before: Program) -> None:
-    """Run the live module without and with the new passes. Raises PassError if the outputs differ too much."""
+    """Compare the outputs of a live model without and with the new passes on the example inputs.
+
+    Args:
+        model: The live module, with the new passes.
+        state: Its state.
+        before: Its program without them.
+
+    Raises:
+        PassError: The outputs differ by more than any of the new passes declares.
+    """
     loaded = state.program.base.loaded
     fresh = [e for e in state.program.journal if e not in before.journal.entries and e.kind == "rewrite"]
     if not fresh:

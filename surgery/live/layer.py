@@ -84,7 +84,13 @@ class Layers:
     def uses(
         self, layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torch.dtype
     ) -> frozenset[tuple[str, str]]:
-        """(attribute, kind of use) of every weight in the layer's own forward. Arguments as for `bare`.
+        """(attribute, kind of use) of every weight in the layer's own forward.
+
+        Args:
+            layer: The layer.
+            rank: Number of dimensions of its input.
+            shape: Example shape of its input; None if unknown.
+            dtype: Dtype of its input.
 
         Raises:
             LayerError: The forward takes more than one tensor, or cannot be traced.
