@@ -185,7 +185,10 @@ def test_what_makes_targets_comes_before_what_adapts_them(given, order):
 
 def test_one_after_the_other_is_refused_where_it_cannot_be():
     there = program("vit").apply(of("prefix", tokens=2))
-    with pytest.raises(PassError, match=r"'prefix' has put keys .*; undo that, or apply prompt before it"):
+    with pytest.raises(
+        PassError,
+        match=r"'prefix' has already added keys to its attention; undo that, or apply prompt before it",
+    ):
         there.apply(of("prompt", tokens=2))
 
 
