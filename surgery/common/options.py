@@ -46,7 +46,7 @@ class Configured(BaseModel):
             # A validator of the whole class, which checks several options together, has no location.
             if not problem["loc"]:
                 raise cls._failure(f"{title}: {problem['msg'].removeprefix('Value error, ')}") from None
-            field = ".".join(part for part in problem["loc"] if isinstance(part, str))
+            field = ".".join(part for part in problem["loc"] if isinstance(part, str))[:100]
             flag = "--" + field.replace("_", "-")
             if problem["type"] == "extra_forbidden":
                 known = [f.alias or n for n, f in cls.model_fields.items()]

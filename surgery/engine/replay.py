@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.capture import Captured
-from surgery.common.errors import JournalError, nearest
+from surgery.common.errors import JournalError, SurgeryError, nearest
 from surgery.common.plugins import Plugins
+from surgery.common.readers import first_line
 from surgery.engine.base import Base
 from surgery.engine.contract.base import GraphPass, Pass, RewritePass, merges
 from surgery.engine.contract.gradual import Gradual
 from surgery.engine.contract.pattern import PatternPass
+from surgery.engine.contract.specs import TensorSpec
 from surgery.engine.journal import Entry, Journal, SiteRecord
 from surgery.engine.registry import find_pass
 from surgery.graph.fake import MetaCache
@@ -181,12 +183,26 @@ def check_fit(entry: Entry, pass_: RewritePass, sites: Sequence[Site], tensors: 
                     f"{entry.id} at {record.path}: the stored tensor {full} has shape {list(held.shape)}, and the "
                     f"journal asks for {list(wanted)}; the file was edited, or is for another model"
                 )
+            if not _holds_indices(held, spec):
+                raise JournalError(
+                    f"{entry.id} at {record.path}: the stored tensor {full} holds other indices than the journal asks "
+                    f"for; the file was edited"
+                )
             floats = (spec.dtype or site.float_dtype).is_floating_point
             if held.is_floating_point() != floats:
                 raise JournalError(
                     f"{entry.id} at {record.path}: the stored tensor {full} is {held.dtype}, and the journal asks for "
                     f"{'floats' if floats else str(spec.dtype)}; the file was edited"
                 )
+
+
+def _holds_indices(held: Tensor, spec: TensorSpec) -> bool:
+    """False if a tensor of indices is out of bounds, or differs from the one that follows from the decisions."""
+    if spec.value is not None and not spec.value.is_floating_point():
+        return torch.equal(held.cpu(), spec.value.to(held.dtype))
+    if spec.below is None or not held.numel():
+        return True
+    return int(held.min()) >= 0 and int(held.max()) < spec.below
 
 
 def build_graph(
@@ -292,6 +308,14 @@ class GradualEntry:
             (record.decided, get(record.key.owner), {n: get(full) for n, full in record.tensors.items()})
             for record in self.sites
         ]
-        with torch.no_grad():
-            self.gradual.apply(step, places)
+        try:
+            with torch.no_grad():
+                self.gradual.apply(step, places)
+        except SurgeryError:
+            raise
+        except Exception as error:  # a stored decision can be anything
+            raise JournalError(
+                f"{self.entry}: its tensors cannot be updated for step {step} ({type(error).__name__}: "
+                f"{first_line(error)}); undo it, or restore the saved directory"
+            ) from error
         self.done = due

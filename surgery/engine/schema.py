@@ -27,6 +27,7 @@ from surgery.common.errors import JournalError
 from surgery.common.names import is_plain
 
 _MOST = 2**31 - 1  # of a step, a dimension or an ordinal; larger numbers are no sizes of a model
+_LARGEST = 1e30  # a float32 holds it, with room for products
 _DEEPEST = 32  # nesting of a JSON value
 
 
@@ -43,9 +44,11 @@ def _short(text: str) -> str:
 
 
 def check_depth(value: Any, depth: int = 0) -> Any:
-    """A JSON value. Raises ValueError if it is nested too deeply."""
+    """A JSON value. Raises ValueError if it is nested too deeply, or a number in it is not finite or beyond 1e30."""
     if depth > _DEEPEST:
         raise ValueError("is nested too deeply")
+    if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:
+        raise ValueError(f"has a number that is not within ±{_LARGEST:g}")
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     for item in inner:
         check_depth(item, depth + 1)
@@ -95,7 +98,7 @@ class StoredEntry(_Strict):
     before: dict[Text, Text] = {}
     limits: dict[Text, Natural] = {}
     numerics: Json
-    weight: FiniteFloat
+    weight: Annotated[FiniteFloat, Field(ge=-_LARGEST, le=_LARGEST)]
     auto: StrictBool
 
     @model_validator(mode="after")

@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, fx, nn
 
-from surgery.common.errors import PassError
+from surgery.common.errors import JournalError, PassError, SurgeryError
+from surgery.common.readers import first_line
 from surgery.engine import replay
 from surgery.engine.data import ProgramData, check_present
 from surgery.engine.fold import fold, lengthening
@@ -184,11 +185,25 @@ class State(ProgramData):
 
         Returns:
             The outputs, in the structure that the model returns.
+
+        Raises:
+            JournalError: The program fails on the example inputs.
         """
-        if not args and not kwargs:
-            args, kwargs = self.example_inputs
-        with torch.no_grad():
-            return self.graph_module(*args, **kwargs)
+        if args or kwargs:
+            with torch.no_grad():
+                return self.graph_module(*args, **kwargs)
+        args, kwargs = self.example_inputs
+        try:
+            with torch.no_grad():
+                return self.graph_module(*args, **kwargs)
+        except SurgeryError:
+            raise
+        except Exception as error:
+            # The inputs are right, so a pass is wrong, or what a saved directory holds for it.
+            raise JournalError(
+                f"the program fails on its example inputs ({type(error).__name__}: {first_line(error)}); undo the "
+                "last pass, or restore the saved directory"
+            ) from error
 
 
 def read_names(graph: fx.Graph) -> set[str]:

@@ -21,6 +21,7 @@ class TensorSpec:
         trainable: True for a parameter that trains, False for a buffer.
         dtype: Dtype; None for the site's own.
         value: The tensor itself, used instead of `init`.
+        below: Upper bound of the values of an index: they are from 0 to one less. A stored tensor is held to it.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +29,7 @@ class TensorSpec:
     trainable: bool = True
     dtype: torch.dtype | None = None
     value: Tensor | None = None
+    below: int | None = None
 
     def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor at insertion.

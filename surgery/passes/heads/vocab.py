@@ -214,6 +214,10 @@ class Vocab(GraphPass):
     # -- graph
 
     def rewrite(self, site: Site, g: Rewriter) -> None:
+        if site.decided["first"] != _rows(site):
+            raise PassError(
+                f"vocab at {site.path}: the table has {_rows(site)} rows, not {site.decided['first']}"
+            )
         for call in site.calls:
             with g.at_call(call):
                 if site.kind == EMBEDDING:

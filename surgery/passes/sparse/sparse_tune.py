@@ -125,7 +125,9 @@ class SparseTune(RewritePass):
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         shape = (site.decided["count"],)
-        support = TensorSpec(shape, self._choose(site), trainable=False, dtype=torch.int64)
+        support = TensorSpec(
+            shape, self._choose(site), trainable=False, dtype=torch.int64, below=math.prod(site.float_shape)
+        )
         return {"indices": support, "values": TensorSpec(shape)}
 
     def _choose(self, site: Site) -> Callable[[Tensor], Any]:
