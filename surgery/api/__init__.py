@@ -115,6 +115,8 @@ def __getattr__(name: str) -> Any:
     if name == "MergeOp":
         warnings.warn("surgery.api.MergeOp is now surgery.api.Fold", DeprecationWarning, stacklevel=2)
         return Fold
+    if name in _MOVED:
+        return importlib.import_module(f"surgery.api.{name}")
     for module, names in _MOVED.items():
         if name in names:
             warnings.warn(

@@ -139,7 +139,9 @@ def read_recipe(path: Path, plugins: Plugins, allowed: Collection[str] = ()) -> 
         raise SurgeryError(f"recipe {path} must be a mapping with the key 'passes'")
     for key in data:
         if key not in _KEYS:
-            raise SurgeryError(f"recipe {path} has an unknown key {str(key)[:100]!r}{nearest(str(key)[:100], _KEYS)}")
+            raise SurgeryError(
+                f"recipe {path} has an unknown key {str(key)[:100]!r}{nearest(str(key)[:100], _KEYS)}"
+            )
     for key, kind, what in _TYPES:
         if data.get(key) is not None and not isinstance(data[key], kind):
             raise SurgeryError(f"recipe {path}: {key!r} must be {what}")

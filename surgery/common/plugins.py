@@ -87,7 +87,12 @@ class Plugins:
         found: dict[str, Info[T]] = {}
         for impl in self.implementations(hook):
             distribution, version = self.distribution_of(impl)
-            for cls in list(self.call(impl)):
+            given = self.call(impl)
+            if not isinstance(given, (list, tuple)):
+                raise PluginError(
+                    f"plugin {distribution!r} returns {given!r} from {hook}; return a list of classes, such as [MyPass]"
+                )
+            for cls in given:
                 if not (isinstance(cls, type) and issubclass(cls, base) and cls.name):
                     raise PluginError(
                         f"plugin {distribution!r} registers {cls!r}, which is not a {base._kind} class with a name"

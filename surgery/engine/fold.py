@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from surgery.common.errors import JournalError, SurgeryError
+from surgery.common.errors import JournalError, PassError, SurgeryError
 from surgery.common.readers import first_line
 from surgery.engine.contract.base import RewritePass, default_names, merges
 from surgery.engine.contract.folds import Fold, Stage, apply_folds
@@ -356,7 +356,13 @@ def _steps_of(
 
 def _place(site: Site, slot: str, entry: Entry) -> str | None:
     """Name of the base tensor for a key that `merge` returned: "weight" or "bias", with a suffix after a colon."""
-    if slot.partition(":")[0] == "bias":
+    kind = slot.partition(":")[0]
+    if kind not in ("weight", "bias"):
+        raise PassError(
+            f"{entry.id} at {site.path}: merge returned the key {slot!r}; use 'weight' or 'bias', with a suffix "
+            "after a colon for several folds of one"
+        )
+    if kind == "bias":
         return site.bias
     if site.weight is None:
         raise JournalError(

@@ -239,7 +239,7 @@ class Odd(nn.Module):
 
 def test_refusals_say_why():
     program = surgery.capture(Odd(), torch.randint(0, 9, (3, 2)))
-    with pytest.raises(PassError, match="works on linear, conv, and this is a embedding"):
+    with pytest.raises(PassError, match="works on linear, conv, and this is an embedding"):
         program.apply(IA3(target="embed"))
     with pytest.raises(PassError, match="bias is computed"):
         program.apply(IA3(target="path:linear", scale="output"))

@@ -121,7 +121,8 @@ def _plan_site(
             f"{gone!r} has put another op in its place" if gone else "no output of the model depends on it"
         )
     elif site.kind not in pass_.on:
-        refusal = f"{pass_.name} works on {', '.join(pass_.on)}, and this is a {site.kind} weight"
+        article = "an" if site.kind[0] in "aeiou" else "a"
+        refusal = f"{pass_.name} works on {', '.join(pass_.on)}, and this is {article} {site.kind} weight"
     elif site.selected_parts and not pass_.effect.partial:
         refusal = f"it is a fused projection and {pass_.name} cannot act on a part of it; target {site.role}"
     else:

@@ -17,7 +17,9 @@ class Effect:
         attaches: The pass attaches to layers, so it is applied after passes that create layers (`comes_first`).
         adds_weights: The added tensors are weights of ops like the base's own, and later passes can target them.
         replaces_weight: The op at a site no longer reads the base's weight, so nothing can be merged into it there.
-        independent: The pass adds a parallel branch, so other adapters at the site are merged without it.
+        independent: What the pass adds is not part of what other adapters at the site act on (a prefix beside the
+            attention, an additional head), so that these are merged even where this pass is not. Leave it False for
+            a branch that is added to the output of an op, as LoRA's: a later adapter scales that branch too.
         comes_first: The pass creates layers that adapters attach to; adapters are applied after it.
         reads_weight: The added branch computes with the weight of its op (with its norms, for example).
         scalable: The application can be scaled by a weight other than 0 and 1 (`Program.weighted`).

@@ -207,10 +207,11 @@ class Inserter:
         return self.before(following, node)
 
     def once(self, key: str, build: Callable[[], fx.Node], stack: Mapping[str, Any] | None = None) -> fx.Node:
-        """A value that is inserted once for all places of this pass.
+        """A value that is inserted once for the whole application of the pass: the first place makes it.
 
         Args:
-            key: Name of the value within the pass.
+            key: Name of the value within the application. For a value of one site, make `site.key` part of it; paths
+                of sites can repeat.
             build: Function that inserts the value and returns it.
             stack: The `nn_module_stack` of the inserted nodes, if they do not belong to the site's module.
         """

@@ -397,7 +397,17 @@ class Rewriter(Inserter):
                 )
             if self._columns:
                 value = self.call(aten.transpose.int, value, -2, -1)
+            self._check_shape(value, self._ends[1])
             self._put(self._ends[1], value, lambda node: node not in self._new)
+
+    def _check_shape(self, value: fx.Node, output: fx.Node) -> None:
+        """Raises PassError if `rewrite` returned a value of another shape than the output that it replaces."""
+        made, wanted = (tuple(map(str, node.meta["val"].shape)) for node in (value, output))
+        if made != wanted:
+            raise PassError(
+                f"{self._entry_id} at {self.site.path}: rewrite returned a value of shape {' × '.join(made)}, and the "
+                f"output that it replaces has shape {' × '.join(wanted)}; return a value of the output's shape"
+            )
 
     def rewrite_once(self, site: Site, build: Any) -> None:
         """Call build(site, self) once for a place of the whole program; it puts values in place itself."""

@@ -58,7 +58,8 @@ def export_peft(program: Program, path: Any, *, overwrite: bool = False) -> dict
     unknown = next((e for e in live if e.pass_name not in _METHODS), None)
     if unknown is not None:
         raise ExportError(
-            f"{unknown.id}: PEFT has no {unknown.pass_name}; it has {', '.join(_METHODS)}. Leave it out (--without) or "
+            f"{unknown.id}: surgery cannot write {unknown.pass_name} as a PEFT checkpoint; it can write "
+            f"{', '.join(_METHODS)}. Leave it out (--without) or "
             f"export to ONNX"
         )
     if len(names) > 1:

@@ -250,7 +250,10 @@ def test_bad_checkpoints(bases, tmp_path):
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ([surgery.Adapter(size=4)], "adapter: PEFT has no adapter; it has lora, ia3, prefix, prompt"),
+        (
+            [surgery.Adapter(size=4)],
+            "adapter: surgery cannot write adapter as a PEFT checkpoint; it can write lora, ia3",
+        ),
         (
             [surgery.Lora(target="attn.*"), surgery.Prompt(tokens=2)],
             "contains one method, but the program has lora, prompt",
