@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgery.common.errors import SurgeryError, nearest
 
+_LONGEST = 1000  # characters of an error that repeats an option
+
 
 class Configured(BaseModel):
     """Base of classes with options. Unknown options are refused; instances are immutable and hashable.
@@ -60,8 +62,10 @@ class Configured(BaseModel):
             said = problem["msg"].removeprefix("Value error, ")
             said = said if said != problem["msg"] else said.lower()
             raise cls._failure(f"{title}: {flag} is {_short(shown)}: {said}") from None
-        except SurgeryError:
-            raise
+        except SurgeryError as error:
+            if len(str(error)) <= _LONGEST:
+                raise
+            raise type(error)(f"{str(error)[:_LONGEST]}…") from None
         except Exception as error:  # the boundary: a validator met a value that it does not expect
             said = next(iter(str(error).splitlines()), "")[:200]
             raise cls._failure(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +27,9 @@ from surgery.graph.graphs import copy_graph
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site, SiteIndex, SiteKey
 from surgery.graph.view import View
+
+# A size in a decision that is no reason to doubt it, whatever the model has.
+_ALWAYS_ALLOWED = 2**20
 
 
 def pass_of(entry: Entry, plugins: Plugins) -> Pass:
@@ -166,7 +171,12 @@ def check_fit(entry: Entry, pass_: RewritePass, sites: Sequence[Site], tensors: 
     Raises:
         JournalError: A tensor is missing, has another shape, or is integer instead of floating point or vice versa.
     """
+    most = max(_ALWAYS_ALLOWED, sum(tensor.numel() for tensor in tensors.values()))
     for site, record in zip(sites, entry.sites, strict=True):
+        if (size := _largest(record.decided)) > max(most, math.prod(site.float_shape)):
+            raise JournalError(
+                f"{entry.id} at {record.path}: the journal has the size {size}; the file was edited"
+            )
         specs = pass_.tensors(site)
         missing = specs.keys() - record.tensors.keys()
         if missing and not record.decided.get("simplified"):
@@ -194,6 +204,17 @@ def check_fit(entry: Entry, pass_: RewritePass, sites: Sequence[Site], tensors: 
                     f"{entry.id} at {record.path}: the stored tensor {full} is {held.dtype}, and the journal asks for "
                     f"{'floats' if floats else str(spec.dtype)}; the file was edited"
                 )
+
+
+def _largest(decided: Any) -> int:
+    """The largest size in a decision, apart from limits of dimensions. Passes make lists of such sizes."""
+    if isinstance(decided, bool):
+        return 0
+    if isinstance(decided, int):
+        return abs(decided)
+    if isinstance(decided, Mapping):
+        decided = [value for name, value in decided.items() if name != "limits"]
+    return max(map(_largest, decided), default=0) if isinstance(decided, list) else 0
 
 
 def _holds_indices(held: Tensor, spec: TensorSpec) -> bool:

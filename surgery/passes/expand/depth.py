@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 GATE = "residual_gate"
+MOST_COPIES = 1000
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,12 @@ def _gate_shape(region: Region, block: Block, view: View) -> list[int]:
 def tensors(site: Site) -> dict[str, TensorSpec]:
     """Return the tensors of all copies at a site."""
     known, specs = site.decided, {}
-    for number in range(1, sum(known["copies"]) + 1):
+    copies = sum(known["copies"])
+    if min(known["copies"]) < 0 or copies > MOST_COPIES:
+        raise PassError(
+            f"expand at {site.path}: {copies} copies of a block; up to {MOST_COPIES} are supported"
+        )
+    for number in range(1, copies + 1):
         for tensor in known["tensors"]:
             key, dtype = _key(known, number, tensor["name"]), getattr(torch, tensor["dtype"])
             specs[key] = TensorSpec(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -36,6 +35,9 @@ _OWN = {
     "wider": ("noise",),
     "side": ("size", "kernel", "activation", "causal"),
 }
+
+
+_MOST_TIMES = 1000
 
 
 class Expand(GraphPass):
@@ -78,7 +80,10 @@ class Expand(GraphPass):
     name: ClassVar[str] = "expand"
 
     deeper: int | None = Field(
-        None, gt=0, description="number of block copies to add, spread evenly over the row"
+        None,
+        gt=0,
+        le=depth.MOST_COPIES,
+        description="number of block copies to add, spread evenly over the row",
     )
     after: str | None = Field(
         None,
@@ -280,9 +285,10 @@ class Expand(GraphPass):
 
 
 def _is_more(wider: str) -> bool:
-    if re.fullmatch(r"\+\d+", wider):
+    """True for a factor above 1, or for a number of units to add; both within bounds that memory has."""
+    if re.fullmatch(r"\+\d{1,7}", wider):
         return int(wider) > 0
     try:
-        return 1 < float(wider) < math.inf
+        return 1 < float(wider) <= _MOST_TIMES
     except ValueError:
         return False

@@ -62,7 +62,7 @@ class Head(GraphPass):
         description="replace: a new head instead of the old one; resize: the same, but keep rows of old classes; "
         "add: a second head with an output of its own",
     )
-    labels: int | None = Field(None, gt=0, description="number of outputs of the head")
+    labels: int | None = Field(None, gt=0, le=2**20, description="number of outputs of the head")
     keep: str | None = Field(
         None,
         description="resize: numbers of the old classes to keep, such as 0,2,5 (default: the first ones)",

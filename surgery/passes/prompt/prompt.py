@@ -46,7 +46,7 @@ class Prompt(GraphPass):
     name: ClassVar[str] = "prompt"
     before: ClassVar[tuple[str, ...]] = ("prefix",)
 
-    tokens: int = Field(20, gt=0, description="number of learned tokens, P")
+    tokens: int = Field(20, gt=0, le=2**20, description="number of learned tokens, P")
     init: Literal["normal", "vocabulary", "text"] = Field(
         "normal",
         description="initial prompt: random normal, embeddings of random tokens, or embeddings of --text",

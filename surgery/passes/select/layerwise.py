@@ -121,9 +121,9 @@ class Layerwise(SelectPass):
         chosen: set[int] = set()
         for part in str(self.layers).split(","):
             first, dash, last = (piece.strip() for piece in part.partition("-"))
-            if not first.isdigit() or (dash and not last.isdigit()):
+            if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 40:
                 raise PassError(
-                    f"layerwise: --layers {self.layers!r}: write depths and ranges, such as 2-5,8"
+                    f"layerwise: --layers {str(self.layers)[:100]!r}: write depths and ranges, such as 2-5,8"
                 )
             low, high = int(first), int(last or first)
             if low > high or high > head:
