@@ -69,7 +69,9 @@ def test_a_merge_that_moves_the_live_model_is_taken_back(branching, monkeypatch)
     monkeypatch.setattr("surgery.live.state.raw_reads", lambda example: {})
     stir(surgery.apply_(model, surgery.Lora(target="path:embed", rank=2), inputs=(ids,)))
     adapted = model(ids).detach()
-    with pytest.raises(PassError, match=r"merge_: the live model's outputs moved .* weight of embed is also read"):
+    with pytest.raises(
+        PassError, match=r"merge_: the live model's outputs moved .* weight of embed is also read"
+    ):
         surgery.merge_(model)
     assert torch.equal(model(ids), adapted)
 
