@@ -41,4 +41,6 @@ def explain(error: BaseException, origins: Mapping[str, str] | None = None) -> s
 
 def first_line(error: BaseException) -> str:
     """First non-empty line of an exception's message, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip()[:400] for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from surgery.common.errors import ExportError
+from surgery.common.errors import ExportError, SurgeryError
 from surgery.common.readers import first_line
 from surgery.export.optional import require
 
@@ -43,8 +43,13 @@ def read_checked(path: Path) -> Any:
     except Exception as error:
         raise ExportError(f"'{path}' cannot be read as ONNX: {first_line(error)}") from None
     types = {number: name for name, number in onnx.TensorProto.DataType.items()}
-    for tensor in _tensors(model, onnx.TensorProto):
-        _check_tensor(tensor, types, path)
+    try:
+        for tensor in _tensors(model, onnx.TensorProto):
+            _check_tensor(tensor, types, path)
+    except SurgeryError:
+        raise
+    except Exception as error:  # a name that is no file name, or no text
+        raise ExportError(f"'{path}' has a damaged tensor: {first_line(error)}") from None
     return model
 
 
@@ -89,7 +94,8 @@ def _external_bytes(tensor: Any, path: Path, where: str) -> int:
     given = [(entry.key, entry.value) for entry in tensor.external_data]
     named = dict(given)
     location = named.get("location", "")
-    if not location or len(named) < len(given):
+    # A text that is not UTF-8 comes as bytes.
+    if not location or not isinstance(location, str) or len(named) < len(given):
         raise ExportError(f"{where} names no data file, or several")
     relative = PurePosixPath(location)
     if (
@@ -129,5 +135,5 @@ def _natural(text: str | None, key: str, where: str) -> int | None:
     return int(text)
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:59]}…")
+def _shown(text: str | bytes) -> str:
+    return repr(text[:60])
