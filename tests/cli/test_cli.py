@@ -164,7 +164,7 @@ BAD = {
         "control flow depends on the values",
     ),
     "a pickle": (("inspect", "model.bin"), "holds a pickle, which can run code"),
-    "code that is not named": (("inspect", "{saved}"), "to run that code, name it again: --base py:"),
+    "code that is not named": (("inspect", "{saved}"), "to run that code, name it again with --base py:"),
     "unwritable": (("export", ATTENTION, "-o", "/proc/never/model.onnx"), "/proc/never"),
     "no recipe": (("plan", "--recipe", "/nonexistent.yaml"), "recipe /nonexistent.yaml: No such file"),
     "undo what is not there": (

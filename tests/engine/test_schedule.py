@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import surgery
@@ -413,7 +414,7 @@ def test_a_saved_program_keeps_all_of_it(tmp_path):
         assert {n for n in moved(again, before) if ".lora_" not in n} <= {
             n for n in trained.journal.entries[0].trains if trained.trains(n)
         }
-        lost = saved.load_file(path / saved.INSERTED)
+        lost = load_file(path / saved.INSERTED)
         if trained.schedule.masks:
             assert set(trained.schedule.masks.values()) <= lost.keys()
 
@@ -443,9 +444,9 @@ def test_a_directory_of_the_first_schema_loads(tmp_path):
 def test_a_lost_mask_is_seen(tmp_path):
     trained = program().apply(surgery.Filter())
     trained.save(tmp_path / "masked")
-    stored = saved.load_file(tmp_path / "masked" / saved.INSERTED)
+    stored = load_file(tmp_path / "masked" / saved.INSERTED)
     stored.pop(next(iter(stored)))
-    saved.save_file(stored, tmp_path / "masked" / saved.INSERTED)
+    save_file(stored, tmp_path / "masked" / saved.INSERTED)
     manifest = json.loads((tmp_path / "masked" / saved.MANIFEST).read_text())
     manifest["files"][saved.INSERTED] = saved.sha256(tmp_path / "masked" / saved.INSERTED)
     manifest["checksum"] = saved._checksum(manifest)

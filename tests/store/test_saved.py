@@ -155,7 +155,7 @@ def damage(path, what):
         ("tensor edited", "was changed after it was saved"),
         ("tensor file gone", "is missing"),
         ("journal edited", "was edited or damaged"),
-        ("no JSON", "cannot be read"),
+        ("no JSON", "is not valid JSON"),
         ("newer schema", "has schema 99.*upgrade"),
     ],
 )
