@@ -46,9 +46,13 @@ def parse(target: str) -> list[Term]:
         exclude = text.startswith("!")
         body = text[1:].strip() if exclude else text
         if len(text) > _LONGEST:
-            raise TargetError(f"target {text[:60]!r}… has a part of {len(text)} characters; names are shorter")
+            raise TargetError(
+                f"target {text[:60]!r}… has a part of {len(text)} characters; names are shorter"
+            )
         if not body:
-            raise TargetError(f"target {target[:200]!r} has an empty part; write names separated by single commas")
+            raise TargetError(
+                f"target {target[:200]!r} has an empty part; write names separated by single commas"
+            )
         reading, colon, rest = body.partition(":")
         if colon and reading not in ("role", "path", "re", "op"):
             raise TargetError(f"target {body!r}: unknown prefix {reading!r}; use role:, path:, re: or op:")
