@@ -63,5 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {message}", err=True)
+    # A message can repeat a name from a file, which may hold escape sequences of a terminal.
+    shown = "".join(character if character.isprintable() else "?" for character in message)
+    click.echo(f"error: {shown}", err=True)
     sys.exit(code)

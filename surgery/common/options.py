@@ -49,7 +49,7 @@ class Configured(BaseModel):
             if not problem["loc"]:
                 raise cls._failure(f"{title}: {problem['msg'].removeprefix('Value error, ')}") from None
             field = ".".join(part for part in problem["loc"] if isinstance(part, str))[:100]
-            flag = "--" + field.replace("_", "-")
+            flag = "--" + "".join(c if c.isprintable() else "?" for c in field.replace("_", "-"))
             if problem["type"] == "extra_forbidden":
                 known = [f.alias or n for n, f in cls.model_fields.items()]
                 hint = nearest(field, known) or f"; it has {', '.join(sorted(known))}"

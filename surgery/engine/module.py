@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from surgery.common.errors import JournalError
+from surgery.common.readers import first_line
 from surgery.engine.recompute import REMADE, recomputed
 from surgery.engine.replay import GradualEntry
 from surgery.engine.schedule import Clock, Schedule
@@ -261,12 +263,20 @@ def register(
         tensor: Parameter, or tensor to register as a buffer.
         persistent: False for a buffer that a state dict leaves out.
         kind: Class of the modules that are created where the path has none.
+
+    Raises:
+        JournalError: The name, or a component of it, is taken by an attribute of the module.
     """
-    owner, leaf = _container(root, path, kind)
-    if isinstance(tensor, nn.Parameter):
-        owner.register_parameter(leaf, tensor)
-    else:
-        owner.register_buffer(leaf, tensor, persistent=persistent)
+    try:
+        owner, leaf = _container(root, path, kind)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor, persistent=persistent)
+    except (KeyError, AttributeError) as error:
+        raise JournalError(
+            f"the name {path} is taken in {type(root).__name__}: {first_line(error)}"
+        ) from None
 
 
 def attach(root: nn.Module, path: str, value: Any) -> None:

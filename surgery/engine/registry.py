@@ -36,6 +36,7 @@ def find_pass(plugins: Plugins, name: str, distribution: str = "") -> PassInfo:
     known = passes(plugins)
     if name in known:
         return known[name]
+    name = name[:100]
     for entry_point, why in plugins.broken.items():
         if distribution and distribution == entry_point.partition(" ")[0]:
             raise PluginError(

@@ -181,7 +181,7 @@ def check_fit(entry: Entry, pass_: RewritePass, sites: Sequence[Site], tensors: 
         missing = specs.keys() - record.tensors.keys()
         if missing and not record.decided.get("simplified"):
             raise JournalError(
-                f"{entry.id} at {record.path}: the journal names no tensor for {min(missing)!r}"
+                f"{entry.id} at {record.path}: the journal names no tensor for {min(missing)[:100]!r}"
             )
         for name, spec in specs.items():
             full = record.tensors.get(name)

@@ -85,7 +85,8 @@ class StoredEntry(_Strict):
     id: Id
     pass_name: Annotated[Id, Field(alias="pass")]
     kind: Literal["rewrite", "select", "merge"]
-    distribution: Text
+    # It is part of the advice `pip install …` for an absent plugin.
+    distribution: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9._-]{0,128}$")]
     distribution_version: Text
     version: Annotated[StrictInt, Field(ge=1, le=_MOST)]
     options: Json

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import keyword
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from surgery.capture import LoadOptions, trace
 from surgery.capture.budget import limited
@@ -45,6 +46,8 @@ SCHEMA = 2
 READABLE = (1, 2)
 MANIFEST = "surgery.json"
 _AGAIN = "restore it or apply again"
+# Attributes that every module and every compiled graph has, and words that cannot be attributes in code.
+_RESERVED = frozenset({*dir(fx.GraphModule), *vars(nn.Module()), *keyword.kwlist, "_graph", "_code", "self"})
 INSERTED, CHANGED, BASE = "inserted.safetensors", "changed.safetensors", "base.safetensors"
 
 
@@ -307,6 +310,7 @@ def _check_names(path: Path, journal: Journal, held: Mapping[str, Tensor], base:
             raise JournalError(
                 f"{path / INSERTED} contains {name}, which is a tensor of the base; restore it or apply again"
             )
+    _check_free(path, named, set(base.tensors), known)
     missing = named - set(held)
     if missing:
         raise JournalError(f"{path} lacks the tensor {min(missing)}; restore it or apply again")
@@ -315,6 +319,28 @@ def _check_names(path: Path, journal: Journal, held: Mapping[str, Tensor], base:
         raise JournalError(
             f"{path / INSERTED} contains {min(unknown)}, which the journal does not name; restore it or apply again"
         )
+
+
+def _check_free(path: Path, named: Set[str], there: Set[str], known: Set[str]) -> None:
+    """Check that no name is an attribute of every module, or a part of another name.
+
+    Args:
+        path: The directory, for messages.
+        named: Names of the inserted tensors.
+        there: Names of the tensors of the base.
+        known: Components of the names of the base.
+
+    Raises:
+        JournalError: A name cannot be registered in a module.
+    """
+    owners = {name[:at] for name in named | there for at, c in enumerate(name) if c == "."}
+    for name in sorted(named):
+        taken = [part for part in name.split(".") if part not in known and part in _RESERVED]
+        inside = any(name[:at] in there for at, c in enumerate(name) if c == ".")
+        if taken or inside or name in owners:
+            raise JournalError(
+                f"{path / INSERTED} contains {name}, a name that is taken in a module; restore it or apply again"
+            )
 
 
 def _as_in(original: Tensor, value: Tensor) -> Tensor:

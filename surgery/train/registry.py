@@ -32,6 +32,7 @@ def find_objective(plugins: Plugins, name: str) -> ObjectiveInfo:
         alias = next((info for info in known.values() if name in info.cls.aliases), None)
         if alias is not None:
             return alias
+        name = name[:100]
         hint = nearest(name, known) or f"; there are {', '.join(sorted(known))}"
         raise TrainingError(f"there is no objective {name!r}{hint}")
     return known[name]
