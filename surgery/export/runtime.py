@@ -229,7 +229,10 @@ def open_adapters(files: Sequence[Path]) -> tuple[Any, list[Any]]:
     options, held = ort.RunOptions(), []
     for file in files:
         adapter = ort.LoraAdapter()
-        adapter.Load(str(file))
-        options.add_active_adapter(adapter)
+        try:
+            adapter.Load(str(file))
+            options.add_active_adapter(adapter)
+        except Exception as error:
+            raise ExportError(f"'{file}' cannot be read as an adapter: {first_line(error)}") from error
         held.append(adapter)
     return options, held
