@@ -13,7 +13,7 @@ from surgery.common.errors import SurgeryError
 # Names that would leave a string literal and touch a file when torch.fx compiles them; the test sets MARKER.
 MARKER = "MARKER"
 CODE = (
-    f"x\"), open('{MARKER}', 'w'), getattr(self, \"x",
+    f"training\"), open('{MARKER}', 'w'), getattr(self, \"training",  # every module has the attribute, so this runs
     f'x"); __import__("os").system("touch {MARKER}"); ("',
     f"x')\n    open('{MARKER}', 'w')\n    ('",
     f"{{open('{MARKER}','w')}}",

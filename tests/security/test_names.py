@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tests.security.mutations import CODE, MARKER
 from tests.shared import models
 
 # A tensor is read where it is registered, so a name without dots runs at the first forward.
-EXPLOIT = f"x\"), open('{MARKER}', 'w'), getattr(self, \"x"
+EXPLOIT = CODE[0]
 
 
 def lora_a(folder):
@@ -53,6 +54,16 @@ def test_the_second_wall_refuses_what_the_first_lets_through(folder, base, plugi
         surgery.load(str(folder), base=base, plugins=plugins).run()
 
 
+def test_without_walls_the_name_is_code(folder, base, plugins, first_wall_down, monkeypatch, elsewhere):
+    """The exploit works in this version of torch, so the tests above prove something."""
+    monkeypatch.setattr(compiled, "check_targets", lambda graph: None)
+    crafted.rename(folder, lora_a(folder), EXPLOIT)
+    with contextlib.suppress(SurgeryError):  # the name stands for a tuple by then
+        surgery.load(str(folder), base=base, plugins=plugins).run()
+    assert (elsewhere / MARKER).exists()
+    (elsewhere / MARKER).unlink()
+
+
 def test_a_live_module_refuses_the_name_and_is_as_it_was(folder, monkeypatch):
     torch.manual_seed(0)
     module, inputs = models.attention()
@@ -62,6 +73,15 @@ def test_a_live_module_refuses_the_name_and_is_as_it_was(folder, monkeypatch):
     with pytest.raises(JournalError, match="is named"):
         surgery.load_(module, folder, inputs=inputs)
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def planted(graph, name):
+    """The graph with a tensor of its own that has the name."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    with copied.inserting_before(next(iter(copied.nodes))):
+        copied.get_attr(name)
+    return copied
 
 
 @pytest.mark.parametrize("name", [EXPLOIT, 'a"', "a\\b", "a\nb", "a(b)", "a[0]", "a'b"])
@@ -74,6 +94,21 @@ def test_no_such_target_is_compiled(name, op):
         compiled.compiled(nn.Module(), graph)
     with pytest.raises(SurgeryError, match="cannot be written into code safely"):
         layer._compile(graph, "planted")
+
+
+@pytest.mark.parametrize("form", ["run", "module", "export"])
+def test_a_planted_node_is_refused_in_every_form(form, base, tmp_path):
+    adapted = base.apply(surgery.Lora(target="attn.*", rank=2))
+    adapted._graph, adapted._module, adapted._runner = planted(adapted.graph, EXPLOIT), None, None
+    adapted.tensors[EXPLOIT] = torch.ones(1)
+    forms = {
+        "run": adapted.run,
+        "module": lambda: adapted.module()(*adapted.example_inputs[0]),
+        "export": lambda: adapted.export(tmp_path / "x.onnx"),
+    }
+    with pytest.raises(SurgeryError, match="cannot be written into code safely"):
+        forms[form]()
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_of_a_peft_checkpoint(base, tmp_path):

@@ -15,6 +15,7 @@ import yaml
 
 import surgery
 from surgery.capture import stored_options
+from surgery.capture.budget import limited
 from surgery.cli import main
 from surgery.cli.loading import _read_tensors
 from surgery.cli.recipe import read_recipe, refuse_code
@@ -170,6 +171,22 @@ def test_the_arguments_of_a_manifest(kwargs, folder, plugins):
     crafted.seal(folder, manifest)
     with pytest.raises(LoadError, match="model_kwargs: the argument"):
         surgery.load(str(folder), plugins=plugins)
+
+
+def test_a_small_file_asks_for_no_huge_model():
+    with (
+        pytest.raises(LoadError, match="asks for a model of over"),
+        limited(1000, "here"),
+        torch.device("meta"),
+    ):
+        torch.nn.Linear(10**6, 10**6)
+    with (
+        pytest.raises(LoadError, match="asks for a model of over"),
+        limited(1000, "here"),
+        torch.device("meta"),
+    ):
+        torch.nn.ModuleList(torch.nn.Linear(1000, 1000) for _ in range(10**6))
+    torch.nn.Linear(3, 3)  # the limit is gone
 
 
 # -- ONNX
