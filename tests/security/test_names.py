@@ -48,10 +48,26 @@ def first_wall_down(monkeypatch):
     monkeypatch.setattr(saved, "_check_free", lambda *_: None)
 
 
-def test_the_second_wall_refuses_what_the_first_lets_through(folder, base, plugins, first_wall_down):
+@pytest.mark.parametrize("form", ["run", "module", "train", "export", "live"])
+def test_the_second_wall_refuses_what_the_first_lets_through(
+    form, folder, base, plugins, first_wall_down, tmp_path
+):
     crafted.rename(folder, lora_a(folder), EXPLOIT)
+    if form == "live":
+        module, inputs = models.attention()
+        with pytest.raises(SurgeryError):
+            surgery.load_(module, folder, inputs=inputs)
+        return
+    program = surgery.load(str(folder), base=base, plugins=plugins)
+    forms = {
+        "run": program.run,
+        "module": lambda: program.module()(*program.example_inputs[0]),
+        "train": lambda: program.module().graph_module(training=False),
+        "export": lambda: program.export(tmp_path / "x.onnx"),
+    }
     with pytest.raises(SurgeryError, match="cannot be written into code safely"):
-        surgery.load(str(folder), base=base, plugins=plugins).run()
+        forms[form]()
+    assert [file.name for file in tmp_path.iterdir()] == ["adapted"]
 
 
 def test_without_walls_the_name_is_code(folder, base, plugins, first_wall_down, monkeypatch, elsewhere):
@@ -75,15 +91,6 @@ def test_a_live_module_refuses_the_name_and_is_as_it_was(folder, monkeypatch):
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
-def planted(graph, name):
-    """The graph with a tensor of its own that has the name."""
-    copied = fx.Graph()
-    copied.output(copied.graph_copy(graph, {}))
-    with copied.inserting_before(next(iter(copied.nodes))):
-        copied.get_attr(name)
-    return copied
-
-
 @pytest.mark.parametrize("name", [EXPLOIT, 'a"', "a\\b", "a\nb", "a(b)", "a[0]", "a'b"])
 @pytest.mark.parametrize("op", ["get_attr", "call_module", "placeholder"])
 def test_no_such_target_is_compiled(name, op):
@@ -94,21 +101,6 @@ def test_no_such_target_is_compiled(name, op):
         compiled.compiled(nn.Module(), graph)
     with pytest.raises(SurgeryError, match="cannot be written into code safely"):
         layer._compile(graph, "planted")
-
-
-@pytest.mark.parametrize("form", ["run", "module", "export"])
-def test_a_planted_node_is_refused_in_every_form(form, base, tmp_path):
-    adapted = base.apply(surgery.Lora(target="attn.*", rank=2))
-    adapted._graph, adapted._module, adapted._runner = planted(adapted.graph, EXPLOIT), None, None
-    adapted.tensors[EXPLOIT] = torch.ones(1)
-    forms = {
-        "run": adapted.run,
-        "module": lambda: adapted.module()(*adapted.example_inputs[0]),
-        "export": lambda: adapted.export(tmp_path / "x.onnx"),
-    }
-    with pytest.raises(SurgeryError, match="cannot be written into code safely"):
-        forms[form]()
-    assert not list(tmp_path.iterdir())
 
 
 def test_names_of_a_peft_checkpoint(base, tmp_path):
