@@ -170,7 +170,8 @@ class Checkpoints:
                 )
             name = next(n for n in {**before, **values} if values.get(n) != before.get(n))
             raise TrainingError(
-                f"the run to resume used {part} {name}={before.get(name)!r}, not {values.get(name)!r}; use the "
+                f"the run to resume used {part} {name[:100]}={repr(before.get(name))[:200]}, not "
+                f"{repr(values.get(name))[:200]}; use the "
                 f"same, or leave out --resume"
             )
 
