@@ -93,7 +93,9 @@ def check_config(config: Any, path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {where}: {said}; save the checkpoint with PEFT again"
         ) from None
     except ValueError as error:
-        raise LoadError(f"{path} cannot be read: a value {error}; save the checkpoint with PEFT again") from None
+        raise LoadError(
+            f"{path} cannot be read: a value {error}; save the checkpoint with PEFT again"
+        ) from None
     except RecursionError:
         raise LoadError(f"{path} is nested too deeply; save the checkpoint with PEFT again") from None
     return config
