@@ -17,7 +17,7 @@ import warnings
 import click
 
 from surgery.cli.group import LazyGroup
-from surgery.common.errors import SurgeryError
+from surgery.common.errors import InterruptedTrainingError, SurgeryError
 
 
 @click.group(
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         code = cli.main(args=argv, prog_name="surgery", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
+    except InterruptedTrainingError as error:
+        _fail(" ".join(str(error).split()), 130)
     except SurgeryError as error:
         _fail(" ".join(str(error).split()), 2)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from surgery.cli.recipe import Recipe
 
 
+# (reference, task, arguments of the constructor) -> (task, arguments).
+Choose = Callable[[str, str | None, dict[str, Any]], tuple[str | None, dict[str, Any]]]
+
+
 def make_loader(
     plugins: Plugins,
     *,
@@ -36,7 +40,7 @@ def make_loader(
     base: str | None,
     seed: int,
 ) -> Callable[..., Program]:
-    """A function `loader(ref, recipe=None)` that loads a program with the options of a command.
+    """A function `loader(ref, recipe=None, choose=None)` that loads a program with the options of a command.
 
     Args:
         plugins: plugin manager of the program.
@@ -48,10 +52,11 @@ def make_loader(
         seed: seed of weights that no file contains, such as a new head.
 
     Returns:
-        The loader. It raises SurgeryError for a wrong option or a model that cannot be loaded.
+        The loader. `choose` may replace the task and the arguments of the constructor. The loader raises SurgeryError
+        for a wrong option or a model that cannot be loaded.
     """
 
-    def loader(ref: str, recipe: Recipe | None = None) -> Program:
+    def loader(ref: str, recipe: Recipe | None = None, choose: Choose | None = None) -> Program:
         given = dict(_pair(text, "--model-kwarg") for text in model_kwargs)
         sizes = dict(_pair(text, "--example") for text in examples)
         for name, size in sizes.items():
@@ -61,11 +66,13 @@ def make_loader(
         torch.manual_seed(seed)
         chosen = task or (recipe.task if recipe else None)
         merged = {**(recipe.model_kwargs if recipe else {}), **given}
+        if choose is not None:
+            chosen, merged = choose(ref, chosen, merged)
         program = load(
             ref, task=chosen, model_kwargs=merged, trust=trust, base=base, example=sizes, plugins=plugins
         )
         # The library gives these notes as Python warnings, which the command line silences.
-        for note in program.base.captured.notes:
+        for note in program.base.notes:
             click.echo(f"note: {note}", err=True)
         return program
 

@@ -126,6 +126,8 @@ def split_groups(
             switch = field is not None and field.annotation is bool
             value: Any = True if switch and text is None else value_of(flag, text)
             several = field is not None and get_origin(field.annotation) is tuple
+            if key == "target" and key in options and not several:
+                value = f"{options[key]},{value}"  # targets add up, as their comma-separated terms do
             options[key] = (*options.get(key, ()), value) if several else value
         else:
             if flag.startswith("--") and flag not in own and flag != "--help" and begins in args[position:]:

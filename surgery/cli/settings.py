@@ -71,7 +71,7 @@ def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     Settings to validate, except the seed, which also seeds the loading of the model.
     """
     for setting in reversed(read_settings()):
-        several = setting.name == "regularize"
+        several = setting.default == ()
         kind: Any = (
             click.Choice(setting.choices) if setting.choices else int if setting.name == "seed" else str
         )

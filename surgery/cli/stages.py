@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 
 from surgery.cli.recipe import Recipe, Shipping, read_recipe, refuse_code
+from surgery.cli.recipe_check import check_later, check_resumed
 from surgery.cli.render import console, note_unfrozen, trainable_line
 from surgery.cli.reports import tell_adaptable, tell_applied, tell_exported, tell_generation, tell_merged
 from surgery.cli.training import prepare_run, train_program
@@ -74,12 +75,13 @@ def run_recipe(
             "surgery run uses one process; for several, train with `torchrun -m surgery train` instead"
         )
     text = recipe.read_text()
-    _make_room(output, text, resume, overwrite)
+    _make_room(output, resume, overwrite)
+    if resume and (output / RECIPE).is_file():
+        check_resumed(output / RECIPE, wanted, plugins, (*named, *allowed))
     is_trained = resume and (output / "trained").exists()
     # Training data are read first, so that an error in a file is reported before any stage runs.
     rows = wanted.train.rows() if wanted.train and not is_trained else None
-    stages = _Stages(output, reference, wanted, plugins, loader, resume, as_json, console())
-    write_text(output / RECIPE, text)
+    stages = _Stages(output, reference, wanted, plugins, loader, resume, as_json, console(), text)
     try:
         program = stages.make("adapted", stages.applied)
         figures: dict[str, Any] = {}
@@ -94,7 +96,9 @@ def run_recipe(
         if wanted.export:
             figures["onnx"] = stages.exported(program, wanted.export)
     except SurgeryError as error:
-        done = ", ".join(stages.done) or "nothing yet"
+        if not stages.done:
+            raise
+        done = ", ".join(stages.done)
         raise type(error)(f"{error} (finished in {output}: {done}; continue with --resume)") from error
     if as_json:
         click.echo(json.dumps({"path": str(output), "stages": stages.done, **figures}))
@@ -113,6 +117,7 @@ class _Stages:
         resume: load a stage that an earlier run has finished.
         quiet: print nothing.
         out: console.
+        text: text of the recipe, kept in the directory of the run.
         done: names of finished stages.
     """
 
@@ -124,6 +129,7 @@ class _Stages:
     resume: bool
     quiet: bool
     out: Console
+    text: str
     done: list[str] = field(default_factory=list)
 
     def make(
@@ -135,6 +141,7 @@ class _Stages:
         if not exists:
             self._title(name)
             program = work()
+            write_text(self.folder / RECIPE, self.text)
             save(program, path)
         self.done.append(name)
         trains = f"{trainable_line(program)}; " if name == "adapted" and not exists else ""
@@ -146,6 +153,7 @@ class _Stages:
     def applied(self) -> Program:
         base = self.loader(self.reference, self.wanted)
         program = base.apply(*self.wanted.passes, freeze_base=self.wanted.freeze_base)
+        check_later(self.wanted, base, program)
         if not self.quiet:
             tell_applied(self.out, base, program)
             note_unfrozen(self.out, self.wanted.passes, self.wanted.freeze_base)
@@ -162,6 +170,7 @@ class _Stages:
             self._say(f"{path} is there")
             return self._load(path), None
         self._title("trained")
+        write_text(self.folder / RECIPE, self.text)
         run = prepare_run(path, self.resume, False)
         # --resume also covers a run that was interrupted before its first checkpoint.
         resume = self.resume and bool(Checkpoints(run).steps())
@@ -233,13 +242,12 @@ class _Stages:
             self.out.print(line)
 
 
-def _make_room(output: Path, text: str, resume: bool, overwrite: bool) -> None:
+def _make_room(output: Path, resume: bool, overwrite: bool) -> None:
     """Make `output` ready for a run.
 
     Args:
         output: directory of the run.
-        text: text of the recipe.
-        resume: continue a run of the same recipe.
+        resume: continue an earlier run.
         overwrite: delete an earlier run.
 
     Raises:
@@ -247,17 +255,12 @@ def _make_room(output: Path, text: str, resume: bool, overwrite: bool) -> None:
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    kept = output / RECIPE
-    if not kept.is_file():
+    if not (output / RECIPE).is_file():
         raise SurgeryError(f"{output} exists and is not an earlier run; choose another -o")
     if resume:
-        if kept.read_text() != text:
-            raise SurgeryError(
-                f"{output} was started with another recipe, {kept}; run that one, or pass --overwrite"
-            )
-    elif overwrite:
-        shutil.rmtree(output)
-    else:
+        return
+    if not overwrite:
         raise SurgeryError(
             f"{output} holds an earlier run; use --resume to continue it, or --overwrite to start again"
         )
+    shutil.rmtree(output)

@@ -66,7 +66,7 @@ def train(
     Checkpoints and the log are written to DIR.run. A run that is interrupted and continued with --resume ends with the
     same weights as an uninterrupted run.
     """
-    from surgery.cli.training import prepare_run, train_program
+    from surgery.cli.training import head_for, prepare_run, train_program
     from surgery.common.files import refuse_taken
     from surgery.train.request import TrainingRequest
 
@@ -81,7 +81,7 @@ def train(
     # Data are read before the model, so that an error in a file is reported at once.
     rows = request.rows()
     result = train_program(
-        loader(model),
+        loader(model, choose=head_for(request, rows)),
         request,
         rows,
         output,

@@ -6,16 +6,20 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from surgery.cli.loading import Choose
 from surgery.cli.render import console, trainable_line
 from surgery.common.errors import SurgeryError
 from surgery.engine.program import Program
 from surgery.train.checkpoint import Checkpoints
 from surgery.train.data import Rows
+from surgery.train.head_choice import choose_head
 from surgery.train.loop import Loop, Result
 from surgery.train.request import TrainingRequest
 from surgery.train.tokenizers import find_tokenizer
@@ -49,6 +53,18 @@ def prepare_run(output: Path, resume: bool, overwrite: bool) -> Path:
     return run
 
 
+def head_for(request: TrainingRequest, rows: Rows) -> Choose:
+    """A function for the loader of a model that gives it the head that a training needs, and says so on stderr."""
+
+    def choose(ref: str, task: str | None, model_kwargs: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        found = choose_head(request.objective, rows, ref, task, model_kwargs)
+        if found.note:
+            click.echo(f"note: {found.note}", err=True)
+        return found.task, dict(found.model_kwargs)
+
+    return choose
+
+
 def train_program(
     program: Program,
     request: TrainingRequest,
@@ -76,20 +92,23 @@ def train_program(
         Figures of the training in the main process, None in other processes of a distributed run.
     """
     out, run = console(), run_directory_of(output)
-    watchers: list[Watcher] = [] if quiet or not _is_main() else [_Live(out, request.objective.metric)]
+    live = _Live(out, request.objective.metric)
+    watchers: list[Watcher] = [] if quiet or not _is_main() else [live]
     if tensorboard and _is_main():
         watchers.append(TensorBoard(run / "tensorboard"))
     tokenizer = find_tokenizer(program, request.tokenizer)
     loop = Loop(program, request.objective, rows, request.settings, run, tokenizer, watchers)
+    live.unit = "images" if loop.setting.images else "tokens" if loop.setting.tokenizer else "rows"
     if _is_main() and not quiet:
-        out.print(f"{trainable_line(program)}; {len(loop.data):,} examples, {loop.steps:,} steps")
+        size = f"{len(loop.data):,} examples, {loop.steps:,} steps, learning rate {loop.lr:g}"
+        out.print(f"{trainable_line(loop.program)}; {size}")
     result = loop.run(resume)
     if not _is_main():
         return None
     program.save(output, overwrite=overwrite)
     Checkpoints(run).clear()
     if not quiet:
-        _tell(out, result, output, run)
+        _tell(out, result, output, run, request.objective.metric)
     return result
 
 
@@ -98,21 +117,33 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _tell(out: Console, result: Result, output: Path, run: Path) -> None:
-    if result.metrics:
-        moved = ", ".join(
-            f"{name} {result.before[name]:.4g} → {value:.4g}" for name, value in result.metrics.items()
-        )
-        out.print(f"held out: {moved}")
+def _tell(out: Console, result: Result, output: Path, run: Path, metric: str) -> None:
     early = ", stopped early" if result.stopped else ""
-    which = (
-        f"the best of {result.steps} steps is {result.best}" if result.metrics else f"{result.steps} steps"
+    where = f"wrote {output} (log: {run / 'log.jsonl'})"
+    if not result.metrics:
+        out.print(f"{result.steps} steps{early}; {where}")
+        return
+    if result.tried:
+        out.print(
+            f"held out: no step reached the start's {metric} of {result.before[metric]:.4g} (the best: "
+            f"{result.tried[metric]:.4g}), so the weights from before the training are kept; try another --lr",
+            style="yellow",
+        )
+        out.print(f"{result.steps} steps{early}; {where}")
+        return
+    moved = ", ".join(
+        f"{name} {result.before[name]:.4g} → {value:.4g}" for name, value in result.metrics.items()
     )
-    out.print(f"{which}{early}; wrote {output} (log: {run / 'log.jsonl'})")
+    out.print(f"held out: {moved}")
+    out.print(f"the best of {result.steps} steps is {result.best}{early}; {where}")
 
 
 class _Live(Watcher):
-    """Progress bar with loss, tokens per second and time left, and a line for each evaluation and note."""
+    """Progress bar with loss, speed and time left, and a line for each evaluation and note.
+
+    Attributes:
+        unit: what the speed counts: tokens, images or rows.
+    """
 
     def __init__(self, out: Console, metric: str) -> None:
         self.out, self.metric = out, metric
@@ -120,20 +151,18 @@ class _Live(Watcher):
             TextColumn("training"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TextColumn("steps{task.fields[said]}"),
             TextColumn("{task.fields[score]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=out,
         )
         self.loss, self.tokens, self.time, self.score = float("nan"), 0.0, perf_counter(), ""
+        self.unit = "tokens"
 
     def begun(self, step: int, steps: int) -> None:
         if step:
             self.out.print(f"continuing from the checkpoint of step {step}")
-        self.task = self.progress.add_task(
-            "", total=steps, completed=step, loss=float("nan"), speed=0.0, score=""
-        )
+        self.task = self.progress.add_task("", total=steps, completed=step, said="", score="")
         self.progress.start()
 
     def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
@@ -142,7 +171,8 @@ class _Live(Watcher):
         # Exponential averages: single steps vary too much to read. The first loss starts the average.
         self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
         self.tokens = speed if not self.tokens else 0.9 * self.tokens + 0.1 * speed
-        self.progress.update(self.task, completed=step, loss=self.loss, speed=self.tokens, score=self.score)
+        said = f", loss {self.loss:.4f}, {self.tokens:,.0f} {self.unit}/s"
+        self.progress.update(self.task, completed=step, said=said, score=self.score)
 
     def measured(self, step: int, figures: Mapping[str, float]) -> None:
         if self.metric in figures:

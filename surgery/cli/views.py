@@ -28,6 +28,7 @@ from surgery.engine.program import Program
 from surgery.engine.registry import find_pass, passes
 from surgery.engine.state import trained_values
 from surgery.graph.sites import Site
+from surgery.graph.unread import unread_weights
 from surgery.train.registry import find_objective, objectives
 
 # -- a program
@@ -42,11 +43,12 @@ def show_program(program: Program, title: str, as_json: bool) -> None:
         as_json: print JSON instead.
     """
     sites = program.sites.sites
+    unread = unread_weights(program.view)
     if as_json:
         total, trainable = program.count_parameters()
         rows = [site_row(program, site) for site in sites]
         facts = {"model": title, "parameters": total, "trainable": trainable}
-        _print_json({**facts, "notes": list(program.captured.notes), "sites": rows})
+        _print_json({**facts, "notes": list(program.captured.notes), "sites": rows, "no_site": unread})
         return
     tree = Tree(Text(title, style="bold"))
     branches: dict[str, Tree] = {"": tree}
@@ -55,7 +57,16 @@ def show_program(program: Program, title: str, as_json: bool) -> None:
         _branch(branches, owner).add(_site_text(program, site, leaf))
     out = console()
     out.print(tree)
+    for name, op in unread.items():
+        out.print(
+            Text(
+                f"no site: {name}, read by {op} (only selections such as --pass full reach it)",
+                style="yellow",
+            )
+        )
     out.print(trainable_line(program))
+    for output, names in program.labels.items():
+        out.print(Text(f"  classes of {output}: {', '.join(names)}"))
     for entry in program.journal:
         where = in_words(entry, program.tensors) if entry.kind == "select" else f"on {len(entry.sites)} sites"
         if entry.weight == 1:

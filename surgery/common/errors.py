@@ -38,6 +38,10 @@ class TrainingError(SurgeryError):
     """An objective, its data or a checkpoint is wrong, or training cannot continue."""
 
 
+class InterruptedTrainingError(TrainingError):
+    """The user interrupted a training; the message names the checkpoint. The command line exits with code 130."""
+
+
 class PluginError(SurgeryError):
     """A plugin is broken, missing, or in conflict with another."""
 

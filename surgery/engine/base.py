@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from surgery.capture import Captured, LoadedModel, LoadOptions, trace
 from surgery.common.plugins import Plugins
+from surgery.engine.labels import labels_in
 from surgery.graph.graphs import writes
 from surgery.graph.sites import Site, SiteIndex, SiteKey
 from surgery.graph.view import View
@@ -36,6 +37,7 @@ class Base:
         released: Names of weights whose memory has been freed.
         shells: Parameters that programs created over the memory of a base weight, by (name of the weight, id of the
             parameter), as long as they are alive.
+        notes: Sentences for the user about the capture and the weights.
         hindrance: Function that returns the reason why a site cannot be rewritten although the pass accepts it, or
             None; set for live modules.
     """
@@ -48,6 +50,7 @@ class Base:
     consumed: bool = False
     released: set[str] = field(default_factory=set)
     shells: WeakValueDictionary[tuple[str, int], nn.Parameter] = field(default_factory=WeakValueDictionary)
+    notes: tuple[str, ...] = ()
     hindrance: Callable[[Site], str | None] | None = None
     _train: Captured | None = None
 
@@ -110,6 +113,11 @@ class Base:
     def parts(self) -> dict[SiteKey, Mapping[str, tuple[int, ...]]]:
         """Output features of each part of the fused projections, by site; empty for other sites."""
         return {site.key: site.parts for site in self.sites}
+
+    @property
+    def labels(self) -> dict[str, tuple[str, ...]]:
+        """Class names by output, as the model's configuration has them."""
+        return labels_in(self.loaded.config)
 
     @property
     def in_memory(self) -> bool:

@@ -35,6 +35,7 @@ class ProgramData:
         changed: Own copies of base tensors that train or were trained, by name.
         reports: Results of the last `apply`, one for each pass.
         clock: Step that the program's module has been advanced to, shared with the programs that are views of it.
+        labels: Names of the classes of an output, by the output's name; from the configuration or from training data.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ProgramData:
         self.changed: dict[str, Tensor] = changed if isinstance(changed, dict) else {}
         self.reports = reports
         self.clock = clock or Clock()
+        self.labels: dict[str, tuple[str, ...]] = dict(base.labels)
         self._graph = graph
         self._train_graph: fx.Graph | None = None
         self._module: ProgramModule | None = None
@@ -78,7 +80,7 @@ class ProgramData:
             reports: Results of the passes applied to it.
             clock: Its training step; by default it counts its own steps from 0.
         """
-        return type(self)(
+        made = type(self)(
             self.base,
             self.journal if journal is None else journal,
             self.tensors if tensors is None else tensors,
@@ -87,6 +89,8 @@ class ProgramData:
             reports,
             clock,
         )
+        made.labels = dict(self.labels)
+        return made
 
     # -- reading
 

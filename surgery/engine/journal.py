@@ -59,6 +59,7 @@ class Entry:
         numerics: Declared and observed change of the outputs.
         weight: Scale of the application: 1 as trained, 0 left out.
         auto: True if the pipeline added the entry, not the user.
+        call: Number of the `apply` that added the entry, counted from 1; 0 if an earlier version wrote the journal.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Entry:
     numerics: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     auto: bool = False
+    call: int = 0
 
     @property
     def label(self) -> str:
@@ -120,6 +122,7 @@ class Entry:
             "numerics": dict(self.numerics),
             "weight": self.weight,
             "auto": self.auto,
+            "call": self.call,
         }
 
     @staticmethod
@@ -156,6 +159,7 @@ class Entry:
                 numerics=dict(data["numerics"]),
                 weight=float(data["weight"]),
                 auto=bool(data["auto"]),
+                call=int(data.get("call", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise JournalError(

@@ -101,6 +101,7 @@ class StoredEntry(_Strict):
     numerics: Json
     weight: Annotated[FiniteFloat, Field(ge=-_LARGEST, le=_LARGEST)]
     auto: StrictBool
+    call: Natural = 0
 
     @model_validator(mode="after")
     def _names_entries(self) -> StoredEntry:

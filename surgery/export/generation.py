@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.capture.hf import silenced
+from surgery.capture.hf_config import silenced
 from surgery.common.errors import ExportError, MissingExtraError
 from surgery.common.files import staged_directory
 from surgery.engine.contract.base import RewritePass

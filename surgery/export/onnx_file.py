@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -74,6 +75,7 @@ def export_onnx(
     opset: int | None = None,
     provenance: annotate.Provenance | None = None,
     journal_json: str | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
     lowerings: Mapping[Any, Callable[..., Any]] | None = None,
     external_data: bool | None = None,
     check: bool = True,
@@ -89,6 +91,7 @@ def export_onnx(
         provenance: {"pass", "name", "site"} by tensor name, for the tensors that have to stay separate in the file.
             With "pinned": False the provenance is recorded, but the tensor may be stored transposed.
         journal_json: the program's journal as JSON, stored in the file's metadata.
+        labels: class names by output, stored in the file's metadata.
         lowerings: onnxscript function by torch op, for ops that torch.onnx cannot translate.
         external_data: True stores the weights in `<path>.data`; None does so above 1.5 GB.
         check: run onnx's checker on the file, and check that onnxruntime keeps quantized weights quantized.
@@ -121,6 +124,9 @@ def export_onnx(
         optional,
     )
     stored, tied = finished.stored, finished.tied
+    if labels:
+        listed = {output: list(names) for output, names in labels.items()}
+        model.metadata_props[metadata_keys.LABELS] = json.dumps(listed)
     # The size limit of a protobuf file applies to the weights that are left after tying.
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external_data is None:

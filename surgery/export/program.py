@@ -147,6 +147,7 @@ def export_program(
         opset=opset,
         provenance=provenance_of(program),
         journal_json=json.dumps(program.journal.to_json()),
+        labels=program.labels,
         lowerings={**program.base.plugins.lowerings, **(lowerings or {})},
         external_data=external_data,
         parity=parity,

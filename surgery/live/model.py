@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from surgery.capture import LoadedModel
-from surgery.capture.hf import configs
+from surgery.capture.hf_config import configs
 from surgery.common.errors import PassError
 from surgery.common.hooks import hookimpl
 from surgery.engine.program import Program

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surgery.capture import LoadOptions
-from surgery.capture.hf import TASKS
+from surgery.capture.hf_config import TASKS
 from surgery.capture.reference import load_model
 from surgery.common.errors import LoadError
 from surgery.engine.base import Base
@@ -49,7 +49,9 @@ def sourced(
         base.loaded, files=loaded.files, unsourced=loaded.unsourced | differ, metadata=dict(loaded.metadata)
     )
     fresh = Base(own, base.captured, base.plugins, ref, options)
-    return Program(fresh, program.journal, program.tensors, program.changed, program._graph)
+    named = Program(fresh, program.journal, program.tensors, program.changed, program._graph)
+    named.labels = dict(program.labels)
+    return named
 
 
 def _differing(module: nn.Module, base: Base, ref: str) -> frozenset[str]:

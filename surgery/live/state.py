@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture import LoadedModel
-from surgery.capture.hf import configs
+from surgery.capture.hf_config import configs
 from surgery.common.errors import PassError
 from surgery.engine.base import Base
 from surgery.engine.contract.base import Pass, RewritePass
@@ -439,6 +439,6 @@ def sharing(program: Program, before: Program) -> Program:
             with torch.no_grad():
                 held.copy_(tensor)
         changed[name] = held
-    return Program(
-        program.base, program.journal, tensors, changed, program._graph, program.reports, program.clock
+    return program.derive(
+        program.journal, tensors, changed, graph=program._graph, reports=program.reports, clock=program.clock
     )

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.capture.hf import configs
+from surgery.capture.hf_config import configs
 from surgery.common.errors import ExportError
 from surgery.common.files import staged_directory
 from surgery.engine.base import Base
 from surgery.engine.fold import foldable
+from surgery.engine.labels import Labels, write_labels
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries
 
@@ -57,7 +58,7 @@ def write_hf(
             f"{left[0].id!r} is not folded into the weights, and a transformers directory cannot contain it{why}"
         )
     with staged_directory(Path(path), overwrite) as folder:
-        _write(program.base, program.state(), folder, max_shard_size)
+        _write(program.base, program.state(), folder, max_shard_size, program.labels)
 
 
 def write_base(base: Base, folder: Path) -> None:
@@ -66,7 +67,13 @@ def write_base(base: Base, folder: Path) -> None:
     _write(base, base.tensors, folder)
 
 
-def _write(base: Base, state: Mapping[str, Tensor], folder: Path, max_shard_size: str | None = None) -> None:
+def _write(
+    base: Base,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    max_shard_size: str | None = None,
+    labels: Labels | None = None,
+) -> None:
     """Write a directory with `state` as the weights of a new module of the base's class."""
     module: Any = base.loaded.module
     if not hasattr(module, "save_pretrained") or not hasattr(module, "config"):
@@ -83,6 +90,7 @@ def _write(base: Base, state: Mapping[str, Tensor], folder: Path, max_shard_size
     if any(state[name] is not state[group[0]] for name, group in tied.items()):
         config.tie_word_embeddings = False
     _resize_vocabulary(config, module, state)
+    write_labels(config, labels or {})
     with torch.device("meta"):
         fresh = type(module)(config)
     names = set(module.state_dict())

@@ -61,14 +61,30 @@ def load(
         task=task, model_kwargs=dict(model_kwargs or {}), trust=trust, example=dict(example or {})
     )
     loaded = load_model(ref, options, plugins)
-    return _noting(ref, Program(Base(loaded, trace(loaded), plugins, ref, options)))
+    program = Program(Base(loaded, trace(loaded), plugins, ref, options))
+    return _noting(ref, program, _random(program))
 
 
-def _noting(ref: str, program: Program) -> Program:
-    """The program, after a warning for each note of its capture."""
-    for note in program.base.captured.notes:
+def _noting(ref: str, program: Program, more: tuple[str, ...] = ()) -> Program:
+    """The program, after a warning for each note of its capture and each further note."""
+    program.base.notes = (*program.base.captured.notes, *more)
+    for note in program.base.notes:
         warnings.warn(f"{ref}: {note}", stacklevel=3)
     return program
+
+
+def _random(program: Program) -> tuple[str, ...]:
+    """A note if weights of a model that is loaded by name are random."""
+    base = program.base
+    if base.ref.startswith("timm:") and not base.loaded.files:
+        return (
+            "all weights are random; for those of a checkpoint give --model-kwarg checkpoint_path=FILE.safetensors",
+        )
+    fresh = base.fresh
+    if not fresh:
+        return ()
+    more = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
+    return (f"{fresh[0]}{more}: not in the checkpoint, so random",)
 
 
 def capture(

@@ -32,6 +32,7 @@ class _Manifest(BaseModel):
     base: _StoredBase
     journal: list[Any]
     parameters: list[Text] | None = None
+    labels: dict[Text, list[Text]] | None = None
     files: dict[FileName, Hash]
 
 
@@ -57,5 +58,6 @@ def check_manifest(manifest: Any, path: Path) -> dict[str, Any]:
     return {
         **manifest,
         "parameters": checked.parameters,
+        "labels": checked.labels,
         "base": {**manifest["base"], "sites": [list(row) for row in checked.base.sites]},
     }

@@ -109,6 +109,7 @@ def save(program: Program, path: Any, *, standalone: bool = False, overwrite: bo
                 "sites": base.site_table(),
             },
             "journal": program.journal.to_json(),
+            "labels": {output: list(names) for output, names in program.labels.items()},
             "parameters": [n for n, t in program.tensors.items() if isinstance(t, nn.Parameter)],
             "files": hashes,
         }
@@ -278,7 +279,10 @@ def _load(path: Path, base: Any, trust: bool, plugins: Plugins) -> Program:
         trainable = _trainable(journal, plugins, root) if listed is None else set(listed)
         inserted = {n: nn.Parameter(t) if n in trainable else t for n, t in held.items()}
         graph = build_graph(root, journal, inserted, root.captured, stored=True)
-    return Program(root, journal, inserted, changed, graph)
+    program = Program(root, journal, inserted, changed, graph)
+    if manifest["labels"] is not None:
+        program.labels = {output: tuple(names) for output, names in manifest["labels"].items()}
+    return program
 
 
 def _changed(path: Path, base: Base, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

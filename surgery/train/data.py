@@ -21,6 +21,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+_COLUMN = "column "
 HELD_OUT = ("validation", "valid", "dev", "test")
 
 
@@ -171,7 +172,7 @@ def make_examples(rows: Any, objective: Objective, setting: Setting) -> Examples
     def of(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
         made: list[dict[str, Any]] = []
         for place, number in enumerate(numbers):
-            row = {name: values[place] for name, values in batch.items()}
+            row = {name.removeprefix(_COLUMN): values[place] for name, values in batch.items()}
             try:
                 made += [{**example, "row": number} for example in objective.examples(row, setting)]
             except SurgeryError as error:
@@ -180,6 +181,8 @@ def make_examples(rows: Any, objective: Objective, setting: Setting) -> Examples
         return {name: [example[name] for example in made] for name in names}
 
     with quiet():
+        # Fields of examples may have the names of columns. Then datasets would cast them to the type of the column.
+        rows = rows.rename_columns({name: f"{_COLUMN}{name}" for name in rows.column_names})
         found = rows.map(
             of, batched=True, with_indices=True, remove_columns=rows.column_names, keep_in_memory=True,
             load_from_cache_file=False, new_fingerprint="examples",

@@ -34,6 +34,8 @@ class Setting:
         images: image format of the program if images are its only input, or None.
         columns: data column of each option.
         decided: result of the objective's `decide`.
+        labels: class names of the program's outputs, by output.
+        pads: the token id that the model's configuration calls padding, or None.
         counts: number of rows for each sentence about rows, such as "was cut".
     """
 
@@ -45,6 +47,8 @@ class Setting:
     images: Images | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     decided: Mapping[str, Any] = field(default_factory=dict)
+    pads: int | None = None
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
 
     @staticmethod
@@ -79,7 +83,16 @@ class Setting:
             ((name, only),) = inputs.items()
             if isinstance(only, Tensor) and only.dim() == 4 and only.is_floating_point():
                 images = Images.of(program, name, only)
-        return Setting(inputs, widths, longest, fixed, tokenizer, images)
+        return Setting(
+            inputs,
+            widths,
+            longest,
+            fixed,
+            tokenizer,
+            images,
+            pads=_pads(program),
+            labels=dict(program.labels),
+        )
 
     def count(self, sentence: str) -> None:
         """Count one more row for which a sentence is true."""
@@ -122,10 +135,18 @@ class Setting:
         Raises:
             TrainingError: there is no such output.
         """
+        return self.widths[self.output_of(output, objective)]
+
+    def output_of(self, output: str, objective: str) -> str:
+        """Return the name of an output of the program, see `width`.
+
+        Raises:
+            TrainingError: there is no such output.
+        """
         if output in self.widths:
-            return self.widths[output]
+            return output
         if len(self.widths) == 1 and output == "logits":
-            return next(iter(self.widths.values()))
+            return next(iter(self.widths))
         raise TrainingError(
             f"objective {objective!r}: the model has no output {output!r}, only {', '.join(self.widths)}; add one "
             f"with --pass head, or load the model with a --task"
@@ -157,9 +178,20 @@ class Setting:
 
     @property
     def padding(self) -> int:
-        """The token id that fills up short rows. The attention mask hides it."""
-        known = self.tokenizer.pad_token_id
-        return int(known if known is not None else self.tokenizer.eos_token_id or 0)
+        """The token id that fills up short rows: the model's, else the tokenizer's.
+
+        The attention mask hides it, but some models also find the last token, or number positions, by it.
+        """
+        known = (self.pads, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return int(next((found for found in known if found is not None), 0))
+
+
+def _pads(program: Program) -> int | None:
+    """The padding token in the configuration of a transformers model, if the model has an embedding for it."""
+    config = program.base.loaded.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    return found if isinstance(found, int) and found >= 0 and (size is None or found < size) else None
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, length: int) -> Tensor:

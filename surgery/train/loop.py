@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgery.common.errors import SurgeryError, TrainingError
+from surgery.common.errors import InterruptedTrainingError, SurgeryError, TrainingError
 from surgery.engine.program import Program
 from surgery.live.state import is_shard
 from surgery.train.accelerated import accelerator, alone, check_on_policy, check_shards, let_go
+from surgery.train.adapters import training_only
 from surgery.train.batch_order import Order
 from surgery.train.checkpoint import LOG, Checkpoints, State, Weights
 from surgery.train.data import Rows, make_examples, quiet, together
 from surgery.train.data_context import Setting
+from surgery.train.default_rate import default_rate
 from surgery.train.examples import Examples
+from surgery.train.interrupt import Interrupt
 from surgery.train.learned import train_learned
 from surgery.train.nonfinite import first_bad
 from surgery.train.objective import Batch, Objective, OnPolicy
@@ -50,6 +54,7 @@ class Result:
         metrics: metrics of these weights on held-out data, empty without held-out data.
         before: the same metrics before training.
         stopped: True if training stopped early for lack of improvement (`patience`).
+        tried: best metrics of the trained weights, if the start was better and was kept (`best` is 0); else empty.
     """
 
     steps: int
@@ -57,6 +62,7 @@ class Result:
     metrics: Mapping[str, float] = field(default_factory=dict)
     before: Mapping[str, float] = field(default_factory=dict)
     stopped: bool = False
+    tried: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -72,7 +78,8 @@ def train(
 ) -> Result:
     """Train a program in place.
 
-    The program ends with the weights of the best evaluation, or the last weights without held-out data.
+    The program ends with the weights of the best evaluation, or the last weights without held-out data. The weights
+    from before training are kept if no later ones are as good.
 
     Args:
         program: program to train, with at least one trainable parameter.
@@ -106,16 +113,22 @@ class Loop:
         watchers: Sequence[Watcher],
     ) -> None:
         """Prepare data, module and optimizer. The arguments are those of `train`."""
-        self.program, self.objective, self.settings = program, objective, settings
+        self.whole = program
+        # The tensors of `program` train, under a journal that freezes the adapters that are not trained.
+        self.program, self.notes = training_only(program, settings.only)
+        program = self.program
+        self.lr = settings.lr or default_rate(program, objective)
+        self.objective, self.settings = objective, settings.model_copy(update={"lr": self.lr})
+        settings = self.settings
         if isinstance(objective, OnPolicy):
             check_on_policy(objective, settings)
-        groups = program.parameter_groups(settings.lr, weight_decay=settings.weight_decay)
+        groups = program.parameter_groups(self.lr, weight_decay=settings.weight_decay)
         self.penalties = [Regularizer.of(program, text) for text in settings.regularize]
         setting = Setting.of(program, tokenizer, settings.max_length)
         with quiet():
             self.setting = objective.prepared(together(rows), setting)
         self.data = make_examples(rows.train, objective, self.setting)
-        self.notes = counted(self.setting, "")
+        self.notes += [*objective.notes(self.setting), *counted(self.setting, "")]
         self.held_out: Examples | None = None
         if rows.held_out is not None:
             # Count skipped and cut rows separately for the held-out data.
@@ -145,7 +158,7 @@ class Loop:
             raise alone(objective, "more than one process")
         if self.accelerator.is_fsdp2:
             self.body.unflatten()
-        optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=settings.lr)
+        optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=self.lr)
         self.model, self.optimizer = self.accelerator.prepare(self.body.model, optimizer)
         check_shards(self.body, self.program, self.penalties)
         self.order = Order(
@@ -161,7 +174,7 @@ class Loop:
             self.companions = objective.companions(self.program)
         for companion in self.companions.values():
             companion.to(self.accelerator.device)
-        learned = train_learned(self.companions, self.accelerator, self.optimizer, settings.lr)
+        learned = train_learned(self.companions, self.accelerator, self.optimizer, self.lr)
         self.lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.weights = Weights(self.program, self.body, learned)
         self.steps = settings.steps or max(1, round(settings.epochs * self.order.steps))
@@ -195,19 +208,34 @@ class Loop:
             self.checkpoints.check_same(identity)
             state = self.checkpoints.read(self.weights, self.optimizer.optimizer)
             self.notes += [] if state.step else ["no checkpoint was found; training starts at step 0"]
+            if not state.step:
+                state = self._begin(before)
             if state.scaler and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state.scaler)
         else:
             if self.accelerator.is_main_process:
                 self.checkpoints.begin(identity)
-            state = State()
+            state = self._begin(before)
         self.watch.begun(state.step, self.steps)
         for note in self.notes if not state.step else ():
             self.watch.noted(0, note)
         try:
-            return self._train_from(state, before)
+            result = self._train_from(state, before)
+            # Only now: a run that fails leaves the program as it was.
+            self.whole.labels.update(self.objective.labels(self.setting))
+            return result
         finally:
             self.watch.ended()
+
+    def _begin(self, before: Mapping[str, float]) -> State:
+        """Return the state of a run that starts. The start is the best so far, so it is written as a checkpoint."""
+        score = before.get(self.objective.metric, math.nan)
+        # A penalty or a gradual pass makes the model sparser or coarser on purpose, at some cost to the metric.
+        if math.isnan(score) or self.penalties or self.module.__dict__["_paced"]:
+            return State()
+        state = State(best=0, score=score)
+        self._write_checkpoint(state)
+        return state
 
     def _train_from(self, state: State, before: Mapping[str, float]) -> Result:
         """Train from a state to the last step, then restore the best weights."""
@@ -217,19 +245,29 @@ class Loop:
         if state.step:
             self._advance(state.step - 1, logged=True)
         self.model.train(not isinstance(self.objective, OnPolicy))
-        stopped = False
-        while state.step < self.steps and not stopped:
-            loss, tokens = self._step(state.step)
-            state.step += 1
-            rate = max(group["lr"] for group in self.optimizer.param_groups)
-            self.watch.stepped(state.step, loss, rate, tokens)
-            last = state.step == self.steps
-            if self.held_out is not None and (state.step % every == 0 or last):
-                metrics = self.evaluate()
-                stopped = self._record_evaluation(state, metrics) and not last
-            elif not last and state.step % (self.settings.checkpoint or every):
-                continue
-            self._write_checkpoint(state)
+        stopped, tried = False, dict[str, float]()
+        # Several processes would each see the signal at another step, and write different checkpoints.
+        with Interrupt() if self.accelerator.num_processes == 1 else nullcontext(Interrupt()) as interrupt:
+            while state.step < self.steps and not stopped:
+                loss, tokens = self._step(state.step)
+                state.step += 1
+                rate = max(group["lr"] for group in self.optimizer.param_groups)
+                self.watch.stepped(state.step, loss, rate, tokens)
+                last = state.step == self.steps
+                if interrupt.asked and not last:
+                    self._write_checkpoint(state)
+                    raise InterruptedTrainingError(
+                        f"interrupted after step {state.step} of {self.steps}; {self._last_checkpoint()}, and --resume "
+                        f"continues from it"
+                    )
+                if self.held_out is not None and (state.step % every == 0 or last):
+                    metrics = self.evaluate()
+                    stopped = self._record_evaluation(state, metrics) and not last
+                    if not tried or self._is_better(metrics, tried[self.objective.metric]):
+                        tried = metrics
+                elif not last and state.step % (self.settings.checkpoint or every):
+                    continue
+                self._write_checkpoint(state)
         best = state.step
         if state.best is not None and state.best != state.step:
             best = state.best
@@ -237,7 +275,7 @@ class Loop:
             metrics = self.evaluate()
         else:
             self.body.pull(self.weights.names)
-        return Result(state.step, best, metrics, before, stopped)
+        return Result(state.step, best, metrics, before, stopped, {} if best else tried)
 
     def _record_evaluation(self, state: State, metrics: Mapping[str, float]) -> bool:
         """Record an evaluation. Return True if training should stop for lack of improvement."""
@@ -247,14 +285,22 @@ class Loop:
                 f"{self.objective.metric} of the held-out data is NaN after step {state.step}; "
                 f"{self._last_checkpoint()}"
             )
-        sign = 1 if self.objective.larger else -1
-        better = state.score is None or sign * score > sign * state.score
+        # Trained weights that are as good as the start are kept.
+        better = (
+            state.score is None
+            or self._is_better(metrics, state.score)
+            or (state.best == 0 and score == state.score)
+        )
         if better:
             state.best, state.score, state.stale = state.step, score, 0
         else:
             state.stale += 1
         self.watch.evaluated(state.step, metrics, better)
         return self.settings.patience is not None and state.stale >= self.settings.patience
+
+    def _is_better(self, metrics: Mapping[str, float], score: float) -> bool:
+        found = metrics[self.objective.metric]
+        return found > score if self.objective.larger else found < score
 
     def _write_checkpoint(self, state: State) -> None:
         """Write a checkpoint of a state, and log the state of the penalties."""
@@ -346,7 +392,7 @@ class Loop:
         if not self.penalties:
             return
         for each in self.penalties:
-            each.step(self.settings.lr * rate)
+            each.step(self.lr * rate)
         with torch.no_grad():
             size = sum(float(each.penalty()) for each in self.penalties)
         self.watch.measured(step + 1, {"penalty": size})

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from surgery.train.examples import Examples
 
 Batch = dict[str, Any]
+_SHOWN = 12  # classes that a note lists
 
 
 class Objective(Configured):
@@ -39,6 +40,8 @@ class Objective(Configured):
         larger: True if a larger metric is better.
         several: True if the rows come from several named data sets (see surgery.train.tables).
         aliases: alternative names of the objective.
+        pace: factor of the default learning rate.
+        heads: names of transformers tasks whose heads the objective can train, by preference.
     """
 
     _kind: ClassVar[str] = "objective"
@@ -48,6 +51,8 @@ class Objective(Configured):
     larger: ClassVar[bool] = False
     several: ClassVar[bool] = False
     aliases: ClassVar[tuple[str, ...]] = ()
+    pace: ClassVar[float] = 1.0
+    heads: ClassVar[tuple[str, ...]] = ()
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
         """Return the data column of each option in `guesses`.
@@ -92,6 +97,31 @@ class Objective(Configured):
         """
         setting = replace(setting, columns=self.columns(rows.column_names))
         return replace(setting, decided=self.decide(rows, setting))
+
+    def outputs_for(self, rows: Any) -> int | None:
+        """Return the number of outputs that a new head needs for these rows, or None if its model decides."""
+        return None
+
+    def labels(self, setting: Setting) -> dict[str, tuple[str, ...]]:
+        """Return the names of classes that the objective gives to outputs of the program, by output."""
+        return {}
+
+    def notes(self, setting: Setting) -> list[str]:
+        """Return sentences about what was guessed about the data, such as columns."""
+        guessed = [
+            f"the {option} from column {column!r}"
+            for option, column in setting.columns.items()
+            if getattr(self, option) is None
+        ]
+        named = [
+            f"{output}: "
+            + ", ".join(f"{number} = {name}" for number, name in enumerate(names[:_SHOWN]))
+            + (f", … ({len(names)} classes)" if len(names) > _SHOWN else "")
+            for output, names in self.labels(setting).items()
+        ]
+        return ([f"reads {' and '.join(guessed)}"] if guessed else []) + [
+            f"classes of {text}" for text in named
+        ]
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         """Decide everything that depends on the data as a whole, such as the list of labels.
@@ -204,6 +234,8 @@ class OnPolicy(Objective):
     `complete` acts with the program (for example samples responses), and `improve` does the whole step. Both run in
     eval mode: with dropout, the policy that acts and the policy that learns would differ. The metrics need no `loss`.
     """
+
+    pace: ClassVar[float] = 0.1
 
     def improve(
         self, module: nn.Module, batch: Batch, optimizer: Optimizer, clip: float, kept: dict[str, float]

@@ -21,7 +21,11 @@ class Settings(Configured):
     steps: int | None = Field(None, gt=0, description="number of steps, instead of --epochs")
     batch: int = Field(16, gt=0, description="examples per batch")
     accumulate: int = Field(1, gt=0, description="batches per step (gradient accumulation)")
-    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate (default: by what trains and by the width of the model; it is printed)",
+    )
     decay: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="decay of the learning rate to 0"
     )
@@ -51,6 +55,10 @@ class Settings(Configured):
     )
     regularize: tuple[str, ...] = Field(
         (), description="penalty on weights: l1=STRENGTH@TARGET, or group-lasso=STRENGTH@TARGET over filters"
+    )
+    only: tuple[str, ...] = Field(
+        (),
+        description="adapter to train (default: the one that was applied last); the others keep their values",
     )
     seed: int = Field(0, ge=0, description="seed of the data order, dropout and held-out split")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from surgery.capture.hf import configs
+from surgery.capture.hf_config import configs
 from surgery.common.errors import SurgeryError, TrainingError
 from surgery.engine.module import ProgramModule, get
 from surgery.engine.program import Program

@@ -28,7 +28,7 @@ def rates(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def counted(setting: Setting, which: str) -> list[str]:
     """Describe how many rows were cut or skipped."""
-    return [f"{which}rows: {count} {sentence}" for sentence, count in setting.counts.items()]
+    return [f"{count} {which}rows: each {sentence}" for sentence, count in setting.counts.items()]
 
 
 def unfinished(paced: Sequence[GradualEntry], steps: int, epoch: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from surgery.capture.hf import silenced
+from surgery.capture.hf_config import silenced
 from surgery.common.errors import MissingExtraError, TrainingError
 from surgery.engine.program import Program
 

@@ -61,7 +61,7 @@ def test_from_base_to_onnx_with_a_stop_between(recipe, tmp_path, capsys, monkeyp
     line = run(capsys, path, "-o", out, code=2)
     assert "holds an earlier run; use --resume to continue it, or --overwrite to start again" in line
     line = run(capsys, recipe(merge=None), "-o", out, "--resume", code=2)
-    assert "was started with another recipe" in line
+    assert "was started with another 'merge'" in line
 
     found = json.loads(run(capsys, recipe(), "-o", out, "--resume", "--json").splitlines()[-1])
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
@@ -102,6 +102,37 @@ def test_a_wrong_recipe_is_one_line(changed, said, recipe, tmp_path, capsys):
     assert said in line
     assert len(line.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"passes": [{"pass": "prefix"}], "finish": None}, "'merge': prefix has no merged form"),
+        (
+            {"passes": [{"pass": "lora", "target": "attn.q"}, {"pass": "prefix"}]},
+            "'finish': passes after a merge need a model without adapters, and prefix has no merged form",
+        ),
+        ({"finish": [{"pass": "quantize", "target": "conv"}]}, "'finish': target 'conv'"),
+    ],
+)
+def test_a_stage_that_cannot_work_is_said_before_the_first(changed, said, recipe, tmp_path, capsys):
+    line = run(capsys, recipe(**changed), "-o", tmp_path / "out", code=2).splitlines()[-1]
+    assert said in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_that_have_not_run_can_be_edited(recipe, texts, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    objective = {"name": "causal-lm", "text": "nothing"}
+    wrong = recipe(train={**TRAIN, "objective": objective, "data": str(texts)}, finish=None)
+    assert "no column 'nothing'" in run(capsys, wrong, "-o", out, code=2)
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["adapted"]
+    line = run(capsys, recipe(passes=[{"pass": "lora", "target": "attn.v"}]), "-o", out, "--resume", code=2)
+    assert "was started with another 'passes'" in line
+    assert "its stage 'adapted' depends on it" in line
+    said = run(capsys, recipe(finish=None), "-o", out, "--resume")
+    assert f"{out / 'adapted'} is there" in said
+    assert "parity in onnxruntime" in said
 
 
 def test_code_is_named_by_whoever_runs_it(recipe, tmp_path, capsys):

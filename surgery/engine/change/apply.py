@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
@@ -22,6 +23,7 @@ from surgery.engine.probe import InputSet, Probe
 from surgery.engine.state import State
 from surgery.graph.fake import MetaCache
 from surgery.graph.graphs import copy_graph
+from surgery.graph.outputs import named_outputs
 from surgery.graph.sites import Site
 from surgery.graph.view import View
 
@@ -29,6 +31,7 @@ S = TypeVar("S", bound=State)
 
 # A pass may add 20 times as many values as the base has; 200 MB in float32 are always allowed.
 _LARGEST_GROWTH, _ALWAYS_ALLOWED = 20, 50_000_000
+_NAMED = 3  # refused sites that a warning names
 
 
 def plan(
@@ -108,12 +111,13 @@ def apply(
     program = program.derive(tensors=tensors, changed=changed, graph=program.graph, reports=program.reports)
     # Outputs before the next rewrite, on the example inputs; computed when a rewrite needs them.
     reference: Any = None
+    call = 1 + max((entry.call for entry in program.journal), default=0)
     for pass_, auto in complete(program, passes, freeze_base):
         begun = perf_counter()
         more = pass_.expectations.adds_outputs
         probe = Probe(program, data)
         planned = plan_pass(program, pass_, auto, probe)
-        entry = entry_of(program, planned)
+        entry = replace(entry_of(program, planned), call=call)
         kept = {entry.before[name]: value for name, value in trained_before(program, entry).items()}
         if isinstance(pass_, RewritePass):
             if checking and reference is None:
@@ -123,6 +127,7 @@ def apply(
             adapted = program.derive(
                 program.journal.add(entry), tensors, graph=graph, reports=program.reports
             )
+            _forget_labels(adapted, pass_)
             observed = observe(reference, adapted.run(), more) if checking else None
         else:
             masks = {entry.masks[n]: mask for n, mask in planned.selection.masks.items()}
@@ -148,6 +153,7 @@ def apply(
             entry, numerics={"declared": str(declared), "observed": str(observed) if observed else why}
         )
         adapted.journal = program.journal.add(entry)
+        _warn(entry.id, pass_, planned)
         report = PassReport(entry, planned, observed, why, perf_counter() - begun)
         adapted.reports = (*program.reports, report) if program.journal.entries else (report,)
         plugins = program.base.plugins
@@ -176,6 +182,29 @@ def _rewrite(
     replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, tensors, view)
     graph.lint()
     return graph, tensors
+
+
+def _warn(name: str, pass_: Pass, planned: PassPlan) -> None:
+    """Warn about targeted sites that a pass leaves out; the command line prints them from the report instead."""
+    refused = (
+        [f"{row.site.path}: {row.refusal}" for row in planned.refused] if pass_.target is not None else []
+    )
+    if refused:
+        more = f"; and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
+        said = "; ".join(refused[:_NAMED]) + more
+        warnings.warn(f"{name} leaves out {len(refused)} of {len(planned.sites)} sites: {said}", stacklevel=5)
+    for note in planned.notes if isinstance(pass_, RewritePass) else ():
+        warnings.warn(f"{name}: {note}", stacklevel=5)
+
+
+def _forget_labels(program: State, pass_: RewritePass) -> None:
+    """Remove class names that the outputs no longer have: of a new head, or of an output of another width."""
+    is_new = pass_.effect.freezes_base and pass_.effect.adds_weights and math.isinf(pass_.numerics.tolerance)
+    for output, names in list(program.labels.items()):
+        node = named_outputs(program.graph).get(output)
+        shape = getattr(node.meta.get("val"), "shape", ()) if node is not None else ()
+        if is_new or (shape and shape[-1] != len(names)):
+            del program.labels[output]
 
 
 def _check_size(program: State, planned: PassPlan, entry: Entry) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from surgery.common.errors import PassError
+from surgery.common.errors import PassError, TargetError
 from surgery.engine.base import Base
 from surgery.engine.change.freeze import Freeze
 from surgery.engine.change.order import in_order
@@ -25,6 +25,7 @@ from surgery.graph.graphs import live_nodes
 from surgery.graph.marks import output_with_adapters
 from surgery.graph.rewrite.current import replaced_by
 from surgery.graph.sites import Site
+from surgery.graph.unread import in_words, targeted
 
 
 def complete(program: State, passes: Sequence[Pass], freeze_base: bool | None) -> list[tuple[Pass, bool]]:
@@ -89,7 +90,17 @@ def plan_pass(program: State, pass_: Pass, auto: bool, probe: Probe) -> PassPlan
         raise PassError(
             f"{pass_.name}: the program is merged; undo the merge, or save it with --format hf first"
         )
-    sites = pass_.find(program.view)
+    asked = pass_.target or pass_.default_target
+    try:
+        sites = pass_.find(program.view)
+    except TargetError as error:
+        missed = targeted(program.view, asked) if asked else {}
+        if not missed:
+            raise
+        raise TargetError(
+            f"{str(error).partition(';')[0]}; it names {in_words(missed)}, and no pass rewrites these ops; "
+            f"train them with --pass full --target {asked!r}"
+        ) from None
     live = live_nodes(program.graph)
     late = {r.key: e.id for e in program.journal if e.pass_name in pass_.before for r in e.sites}
     plans = tuple(_plan_site(pass_, site, live, probe, late.get(site.key)) for site in sites)
@@ -97,9 +108,12 @@ def plan_pass(program: State, pass_: Pass, auto: bool, probe: Probe) -> PassPlan
     for planned in plans:
         if planned.refusal is None:
             trains.update(pass_.outcome(planned.site).trains)
-    asked = pass_.target or pass_.default_target
     read_apart = asked is not None and not isinstance(pass_, GraphPass)
-    notes = targets.readings_differ(program.sites.sites, asked) if read_apart and asked else ()
+    notes = list(targets.readings_differ(program.sites.sites, asked)) if read_apart and asked else []
+    if pass_.target is not None and (missed := targeted(program.view, pass_.target)):
+        notes.append(
+            f"the target also names {in_words(missed)}, and no pass rewrites these ops; --pass full trains them"
+        )
     selection = checked(program, pass_.entry_id, Selection(trains))
     gradual = pass_.gradual
     if gradual is not None:

@@ -60,7 +60,7 @@ def undo(program: S, name: str) -> S:
             changed.pop(n, None)
         else:
             (tensors if n in tensors else changed)[n] = nn.Parameter(tensors[before])
-    undone = type(program)(base, journal, {n: t for n, t in tensors.items() if n in names}, changed)
+    undone = program.derive(journal, {n: t for n, t in tensors.items() if n in names}, changed)
     if replay.is_regrouped(base, Journal(tuple(entries))):
         try:
             _ = undone.graph

@@ -9,7 +9,11 @@ def computed_weight(site: Site) -> str | None:
     """Refusal of a weight that the model computes from other tensors, so that there is no parameter to act on."""
     if site.weight is not None:
         return None
-    return f"its weight is computed from {', '.join(site.computed_from)}; target those"
+    names = ", ".join(site.computed_from)
+    return (
+        f"its weight is computed from {names}, so there is no matrix to adapt; compute it once before loading "
+        f"(nn.utils.parametrize.remove_parametrizations), or train {names} with --pass full"
+    )
 
 
 def not_floating(site: Site, remedy: str) -> str | None:

@@ -24,6 +24,7 @@ class CausalLm(PackingObjective):
     """
 
     name: ClassVar[str] = "causal-lm"
+    heads: ClassVar[tuple[str, ...]] = ("text-generation",)
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
 
     text: str | None = Field(None, description="column of the text")

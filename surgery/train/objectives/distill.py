@@ -134,9 +134,14 @@ class Distill(Objective):
 
     # -- data: that of the objective of the hard labels
 
+    def outputs_for(self, rows: Any) -> int | None:
+        return self.base.outputs_for(rows)
+
     def prepared(self, rows: Any, setting: Setting) -> Setting:
-        own, name = self.base.prepared(rows, setting), self.output
+        name = self.output
         theirs = Setting.of(self.loaded, find_tokenizer(self.loaded), setting.longest)
+        setting = self._named_alike(setting, theirs)
+        own = self.base.prepared(rows, setting)
         width = setting.width(name, self.name)
         given = theirs.widths.get(
             name, next(iter(theirs.widths.values())) if len(theirs.widths) == 1 else None
@@ -169,6 +174,28 @@ class Distill(Objective):
                 f"the teacher accepts only {theirs.fixed} tokens; use a teacher that accepts any length"
             )
         return replace(own, longest=min(own.longest, theirs.longest))
+
+    def _named_alike(self, setting: Setting, theirs: Setting) -> Setting:
+        """Return the setting with the teacher's class names, whose numbers its outputs have.
+
+        Raises:
+            TrainingError: the program has other names.
+        """
+        taught = theirs.labels.get(self.output) if self.output in setting.widths else None
+        own = setting.labels.get(self.output)
+        if taught and own and taught != own:
+            raise TrainingError(
+                f"the teacher's classes are {', '.join(taught)}, and the program's are {', '.join(own)}; give the "
+                f"program a new head with --pass head --labels {len(taught)}"
+            )
+        return replace(setting, labels={**setting.labels, self.output: taught}) if taught else setting
+
+    def labels(self, setting: Setting) -> dict[str, tuple[str, ...]]:
+        taught = {self.output: setting.labels[self.output]} if self.output in setting.labels else {}
+        return {**taught, **self.base.labels(setting)}
+
+    def notes(self, setting: Setting) -> list[str]:
+        return self.base.notes(setting)
 
     def examples(self, row: Row, setting: Setting) -> Iterable[Row]:
         return self.base.examples(row, setting)

@@ -39,6 +39,8 @@ class Dpo(PairObjective):
     """
 
     name: ClassVar[str] = "dpo"
+    pace: ClassVar[float] = 0.1
+    heads: ClassVar[tuple[str, ...]] = ("text-generation",)
 
     beta: float = Field(0.1, gt=0, description="strength of the pull to the reference policy")
     smoothing: float = Field(0.0, ge=0, lt=0.5, description="sigmoid: expected share of wrong labels")

@@ -25,6 +25,7 @@ class MaskedLm(TokenObjective):
     """
 
     name: ClassVar[str] = "masked-lm"
+    heads: ClassVar[tuple[str, ...]] = ("fill-mask",)
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
 
     text: str | None = Field(None, description="column of the text")

@@ -145,6 +145,19 @@ class MultiTask(Objective):
             decided[name] = {"columns": dict(own.columns), "decided": dict(own.decided)}
         return replace(setting, decided=decided)
 
+    def labels(self, setting: Setting) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for name, objective in self.tasks.items():
+            found.update(objective.labels(self._own(setting, name)))
+        return found
+
+    def notes(self, setting: Setting) -> list[str]:
+        return [
+            f"task {name!r}: {said}"
+            for name, objective in self.tasks.items()
+            for said in objective.notes(self._own(setting, name))
+        ]
+
     def _check_head(self, name: str, objective: Objective, setting: Setting) -> None:
         output = getattr(objective, "output", None)
         if output is not None and output not in setting.widths:

@@ -30,9 +30,16 @@ class Regression(Objective):
         "label": ("label", "labels", "rating", "score", "target", "value", "y"),
     }
 
+    heads: ClassVar[tuple[str, ...]] = ("text-classification", "image-classification", "audio-classification")
+
     text: str | None = Field(None, description="column of the text or image")
     label: str | None = Field(None, description="column of the number or numbers")
     output: str = Field("logits", description="output of the model to fit")
+
+    def outputs_for(self, rows: Any) -> int | None:
+        values = rows[self.columns(rows.column_names)["label"]]
+        first = next(iter(values), 0.0)
+        return len(first) if isinstance(first, list) else 1
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         setting.need_reader(self.name)

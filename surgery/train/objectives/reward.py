@@ -38,10 +38,14 @@ class Reward(PairObjective):
     name: ClassVar[str] = "reward"
     metric: ClassVar[str] = "accuracy"
     larger: ClassVar[bool] = True
+    heads: ClassVar[tuple[str, ...]] = ("text-classification",)
 
     score: str | None = Field(
         None, description="output that is the score (default: the only output with one value)"
     )
+
+    def outputs_for(self, rows: Any) -> int | None:
+        return 1
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         decided = super().decide(rows, setting)

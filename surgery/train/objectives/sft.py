@@ -29,6 +29,7 @@ class Sft(PackingObjective):
 
     name: ClassVar[str] = "sft"
     aliases: ClassVar[tuple[str, ...]] = ("instruction",)
+    heads: ClassVar[tuple[str, ...]] = ("text-generation",)
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "messages": ("messages", "conversation", "conversations", "dialogue"),
         "prompt": ("prompt", "instruction", "question"),
