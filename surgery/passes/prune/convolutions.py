@@ -24,9 +24,8 @@ def convolution(run: Coupling, node: fx.Node, given: dict[str, Any]) -> Labels:
     sizes, rank = sizes_of(x), len(sizes_of(weight))
     if len(sizes) != rank:
         return run.unknown(node, "its input has no batch")
-    for n in (x, weight):
-        for label in run.labels.get(n, ()):
-            run.keep_whole(label, range(2, rank), f"{where(node)} slides along it")
+    slides = f"{where(node)} slides along it"
+    entering, held = (run.whole_along(run.labels.get(n, ()), range(2, rank), slides) for n in (x, weight))
     # Capital letters for the kernel: its axes are not the spatial axes of the input, and are not summed with them.
     spatial, kernel = split_letters(rank - 2), split_letters(rank - 2).upper()
     into, shape = ("io", [1, 0]) if turned else ("oi", [0, 1])
@@ -34,13 +33,16 @@ def convolution(run: Coupling, node: fx.Node, given: dict[str, Any]) -> Labels:
     # An ordinary convolution is a matrix product over channels, so the rule of products applies.
     if groups == 1:
         terms = [
-            Term(_on(run, x, {0, 1}), [*sizes[:2], *[1] * (rank - 2)], "bi" + spatial),
-            Term(_on(run, weight, {0, 1}), [*sizes_of(weight)[:2], *[1] * (rank - 2)], into + kernel),
+            Term(entering, [*sizes[:2], *[1] * (rank - 2)], "bi" + spatial),
+            Term(held, [*sizes_of(weight)[:2], *[1] * (rank - 2)], into + kernel),
         ]
         found = product(run, terms, "bo" + spatial, where(node))
     else:
-        made, taken = (_axis(run, weight, axis) for axis in shape)
-        found = _grouped(run, node, x, made, taken, groups, turned)
+        made, taken = (_axis(held, axis) for axis in shape)
+        for label in held:
+            if covered(label) == {0, 1}:
+                run.freeze(label, f"{where(node)} has it in several dimensions of its weight")
+        found = _grouped(run, node, entering, made, taken, groups, turned)
     bias = given["bias"]
     if bias is None:
         return found
@@ -48,18 +50,14 @@ def convolution(run: Coupling, node: fx.Node, given: dict[str, Any]) -> Labels:
     return merge(run, [(found, own), aligned(run, node, bias, at=1)], own, where(node), defer=True)
 
 
-def _on(run: Coupling, node: fx.Node, dims: set[int]) -> Labels:
-    return [label for label in run.labels.get(node, ()) if covered(label) <= dims]
-
-
-def _axis(run: Coupling, node: fx.Node, axis: int) -> Tensor | None:
-    return next((label.reshape(-1) for label in run.labels.get(node, ()) if covered(label) == {axis}), None)
+def _axis(labels: Labels, axis: int) -> Tensor | None:
+    return next((label.reshape(-1) for label in labels if covered(label) == {axis}), None)
 
 
 def _grouped(
     run: Coupling,
     node: fx.Node,
-    x: fx.Node,
+    labels: Labels,
     made: Tensor | None,
     taken: Tensor | None,
     groups: int,
@@ -72,7 +70,7 @@ def _grouped(
     Args:
         run: the analysis.
         node: the convolution.
-        x: its input.
+        labels: labels of its input.
         made: the weight's atoms of output channels; the weight has one per output channel, or with `turned` one per
             output channel of a group.
         taken: the weight's atoms of input channels; the other way round.
@@ -80,11 +78,11 @@ def _grouped(
         turned: True for a transposed convolution.
     """
     why = f"{where(node)} ties it to channels that cannot shrink"
-    here = _axis(run, x, 1)
-    for label in run.labels.get(x, ()):
+    here = _axis(labels, 1)
+    for label in labels:
         if 1 in covered(label) and covered(label) != {1}:
             run.freeze(label, f"{where(node)} takes channels of several dimensions")
-    rank, total = len(sizes_of(node)), sizes_of(x)[1]
+    rank, total = len(sizes_of(node)), sizes_of(node.args[0])[1]  # type: ignore[arg-type]
     inside, outside = total // groups, sizes_of(node)[1] // groups
     entering = here.reshape(groups, inside) if here is not None else None
     if turned:

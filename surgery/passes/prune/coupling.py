@@ -203,6 +203,29 @@ class Coupling:
         self.mix(label, op)
         return None
 
+    def whole_along(self, labels: Iterable[Tensor], dims: Iterable[int], why: str) -> Labels:
+        """Return the labels after an op that slides, pools or resizes along some dimensions.
+
+        A view can split features into channels and positions: their label then depends on both. The positions of such
+        a channel are coupled, since they can only be removed together. A label of positions alone is frozen.
+
+        Args:
+            labels: labels of the op's input.
+            dims: dimensions that the op acts along.
+            why: reason, for refusals.
+        """
+        found = []
+        for label in labels:
+            gone = set(dims) & covered(label)
+            left = first_of(label, gone)
+            if gone and not covered(left):
+                self.freeze(label, why)
+                continue
+            if gone:
+                self.couple(label, left)
+            found.append(left)
+        return found
+
     # -- Notes of the sweep
 
     def unknown(self, node: fx.Node, why: str) -> Labels:

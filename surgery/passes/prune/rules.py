@@ -111,9 +111,9 @@ def _spatial(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels
     """Handle pooling and resampling, which act on each channel separately."""
     (digit,) = re.findall(r"(\d)d", packet(node.target))
     count = int(digit)
-    labels = run.labels.get(node.args[0], [])  # type: ignore[arg-type]
-    for label in labels:
-        run.keep_whole(label, range(label.dim() - count, label.dim()), f"{where(node)} acts along it")
+    rank = len(sizes_of(node.args[0]))  # type: ignore[arg-type]
+    entering = run.labels.get(node.args[0], [])  # type: ignore[arg-type]
+    labels = run.whole_along(entering, range(rank - count, rank), f"{where(node)} acts along it")
     if isinstance(node.meta["val"], (list, tuple)):
         return [list(labels) for _ in node.meta["val"]]
     return list(labels)
@@ -121,28 +121,27 @@ def _spatial(run: Coupling, node: fx.Node, given: Given) -> Labels | list[Labels
 
 def _pad(run: Coupling, node: fx.Node, given: Given) -> Labels:
     labels = run.labels.get(node.args[0], [])  # type: ignore[arg-type]
-    for label in labels:
-        padded = range(label.dim() - len(given["pad"]) // 2, label.dim())
-        run.keep_whole(label, padded, f"{where(node)} pads it")
-    return list(labels)
+    rank, pads = len(sizes_of(node)), given["pad" if "pad" in given else "padding"]
+    return run.whole_along(labels, range(rank - len(pads) // 2, rank), f"{where(node)} pads it")
 
 
 # -- Norms
 
 
-def _channels(run: Coupling, node: fx.Node, given: Given) -> Labels:
-    """Handle batch and instance norm, which normalize each channel separately."""
-    held = tensors((node.args[1:], node.kwargs))
-    x = aligned(run, node, node.args[0])  # type: ignore[arg-type]
-    return merge(
-        run, [x, *(aligned(run, node, n, at=1) for n in held)], sizes_of(node), where(node), defer=True
-    )
+def _batch_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    """Handle batch norm, which normalizes each channel separately."""
+    return _scaled(run, node, list(run.labels.get(node.args[0], ())))  # type: ignore[arg-type]
+
+
+def _instance_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
+    """Handle instance norm: the positions of a channel are normalized together."""
+    return _scaled(run, node, _positions_whole(run, node))
 
 
 def _group_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
     """Handle group norm: the same number of channels must remain in each group, or whole groups are removed."""
-    groups = given["num_groups"]
-    for label in run.labels.get(node.args[0], ()):  # type: ignore[arg-type]
+    groups, labels = given["num_groups"], _positions_whole(run, node)
+    for label in labels:
         if covered(label) != {1}:
             run.freeze(label, f"{where(node)} normalizes along it")
         elif groups == 1:
@@ -151,7 +150,19 @@ def _group_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
             # Channels of a normalization group depend on each other, so the group is removed as a whole.
             split = label.reshape(groups, -1)
             run.couple(split, split[:, :1])
-    return _channels(run, node, given)
+    return _scaled(run, node, labels)
+
+
+def _positions_whole(run: Coupling, node: fx.Node) -> Labels:
+    labels = run.labels.get(node.args[0], ())  # type: ignore[arg-type]
+    return run.whole_along(labels, range(2, len(sizes_of(node))), f"{where(node)} normalizes along it")
+
+
+def _scaled(run: Coupling, node: fx.Node, labels: Labels) -> Labels:
+    """Combine the labels of a norm's input with those of its scale, shift and statistics, one value per channel."""
+    held = tensors((node.args[1:], node.kwargs))
+    operands = [(labels, sizes_of(node)), *(aligned(run, node, n, at=1) for n in held)]
+    return merge(run, operands, sizes_of(node), where(node), defer=True)
 
 
 def _layer_norm(run: Coupling, node: fx.Node, given: Given) -> Labels:
@@ -304,7 +315,8 @@ _RULES: dict[str, Rule] = {
     **_names("_upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_linear1d", _spatial),
     **_names("constant_pad_nd pad reflection_pad1d reflection_pad2d replication_pad2d", _pad),
     **_names("glu", glu),
-    **_names("batch_norm instance_norm", _channels),
+    **_names("batch_norm", _batch_norm),
+    **_names("instance_norm", _instance_norm),
     **_names("group_norm", _group_norm),
     **_names("layer_norm rms_norm", _layer_norm),
     **_names("linear", _linear),
