@@ -6,6 +6,7 @@ from surgery.common.hooks import hookimpl
 from surgery.engine.change.freeze import Freeze
 from surgery.passes.adapter import Adapter
 from surgery.passes.bitfit import Bitfit
+from surgery.passes.delta import Delta
 from surgery.passes.expand.expand import Expand
 from surgery.passes.fuse.fold_batchnorm import FoldBatchnorm
 from surgery.passes.fuse.fuse_attention import FuseAttention
@@ -46,6 +47,7 @@ def surgery_passes() -> list[type]:
         Sparse,
         PruneFilters,
         Adapter,
+        Delta,
         Freeze,
         LowRank,
         Share,
@@ -77,6 +79,7 @@ __all__ = [
     "Bitfit",
     "Classifier",
     "Convert",
+    "Delta",
     "Embedding",
     "Expand",
     "FakeQuant",

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.contract.effect import WEIGHT, Effect
-from surgery.engine.contract.folds import Fold, Stage
+from surgery.engine.contract.folds import Fold
 from surgery.engine.contract.specs import TensorSpec
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
 from surgery.graph.rewrite.current import read_elsewhere, tensors_now, weight_given_by
 from surgery.graph.rewrite.refusals import not_floating
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
+from surgery.passes.algebra.instead import Become
 
 
 class Untie(RewritePass):
@@ -81,24 +81,3 @@ class Untie(RewritePass):
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Fold]:
         return {slot: Become(tensor) for slot, tensor in tensors.items()}
-
-
-@dataclass(frozen=True)
-class Become(Fold):
-    """Merge: replaces a tensor by another, and keeps the changes of earlier merges.
-
-    Attributes:
-        value: The new tensor.
-    """
-
-    stage: ClassVar[Stage] = Stage.WEIGHT
-    reads_original: ClassVar[bool] = True
-
-    value: Tensor
-
-    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
-        value = self.value.detach().to(weight.dtype)
-        # Adding value − original to an unchanged weight could round differently than copying the value.
-        if weight.equal(original):
-            return weight.copy_(value)
-        return weight.add_(value - original)

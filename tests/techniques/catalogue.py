@@ -88,6 +88,7 @@ def _additive() -> list[Technique]:
         Technique("lora --dora", family, lora(dora=True), ALL),
         Technique("lora --init pissa", family, lora(init="pissa"), ALL),
         Technique("lora --dropout", family, lora(dropout=0.1), ALL),
+        Technique("lora --bias", family, lora(bias=True), CONV_AND_SOUND),
         Technique("ia3 (plugin)", family, _at_linears("ia3"), TEXT),
         Technique("adapter --placement houlsby", family, _always("adapter", size=6), both),
         Technique(
@@ -197,6 +198,7 @@ def _reparameterisation() -> list[Technique]:
         Technique("share --mode first", family, share(), both),
         Technique("share --mode mean", family, share(mode="mean"), both),
         Technique("untie", family, untie, both, tie_first),
+        Technique("delta", family, _at_linears("delta"), ALL),
         Technique("sparse-tune --by magnitude", family, _at_linears("sparse-tune", density=0.05), ALL),
         Technique(
             "sparse-tune --by gradient", family, _at_linears("sparse-tune", density=0.05, by="gradient"), ALL

@@ -81,11 +81,13 @@ def plain_pairs(site: Site, source: Source, purpose: str) -> dict[Pair, Factors]
         PassError: The LoRA is no plain low-rank update (it has DoRA or PiSSA).
     """
     lora = cast(LoraOptions, source.pass_)
-    for option, given in (("--dora", lora.dora), ("--init pissa", lora.init == "pissa")):
+    for option, given in (
+        ("--dora", lora.dora), ("--init pissa", lora.init == "pissa"), ("--bias", lora.bias)
+    ):  # fmt: skip
         if given:
+            remedy = "make it one with export-peft and import-peft" if lora.init == "pissa" else "merge it"
             raise PassError(
-                f"{purpose} at {site.path}: {source.entry} has {option}, which is no plain low-rank update; "
-                f"{'merge it' if lora.dora else 'make it one with export-peft and import-peft'}"
+                f"{purpose} at {site.path}: {source.entry} has {option}, which is no plain low-rank update; {remedy}"
             )
     return {
         pair: _as_matrices(site, source.tensors[pair.named("A")], source.tensors[pair.named("B")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
@@ -47,6 +47,8 @@ class Lora(RewritePass):
     of W (Liu et al. 2024, arXiv:2402.09353). Insertion is exact. The norm is detached from the gradient (section 4.3 of
     the paper) unless `--full-gradient` is given. Merge at weight w: W + w·(V − W).
 
+    `--bias`: B has a bias β, which starts at zero: the update is s·(B(A x) + β). Merge: b + s·β, where there is a b.
+
     `--init pissa`: A and B start as the part of W along its r largest singular values, and the op reads the frozen
     residual W − s·B A (Meng et al. 2024, arXiv:2404.02948). Insertion rounds: outputs may move by 2e-5 of their scale
     in fp32 (5e-14 in fp64, 1e-2 in fp16, 8e-2 in bf16). `--svd-iterations n` takes a faster, randomized SVD. At an op,
@@ -67,6 +69,7 @@ class Lora(RewritePass):
     rslora: bool = Field(False, description="scale by alpha / √rank instead")
     dora: bool = Field(False, description="train a magnitude for each output beside the direction")
     full_gradient: bool = Field(False, description="with --dora: let the gradient pass through the norm too")
+    bias: bool = Field(False, description="a trained bias of B, scaled as the update is")
     init: Literal["kaiming", "gaussian", "pissa"] = Field(
         "kaiming", description="how A and B start: A at random and B zero, or W's largest singular values"
     )
@@ -107,8 +110,18 @@ class Lora(RewritePass):
             return f"its weight is {site.dtype}; LoRA needs a floating-point base or an op that dequantizes"
         if site.packed and site.kind == CONV and (missing := low_rank.lacks(site)):
             return f"its op {site.op} has no argument {missing}, so the shape of a branch is unknown"
-        refused = computed_weight(site) or parts_refusal(site, self.parts)
+        refused = computed_weight(site) or parts_refusal(site, self.parts) or self._bias_refusal(site)
         return refused or self._at(site, chosen_rows(site, self.parts)).refusal()
+
+    def _bias_refusal(self, site: Site) -> str | None:
+        """The reason why a site cannot have a bias of B, or None."""
+        if not self.bias:
+            return None
+        if site.kind not in (LINEAR, CONV):
+            return f"an update of a weight of kind {site.kind} has no bias; leave out --bias"
+        if chosen_rows(site, self.parts):
+            return "the update of a part has no bias of its own; target the whole projection, or leave out --bias"
+        return None
 
     def decide(self, site: Site) -> dict[str, Any]:
         return {"rows": chosen_rows(site, self.parts)}
@@ -131,14 +144,26 @@ class Lora(RewritePass):
             own = factors | variant.pair_tensors(pair, factors)
             specs |= {pair.named(name): spec for name, spec in own.items()}
             specs |= pair.indices(site, variant.reads_weight)
-        return specs | variant.site_tensors()
+        beta = {"b": TensorSpec((site.out_features,))} if self.bias else {}
+        return specs | beta | variant.site_tensors()
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node:
         dropped = None
         if g.training and self.dropout and site.kind != EMBEDDING:
             dropped = g.call(torch.ops.aten.dropout.default, g.x, self.dropout, True)
         branches, out = self._at(site).branches(g, dropped)
-        return add_branches(site, g, branches, self.scale * g.weight, dropped, out)
+        value = add_branches(site, g, branches, self.scale * g.weight, dropped, out)
+        if not self.bias:
+            return value
+        beta = g["b"]
+        if site.kind == CONV:
+            beta = g.call(torch.ops.aten.reshape.default, beta, [-1, *(1 for _ in site.float_shape[2:])])
+        return g.call(torch.ops.aten.add.Tensor, value, beta, alpha=self.scale * g.weight)
+
+    def why_not_merged(self, site: Site) -> str | None:
+        if not self.bias or site.bias is not None:
+            return None
+        return "the base has no bias that could hold the one of the update"
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
         variant = self._at(site)
@@ -147,4 +172,22 @@ class Lora(RewritePass):
             a, b = tensors[pair.named("A")], tensors[pair.named("B")]
             plain = low_rank.AddLowRank(site, a, b, self.scale * weight, pair.rows)
             folds[f"weight:{pair.part}"] = variant.pair_fold(pair, tensors, weight) or plain
+        if self.bias:
+            folds["bias"] = AddTo(tensors["b"], self.scale * weight)
         return folds
+
+
+@dataclass(frozen=True)
+class AddTo(Fold):
+    """Merge: b ← b + scale · β.
+
+    Attributes:
+        value: β.
+        scale: Factor of β.
+    """
+
+    value: Tensor
+    scale: float
+
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
+        return weight.add_(self.value.detach().to(weight.dtype), alpha=self.scale)

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from surgery.engine.contract.folds import Fold, Stage
+from surgery.engine.contract.folds import Fold
 from surgery.engine.contract.numerics import Numerics, rounded
 from surgery.engine.contract.specs import TensorSpec
 from surgery.graph.marks import adapters_around, input_before_adapters, mark_of
@@ -31,10 +31,9 @@ from surgery.graph.ops import EXPERTS, operand
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra import factor, low_rank
+from surgery.passes.algebra.instead import Become, read_instead
 from surgery.passes.lora.parts import Branch, Pair
 from surgery.passes.lora.variant import Fill, Variant, unreadable_weight
-
-aten = torch.ops.aten
 
 # At insertion on every linear map of MiniLM (6 layers), SmolLM2 (30) and tiny T5 and ViT, at ranks 4 to 64, outputs
 # moved by at most 3.9e-6 of their scale in fp32, 6.7e-15 in fp64, 5.5e-3 in fp16 and 3.6e-2 in bf16. That is a unit in
@@ -90,11 +89,11 @@ class Pissa(Variant):
         }
 
     def branches(self, g: Rewriter, dropped: fx.Node | None) -> tuple[list[Branch], fx.Node | None]:
-        read_residual(g, g["residual"])
+        read_instead(g, g["residual"])
         return super().branches(g, dropped)
 
     def site_folds(self, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Fold]:
-        return {"weight:residual": Displace(tensors["residual"], weight)}
+        return {"weight:residual": Become(tensors["residual"], weight)}
 
 
 class PackedPissa(Pissa):
@@ -179,41 +178,6 @@ def largest_rank(site: Site, pair: Pair) -> int:
     outputs = b[1] if experts else b[0] // site.groups
     stack = site.size("e") if experts else site.groups
     return min(outputs, int(torch.Size(a).numel()) // stack)
-
-
-def read_residual(g: Rewriter, residual: fx.Node) -> None:
-    """Let the op read the residual instead of W; at weight w, W + w·(residual − W).
-
-    Earlier passes may have replaced the weight already. The change is then added to their value.
-    """
-    parameter = g.site_call.weight
-
-    def build(current: fx.Node) -> fx.Node:
-        if current is parameter and g.weight == 1:
-            return residual
-        moved = g.call(aten.sub.Tensor, residual, parameter)
-        return g.call(aten.add.Tensor, current, moved, alpha=g.weight)
-
-    g.swap_weight(build)
-
-
-@dataclass(frozen=True)
-class Displace(Fold):
-    """Merge: W ← W + w·(residual − W₀), before any branch is added, as the op reads it.
-
-    Attributes:
-        residual: W₀ − s·B A at the start.
-        weight: Scale w of the application.
-    """
-
-    stage: ClassVar[Stage] = Stage.WEIGHT
-    reads_original: ClassVar[bool] = True
-
-    residual: Tensor
-    weight: float
-
-    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
-        return weight.add_(self.residual.detach().to(weight.dtype) - original, alpha=self.weight)
 
 
 def entries_at(site: Site) -> list[str]:

@@ -45,6 +45,9 @@ class LoraOptions(Protocol):
     @property
     def svd_iterations(self) -> int: ...
 
+    @property
+    def bias(self) -> bool: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Variant:

@@ -90,6 +90,20 @@ def test_conformance(variant):
         assert check_pass(lora(target, **options), surgery.capture(*factory()), checks=CHEAP).ok
 
 
+def test_conformance_of_a_bias():
+    """On linear weights and convolutions. A weight without a bias keeps the branch, since nothing could hold β."""
+    base = surgery.capture(*models.forms())
+    report = check_pass(lora("linear,conv1,conv2,depthwise", bias=True), base, checks=CHEAP)
+    assert set(report.skipped) == {"tied"}, report
+    kept = trained(base.apply(lora("head", bias=True)))
+    with pytest.raises(PassError, match="the base has no bias that could hold the one of the update"):
+        kept.merge()
+    with pytest.raises(
+        PassError, match="an update of a weight of kind embedding has no bias; leave out --bias"
+    ):
+        base.apply(lora("embed", bias=True))
+
+
 @pytest.mark.parametrize("variant", ["dora", "pissa"])
 def test_conformance_in_full(variant):
     """Another process, ONNX, unflatten."""
@@ -449,6 +463,7 @@ def test_options_that_go_together():
         ({"full_gradient": True}, "add --dora"),
         ({"svd_iterations": 4}, "for --init pissa"),
         ({"dora": True, "init": "pissa"}, "choose one of them"),
+        ({"dora": True, "bias": True}, "--bias is for a plain update"),
     ):
         with pytest.raises(PassError, match=f"pass 'lora': .*{remedy}"):
             surgery.Lora(target="all", **options)
