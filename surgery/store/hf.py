@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.capture.hf_config import configs
+from surgery.capture.hf_config import configs, silenced
 from surgery.common.errors import ExportError
 from surgery.common.files import staged_directory
 from surgery.engine.base import Base
@@ -94,8 +94,13 @@ def _write(
     with torch.device("meta"):
         fresh = type(module)(config)
     names = set(module.state_dict())
-    fresh.load_state_dict({n: t.detach() for n, t in state.items() if n in names}, assign=True, strict=True)
-    if getattr(config, "tie_word_embeddings", False):
+    values = {n: t.detach() for n, t in state.items() if n in names}
+    ties = bool(getattr(config, "tie_word_embeddings", False))
+    if not ties:
+        # transformers ties nothing then, and drops all but one of the tensors that share their memory.
+        values = _apart(values)
+    fresh.load_state_dict(values, assign=True, strict=True)
+    if ties:
         fresh.tie_weights()
     _unfake(fresh)
     if getattr(module, "generation_config", None) is not None:
@@ -109,7 +114,52 @@ def _write(
             raise ExportError(
                 f"--max-shard-size {max_shard_size}: write a size, such as 5GB or 200MB"
             ) from error
+        _check(type(module), folder, values)
     write_companions(base, folder)
+
+
+def _apart(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with a copy for each name after the first of those that share their memory."""
+    seen: set[int] = set()
+    found = {}
+    for name, value in values.items():
+        found[name] = value.clone() if value.numel() and value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return found
+
+
+def _check(cls: Any, folder: Path, values: Mapping[str, Tensor]) -> None:
+    """Load a directory with transformers and compare every tensor with the program's.
+
+    Args:
+        cls: Class of the model.
+        folder: The directory.
+        values: The program's tensors by name.
+
+    Raises:
+        ExportError: A tensor is missing, or has other values.
+    """
+    import transformers
+
+    with silenced(transformers):
+        again = cls.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    found = again.state_dict()
+    for name, value in values.items():
+        own = found.get(name)
+        # A directory has one dtype for all weights where the configuration names one.
+        if own is None or own.shape != value.shape or not _same(own, value):
+            raise ExportError(
+                f"transformers reads {name} from the directory with other values than the program has, so it was not "
+                f"written; save the program in its own format, and please report this"
+            )
+
+
+def _same(own: Tensor, value: Tensor) -> bool:
+    """True if values are equal, NaN included, in the dtype that transformers has chosen."""
+    value = value.to(own.device, own.dtype)
+    if torch.equal(own, value):
+        return True
+    return own.is_floating_point() and torch.equal(own.nan_to_num(nan=0.5), value.nan_to_num(nan=0.5))
 
 
 def _resize_vocabulary(config: Any, module: Any, state: Mapping[str, Tensor]) -> None:

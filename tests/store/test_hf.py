@@ -11,14 +11,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BertForMaskedLM,
     GenerationConfig,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    RobertaForMaskedLM,
     T5ForConditionalGeneration,
 )
 
 import surgery
 from surgery.cli import main
+from surgery.common.errors import ExportError
 from tests.conftest import minilm_path
 from tests.shared import tiny
 
@@ -120,3 +123,45 @@ def test_from_the_command_line(made, capsys):
     assert code == 2
     assert "--max-shard-size needs --format hf" in said
     assert not (folder / "no").exists()
+
+
+@pytest.mark.parametrize("cls", [BertForMaskedLM, RobertaForMaskedLM])
+@pytest.mark.parametrize("target", ["head", "embed"])
+def test_a_bias_that_was_tied_as_well(cls, target, tmp_path, randomise):
+    """A merged head is untied, and the output layer's bias needs a tensor of its own: it was lost, and read as zero."""
+    config = cls.config_class(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = cls(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(tmp_path / "base")
+    base = surgery.load(f"hf:{tmp_path / 'base'}", task="fill-mask")
+    merged = randomise(base.apply(surgery.Lora(target=target, rank=2)), scale=0.3).merge()
+    merged.write(tmp_path / "hf", format="hf")
+    again = cls.from_pretrained(tmp_path / "hf").eval()
+    given = merged.example_inputs[1]
+    with torch.no_grad():
+        got, expected = again(**given).logits, merged.run(**given)["logits"]
+    assert torch.equal(got, expected)
+
+
+def test_a_directory_that_transformers_reads_differently_is_not_written(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny.llama()).save_pretrained(tmp_path / "base")
+    program = surgery.load(f"hf:{tmp_path / 'base'}")
+    written = LlamaForCausalLM.save_pretrained
+
+    def loses(self, folder, **options):
+        self.model.norm.weight = torch.nn.Parameter(self.model.norm.weight + 1)
+        written(self, folder, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", loses)
+    with pytest.raises(
+        ExportError, match=r"transformers reads model\.norm\.weight from the directory with other values"
+    ):
+        program.write(tmp_path / "hf", format="hf")
+    assert not (tmp_path / "hf").exists()

@@ -93,7 +93,9 @@ def test_conformance(variant):
 def test_conformance_of_a_bias():
     """On linear weights and convolutions. A weight without a bias keeps the branch, since nothing could hold β."""
     base = surgery.capture(*models.forms())
-    report = check_pass(lora("linear,conv1,conv2,depthwise", bias=True), base, checks=CHEAP)
+    report = check_pass(
+        lora("path:linear,path:conv1,path:conv2,path:depthwise", bias=True), base, checks=CHEAP
+    )
     assert set(report.skipped) == {"tied"}, report
     kept = trained(base.apply(lora("head", bias=True)))
     with pytest.raises(PassError, match="the base has no bias that could hold the one of the update"):
