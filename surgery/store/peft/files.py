@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def prefix(method: str) -> str:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of a checkpoint; the tensors by PEFT's names without the prefix.
+    """Configuration and tensors of a checkpoint; the tensors by their names in the file.
 
     Raises:
         LoadError: The directory is not a PEFT checkpoint, or cannot be read.
@@ -42,12 +42,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"PEFT as safetensors"
             )
         raise LoadError(f"{path} has no {WEIGHTS}; {AGAIN}")
-    tensors = read_tensors(path / WEIGHTS, LoadError, AGAIN)
-    own = prefix(config["peft_type"])
-    return config, {name.removeprefix(own): tensor.clone() for name, tensor in tensors.items()}
+    return config, {name: t.clone() for name, t in read_tensors(path / WEIGHTS, LoadError, AGAIN).items()}
 
 
-def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool) -> None:
+def write(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    overwrite: bool,
+    check: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Write both files into a directory; it is written under a temporary name and renamed.
 
     Args:
@@ -55,6 +59,7 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         config: The configuration.
         tensors: Tensors by their names in the checkpoint.
         overwrite: Replace an existing directory.
+        check: Called with the temporary directory before it is renamed; an error of it leaves nothing behind.
 
     Raises:
         SurgeryError: The path exists, or writing fails.
@@ -63,6 +68,7 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         contiguous = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
         save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+        check(folder)
 
 
 def by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

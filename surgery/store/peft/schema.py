@@ -21,7 +21,7 @@ from surgery.common.errors import LoadError
 from surgery.common.names import check_plain, components
 from surgery.common.patterns import matcher
 from surgery.engine.program import Program
-from surgery.engine.schema import Text, check_depth
+from surgery.engine.schema import Natural, Text, check_depth
 
 # Upper bound of a rank and of a number of tokens; real checkpoints have up to a few thousand.
 _MOST = 2**20
@@ -57,13 +57,25 @@ class _Lora(_Config):
     use_rslora: StrictBool | None = None
     use_dora: StrictBool | None = None
     init_lora_weights: StrictBool | Text | None = True
+    lora_bias: StrictBool | None = None
+    target_parameters: list[Text] | None = None
+    trainable_token_indices: list[Natural] | dict[Text, list[Natural]] | None = None
+
+
+class _IA3(_Config):
+    feedforward_modules: list[Text] | Pattern | None = None
 
 
 class _Tokens(_Config):
     num_virtual_tokens: Size
 
 
-_KINDS: Mapping[str, type[_Config]] = {"LORA": _Lora, "PREFIX_TUNING": _Tokens, "PROMPT_TUNING": _Tokens}
+_KINDS: Mapping[str, type[_Config]] = {
+    "LORA": _Lora,
+    "IA3": _IA3,
+    "PREFIX_TUNING": _Tokens,
+    "PROMPT_TUNING": _Tokens,
+}
 
 
 def check_config(config: Any, path: Path) -> dict[str, Any]:
