@@ -21,8 +21,10 @@ from surgery.capture.flatten import flatten_regions, share_tied
 from surgery.capture.shapes import Axis, argument_names, list_axes, other_sizes
 from surgery.capture.types import Captured, LoadedModel
 from surgery.common.errors import CaptureError
+from surgery.common.threads import one_at_a_time
 
 
+@one_at_a_time
 def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) -> Captured:
     """Capture a module as a flat graph of ATen ops.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.capture import Captured, LoadedModel, LoadOptions, trace
-from surgery.common.plugins import Plugins
+from surgery.common.plugins import Plugins, make_plugin_manager
 from surgery.engine.labels import labels_in
 from surgery.graph.graphs import writes
 from surgery.graph.sites import Site, SiteIndex, SiteKey
@@ -26,6 +26,9 @@ from surgery.graph.view import View
 @dataclass
 class Base:
     """A captured model.
+
+    A pickled base has neither its graph nor its plugin manager: a graph contains functions that cannot be pickled. The
+    module is captured again when the graph is read first.
 
     Attributes:
         loaded: The module and its example inputs.
@@ -40,6 +43,8 @@ class Base:
         notes: Sentences for the user about the capture and the weights.
         hindrance: Function that returns the reason why a site cannot be rewritten although the pass accepts it, or
             None; set for live modules.
+        heads: Names of the weights of output layers, for a model whose layers are captured one by one: roles cannot be
+            derived there. None: roles are derived from the graph.
     """
 
     loaded: LoadedModel
@@ -52,7 +57,38 @@ class Base:
     shells: WeakValueDictionary[tuple[str, int], nn.Parameter] = field(default_factory=WeakValueDictionary)
     notes: tuple[str, ...] = ()
     hindrance: Callable[[Site], str | None] | None = None
+    heads: frozenset[str] | None = None
     _train: Captured | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "captured":
+            self.captured = trace(self.loaded, check=False)
+            return self.captured
+        if name == "plugins":
+            self.plugins = make_plugin_manager()
+            return self.plugins
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("loaded", "ref", "options", "consumed", "released", "heads")
+        return {
+            **{name: self.__dict__[name] for name in kept},
+            "shells": {}, "hindrance": None, "_train": None,
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.shells = WeakValueDictionary()
+
+    def again(self, loaded: LoadedModel) -> None:
+        """Use a model of another dtype, device or size from here on; it is captured when its graph is read.
+
+        Args:
+            loaded: The model, with names as before.
+        """
+        for name in ("captured", "tensors", "non_persistent", "names", "view", "graph_hash"):
+            self.__dict__.pop(name, None)
+        self.loaded, self._train = loaded, None
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -97,7 +133,11 @@ class Base:
     @cached_property
     def view(self) -> View:
         """The analysis of the captured graph."""
-        return View(self.captured.graph, self.names, self.plugins.weight_ops)
+        graph, ops = self.captured.graph, self.plugins.weight_ops
+        if self.heads is None:
+            return View(graph, self.names, ops)
+        roles = {s.key: "head" for s in SiteIndex(graph, self.names, ops) if s.key.owner in self.heads}
+        return View(graph, self.names, ops, known=(roles, {}))
 
     @property
     def sites(self) -> SiteIndex:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any, Self
@@ -92,6 +93,31 @@ class ProgramData:
         made.labels = dict(self.labels)
         return made
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The data without what is derived from them: graphs hold functions that cannot be pickled."""
+        return {
+            "base": self.base, "journal": self.journal, "tensors": self.tensors, "changed": self.changed,
+            "clock": self.clock, "reports": (),
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A program on the same base with copies of all tensors, which trains independently of this one."""
+        tensors = {name: copy.deepcopy(tensor, memo) for name, tensor in self.tensors.items()}
+        changed = {name: copy.deepcopy(tensor, memo) for name, tensor in self.changed.items()}
+        return self.derive(
+            None, tensors, changed, self._graph, self.reports, clock=copy.deepcopy(self.clock, memo)
+        )
+
+    def forget(self) -> None:
+        """Drop what is derived from base and journal, after the base has changed."""
+        for name in ("names", "view", "captured"):
+            self.__dict__.pop(name, None)
+        self._graph = self._train_graph = self._module = self._runner = self._said = None
+
     # -- reading
 
     @property
@@ -161,6 +187,12 @@ class ProgramData:
     def schedule(self) -> Schedule:
         """Training window, learning rate and gradient mask of each parameter, as selections have decided."""
         return self._reading()[1]
+
+    @property
+    def dormant(self) -> bool:
+        """True if passes were applied and all of them are switched off, so that the program is its base again."""
+        acting = [e for e in self.journal if e.kind != "merge" and not e.auto]
+        return bool(acting) and all(e.weight == 0 for e in acting)
 
     @property
     def put_back(self) -> dict[str, str | None]:

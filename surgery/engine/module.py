@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from surgery.common.errors import JournalError
+from surgery.common.errors import JournalError, PassError
 from surgery.common.readers import first_line
 from surgery.engine.recompute import REMADE, recomputed
 from surgery.engine.replay import GradualEntry
@@ -16,6 +18,8 @@ from surgery.engine.schedule import Clock, Schedule
 from surgery.graph.compiled import compiled
 from surgery.graph.graphs import copy_graph, without_replaced
 
+# Parameter -> handle of the hook that masks its gradient. Not an attribute, since hooks cannot be pickled.
+_masks: Any = WeakTensorKeyDictionary()
 GraphOf = Callable[[bool], tuple[fx.Graph, fx.GraphModule]]
 
 
@@ -73,7 +77,7 @@ class ProgramModule(nn.Module):
         masks: dict[str, Tensor] = self.__dict__["_masks"]
         for name, parameter in self.named_parameters(remove_duplicate=False):
             if name in masks and name in self.__dict__["_trains"]:
-                _mask_gradient(parameter, masks[name])
+                mask_gradient(parameter, masks[name])
 
     def advance(self, step: int) -> list[str]:
         """Set `requires_grad` of every parameter for a training step, and update tensors that follow a schedule.
@@ -158,6 +162,22 @@ class ProgramModule(nn.Module):
         super().train(mode)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProgramModule:
+        """Move the tensors, as `to` does.
+
+        Raises:
+            PassError: The function converts to another dtype; the graph names the dtypes that it was captured in.
+        """
+        for dtype in {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}:
+            made = fn(torch.empty(0, dtype=dtype)).dtype
+            if made != dtype:
+                raise PassError(
+                    f"the module of a program cannot be converted to {str(made).removeprefix('torch.')}, because its "
+                    f"graph computes in {str(dtype).removeprefix('torch.')}; convert the model first and capture it "
+                    "then, or load it with model_kwargs={'dtype': …}, and apply the passes there"
+                )
+        return super()._apply(fn, recurse)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         fresh = ProgramModule({}, frozenset(), self.__dict__["_graph_of"], self.__dict__["_title"])
         memo[id(self)] = fresh
@@ -176,9 +196,9 @@ class ProgramModule(nn.Module):
         )
 
 
-def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:
+def mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:
     """Zero the gradient of a parameter where its mask is False. A later mask replaces an earlier one."""
-    known: Any = getattr(parameter, "_surgery_mask", None)
+    known = _masks.get(parameter)
     if known is not None:
         known.remove()
     held = ~mask
@@ -191,7 +211,7 @@ def _mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:
     trains = parameter.requires_grad
     # torch accepts a hook only on a tensor that requires grad; the hook stays when that is switched off again.
     parameter.requires_grad_(True)
-    parameter._surgery_mask = parameter.register_hook(hold)  # type: ignore[attr-defined]
+    _masks[parameter] = parameter.register_hook(hold)
     parameter.requires_grad_(trains)
 
 

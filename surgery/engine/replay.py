@@ -15,6 +15,7 @@ from surgery.capture import Captured
 from surgery.common.errors import JournalError, SurgeryError, nearest
 from surgery.common.plugins import Plugins
 from surgery.common.readers import first_line
+from surgery.common.threads import one_at_a_time
 from surgery.engine.base import Base
 from surgery.engine.contract.base import GraphPass, Pass, RewritePass, merges
 from surgery.engine.contract.gradual import Gradual
@@ -226,6 +227,7 @@ def _holds_indices(held: Tensor, spec: TensorSpec) -> bool:
     return int(held.min()) >= 0 and int(held.max()) < spec.below
 
 
+@one_at_a_time
 def build_graph(
     base: Base,
     journal: Journal,

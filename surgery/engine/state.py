@@ -134,9 +134,11 @@ class State(ProgramData):
             for name in self.parameter_sizes():
                 if name in self.base.tensors and name not in self.changed and self.trains(name):
                     self.changed[name] = nn.Parameter(self.base.tensors[name].detach().clone())
+            # A buffer with several names stays one tensor.
+            copied = {id(t): self.changed[n] for n, t in self.base.tensors.items() if n in self.changed}
             for name, tensor in self.base.tensors.items():
                 if not isinstance(tensor, nn.Parameter) and name not in self.changed:
-                    self.changed[name] = tensor.clone()
+                    self.changed[name] = copied.setdefault(id(tensor), tensor.clone())
 
     def copies(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of `tensors` and `changed`, for a derived program that trains independently of this one."""
@@ -254,8 +256,14 @@ def folded_entries(journal: Journal) -> list[Entry]:
 
 
 def held_by(program: State) -> dict[str, Tensor]:
-    """Changed and inserted tensors, with the earlier values of parameters that only entries of weight 0 let train."""
+    """Changed and inserted tensors that are in force.
+
+    Parameters that only entries of weight 0 let train have their earlier values. Buffers that moved in training (the
+    running statistics of a BatchNorm, say) belong to the passes: with all of them off, the base's own are in force.
+    """
     held = {**program.changed, **program.tensors}
+    if program.dormant:
+        held = {name: t for name, t in held.items() if name in program.tensors or isinstance(t, nn.Parameter)}
     for name, before in program.put_back.items():
         if before is None:
             held.pop(name, None)
@@ -273,7 +281,8 @@ def _shell(program: State, name: str, tensor: Tensor, held: Mapping[str, Tensor]
         shell = nn.Parameter(tensor.detach(), requires_grad=False)
         program.base.shells[canonical, id(shell)] = shell
         return shell
-    return tensor
+    # A forward in train mode must not move the base's own.
+    return tensor.clone() if program.dormant else tensor
 
 
 def trained_values(size: int, mask: Tensor | None) -> int:

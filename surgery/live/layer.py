@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import linecache
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import torch
@@ -16,18 +14,17 @@ from torch.export import Dim
 from torch.fx.graph import CodeGen
 
 from surgery.common.errors import PassError
+from surgery.common.plugins import make_plugin_manager
+from surgery.common.threads import one_at_a_time
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.journal import Entry, SiteRecord
-from surgery.engine.recompute import REMADE, recomputed
+from surgery.engine.module import get
 from surgery.engine.replay import rewrite_entry
-from surgery.graph.compiled import check_targets
 from surgery.graph.fake import MetaCache
 from surgery.graph.graphs import copy_graph, without_replaced
 from surgery.graph.ops import WeightOp
 from surgery.graph.view import View
-
-_serial = count()
-Forward = Callable[..., Any]
+from surgery.live.adapted import Code, Source, float_dtypes
 
 
 @dataclass(frozen=True)
@@ -54,15 +51,30 @@ class LayerError(Exception):
 class Layers:
     """Cache of traced graphs and compiled classes, shared by all layers of the same kind.
 
+    A pickled cache is empty, and takes the ops of the plugins that are installed where it is loaded.
+
     Args:
-        ops: Ops that hold a weight.
+        ops: Ops that hold a weight; None for those of the installed plugins.
     """
 
-    def __init__(self, ops: Mapping[Any, WeightOp]) -> None:
-        self.ops = ops
+    def __init__(self, ops: Mapping[Any, WeightOp] | None = None) -> None:
+        self._ops = ops
         self._bare: dict[Any, fx.Graph] = {}
         self._uses: dict[Any, frozenset[tuple[str, str]]] = {}
         self._classes: dict[Any, type[nn.Module]] = {}
+
+    @property
+    def ops(self) -> Mapping[Any, WeightOp]:
+        """Ops that hold a weight."""
+        if self._ops is None:
+            self._ops = make_plugin_manager().weight_ops
+        return self._ops
+
+    def __reduce__(self) -> Any:
+        return Layers, ()
+
+    def __deepcopy__(self, memo: Any) -> Layers:
+        return self
 
     def bare(self, layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torch.dtype) -> fx.Graph:
         """Graph of the layer's own forward in ATen ops; get_attr nodes name the layer's attributes.
@@ -81,6 +93,7 @@ class Layers:
             self._bare[key] = _trace(layer, rank, shape, dtype)
         return self._bare[key]
 
+    @one_at_a_time
     def uses(
         self, layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torch.dtype
     ) -> frozenset[tuple[str, str]]:
@@ -103,6 +116,7 @@ class Layers:
             self._uses[key] = frozenset((site.key.owner, site.kind) for site in sites)
         return self._uses[key]
 
+    @one_at_a_time
     def adapted(
         self,
         layer: nn.Module,
@@ -129,7 +143,7 @@ class Layers:
         if key not in self._classes:
             # A linear layer can also receive inputs of another rank, such as flattened rows for experts.
             unseen = dict.fromkeys((2, 3), ()) if isinstance(layer, nn.Linear) else {}
-            forwards: dict[tuple[bool, int], Forward] = {}
+            sources: dict[tuple[bool, int], Source] = {}
             for rank, shape in {**unseen, **seen}.items():
                 try:
                     bare = self.bare(layer, rank, shape or None, dtype)
@@ -140,8 +154,16 @@ class Layers:
                     # A pass can require a sequence axis, say; an input of this rank is then refused at run time.
                     continue
                 for training, graph in zip((False, True), graphs, strict=True):
-                    forwards[training, rank] = _compile(graph, type(layer).__name__)
-            self._classes[key] = _subclass(type(layer), forwards, [p.entry.id for p in pieces])
+                    sources[training, rank] = Source.of(graph, type(layer).__name__)
+            code = Code(
+                type(layer),
+                sources,
+                tuple(p.entry.id for p in pieces),
+                tuple(dict.fromkeys(type(p.pass_).__module__ for p in pieces)),
+                float_dtypes(layer, [n for n in names if n in layer._parameters or n in layer._buffers]),
+                _Again(self, tuple(pieces), dict(names), dict(seen), dtype),
+            )
+            self._classes[key] = code.cls()
         return self._classes[key]
 
     def _rewritten(
@@ -176,6 +198,66 @@ class Layers:
                 node.target = own[str(node.target)]
         graph.lint()
         return graph
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Makes the class of a rewritten layer again, after the layer has been converted to another dtype.
+
+    Attributes:
+        layers: The cache of classes.
+        pieces: Entries that act at the layer.
+        names: As for `Layers.adapted`.
+        seen: As for `Layers.adapted`.
+        dtype: Dtype of the layer's input before.
+    """
+
+    layers: Layers
+    pieces: tuple[Piece, ...]
+    names: Mapping[str, str]
+    seen: Mapping[int, tuple[int, ...]]
+    dtype: torch.dtype
+
+    def __call__(self, live: nn.Module) -> type[nn.Module]:
+        """The class for a live layer with its present dtypes.
+
+        Raises:
+            PassError: A pass does not act on weights of these dtypes.
+        """
+        cls: Any = type(live)
+        own = cls.surgery_code.dtypes
+        layer = without_passes(
+            live, {n for record in self.pieces for n in record.record.tensors.values()}, self
+        )
+        dtype = self.dtype
+        if dtype.is_floating_point and own:
+            dtype = next(iter(float_dtypes(layer, own).values()))
+        tensors = {full: get(live, name) for name, full in self.names.items()}
+        try:
+            return self.layers.adapted(layer, self.pieces, self.names, tensors, self.seen, dtype)
+        except LayerError as error:
+            raise PassError(
+                f"{', '.join(p.entry.id for p in self.pieces)}: its layer cannot be converted to {dtype} ({error}); "
+                f"convert the model first, and apply the passes then"
+            ) from None
+
+
+def without_passes(live: nn.Module, inserted: set[str], again: _Again) -> nn.Module:
+    """A bare layer over the own tensors of a rewritten one.
+
+    Args:
+        live: The rewritten layer.
+        inserted: Names in the program of the tensors that passes inserted.
+        again: Knows the names of the layer's tensors.
+    """
+    base: Any = type(live).surgery_base  # type: ignore[attr-defined]
+    layer = base.__new__(base)
+    layer.__dict__.update(live.__dict__)
+    added = {name.partition(".")[0] for name, full in again.names.items() if full in inserted}
+    for kind in ("_parameters", "_buffers", "_modules"):
+        held = getattr(live, kind)
+        layer.__dict__[kind] = type(held)((n, t) for n, t in held.items() if n not in added)
+    return layer
 
 
 def _kind(layer: nn.Module) -> Any:
@@ -283,52 +365,3 @@ def _example(
         sizes, free = [*_SIZES[: rank - 1], shape[-1]], range(rank - 1)
     example = torch.zeros(sizes, dtype=dtype, device=device)
     return example, dict.fromkeys(free, Dim.DYNAMIC)
-
-
-def _compile(graph: fx.Graph, title: str) -> Forward:
-    """Compile a graph as a method that reads its tensors as attributes of self."""
-    check_targets(graph)
-    code = graph.python_code("self")
-    where = f"<surgery {title} {next(_serial)}>"
-    # Registered with linecache, so that tracebacks and debuggers show the generated source.
-    linecache.cache[where] = (len(code.src), None, code.src.splitlines(keepends=True), where)
-    space = dict(code.globals)
-    exec(compile(code.src, where, "exec"), space)
-    quantized = any(node.target in REMADE for node in graph.nodes)
-    return recomputed(space["forward"]) if quantized else space["forward"]
-
-
-def _subclass(
-    cls: type[nn.Module], forwards: Mapping[tuple[bool, int], Forward], entries: Sequence[str]
-) -> type[nn.Module]:
-    """A subclass of a layer's class with the compiled forwards, by mode and rank of the input."""
-    table = dict(forwards)
-
-    def forward(self: Any, input: Tensor) -> Any:
-        try:
-            chosen = table[self.training, input.dim()]
-        except KeyError:
-            raise PassError(
-                f"{', '.join(entries)}: this {cls.__name__} is adapted for inputs of "
-                f"{' or '.join(str(r) for r in sorted({rank for _, rank in table}))} dimensions, but got one of "
-                f"{input.dim()}; apply the pass with example inputs that reach the layer in this shape"
-            ) from None
-        return chosen(self, input)
-
-    parameter = [*inspect.signature(cls.forward).parameters][1]
-    if parameter != "input":
-        forward = _renamed(forward, parameter)
-    return derived(cls, forward)
-
-
-def derived(cls: type[nn.Module], forward: Forward) -> type[nn.Module]:
-    """A subclass with another forward and the same name; its attribute `surgery_base` is the original class."""
-    kept = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (cls,), {**kept, "forward": forward, "surgery_base": cls})
-
-
-def _renamed(forward: Forward, parameter: str) -> Forward:
-    """The forward with its argument renamed to the layer's own name, since callers may pass it by keyword."""
-    space: dict[str, Any] = {"inner": forward}
-    exec(f"def forward(self, {parameter}): return inner(self, {parameter})", space)
-    return space["forward"]

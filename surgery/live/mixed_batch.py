@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +12,14 @@ from surgery.common.errors import PassError
 from surgery.engine.program import Program
 from surgery.graph.ops import operand
 from surgery.graph.sites import Site
-from surgery.live.layer import derived
+from surgery.live.adapted import derived
 from surgery.live.state import LiveState
 
 Choice = str | Sequence[str] | None
 
 
-@contextlib.contextmanager
-def rows_of(model: nn.Module, state: LiveState, choices: Sequence[Choice]) -> Iterator[None]:
-    """Context manager: row i of every batch uses the adapters of choice i.
+def rows_of(model: nn.Module, state: LiveState, choices: Sequence[Choice]) -> dict[str, type[nn.Module]]:
+    """Classes of the layers with which row i of every batch uses the adapters of choice i, by path.
 
     Args:
         model: The live module.
@@ -49,17 +47,13 @@ def rows_of(model: nn.Module, state: LiveState, choices: Sequence[Choice]) -> It
     for key in groups:
         for path, cls in state.classes(model, program.only(*key)).items():
             classes.setdefault(path, {})[key] = cls
-    before = {path: type(model.get_submodule(path)) for path in classes}
+    made = {}
     for path, by_choice in classes.items():
         layer = model.get_submodule(path)
         bare = getattr(type(layer), "surgery_base", type(layer))
         parts = [(rows, by_choice.get(key, bare)) for key, rows in groups.items()]
-        layer.__class__ = _by_rows(bare, parts, len(choices))
-    try:
-        yield
-    finally:
-        for path, cls in before.items():
-            model.get_submodule(path).__class__ = cls
+        made[path] = _by_rows(bare, parts, len(choices))
+    return made
 
 
 def _entries(program: Program, choice: Choice) -> tuple[str, ...]:

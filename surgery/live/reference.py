@@ -44,6 +44,12 @@ def sourced(
         model_kwargs = model_kwargs or labels_of(module)
     options = LoadOptions(task, dict(model_kwargs or {}), False, base.options.example)
     loaded = load_model(ref, options, base.plugins)
+    wanted = _dtypes(module)
+    if "dtype" not in options.model_kwargs and len(wanted) == 1 and _dtypes(loaded.module) != wanted:
+        # The model was converted after it had been loaded, so it is to be loaded in its present dtype.
+        dtype = str(*wanted).removeprefix("torch.")
+        options = replace(options, model_kwargs={**options.model_kwargs, "dtype": dtype})
+        loaded = load_model(ref, options, base.plugins)
     differ = _differing(loaded.module, base, ref)
     own = replace(
         base.loaded, files=loaded.files, unsourced=loaded.unsourced | differ, metadata=dict(loaded.metadata)
@@ -52,6 +58,11 @@ def sourced(
     named = Program(fresh, program.journal, program.tensors, program.changed, program._graph)
     named.labels = dict(program.labels)
     return named
+
+
+def _dtypes(module: nn.Module) -> set[torch.dtype]:
+    """Dtypes of the floating-point parameters."""
+    return {p.dtype for p in module.parameters() if p.is_floating_point()}
 
 
 def _differing(module: nn.Module, base: Base, ref: str) -> frozenset[str]:
@@ -65,8 +76,13 @@ def _differing(module: nn.Module, base: Base, ref: str) -> frozenset[str]:
                 f"{ref} is another model: {name} has shape {theirs} there and {ours} here; give the reference (and "
                 f"task, model_kwargs) that the model was loaded with"
             )
+    # Converting a model also converts buffers that are in no state dict, such as the frequencies of rotary positions.
+    here.update(base.loaded.module.named_buffers(remove_duplicate=False))
+    there.update(module.named_buffers(remove_duplicate=False))
     return frozenset(
-        name for name in here if name in base.tensors and not _equal(base.tensors[name], there[name])
+        name
+        for name in here
+        if name in base.tensors and name in there and not _equal(base.tensors[name], there[name])
     )
 
 

@@ -16,15 +16,18 @@ from surgery.capture.hf_config import configs
 from surgery.common.errors import PassError
 from surgery.engine.base import Base
 from surgery.engine.contract.base import Pass, RewritePass
-from surgery.engine.module import get, register
+from surgery.engine.module import get, mask_gradient, register
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries, pass_of
+from surgery.engine.schedule import Schedule
+from surgery.engine.state import held_by
 from surgery.graph.ops import EXPERTS
 from surgery.graph.sites import Site, SiteKey
-from surgery.graph.view import View
 from surgery.live.capture import Seen
 from surgery.live.layer import LayerError, Layers, Piece, input_name
+from surgery.live.places import Inserted, is_shard, local_name, remove
 from surgery.live.unseen import keep_off_fast_path, raw_reads
+from surgery.live.views import Switch, View
 
 ATTRIBUTE = "_surgery_state"
 
@@ -32,11 +35,12 @@ ATTRIBUTE = "_surgery_state"
 class LiveState:
     """The program of a live model, over the model's own tensors.
 
-    The base has the original parameters. Parameters that train are replaced in the model by copies, which are in
-    `program.changed`, so that undoing restores the model bit for bit.
+    The base has the original parameters and buffers. Parameters that train, and all buffers, are replaced in the model
+    by copies, which are in `program.changed`, so that undoing restores the model bit for bit.
 
     Attributes:
-        program: The program.
+        adopted: The program of the model outside of blocks such as `using`.
+        switch: The open blocks.
         seen: Inputs of each layer on the example inputs, by path.
         layers: Cache of rewritten layers.
         uncaptured: Reason why the model could not be captured, or "".
@@ -51,7 +55,8 @@ class LiveState:
         uncaptured: str = "",
         example: LoadedModel | None = None,
     ) -> None:
-        self.program = program
+        self.adopted = program
+        self.switch = Switch()
         self.seen = dict(seen)
         self.layers = layers
         self.uncaptured = uncaptured
@@ -61,50 +66,105 @@ class LiveState:
         self.required = {
             n: t.requires_grad for n, t in program.base.tensors.items() if isinstance(t, nn.Parameter)
         }
-        self._added: set[str] = set()
-        self._block = ""
-        self._hold(program.base)
+        # Name of an inserted tensor in the model -> its name in the program.
+        self.at: dict[str, str] = {}
+        # Name of a base tensor -> the tensor that the model has for it.
+        self.put: dict[str, Tensor] = {}
+        program.base.hindrance = self.hindrance
+
+    @property
+    def program(self) -> Program:
+        """The program of the running context: inside a block that of the block, else the adopted one."""
+        view = self.switch.view
+        return self.adopted if view is None else view.program
 
     @contextlib.contextmanager
-    def within(self, block: str) -> Iterator[None]:
-        """Context manager that marks a block which restores the model at its end; changes are refused inside."""
-        before, self._block = self._block, block
-        try:
-            yield
-        finally:
-            self._block = before
+    def showing(
+        self,
+        model: nn.Module,
+        block: str,
+        program: Program,
+        classes: Mapping[str, type[nn.Module]] | None = None,
+    ) -> Iterator[None]:
+        """Context manager in which the running thread or task computes with another program over the same tensors.
 
-    def free(self) -> None:
-        """Raise PassError inside such a block, since its end would revert the change."""
-        if self._block:
-            raise PassError(
-                f"inside a `{self._block}` block the model cannot be changed, because the end of the block would "
-                f"revert it; do this outside of the block"
-            )
+        Args:
+            model: The live module.
+            block: Name of the function that opens the block, for messages.
+            program: The program inside the block.
+            classes: Classes of the layers inside the block, by path; by default those of the program.
 
-    def _hold(self, base: Base) -> None:
-        """Register the reasons of the live model with its base, so that planning refuses these sites."""
-        base.hindrance = self.hindrance
-        # In a fallback capture the layers are not connected, so roles derived from it would be wrong.
-        if self.uncaptured:
-            base.__dict__["view"] = View(
-                base.captured.graph, base.names, base.plugins.weight_ops, known=({}, {})
-            )
+        Raises:
+            PassError: The program needs other values in the model, and another thread is inside a block.
+        """
+        self._refuse_shards(model)
+        outer = self.switch.view
+        alone = any(v.alone for v in (outer.chain if outer else ())) or self._moves_values(program)
+        found = self.classes(model, program) if classes is None else dict(classes)
+        for path in self.classes(model, self.adopted):
+            found.setdefault(path, getattr(base := type(model.get_submodule(path)), "surgery_base", base))
+        view = View(block, program, {} if alone and classes is None else found, alone, outer)
+        before = next((v.program for v in (outer.chain if outer else ()) if v.alone), self.adopted)
+        with self.switch.showing(model, view):
+            if not alone or classes is not None:
+                yield
+                return
+            try:
+                self._install(model, program)
+                yield
+            finally:
+                self._install(model, before)
+
+    def _moves_values(self, program: Program) -> bool:
+        """True if the model needs other values of parameters or buffers for a program than it has."""
+        if program.journal.merged or program.put_back != self.program.put_back:
+            return True
+        base = program.base
+        return program.dormant != self.program.dormant and any(
+            not torch.equal(tensor, base.tensors[name].to(tensor.device))
+            for name, tensor in program.changed.items()
+            if not isinstance(tensor, nn.Parameter) and name in base.tensors
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for a pickle. Inside a block, the program is that of the block."""
+        return {**self.__dict__, "adopted": self.program, "switch": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.switch = Switch()
+        self.adopted.base.hindrance = self.hindrance
+        held = {**self.adopted.changed, **self.adopted.tensors}
+        for name, mask in Schedule.of(self.adopted.journal).masks.items():
+            if name in held:
+                mask_gradient(held[name], self.adopted.tensors[mask])  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LiveState:
         """State for a copy of the model: tensors are copied with the model; graph and classes are shared."""
-        old = self.program.base
+        program = self.program
+        old = program.base
         module = copy.deepcopy(old.loaded.module, memo)
-        base = Base(replace(old.loaded, module=module), old.captured, old.plugins, old.ref, old.options)
-        tensors = {name: copy.deepcopy(t, memo) for name, t in self.program.tensors.items()}
-        changed = {name: copy.deepcopy(t, memo) for name, t in self.program.changed.items()}
+        base = Base(
+            replace(old.loaded, module=module),
+            old.captured,
+            old.plugins,
+            old.ref,
+            old.options,
+            heads=old.heads,
+        )
         fresh = LiveState.__new__(LiveState)
-        fresh.program = Program(base, self.program.journal, tensors, changed)
-        fresh.seen, fresh.layers, fresh.uncaptured = self.seen, self.layers, self.uncaptured
+        fresh.__dict__.update(self.__dict__)
+        fresh.adopted, fresh.switch = copy.deepcopy(program, memo), Switch()
+        fresh.adopted.base = base
+        base.hindrance = fresh.hindrance
         fresh.example = replace(self.example, module=module) if self.example is not None else None
-        fresh.raw, fresh._tied = self.raw, []
-        fresh.required, fresh._added, fresh._block = dict(self.required), set(self._added), ""
-        fresh._hold(base)
+        fresh.required, fresh.at = dict(self.required), dict(self.at)
+        fresh.put = {name: copy.deepcopy(tensor, memo) for name, tensor in self.put.items()}
+        # The copy's configuration reports untied weights, too, until the merge is undone.
+        fresh._tied = [(copy.deepcopy(config, memo), was) for config, was in self._tied]
+        # Hooks that mask gradients are not copied with a parameter.
+        if fresh.adopted.schedule.masks:
+            fresh.adopted.module()
         return fresh
 
     # -- which passes and sites
@@ -184,11 +244,19 @@ class LiveState:
         Raises:
             PassError: The model's parameters are sharded, or a layer cannot be rewritten.
         """
+        self._install(model, program)
+        self.adopted = program
+
+    def _refuse_shards(self, model: nn.Module) -> None:
         if any(is_shard(p) for p in model.parameters()):
             raise PassError(
                 "the model's parameters are sharded over several processes; change the model before it is sharded, or "
                 "save it and load the saved directory"
             )
+
+    def _install(self, model: nn.Module, program: Program) -> None:
+        """Put the classes, tensors and flags of a program into the model."""
+        self._refuse_shards(model)
         pieces = self._pieces(program)
         classes = {path: self._class_of(model, path, own, program) for path, own in pieces.items()}
         self._put_tensors(model, program, pieces)
@@ -197,8 +265,7 @@ class LiveState:
             cls = wanted.get(id(layer)) or getattr(type(layer), "surgery_base", None)
             if cls is not None:
                 layer.__class__ = cls
-        self.program = program
-        self._let_train(model)
+        self._let_train(program)
         self._tell_config(model)
         keep_off_fast_path(model)
 
@@ -208,7 +275,7 @@ class LiveState:
             config.tie_word_embeddings = was
         self._tied = []
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        groups = (g for n, g in self.program.base.names.items() if n == g[0] and len(g) > 1)
+        groups = (g for n, g in self.adopted.base.names.items() if n == g[0] and len(g) > 1)
         if not any(parameters[n] is not parameters[g[0]] for g in groups for n in g if n in parameters):
             return
         for config in (
@@ -295,30 +362,51 @@ class LiveState:
 
     def _put_tensors(self, model: nn.Module, program: Program, pieces: Mapping[str, list[Piece]]) -> None:
         """Put inserted tensors into the layers that read them, and the program's values into base parameters."""
-        wanted: dict[str, Tensor] = {n: program.tensors[full] for n, full in self._places(pieces).items()}
+        wanted = self._places(pieces)
         # A tensor of an adapter that is switched off stays in its layer, since it can be switched on again.
-        held = {id(tensor) for tensor in program.tensors.values()}
-        for name in self._added - set(wanted):
-            there = get(model, name)
-            if id(there) in held:
-                wanted[name] = there
-            else:
-                _remove(model, name)
-        for name, tensor in wanted.items():
-            register(model, name, tensor, kind=Inserted)
-        self._added = set(wanted)
+        for name, full in self.at.items():
+            if name not in wanted:
+                if program.tensors.get(full) is get(model, name):
+                    wanted[name] = full
+                else:
+                    remove(model, name)
+        for name, full in wanted.items():
+            register(model, name, program.tensors[full], kind=Inserted)
+        self.at, self.put = wanted, {}
+        held = held_by(program)
+        self._put_parameters(model, program, held)
+        self._put_buffers(model, program, held)
+
+    def _put_buffers(self, model: nn.Module, program: Program, held: Mapping[str, Tensor]) -> None:
+        """Put a program's buffers into the model: copies, so that training does not move the base's own."""
+        own = dict(model.named_buffers(remove_duplicate=False))
+        copied: dict[int, Tensor] = {}
+        for name, original in program.base.tensors.items():
+            if isinstance(original, nn.Parameter) or name not in own:
+                continue
+            value = held.get(name, original)
+            if value is original and program.journal.entries:
+                # All passes are off, and a forward in train mode must not move the base's own.
+                value = copied.setdefault(id(original), original.clone())
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = value
+            self.put[name] = value
+
+    def _put_parameters(self, model: nn.Module, program: Program, held: Mapping[str, Tensor]) -> None:
+        """Put a program's values of base parameters into the model."""
         folded = program.folded()
         merged: dict[int, nn.Parameter] = {}
         for name, group in program.base.names.items():
             if name != group[0]:
                 continue
-            own = program.changed.get(name, program.base.tensors[name])
+            own = held.get(name, program.base.tensors[name])
             for each in group:
                 # A merge can change only one use of a tied weight; that module then gets its own parameter.
                 value = own
                 if each in folded:
                     there = folded[each]
                     value = merged.setdefault(id(there), nn.Parameter(there, requires_grad=False))
+                self.put[each] = value
                 owner, _, leaf = each.rpartition(".")
                 module = model.get_submodule(owner)
                 if module._parameters[leaf] is not value:
@@ -361,9 +449,8 @@ class LiveState:
                 places[f"{path}.{local}" if path else local] = full
         return places
 
-    def _let_train(self, model: nn.Module) -> None:
-        """Set `requires_grad` as the program decides; with an empty journal, restore the original values."""
-        program = self.program
+    def _let_train(self, program: Program) -> None:
+        """Set `requires_grad` as a program decides; with an empty journal, restore the original values."""
         for name, tensor in {**program.base.tensors, **program.tensors, **program.changed}.items():
             if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                 bare = not program.journal.entries
@@ -373,48 +460,6 @@ class LiveState:
         # Making the module registers the hooks that mask gradients.
         if program.schedule.masks:
             program.module()
-
-
-def is_shard(tensor: Any) -> bool:
-    """True if a tensor is a shard of one that is distributed over processes."""
-    return hasattr(tensor, "full_tensor")
-
-
-def local_name(path: str, full: str) -> str:
-    """Path of an inserted tensor within a layer.
-
-    It is the part of its name after the layer's path. If the tensor is named after another module (of a tied weight),
-    it is "shared." with the whole name.
-
-    Args:
-        path: Path of the layer.
-        full: Name of the tensor in the program.
-    """
-    if not path:
-        return full
-    return (
-        full.removeprefix(f"{path}.") if full.startswith(f"{path}.") else f"shared.{full.replace('.', '_')}"
-    )
-
-
-class Inserted(nn.Module):
-    """Container of the tensors that a pass added to a layer. The layer reads them; it is not called itself."""
-
-    def forward(self, *args: Any) -> Any:
-        """Raise RuntimeError; this module is never called."""
-        raise RuntimeError("these are tensors of the layer that holds them")
-
-
-def _remove(model: nn.Module, name: str) -> None:
-    """Remove an inserted tensor from the model, and containers that are empty then."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    module._parameters.pop(leaf, None)
-    module._buffers.pop(leaf, None)
-    while isinstance(module, Inserted) and not (module._parameters or module._buffers or module._modules):
-        path, _, leaf = path.rpartition(".")
-        module = model.get_submodule(path)
-        module._modules.pop(leaf, None)
 
 
 def state_of(model: nn.Module) -> LiveState | None:

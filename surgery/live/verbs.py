@@ -22,6 +22,7 @@ from surgery.engine.replay import live_entries, pass_of
 from surgery.live.capture import loaded_of, watch
 from surgery.live.checks import refuse_caches, run_live, verify_insertion, verify_merge
 from surgery.live.fallback import pretend
+from surgery.live.follow import follow
 from surgery.live.layer import Layers
 from surgery.live.mixed_batch import rows_of
 from surgery.live.reference import sourced
@@ -75,10 +76,10 @@ def apply_(
     if not passes and freeze_base is None:
         raise PassError("no pass was given; `surgery passes` lists them")
     state = state_of(model) or _state(model, inputs, dynamic, example or {}, plugins)
-    state.free()
+    state.switch.free()
     state.refuse(p for p in passes if isinstance(p, Pass))
+    follow(state, model)
     program = state.program
-    _refresh(state, model)
     check = verify and not state.uncaptured
     try:
         adapted = program.apply(*passes, freeze_base=freeze_base, verify=check, data=data)
@@ -112,13 +113,16 @@ def remove_(model: nn.Module, *names: str) -> Program:
         PassError: No pass has been applied to the module.
     """
     state = _known(model)
-    state.free()
+    state.switch.free()
     program = state.program
     if names:
         undone = program
         for name in names:
             undone = undone.undo(name)
         undone = sharing(undone, program)
+        if not undone.journal.entries:
+            # Buffers that moved in training belong to the passes, so the model gets the base's own.
+            undone.changed = {n: t for n, t in undone.changed.items() if isinstance(t, nn.Parameter)}
     else:
         undone = program.undo_all()
     state.adopt(model, undone)
@@ -170,7 +174,6 @@ def program_of(model: nn.Module) -> Program:
         PassError: No pass has been applied to the module.
     """
     state = _known(model)
-    _refresh(state, model)
     state.gather(model)
     return state.program
 
@@ -190,7 +193,7 @@ def weight_(model: nn.Module, weights: Mapping[str, float]) -> Program:
         PassError: The pass of an adapter supports only 0 and 1.
     """
     state = _known(model)
-    state.free()
+    state.switch.free()
     state.adopt(model, sharing(state.program.weighted(weights), state.program))
     return state.program
 
@@ -215,7 +218,7 @@ def combine_(
         JournalError: The module has no such adapter.
     """
     state = _known(model)
-    state.free()
+    state.switch.free()
     before = state.program
     combined = before.combine(weights, method, label=label, **options)
     state.adopt(model, sharing(combined, before))
@@ -239,12 +242,9 @@ def using(model: nn.Module, *names: str, weights: Mapping[str, float] | None = N
     """
     state = _known(model)
     before = state.program
-    state.adopt(model, sharing(before.only(*names).weighted(weights or {}), before))
-    try:
-        with state.within("using"):
-            yield model
-    finally:
-        state.adopt(model, before)
+    inside = sharing(before.only(*names).weighted(weights or {}), before)
+    with state.showing(model, "using", inside):
+        yield model
 
 
 @contextlib.contextmanager
@@ -268,7 +268,7 @@ def mixed_batch(model: nn.Module, adapters: Sequence[str | Sequence[str] | None]
     if isinstance(adapters, str):
         raise PassError(f"mixed_batch needs a choice for each row; give a list, such as [{adapters!r}, None]")
     state = _known(model)
-    with state.within("mixed_batch"), rows_of(model, state, list(adapters)):
+    with state.showing(model, "mixed_batch", state.program, rows_of(model, state, list(adapters))):
         yield model
 
 
@@ -287,7 +287,7 @@ def merge_(model: nn.Module) -> Program:
         PassError: No adapter can be folded, or the outputs differ by more than the tolerance of a merge.
     """
     state = _known(model)
-    state.free()
+    state.switch.free()
     before = state.program
     merged = sharing(before.merge(verify=not state.uncaptured), before)
     then = run_live(model, state.example)
@@ -336,7 +336,6 @@ def save_(
     if format not in ("surgery", "hf"):
         raise PassError(f"save_: there is no format {format!r}; give 'surgery' or 'hf'")
     state = _known(model)
-    _refresh(state, model)
     if state.gather(model) and torch.distributed.get_rank() != 0:
         return
     if format == "hf":
@@ -395,12 +394,13 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
 
 
 def _known(model: nn.Module) -> LiveState:
-    """The state of a live module. Raises PassError if no pass has been applied to it."""
+    """The state of a live module, as the module is now. Raises PassError if no pass has been applied to it."""
     state = state_of(model)
     if state is None:
         raise PassError(
             f"no pass has been applied to this {type(model).__name__}; apply one with surgery.apply_ first"
         )
+    follow(state, model)
     return state
 
 
@@ -423,14 +423,6 @@ def _state(
         why = str(error)
     base = Base(loaded, captured, plugins, "", LoadOptions(example=dict(example)))
     return LiveState(Program(base), seen, layers, why, example_model)
-
-
-def _refresh(state: LiveState, model: nn.Module) -> None:
-    """Update the program's buffers: moving a model to another device replaces its buffers by new tensors."""
-    tensors = state.program.base.tensors
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name in tensors:
-            tensors[name] = buffer
 
 
 def _without_roles(error: TargetError, state: LiveState) -> TargetError:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, device, fx, random
 
 from surgery.common.errors import PassError
+from surgery.common.threads import one_at_a_time
 from surgery.engine import replay
 from surgery.engine.change.entries import entry_of, trained_before
 from surgery.engine.change.plan import complete, plan_pass, taken
@@ -83,6 +84,7 @@ def _is_seen(pass_: Pass, following: Sequence[Pass]) -> bool:
     )
 
 
+@one_at_a_time
 def apply(
     program: S,
     passes: Sequence[Pass],

@@ -60,6 +60,9 @@ def undo(program: S, name: str) -> S:
             changed.pop(n, None)
         else:
             (tensors if n in tensors else changed)[n] = nn.Parameter(tensors[before])
+    if not left:
+        # Buffers that moved in training belong to the passes.
+        changed = {n: t for n, t in changed.items() if isinstance(t, nn.Parameter)}
     undone = program.derive(journal, {n: t for n, t in tensors.items() if n in names}, changed)
     if replay.is_regrouped(base, Journal(tuple(entries))):
         try:
