@@ -51,11 +51,9 @@ def follow(state: LiveState, model: nn.Module) -> None:
         if is_shard(now):
             continue
         owner = name.rpartition(".")[0]
-        if now.shape != was.shape and (
-            isinstance(now, nn.Parameter) or now.shape != base.tensors[name].shape
-        ):
-            if isinstance(now, nn.Parameter):
-                resized.add(owner)
+        # The shape is that of the time when the tensor was put there: resizing can replace the data alone.
+        if now.shape != state.shapes[name] and isinstance(now, nn.Parameter):
+            resized.add(owner)
             continue
         if now is not was:
             _replaced(state, name, now, was)

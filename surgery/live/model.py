@@ -13,6 +13,7 @@ from surgery.common.hooks import hookimpl
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries, pass_of
 from surgery.live.capture import mirror, watch
+from surgery.live.checkpoint import offer
 from surgery.live.layer import Layers
 from surgery.live.state import ATTRIBUTE, LiveState
 
@@ -41,6 +42,7 @@ def live(program: Program) -> nn.Module:
     program.own()
     state.adopt(model, program)
     model.__dict__[ATTRIBUTE] = state
+    offer(model, state)
     return model.eval()
 
 

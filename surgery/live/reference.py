@@ -20,8 +20,11 @@ from surgery.engine.program import Program
 
 def sourced(
     program: Program, ref: str | None, task: str | None, model_kwargs: Mapping[str, Any] | None
-) -> Program:
+) -> tuple[Program, bool]:
     """The program on a base with a reference, so that saving it writes only the tensors that differ from the reference.
+
+    If tensors differ from the directory that the model was loaded from in name or shape (after
+    `resize_token_embeddings`, say), the saved directory has to include the base.
 
     Args:
         program: The program of a live module.
@@ -30,15 +33,18 @@ def sourced(
         task: Name of the transformers task; by default that of the module's class.
         model_kwargs: Keyword arguments of the model's constructor; by default the number of labels.
 
+    Returns:
+        The program, and True if the saved directory has to include the base.
+
     Raises:
-        LoadError: The reference is another model: its tensors differ in name or shape.
+        LoadError: The given reference is another model: its tensors differ in name or shape.
     """
-    base = program.base
+    base, given = program.base, ref is not None
     module: Any = base.loaded.module
     if ref is None:
         folder = getattr(getattr(module, "config", None), "_name_or_path", "")
         if not folder or not (Path(folder) / "config.json").is_file():
-            return program
+            return program, False
         ref = f"hf:{folder}"
         task = task or task_of(module)
         model_kwargs = model_kwargs or labels_of(module)
@@ -50,12 +56,24 @@ def sourced(
         dtype = str(*wanted).removeprefix("torch.")
         options = replace(options, model_kwargs={**options.model_kwargs, "dtype": dtype})
         loaded = load_model(ref, options, base.plugins)
-    differ = _differing(loaded.module, base, ref)
+    other = _other(loaded.module, base, ref)
+    if other and given:
+        raise LoadError(other)
+    if other:
+        own = replace(base.loaded, files=(), unsourced=frozenset())
+        fresh = Base(own, base.captured, base.plugins, "hf:", LoadOptions(example=base.options.example))
+        return _on(fresh, program), True
+    differ = _differing(loaded.module, base)
     own = replace(
         base.loaded, files=loaded.files, unsourced=loaded.unsourced | differ, metadata=dict(loaded.metadata)
     )
-    fresh = Base(own, base.captured, base.plugins, ref, options)
-    named = Program(fresh, program.journal, program.tensors, program.changed, program._graph)
+    return _on(Base(own, base.captured, base.plugins, ref, options), program), False
+
+
+def _on(base: Base, program: Program) -> Program:
+    """The program on another description of its base."""
+    base.heads = program.base.heads
+    named = Program(base, program.journal, program.tensors, program.changed, program._graph)
     named.labels = dict(program.labels)
     return named
 
@@ -65,17 +83,24 @@ def _dtypes(module: nn.Module) -> set[torch.dtype]:
     return {p.dtype for p in module.parameters() if p.is_floating_point()}
 
 
-def _differing(module: nn.Module, base: Base, ref: str) -> frozenset[str]:
-    """Names of the base's tensors whose values differ from those of a loaded module."""
+def _other(module: nn.Module, base: Base, ref: str) -> str:
+    """Message that a loaded module has tensors of other names or shapes than the base; empty if it has the same."""
     there = module.state_dict(keep_vars=True)
     here = base.loaded.module.state_dict(keep_vars=True)
     for name in [*here, *there]:
         ours, theirs = (tuple(state[name].shape) if name in state else "none" for state in (here, there))
         if ours != theirs:
-            raise LoadError(
+            return (
                 f"{ref} is another model: {name} has shape {theirs} there and {ours} here; give the reference (and "
-                f"task, model_kwargs) that the model was loaded with"
+                f"task, model_kwargs) that the model was loaded with, or leave out ref to include the base"
             )
+    return ""
+
+
+def _differing(module: nn.Module, base: Base) -> frozenset[str]:
+    """Names of the base's tensors whose values differ from those of a loaded module."""
+    there = module.state_dict(keep_vars=True)
+    here = base.loaded.module.state_dict(keep_vars=True)
     # Converting a model also converts buffers that are in no state dict, such as the frequencies of rotary positions.
     here.update(base.loaded.module.named_buffers(remove_duplicate=False))
     there.update(module.named_buffers(remove_duplicate=False))

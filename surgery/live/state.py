@@ -70,6 +70,8 @@ class LiveState:
         self.at: dict[str, str] = {}
         # Name of a base tensor -> the tensor that the model has for it.
         self.put: dict[str, Tensor] = {}
+        # Their shapes.
+        self.shapes: dict[str, torch.Size] = {}
         program.base.hindrance = self.hindrance
 
     @property
@@ -376,6 +378,7 @@ class LiveState:
         held = held_by(program)
         self._put_parameters(model, program, held)
         self._put_buffers(model, program, held)
+        self.shapes = {name: tensor.shape for name, tensor in self.put.items()}
 
     def _put_buffers(self, model: nn.Module, program: Program, held: Mapping[str, Tensor]) -> None:
         """Put a program's buffers into the model: copies, so that training does not move the base's own."""

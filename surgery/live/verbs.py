@@ -20,6 +20,7 @@ from surgery.engine.probe import InputSet
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries, pass_of
 from surgery.live.capture import loaded_of, watch
+from surgery.live.checkpoint import offer
 from surgery.live.checks import refuse_caches, run_live, verify_insertion, verify_merge
 from surgery.live.fallback import pretend
 from surgery.live.follow import follow
@@ -89,11 +90,13 @@ def apply_(
     adapted = sharing(adapted, program)
     state.adopt(model, adapted)
     model.__dict__[ATTRIBUTE] = state
+    offer(model, state)
     if check:
         try:
             verify_insertion(model, state, program)
         except PassError:
             state.adopt(model, program)
+            offer(model, state)
             raise
     return adapted
 
@@ -126,6 +129,7 @@ def remove_(model: nn.Module, *names: str) -> Program:
     else:
         undone = program.undo_all()
     state.adopt(model, undone)
+    offer(model, state)
     if not undone.journal.entries:
         del model.__dict__[ATTRIBUTE]
     return undone
@@ -344,7 +348,8 @@ def save_(
             program = program.merge(verify=not state.uncaptured)
         write_hf(program, path, overwrite=overwrite, max_shard_size=max_shard_size)
         return
-    sourced(state.program, ref, task, model_kwargs).save(path, overwrite=overwrite)
+    program, standalone = sourced(state.program, ref, task, model_kwargs)
+    program.save(path, standalone=standalone, overwrite=overwrite)
 
 
 def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins | None = None) -> Program:
@@ -390,6 +395,7 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
                 tensor.copy_(there[name])
         raise
     model.__dict__[ATTRIBUTE] = state
+    offer(model, state)
     return program
 
 

@@ -79,45 +79,57 @@ def save(program: Program, path: Any, *, standalone: bool = False, overwrite: bo
         )
     if standalone:
         check_present(program, "--standalone")
-    ref, tensors = base.ref, _unsourced(base)
     with staged_directory(Path(path), overwrite) as folder:
-        if standalone:
-            ref, tensors = _standalone(base, folder, tensors)
-        files = {
-            INSERTED: program.tensors,
-            CHANGED: _differing(program),
-            BASE: tensors,
-        }
-        hashes = {}
-        for name, content in files.items():
-            if content:
-                save_file(_contiguous(content), folder / name)
-                hashes[name] = sha256(folder / name)
-        manifest = {
-            "schema": SCHEMA,
-            "written_by": {"torch-surgery": core_version(), "torch": torch.__version__},
-            "base": {
-                "ref": ref,
-                "task": base.options.task if ref == base.ref else None,
-                "model_kwargs": dict(base.options.model_kwargs) if ref == base.ref else {},
-                "example": dict(base.options.example),
-                "metadata": {
-                    k: v for k, v in base.loaded.metadata.items() if isinstance(v, (str, int, float, bool))
-                },
-                "files": base.file_hashes if ref == base.ref else _hash_tree(folder / "base"),
-                "graph": base.graph_hash,
-                "sites": base.site_table(),
+        write_saved(program, folder, standalone=standalone)
+
+
+def write_saved(program: Program, folder: Path, *, standalone: bool = False) -> None:
+    """Write the files of a saved directory into an existing directory.
+
+    Args:
+        program: The program; its weights are in memory.
+        folder: The directory.
+        standalone: Include the base as a transformers directory.
+    """
+    base = program.base
+    ref, tensors = base.ref, _unsourced(base)
+    if standalone:
+        ref, tensors = _standalone(base, folder, tensors)
+    files = {
+        INSERTED: program.tensors,
+        CHANGED: _differing(program),
+        BASE: tensors,
+    }
+    hashes = {}
+    for name, content in files.items():
+        if content:
+            save_file(contiguous(content), folder / name)
+            hashes[name] = sha256(folder / name)
+    manifest = {
+        "schema": SCHEMA,
+        "written_by": {"torch-surgery": core_version(), "torch": torch.__version__},
+        "base": {
+            "ref": ref,
+            "task": base.options.task if ref == base.ref else None,
+            "model_kwargs": dict(base.options.model_kwargs) if ref == base.ref else {},
+            "example": dict(base.options.example),
+            "metadata": {
+                k: v for k, v in base.loaded.metadata.items() if isinstance(v, (str, int, float, bool))
             },
-            "journal": program.journal.to_json(),
-            "labels": {output: list(names) for output, names in program.labels.items()},
-            "parameters": [n for n, t in program.tensors.items() if isinstance(t, nn.Parameter)],
-            "files": hashes,
-        }
-        manifest["checksum"] = _checksum(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            "files": base.file_hashes if ref == base.ref else _hash_tree(folder / "base"),
+            "graph": base.graph_hash,
+            "sites": base.site_table(),
+        },
+        "journal": program.journal.to_json(),
+        "labels": {output: list(names) for output, names in program.labels.items()},
+        "parameters": [n for n, t in program.tensors.items() if isinstance(t, nn.Parameter)],
+        "files": hashes,
+    }
+    manifest["checksum"] = _checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous copies of tensors, since safetensors refuses shared storage. Loading restores tied tensors."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
