@@ -33,6 +33,7 @@ test-all: $(READY)
 
 sweep: $(READY)
 	$(BIN)/python -m tests.zoo.sweep
+	$(BIN)/python -m tests.zoo.peft_table
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

@@ -96,7 +96,7 @@ def _program(name: str) -> surgery.Program:
     import transformers
 
     config = transformers.AutoConfig.for_model(name, **settings)
-    auto = next(c for c in hf.auto_classes(task) if type(config) in getattr(transformers, c)._model_mapping)
+    auto = next(c for c in hf_config.auto_classes(task) if type(config) in getattr(transformers, c)._model_mapping)
     model = getattr(transformers, auto).from_config(config, attn_implementation="eager").eval()
     loaded = hf.from_model(model, task)
     return surgery.Program(Base(loaded, trace(loaded), make_plugin_manager(entry_points=False)))

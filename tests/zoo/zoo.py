@@ -17,6 +17,7 @@ from torch import nn
 
 from surgery.capture import LoadedModel, trace
 from surgery.capture import hf as hf_loader
+from surgery.capture import hf_config
 from surgery.capture import timm as timm_loader
 from surgery.capture.types import LoadOptions
 from surgery.common.errors import SurgeryError
@@ -32,7 +33,7 @@ def module(name: str) -> nn.Module:
     arch = ARCHITECTURES[name]
     config = transformers.AutoConfig.for_model(arch.model_type, **arch.config)
     config.architectures = []  # from_config walks it where a type has several classes (DeiT)
-    for class_name in hf_loader.auto_classes(arch.task):
+    for class_name in hf_config.auto_classes(arch.task):
         auto = getattr(transformers, class_name)
         if type(config) in auto._model_mapping:
             torch.manual_seed(0)
@@ -67,7 +68,7 @@ def baseline(name: str) -> str | None:
     if not name.startswith("timm:"):
         plain = module(name)
         for holder in plain.modules():
-            for config in hf_loader.configs(getattr(holder, "config", None)):
+            for config in hf_config.configs(getattr(holder, "config", None)):
                 config.use_cache = False
     try:
         with warnings.catch_warnings():
