@@ -22,7 +22,7 @@ from benchmarks.match import AIM, MIDDLE
 from benchmarks.models import MissingPeer, require
 from benchmarks.stack import conv_norm, fx_stack, layers_for, onnx_stack, written_out
 from benchmarks.timing import Row, Variant, compare, measure
-from surgery.capture import hf, trace
+from surgery.capture import hf, hf_config, trace
 from surgery.common.plugins import make_plugin_manager
 from surgery.engine import replay
 from surgery.engine.base import Base
@@ -96,7 +96,9 @@ def _program(name: str) -> surgery.Program:
     import transformers
 
     config = transformers.AutoConfig.for_model(name, **settings)
-    auto = next(c for c in hf_config.auto_classes(task) if type(config) in getattr(transformers, c)._model_mapping)
+    auto = next(
+        c for c in hf_config.auto_classes(task) if type(config) in getattr(transformers, c)._model_mapping
+    )
     model = getattr(transformers, auto).from_config(config, attn_implementation="eager").eval()
     loaded = hf.from_model(model, task)
     return surgery.Program(Base(loaded, trace(loaded), make_plugin_manager(entry_points=False)))

@@ -15,9 +15,8 @@ import warnings
 import torch
 from torch import nn
 
-from surgery.capture import LoadedModel, trace
+from surgery.capture import LoadedModel, hf_config, trace
 from surgery.capture import hf as hf_loader
-from surgery.capture import hf_config
 from surgery.capture import timm as timm_loader
 from surgery.capture.types import LoadOptions
 from surgery.common.errors import SurgeryError
