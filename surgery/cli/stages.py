@@ -173,7 +173,7 @@ class _Stages:
         write_text(self.folder / RECIPE, self.text)
         run = prepare_run(path, self.resume, False)
         # --resume also covers a run that was interrupted before its first checkpoint.
-        resume = self.resume and bool(Checkpoints(run).steps())
+        resume = self.resume and Checkpoints(run).begun
         result = train_program(
             program,
             request,

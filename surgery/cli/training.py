@@ -43,8 +43,8 @@ def prepare_run(output: Path, resume: bool, overwrite: bool) -> Path:
         SurgeryError: there are checkpoints, and neither `resume` nor `overwrite` is given.
     """
     run = run_directory_of(output)
-    if Checkpoints(run).steps() and not resume:
-        if not overwrite:
+    if not resume:
+        if Checkpoints(run).begun and not overwrite:
             raise SurgeryError(
                 f"{run} holds an interrupted run; use --resume to continue it, or --overwrite to start again"
             )

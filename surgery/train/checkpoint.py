@@ -136,6 +136,11 @@ class Checkpoints:
         names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
         return sorted(int(name) for name in names if name.isdecimal() and f"{int(name):08d}" == name)
 
+    @property
+    def begun(self) -> bool:
+        """True if there is a checkpoint after the start. That of the start alone holds nothing to continue."""
+        return any(self.steps())
+
     def path(self, step: int) -> Path:
         """Return the directory of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"

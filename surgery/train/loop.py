@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from surgery.live.state import is_shard
 from surgery.train.accelerated import accelerator, alone, check_on_policy, check_shards, let_go
 from surgery.train.adapters import training_only
 from surgery.train.batch_order import Order
+from surgery.train.best import Best, Result
 from surgery.train.checkpoint import LOG, Checkpoints, State, Weights
 from surgery.train.data import Rows, make_examples, quiet, together
 from surgery.train.data_context import Setting
@@ -42,27 +43,6 @@ from surgery.train.watchers import LogFile, Watcher, Watchers
 # Consecutive fp16 steps with overflow before training fails. Each one halves the loss scale, so a scale that is merely
 # too large recovers much earlier.
 MOST_SKIPPED = 30
-
-
-@dataclass(frozen=True)
-class Result:
-    """Result of a training.
-
-    Attributes:
-        steps: number of finished steps.
-        best: step whose weights the program has now.
-        metrics: metrics of these weights on held-out data, empty without held-out data.
-        before: the same metrics before training.
-        stopped: True if training stopped early for lack of improvement (`patience`).
-        tried: best metrics of the trained weights, if the start was better and was kept (`best` is 0); else empty.
-    """
-
-    steps: int
-    best: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    before: Mapping[str, float] = field(default_factory=dict)
-    stopped: bool = False
-    tried: Mapping[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -136,6 +116,7 @@ class Loop:
             self.held_out = make_examples(rows.held_out, objective, held)
             self.notes += counted(held, "held-out ")
         self.checkpoints = Checkpoints(folder)
+        self.best = Best(objective)
         self.body = Body(program, settings.form, settings.checkpointing)
         self.module = self.body.module
         self.notes += [self.body.note] if self.body.note else []
@@ -228,13 +209,13 @@ class Loop:
             self.watch.ended()
 
     def _begin(self, before: Mapping[str, float]) -> State:
-        """Return the state of a run that starts. The start is the best so far, so it is written as a checkpoint."""
-        score = before.get(self.objective.metric, math.nan)
+        """Return the state of a run that begins. If its start is the best so far, it is written as a checkpoint."""
         # A penalty or a gradual pass makes the model sparser or coarser on purpose, at some cost to the metric.
-        if math.isnan(score) or self.penalties or self.module.__dict__["_paced"]:
+        if self.penalties or self.module.__dict__["_paced"]:
             return State()
-        state = State(best=0, score=score)
-        self._write_checkpoint(state)
+        state = self.best.start(before)
+        if state.best is not None:
+            self._write_checkpoint(state)
         return state
 
     def _train_from(self, state: State, before: Mapping[str, float]) -> Result:
@@ -245,7 +226,7 @@ class Loop:
         if state.step:
             self._advance(state.step - 1, logged=True)
         self.model.train(not isinstance(self.objective, OnPolicy))
-        stopped, tried = False, dict[str, float]()
+        stopped = False
         # Several processes would each see the signal at another step, and write different checkpoints.
         with Interrupt() if self.accelerator.num_processes == 1 else nullcontext(Interrupt()) as interrupt:
             while state.step < self.steps and not stopped:
@@ -263,8 +244,6 @@ class Loop:
                 if self.held_out is not None and (state.step % every == 0 or last):
                     metrics = self.evaluate()
                     stopped = self._record_evaluation(state, metrics) and not last
-                    if not tried or self._is_better(metrics, tried[self.objective.metric]):
-                        tried = metrics
                 elif not last and state.step % (self.settings.checkpoint or every):
                     continue
                 self._write_checkpoint(state)
@@ -275,7 +254,7 @@ class Loop:
             metrics = self.evaluate()
         else:
             self.body.pull(self.weights.names)
-        return Result(state.step, best, metrics, before, stopped, {} if best else tried)
+        return Result(state.step, best, metrics, before, stopped, {} if best else self.best.tried)
 
     def _record_evaluation(self, state: State, metrics: Mapping[str, float]) -> bool:
         """Record an evaluation. Return True if training should stop for lack of improvement."""
@@ -285,22 +264,9 @@ class Loop:
                 f"{self.objective.metric} of the held-out data is NaN after step {state.step}; "
                 f"{self._last_checkpoint()}"
             )
-        # Trained weights that are as good as the start are kept.
-        better = (
-            state.score is None
-            or self._is_better(metrics, state.score)
-            or (state.best == 0 and score == state.score)
-        )
-        if better:
-            state.best, state.score, state.stale = state.step, score, 0
-        else:
-            state.stale += 1
+        better = self.best.record(state, metrics)
         self.watch.evaluated(state.step, metrics, better)
         return self.settings.patience is not None and state.stale >= self.settings.patience
-
-    def _is_better(self, metrics: Mapping[str, float], score: float) -> bool:
-        found = metrics[self.objective.metric]
-        return found > score if self.objective.larger else found < score
 
     def _write_checkpoint(self, state: State) -> None:
         """Write a checkpoint of a state, and log the state of the penalties."""
