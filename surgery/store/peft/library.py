@@ -229,6 +229,16 @@ def _untie(model: nn.Module) -> None:
                     )
 
 
+def unwrap_saved(model: nn.Module) -> None:
+    """Put the copies of modules_to_save in the place of their wrappers; not every type of PEFT does so in a merge."""
+    from peft.utils import ModulesToSaveWrapper
+
+    wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    for name, module in wrappers:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module.modules_to_save[ADAPTER])
+
+
 @contextmanager
 def within_limits(base: Base, tensors: Mapping[str, Tensor], where: str) -> Iterator[None]:
     """Limits for what PEFT does in the block: its memory, random numbers and warnings.

@@ -7,7 +7,8 @@ than its adapter is refused, as is one that PEFT cannot merge.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from surgery.engine.program import Program
 from surgery.passes.delta import Delta, Slot, digest, own_name
 from surgery.store.peft.checkpoint import apply_passes, fresh, plan_of
 from surgery.store.peft.checkpoint_data import Checkpoint
-from surgery.store.peft.library import ADAPTER, model_of, within_limits
+from surgery.store.peft.library import model_of, unwrap_saved, within_limits
 
 
 def read_merged(given: Checkpoint, base: Program) -> Program:
@@ -61,6 +62,7 @@ def _merged(given: Checkpoint, base: Program) -> tuple[dict[str, Tensor], Any, A
 
     try:
         expected = run(model)
+        unwrap_saved(model)
         whole: nn.Module = model.merge_and_unload(safe_merge=True).eval()
         merged = run(whole)
     except LoadError:
@@ -72,9 +74,6 @@ def _merged(given: Checkpoint, base: Program) -> tuple[dict[str, Tensor], Any, A
         ) from error
     found: dict[str, Tensor] = dict(whole.named_parameters(remove_duplicate=False))
     found.update(whole.named_buffers(remove_duplicate=False))
-    # Some tuners leave the wrappers of modules_to_save in place.
-    own_names = {name: name.replace(f".modules_to_save.{ADAPTER}.", ".") for name in found}
-    found = {own_names[name]: t for name, t in found.items() if ".original_module." not in name}
     changed = {}
     for name, own in base.base.tensors.items():
         value = found.pop(name, None)
@@ -117,7 +116,7 @@ def recorded(given: Checkpoint, base: Program, changed: Mapping[str, Tensor]) ->
             ):
                 slots[site.path] = (*slots.get(site.path, ()), slot)
                 held[name] = site.path, slot
-    rest = {name: value for name, value in changed.items() if name not in held}
+    rest = _unheld(given, base, changed, held)
     at = min(slots) if slots else base.sites.sites[0].path
     source = {
         "config": dict(given.config),
@@ -126,14 +125,16 @@ def recorded(given: Checkpoint, base: Program, changed: Mapping[str, Tensor]) ->
         },
         "slots": slots or {at: ()},
         "at": at,
-        "digests": {name: digest(value) for name, value in changed.items()},
+        "digests": {name: digest(changed[name]) for name in (*held, *rest)},
     }
     target = ",".join(f"path:{path}" for path in slots or [at])
     passes: list[Pass] = [Delta(target=target, source=json.dumps(source), **{"as": given.label})]
     refused = plan_of(given, base, passes[0]).refused
     if refused:
         raise LoadError(f"{given.path} does not fit this base: {refused[0].site.path}: {refused[0].refusal}")
-    program = apply_passes(given, base, passes, rest)
+    # What trains in place is no copy any more, whatever module it came from.
+    plain = replace(given, config={**given.config, "modules_to_save": None})
+    program = apply_passes(plain, base, passes, rest)
     (entry,) = fresh(program, base, "delta")
     names = {path_slot: name for name, path_slot in held.items()}
     with torch.no_grad():
@@ -144,3 +145,32 @@ def recorded(given: Checkpoint, base: Program, changed: Mapping[str, Tensor]) ->
                 for number, tensor in enumerate(given.raw.values()):
                     program.tensors[record.tensors[own_name(number)]].copy_(tensor)
     return program
+
+
+def _unheld(
+    given: Checkpoint, base: Program, changed: Mapping[str, Tensor], held: Container[str]
+) -> dict[str, Tensor]:
+    """Changed tensors that no site holds, and that have to be changed in the base itself.
+
+    Raises:
+        LoadError: One is tied to a tensor that does not change with it.
+    """
+    rest: dict[str, Tensor] = {}
+    for name, value in changed.items():
+        if name in held:
+            continue
+        tied = [other for other in base.base.names.get(name, ()) if other != name]
+        # A module that is saved whole holds both names of a tensor, and an op reads it under the other one.
+        if any(other in held and torch.equal(changed[other], value) for other in tied):
+            continue
+        apart = next(
+            (other for other in tied if not torch.equal(changed.get(other, base.base.tensors[other]), value)),
+            None,
+        )
+        if apart is not None:
+            raise LoadError(
+                f"{given.path} changes {name} and not {apart}, to which the base ties it; load the base without tied "
+                f"weights"
+            )
+        rest[name] = value
+    return rest

@@ -106,7 +106,13 @@ def _copies(given: Checkpoint, base: Program, rest: Mapping[str, Tensor]) -> Cop
         if len(tied) < 2 or not _is_saved(name.rpartition(".")[0], saved):
             continue
         if name not in sites:
-            other = next(alias for alias in tied if alias != name)
+            # A module that is saved whole can hold both names, and copies them as one.
+            other = next((alias for alias in tied if alias in sites), None)
+            if other is not None and torch.equal(rest[name], rest[other]):
+                copied[sites[other][0].key] = other
+                sites[name] = sites[other]
+                continue
+            other = other or next(alias for alias in tied if alias != name)
             raise LoadError(
                 f"{given.path} has a copy of {name}, which the base ties to {other}, and no op reads it under this "
                 f"name; load the base without tied weights"

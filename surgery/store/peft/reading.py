@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from surgery.store.peft.read_lora import read_lora
 from surgery.store.peft.read_merged import read_merged
 from surgery.store.peft.read_tokens import read_prefix, read_prompt
 from surgery.store.peft.schema import check_names
+
+_WRAPPED = re.compile(r"\.(?:modules_to_save|original_module)\.")
 
 
 def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
@@ -42,7 +45,8 @@ def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
     check_names(raw, Path(path) / WEIGHTS, base)
     kind = str(config["peft_type"])
     own = prefix(kind)
-    tensors = {name.removeprefix(own): tensor for name, tensor in raw.items()}
+    # With bias="all" PEFT also stores the biases within its wrappers of modules_to_save, and does not read them.
+    tensors = {name.removeprefix(own): tensor for name, tensor in raw.items() if not _WRAPPED.search(name)}
     readers = {"LORA": read_lora, "IA3": read_ia3, "PREFIX_TUNING": read_prefix, "PROMPT_TUNING": read_prompt}
     given = Checkpoint(str(path), config, tensors, label, raw)
     try:
