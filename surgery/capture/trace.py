@@ -23,6 +23,9 @@ from surgery.capture.types import Captured, LoadedModel
 from surgery.common.errors import CaptureError
 from surgery.common.threads import one_at_a_time
 
+# Mark of transformers on a model that has the hooks.
+_INSTALLED = "_output_capturing_hooks_installed"
+
 
 @one_at_a_time
 def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) -> Captured:
@@ -47,7 +50,7 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
     """
     module = loaded.module
     axes = list_axes(loaded)
-    with _as_found(module):
+    with as_found(module):
         _set_mode(module, training)
         if training and loaded.train_ready is not None:
             loaded.train_ready(module)
@@ -194,11 +197,16 @@ def to_plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _as_found(module: nn.Module) -> Iterator[None]:
-    """Restore, after the block, the training and requires_grad flags and the tensors stored as plain attributes."""
+def as_found(module: nn.Module) -> Iterator[None]:
+    """Restore, after the block, what running or tracing a module leaves on it.
+
+    These are the training and requires_grad flags, tensors stored as plain attributes, and forward hooks: transformers
+    installs some in the first forward, which cannot be pickled.
+    """
     training = [(child, child.training) for child in module.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     attributes = [(child, dict(child.__dict__)) for child in module.modules()]
+    hooks = [(child, dict(child._forward_hooks)) for child in module.modules()]
     try:
         yield
     finally:
@@ -207,7 +215,12 @@ def _as_found(module: nn.Module) -> Iterator[None]:
         for parameter, needs in grads:
             if parameter.requires_grad != needs:
                 parameter.requires_grad_(needs)
+        for child, known in hooks:
+            for number in [number for number in child._forward_hooks if number not in known]:
+                del child._forward_hooks[number]
         for child, found in attributes:
+            if _INSTALLED not in found:
+                child.__dict__.pop(_INSTALLED, None)
             for key, value in list(child.__dict__.items()):
                 if not isinstance(value, torch.Tensor) or value is found.get(key):
                     continue

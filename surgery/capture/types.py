@@ -52,6 +52,7 @@ class LoadedModel:
         config: transformers models only: the configuration before the model was prepared for capture.
         cached: transformers models only: modules whose configuration had `use_cache` on before the capture, as
             module path and index among the nested configurations.
+        whole: the model, if it cannot be captured and `module` only calls its layers one by one, for a live model.
     """
 
     module: nn.Module
@@ -66,6 +67,12 @@ class LoadedModel:
     may_fix: frozenset[str] = frozenset()
     config: Any = None
     cached: tuple[tuple[str, int], ...] = ()
+    whole: nn.Module | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self.module if self.whole is None else self.whole
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from surgery.capture import LoadedModel, from_module
 from surgery.capture.hf import from_model, make_traceable
+from surgery.capture.trace import as_found
 from surgery.common.errors import CaptureError
 
 
@@ -90,7 +91,7 @@ def watch(loaded: LoadedModel) -> dict[str, Seen]:
     for module in loaded.module.modules():
         handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
     try:
-        with torch.no_grad():
+        with as_found(loaded.module), torch.no_grad():
             loaded.module(*loaded.args, **loaded.kwargs)
     finally:
         for handle in handles:

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from surgery.capture import Captured, LoadedModel, trace
+from surgery.capture.trace import as_found
 from surgery.live.capture import Seen, mirror
 from surgery.live.layer import LayerError, input_name
 
@@ -42,10 +44,50 @@ def pretend(model: nn.Module) -> tuple[LoadedModel, Captured, dict[str, Seen]]:
                 continue
             inputs[path] = example
     apart = Apart(copied, [*inputs])
-    loaded = LoadedModel(apart, args=([*inputs.values()],), unsourced=frozenset(apart.state_dict()))
+    loaded = LoadedModel(
+        apart, args=([*inputs.values()],), unsourced=frozenset(apart.state_dict()), whole=copied
+    )
     captured = trace(loaded, check=False)
     seen = {path: Seen({x.dim(): tuple(x.shape)}, dtype=x.dtype) for path, x in inputs.items()}
     return loaded, captured, seen
+
+
+def heads(model: nn.Module, example: LoadedModel | None) -> frozenset[str]:
+    """Names of the weights of output layers: those that compute an output of the model, or lie outside of its body.
+
+    Args:
+        model: The live module.
+        example: The model with inputs; None if its inputs are unknown.
+    """
+    found: set[nn.Module] = set()
+    table = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(table, nn.Module):
+        found.add(table)
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if isinstance(body, nn.Module):
+        inner = set(body.modules())
+        found.update(m for m in model.modules() if isinstance(m, nn.Linear) and m not in inner)
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if example is not None:
+        found.update(linears[path] for path in _last(example) if path in linears)
+    return frozenset(f"{path}.weight" for path, module in model.named_modules() if module in found)
+
+
+def _last(example: LoadedModel) -> list[str]:
+    """Paths of the layers whose outputs are outputs of the model."""
+    made: dict[str, Any] = {}
+    try:
+        with as_found(example.module), torch.no_grad():
+            for path, module in example.module.named_modules():
+                if isinstance(module, nn.Linear):
+                    module.register_forward_hook(lambda m, args, out, path=path: made.update({path: out}))
+            outputs = example.module(*example.args, **example.kwargs)
+    except Exception:
+        # The model cannot run on the example inputs; its own error comes at run time.
+        return []
+    values = outputs.to_tuple() if hasattr(outputs, "to_tuple") else outputs
+    ends = {t.data_ptr() for t in pytree.tree_leaves(values) if isinstance(t, Tensor)}
+    return [path for path, out in made.items() if isinstance(out, Tensor) and out.data_ptr() in ends]
 
 
 def _input(layer: nn.Module) -> Tensor | None:

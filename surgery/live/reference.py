@@ -40,7 +40,7 @@ def sourced(
         LoadError: The given reference is another model: its tensors differ in name or shape.
     """
     base, given = program.base, ref is not None
-    module: Any = base.loaded.module
+    module: Any = base.loaded.model
     if ref is None:
         folder = getattr(getattr(module, "config", None), "_name_or_path", "")
         if not folder or not (Path(folder) / "config.json").is_file():

@@ -61,7 +61,10 @@ class LiveState:
         self.layers = layers
         self.uncaptured = uncaptured
         self.example = program.base.loaded if example is None and not uncaptured else example
-        self.raw = raw_reads(example) if uncaptured and example is not None else {}
+        reads = raw_reads(example) if uncaptured and example is not None else {}
+        self.raw = reads or {}
+        if reads is None:
+            self.example = None
         self._tied: list[tuple[Any, bool]] = []
         self.required = {
             n: t.requires_grad for n, t in program.base.tensors.items() if isinstance(t, nn.Parameter)
@@ -145,9 +148,9 @@ class LiveState:
         """State for a copy of the model: tensors are copied with the model; graph and classes are shared."""
         program = self.program
         old = program.base
-        module = copy.deepcopy(old.loaded.module, memo)
+        module, whole = copy.deepcopy((old.loaded.module, old.loaded.whole), memo)
         base = Base(
-            replace(old.loaded, module=module),
+            replace(old.loaded, module=module, whole=whole),
             old.captured,
             old.plugins,
             old.ref,

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.capture import LoadedModel
+from surgery.capture.trace import as_found
 
 _NEVER = "the model never calls this layer on the example inputs"
 _ELSEWHERE = "another module reads its weight without calling it"
 
 
-def raw_reads(example: LoadedModel) -> dict[str, str]:
+def raw_reads(example: LoadedModel) -> dict[str, str] | None:
     """Layers whose weight is used without calling them, with the reason.
 
     The model runs on the example inputs, and layers that are not called are listed. Then it runs with the weights of
@@ -25,30 +26,27 @@ def raw_reads(example: LoadedModel) -> dict[str, str]:
         example: The model with inputs; its weights are restored.
 
     Returns:
-        Path of a layer -> reason; empty if the model cannot be run on the inputs.
+        Path of a layer -> reason; None if the model cannot be run on the inputs.
     """
     layers = {
         path: layer
         for path, layer in example.module.named_modules(remove_duplicate=False)
         if isinstance(getattr(layer, "weight", None), nn.Parameter) and not list(layer.children())
     }
-    modes = {module: module.training for module in example.module.modules()}
-    example.module.eval()
     try:
-        record = _Record(list(dict.fromkeys(layers.values())))
-        with torch.no_grad(), record.watching():
-            before = _leaves(example)
-        found = {path: _NEVER for path, layer in layers.items() if not record.outputs[layer]}
-        called = [layer for layer in record.outputs if record.outputs[layer]]
-        for layer in _readers(example, record, called, before):
-            found.update({path: _ELSEWHERE for path, each in layers.items() if each is layer})
-        return found
+        with as_found(example.module):
+            example.module.eval()
+            record = _Record(list(dict.fromkeys(layers.values())))
+            with torch.no_grad(), record.watching():
+                before = _leaves(example)
+            found = {path: _NEVER for path, layer in layers.items() if not record.outputs[layer]}
+            called = [layer for layer in record.outputs if record.outputs[layer]]
+            for layer in _readers(example, record, called, before):
+                found.update({path: _ELSEWHERE for path, each in layers.items() if each is layer})
+            return found
     except Exception:
         # A model that cannot run on the example inputs cannot be checked here; its own error comes at run time.
-        return {}
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        return None
 
 
 class _Record:

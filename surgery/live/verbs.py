@@ -22,7 +22,7 @@ from surgery.engine.replay import live_entries, pass_of
 from surgery.live.capture import loaded_of, watch
 from surgery.live.checkpoint import offer
 from surgery.live.checks import refuse_caches, run_live, verify_insertion, verify_merge
-from surgery.live.fallback import pretend
+from surgery.live.fallback import heads, pretend
 from surgery.live.follow import follow
 from surgery.live.layer import Layers
 from surgery.live.mixed_batch import rows_of
@@ -370,22 +370,17 @@ def load_(model: nn.Module, path: Any, *, inputs: Any = None, plugins: Plugins |
     Raises:
         JournalError: The directory is damaged, or was saved for another base.
         PassError: Passes have been applied to the module already, or a pass does not act within single layers.
-        CaptureError: The model cannot be captured, so it cannot be compared with the directory.
     """
     if state_of(model) is not None:
         raise PassError(
             "passes have been applied to this module already; undo them with surgery.remove_ first"
         )
     state = _state(model, inputs, None, {}, plugins)
-    if state.uncaptured:
-        raise CaptureError(
-            f"the model cannot be captured, so it cannot be compared with {path}; {state.uncaptured}"
-        )
     there = {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
     try:
         program = load_saved(Path(path), base=state.program, trust=False, plugins=state.program.base.plugins)
         state.refuse(pass_of(e, program.base.plugins) for e in live_entries(program.journal))
-        state = LiveState(Program(program.base), state.seen, state.layers)
+        state = LiveState(Program(program.base), state.seen, state.layers, state.uncaptured, state.example)
         program.own()
         state.adopt(model, program)
     except BaseException:
@@ -428,6 +423,8 @@ def _state(
         loaded, captured, seen = pretend(model)
         why = str(error)
     base = Base(loaded, captured, plugins, "", LoadOptions(example=dict(example)))
+    if why:
+        base.heads = heads(model, example_model)
     return LiveState(Program(base), seen, layers, why, example_model)
 
 

@@ -75,7 +75,7 @@ def _write(
     labels: Labels | None = None,
 ) -> None:
     """Write a directory with `state` as the weights of a new module of the base's class."""
-    module: Any = base.loaded.module
+    module: Any = base.loaded.model
     if not hasattr(module, "save_pretrained") or not hasattr(module, "config"):
         raise ExportError(
             f"--format hf needs a transformers model, but the base is {base.ref or type(module).__name__}; "

@@ -117,6 +117,8 @@ def write_saved(program: Program, folder: Path, *, standalone: bool = False) -> 
                 k: v for k, v in base.loaded.metadata.items() if isinstance(v, (str, int, float, bool))
             },
             "files": base.file_hashes if ref == base.ref else _hash_tree(folder / "base"),
+            # Layers were captured one by one, since the model cannot be captured.
+            **({} if base.heads is None else {"layers": True}),
             "graph": base.graph_hash,
             "sites": base.site_table(),
         },
@@ -401,8 +403,13 @@ def _base(
     if isinstance(base, Program):
         loaded, ref, options = base.base.loaded, base.base.ref, base.base.options
         _fill(loaded.module, stored, path)
-        return Base(loaded, base.base.captured, plugins, ref, options)
+        return Base(loaded, base.base.captured, plugins, ref, options, heads=base.base.heads)
     ref = saved["ref"]
+    if saved.get("layers"):
+        raise LoadError(
+            f"{path} was saved from a live model that cannot be captured as a whole; load it into such a model with "
+            f"surgery.load_(model, {str(path)!r})"
+        )
     if not ref and base is None:
         raise LoadError(
             f"{path} was saved from a module given in Python; load it with "

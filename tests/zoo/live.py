@@ -101,6 +101,33 @@ def run(name: str) -> Outcome:
 _ABOUT = """\
 # Surgery in place on transformers models
 
+`surgery.apply_` rewrites single layers of a live `nn.Module`, which keeps its own forward.
+
+## What belongs to the model, and what to the passes
+
+- **Tensors.** The base keeps its own parameters and buffers. Parameters that train, and all buffers, are copies
+  while passes are applied. `remove_` puts the originals back.
+- **Buffers that move in training**, such as the running statistics of a BatchNorm, belong to the passes.
+  `program_of`, `save_`, `merge_` and `format="hf"` have the moved ones. With all passes off (`using(model)`,
+  `weight_` 0, `without`) or gone (`remove_`, `undo`), the base's own are in force; what moves then is dropped when
+  a pass is switched on again.
+- **Copies.** `copy.deepcopy`, `pickle` and `torch.save(model)` take the passes along. Where the model is loaded,
+  the passes have to be installed; the graph is captured again at the first change. Load only pickles that you
+  wrote.
+- **Conversions.** After `half()`, `to(dtype)`, `to(device)`, `resize_token_embeddings` or another module in the
+  place of one without passes, the program follows at the next call of surgery. A program's own module cannot be
+  converted: its graph names the dtypes. Inside a `using` block, the model is not converted.
+- **Threads.** `using` and `mixed_batch` hold for the running thread or asyncio task. While a block is open, no
+  thread can change the model. A block that needs other values (merged weights, trained parameters of the base,
+  moved statistics) refuses other threads; use a copy of the model for each.
+- **Checkpoints.** `model.save_pretrained`, which transformers' Trainer calls, writes a directory for
+  `surgery.load`, `load_` and the Trainer's resume while passes act in layers. `from_pretrained` refuses it. Without
+  such passes (`Full`, after `merge_`), it writes a transformers directory as ever.
+- **A model that cannot be captured** is changed layer by layer: targets are paths, `all-linear` and `head`. `save_`
+  writes what `load_` reads; `surgery.load` needs a graph and refuses it.
+
+## The zoo
+
 `python -m tests.zoo.live --write docs/in_place.md` writes this page. `surgery.apply_` adds a LoRA to every layer of a
 live, tiny, random model that accepts one. The columns are:
 
