@@ -43,6 +43,8 @@ class LoadedModel:
         files: files that the weights and the configuration were read from; their hash is the fingerprint.
         unsourced: names of parameters and persistent buffers that `files` do not contain (a new head, random
             weights). They are stored with every saved program.
+        stored: names of tensors that `files` do contain, but with other values, such as the weights that a merge has
+            changed. They are stored with every saved program too.
         metadata: JSON-compatible facts for the user and for exporters (task, model type, tokenizer directory).
         train_ready: function called on the module before a capture in train mode, to disable code that cannot be
             traced.
@@ -61,6 +63,7 @@ class LoadedModel:
     dynamic_shapes: Any = None
     files: tuple[Path, ...] = ()
     unsourced: frozenset[str] = frozenset()
+    stored: frozenset[str] = frozenset()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     train_ready: Callable[[nn.Module], None] | None = None
     patches: Callable[[], AbstractContextManager[Any]] = nullcontext

@@ -30,6 +30,9 @@ def tell_applied(out: Console, before: Program, result: Program) -> None:
         before: program before the passes.
         result: program after them.
     """
+    if before.journal.merged and not result.journal.merged:
+        gone = [e.id for e in before.journal if e.kind == "merge"]
+        out.print(f"the merged weights are the base now: {', '.join(gone)} can no longer be undone there")
     for report in result.reports[len(before.reports) :]:
         entry, planned = report.entry, report.plan
         line = Text(f"{entry.id}: ", style="bold")

@@ -119,15 +119,28 @@ class ProgramModule(nn.Module):
         compiled: dict[bool, fx.GraphModule] = self.__dict__["_compiled"]
         if training not in compiled:
             graph, source = self.__dict__["_graph_of"](training)
-            # Submodules of higher-order ops (the body of a loop, say) belong to the captured graph module.
+            graph = without_replaced(graph)
             for node in graph.nodes:
                 if node.op == "get_attr" and not _has(self, node.target):
-                    attach(self, node.target, get(source, node.target))
-            module = self._over(without_replaced(graph), source)
+                    self._add(str(node.target), source)
+            module = self._over(graph, source)
             if any(node.target in REMADE for node in graph.nodes):
                 module.__dict__["forward"] = recomputed(module.forward)
             compiled[training] = module
         return compiled[training]
+
+    def _add(self, name: str, source: fx.GraphModule) -> None:
+        """Add what a graph reads and the module lacks.
+
+        These are tensors that the graph of the other mode does not read, and submodules of higher-order ops (the body
+        of a loop, say), which belong to the captured graph module.
+        """
+        program = self.__dict__["_program"]
+        held = program.state().get(name) if program is not None else None
+        if isinstance(held, Tensor):
+            register(self, name, held, name not in program.base.non_persistent)
+        else:
+            attach(self, name, get(source, name))
 
     def variant(self, training: bool, change: Callable[[fx.Graph], None]) -> fx.GraphModule:
         """A changed copy of a mode's graph, over the same tensors.

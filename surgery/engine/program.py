@@ -63,6 +63,9 @@ class Program(State):
         The passes are applied in the given order, except where they declare another one: passes that create layers come
         before adapters, for example.
 
+        On a merged program, they start from the merged weights: these are the weights of a new base, and the merge can
+        no longer be undone in the result.
+
         Args:
             passes: Passes to apply.
             freeze_base: True freezes all existing parameters first, False does not. None freezes them if a pass adds

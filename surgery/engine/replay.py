@@ -21,6 +21,7 @@ from surgery.engine.contract.base import GraphPass, Pass, RewritePass, merges
 from surgery.engine.contract.gradual import Gradual
 from surgery.engine.contract.pattern import PatternPass
 from surgery.engine.contract.specs import TensorSpec
+from surgery.engine.dropped import refuse_dropped
 from surgery.engine.journal import Entry, Journal, SiteRecord
 from surgery.engine.registry import find_pass
 from surgery.graph.fake import MetaCache
@@ -271,6 +272,7 @@ def build_graph(
         # Only these passes create or replace ops with weights, which the index lists.
         if pass_.effect.adds_weights or isinstance(pass_, PatternPass):
             index = None
+    refuse_dropped(graph, entries, base.plugins)
     if stored:
         _check_dormant(base, journal, tensors)
     return graph

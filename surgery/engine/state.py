@@ -60,14 +60,8 @@ class State(ProgramData):
         merged = folded_entries(self.journal)
         if merged and lengthening(self.base, merged, self.tensors, self.sites):
             tensors.update(self.folded())
-        base, now = read_names(self.base.captured.graph), read_names(self.graph)
-        sizes = {}
-        for name in self.parameter_names():
-            names = self.base.names.get(name, (name,))
-            gone = name not in self.base.tensors or not base.isdisjoint(names)
-            if not (gone and now.isdisjoint(names)):
-                sizes[name] = tensors[name].numel()
-        return sizes
+        left = unread(self)
+        return {n: tensors[n].numel() for n in self.parameter_names() if n not in left}
 
     def count_parameters(self) -> tuple[int, int]:
         """Total and trainable number of parameters, as counted by `parameter_sizes`.
@@ -98,15 +92,18 @@ class State(ProgramData):
         return self._module
 
     def _make_module(self) -> ProgramModule:
+        """A module with the tensors of the program, without those that a pass has replaced; see `unread`."""
         title = type(self.base.loaded.module).__name__
         if self.base.released:
             check_present(self, "the program", read_names(self.graph))
-        state = self.state()
+        paced = replay.paced(self.base, self.journal)
+        followed = {name for each in paced for r in each.sites for name in (r.key.owner, *r.tensors.values())}
+        left = unread(self) - followed
+        state = {name: tensor for name, tensor in self.state().items() if name not in left}
         schedule = self.schedule
         own = {id(tensor) for tensor in held_by(self).values()}
         trains = [n for n, tensor in state.items() if id(tensor) in own and self.trains(n)]
         masks = {name: self.tensors[mask] for name, mask in schedule.masks.items()}
-        paced = replay.paced(self.base, self.journal)
         return ProgramModule(
             state,
             self.base.non_persistent,
@@ -211,6 +208,22 @@ class State(ProgramData):
 def read_names(graph: fx.Graph) -> set[str]:
     """Names of the tensors that an output of the graph depends on."""
     return {str(node.target) for node in live_nodes(graph) if node.op == "get_attr"}
+
+
+def unread(program: State) -> set[str]:
+    """Names of the tensors that passes have left without a reader.
+
+    These are the base's tensors that its own graph reads and the program's does not, since a pass has replaced them,
+    and tensors of passes that a later pass has replaced. A tied tensor has a reader under any of its names.
+    """
+    base, now = read_names(program.base.captured.graph), read_names(program.graph)
+    found = set()
+    for name in (*program.base.tensors, *program.tensors):
+        names = program.base.names.get(name, (name,))
+        gone = name not in program.base.tensors or not base.isdisjoint(names)
+        if gone and now.isdisjoint(names):
+            found.add(name)
+    return found
 
 
 def state_of(program: State) -> dict[str, Tensor]:

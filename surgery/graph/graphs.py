@@ -31,8 +31,9 @@ def without_replaced(graph: fx.Graph) -> fx.Graph:
     replaced ops, although these need not run.
     """
     live = live_nodes(graph)
-    marks = [mark_of(n) for n in graph.nodes if n not in live]
-    if not any(mark.wrapped_by or mark.gone_for for mark in marks):
+    dead = [n for n in graph.nodes if n not in live]
+    # A tensor that no output depends on is read in vain, and a module need not have it.
+    if not any(n.op == "get_attr" or mark_of(n).wrapped_by or mark_of(n).gone_for for n in dead):
         return graph
     lean = copy_graph(graph)
     kept = live_nodes(lean)

@@ -65,7 +65,11 @@ def sourced(
         return _on(fresh, program), True
     differ = _differing(loaded.module, base)
     own = replace(
-        base.loaded, files=loaded.files, unsourced=loaded.unsourced | differ, metadata=dict(loaded.metadata)
+        base.loaded,
+        files=loaded.files,
+        unsourced=loaded.unsourced,
+        stored=differ,
+        metadata=dict(loaded.metadata),
     )
     return _on(Base(own, base.captured, base.plugins, ref, options), program), False
 

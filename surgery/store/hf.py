@@ -93,6 +93,11 @@ def _write(
     write_labels(config, labels or {})
     with torch.device("meta"):
         fresh = type(module)(config)
+    # A merge that became the base has untied weights too, and the base itself no longer ties them.
+    if getattr(config, "tie_word_embeddings", False) and not _tied_alike(fresh, state):
+        config.tie_word_embeddings = False
+        with torch.device("meta"):
+            fresh = type(module)(config)
     names = set(module.state_dict())
     values = {n: t.detach() for n, t in state.items() if n in names}
     ties = bool(getattr(config, "tie_word_embeddings", False))
@@ -160,6 +165,15 @@ def _same(own: Tensor, value: Tensor) -> bool:
     if torch.equal(own, value):
         return True
     return own.is_floating_point() and torch.equal(own.nan_to_num(nan=0.5), value.nan_to_num(nan=0.5))
+
+
+def _tied_alike(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """True if the weights that a module ties have one value in the program."""
+    groups: dict[int, list[Tensor]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in state:
+            groups.setdefault(id(parameter), []).append(state[name])
+    return all(t is group[0] or torch.equal(t, group[0]) for group in groups.values() for t in group[1:])
 
 
 def _resize_vocabulary(config: Any, module: Any, state: Mapping[str, Tensor]) -> None:

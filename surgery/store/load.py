@@ -53,7 +53,7 @@ def load(
     plugins = plugins or make_plugin_manager()
     if "://" not in ref and Path(ref).is_dir():
         if is_saved(Path(ref)):
-            return _noting(ref, load_saved(Path(ref), base=base, trust=trust, plugins=plugins))
+            return _noting(ref, load_saved(Path(ref), base=base, trust=trust, plugins=plugins, into=False))
         raise LoadError(
             f"{ref} is a directory that surgery did not save; for a transformers model write hf:{ref}"
         )

@@ -12,11 +12,13 @@ a base that is code (`py:`) or can contain code (`.pt2`) loads only if the user 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import keyword
 from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
-from surgery.capture import LoadOptions, trace
+from surgery.capture import LoadedModel, LoadOptions, trace
 from surgery.capture.budget import limited
 from surgery.capture.reference import load_model
 from surgery.capture.stored_options import check_example, check_kwargs
@@ -145,7 +147,8 @@ def _unsourced(base: Base) -> dict[str, Tensor]:
     buffers = dict(base.loaded.module.named_buffers(remove_duplicate=False))
     for name, tensor in base.tensors.items():
         random_buffer = not base.loaded.files and name in buffers
-        if (name in base.loaded.unsourced or random_buffer) and base.names.get(name, (name,))[0] not in kept:
+        lacking = name in base.loaded.unsourced or name in base.loaded.stored
+        if (lacking or random_buffer) and base.names.get(name, (name,))[0] not in kept:
             kept[name] = tensor
     return kept
 
@@ -176,7 +179,8 @@ def _standalone(base: Base, folder: Path, tensors: dict[str, Tensor]) -> tuple[s
     scheme = base.ref.partition(":")[0]
     if scheme == "hf":
         write_base(base, folder / "base")
-        return "hf:./base", tensors
+        # The transformers directory has the base's own values of these.
+        return "hf:./base", {n: t for n, t in tensors.items() if n not in base.loaded.stored}
     if scheme == "timm":
         # timm creates the model from its name, and all weights are in `tensors` already.
         return base.ref, tensors
@@ -223,7 +227,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return checked
 
 
-def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Program:
+def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins, into: bool = True) -> Program:
     """Load a saved directory: capture its base again and replay its journal.
 
     Args:
@@ -231,6 +235,7 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Progr
         base: Reference of the base, if it has moved, or a Program of the base; None for the recorded reference.
         trust: Allow a base that can run code, such as a `.pt2` file.
         plugins: The plugin manager.
+        into: With a Program as `base`: fill the stored tensors into its own module. False: into a copy, if they differ.
 
     Raises:
         JournalError: The directory is damaged or does not fit its base.
@@ -238,7 +243,7 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins) -> Progr
         PassError: A pass in the journal is not installed.
     """
     with _boundary(path):
-        return _load(path, base, trust, plugins)
+        return _load(path, base, trust, plugins, into)
 
 
 @contextmanager
@@ -274,7 +279,7 @@ def _untouched(base: Any, stored: Mapping[str, Tensor]) -> Iterator[None]:
         raise
 
 
-def _load(path: Path, base: Any, trust: bool, plugins: Plugins) -> Program:
+def _load(path: Path, base: Any, trust: bool, plugins: Plugins, into: bool) -> Program:
     manifest = read_manifest(path)
     journal = Journal.from_json(manifest["journal"])
     # A missing plugin is reported before a model is loaded, which can take long.
@@ -282,6 +287,13 @@ def _load(path: Path, base: Any, trust: bool, plugins: Plugins) -> Program:
         if entry.kind == "rewrite":
             pass_of(entry, plugins)
     stored = {name: _read(path / name) for name in manifest["files"]}
+    if isinstance(base, Program):
+        apart = _untied(base.base.loaded.module, stored.get(BASE, {}))
+        if apart and into:
+            raise JournalError(
+                f"{path} has a {apart[0]} of its own, which is tied in this model; load it with surgery.load"
+            )
+        base = base if into else _apart(base, stored.get(BASE, {}))
     with _untouched(base, stored.get(BASE, {})):
         root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}))
         _check_base(path, manifest["base"], root)
@@ -297,6 +309,15 @@ def _load(path: Path, base: Any, trust: bool, plugins: Plugins) -> Program:
     if manifest["labels"] is not None:
         program.labels = {output: tuple(names) for output, names in manifest["labels"].items()}
     return program
+
+
+def _apart(program: Program, stored: Mapping[str, Tensor]) -> Program:
+    """The program's base as a program; on a copy of its module if the stored tensors have other values."""
+    base = program.base
+    if all(n in base.tensors and _same(value, base.tensors[n]) for n, value in stored.items()):
+        return Program(base)
+    loaded = replace(base.loaded, module=copy.deepcopy(base.loaded.module))
+    return Program(Base(loaded, base.captured, base.plugins, base.ref, base.options))
 
 
 def _changed(path: Path, base: Base, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -402,7 +423,7 @@ def _base(
     """Load the base of a saved directory, fill in its stored tensors, and capture it."""
     if isinstance(base, Program):
         loaded, ref, options = base.base.loaded, base.base.ref, base.base.options
-        _fill(loaded.module, stored, path)
+        loaded = _fill(loaded, stored, path)
         return Base(loaded, base.base.captured, plugins, ref, options, heads=base.base.heads)
     ref = saved["ref"]
     if saved.get("layers"):
@@ -428,7 +449,7 @@ def _base(
     options = LoadOptions(saved["task"], saved["model_kwargs"], trust, saved["example"])
     with _room(path, ref, saved["model_kwargs"]):
         loaded = load_model(ref, options, plugins)
-    _fill(loaded.module, stored, path)
+    loaded = _fill(loaded, stored, path)
     return Base(loaded, trace(loaded), plugins, ref, options)
 
 
@@ -440,8 +461,17 @@ def _room(path: Path, ref: str, kwargs: Mapping[str, Any]) -> AbstractContextMan
     return limited(sum(file.stat().st_size for file in files if file.is_file()), str(path))
 
 
-def _fill(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
-    """Copy stored tensors into the module. Raises JournalError if one does not fit."""
+def _fill(loaded: LoadedModel, stored: Mapping[str, Tensor], path: Path) -> LoadedModel:
+    """Copy stored tensors into the module. Raises JournalError if one does not fit.
+
+    Returns:
+        The loaded model, which names the tensors that its files have with other values.
+    """
+    module = loaded.module
+    for name in _untied(module, stored):
+        owner, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        holder._parameters[leaf] = nn.Parameter(holder.get_parameter(leaf).detach().clone())
     there: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     there.update(module.named_buffers(remove_duplicate=False))
     kept = set(module.state_dict(keep_vars=True))
@@ -457,6 +487,22 @@ def _fill(module: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
                     f"{path} stores {name} {tuple(value.shape)}, but the base has {has}; pass the original base with "
                     f"--base"
                 )
+    own = (stored.keys() & kept) - loaded.unsourced if loaded.files else frozenset()
+    return replace(loaded, stored=loaded.stored | frozenset(own))
+
+
+def _untied(module: nn.Module, stored: Mapping[str, Tensor]) -> list[str]:
+    """Tied names that are stored with a value of their own, since a merge has untied them."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in stored:
+            groups.setdefault(id(parameter), []).append(name)
+    return [
+        name
+        for first, *others in groups.values()
+        for name in others
+        if not _same(stored[name], stored[first])
+    ]
 
 
 def _check_base(path: Path, saved: Mapping[str, Any], base: Base) -> None:

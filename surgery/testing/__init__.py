@@ -1,5 +1,7 @@
 """The conformance kit: checks that every pass must pass on the programs that it is applied to.
 
+Constant parameters of the program (biases of zeros) get noise first, since they hide faults.
+
 numerics     inserting the pass changes the outputs by no more than it declares: on the example inputs, on new inputs,
              and at another shape
 untouched    sites that are refused or not targeted keep their op and inputs
@@ -18,6 +20,12 @@ reexport     torch.export accepts the rewritten graph again; the result runs at 
 unflatten    torch.export.unflatten of that export has the same outputs
 gradients    gradients reach exactly the parameters that should train, in eval and train mode, and are correct
 held         steps of AdamW change the parameters that should train, when they should, and no bit of anything else
+rows         rows of a batch do not see each other
+foreign      a random LoRA beneath and above the pass still acts, and so does the pass; both merge and come apart
+live         the live module has the outputs of the program, or the pass says why it has no live form
+packed       the `dequantize` of an op with packed weights returns the weight that the op computes with
+zoo          on small models of the kit's own (fused, transposed, shared and grouped layers, in fp64): numerics, merge,
+             rows, foreign, parts of fused projections, and the gradient of every tensor by central differences
 onnx         onnxruntime agrees with the program; every inserted tensor is in the file under its name, with provenance
 input        the given program and its model are unchanged bit for bit
 """
@@ -32,7 +40,7 @@ from time import perf_counter
 from surgery.common.errors import SurgeryError, nearest
 from surgery.engine.contract.base import Pass
 from surgery.engine.program import Program
-from surgery.testing import graph, holding, merging, shipping, training, values
+from surgery.testing import foreign, graph, holding, merging, packed, shipping, small, training, values
 from surgery.testing.case import Case, ConformanceError, Skip
 from surgery.testing.report import ConformanceReport, Outcome
 
@@ -52,6 +60,11 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "unflatten": shipping.unflatten,
     "gradients": training.gradients,
     "held": holding.held,
+    "rows": foreign.rows,
+    "foreign": foreign.foreign,
+    "live": foreign.live,
+    "packed": packed.packed,
+    "zoo": small.zoo,
     "onnx": shipping.onnx,
     "input": values.unchanged,
 }

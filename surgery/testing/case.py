@@ -26,6 +26,7 @@ from surgery.engine.program import Program
 from surgery.engine.restore import reverted
 from surgery.export.program import parity_inputs, reaching_inputs
 from surgery.graph.sites import Site
+from surgery.testing.perturbed import perturbed
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -59,7 +60,7 @@ class Case:
 
     Attributes:
         pass_: The pass.
-        program: The program that it is applied to.
+        program: The program that it is applied to; its constant parameters (zero biases) get noise.
         seed: Seed of random parameters and inputs.
         scale: Size of random parameters, see `check_pass`.
         folder: Directory for files that checks write.
@@ -72,6 +73,7 @@ class Case:
     folder: Path
 
     def __post_init__(self) -> None:
+        self.program = perturbed(self.program, self.seed)
         self.before = {name: fingerprint(t) for name, t in self.program.state().items()}
         self.base_before = {name: fingerprint(t) for name, t in self.program.base.tensors.items()}
         self.base_hash = self.program.base.graph_hash

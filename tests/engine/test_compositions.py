@@ -139,12 +139,6 @@ REFUSED = {
         PassError,
         "prompt at .*: refused, it reads no token ids, so --init text has no embeddings to copy",
     ),
-    "on a merged program": (
-        [("lora", {"target": ATTENTION})],
-        [("adapter", {})],
-        PassError,
-        "the program is merged; undo the merge",
-    ),
 }
 
 
@@ -152,8 +146,6 @@ REFUSED = {
 def test_refused(name):
     before, then, error, message = REFUSED[name]
     base = program("vit").apply(*(of(n, **options) for n, options in before))
-    if "merged" in name:
-        base = base.merge()
     with pytest.raises(error, match=message):
         base.apply(*(of(n, **options) for n, options in then))
 

@@ -17,8 +17,10 @@ from surgery.engine import replay
 from surgery.engine.change.entries import entry_of, trained_before
 from surgery.engine.change.plan import complete, plan_pass, taken
 from surgery.engine.change.plans import PassPlan, PassReport, PlanReport
+from surgery.engine.change.rebase import rebase
 from surgery.engine.contract.base import GraphPass, Pass, RewritePass
 from surgery.engine.contract.observe import Observed, observe
+from surgery.engine.dropped import refuse_dropped
 from surgery.engine.journal import Entry
 from surgery.engine.probe import InputSet, Probe
 from surgery.engine.state import State
@@ -53,6 +55,8 @@ def plan(
         TargetError: A target names no site.
         PassError: The passes cannot be applied together, or an argument is not a pass.
     """
+    if program.journal.merged:
+        program = rebase(program)
     ordered = complete(program, passes, freeze_base)
     probe = Probe(program, data)
     rewrites = [p for p, _ in ordered if isinstance(p, RewritePass)]
@@ -108,6 +112,8 @@ def apply(
 
     if not passes and not freeze_base:
         raise PassError("no pass was given; see `surgery passes`")
+    if program.journal.merged:
+        program = rebase(program)
     checking = verify and program.base.in_memory
     tensors, changed = program.copies()
     program = program.derive(tensors=tensors, changed=changed, graph=program.graph, reports=program.reports)
@@ -182,6 +188,7 @@ def _rewrite(
     view = View(graph, program.names, plugins.weight_ops)
     sites = replay.find_sites(entry, replay.places_of(pass_, view))
     replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, tensors, view)
+    refuse_dropped(graph, replay.live_entries(program.journal), plugins, entry.id)
     graph.lint()
     return graph, tensors
 

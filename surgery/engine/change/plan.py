@@ -79,17 +79,13 @@ def plan_pass(program: State, pass_: Pass, auto: bool, probe: Probe) -> PassPlan
 
     Raises:
         TargetError: The target names no site.
-        PassError: The pass is applied already, the program is merged, or the pass makes an invalid selection.
+        PassError: The pass is applied already, or the pass makes an invalid selection.
     """
     if isinstance(pass_, SelectPass):
         return _plan_selection(program, pass_, auto, probe)
     assert isinstance(pass_, RewritePass)
     if any(e.id == pass_.entry_id for e in program.journal):
         raise PassError(taken(pass_))
-    if any(e.kind == "merge" for e in program.journal):
-        raise PassError(
-            f"{pass_.name}: the program is merged; undo the merge, or save it with --format hf first"
-        )
     asked = pass_.target or pass_.default_target
     try:
         sites = pass_.find(program.view)

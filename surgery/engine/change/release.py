@@ -26,7 +26,7 @@ def release(program: State) -> int:
     freed = 0
     for name, group in base.names.items():
         tensor = base.tensors[name]
-        kept = program.changed.keys() | base.loaded.unsourced | read
+        kept = program.changed.keys() | base.loaded.unsourced | base.loaded.stored | read
         if name != group[0] or name in base.released or not kept.isdisjoint(group):
             continue
         assert isinstance(tensor, nn.Parameter)

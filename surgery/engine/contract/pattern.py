@@ -171,17 +171,33 @@ def read_elsewhere(match: Match, view: View, names: Sequence[str]) -> str | None
         view: Analysis of the graph.
         names: Names of captured values that are tensors of the model.
     """
+    called: dict[str, str] = {}
     for name in names:
         node = match.get(name)
         if node is None:
             continue
         aliases = view.names.get(str(node.target), (str(node.target),))
-        readers = (
+        readers = [
             user for alias in aliases for n in view.ops_index.stored.get(alias, ()) for user in n.users
-        )
-        if any(user in view.ops_index.live and user not in match.nodes for user in readers):
+        ]
+        others = {user for user in readers if user in view.ops_index.live and user not in match.nodes}
+        own = _calls_of(view, [user for user in readers if user in match.nodes])
+        if others - own.keys():
             return f"{node.target} is read in another place too; give this one a copy with --pass untie first"
+        if others:
+            called.setdefault(next(iter(own.values())), str(node.target))
+    if called:
+        return (
+            f"{next(iter(called.values()))} serves several calls of its layer; give each call its own copy with --pass "
+            f"untie --calls --target {','.join(called)} first"
+        )
     return None
+
+
+def _calls_of(view: View, nodes: Sequence[fx.Node]) -> dict[fx.Node, str]:
+    """All calls of the layers that some ops are calls of: op -> path of the layer."""
+    sites = [view.site_of(node) for node in nodes if node in {call.node for call in view.calls}]
+    return {call.node: site.path for site in sites for call in site.calls}
 
 
 def _call(node: fx.Node, kind: str) -> Call:

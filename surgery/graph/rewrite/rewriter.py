@@ -314,18 +314,19 @@ class Rewriter(Inserter):
             node.replace_input_with(current, self._swapped[current])
         return self._swapped[current]
 
-    def swap_tensor(self, node: fx.Node, name: str) -> None:
-        """Let all users of a tensor of the model read a tensor of the pass instead, for good; its size can differ.
+    def swap_tensor(self, node: fx.Node, name: str, reader: fx.Node | None = None) -> None:
+        """Let the users of a tensor of the model read a tensor of the pass instead, for good; its size can differ.
 
         The ops stay; set the new sizes of later nodes with `resize`.
 
         Args:
             node: The tensor's node.
             name: Name of the new tensor in the pass.
+            reader: The only user that reads the new tensor; None: all users.
         """
         fresh = self._attribute(name)
         set_mark(fresh, wraps=node.name, call=self.site_call.node.name)
-        node.replace_all_uses_with(fresh)
+        node.replace_all_uses_with(fresh, delete_user_cb=lambda user: reader is None or user is reader)
 
     def resize(self, node: fx.Node, args: tuple[Any, ...]) -> None:
         """Update the fake value of a node after a change of size, and its arguments if they contain sizes.
