@@ -317,7 +317,7 @@ def _apart(program: Program, stored: Mapping[str, Tensor]) -> Program:
     if all(n in base.tensors and _same(value, base.tensors[n]) for n, value in stored.items()):
         return Program(base)
     loaded = replace(base.loaded, module=copy.deepcopy(base.loaded.module))
-    return Program(Base(loaded, base.captured, base.plugins, base.ref, base.options))
+    return Program(Base(loaded, base.captured, base.plugins, base.ref, base.options, heads=base.heads))
 
 
 def _changed(path: Path, base: Base, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

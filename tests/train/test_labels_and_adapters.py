@@ -88,6 +88,8 @@ def test_names_are_in_every_form_and_keep_their_numbers(head, tmp_path):
     merged.export(tmp_path / "m.onnx")
     stored = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props}
     assert json.loads(stored["surgery.labels"]) == {"logits": ["a", "b", "c"]}
+    # A merged program that goes on has a new base.
+    assert merged.apply(surgery.Quantize(target="mlp.*")).labels == program.labels
     from surgery.store.hf import write_hf
 
     write_hf(merged, tmp_path / "hf")

@@ -50,7 +50,15 @@ def rebase(program: S) -> S:
     loaded = replace(
         base.loaded, module=_with_values(base, own), stored=base.loaded.stored | frozenset(stored)
     )
-    fresh = Base(loaded, base.captured, base.plugins, base.ref, base.options, hindrance=base.hindrance)
+    fresh = Base(
+        loaded,
+        base.captured,
+        base.plugins,
+        base.ref,
+        base.options,
+        hindrance=base.hindrance,
+        heads=base.heads,
+    )
     tensors, changed = program.copies()
     ids = {name for e in journal if e.kind == "merge" for name in e.options.get("folded", ())}
     entries = [
@@ -68,6 +76,7 @@ def rebase(program: S) -> S:
         {n: t for n, t in tensors.items() if n in names},
         {n: t for n, t in changed.items() if n not in own},
     )
+    made.labels = dict(program.labels)
     seen = observe(program.run(), made.run())
     if not seen.equal:
         raise PassError(
