@@ -70,7 +70,7 @@ class Base:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("loaded", "ref", "options", "consumed", "released", "heads")
+        kept = ("loaded", "ref", "options", "consumed", "released", "notes", "heads")
         return {
             **{name: self.__dict__[name] for name in kept},
             "shells": {}, "hindrance": None, "_train": None,

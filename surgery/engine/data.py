@@ -97,7 +97,7 @@ class ProgramData:
         """The data without what is derived from them: graphs hold functions that cannot be pickled."""
         return {
             "base": self.base, "journal": self.journal, "tensors": self.tensors, "changed": self.changed,
-            "clock": self.clock, "reports": (),
+            "clock": self.clock, "labels": self.labels, "reports": (),
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
