@@ -25,7 +25,7 @@ from surgery.store.peft.checkpoint_data import Checkpoint
 def read_ia3(given: Checkpoint, base: Program) -> Program:
     """Apply an IA³ checkpoint: one pass for scaled inputs, one for scaled outputs."""
     scales = {n.removesuffix(".ia3_l"): t for n, t in given.tensors.items() if n.endswith(".ia3_l")}
-    rest = {n: t for n, t in given.tensors.items() if not n.endswith(".ia3_l")}
+    rest = {n.replace(".base_layer.", "."): t for n, t in given.tensors.items() if not n.endswith(".ia3_l")}
     check_paths(given, base, scales)
     cls = find_pass(base.base.plugins, "ia3", "torch-surgery-ia3").cls
     sides = _sides(given, base, scales)
