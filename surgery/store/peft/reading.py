@@ -11,6 +11,7 @@ from surgery.common.errors import LoadError, SurgeryError
 from surgery.common.readers import first_line
 from surgery.engine.program import Program
 from surgery.store.peft.checkpoint_data import Checkpoint, Unread
+from surgery.store.peft.factored import nearest_lora
 from surgery.store.peft.files import AGAIN, WEIGHTS, prefix, read
 from surgery.store.peft.read_ia3 import read_ia3
 from surgery.store.peft.read_lora import read_lora
@@ -21,7 +22,7 @@ from surgery.store.peft.schema import check_names
 _WRAPPED = re.compile(r"\.(?:modules_to_save|original_module)\.")
 
 
-def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
+def import_peft(path: Any, base: Program, *, label: str = "", as_lora: int | None = None) -> Program:
     """Apply a PEFT checkpoint to a program.
 
     LoRA (with rsLoRA, DoRA, PiSSA, patterns, lora_bias, target_parameters, trainable tokens, modules_to_save), IA³,
@@ -33,6 +34,7 @@ def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
         base: Program of the model that the checkpoint was made for, of the same class.
         label: Label of the passes. If ranks or alphas differ, there is a pass for each, with the labels label_1,
             label_2, …
+        as_lora: Turn a delta into the nearest LoRA of this rank; the journal states the error. None keeps it whole.
 
     Returns:
         The program with the passes applied.
@@ -50,7 +52,8 @@ def import_peft(path: Any, base: Program, *, label: str = "") -> Program:
     readers = {"LORA": read_lora, "IA3": read_ia3, "PREFIX_TUNING": read_prefix, "PROMPT_TUNING": read_prompt}
     given = Checkpoint(str(path), config, tensors, label, raw)
     try:
-        return _read(given, base, readers.get(kind, read_merged))
+        program = _read(given, base, readers.get(kind, read_merged))
+        return program if as_lora is None else nearest_lora(program, as_lora)
     except SurgeryError:
         raise
     except Exception as error:

@@ -14,6 +14,7 @@ from surgery.engine.journal import Entry
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries, pass_of
 from surgery.passes.delta import Delta
+from surgery.store.peft.factored import nearest_lora
 from surgery.store.peft.files import PROMPT, prefix, task_type, write
 from surgery.store.peft.loads import can_check, check_loads
 from surgery.store.peft.whole import stored_whole
@@ -26,7 +27,12 @@ _METHODS = {"lora": "LORA", "ia3": "IA3", "prefix": "PREFIX_TUNING", "prompt": "
 
 
 def export_peft(
-    program: Program, path: Any, *, overwrite: bool = False, check: bool = True
+    program: Program,
+    path: Any,
+    *,
+    overwrite: bool = False,
+    check: bool = True,
+    as_lora: int | None = None,
 ) -> dict[str, Any]:
     """Write a directory that `PeftModel.from_pretrained` loads. The loaded model has the program's logits.
 
@@ -40,6 +46,7 @@ def export_peft(
         program: The program.
         path: Directory to write.
         overwrite: Replace an existing directory.
+        as_lora: Write a delta as the nearest LoRA of this rank. None writes it whole, or gives its checkpoint back.
         check: Load the directory with PEFT, if it is installed, and compare the outputs on the example inputs.
 
     Returns:
@@ -50,6 +57,8 @@ def export_peft(
             what was written.
         SurgeryError: The path exists, or writing fails.
     """
+    if as_lora is not None:
+        program = nearest_lora(program, as_lora)
     config, keyed = _contents(program)
 
     def checked(folder: Path) -> None:
@@ -72,7 +81,9 @@ def _contents(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if method == Delta.name:
         found = given_back(program, live)
         if isinstance(found, str):
-            raise ExportError(f"{found}; merge it and write it with --format hf, or save the program")
+            raise ExportError(
+                f"{found}; write the nearest LoRA with --as-lora RANK, or merge it and write it with --format hf"
+            )
         return found
     return _written(program, [entry for entry in live if entry.pass_name == method], method)
 

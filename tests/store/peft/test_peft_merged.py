@@ -194,6 +194,8 @@ def test_a_trained_or_scaled_one_is_no_checkpoint_any_more(base, tmp_path):
     ):
         surgery.export_peft(program, tmp_path / "no")
     assert not (tmp_path / "no").exists()
+    surgery.export_peft(program, tmp_path / "yes", as_lora=64)
+    agree(by_peft(tmp_path / "yes"), program.run(ids=IDS), MERGED)
 
 
 @pytest.mark.parametrize(
@@ -345,3 +347,65 @@ def test_tensors_that_peft_does_not_need_or_lacks(base, tmp_path):
     save_file({**tensors, "base_model.model.other.hada_w1_a": torch.zeros(2)}, file)
     with pytest.raises(LoadError, match=r"PEFT does not read, the tensor .*other"):
         surgery.import_peft(tmp_path / "theirs", base)
+
+
+# -- as the nearest LoRA
+
+
+def test_the_nearest_lora(base, tmp_path):
+    """At full rank it computes the same; at a low rank the journal states the error. PEFT loads both."""
+    config = peft.LoHaConfig(target_modules=["plain", "conv1d", "conv2d", "emb"][:3], r=4)
+    expected = checkpoint(config, tmp_path / "theirs")
+    whole = surgery.import_peft(tmp_path / "theirs", base, as_lora=64)
+    assert {entry.pass_name for entry in whole.journal} == {"freeze", "lora"}
+    agree(whole.run(ids=IDS), expected, MERGED)
+    surgery.export_peft(whole, tmp_path / "ours")
+    agree(by_peft(tmp_path / "ours"), whole.run(ids=IDS))
+    low = surgery.import_peft(tmp_path / "theirs", base, as_lora=2)
+    (said,) = [e.numerics["observed"] for e in low.journal if e.pass_name == "lora"]
+    delta = surgery.import_peft(tmp_path / "theirs", base)
+    change = delta.tensors["plain.delta.weight"] - base.base.tensors["plain.weight"]
+    values = torch.linalg.svdvals(change.detach().double())
+    error = float(values[2:].norm() / values.norm())
+    assert said.startswith("the nearest LoRA of rank 2: its updates differ by up to ")
+    assert (
+        error <= float(said.split("up to ")[1].split("%")[0]) / 100 + 5e-4
+    )  # it is printed to a tenth of a percent
+    update = low.tensors["plain.lora_delta.B"] @ low.tensors["plain.lora_delta.A"]
+    assert abs(float((update - change).norm() / change.norm()) - error) < 1e-5
+
+
+def test_the_commands_name_what_peft_merged(tmp_path, capsys):
+    from transformers import LlamaForCausalLM
+
+    from surgery.cli import main
+    from tests.shared import tiny
+
+    def run(*args):
+        with pytest.raises(SystemExit) as done:
+            main([str(a) for a in args])
+        said = capsys.readouterr()
+        return done.value.code or 0, said.out + said.err
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny.llama()).save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(
+            LlamaForCausalLM.from_pretrained(tmp_path / "base"),
+            peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]),
+        )
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        theirs.save_pretrained(tmp_path / "theirs")
+    given = ("import-peft", tmp_path / "theirs", "--base", f"hf:{tmp_path / 'base'}", "-o", tmp_path / "in")
+    code, said = run(*given)
+    assert code == 0
+    assert "the weights that PEFT merged from LN_TUNING; export-peft gives the checkpoint back" in said
+    code, said = run("export-peft", tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 0
+    assert "PEFT loads it with the program's outputs" in said
+    ours, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("out", "theirs"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
