@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir
+import peft
 import pytest
 import torch
 
@@ -55,11 +57,31 @@ PEFT = {
 }
 
 
-@pytest.mark.parametrize("kind", PEFT)
-@counts(60, 3000)
+# Types that PEFT itself loads and merges: with tables of its own, random projections from a seed, and rotations.
+MERGED = {
+    "loha": ("LoHaConfig", {"r": 2}),
+    "vera": ("VeraConfig", {"r": 2}),
+    "oft": ("OFTConfig", {"r": 1, "oft_block_size": 0}),
+}
+
+
+@pytest.mark.parametrize("kind", [*PEFT, *MERGED])
+@counts(30, 2000)
 def test_peft_checkpoints(kind, count, base, plugins, tmp_path):
-    adapted = base.apply(parse(plugins, "lora", **PEFT[kind]))
-    surgery.export_peft(adapted, tmp_path / "peft")
+    if kind in PEFT:
+        adapted = base.apply(parse(plugins, "lora", **PEFT[kind]))
+        surgery.export_peft(adapted, tmp_path / "peft")
+    else:
+        name, options = MERGED[kind]
+        paths = [site.path for site in base.sites if site.role.startswith("attn")]
+        made = getattr(peft, name)(target_modules=paths, **options)
+        theirs = peft.get_peft_model(copy.deepcopy(base.base.loaded.module), made)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+        theirs.save_pretrained(tmp_path / "peft")
+        assert surgery.import_peft(tmp_path / "peft", base).journal.find("delta")
     config, weights = (
         tmp_path / "peft" / "adapter_config.json",
         tmp_path / "peft" / "adapter_model.safetensors",

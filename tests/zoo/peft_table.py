@@ -196,8 +196,8 @@ def line(outcomes: list[Outcome]) -> str:
     lost = len(outcomes) - len(counted)
     unread = f", {lost} that PEFT itself does not reload" if lost else ""
     return (
-        f"{len(outcomes)} rows of peft {peft_cases.VERSION}{unread}: {whole} go the whole way, {refused} are refused with "
-        f"a reason, {sum(o.wrong for o in counted)} differ"
+        f"{len(outcomes)} rows of peft {peft_cases.VERSION}{unread}: {whole} go the whole way, {refused} are refused "
+        f"with a reason, {sum(o.wrong for o in counted)} differ"
     )
 
 

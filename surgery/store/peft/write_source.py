@@ -20,7 +20,7 @@ def source_of(program: Program, entry: Entry) -> Source | None:
     return pass_.origin if isinstance(pass_, Delta) else None
 
 
-def given_back(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]] | str:
+def original(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor]] | str:
     """Configuration and tensors of the checkpoint behind the only adapter, or the reason why it cannot be given back.
 
     Args:

@@ -20,7 +20,7 @@ from surgery.store.peft.loads import can_check, check_loads
 from surgery.store.peft.whole import stored_whole
 from surgery.store.peft.write_ia3 import write_ia3
 from surgery.store.peft.write_lora import write_lora
-from surgery.store.peft.write_source import given_back
+from surgery.store.peft.write_source import original
 from surgery.store.peft.write_tokens import write_prefix, write_prompt
 
 _METHODS = {"lora": "LORA", "ia3": "IA3", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
@@ -59,18 +59,18 @@ def export_peft(
     """
     if as_lora is not None:
         program = nearest_lora(program, as_lora)
-    config, keyed = _contents(program)
+    config, keyed, given_back = _contents(program)
 
     def checked(folder: Path) -> None:
         if check and can_check(program):
-            check_loads(program, folder, str(config["peft_type"]))
+            check_loads(program, folder, given_back)
 
     write(Path(path), config, keyed, overwrite, checked)
     return config
 
 
-def _contents(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of the checkpoint, by their names in the file."""
+def _contents(program: Program) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
+    """Configuration and tensors of the checkpoint by their names in the file; True if they are given back."""
     program = _plain(program)
     live = live_entries(program.journal)
     if not live:
@@ -79,13 +79,13 @@ def _contents(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     method = _method(live)
     if method == Delta.name:
-        found = given_back(program, live)
+        found = original(program, live)
         if isinstance(found, str):
             raise ExportError(
                 f"{found}; write the nearest LoRA with --as-lora RANK, or merge it and write it with --format hf"
             )
-        return found
-    return _written(program, [entry for entry in live if entry.pass_name == method], method)
+        return *found, True
+    return *_written(program, [entry for entry in live if entry.pass_name == method], method), False
 
 
 def _method(live: Sequence[Entry]) -> str:

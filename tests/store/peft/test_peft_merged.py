@@ -7,6 +7,7 @@ them too. `python -m tests.zoo.peft_table` does the same for all cases of PEFT's
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 
@@ -409,3 +410,20 @@ def test_the_commands_name_what_peft_merged(tmp_path, capsys):
     assert "PEFT loads it with the program's outputs" in said
     ours, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("out", "theirs"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_saved_directory_names_no_code_to_peft_either(base, tmp_path):
+    """The source of a delta comes with a directory from elsewhere. It is checked again before PEFT sees it."""
+    import sys
+
+    checkpoint(OTHERS["loha"], tmp_path / "theirs")
+    program = surgery.import_peft(tmp_path / "theirs", base)
+    (entry,) = program.journal.find("delta")
+    source = json.loads(entry.options["source"])
+    source["config"] |= {"megatron_config": {"a": 1}, "megatron_core": "antigravity"}
+    crafted = dataclasses.replace(entry, options={**entry.options, "source": json.dumps(source)})
+    journal = surgery.Journal(tuple(crafted if e is entry else e for e in program.journal))
+    with pytest.raises(ExportError, match="names code or other files"):
+        surgery.export_peft(program.derive(journal), tmp_path / "out")
+    assert "antigravity" not in sys.modules
+    assert not (tmp_path / "out").exists()
