@@ -23,7 +23,7 @@ AGAIN = "save the checkpoint with PEFT again"
 
 def prefix(method: str) -> str:
     """Prefix of tensor names in a checkpoint: for LoRA and IA³, PEFT wraps the model in one more module."""
-    return "base_model." if method in ("PREFIX_TUNING", "PROMPT_TUNING") else "base_model.model."
+    return "base_model." if method in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING") else "base_model.model."
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

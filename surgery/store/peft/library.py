@@ -1,7 +1,7 @@
 """The PEFT library, where it is installed: its model of a checkpoint, made under limits and without code from a file.
 
 A checkpoint is not trusted. PEFT's own loading would take modules to import (`megatron_core`), paths of other files
-(`adapters`, `corda_config`) and regular expressions from the configuration. So the configuration that PEFT gets here
+(`adapters` of X-LoRA) and regular expressions from the configuration. So the configuration that PEFT gets here
 has known fields only, its patterns are resolved with our own matcher, and what PEFT allocates is bounded.
 """
 
@@ -32,15 +32,16 @@ ADAPTER = "default"  # PEFT's name of the only adapter
 _UNUSED = frozenset(
     {
         "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
-        "task_type",
+        "task_type", "corda_config", "eva_config", "lora_ga_config", "loftq_config",
     }
 )  # fmt: skip
-# Fields that let PEFT import modules or read other files, with the values that mean "not used".
-_REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "megatron_config": (None,), "megatron_core": (None, "megatron.core"), "arrow_config": (None,),
-    "corda_config": (None,), "eva_config": (None,), "lora_ga_config": (None,), "layer_replication": (None,),
-    "loftq_config": (None, {}), "adapters": (), "shadow_model": (),
-}  # fmt: skip
+# Fields that PEFT must not get -> the values that mean "not used", and the reason.
+_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "megatron_config": ((None,), "lets PEFT import modules"),
+    "megatron_core": ((None, "megatron.core"), "names a module to import"),
+    "arrow_config": ((None,), "chooses among several adapters for each token"),
+    "layer_replication": ((None,), "repeats layers of the base, which this base does not"),
+}
 # Types that PEFT loads from other checkpoints, and not from their own files alone.
 _ELSEWHERE = frozenset({"XLORA", "SHADOW"})
 # Texts that PEFT reads as regular expressions are limited to what `re` matches without backtracking.
@@ -145,10 +146,9 @@ def _fields(config: Mapping[str, Any], cls: Any, module: nn.Module, most: int, w
         if name in _UNUSED or name == "peft_type":
             continue
         if name in _REFUSED:
-            if value not in _REFUSED[name]:
-                raise LoadError(
-                    f"{where}: its option {name} names code or other files, which are not read; {_again()}"
-                )
+            unused, why = _REFUSED[name]
+            if value not in unused:
+                raise LoadError(f"{where}: its option {name} {why}; {_again()}")
             continue
         if name not in known:
             if value in (None, False, [], {}):

@@ -37,7 +37,7 @@ def read_prefix(given: Checkpoint, base: Program) -> Program:
 
 
 def read_prompt(given: Checkpoint, base: Program) -> Program:
-    """Apply a prompt-tuning checkpoint."""
+    """Apply a checkpoint of prompt tuning, or of p-tuning, whose encoder PEFT evaluates before it saves."""
     tokens = given.config["num_virtual_tokens"]
     # For an encoder-decoder model PEFT also stores rows for the decoder, which the model never reads.
     table = _table(given, None)[:tokens]

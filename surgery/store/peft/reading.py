@@ -49,7 +49,13 @@ def import_peft(path: Any, base: Program, *, label: str = "", as_lora: int | Non
     own = prefix(kind)
     # With bias="all" PEFT also stores the biases within its wrappers of modules_to_save, and does not read them.
     tensors = {name.removeprefix(own): tensor for name, tensor in raw.items() if not _WRAPPED.search(name)}
-    readers = {"LORA": read_lora, "IA3": read_ia3, "PREFIX_TUNING": read_prefix, "PROMPT_TUNING": read_prompt}
+    readers = {
+        "LORA": read_lora,
+        "IA3": read_ia3,
+        "PREFIX_TUNING": read_prefix,
+        "PROMPT_TUNING": read_prompt,
+        "P_TUNING": read_prompt,
+    }
     given = Checkpoint(str(path), config, tensors, label, raw)
     try:
         program = _read(given, base, readers.get(kind, read_merged))

@@ -75,6 +75,7 @@ _KINDS: Mapping[str, type[_Config]] = {
     "IA3": _IA3,
     "PREFIX_TUNING": _Tokens,
     "PROMPT_TUNING": _Tokens,
+    "P_TUNING": _Tokens,
 }
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -134,8 +143,23 @@ CHECKPOINTS = {
     ),
     "prefix on minilm": (minilm, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)),
     "prompt on llama": (llama, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+    "p-tuning on llama": (
+        llama, PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    ),
+    "prompt and a norm on llama": (
+        llama,
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["model.norm"]),
+    ),
+    "prefix and a norm on llama": (
+        llama,
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=["model.norm"]),
+    ),
     "prompt on t5": (t5, PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)),
 }  # fmt: skip
+
+
+# A prompt lengthens the outputs of a decoder.
+ON_LLAMA = re.compile(r"^(prompt|p-tuning) .*llama$")
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -144,7 +168,7 @@ def test_round_trip(name, bases, tmp_path):
     model, base = peft_of(bases, make, config)
     model.save_pretrained(tmp_path / "theirs")
     inputs = inputs_of(base)
-    expected = logits(model, inputs, 3 if "prompt on llama" in name else 0)
+    expected = logits(model, inputs, 3 if ON_LLAMA.search(name) else 0)
     program = surgery.import_peft(tmp_path / "theirs", base)
     agree(program.run(**inputs)["logits"], expected)
     before = base.run(**inputs)["logits"]
@@ -156,7 +180,7 @@ def test_round_trip(name, bases, tmp_path):
         warnings.simplefilter("error", category=UserWarning)  # PEFT warns of keys that are missing
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
         again = PeftModel.from_pretrained(auto.from_pretrained(folder), tmp_path / "ours").eval()
-    agree(logits(again, inputs, 3 if "prompt on llama" in name else 0), expected)
+    agree(logits(again, inputs, 3 if ON_LLAMA.search(name) else 0), expected)
     written, theirs = (
         load_file(tmp_path / which / "adapter_model.safetensors") for which in ("ours", "theirs")
     )
