@@ -15,6 +15,7 @@ from surgery.engine.program import Program
 from surgery.engine.replay import pass_of
 from surgery.graph.ops import CONV, EMBEDDING, LINEAR, arguments
 from surgery.graph.sites import Site
+from surgery.passes.algebra import factor
 from surgery.passes.lora.lora import Lora
 from surgery.store.peft.places import TIMES_OF_OUT_PROJ, adapts_module, site_of, targets
 
@@ -204,9 +205,10 @@ def _adapted(program: Program, entry: Entry, record: Any, site: Site, lora: Lora
     if any(name.startswith("A0") for name in own):
         start = {name.replace("0", "", 1): value for name, value in own.items() if name[1:2] == "0"}
         a0, b0 = _whole(entry, site, start, rows) if rows else (start["A"], start["B"])
-        a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+        a, b = _less(site, (a, b), (a0, b0))
     if "residual" in own:
-        a, b = _converted(program, site, own["residual"], a, b, lora.scale)
+        # PEFT's base is the original one, so what the residual lacks is taken from the update.
+        a, b = _less(site, (a, b), _start_of(program, site, own["residual"], a, lora.scale))
     scale = lora.scale
     b = b * entry.weight
     if site.kind == CONV:
@@ -275,21 +277,21 @@ def _whole(entry: Entry, site: Site, own: dict[str, Tensor], rows: Any) -> tuple
     return a, b
 
 
-def _converted(
-    program: Program, site: Site, residual: Tensor, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Factors of PiSSA on the original base: s(B A − B₀A₀), where W − residual = s·B₀A₀ has the same rank.
+def _less(site: Site, own: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Factors of B A − B₀ A₀. Those of a grouped convolution are side by side in each group."""
+    groups = site.groups
+    rows = [a.reshape(groups, a.shape[0] // groups, *a.shape[1:]) for a in (own[0], start[0])]
+    return torch.cat(rows, 1).flatten(0, 1), torch.cat([own[1], -start[1]], 1)
 
-    B₀ and A₀ are recovered from W − residual by a singular value decomposition.
-    """
-    if site.kind != LINEAR:
-        raise ExportError(
-            f"PiSSA at {site.path}: PEFT supports it only on linear layers; merge the adapter instead"
-        )
+
+def _start_of(
+    program: Program, site: Site, residual: Tensor, a: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The factors with which PiSSA started, up to a rotation: W − residual = s·B₀ A₀ has their rank."""
     weight = program.base.tensors[str(site.weight)].detach()
-    lost = (weight.double() - residual.double()) / scale
-    lost = lost if site.layout == "oi" else lost.t()
+    lost = factor.matrices(site, weight.double() - residual.double()) / scale
     u, s, v = torch.linalg.svd(lost, full_matrices=False)
-    rank = a.shape[0]
-    a0, b0 = (v[:rank]).to(a.dtype), (u[:, :rank] * s[:rank]).to(b.dtype)
-    return torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
+    rank = a.shape[0] // site.groups
+    pair = v[:, :rank], u[:, :, :rank] * s[:, None, :rank]
+    a0, b0 = factor.as_stored(site, *pair) if site.kind == CONV else (pair[0][0], pair[1][0])
+    return a0.to(a.dtype), b0.to(a.dtype)

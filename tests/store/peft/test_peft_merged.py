@@ -236,6 +236,19 @@ def test_our_grouped_lora_in_peft(base, tmp_path, randomise):
     assert again.tensors["grouped.lora.A"].shape == program.tensors["grouped.lora.A"].shape
 
 
+@pytest.mark.parametrize("target", ["plain", "conv2d", "path:grouped", "emb", "turned"])
+def test_pissa_becomes_a_plain_lora_on_the_original_base(target, base, tmp_path):
+    program = base.apply(surgery.Lora(target=target, rank=1, init="pissa"))
+    with torch.no_grad():
+        for tensor in program.tensors.values():
+            if isinstance(tensor, nn.Parameter):
+                tensor.add_(torch.randn_like(tensor) * 0.2)
+    surgery.export_peft(program, tmp_path / "ours")
+    agree(
+        by_peft(tmp_path / "ours"), program.run(ids=IDS), MERGED
+    )  # a singular value decomposition in between
+
+
 def test_one_projection_of_an_attention_in_peft(base, tmp_path, randomise):
     """PEFT adapts an attention as a whole, with one rank: what is missing is zero."""
     passes = [
@@ -314,7 +327,7 @@ def edited(folder, **changes):
     [
         (
             {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
-            "has no option megatron_con",
+            "lets PEFT import modules",
         ),
         ({"peft_type": "XLORA", "adapters": {"a": "some/where"}}, "loads other models"),
         ({"peft_type": "CARTRIDGE"}, "changes no weights"),
@@ -423,7 +436,7 @@ def test_a_saved_directory_names_no_code_to_peft_either(base, tmp_path):
     source["config"] |= {"megatron_config": {"a": 1}, "megatron_core": "antigravity"}
     crafted = dataclasses.replace(entry, options={**entry.options, "source": json.dumps(source)})
     journal = surgery.Journal(tuple(crafted if e is entry else e for e in program.journal))
-    with pytest.raises(ExportError, match="has no option megatron_con"):
+    with pytest.raises(ExportError, match="lets PEFT import modules"):
         surgery.export_peft(program.derive(journal), tmp_path / "out")
     assert "antigravity" not in sys.modules
     assert not (tmp_path / "out").exists()
