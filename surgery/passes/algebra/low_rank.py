@@ -24,17 +24,22 @@ aten = torch.ops.aten
 CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
 
 
-def factor_shapes(site: Site, rank: int, rows: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def factor_shapes(
+    site: Site, rank: int, rows: int | None = None, across: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A and B.
 
     Args:
         site: The site.
         rank: r; of a convolution, per group.
         rows: Number of output features that the branch covers; all by default.
+        across: A of a grouped convolution reads the channels of all groups; r is then their total.
     """
     out = site.out_features if rows is None else rows
     if site.kind == CONV:
         groups, kernel = site.groups, site.float_shape[2:]
+        if across:
+            return (rank, groups * site.float_shape[1], *kernel), (out, rank // groups, *(1 for _ in kernel))
         return (rank * groups, site.float_shape[1], *kernel), (out, rank, *(1 for _ in kernel))
     if site.kind == EXPERTS:
         return (site.size("e"), rank, site.in_features), (site.size("e"), out, rank)
@@ -169,6 +174,8 @@ def product(site: Site, g: Rewriter, x: fx.Node, weight: fx.Node, layout: str) -
         return g.call(aten.embedding.default, weight, x, arguments(call.node).get("padding_idx", -1))
     if site.kind == CONV:
         args = [arguments(call.node)[name] for name in CONV_ARGUMENTS]
+        # A weight over more channels than the base's has fewer groups.
+        args[3] = site.groups * site.float_shape[1] // int(weight.meta["val"].shape[1])
         op = _conv(site, args[1]) if site.packed else call.node.target
         return g.call(op, x, weight, None, *args)
     if site.kind == EXPERTS:

@@ -25,8 +25,9 @@ def choose_variant(lora: LoraOptions, packed: bool = False) -> type[Variant]:
         raise PassError("pass 'lora': --svd-iterations is for --init pissa; add that, or leave it out")
     if lora.dora and pissa:
         raise PassError("pass 'lora': --dora and --init pissa both change the weight; choose one of them")
-    if lora.bias and (lora.dora or pissa):
-        raise PassError("pass 'lora': --bias is for a plain update; leave out --dora and --init pissa")
+    for option, given in (("--bias", lora.bias), ("--across", lora.across)):
+        if given and (lora.dora or pissa):
+            raise PassError(f"pass 'lora': {option} is for a plain update; leave out --dora and --init pissa")
     if pissa:
         return PackedPissa if packed else Pissa
     return Dora if lora.dora else Variant

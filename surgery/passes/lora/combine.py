@@ -82,7 +82,7 @@ def plain_pairs(site: Site, source: Source, purpose: str) -> dict[Pair, Factors]
     """
     lora = cast(LoraOptions, source.pass_)
     for option, given in (
-        ("--dora", lora.dora), ("--init pissa", lora.init == "pissa"), ("--bias", lora.bias)
+        ("--dora", lora.dora), ("--init pissa", lora.init == "pissa"), ("--bias", lora.bias), ("--across", lora.across),
     ):  # fmt: skip
         if given:
             remedy = "make it one with export-peft and import-peft" if lora.init == "pissa" else "merge it"

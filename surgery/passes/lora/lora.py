@@ -38,6 +38,9 @@ class Lora(RewritePass):
     have one pair each: A (experts × r × in), B (experts × out × r). Chosen parts of a fused projection have one pair
     each. Merge at weight w: W + w·s·B A.
 
+    `--across`: A of a grouped convolution has no groups and r filters in all, as in PEFT. A grouped weight cannot hold
+    such an update, so it is not merged.
+
     `--rslora`: s = α/√r, so that the update does not shrink as the rank grows (Kalajdzievski 2023, arXiv:2312.03732).
 
     `--dropout p`: drops input values of the branch in train mode, with one mask for all parts of a projection. Token
@@ -70,6 +73,9 @@ class Lora(RewritePass):
     dora: bool = Field(False, description="train a magnitude for each output beside the direction")
     full_gradient: bool = Field(False, description="with --dora: let the gradient pass through the norm too")
     bias: bool = Field(False, description="a trained bias of B, scaled as the update is")
+    across: bool = Field(
+        False, description="in a grouped convolution A reads the channels of all groups, as in PEFT"
+    )
     init: Literal["kaiming", "gaussian", "pissa"] = Field(
         "kaiming", description="how A and B start: A at random and B zero, or W's largest singular values"
     )
@@ -110,6 +116,8 @@ class Lora(RewritePass):
             return f"its weight is {site.dtype}; LoRA needs a floating-point base or an op that dequantizes"
         if site.packed and site.kind == CONV and (missing := low_rank.lacks(site)):
             return f"its op {site.op} has no argument {missing}, so the shape of a branch is unknown"
+        if self._crosses(site) and self.rank % site.groups:
+            return f"it has {site.groups} groups, and --across needs a rank that they divide"
         refused = computed_weight(site) or parts_refusal(site, self.parts) or self._bias_refusal(site)
         return refused or self._at(site, chosen_rows(site, self.parts)).refusal()
 
@@ -138,7 +146,7 @@ class Lora(RewritePass):
         variant = self._at(site)
         specs: dict[str, TensorSpec] = {}
         for pair in variant.pairs:
-            a, b = low_rank.factor_shapes(site, self.rank, pair.features)
+            a, b = low_rank.factor_shapes(site, self.rank, pair.features, self._crosses(site))
             fill_a, fill_b = variant.start(pair) or self._start(site)
             factors = {"A": TensorSpec(a, fill_a), "B": TensorSpec(b, fill_b)}
             own = factors | variant.pair_tensors(pair, factors)
@@ -160,7 +168,12 @@ class Lora(RewritePass):
             beta = g.call(torch.ops.aten.reshape.default, beta, [-1, *(1 for _ in site.float_shape[2:])])
         return g.call(torch.ops.aten.add.Tensor, value, beta, alpha=self.scale * g.weight)
 
+    def _crosses(self, site: Site) -> bool:
+        return self.across and site.kind == CONV and site.groups > 1
+
     def why_not_merged(self, site: Site) -> str | None:
+        if self._crosses(site):
+            return "the update reads the channels of all groups, which a grouped weight cannot hold"
         if not self.bias or site.bias is not None:
             return None
         return "the base has no bias that could hold the one of the update"

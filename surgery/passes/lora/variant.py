@@ -48,6 +48,9 @@ class LoraOptions(Protocol):
     @property
     def bias(self) -> bool: ...
 
+    @property
+    def across(self) -> bool: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Variant:

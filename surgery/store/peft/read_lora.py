@@ -51,6 +51,8 @@ class _Factors:
     # Path of a site -> path of PEFT's module, which patterns of ranks and alphas match.
     modules: dict[str, str] = field(default_factory=dict)
     rest: dict[str, Tensor] = field(default_factory=dict)
+    # Grouped convolutions whose A reads the channels of all groups.
+    across: set[str] = field(default_factory=set)
 
 
 def read_lora(given: Checkpoint, base: Program) -> Program:
@@ -73,13 +75,15 @@ def read_lora(given: Checkpoint, base: Program) -> Program:
     sites = {site.path: site for site in base.sites}
     dora = bool(config.get("use_dora"))
     needed = {"A", "B", *(["m"] if dora else []), *(["b"] if config.get("lora_bias") else [])}
-    groups: dict[tuple[int, float], list[str]] = defaultdict(list)
+    groups: dict[tuple[int, float, bool], list[str]] = defaultdict(list)
     for path, own in found.by_path.items():
         if set(own) != needed:
             raise LoadError(
                 f"{given.path}: at {path} it has {sorted(own)}, but needs {sorted(needed)}; {AGAIN}"
             )
-        groups[_rank_and_alpha(given, found.modules[path], sites[path], own)].append(path)
+        across = path in found.across
+        rank, alpha = _rank_and_alpha(given, found.modules[path], sites[path], own, across)
+        groups[rank, alpha, across].append(path)
     passes: list[Pass] = [
         Lora(
             target=",".join(f"path:{path}" for path in paths),
@@ -88,11 +92,12 @@ def read_lora(given: Checkpoint, base: Program) -> Program:
             rslora=bool(config.get("use_rslora")),
             dora=dora,
             bias="b" in needed,
+            across=across,
             dropout=float(config.get("lora_dropout") or 0.0),
             **({"init": "pissa"} if pissa else {}),
             **{"as": given.named(number, len(groups))},
         )
-        for number, ((rank, alpha), paths) in enumerate(groups.items(), 1)
+        for number, ((rank, alpha, across), paths) in enumerate(groups.items(), 1)
     ]
     for pass_ in passes:
         check_sizes(given, plan_of(given, base, pass_), found.by_path)
@@ -131,6 +136,14 @@ def _sorted(given: Checkpoint, base: Program) -> _Factors:
         site = next((site for site in base.sites if site.path == path), None)
         if site is not None:
             _as_ours(given, found.modules[path], site, own)
+            if site.kind == CONV and site.groups > 1 and {"A", "B"} <= own.keys():
+                inside = _within_groups(site, own["A"])
+                if inside is None and given.config.get("use_dora"):
+                    raise Unread(f"at {path} its DoRA mixes the {site.groups} groups of a convolution")
+                if inside is None:
+                    found.across.add(path)
+                else:
+                    own["A"] = inside
     return found
 
 
@@ -184,33 +197,27 @@ def _as_ours(given: Checkpoint, module: str, site: Site, own: dict[str, Tensor])
             own["A"] = torch.block_diag(*own["A"].chunk(count))
         if own["B"].shape[1] * count == own["A"].shape[0] and count > 1:
             own["B"] = torch.block_diag(*own["B"].chunk(count))
-    if site.kind == CONV and site.groups > 1:
-        _of_groups(site, own)
 
 
-def _of_groups(site: Site, own: dict[str, Tensor]) -> None:
-    """Factors of a grouped convolution, whose A in PEFT reads the channels of every group.
+def _within_groups(site: Site, a: Tensor) -> Tensor | None:
+    """A of a grouped convolution over the channels of its own groups; None if it reads others as well.
 
-    Raises:
-        Unread: A reads channels of other groups than B writes.
+    PEFT's A is over the channels of all groups.
     """
-    a, groups, channels = own["A"], site.groups, site.float_shape[1]
+    groups, channels = site.groups, site.float_shape[1]
     if a.dim() != len(site.float_shape) or a.shape[0] % groups or a.shape[1] != groups * channels:
-        raise Unread(f"at {site.path} its lora_A has shape {tuple(a.shape)}, which no grouped LoRA has")
+        raise Unread(
+            f"at {site.path} its lora_A has shape {tuple(a.shape)}, which no LoRA of {groups} groups has"
+        )
     split = a.reshape(groups, a.shape[0] // groups, groups, channels, -1)
     inside = torch.stack([split[group, :, group] for group in range(groups)])
-    across = split.clone()
-    for group in range(groups):
-        across[group, :, group] = 0
-    if across.count_nonzero():
-        raise Unread(
-            f"at {site.path} its lora_A reads the channels of all {groups} groups, which no pass here does"
-        )
-    own["A"] = inside.reshape(a.shape[0], channels, *a.shape[2:])
+    if inside.count_nonzero() < a.count_nonzero():
+        return None
+    return inside.reshape(a.shape[0], channels, *a.shape[2:])
 
 
 def _rank_and_alpha(
-    given: Checkpoint, module: str, site: Site, own: Mapping[str, Tensor]
+    given: Checkpoint, module: str, site: Site, own: Mapping[str, Tensor], across: bool
 ) -> tuple[int, float]:
     """Rank and alpha of the pass at a site. PEFT's rank of a grouped convolution is that of all groups together."""
     config = given.config
@@ -221,5 +228,5 @@ def _rank_and_alpha(
         raise LoadError(
             f"{given.path}: the configuration has rank {rank} at {site.path}, but lora_A has shape {shape}; {AGAIN}"
         )
-    groups = site.groups
+    groups = 1 if across else site.groups
     return int(shape[0]) // groups, float(alpha) / (groups**0.5 if config.get("use_rslora") else groups)

@@ -245,7 +245,7 @@ def _of_convolution(entry: Entry, site: Site, a: Tensor, lora: Lora) -> tuple[Te
             f"save the program"
         )
     groups, channels = site.groups, site.float_shape[1]
-    if groups == 1:
+    if groups == 1 or lora.across:
         return a, lora.scale
     if lora.dora:
         raise ExportError(

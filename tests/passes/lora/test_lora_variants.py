@@ -106,6 +106,15 @@ def test_conformance_of_a_bias():
         base.apply(lora("embed", bias=True))
 
 
+def test_conformance_across_the_groups_of_a_convolution():
+    base = surgery.capture(*models.forms())
+    report = check_pass(lora("path:conv1", across=True), base, checks=CHEAP)
+    assert set(report.skipped) == {"merge", "restored", "weights"}, report
+    assert base.apply(lora("path:conv1", across=True)).tensors["conv1.lora.A"].shape == (2, 8, 3)
+    with pytest.raises(PassError, match="it has 6 groups, and --across needs a rank that they divide"):
+        base.apply(lora("path:depthwise", across=True))
+
+
 @pytest.mark.parametrize("variant", ["dora", "pissa"])
 def test_conformance_in_full(variant):
     """Another process, ONNX, unflatten."""

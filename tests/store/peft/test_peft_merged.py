@@ -204,8 +204,8 @@ def test_a_trained_or_scaled_one_is_no_checkpoint_any_more(base, tmp_path):
     [
         (peft.LilyConfig(target_modules=["plain"], r=2, stride_A=1, num_B=2), "PEFT cannot merge this LILY"),
         (
-            peft.LoraConfig(r=4, target_modules=["grouped"]),
-            r"reads the channels of all 2 groups.* PEFT cannot merge",
+            peft.LoraConfig(r=4, use_dora=True, target_modules=["grouped"]),
+            r"its DoRA mixes the 2 groups of a convolution\. PEFT cannot merge",
         ),
     ],
 )
@@ -224,6 +224,19 @@ def test_without_peft_the_reason_names_it(base, tmp_path, monkeypatch):
         LoadError, match=r"no pass for PEFT's LOHA .* but peft is not installed; pip install peft"
     ):
         surgery.import_peft(tmp_path / "theirs", base)
+
+
+def test_a_grouped_convolution_of_peft_stays_a_branch(base, tmp_path):
+    config = peft.LoraConfig(**LORA, use_rslora=True, target_modules=["grouped", "conv1d"])
+    expected = checkpoint(config, tmp_path / "theirs")
+    program = surgery.import_peft(tmp_path / "theirs", base)
+    agree(program.run(ids=IDS), expected)
+    surgery.export_peft(program, tmp_path / "ours")
+    agree(by_peft(tmp_path / "ours"), expected)
+    merged = program.merge()
+    agree(merged.run(ids=IDS), expected, MERGED)
+    (left,) = merged.journal.entries[-1].options["kept"].values()
+    assert "reads the channels of all groups, which a grouped weight cannot hold" in left
 
 
 def test_our_grouped_lora_in_peft(base, tmp_path, randomise):
