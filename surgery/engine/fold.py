@@ -245,6 +245,10 @@ def _unfoldable(sites: SiteIndex, entry: Entry, pass_: RewritePass) -> str | Non
     for record in entry.sites:
         if uses.get(record.key.owner, 0) > 1:
             return f"{record.key.owner} is also used in another place, whose result folding would change"
+        for site in sites:
+            if any(record.key.owner in call.computed_from for call in site.calls):
+                made = f"{site.op} of {site.calls[0].module_path or 'the model itself'}"
+                return f"{record.key.owner} is also read to compute the weight of {made}, which folding would change"
     return None
 
 
@@ -293,6 +297,12 @@ def fold(
         folded[name] = work
         if any(step.fold.stage is Stage.SIZE for step in own):
             longer.append(name)
+    read = {str(n.target) for n in base.captured.graph.nodes if n.op == "get_attr" and n.users}
+    for name, value in list(folded.items()):
+        group = base.names.get(name, ())
+        # A module under two names, or a name that no op reads, follows the only use of the tensor.
+        if len(read.intersection(group)) <= 1:
+            folded.update({alias: value for alias in group if alias not in folded})
     for name in longer:
         # All names of a tied weight get the new length, also those that no op reads.
         for alias in base.names.get(name, ()):

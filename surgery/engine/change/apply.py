@@ -9,7 +9,8 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any, TypeVar
 
-from torch import Tensor, device, fx, random
+import torch
+from torch import Tensor, device, fx, nn, random
 
 from surgery.common.errors import PassError
 from surgery.common.threads import one_at_a_time
@@ -130,7 +131,7 @@ def apply(
         if isinstance(pass_, RewritePass):
             if checking and reference is None:
                 reference = program.run()
-            graph, tensors = _rewrite(program, pass_, planned, entry)
+            graph, tensors, entry = _rewrite(program, pass_, planned, entry)
             tensors.update(kept)
             adapted = program.derive(
                 program.journal.add(entry), tensors, graph=graph, reports=program.reports
@@ -174,8 +175,8 @@ def apply(
 
 def _rewrite(
     program: State, pass_: RewritePass, planned: PassPlan, entry: Entry
-) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """A copy of the program's graph with an entry applied, and all inserted tensors by name."""
+) -> tuple[fx.Graph, dict[str, Tensor], Entry]:
+    """A copy of the program's graph with an entry applied, all inserted tensors by name, and the entry."""
     _check_size(program, planned, entry)
     tensors = dict(program.tensors)
     for site_plan, record in zip(planned.accepted, entry.sites, strict=True):
@@ -183,6 +184,8 @@ def _rewrite(
         place = _device(program, site)
         for name, spec in site_plan.specs.items():
             tensors[record.tensors[name]] = spec.make(site.float_dtype, place)
+    if pass_.gradual is None and program.base.in_memory:
+        entry = _sharing(program, entry, tensors)
     graph = copy_graph(program.graph)
     plugins = program.base.plugins
     view = View(graph, program.names, plugins.weight_ops)
@@ -190,7 +193,39 @@ def _rewrite(
     replay.rewrite_entry(entry, pass_, graph, MetaCache(graph), sites, tensors, view)
     refuse_dropped(graph, replay.live_entries(program.journal), plugins, entry.id)
     graph.lint()
-    return graph, tensors
+    return graph, tensors, entry
+
+
+def _sharing(program: State, entry: Entry, tensors: dict[str, Tensor]) -> Entry:
+    """The entry with one tensor where the uses of a tied weight got equal frozen ones, such as codes of a vocabulary.
+
+    Args:
+        program: The program before the entry.
+        entry: The entry.
+        tensors: Inserted tensors, by name; those that are not needed any more are removed.
+    """
+    # First name of a base tensor, name of the tensor in the pass -> names of the tensors so far.
+    known: dict[tuple[str, str], list[str]] = {}
+    records = []
+    for record in entry.sites:
+        owner = program.names.get(record.key.owner, (record.key.owner,))
+        own = dict(record.tensors)
+        for name, full in record.tensors.items() if len(owner) > 1 else ():
+            there = known.setdefault((owner[0], name), [])
+            same = next((other for other in there if _same(tensors[other], tensors[full])), None)
+            if same is None:
+                there.append(full)
+            elif same != full:
+                own[name] = same
+                del tensors[full]
+        records.append(replace(record, tensors=own))
+    return replace(entry, sites=tuple(records))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors are frozen and equal."""
+    frozen = not isinstance(a, nn.Parameter) and not isinstance(b, nn.Parameter)
+    return frozen and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 def _warn(name: str, pass_: Pass, planned: PassPlan) -> None:
