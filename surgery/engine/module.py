@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from surgery.common.errors import JournalError, PassError
@@ -16,7 +17,7 @@ from surgery.engine.recompute import REMADE, recomputed
 from surgery.engine.replay import GradualEntry
 from surgery.engine.schedule import Clock, Schedule
 from surgery.graph.compiled import compiled
-from surgery.graph.graphs import copy_graph, without_replaced
+from surgery.graph.graphs import copy_graph, live_nodes, without_replaced
 
 # Parameter -> handle of the hook that masks its gradient. Not an attribute, since hooks cannot be pickled.
 _masks: Any = WeakTensorKeyDictionary()
@@ -176,18 +177,19 @@ class ProgramModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProgramModule:
-        """Move the tensors, as `to` does.
+        """Convert the tensors, as `to` does.
 
         Raises:
-            PassError: The function converts to another dtype; the graph names the dtypes that it was captured in.
+            PassError: The function converts to another dtype, and the graph names the dtype that it was captured in.
         """
         for dtype in {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}:
             made = fn(torch.empty(0, dtype=dtype)).dtype
-            if made != dtype:
+            node = _names_dtype(self.graph_module().graph) if made != dtype else None
+            if node is not None:
                 raise PassError(
                     f"the module of a program cannot be converted to {str(made).removeprefix('torch.')}, because its "
-                    f"graph computes in {str(dtype).removeprefix('torch.')}; convert the model first and capture it "
-                    "then, or load it with model_kwargs={'dtype': …}, and apply the passes there"
+                    f"graph names {str(dtype).removeprefix('torch.')} ({node.target}); convert the model first and "
+                    "capture it then, or load it with model_kwargs={'dtype': …}, and apply the passes there"
                 )
         return super()._apply(fn, recurse)
 
@@ -207,6 +209,19 @@ class ProgramModule(nn.Module):
         raise TypeError(
             "the module of a program cannot be pickled; save the program, or this module's state_dict()"
         )
+
+
+def _names_dtype(graph: fx.Graph) -> fx.Node | None:
+    """A node whose floating-point dtype does not follow from its inputs; None if there is none."""
+    for node in live_nodes(graph):
+        if node.op != "call_function":
+            continue
+        leaves = tree_leaves((node.args, node.kwargs))
+        value = node.meta.get("val")
+        made = isinstance(value, Tensor) and value.is_floating_point() and not node.all_input_nodes
+        if made or any(isinstance(leaf, torch.dtype) and leaf.is_floating_point for leaf in leaves):
+            return node
+    return None
 
 
 def mask_gradient(parameter: nn.Parameter, mask: Tensor) -> None:

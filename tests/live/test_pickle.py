@@ -119,11 +119,21 @@ def test_a_program_is_copied_and_pickled():
     assert torch.equal(program.run(), before)
 
 
+class Filled(torch.nn.Linear):
+    """Creates a tensor of a dtype that does not follow from its weights."""
+
+    def forward(self, input):
+        return super().forward(input) + torch.full((self.out_features,), 0.5)
+
+
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-def test_a_program_cannot_be_cast(cast):
-    program = surgery.capture(torch.nn.Linear(3, 3), torch.randn(2, 3))
-    module = program.module()
-    with pytest.raises(PassError, match=r"its graph computes in float32.*convert the model first"):
+def test_a_program_that_names_its_dtype_cannot_be_converted(cast):
+    x = torch.randn(2, 3)
+    module = surgery.capture(Filled(3, 3), x).module()
+    with pytest.raises(PassError, match=r"its graph names float32 \(aten\.full.*convert the model first"):
         getattr(module, cast)()
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert module.float().to("cpu") is module
+    plain = surgery.capture(torch.nn.Linear(3, 3), x).module()
+    expected = plain(x)
+    torch.testing.assert_close(plain.double()(x.double()).float(), expected)

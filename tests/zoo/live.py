@@ -115,8 +115,9 @@ _ABOUT = """\
   the passes have to be installed; the graph is captured again at the first change. Load only pickles that you
   wrote.
 - **Conversions.** After `half()`, `to(dtype)`, `to(device)`, `resize_token_embeddings` or another module in the
-  place of one without passes, the program follows at the next call of surgery. A program's own module cannot be
-  converted: its graph names the dtypes. Inside a `using` block, the model is not converted.
+  place of one without passes, the program follows at the next call of surgery. A program's own module is converted
+  only if its graph names no dtype; most transformers models' graphs do, so convert the model first. Inside a
+  `using` block, the model is not converted.
 - **Threads.** `using` and `mixed_batch` hold for the running thread or asyncio task. While a block is open, no
   thread can change the model. A block that needs other values (merged weights, trained parameters of the base,
   moved statistics) refuses other threads; use a copy of the model for each.
