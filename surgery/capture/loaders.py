@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 
 from surgery.capture.types import LoadedModel, LoadOptions
+from surgery.common.errors import PluginError
 from surgery.common.hooks import hookimpl
 
 _LOADERS = {
@@ -12,6 +14,27 @@ _LOADERS = {
     "timm:": "surgery.capture.timm",
     "py:": "surgery.capture.py",
 }
+
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+
+
+def _check_schemes(given: object) -> None:
+    """Raise PluginError if a hook returned anything but a list of schemes, without their colons."""
+    listed = isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given)
+    if not listed or not all(_SCHEME.fullmatch(one) for one in given):  # type: ignore[attr-defined]
+        raise PluginError(
+            f"it returns {given!r} from surgery_load_schemes; return a list such as ['myhub'] for myhub:NAME"
+        )
+
+
+CHECKS_OF_HOOKS = {"surgery_load_schemes": _check_schemes}
+
+
+@hookimpl
+def surgery_load_schemes() -> list[str]:
+    """Schemes of the built-in loaders; a `.pt2` file has none."""
+    return [prefix.removesuffix(":") for prefix in _LOADERS]
 
 
 @hookimpl

@@ -36,6 +36,8 @@ class LazyGroup(click.Group):
     Commands of plugins (see surgery.cli.plugins) follow the built-in ones. A built-in command keeps its name.
     """
 
+    BUILT_IN = tuple(BUILT_IN)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(self._short_texts())
 

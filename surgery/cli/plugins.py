@@ -55,12 +55,40 @@ def _load_plugins(cli: click.Command) -> Plugins:
     plugins = make_plugin_manager()
     for title, reason in plugins.broken.items():
         click.echo(f"warning: plugin {title} cannot be loaded and is ignored: {reason}", err=True)
-    for impl in plugins.implementations("surgery_commands") if isinstance(cli, click.Group) else ():
+    # Read now, so that what is left out is said before the command's own output.
+    _ = plugins.weight_ops, plugins.writers, plugins.schemes
+    for note in plugins.notes:
+        click.echo(f"warning: {note}", err=True)
+    if isinstance(cli, click.Group):
+        _add_commands(cli, plugins)
+    return plugins
+
+
+def _add_commands(cli: click.Group, plugins: Plugins) -> None:
+    """Add the commands of `surgery_commands` hooks, without those that have the name of another command."""
+    taken = dict.fromkeys(cli.list_commands(click.Context(cli)), "a built-in command")
+    for name, points in command_entry_points().items():
+        if name in getattr(cli, "BUILT_IN", ()):
+            click.echo(
+                f"warning: plugin {_owner(points[0])} cannot replace the built-in command {name!r}", err=True
+            )
+    for impl in plugins.implementations("surgery_commands"):
+        owner = plugins.distribution_of(impl)[0]
+        # Plugins add to a group of their own first, so that none replaces a command of another.
+        own = click.Group(cli.name)
         try:
-            plugins.call(impl, cli=cli)
+            plugins.call(impl, cli=own)
         except SurgeryError as error:
             click.echo(f"warning: {error}", err=True)
-    return plugins
+            continue
+        for name, command in own.commands.items():
+            if name in taken:
+                click.echo(
+                    f"warning: plugin {owner!r} cannot replace {taken[name]}: {name!r} is left out", err=True
+                )
+                continue
+            taken[name] = f"a command of {owner!r}"
+            cli.add_command(command, name)
 
 
 def pass_plugins(function: Callable[..., Any]) -> Callable[..., Any]:

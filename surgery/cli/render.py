@@ -20,9 +20,10 @@ from surgery.graph.sites import Site
 
 def console() -> Console:
     """A console as wide as the terminal, or 200 columns wide in a pipe, where it must not shorten paths."""
+    # Without markup: a bracket in a docstring, an option or a path is a bracket.
     piped = not sys.stdout.isatty()
     width = 200 if piped else max(shutil.get_terminal_size().columns, 80)
-    return Console(width=width, highlight=False, soft_wrap=False)
+    return Console(width=width, highlight=False, soft_wrap=False, markup=False)
 
 
 def count(number: int) -> str:

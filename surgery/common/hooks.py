@@ -44,6 +44,15 @@ def surgery_load_model(ref: str, options: Any) -> Any:
 
 
 @hookspec
+def surgery_load_schemes() -> list[str]:  # type: ignore[empty-body]
+    """Schemes of the references that the plugin's `surgery_load_model` loads: ["myhub"] for "myhub:name".
+
+    A loader is asked only for references of its schemes. One that declares none is asked for those that nobody
+    declares.
+    """
+
+
+@hookspec
 def surgery_commands(cli: Any) -> None:
     """Add click commands to the group of the command line.
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgery.common.errors import SurgeryError, nearest
+from surgery.common.guard import guard
 
 _LONGEST = 1000  # characters of an error that repeats an option
 
@@ -26,6 +27,11 @@ class Configured(BaseModel):
     _kind: ClassVar[str] = ""
     _failure: ClassVar[type[SurgeryError]] = SurgeryError
     name: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **given: Any) -> None:
+        super().__pydantic_init_subclass__(**given)
+        guard(cls, cls._kind)
 
     def options(self, given_only: bool = False) -> dict[str, Any]:
         """The options by name, JSON-able.

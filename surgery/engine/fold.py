@@ -334,7 +334,8 @@ def _reported(entry: Entry, path: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise JournalError(
-            f"{entry.id} at {path} cannot be folded ({type(error).__name__}: {first_line(error)}); undo the merge"
+            f"{entry.id} at {path} cannot be folded: pass {entry.pass_name!r} of {entry.distribution!r} fails in "
+            f"merge ({type(error).__name__}: {first_line(error)}); undo the merge"
         ) from error
 
 
@@ -359,6 +360,11 @@ def _steps_of(
             changes = dict(pass_.merge(site, own, entry.weight))
         for slot, change in changes.items():
             name = _place(site, slot, entry)
+            if not isinstance(change, Fold):
+                raise PassError(
+                    f"{entry.id} at {site.path}: merge returned {type(change).__name__} for {slot!r}; return a Fold, "
+                    "such as AddLowRank or ScaleAxis (surgery.api)"
+                )
             if name is not None:
                 steps.append(_Step(entry, site, name, change))
     return steps

@@ -234,7 +234,7 @@ class Program(State):
         Raises:
             PassError: A pass does not act within single layers, or the weights are not in memory.
         """
-        return self.base.plugins.hook.surgery_live(program=self)
+        return self.base.plugins.first("surgery_live", program=self)
 
     def export(self, path: Any, **options: Any) -> Any:
         """Write an ONNX model and compare onnxruntime with the program; see surgery.export.program.export_program.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgery.common.errors import PluginError, nearest
 from surgery.common.hooks import hookimpl
 from surgery.graph.marks import mark_of
 
@@ -359,6 +360,42 @@ def per_axis(value: int | Sequence[int], axes: int) -> list[int]:
     """Return a convolution argument (stride, padding, …) for each axis; a single number applies to all axes."""
     found = [value] if isinstance(value, int) else list(value)
     return found * axes if len(found) == 1 else found
+
+
+# Letters of the axes of a weight, by kind; "experts" has an axis of experts besides.
+_AXES = {LINEAR: "oi", CONV: "oi", EMBEDDING: "vd", EXPERTS: "eoi", NORM: "o"}
+
+
+def check_weight_ops(given: Any) -> None:
+    """Raise PluginError if a declaration does not fit its op: it would never match, or fail in the first program."""
+    if not isinstance(given, Mapping):
+        raise PluginError(
+            f"it returns {type(given).__name__} from surgery_weight_ops; return a dict, op → WeightOp"
+        )
+    for op, declared in given.items():
+        if not isinstance(declared, WeightOp):
+            raise PluginError(f"for {op} it returns {type(declared).__name__}; return a WeightOp")
+        if not isinstance(op, torch._ops.OpOverload):
+            raise PluginError(f"{op} is no overload of an op, so no node has it; declare {op}.default, say")
+        if declared.kind not in _AXES:
+            raise PluginError(f"{op} has the kind {declared.kind!r}; use one of {', '.join(_AXES)}")
+        if sorted(declared.layout) != sorted(_AXES[declared.kind]):
+            raise PluginError(
+                f"{op} has the layout {declared.layout!r}; for {declared.kind} use the letters "
+                f"{', '.join(_AXES[declared.kind])} once each"
+            )
+        known = [argument.name for argument in op._schema.arguments]
+        named = (declared.x, *declared.weights, *([declared.bias] if declared.bias else []))
+        for name in named:
+            # The default bias is left out by an op that has none.
+            if name not in known and not (name == declared.bias == "bias"):
+                hint = nearest(str(name), known) or f"; it has {', '.join(known)}"
+                raise PluginError(f"{op} has no argument {name!r}{hint}")
+        if not declared.weights or (declared.dequantize is not None and not callable(declared.dequantize)):
+            raise PluginError(f"{op} needs the names of its weights, and a function as dequantize")
+
+
+CHECKS_OF_HOOKS = {"surgery_weight_ops": check_weight_ops}
 
 
 @hookimpl

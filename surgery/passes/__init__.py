@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from surgery.common.hooks import hookimpl
+from surgery.common.plugins import check_classes
 from surgery.engine.change.freeze import Freeze
+from surgery.engine.contract.base import Pass
 from surgery.passes.adapter import Adapter
 from surgery.passes.bitfit import Bitfit
 from surgery.passes.delta import Delta
@@ -73,6 +75,12 @@ def surgery_passes() -> list[type]:
         Layerwise,
     ]
 
+
+def _check_passes(given: object) -> None:
+    check_classes(given, "surgery_passes", Pass)
+
+
+CHECKS_OF_HOOKS = {"surgery_passes": _check_passes}
 
 __all__ = [
     "Adapter",

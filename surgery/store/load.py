@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from surgery.capture import LoadOptions, from_module, trace
 from surgery.capture.reference import load_model
@@ -15,6 +15,7 @@ from surgery.common.errors import LoadError
 from surgery.common.plugins import Plugins, make_plugin_manager
 from surgery.engine.base import Base
 from surgery.engine.program import Program
+from surgery.graph.ops import BUILTIN_WEIGHT_OPS, arguments
 from surgery.store.saved import is_saved, load_saved
 
 
@@ -67,7 +68,7 @@ def load(
 
 def _noting(ref: str, program: Program, more: tuple[str, ...] = ()) -> Program:
     """The program, after a warning for each note of its capture and each further note."""
-    program.base.notes = (*program.base.captured.notes, *more)
+    program.base.notes = (*program.base.captured.notes, *_buffers(program), *more)
     for note in program.base.notes:
         warnings.warn(f"{ref}: {note}", stacklevel=3)
     return program
@@ -87,6 +88,20 @@ def _random(program: Program) -> tuple[str, ...]:
     return (f"{fresh[0]}{more}: not in the checkpoint, so random",)
 
 
+def _buffers(program: Program) -> list[str]:
+    """Notes on ops of plugins whose weight is a buffer: no pass finds a weight that is not a parameter."""
+    found, base = [], program.base
+    for node in base.captured.graph.nodes:
+        op = None if node.target in BUILTIN_WEIGHT_OPS else base.plugins.weight_ops.get(node.target)
+        weight = arguments(node).get(op.weights[0]) if op is not None else None
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target) not in base.names:
+            found.append(
+                f"{weight.target}, the weight of {node.target}, is a buffer, so no pass acts on it; register it as "
+                "nn.Parameter(…, requires_grad=False)"
+            )
+    return found
+
+
 def capture(
     module: nn.Module, example_inputs: Any, dynamic: Any = None, *, plugins: Plugins | None = None
 ) -> Program:
@@ -103,4 +118,7 @@ def capture(
         CaptureError: The module cannot be captured; the message names the input or the operation.
     """
     loaded = from_module(module, example_inputs, dynamic)
-    return Program(Base(loaded, trace(loaded), plugins or make_plugin_manager()))
+    program = Program(Base(loaded, trace(loaded), plugins or make_plugin_manager()))
+    for note in _buffers(program):
+        warnings.warn(note, stacklevel=2)
+    return program

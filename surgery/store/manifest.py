@@ -14,6 +14,12 @@ Hash = Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Literal["inserted.safetensors", "changed.safetensors", "base.safetensors"]
 
 
+class _StoredLoader(BaseModel):
+    # It is part of the advice `pip install …` for an absent plugin.
+    distribution: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9._-]{0,128}$")] = ""
+    version: Text = ""
+
+
 class _StoredBase(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -23,6 +29,7 @@ class _StoredBase(BaseModel):
     example: dict[Text, Natural]
     files: dict[Text, Hash]
     graph: Hash
+    loader: _StoredLoader = _StoredLoader()
     sites: list[tuple[Text, Text, list[StrictInt], Text, Natural]]
 
 

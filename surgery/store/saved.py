@@ -28,12 +28,12 @@ from torch import Tensor, fx, nn
 
 from surgery.capture import LoadedModel, LoadOptions, trace
 from surgery.capture.budget import limited
-from surgery.capture.reference import load_model
+from surgery.capture.reference import load_model, loader_of
 from surgery.capture.stored_options import check_example, check_kwargs
 from surgery.common.errors import JournalError, LoadError, SurgeryError
 from surgery.common.files import core_version, staged_directory
 from surgery.common.names import check_plain, components
-from surgery.common.plugins import Plugins
+from surgery.common.plugins import CORE, Plugins
 from surgery.common.readers import first_line, read_json, read_tensors
 from surgery.engine.base import Base, sha256
 from surgery.engine.data import check_present
@@ -42,6 +42,7 @@ from surgery.engine.program import Program
 from surgery.engine.replay import build_graph, pass_of
 from surgery.store.hf import write_base
 from surgery.store.manifest import check_manifest
+from surgery.store.migrate import migrated
 
 SCHEMA = 2
 # Schemas that can be read. Fields that are new in 2 have defaults in Entry.from_json.
@@ -123,6 +124,7 @@ def write_saved(program: Program, folder: Path, *, standalone: bool = False) -> 
             **({} if base.heads is None else {"layers": True}),
             "graph": base.graph_hash,
             "sites": base.site_table(),
+            "loader": dict(zip(("distribution", "version"), loader_of(ref, base.plugins), strict=True)),
         },
         "journal": program.journal.to_json(),
         "labels": {output: list(names) for output, names in program.labels.items()},
@@ -282,11 +284,12 @@ def _untouched(base: Any, stored: Mapping[str, Tensor]) -> Iterator[None]:
 def _load(path: Path, base: Any, trust: bool, plugins: Plugins, into: bool) -> Program:
     manifest = read_manifest(path)
     journal = Journal.from_json(manifest["journal"])
-    # A missing plugin is reported before a model is loaded, which can take long.
+    stored = {name: _read(path / name) for name in manifest["files"]}
+    # A missing plugin, or another version of a pass, is reported before a model is loaded, which can take long.
+    journal, held, origins = migrated(journal, stored.get(INSERTED, {}), plugins, str(path))
     for entry in journal:
         if entry.kind == "rewrite":
             pass_of(entry, plugins)
-    stored = {name: _read(path / name) for name in manifest["files"]}
     if isinstance(base, Program):
         apart = _untied(base.base.loaded.module, stored.get(BASE, {}))
         if apart and into:
@@ -298,11 +301,11 @@ def _load(path: Path, base: Any, trust: bool, plugins: Plugins, into: bool) -> P
         root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}))
         _check_base(path, manifest["base"], root)
         changed = _changed(path, root, stored.get(CHANGED, {}))
-        held = stored.get(INSERTED, {})
         _check_names(path, journal, held, root)
         listed = manifest["parameters"]
         # Schema 1 has no list.
         trainable = _trainable(journal, plugins, root) if listed is None else set(listed)
+        trainable |= {name for name, old in origins.items() if old in trainable}
         inserted = {n: nn.Parameter(t) if n in trainable else t for n, t in held.items()}
         graph = build_graph(root, journal, inserted, root.captured, stored=True)
     program = Program(root, journal, inserted, changed, graph)
@@ -447,10 +450,25 @@ def _base(
     check_kwargs(saved["model_kwargs"], ref, f"{path / MANIFEST}, model_kwargs", LoadError)
     check_example(saved["example"], f"{path / MANIFEST}, example", LoadError)
     options = LoadOptions(saved["task"], saved["model_kwargs"], trust, saved["example"])
+    _check_loader(path, saved, ref, plugins)
     with _room(path, ref, saved["model_kwargs"]):
         loaded = load_model(ref, options, plugins)
     loaded = _fill(loaded, stored, path)
     return Base(loaded, trace(loaded), plugins, ref, options)
+
+
+def _check_loader(path: Path, saved: Mapping[str, Any], ref: str, plugins: Plugins) -> None:
+    """Raise LoadError if the plugin that loaded the base is not installed; the message names its distribution."""
+    scheme, colon, _ = ref.partition(":")
+    wanted = saved.get("loader", {}).get("distribution")
+    if not colon or not wanted or wanted == CORE or scheme in plugins.schemes or ref != saved["ref"]:
+        return
+    for title, why in plugins.broken.items():
+        if title.partition(" ")[0] == wanted:
+            raise LoadError(
+                f"the base of {path}, {ref}, is loaded by the plugin {title}, which does not load: {why}"
+            )
+    raise LoadError(f"the base of {path}, {ref}, is loaded by the plugin {wanted!r}; pip install {wanted}")
 
 
 def _room(path: Path, ref: str, kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:

@@ -254,7 +254,7 @@ def test_what_is_no_pass_is_refused():
         def surgery_passes(self):
             return [Pass, int]
 
-    with pytest.raises(PluginError, match="'Odd' registers"):
+    with pytest.raises(PluginError, match="'Odd': it registers"):
         passes(make_plugin_manager(plugins=(Odd(),)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, device, fx, nn, random
 
 from surgery.common.errors import PassError
+from surgery.common.guard import is_core, reported
 from surgery.common.threads import one_at_a_time
 from surgery.engine import replay
 from surgery.engine.change.entries import entry_of, trained_before
@@ -183,7 +185,10 @@ def _rewrite(
         site = site_plan.site
         place = _device(program, site)
         for name, spec in site_plan.specs.items():
-            tensors[record.tensors[name]] = spec.make(site.float_dtype, place)
+            with (
+                nullcontext() if is_core(type(pass_)) else reported(type(pass_), "pass", "tensors", site.path)
+            ):
+                tensors[record.tensors[name]] = spec.make(site.float_dtype, place)
     if pass_.gradual is None and program.base.in_memory:
         entry = _sharing(program, entry, tensors)
     graph = copy_graph(program.graph)

@@ -34,7 +34,8 @@ class Pass(Configured):
 
     Attributes:
         name: Name on the command line and in journals.
-        version: Version of what the journal stores for the pass.
+        version: Version of what the journal stores for the pass: its options and tensors. A pass that raises it can
+            define `migrate(options, tensors, version)`, a class or static method; see surgery.store.migrate.
         requires: Names of passes; one of them must be applied already or be in the same pipeline.
         before: Names of passes that must come later. Within a pipeline they are moved behind this one. A site where
             one of them is applied already is refused.

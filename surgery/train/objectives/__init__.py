@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from surgery.common.hooks import hookimpl
+from surgery.common.plugins import check_classes
+from surgery.train.objective import Objective
 from surgery.train.objectives.causal_lm import CausalLm
 from surgery.train.objectives.classification import Classification
 from surgery.train.objectives.contrastive import Contrastive
@@ -19,6 +21,12 @@ from surgery.train.objectives.sft import Sft
 def surgery_objectives() -> list[type]:
     return [Classification, Regression, CausalLm, MaskedLm, Sft, Reward, Dpo, Contrastive, Distill, MultiTask]
 
+
+def _check_objectives(given: object) -> None:
+    check_classes(given, "surgery_objectives", Objective)
+
+
+CHECKS_OF_HOOKS = {"surgery_objectives": _check_objectives}
 
 __all__ = [
     "CausalLm",
