@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from surgery.passes.quantize.codes_pass import CodesPass
+from surgery.passes.quantize.matrix import Layout
 from surgery.passes.quantize.quantize import Quantize
 
 __all__ = [
     "CodesPass",
+    "Layout",
     "Quantize",
 ]

@@ -127,6 +127,12 @@ def difference(expected: object, got: object, ulps: int) -> str | None:
         largest = max(1.0, float(finite.max())) if finite.numel() else 1.0
         tolerance = ulps * torch.finfo(a.dtype).eps * largest
         if not torch.allclose(a.double(), b.double(), rtol=0, atol=tolerance, equal_nan=True):
+            odd = [int((~torch.isfinite(t)).sum()) for t in (a, b)]
+            if not torch.equal(torch.isfinite(a), torch.isfinite(b)):
+                return (
+                    f"{name} has {odd[0]} values that are inf or NaN in the module and {odd[1]} in the capture, of "
+                    f"{a.numel()}; check the masks of the example inputs"
+                )
             worst = (a.double() - b.double()).nan_to_num().abs().max()
             return f"{name} differs by {float(worst):.3g} (allowed {tolerance:.3g})"
     return None

@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from surgery.capture.ranges import named_range
 from surgery.capture.shapes import argument_names, list_axes
 from surgery.capture.types import LoadedModel, tensor_leaves
 from surgery.common.errors import CaptureError, nearest
@@ -32,9 +33,10 @@ def from_module(
         module: the module to capture.
         example_inputs: a tensor, a tuple of positional inputs, or a mapping of inputs by name.
         dynamic: the dynamic dimensions. None makes axis 0 of every tensor the dimension `batch` if all tensors
-            have the same size of at least 2 there, and makes everything static otherwise. `{}` makes everything
-            static. `{input: {axis: "name"}}` names dimensions; axes with the same name have the same size.
-            A `torch.export.Dim` instead of a name also sets bounds.
+            have the same size of at least 2 there; otherwise everything is static, and a note of the capture says so.
+            `{}` makes everything static. `{input: {axis: "name"}}` names dimensions; axes with the same name have the
+            same size. "name=8..512" also sets bounds, "name=8..512/4" allows multiples of 4 alone, and a
+            `torch.export.Dim` may be given instead of a name.
         copy_module: False uses `module` itself instead of a copy; the caller must not use it afterwards.
         metadata: JSON-compatible facts about the model; None records only the loader.
 
@@ -63,9 +65,12 @@ def from_module(
     module.eval()
     names = argument_names(module, args, kwargs)
     values = [*args, *kwargs.values()]
-    shapes = (
-        _batch(values, names) if dynamic is None else _named(dynamic, dict(zip(names, values, strict=True)))
-    )
+    notes: tuple[str, ...] = ()
+    if dynamic is None:
+        shapes = _batch(values, names)
+        notes = () if shapes else _static_note(values, names)
+    else:
+        shapes = _named(dynamic, dict(zip(names, values, strict=True)))
     loaded = LoadedModel(
         module,
         args,
@@ -73,6 +78,7 @@ def from_module(
         shapes,
         unsourced=_names(module),
         metadata=dict(metadata or {"loader": "module"}),
+        notes=notes,
     )
     # Listing the axes validates `dynamic` here, before the slow trace.
     list_axes(loaded)
@@ -99,6 +105,23 @@ def _batch(values: list[Any], names: list[str]) -> dict[str, Any] | None:
     }
 
 
+def _static_note(values: list[Any], names: list[str]) -> tuple[str, ...]:
+    """A note that says why no dimension is dynamic."""
+    sizes = {
+        name: leaf.shape[0] if leaf.ndim else "no axes"
+        for name, value in zip(names, values, strict=True)
+        for leaf in tensor_leaves(value)
+    }
+    if not sizes:
+        return ()
+    listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    why = "is 1" if set(sizes.values()) == {1} else "differs"
+    return (
+        f"every dimension is fixed, because the first size of the inputs {why} ({listed}); give a batch of at least 2, "
+        f"or name the dynamic dimensions: dynamic={{{next(iter(sizes))!r}: {{0: 'batch'}}}}",
+    )
+
+
 def _named(dynamic: Any, inputs: Mapping[str, Any]) -> Any:
     """Copy of `dynamic` with each name replaced by a Dim; equal names share one Dim."""
     dims: dict[str, Any] = {}
@@ -111,16 +134,25 @@ def _named(dynamic: Any, inputs: Mapping[str, Any]) -> Any:
 
     def convert(spec: Any) -> Any:
         if isinstance(spec, str):
-            if not spec.isidentifier():
-                raise CaptureError(
-                    f"'{spec}' is not a valid dimension name; use letters, digits and underscores"
-                )
-            return dims.setdefault(spec, Dim(spec))
+            name, dim = named_range(spec)
+            if name in dims and "=" in spec and _bounds(dims[name]) != _bounds(dim):
+                raise CaptureError(f"dimension '{name}' is given two ranges; give it one")
+            return dims.setdefault(name, dim)
         if isinstance(spec, Mapping):
             return {key: convert(item) for key, item in spec.items()}
         if isinstance(spec, (tuple, list)):
             return type(spec)(convert(item) for item in spec)
         return spec
 
+    # Names with a range come first, so that the range holds wherever the name occurs.
+    for leaf in pytree.tree_leaves(dynamic, is_leaf=lambda spec: isinstance(spec, str)):
+        if isinstance(leaf, str) and "=" in leaf:
+            convert(leaf)
     converted = convert(dynamic)
     return converted if converted else None
+
+
+def _bounds(dim: Any) -> tuple[Any, ...]:
+    root = getattr(dim, "root", None)
+    base = dim if root is None else root
+    return (getattr(base, "min", None), getattr(base, "max", None), root is None or dim.fn(1))

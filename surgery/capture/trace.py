@@ -15,10 +15,11 @@ import torch
 from torch import fx, nn
 
 from surgery.capture import check as checking
-from surgery.capture.bounds import fixed_dimensions, without, without_ends
+from surgery.capture.bounds import derived, fixed_dimensions, without, without_ends
 from surgery.capture.explain import explain
 from surgery.capture.flatten import flatten_regions, share_tied
-from surgery.capture.shapes import Axis, argument_names, list_axes, other_sizes
+from surgery.capture.recurrent import shape_rules
+from surgery.capture.shapes import Axis, argument_names, list_axes, named_sizes, other_sizes
 from surgery.capture.types import Captured, LoadedModel
 from surgery.common.errors import CaptureError
 from surgery.common.threads import one_at_a_time
@@ -81,7 +82,7 @@ def _export(
     module = loaded.module
     subject = f"{type(module).__name__}{' in train mode' if training else ''}"
     shapes = _by_name(loaded)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = loaded.notes
     # Each round removes a dimension or shrinks a range, so the loop ends: either the export succeeds or nothing is
     # left to narrow.
     while True:
@@ -100,6 +101,10 @@ def _export(
                 notes += tuple(_note(name, size) for name, size in fixed.items())
             else:
                 narrower = without_ends(shapes, axes, str(error)) if shapes else None
+                if narrower is None and shapes:
+                    found = derived(shapes, axes, named_sizes(loaded), str(error))
+                    narrower, said = found or (None, ())
+                    notes += said
             if narrower is None:
                 raise CaptureError(f"cannot capture {subject}: {explain(error)}") from error
             shapes, axes = narrower, list_axes(replace(loaded, dynamic_shapes=narrower))
@@ -116,7 +121,7 @@ def _note(name: str, size: int) -> str:
 
 
 def _run_export(loaded: LoadedModel, shapes: Any) -> torch.export.ExportedProgram:
-    with torch.enable_grad():
+    with torch.enable_grad(), shape_rules():
         return torch.export.export(
             loaded.module, tuple(loaded.args), dict(loaded.kwargs), dynamic_shapes=shapes, strict=False
         )

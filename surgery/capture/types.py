@@ -55,6 +55,7 @@ class LoadedModel:
         cached: transformers models only: modules whose configuration had `use_cache` on before the capture, as
             module path and index among the nested configurations.
         whole: the model, if it cannot be captured and `module` only calls its layers one by one, for a live model.
+        notes: sentences for the user about the inputs.
     """
 
     module: nn.Module
@@ -71,6 +72,7 @@ class LoadedModel:
     config: Any = None
     cached: tuple[tuple[str, int], ...] = ()
     whole: nn.Module | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def model(self) -> nn.Module:

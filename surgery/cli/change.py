@@ -99,6 +99,11 @@ def apply(
     help="With --format hf: split the weights into files of at most this size, such as 5GB.",
 )
 @click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Convert the model and its adapters to this dtype before merging (default: as stored).",
+)
+@click.option(
     "--quantized",
     type=click.Choice(QUANTIZED_MERGES),
     default="keep",
@@ -124,6 +129,7 @@ def merge(
     output: Path,
     format_: str,
     max_shard_size: str | None,
+    dtype: str | None,
     quantized: How,
     budget: float,
     data: tuple[Path, ...],
@@ -144,7 +150,7 @@ def merge(
     if max_shard_size and format_ != "hf":
         raise SurgeryError("--max-shard-size needs --format hf; add --format hf or remove --max-shard-size")
     refuse_taken(output, overwrite)
-    program = choose(loader(directory))
+    program = choose(loader(directory, dtype=dtype))
     # No live entry: the program was merged before, or only weights of the base were trained.
     plain = not live_entries(program.journal)
     merged = program

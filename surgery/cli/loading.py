@@ -40,7 +40,7 @@ def make_loader(
     base: str | None,
     seed: int,
 ) -> Callable[..., Program]:
-    """A function `loader(ref, recipe=None, choose=None)` that loads a program with the options of a command.
+    """A function `loader(ref, recipe=None, choose=None, dtype=None)` that loads a program with a command's options.
 
     Args:
         plugins: plugin manager of the program.
@@ -52,11 +52,13 @@ def make_loader(
         seed: seed of weights that no file contains, such as a new head.
 
     Returns:
-        The loader. `choose` may replace the task and the arguments of the constructor. The loader raises SurgeryError
-        for a wrong option or a model that cannot be loaded.
+        The loader. `choose` may replace the task and the arguments of the constructor; `dtype` is the dtype to load the
+        model in. The loader raises SurgeryError for a wrong option or a model that cannot be loaded.
     """
 
-    def loader(ref: str, recipe: Recipe | None = None, choose: Choose | None = None) -> Program:
+    def loader(
+        ref: str, recipe: Recipe | None = None, choose: Choose | None = None, dtype: str | None = None
+    ) -> Program:
         given = dict(_pair(text, "--model-kwarg") for text in model_kwargs)
         sizes = dict(_pair(text, "--example") for text in examples)
         for name, size in sizes.items():
@@ -69,7 +71,14 @@ def make_loader(
         if choose is not None:
             chosen, merged = choose(ref, chosen, merged)
         program = load(
-            ref, task=chosen, model_kwargs=merged, trust=trust, base=base, example=sizes, plugins=plugins
+            ref,
+            task=chosen,
+            model_kwargs=merged,
+            trust=trust,
+            base=base,
+            example=sizes,
+            plugins=plugins,
+            dtype=dtype,
         )
         # The library gives these notes as Python warnings, which the command line silences.
         for note in program.base.notes:
@@ -80,11 +89,17 @@ def make_loader(
 
 
 def read_data(program: Program, files: Sequence[Path]) -> list[InputSet]:
-    """One input set from each file of named tensors. The files (.safetensors, .npz) cannot contain code.
+    """Input sets: one from each file of named tensors, or batches of the rows of a table of texts or images.
+
+    The files (.safetensors, .npz; .csv, .jsonl, … or a directory) cannot contain code.
 
     Raises:
         SurgeryError: the program takes positional inputs, a file cannot be read, or its names do not match the inputs.
     """
+    from surgery.train.input_sets import holds_rows, input_sets
+
+    if files and all(holds_rows(path) for path in files):
+        return input_sets(program, files)
     args, kwargs = program.example_inputs
     if files and args:
         raise SurgeryError(
@@ -114,7 +129,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return _read_npz(path)
     except Exception as error:
         raise SurgeryError(f"--data {path} cannot be read: {first_line(error)}") from None
-    raise SurgeryError(f"--data {path}: give a .safetensors or .npz file of tensors by input name")
+    raise SurgeryError(
+        f"--data {path}: give a .safetensors or .npz file of tensors by input name, or a "
+        "table of texts (.csv, .jsonl, …)"
+    )
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

@@ -82,7 +82,18 @@ data_option: Callable[..., Any] = click.option(
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Inputs by name (.safetensors, .npz) for passes that measure activations; may be repeated.",
+    help="Inputs by name (.safetensors, .npz), or rows of texts or images (.csv, .jsonl, a directory), for passes that "
+    "measure activations; may be repeated.",
+)
+
+
+judged_option: Callable[..., Any] = click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Data on which rounded activations are judged: rows of texts or images (.csv, .jsonl, a directory), or inputs "
+    "by name (.safetensors, .npz); may be repeated (default: random inputs).",
 )
 
 

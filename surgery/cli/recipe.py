@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import click
 import yaml
@@ -61,6 +61,8 @@ class Shipping(Configured):
         opset: ONNX opset, None for the exporter's default.
         external_data: store weights in a separate file, None for the default.
         seed: seed of the random inputs of the parity check.
+        cpu: processors that int8 products must be correct on, None for those that the passes name.
+        tolerance: how much rounded activations may change beyond twice the program's own, None for the default.
     """
 
     _kind: ClassVar[str] = "recipe's export"
@@ -74,6 +76,8 @@ class Shipping(Configured):
     opset: int | None = Field(None, ge=18)
     external_data: bool | None = None
     seed: int = Field(0, description="seed of the random inputs of the parity check")
+    cpu: Literal["any", "vnni"] | None = None
+    tolerance: float | None = Field(None, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -90,6 +90,7 @@ def tell_exported(report: ExportReport, output: Path, as_json: bool) -> None:
                     "outputs": {k: list(v) for k, v in report.outputs.items()},
                     "parity": parity.error if parity else None,
                     "parity_optimised": parity.optimised_error if parity else None,
+                    "rounding": parity.rounding.to_json() if parity and parity.rounding else None,
                 }
             )
         )
@@ -97,7 +98,16 @@ def tell_exported(report: ExportReport, output: Path, as_json: bool) -> None:
     out = console()
     ends = ", ".join(f"{name}[{', '.join(map(str, shape))}]" for name, shape in report.inputs.items())
     out.print(Text(f"{ends} → {', '.join(report.outputs)}"))
-    if parity:
+    if parity and parity.rounding:
+        rounding = parity.rounding
+        without = "" if rounding.runtime else " without the rounding of activations"
+        out.print(
+            f"parity in onnxruntime: within {parity.error:.1e} of the outputs' scale as written{without}"
+        )
+        out.print(rounding.said)
+        if rounding.runtime:
+            out.print("to keep activations in float: session.qdq_matmulnbits_accuracy_level = 1")
+    elif parity:
         out.print(
             f"parity in onnxruntime: within {parity.error:.1e} of the outputs' scale as written, "
             f"{parity.optimised_error:.1e} optimised"
@@ -166,19 +176,32 @@ def tell_verified(result: Verification, as_json: bool) -> None:
                     "outputs": [vars(o) for o in result.outputs],
                     "divergence": vars(result.divergence) if result.divergence else None,
                     "cause": result.cause,
+                    "rounding": result.rounding.to_json() if result.rounding else None,
                 }
             )
         )
         return
     out = console()
-    for o in result.outputs:
+    if result.rounding:
+        out.print(
+            Text("agree: " if result.agree else "differ: ", style="green" if result.agree else "red"), end=""
+        )
+        out.print(result.rounding.said)
+        if result.plain:
+            worst = result.plain.worst
+            out.print(
+                f"without that rounding: within {worst.judged:.1e} of the scale of '{worst.name}' "
+                f"(allowed {worst.tolerance:.0e})"
+            )
+    for o in result.outputs if not result.rounding else ():
         close = "within" if o.difference <= result.tolerance else "off by"
         how = "equal bit for bit" if o.equal else f"{close} {o.difference:.1e} of its scale"
         out.print(f"{o.name} {'×'.join(map(str, o.shape))}: {how}")
-    out.print(
-        Text("agree", style="green") if result.agree else Text("differ", style="red"),
-        f"(tolerance {result.tolerance:.0e})",
-    )
+    if not result.rounding:
+        out.print(
+            Text("agree", style="green") if result.agree else Text("differ", style="red"),
+            f"(tolerance {result.tolerance:.0e})",
+        )
     if result.divergence:
         d = result.divergence
         where = f" in {d.module_path}" if d.module_path else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.options import json_option, model_options, with_adapters
+from surgery.cli.options import json_option, judged_option, model_options, with_adapters
 from surgery.common.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -41,6 +41,23 @@ if TYPE_CHECKING:
     default=None,
     help="Store weights in a separate file (default: over 1.5 GB).",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    help="Convert the model and its adapters to this dtype (default: as stored; onnxruntime's CPU has no bfloat16).",
+)
+@click.option(
+    "--cpu",
+    type=click.Choice(["any", "vnni"]),
+    help="Processors that int8 products must be correct on: any, or x86 with VNNI alone (default: as quantized).",
+)
+@judged_option
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    help="With rounded activations: share of the outputs' size and of the decisions that the file may change beyond "
+    "twice the program's own rounding (default: 0.05; 0.1 where only onnxruntime rounds).",
+)
 @click.option("--seed", type=int, default=0, help="Seed of the random inputs of the parity check.")
 @click.option("--overwrite", is_flag=True, help="Replace the contents of the output path.")
 @json_option
@@ -53,6 +70,10 @@ def export(
     adapters_as_inputs: bool,
     opset: int | None,
     external_data: bool | None,
+    dtype: str | None,
+    cpu: str | None,
+    data: tuple[Path, ...],
+    tolerance: float | None,
     seed: int,
     overwrite: bool,
     as_json: bool,
@@ -61,6 +82,7 @@ def export(
     loader: Callable[..., Program],
 ) -> None:
     """Write an ONNX file and check it in onnxruntime at a new input shape. Fails if the outputs do not agree."""
+    from surgery.cli.loading import read_data
     from surgery.cli.reports import tell_adaptable, tell_exported, tell_generation
     from surgery.common.files import refuse_taken
 
@@ -73,20 +95,27 @@ def export(
         raise SurgeryError(f"{output} is a directory; name the ONNX file to write")
     if generate and external_data is not None:
         raise SurgeryError("--generate always stores weights in separate files; remove --external-data")
-    program = choose(loader(model))
+    program = choose(loader(model, dtype=dtype))
+    shared = {
+        "opset": opset,
+        "cpu": cpu,
+        "seed": seed,
+        "data": read_data(program, data),
+        "tolerance": tolerance,
+    }
     if generate:
         made = program.export_generation(
-            output, opset=opset, adapters_as_inputs=adapters_as_inputs, seed=seed, overwrite=overwrite
+            output, adapters_as_inputs=adapters_as_inputs, overwrite=overwrite, **shared
         )
         tell_generation(made, as_json)
         return
     if adapters_as_inputs:
         adaptable = program.export_adaptable(
-            output, opset=opset, external_data=external_data, seed=seed, overwrite=overwrite
+            output, external_data=external_data, overwrite=overwrite, **shared
         )
         tell_adaptable(adaptable, as_json)
         return
-    report = program.export(output, opset=opset, external_data=external_data, seed=seed)
+    report = program.export(output, external_data=external_data, **shared)
     tell_exported(report, output, as_json)
 
 
@@ -94,8 +123,11 @@ def export(
 @click.argument("a")
 @click.argument("b")
 @click.option(
-    "--tolerance", type=click.FloatRange(0), help="Largest difference, relative to the scale of the output."
+    "--tolerance",
+    type=click.FloatRange(0),
+    help="Largest difference, relative to the scale of the output; with rounded activations, as in export.",
 )
+@judged_option
 @click.option("--seed", type=int, default=0, help="Seed of the random inputs.")
 @json_option
 @model_options
@@ -105,17 +137,27 @@ def verify(
     a: str,
     b: str,
     tolerance: float | None,
+    data: tuple[Path, ...],
     seed: int,
     as_json: bool,
     plugins: Plugins,
     loader: Callable[..., Program],
 ) -> None:
     """Compare the outputs of A and B: model references, saved directories or ONNX files. Exit code 1 if they differ."""
+    from surgery.cli.loading import read_data
     from surgery.cli.reports import tell_verified
+    from surgery.engine.program import Program
     from surgery.export.verify import open_side
     from surgery.export.verify import verify as compare
 
-    result = compare(open_side(a, loader), open_side(b, loader), tolerance=tolerance, seed=seed)
+    sides = open_side(a, loader), open_side(b, loader)
+    program = next((side for side in sides if isinstance(side, Program)), None)
+    if data and program is None:
+        raise SurgeryError(
+            "--data needs a model beside the ONNX file, to make its inputs; name the model as A or B"
+        )
+    given = read_data(program, data) if program is not None else []
+    result = compare(*sides, tolerance=tolerance, seed=seed, data=given)
     tell_verified(result, as_json)
     if not result.agree:
         ctx.exit(1)

@@ -21,15 +21,19 @@ from surgery.cli.recipe_check import check_later, check_resumed
 from surgery.cli.render import console, note_unfrozen, trainable_line
 from surgery.cli.reports import tell_adaptable, tell_applied, tell_exported, tell_generation, tell_merged
 from surgery.cli.training import prepare_run, train_program
-from surgery.common.errors import SurgeryError
+from surgery.common.errors import SurgeryError, TrainingError
 from surgery.common.files import write_text
 from surgery.common.plugins import Plugins
+from surgery.engine.probe import InputSet
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries
+from surgery.export.program import source_of
+from surgery.export.rounded_parity import rounds, runtime_rounds
 from surgery.store.hf import write_hf
 from surgery.store.load import load
 from surgery.train.checkpoint import Checkpoints
 from surgery.train.data import Rows
+from surgery.train.input_sets import input_sets
 
 RECIPE = "recipe.yaml"
 
@@ -208,7 +212,13 @@ class _Stages:
     def exported(self, program: Program, wanted: Shipping) -> dict[str, Any]:
         """Write ONNX, checked in onnxruntime. Returns the path and the parity error."""
         path = self.folder / wanted.file
-        options: dict[str, Any] = {"opset": wanted.opset, "seed": wanted.seed}
+        options: dict[str, Any] = {
+            "opset": wanted.opset,
+            "seed": wanted.seed,
+            "cpu": wanted.cpu,
+            "tolerance": wanted.tolerance,
+            "data": self._judging(program),
+        }
         self._title("exported")
         if wanted.generate:
             also = wanted.adapters_as_inputs
@@ -227,6 +237,17 @@ class _Stages:
             tell_exported(report, path, False)
         parity = report.parity.error if report.parity else None
         return {"path": str(path), "bytes": report.size, "parity": parity}
+
+    def _judging(self, program: Program) -> list[InputSet]:
+        """Rows of the training data on which rounded activations are judged; none if nothing is rounded."""
+        source, request = source_of(program), self.wanted.train
+        if request is None or "" not in request.data or not (rounds(source) or runtime_rounds(source)):
+            return []
+        try:
+            return input_sets(program, request.data[""])
+        except TrainingError as error:
+            self._say(f"rounded activations are judged on random inputs: {error}")
+            return []
 
     def _load(self, path: Path) -> Program:
         # A saved directory does not run code to load its base. The user named this code on the command line.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ from surgery.export.adapter_inputs import slots, write_adapters
 from surgery.export.onnx_file import ExportReport
 from surgery.export.parity import difference, scale_of, tolerance_of
 from surgery.export.program import export_program, parity_inputs, source_of
+from surgery.export.rounded_parity import judge, rounds, runtime_rounds
 from surgery.export.runtime import OnnxModel, adapter_file
+from surgery.export.source import InputSet
 
 if TYPE_CHECKING:
     from surgery.engine.program import Program
@@ -72,18 +74,40 @@ def export_adaptable(
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         # Check the files before the directory is moved to its place.
         model = OnnxModel(folder / MODEL)
-        errors = {name: _error(alone, model, folder, name, seed) for name, alone in slotted.alone.items()}
+        errors = {
+            name: _error(alone, model, adapter_file(folder, name), name, parity_inputs(alone, seed), options)
+            for name, alone in slotted.alone.items()
+        }
     place = Path(path)
     return AdaptableReport(
         place, report, {name: adapter_file(place, name) for name in slotted.adapters}, errors
     )
 
 
-def _error(alone: Program, model: OnnxModel, folder: Path, name: str, seed: int) -> float:
+def _error(
+    alone: Program,
+    model: OnnxModel,
+    file: Path,
+    name: str,
+    sets: Sequence[InputSet],
+    options: Mapping[str, Any],
+) -> float:
     """Largest difference between the model with adapter `name` and the program `alone`, relative to the scale."""
     source, worst = source_of(alone), 0.0
-    for args, kwargs in parity_inputs(alone, seed):
-        got = model.run(source.named_inputs(args, kwargs), [adapter_file(folder, name)])
+    if rounds(source) or runtime_rounds(source):
+        data = options.get("data") or ()
+        found = judge(
+            lambda named: model.run(named, [file]),
+            source,
+            data or sets,
+            given=bool(data),
+            tolerance=options.get("tolerance"),
+        )
+        if not found.ok:
+            raise ExportError(f"with the adapter {name!r}: {found.said}; accept it with --tolerance")
+        return found.worst.error
+    for args, kwargs in sets:
+        got = model.run(source.named_inputs(args, kwargs), [file])
         for output, value in source.run(args, kwargs).items():
             error = difference(value, got[output]) / scale_of(value)
             if error > tolerance_of(value.dtype):

@@ -1,14 +1,15 @@
 """Metadata keys of an exported ONNX file.
 
-The model has JOURNAL and LABELS. Tensors have PASS, NAME, SITE, SOURCE and TIED. Nodes have PASS, NAME, SITE, FX_NODE,
-FX_OUTPUT and MODULE. CUSTOM (a mapping with the keys pass, name and site) and FX_NODE are also keys of `meta["custom"]`
-of an fx node, because that dict survives tracing and decomposition.
+The model has JOURNAL and LABELS, and CPU if it needs a kind of processor. Tensors have PASS, NAME, SITE, SOURCE, TIED.
+Nodes have PASS, NAME, SITE, FX_NODE, FX_OUTPUT and MODULE. CUSTOM (a mapping with the keys pass, name and site) and
+FX_NODE are also keys of `meta["custom"]` of an fx node, because that dict survives tracing and decomposition.
 """
 
 from __future__ import annotations
 
 JOURNAL = "surgery.journal"
 LABELS = "surgery.labels"  # JSON object: output -> list of its class names
+CPU = "surgery.cpu"  # "vnni": products saturate on x86 processors without VNNI
 PASS = "surgery.pass"
 NAME = "surgery.name"
 SITE = "surgery.site"

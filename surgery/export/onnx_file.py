@@ -19,16 +19,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from surgery.capture.recurrent import shape_rules
 from surgery.common.errors import ExportError
 from surgery.export import annotate, metadata_keys
 from surgery.export.failure import explain, first_line
 from surgery.export.lowerings.dequantize import check_kept
-from surgery.export.opset import opset_for
+from surgery.export.opset import check_opset, opset_for
 from surgery.export.optional import require
 from surgery.export.parity import ParityReport, check_parity
 from surgery.export.postprocess import finish
 from surgery.export.reexport import export_again
 from surgery.export.source import ExportSource, InputSet, axis_names, tagged_copy
+from surgery.graph.marks import mark_of
 
 _INLINE_LIMIT = 1_500_000_000  # bytes of weights: a protobuf file is limited to 2 GiB, including the graph
 
@@ -81,6 +83,10 @@ def export_onnx(
     check: bool = True,
     parity: Sequence[InputSet] = (),
     optional: Sequence[str] = (),
+    cpu: str = "any",
+    judged: Sequence[InputSet] = (),
+    given: bool = False,
+    tolerance: float | None = None,
 ) -> ExportReport:
     """Export `source` to an ONNX file.
 
@@ -97,6 +103,8 @@ def export_onnx(
         check: run onnx's checker on the file, and check that onnxruntime keeps quantized weights quantized.
         parity: input sets on which onnxruntime is compared with the program before `path` is replaced.
         optional: tensors that become optional inputs; see surgery.export.adapter_inputs.
+        cpu: "vnni" allows integer products that saturate on processors without VNNI; see surgery.export.saturation.
+        judged, given, tolerance: see surgery.export.parity.check_parity.
 
     Raises:
         ExportError: the export or a check fails; a file at `path` is left unchanged.
@@ -109,6 +117,8 @@ def export_onnx(
     started = time.perf_counter()
     provenance = provenance or {}
     program = _trace(source)
+    if opset is not None:
+        check_opset(source.graph_module.graph, opset)
     opset = opset or opset_for(source.graph_module.graph)
     model = _translate(program, source, opset, lowerings)
     tensors = _tensors(program)
@@ -122,6 +132,7 @@ def export_onnx(
         journal_json,
         lambda model: _rename_inputs_and_outputs(model, program, source),
         optional,
+        cpu,
     )
     stored, tied = finished.stored, finished.tied
     if labels:
@@ -137,7 +148,11 @@ def export_onnx(
             _check(onnx, staged)
         if check and finished.quantized:
             check_kept(staged, finished.quantized)
-        report = check_parity(staged, source, parity) if parity else None
+        report = (
+            check_parity(staged, source, parity, judged=judged, given=given, tolerance=tolerance)
+            if parity
+            else None
+        )
     files = tuple(
         file
         for file in (Path(path), _data_file(Path(path)))
@@ -163,7 +178,7 @@ def export_onnx(
 def _trace(source: ExportSource) -> torch.export.ExportedProgram:
     """Export the edited graph again, with the math attention kernel, which decomposes into standard ops."""
     try:
-        with sdpa_kernel(SDPBackend.MATH), quiet():
+        with sdpa_kernel(SDPBackend.MATH), shape_rules(), quiet():
             return export_again(
                 tagged_copy(source.graph_module), tuple(source.args), source.kwargs, source.dynamic_shapes
             )
@@ -179,7 +194,7 @@ def _translate(
 ) -> Any:
     """Translate to an onnx_ir.Model without optimization. Fused attention kernels have no ONNX form."""
     try:
-        with sdpa_kernel(SDPBackend.MATH), quiet():
+        with sdpa_kernel(SDPBackend.MATH), shape_rules(), quiet():
             exported = torch.onnx.export(
                 program,
                 tuple(source.args),
@@ -198,7 +213,8 @@ def _translate(
             for node in program.graph.nodes
             if (origin := (node.meta.get("custom") or {}).get(metadata_keys.FX_NODE))
         }
-        raise ExportError(explain(error, origins)) from error
+        entries = {node.name: mark_of(node).entry for node in source.graph_module.graph.nodes}
+        raise ExportError(explain(error, origins, entries)) from error
     if exported is None:
         raise ExportError("torch.onnx.export returned nothing: this torch is older than 2.11; upgrade torch")
     model = exported.model

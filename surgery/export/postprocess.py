@@ -11,6 +11,8 @@ import torch
 from surgery.export import annotate, metadata_keys
 from surgery.export.lowerings.dequantize import Weight, lower
 from surgery.export.optimise import optimise
+from surgery.export.saturation import check_products
+from surgery.export.sliced_tables import state_lengths
 from surgery.export.unfused_sums import keep_sums_apart
 
 
@@ -38,6 +40,7 @@ def finish(
     journal_json: str | None,
     ends: Callable[[Any], None] | None = None,
     optional: Iterable[str] = (),
+    cpu: str = "any",
 ) -> Finished:
     """Postprocess an unoptimized onnx_ir.Model in place.
 
@@ -50,9 +53,10 @@ def finish(
         journal_json: the program's journal as JSON; None writes no journal.
         ends: function that renames the inputs and outputs of the model; None leaves them as they are.
         optional: names of tensors that become optional inputs, with their values as defaults.
+        cpu: "vnni" allows integer products that saturate on processors without VNNI.
 
     Raises:
-        ExportError: a tensor with provenance is missing from the result.
+        ExportError: a tensor with provenance is missing from the result, or a product can overflow and `cpu` is "any".
     """
     # Tag the nodes first: later steps drop the reference to the traced node, and `ends` renames outputs that tagging
     # compares with traced names. Lower quantized weights after the simplification, which would fold them to floats.
@@ -65,10 +69,13 @@ def finish(
     optimise(model, weights=weights | pinned, pinned=pinned)
     quantized = lower(model)
     keep_sums_apart(model)
+    state_lengths(model)
     stored = annotate.stored_names(model, tensors, tied)
     annotate.write_provenance(model, provenance, stored)
+    check_products(model, cpu)
     annotate.note_ties(model, {**names, **tensors}, stored)
-    model.producer_name = "surgery"
+    # The tools of onnxruntime ask who made a file, to know its patterns, and these are those of torch.onnx.
+    model.producer_name = "pytorch"
     if journal_json is not None:
         model.metadata_props[metadata_keys.JOURNAL] = journal_json
     # In ONNX an initializer that is also an input is the default value of an optional input.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from surgery.capture import fresh_inputs, other_sizes
@@ -15,11 +16,32 @@ from surgery.common.errors import ExportError
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.replay import live_entries, pass_of
 from surgery.export.onnx_file import ExportReport, export_onnx
-from surgery.export.source import ExportSource, InputSet
+from surgery.export.source import ExportSource, InputSet, module_path
 from surgery.graph.graphs import live_nodes
 
 if TYPE_CHECKING:
     from surgery.engine.program import Program
+
+
+_RANDOM = frozenset(
+    [
+        "bernoulli",
+        "cauchy",
+        "exponential",
+        "geometric",
+        "log_normal",
+        "multinomial",
+        "normal",
+        "normal_functional",
+        "poisson",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "random",
+        "uniform",
+    ]
+)
 
 
 def source_of(program: Program) -> ExportSource:
@@ -94,13 +116,39 @@ def reaching_inputs(program: Program, sets: Sequence[InputSet]) -> list[InputSet
     return found
 
 
+def cpu_of(program: Program) -> str:
+    """The processors that the program's quantized weights were encoded for: "vnni" if a pass says so, else "any"."""
+    passes = [pass_of(entry, program.base.plugins) for entry in live_entries(program.journal)]
+    return "vnni" if any(getattr(pass_, "cpu", "any") == "vnni" for pass_ in passes) else "any"
+
+
+def _draws(node: fx.Node) -> bool:
+    """True if a node draws random numbers in eval mode."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")[2]
+    return name.removesuffix("_").removesuffix("_like") in _RANDOM
+
+
 def check_written(program: Program) -> None:
-    """Check that no pass inserted an op that has no ONNX form.
+    """Check that no pass inserted an op that has no ONNX form, and that onnxruntime's CPU has the program's dtype.
 
     Raises:
-        ExportError: the graph contains such an op.
+        ExportError: the graph contains such an op, draws random numbers, or reads bfloat16.
     """
-    live = {node.target for node in live_nodes(program.graph)}
+    nodes = live_nodes(program.graph)
+    tensors = {**program.base.tensors, **program.tensors}
+    for node in nodes:
+        value = tensors.get(str(node.target)) if node.op == "get_attr" else node.meta.get("val")
+        if node.op in ("get_attr", "placeholder") and getattr(value, "dtype", None) == torch.bfloat16:
+            raise ExportError(
+                f"{node.target} is bfloat16, in which onnxruntime's CPU cannot compute; export with --dtype float32 "
+                '(surgery.load(…, dtype="float32")), or convert the module'
+            )
+        if _draws(node):
+            raise ExportError(
+                f"{node.target} at node '{node.name}' ({module_path(node) or 'forward'}) draws random numbers, so the "
+                "file could not be compared with the program; make the noise an input"
+            )
+    live = {node.target for node in nodes}
     for entry in live_entries(program.journal):
         for op, why in pass_of(entry, program.base.plugins).expectations.no_onnx.items():
             if op in live:
@@ -116,6 +164,9 @@ def export_program(
     seed: int = 0,
     lowerings: Mapping[Any, Any] | None = None,
     optional: Sequence[str] = (),
+    cpu: str | None = None,
+    data: Sequence[InputSet] = (),
+    tolerance: float | None = None,
 ) -> ExportReport:
     """Export a program to ONNX, and compare onnxruntime with the program on random inputs at two shapes.
 
@@ -127,6 +178,10 @@ def export_program(
         seed: seed of the inputs for the parity check.
         lowerings: additional onnxscript functions by torch op.
         optional: tensors of passes that become optional inputs; see `export_adaptable`.
+        cpu: "any" refuses integer products that saturate on processors without VNNI; "vnni" allows them; None follows
+            the option of the passes that quantized.
+        data: inputs on which rounded activations are judged (surgery.export.rounded_parity); random ones if empty.
+        tolerance: how much rounded activations may change beyond twice the program's own rounding.
 
     Raises:
         ExportError: the export or the parity check fails.
@@ -141,6 +196,8 @@ def export_program(
     check_written(program)
     parity = parity_inputs(program, seed)
     parity += reaching_inputs(program, parity[:1])
+    # A few values of one seed are not enough to measure the size of rounding errors.
+    judged = list(data) or [*parity, *parity_inputs(program, seed + 2)]
     return export_onnx(
         source_of(program),
         Path(path),
@@ -152,4 +209,8 @@ def export_program(
         external_data=external_data,
         parity=parity,
         optional=optional,
+        cpu=cpu or cpu_of(program),
+        judged=judged,
+        given=bool(data),
+        tolerance=tolerance,
     )

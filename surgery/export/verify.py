@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from surgery.engine.contract.numerics import MERGE_TOLERANCE
 from surgery.engine.contract.observe import relative_difference
 from surgery.engine.program import Program
 from surgery.export.compare import Divergence, first_divergence
+from surgery.export.parity import ParityReport, without_rounding
 from surgery.export.program import parity_inputs, source_of
+from surgery.export.rounded_parity import RoundingReport, judge, rounds, runtime_rounds
 from surgery.export.runtime import OnnxModel
+from surgery.export.source import InputSet
 from surgery.graph.marks import mark_of
 from surgery.graph.ops import module_path
 
@@ -52,12 +55,17 @@ class Verification:
         tolerance: largest allowed difference, as a fraction of the output's scale.
         divergence: the first node that differs; None if the outputs agree.
         cause: the adapter directly before that node in one of the models, or "".
+        rounding: result of the rule for rounded activations (surgery.export.rounded_parity), which then decides instead
+            of `tolerance`; None if no activations are rounded.
+        plain: comparison without the rounding of activations, which has to agree too; None if none are rounded.
     """
 
     outputs: tuple[OutputDifference, ...]
     tolerance: float
     divergence: Divergence | None = None
     cause: str = ""
+    rounding: RoundingReport | None = None
+    plain: ParityReport | None = None
 
     @property
     def difference(self) -> float:
@@ -66,19 +74,25 @@ class Verification:
 
     @property
     def agree(self) -> bool:
-        """True if every output is within tolerance on every input set."""
+        """True if every output is within tolerance on every input set, or keeps the rule for rounded activations."""
+        if self.rounding is not None and self.plain is not None:
+            return self.rounding.ok and self.plain.ok
         return bool(self.outputs) and self.difference <= self.tolerance
 
 
-def verify(a: Side, b: Side, *, tolerance: float | None = None, seed: int = 0) -> Verification:
+def verify(
+    a: Side, b: Side, *, tolerance: float | None = None, seed: int = 0, data: Sequence[InputSet] = ()
+) -> Verification:
     """Run two models on random inputs, at the example's shape and at another, and compare outputs by name.
 
     Args:
         a: a program or an ONNX file.
         b: the model to compare with.
         tolerance: largest allowed |a - b| over the largest |a|. None uses the rounding tolerance of the coarsest
-            output dtype (2e-4 for float32).
+            output dtype (2e-4 for float32). For a program and an ONNX file whose activations are rounded, the tolerance
+            of surgery.export.rounded_parity.
         seed: seed of the inputs.
+        data: inputs to compare on; by default random ones.
 
     Raises:
         SurgeryError: the inputs or outputs of the models do not correspond.
@@ -86,6 +100,19 @@ def verify(a: Side, b: Side, *, tolerance: float | None = None, seed: int = 0) -
     # Only a program has example inputs and dynamic dimensions, so the inputs come from it if there is one.
     program = next((side for side in (a, b) if isinstance(side, Program)), None)
     sets = parity_inputs(program, seed) if program is not None else [_onnx_inputs(a, seed)]
+    rounding, plain = None, None
+    file = next((side for side in (a, b) if isinstance(side, OnnxModel)), None)
+    if (
+        program is not None
+        and file is not None
+        and (rounds(source_of(program)) or runtime_rounds(source_of(program)))
+    ):
+        judged = data or [*sets, *parity_inputs(program, seed + 2)]
+        rounding = judge(file.run, source_of(program), judged, given=bool(data), tolerance=tolerance)
+        plain = without_rounding(file.path, source_of(program), sets)
+        if not rounding.outputs:
+            rounding = None
+    sets = list(data) or sets
     found: list[OutputDifference] = []
     dtypes: set[torch.dtype] = set()
     worst_set, worst = sets[0], -1.0
@@ -111,14 +138,16 @@ def verify(a: Side, b: Side, *, tolerance: float | None = None, seed: int = 0) -
             if gap > worst:
                 worst, worst_set = gap, (args, kwargs)
     allowed = tolerance if tolerance is not None else max(MERGE_TOLERANCE.get(d, 0.0) for d in dtypes)
-    result = Verification(tuple(found), allowed)
+    result = Verification(tuple(found), allowed, rounding=rounding, plain=plain)
     if result.agree:
         return result
     where = first_divergence(_comparable(a), _comparable(b), worst_set, tol=allowed)
     # Only nodes without a counterpart differ, for example an adapter on the last op: report the output itself.
     if where is None:
         where = _at_the_end(a, b, next(o for o in found if o.difference > allowed))
-    return Verification(tuple(found), allowed, where, _cause(a, where.node) or _cause(b, where.other))
+    return Verification(
+        tuple(found), allowed, where, _cause(a, where.node) or _cause(b, where.other), rounding, plain
+    )
 
 
 def _at_the_end(a: Side, b: Side, output: OutputDifference) -> Divergence:
@@ -201,5 +230,6 @@ def open_side(ref: str, load: Any) -> Side:
     if ref.endswith(".onnx"):
         if not Path(ref).is_file():
             raise SurgeryError(f"{ref} does not exist; name an existing ONNX file")
-        return OnnxModel(Path(ref), optimised=False)
+        # A default session, because that is how users run the file.
+        return OnnxModel(Path(ref))
     return load(ref)

@@ -28,6 +28,7 @@ def load(
     base: str | None = None,
     example: Mapping[str, int] | None = None,
     plugins: Plugins | None = None,
+    dtype: str | None = None,
 ) -> Program:
     """Load a model by its reference, or a directory that surgery saved, as a Program.
 
@@ -41,6 +42,8 @@ def load(
             `py:`, as a confirmation that its code may run.
         example: Sizes of the example inputs, by dimension name.
         plugins: Plugin manager; by default one with all installed plugins.
+        dtype: Dtype to load the weights in, such as "float32", for `hf:` and `timm:` models and for directories saved
+            on them; the adapters of a saved directory are converted too. None keeps the stored dtype.
 
     Returns:
         The program; of a saved directory, with its passes applied.
@@ -54,12 +57,25 @@ def load(
     plugins = plugins or make_plugin_manager()
     if "://" not in ref and Path(ref).is_dir():
         if is_saved(Path(ref)):
-            return _noting(ref, load_saved(Path(ref), base=base, trust=trust, plugins=plugins, into=False))
+            given = dict(model_kwargs or {})
+            dtype = dtype or given.pop("dtype", given.pop("torch_dtype", None))
+            if given:
+                raise LoadError(
+                    f"{ref} was saved with the arguments of its model; leave out {', '.join(map(str, given))} "
+                    f"(--model-kwarg), or apply the passes again"
+                )
+            program = load_saved(Path(ref), base=base, trust=trust, plugins=plugins, into=False, dtype=dtype)
+            return _noting(ref, program)
         raise LoadError(
             f"{ref} is a directory that surgery did not save; for a transformers model write hf:{ref}"
         )
+    if dtype is not None and not ref.startswith(("hf:", "timm:")):
+        raise LoadError(
+            f"{ref}: a dtype can be given for hf: and timm: models; convert the module where it is made"
+        )
+    own = {"dtype": dtype} if dtype is not None else {}
     options = LoadOptions(
-        task=task, model_kwargs=dict(model_kwargs or {}), trust=trust, example=dict(example or {})
+        task=task, model_kwargs={**(model_kwargs or {}), **own}, trust=trust, example=dict(example or {})
     )
     loaded = load_model(ref, options, plugins)
     program = Program(Base(loaded, trace(loaded), plugins, ref, options))
@@ -110,8 +126,10 @@ def capture(
     Args:
         module: The module.
         example_inputs: A tensor, a tuple or a dict of inputs, with a batch of at least 2.
-        dynamic: Dynamic dimensions, as `{input: {axis: "batch"}}` or torch.export Dims. None makes axis 0 of every
-            input the dimension `batch`.
+        dynamic: Dynamic dimensions, as `{input: {axis: "batch"}}`, with a range as in "h=8..512" or "h=32..512/32", or
+            torch.export Dims. A range that the model's code requires is derived, and a warning states it. None makes
+            axis 0 of every input the dimension `batch`, if all inputs have the same size of at least 2 there;
+            otherwise everything is static, and a warning says so.
         plugins: Plugin manager; by default one with all installed plugins.
 
     Raises:
@@ -119,6 +137,4 @@ def capture(
     """
     loaded = from_module(module, example_inputs, dynamic)
     program = Program(Base(loaded, trace(loaded), plugins or make_plugin_manager()))
-    for note in _buffers(program):
-        warnings.warn(note, stacklevel=2)
-    return program
+    return _noting(type(module).__name__, program)

@@ -229,7 +229,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return checked
 
 
-def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins, into: bool = True) -> Program:
+def load_saved(
+    path: Path, *, base: Any, trust: bool, plugins: Plugins, into: bool = True, dtype: str | None = None
+) -> Program:
     """Load a saved directory: capture its base again and replay its journal.
 
     Args:
@@ -238,6 +240,7 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins, into: bo
         trust: Allow a base that can run code, such as a `.pt2` file.
         plugins: The plugin manager.
         into: With a Program as `base`: fill the stored tensors into its own module. False: into a copy, if they differ.
+        dtype: Dtype to load the base and the adapters in; None for the dtype that they were saved in.
 
     Raises:
         JournalError: The directory is damaged or does not fit its base.
@@ -245,7 +248,7 @@ def load_saved(path: Path, *, base: Any, trust: bool, plugins: Plugins, into: bo
         PassError: A pass in the journal is not installed.
     """
     with _boundary(path):
-        return _load(path, base, trust, plugins, into)
+        return _load(path, base, trust, plugins, into, dtype)
 
 
 @contextmanager
@@ -281,8 +284,10 @@ def _untouched(base: Any, stored: Mapping[str, Tensor]) -> Iterator[None]:
         raise
 
 
-def _load(path: Path, base: Any, trust: bool, plugins: Plugins, into: bool) -> Program:
+def _load(path: Path, base: Any, trust: bool, plugins: Plugins, into: bool, dtype: str | None) -> Program:
     manifest = read_manifest(path)
+    if dtype is not None:
+        _check_dtype(path, dtype, base, manifest["base"]["ref"])
     journal = Journal.from_json(manifest["journal"])
     stored = {name: _read(path / name) for name in manifest["files"]}
     # A missing plugin, or another version of a pass, is reported before a model is loaded, which can take long.
@@ -297,9 +302,12 @@ def _load(path: Path, base: Any, trust: bool, plugins: Plugins, into: bool) -> P
                 f"{path} has a {apart[0]} of its own, which is tied in this model; load it with surgery.load"
             )
         base = base if into else _apart(base, stored.get(BASE, {}))
+    if dtype is not None:
+        stored = {name: _converted(tensors, manifest["base"], dtype) for name, tensors in stored.items()}
+        held = _converted(held, manifest["base"], dtype)
     with _untouched(base, stored.get(BASE, {})):
-        root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}))
-        _check_base(path, manifest["base"], root)
+        root = _base(path, manifest["base"], base, trust, plugins, stored.get(BASE, {}), dtype)
+        _check_base(path, manifest["base"], root, dtype)
         changed = _changed(path, root, stored.get(CHANGED, {}))
         _check_names(path, journal, held, root)
         listed = manifest["parameters"]
@@ -321,6 +329,25 @@ def _apart(program: Program, stored: Mapping[str, Tensor]) -> Program:
         return Program(base)
     loaded = replace(base.loaded, module=copy.deepcopy(base.loaded.module))
     return Program(Base(loaded, base.captured, base.plugins, base.ref, base.options, heads=base.heads))
+
+
+def _check_dtype(path: Path, dtype: str, base: Any, ref: str) -> None:
+    """Raise LoadError if the base of a directory cannot be loaded in another dtype."""
+    given = base if isinstance(base, str) else ref
+    if isinstance(base, Program) or not given.startswith(("hf:", "timm:")):
+        raise LoadError(
+            f"{path} cannot be loaded in {dtype}: its base is no hf: or timm: model; convert the module and apply again"
+        )
+
+
+def _converted(tensors: Mapping[str, Tensor], saved: Mapping[str, Any], dtype: str) -> dict[str, Tensor]:
+    """Stored tensors with those of the base's floating-point dtypes in another dtype. Codes stay as they are."""
+    own = {row[3] for row in saved["sites"]}
+    target = getattr(torch, dtype)
+    return {
+        name: value.to(target) if value.is_floating_point() and str(value.dtype) in own else value
+        for name, value in tensors.items()
+    }
 
 
 def _changed(path: Path, base: Base, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -422,6 +449,7 @@ def _base(
     trust: bool,
     plugins: Plugins,
     stored: Mapping[str, Tensor],
+    dtype: str | None = None,
 ) -> Base:
     """Load the base of a saved directory, fill in its stored tensors, and capture it."""
     if isinstance(base, Program):
@@ -449,9 +477,12 @@ def _base(
         ref = f"hf:{path / 'base'}"
     check_kwargs(saved["model_kwargs"], ref, f"{path / MANIFEST}, model_kwargs", LoadError)
     check_example(saved["example"], f"{path / MANIFEST}, example", LoadError)
-    options = LoadOptions(saved["task"], saved["model_kwargs"], trust, saved["example"])
+    kwargs = {**saved["model_kwargs"], **({"dtype": dtype} if dtype is not None else {})}
+    if dtype is not None:
+        kwargs.pop("torch_dtype", None)
+    options = LoadOptions(saved["task"], kwargs, trust, saved["example"])
     _check_loader(path, saved, ref, plugins)
-    with _room(path, ref, saved["model_kwargs"]):
+    with _room(path, ref, kwargs):
         loaded = load_model(ref, options, plugins)
     loaded = _fill(loaded, stored, path)
     return Base(loaded, trace(loaded), plugins, ref, options)
@@ -523,8 +554,11 @@ def _untied(module: nn.Module, stored: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _check_base(path: Path, saved: Mapping[str, Any], base: Base) -> None:
-    """Raise JournalError if the base has other files or another graph than the saved one."""
+def _check_base(path: Path, saved: Mapping[str, Any], base: Base, dtype: str | None = None) -> None:
+    """Raise JournalError if the base has other files or another graph than the saved one.
+
+    In another dtype, only the files and the sites are compared: the graph has other casts.
+    """
     if saved["files"] and base.loaded.files:
         for name, expected in saved["files"].items():
             if name not in base.file_hashes:
@@ -539,8 +573,12 @@ def _check_base(path: Path, saved: Mapping[str, Any], base: Base) -> None:
                 )
     if base.graph_hash == saved["graph"]:
         return
-    now = {json.dumps(row) for row in base.site_table()}
-    then = {json.dumps(row) for row in saved["sites"]}
+    now, then = (
+        {json.dumps(row if dtype is None else [*row[:3], dtype, *row[4:]]) for row in table}
+        for table in (base.site_table(), saved["sites"])
+    )
+    if dtype is not None and now == then:
+        return
     differing = sorted({json.loads(row)[0] for row in now ^ then})
     what = (
         f"these sites differ: {', '.join(differing[:5])}"

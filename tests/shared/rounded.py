@@ -27,7 +27,7 @@ def check_carried(base, pass_, limit, path):
     merged = program.merge(quantized="requantize", data=DATA)
     assert not any("lora" in str(node.target) for node in merged.graph.nodes if node.op == "get_attr")
     for name, choice in merge_of(merged).options["choices"].items():
-        assert choice["errors"]["requantize"] < limit
+        assert choice["errors"]["requantize"] < limit, choice["errors"]
         if "layers.0" in name:  # what enters it no other site has moved
             moved = adapter_error(program, merged, name, DATA)
             assert choice["errors"]["requantize"] == pytest.approx(moved, rel=1e-3, abs=1e-6)

@@ -22,7 +22,7 @@ from surgery.api import (
     Site,
     changes,
 )
-from surgery.api.quantization import CodesPass, Quantize
+from surgery.api.quantization import CodesPass, Layout, Quantize
 from torch_surgery_torchao.op import quantize_dequantize
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ PASSING = (*RELUS, aten.max_pool2d.default, aten.dropout.default, aten.flatten.u
 class Int8Static(CodesPass):
     """Static int8: y = W x + b becomes s_w·s_x·(W₈ x₈) + b (Jacob et al. 2018, arXiv:1712.05877).
 
-    Weights are int8, symmetric, with one scale s_w for each output, as `quantize --format int8` makes them (also with
-    `--method gptq`). Activations are uint8, with one scale s_x and one zero point for each tensor. torchao's PT2E
-    observers find these on `--data`, by prepare_pt2e with a quantizer that annotates only the targeted sites:
-    `histogram` takes the range with the smallest squared error, `minmax` the range of all values seen, and
-    `moving-average` a running mean of the extremes of each data set.
+    Weights are int8, symmetric, with one scale s_w for each output, rounded to nearest or with `--method gptq`.
+    Activations are uint8, with one scale s_x and one zero point for each tensor. torchao's PT2E observers find
+    these on `--data`, by prepare_pt2e with a quantizer that annotates only the targeted sites: `histogram` takes
+    the range with the smallest squared error, `minmax` the range of all values seen, and `moving-average` a running
+    mean of the extremes of each data set.
 
     The input of each linear layer and convolution is rounded. The output of a convolution is rounded too, after its
     relu if it has one, unless only quantized sites read it. With `--output op` it is rounded directly after the
@@ -54,6 +54,9 @@ class Int8Static(CodesPass):
     codes if a budget allows it; the error includes the adapter's effect on the part of x that rounding removes. It
     keeps adapters of a convolution whose output is rounded directly after it, because that range was calibrated without
     the adapter. There is no other merged form. The outputs change by design. Undo restores W bit for bit.
+
+    By default (`--cpu any`), weights are encoded so that no product overflows on processors without VNNI, as in
+    `quantize --format int8-dynamic`; depthwise convolutions keep all 8 bits. `--cpu vnni` keeps all 8 bits everywhere.
 
     In ONNX, each rounding is QuantizeLinear and DequantizeLinear, which onnxruntime fuses with the op into
     MatMulIntegerToFloat and QLinearConv. The export fails if a product would be computed in floating point.
@@ -69,6 +72,10 @@ class Int8Static(CodesPass):
     method: Literal["nearest", "gptq"] = Field(
         "nearest",
         description="weights: round to nearest, or compensate rounding errors on the data (linear layers)",
+    )
+    cpu: Literal["any", "vnni"] = Field(
+        "any",
+        description="any keeps products in range on every processor; vnni uses all 8 bits and needs VNNI",
     )
     output: Literal["auto", "op"] = Field(
         "auto",
@@ -176,17 +183,17 @@ class Int8Static(CodesPass):
 
     def outcome(self, site: Site) -> Outcome:
         plain = super().outcome(site)
-        parts = [self._weights.outcome(site).note] if "error" in site.decided else []
+        parts = [plain.note] if "error" in site.decided else []
         first = site.decided["input"][0]
         low, high = (first["scale"] * (end - first["zero"]) for end in (0, 255))
         parts.append(f"reads {low:.3g} to {high:.3g}")
         return replace(plain, note="; ".join(parts))
 
     def layout(self, site: Site) -> Any:
-        return self._weights.layout(site)
+        return Layout.of(site, "int8", paired=self.cpu == "any")
 
     def encode(self, site: Site, weight: Tensor) -> Any:
-        return self._weights.encode(site, weight)
+        return self.layout(site).encode(weight, site.probe.products(site) if self.method == "gptq" else None)
 
     def keeps_out(self, site: Site) -> str:
         if any(given and given["after"] == "op" for given in site.decided.get("output", ())):

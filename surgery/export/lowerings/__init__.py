@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from surgery.common.hooks import hookimpl
-from surgery.export.lowerings import attention, conv3d, dequantize, round_activation
+from surgery.export.lowerings import attention, conv3d, dequantize, recurrent, round_activation
 from surgery.passes.quantize import ops
 
 
@@ -19,4 +19,6 @@ def surgery_onnx_lowerings() -> dict[Any, Any]:
         ops.round_activation._opoverload: round_activation.translation(),
         torch.ops.aten.conv3d.default: conv3d.translation(),
         torch.ops.aten.scaled_dot_product_attention.default: attention.translation(),
+        torch.ops.aten.rnn_tanh.input: recurrent.translation("Tanh"),
+        torch.ops.aten.rnn_relu.input: recurrent.translation("Relu"),
     }

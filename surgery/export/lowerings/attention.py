@@ -48,6 +48,11 @@ def translation() -> Any:
         def ints(*values: int) -> Any:
             return op.Constant(value_ints=list(values))
 
+        def any_of(places: Any) -> Any:
+            # onnxruntime's symbolic shape inference, which its tools run first, knows ReduceSum but not ReduceMax.
+            count = op.ReduceSum(op.Cast(places, to=ir.DataType.FLOAT), ints(-1))
+            return op.Cast(op.Greater(count, op.Constant(value_float=0.0)), to=query.dtype)
+
         # Half of the lowest value: adding a negative score to the lowest value itself could give -inf, and a row of
         # -inf becomes NaN in the softmax.
         low = number(float(query.dtype.min) / 2)
@@ -60,11 +65,10 @@ def translation() -> Any:
             visible = op.GreaterOrEqual(op.Unsqueeze(rows, ints(1)), columns)
         elif attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
             visible = attn_mask
-            seen = op.ReduceMax(op.Cast(visible, to=query.dtype), ints(-1))
+            seen = any_of(visible)
         elif attn_mask is not None:
             bias = op.Max(attn_mask, low)
-            most = op.ReduceMax(attn_mask, ints(-1))
-            seen = op.Cast(op.Greater(most, number(-math.inf)), to=query.dtype)
+            seen = any_of(op.Greater(attn_mask, number(-math.inf)))
         if visible is not None:
             bias = op.Where(visible, number(0.0), low)
 

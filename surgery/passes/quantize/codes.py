@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.passes.quantize.pairs import paired_codes
+
 # QLoRA's 16 quantiles of the normal distribution, scaled to [-1, 1] (Dettmers et al. 2023, arXiv:2305.14314).
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -61,7 +63,9 @@ def packed_columns(format: str, columns: int) -> int:
     return -(-columns * FORMATS[format].bits // 8)
 
 
-def encode(matrix: Tensor, format: str, block: int, asymmetric: bool = False) -> Codes:
+def encode(
+    matrix: Tensor, format: str, block: int, asymmetric: bool = False, pairs: Tensor | None = None
+) -> Codes:
     """Round a matrix to the nearest codes, with the scales of `grid`.
 
     Args:
@@ -69,8 +73,13 @@ def encode(matrix: Tensor, format: str, block: int, asymmetric: bool = False) ->
         format: Name of a format in FORMATS.
         block: Number of columns that share a scale; it divides K.
         asymmetric: int4 only: use zero points.
+        pairs: int8 with one scale for each row only: columns in the order in which an integer kernel multiplies them.
+            The codes do not overflow on processors without VNNI; see `pairs.paired_codes`. None: no limit.
     """
     scale, zero = grid(matrix, format, block, asymmetric)
+    if pairs is not None:
+        codes, scale = paired_codes(matrix, scale, pairs.to(matrix.device))
+        return Codes(pack(codes, format), scale)
     wide = [None if t is None else t.repeat_interleave(block, 1) for t in (scale, zero)]
     assert wide[0] is not None
     return Codes(pack(to_codes(matrix.float(), wide[0], wide[1], format), format), scale, zero)

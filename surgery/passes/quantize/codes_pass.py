@@ -75,8 +75,11 @@ class CodesPass(RewritePass):
         decided: dict[str, Any] = {"order": list(layout.order)}
         if site.probe.in_memory:
             weight = self.source(site).float()
-            moved = torch.linalg.vector_norm(weight - layout.decode(self._encoded(site)))
-            decided["error"] = round(float(moved / torch.linalg.vector_norm(weight).clamp(min=1e-30)), 6)
+            found = self._encoded(site)
+            decided["error"] = _error(weight, layout.decode(found))
+            if layout.paired:
+                whole = replace(layout, paired=False).encode(weight, smooth=found.smooth)
+                decided["error_of_8_bits"] = _error(weight, layout.decode(whole))
         return decided
 
     def outcome(self, site: Site) -> Outcome:
@@ -88,6 +91,8 @@ class CodesPass(RewritePass):
         size = sum(spec.numel() * _bytes(spec, site) for spec in self.tensors(site).values())
         before = site.parameters * site.dtype.itemsize
         note = f"{size / before:.3f} of its bytes; the weight changes by {site.decided['error']:.2%}"
+        if "error_of_8_bits" in site.decided:
+            note += f" ({site.decided['error_of_8_bits']:.2%} with --cpu vnni)"
         return Outcome(note=note, unused=unused)
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
@@ -116,6 +121,12 @@ class CodesPass(RewritePass):
         if site.decided.get("correction"):
             return low_rank.add_branch(site, g, g["right"], g["left"], 1.0)
         return None
+
+
+def _error(weight: Tensor, given: Tensor) -> float:
+    """Relative change of a weight, in the Frobenius norm."""
+    moved = torch.linalg.vector_norm(weight - given)
+    return round(float(moved / torch.linalg.vector_norm(weight).clamp(min=1e-30)), 6)
 
 
 def _bytes(spec: TensorSpec, site: Site) -> int:

@@ -45,7 +45,9 @@ class Convert(CodesPass):
         )
 
     def layout(self, site: Site) -> Layout:
-        return Layout.of(site, site.decided["format"], site.decided["block"], site.decided["asymmetric"])
+        decided = site.decided
+        paired = decided.get("paired", False)
+        return Layout.of(site, decided["format"], decided["block"], decided["asymmetric"], paired)
 
     def source(self, site: Site) -> Tensor:
         return site.probe.weight(site)
@@ -66,9 +68,9 @@ class Convert(CodesPass):
         return None
 
     def decide(self, site: Site) -> dict[str, Any]:
-        _, format, block, asymmetric, *_ = weight_reader(site.calls[0])[1].args
-        return super().decide(site.deciding({"format": format, "block": block, "asymmetric": asymmetric})) | {
-            "format": format,
-            "block": block,
-            "asymmetric": asymmetric,
-        }
+        _, format, block, asymmetric, *others = weight_reader(site.calls[0])[1].args
+        own = {"format": format, "block": block, "asymmetric": asymmetric}
+        # The arguments after `asymmetric` are order, rows, share and paired.
+        if len(others) > 3 and others[3]:
+            own["paired"] = True
+        return super().decide(site.deciding(own)) | own

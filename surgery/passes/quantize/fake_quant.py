@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -69,6 +69,13 @@ class FakeQuant(FormatPass):
     def check(self, site: Site) -> str | None:
         return hindrance(site, self.layout(site), self.dynamic)
 
+    def decide(self, site: Site) -> dict[str, Any]:
+        return {"paired": True} if super().layout(site).paired else {}
+
+    def layout(self, site: Site) -> Layout:
+        # Weights of version 0.1 were trained with all 8 bits, and its journals do not have the decision.
+        return replace(super().layout(site), paired=site.decided.get("paired", False))
+
     @property
     def effect(self) -> Effect:
         return replace(WEIGHT, rounding=self.rounding)
@@ -90,11 +97,14 @@ class FakeQuant(FormatPass):
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
         self.round_input(g)
-        own = _arguments(self.layout(site))
+        layout = self.layout(site)
+        own = _arguments(layout)
 
         def rounded(weight: fx.Node) -> fx.Node:
-            share = () if self.schedule is None else (g["share"],)
-            return g.call(fake_quantize._opoverload, weight, *own, *share)
+            share = None if self.schedule is None else g["share"]
+            # Trailing defaults are omitted, as in graphs of earlier versions.
+            last = (share, True) if layout.paired else () if share is None else (share,)
+            return g.call(fake_quantize._opoverload, weight, *own, *last)
 
         g.swap_weight(rounded)
         return None
@@ -144,7 +154,7 @@ class _Round(Fold):
 
     def apply(self, weight: Tensor, original: Tensor) -> Tensor:
         share = None if self.share is None else self.share.to(weight.device)
-        return weight.copy_(fake_quantize(weight, *_arguments(self.layout), share))
+        return weight.copy_(fake_quantize(weight, *_arguments(self.layout), share, self.layout.paired))
 
 
 def _arguments(layout: Layout) -> tuple[str, int, bool, list[int], int]:

@@ -39,6 +39,10 @@ class FormatPass(RewritePass):
         False,
         description="int8-dynamic: also quantize the rounding error of the input (about 16 bits, two products)",
     )
+    cpu: Literal["any", "vnni"] = Field(
+        "any",
+        description="int8-dynamic: any keeps products in range on every processor; vnni uses all 8 bits and needs VNNI",
+    )
 
     @model_validator(mode="after")
     def _fit(self) -> FormatPass:
@@ -46,7 +50,7 @@ class FormatPass(RewritePass):
             raise PassError(
                 f"pass {self.name!r}: --asymmetric is for int4, and {self.format} has no zero point; leave it out"
             )
-        self.for_dynamic({"--per-token": self.per_token, "--twice": self.twice})
+        self.for_dynamic({"--per-token": self.per_token, "--twice": self.twice, "--cpu": self.cpu != "any"})
         if self.format in ("ternary", DYNAMIC) and self.group:
             one = "one scale for the whole weight" if self.format == "ternary" else "one scale for each row"
             raise PassError(f"pass {self.name!r}: {self.format} has {one}; leave out --group")
@@ -78,7 +82,9 @@ class FormatPass(RewritePass):
 
     def layout(self, site: Site) -> Layout:
         """Number format and matrix form of the site's codes."""
-        return Layout.of(site, "int8" if self.dynamic else self.format, self.group, self.asymmetric)
+        if not self.dynamic:
+            return Layout.of(site, self.format, self.group, self.asymmetric)
+        return Layout.of(site, "int8", self.group, paired=self.cpu == "any")
 
     def round_input(self, g: Rewriter, smooth: fx.Node | None = None) -> None:
         """Round the input of the op if the format is `int8-dynamic`.

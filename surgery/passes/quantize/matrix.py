@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import CONV
 from surgery.graph.sites import Site
 from surgery.passes.quantize.codes import FORMATS, Codes, encode, packed_columns
 from surgery.passes.quantize.gptq import gptq
@@ -29,6 +30,7 @@ class Layout:
         order: Axes of the weight in the order of the matrix: experts and outputs first.
         rows: Number of rows of the matrix.
         smoothed: Columns are multiplied by factors before encoding (SmoothQuant).
+        paired: int8 only: the codes do not overflow in integer products on processors without VNNI.
     """
 
     format: str
@@ -38,9 +40,12 @@ class Layout:
     order: tuple[int, ...]
     rows: int
     smoothed: bool = False
+    paired: bool = False
 
     @staticmethod
-    def of(site: Site, format: str, group: int | None = None, asymmetric: bool = False) -> Layout:
+    def of(
+        site: Site, format: str, group: int | None = None, asymmetric: bool = False, paired: bool = False
+    ) -> Layout:
         """Make the layout of a site.
 
         Args:
@@ -48,6 +53,8 @@ class Layout:
             format: Name of a format in `codes.FORMATS`.
             group: Number of values that share a scale; 0: a whole row; None: the default of the format.
             asymmetric: int4 only: use zero points.
+            paired: int8 only: make codes that do not overflow in integer products. Depthwise convolutions are left out,
+                because onnxruntime computes them in 32 bits.
         """
         # Experts and outputs make the rows, so that each output of each expert has scales of its own.
         first = [site.layout.index(letter) for letter in "eov" if letter in site.layout]
@@ -55,12 +62,33 @@ class Layout:
         rows = math.prod(site.shape[axis] for axis in first)
         asked = FORMATS[format].group if group is None else group
         block = asked or site.parameters // rows
-        return Layout(format, block, asymmetric, tuple(site.shape), tuple(order), rows)
+        depthwise = site.kind == CONV and rows == site.groups and site.shape[order[1]] == 1
+        return Layout(
+            format,
+            block,
+            asymmetric,
+            tuple(site.shape),
+            tuple(order),
+            rows,
+            paired=paired and not depthwise,
+        )
 
     @property
     def columns(self) -> int:
         """Number of columns of the matrix."""
         return math.prod(self.shape) // self.rows
+
+    @property
+    def pairs(self) -> Tensor | None:
+        """Columns in the order in which an integer kernel multiplies them, or None if `paired` is False.
+
+        onnxruntime multiplies the inputs of a convolution position by position, with the channels of a position
+        together.
+        """
+        if not self.paired:
+            return None
+        channels = self.shape[self.order[1]]
+        return torch.arange(self.columns).reshape(channels, -1).t().reshape(-1)
 
     @property
     def misfit(self) -> str:
@@ -92,9 +120,9 @@ class Layout:
             if products is not None:
                 products = products / torch.outer(factors, factors).to(products)
         if products is None:
-            found = encode(matrix, self.format, self.block, self.asymmetric)
+            found = encode(matrix, self.format, self.block, self.asymmetric, self.pairs)
         else:
-            found = gptq(matrix, products, self.format, self.block, self.asymmetric)
+            found = gptq(matrix, products, self.format, self.block, self.asymmetric, self.pairs)
         return replace(found, smooth=smooth)
 
     def decode(self, found: Codes) -> Tensor:

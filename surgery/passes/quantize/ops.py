@@ -73,6 +73,7 @@ def fake_quantize(
     order: Sequence[int],
     rows: int,
     share: Tensor | None = None,
+    paired: bool = False,
 ) -> Tensor:
     """Round a weight to codes and back; the result is bit-identical to `dequantize` of its codes.
 
@@ -86,10 +87,12 @@ def fake_quantize(
         order: Axes of the weight in the order of the matrix.
         rows: Number of rows of the matrix.
         share: Scalar from 0 to 1: how far each value is moved towards its rounding; None: 1.
+        paired: int8 of linear layers only: the codes do not overflow on processors without VNNI.
     """
     turned = weight.permute(list(order))
     matrix = turned.reshape(rows, -1)
-    found = encode(matrix, format, block, asymmetric)
+    pairs = torch.arange(matrix.shape[1]) if paired else None
+    found = encode(matrix, format, block, asymmetric, pairs)
     given = decode(found.codes, found.scale.to(weight.dtype), found.zero, format, matrix.shape[1])
     rounded = _back(given.reshape(turned.shape), order)
     return rounded if share is None else torch.lerp(weight, rounded, share.to(weight.dtype)).contiguous()
@@ -163,5 +166,5 @@ def _straight_through(op: Any, others: int) -> None:
     torch.library.register_autograd(op, backward)
 
 
-_straight_through("surgery::fake_quantize", 6)
+_straight_through("surgery::fake_quantize", 7)
 _straight_through("surgery::round_activation", 3)

@@ -56,6 +56,14 @@ class Quantize(FormatPass, CodesPass):
     - `--activation-budget` measures how much the rounding of the input changes the outputs of each layer. If it is more
       than the budget, the input of that layer is not rounded, and only its weight is int8.
 
+    Processors with AVX2 but without VNNI add two neighbouring products of `int8-dynamic` in 16 bits and saturate. By
+    default (`--cpu any`), codes are chosen so that no two neighbours of one sign add up to more than 128 in magnitude,
+    which is correct on every processor: the scale of a row is widened by up to 2, whichever factor gives the least
+        squared
+    error, and pairs that still exceed the limit are moved to the nearest codes. The plan shows the error beside that of
+    all 8 bits. `--cpu vnni` keeps all 8 bits; the file says so in its metadata, and the export fails on a machine whose
+    products saturate.
+
     Codes are computed once and stored. The op itself stays, and reads the decoded weight. Adapters attach to it as in
     the base, and only they get gradients (QLoRA). `merge --quantized` merges an adapter into the codes if a budget
     allows it; the codes themselves have no merged form. If other ops read W too, it stays in memory, and nothing is
@@ -130,7 +138,8 @@ class Quantize(FormatPass, CodesPass):
         return bool(found.any())
 
     def layout(self, site: Site) -> Layout:
-        return replace(super().layout(site), smoothed=bool(self.smooth) and self._rounds(site))
+        plain, rounds = super().layout(site), self._rounds(site)
+        return replace(plain, smoothed=bool(self.smooth) and rounds, paired=plain.paired and rounds)
 
     def _rounds(self, site: Site) -> bool:
         """True if the input of the site is rounded."""

@@ -132,7 +132,7 @@ def test_the_budget_measures_rows_by_themselves(planted):
 
 def test_saved_merged_and_undone(planted, tmp_path):
     # Steps of int8, of the weight and of what enters.
-    check_carried(planted, surgery.Quantize(**TOKENS), 0.03, tmp_path / "saved")
+    check_carried(planted, surgery.Quantize(**TOKENS), 0.045, tmp_path / "saved")
 
 
 def test_trained_rounded_and_converted(planted):

@@ -141,7 +141,7 @@ def test_the_op_by_its_formula(method, planted):
         base = next(s for s in planted.sites if s.key == site.key)
         weight, columns = Probe(planted).weight(base), site.in_features
         if method == "nearest":
-            codes = encode(weight * own["smooth"], "int8", columns)
+            codes = encode(weight * own["smooth"], "int8", columns, pairs=torch.arange(columns))
             assert torch.equal(codes.codes, own["codes"])
             assert torch.equal(codes.scale, own["scale"])
         given = decode(own["codes"], own["scale"], None, "int8", columns) / own["smooth"]
@@ -204,7 +204,7 @@ def test_half_precision(kind):
         own = own_tensors(program, record)
         assert {own["smooth"].dtype, own["scale"].dtype} == {kind}
         weight = Probe(base).weight(next(s for s in base.sites if s.key == site.key))
-        codes = encode((weight.float() * own["smooth"].float()).to(kind), "int8", 64)
+        codes = encode((weight.float() * own["smooth"].float()).to(kind), "int8", 64, pairs=torch.arange(64))
         assert torch.equal(codes.codes, own["codes"])
         moved = float(
             (weight.double() - Probe(program).stored(site).double()).norm() / weight.double().norm()

@@ -111,7 +111,7 @@ def test_the_budget_measures_both_roundings(planted):
 
 def test_saved_merged_and_undone(planted, tmp_path):
     # Steps of int8, of the weight alone.
-    check_carried(planted, surgery.Quantize(**TWICE, per_token=True), 0.02, tmp_path / "saved")
+    check_carried(planted, surgery.Quantize(**TWICE, per_token=True), 0.03, tmp_path / "saved")
 
 
 def test_trained_rounded_and_converted(planted):
