@@ -28,8 +28,8 @@ def named_range(text: str) -> tuple[str, Any]:
     name = found["name"].strip() if found else text
     if found is None or not name.isidentifier():
         raise CaptureError(
-            f"{text!r} is not a dimension; write a name of letters, digits and underscores, with or without a range: "
-            "'h', 'h=8..512', 'h=8..', 'h=32..512/32' for multiples of 32"
+            f"{text!r} is not a valid dimension name; use letters, digits and underscores, with or without a range: "
+            "'h', 'h=8..512', 'h=8..', or 'h=32..512/32' for multiples of 32"
         )
     step = int(found["step"] or 1)
     low, high = (int(found[end]) if found[end] else None for end in ("low", "high"))

@@ -30,6 +30,12 @@ SEVERAL = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """The tools write temporary files into the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def opens(path):
     """The file loads in a default session."""
     options = onnxruntime.SessionOptions()
