@@ -288,6 +288,14 @@ def test_inputs(count, tmp_path):
 
 # -- directories of every kind of pass
 
+QUERY = "model.layers.0.self_attn.q_proj"
+# As import-peft writes it, with a tensor of the checkpoint that no op reads.
+SOURCE = json.dumps(
+    {
+        "config": {"peft_type": "LOHA", "r": 2}, "tensors": {"base_model.model.a": ["float32", [3]]},
+        "slots": {QUERY: ["weight"]}, "at": QUERY, "digests": {f"{QUERY}.weight": "0" * 64},
+    }
+)  # fmt: skip
 PIPELINES = {
     "llama": {
         "adapters": [
@@ -317,6 +325,10 @@ PIPELINES = {
             ("fake-quant", {"target": "attn.*", "format": "int8"}),
         ],
         "fused": [("fuse-qkv", {}), ("lora", {"target": "attn.*", "rank": 2})],
+        "whole weights": [
+            ("delta", {"target": f"path:{QUERY}", "source": SOURCE}),
+            ("lora", {"target": "mlp.*", "rank": 2, "bias": True}),
+        ],
     },
     "gpt2": {
         "split": [("split-qkv", {}), ("lora", {"target": "attn.*", "rank": 2})],
