@@ -30,7 +30,7 @@ from surgery.common.files import staged_directory, write_text
 from surgery.common.readers import first_line, read_json, read_tensors
 from surgery.engine.program import Program
 from surgery.engine.schema import Natural
-from surgery.live.state import is_shard
+from surgery.live.places import is_shard
 from surgery.train.runner import Body, shard_like
 
 RUN, LOG = "run.json", "log.jsonl"

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.common.errors import InterruptedTrainingError, SurgeryError, TrainingError
 from surgery.engine.program import Program
-from surgery.live.state import is_shard
+from surgery.live.places import is_shard
 from surgery.train.accelerated import accelerator, alone, check_on_policy, check_shards, let_go
 from surgery.train.adapters import training_only
 from surgery.train.batch_order import Order

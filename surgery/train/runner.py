@@ -13,7 +13,8 @@ from surgery.capture.hf_config import configs
 from surgery.common.errors import SurgeryError, TrainingError
 from surgery.engine.module import ProgramModule, get
 from surgery.engine.program import Program
-from surgery.live.state import is_shard, state_of
+from surgery.live.places import is_shard
+from surgery.live.state import state_of
 from surgery.train.unflattened import Unflattened
 
 Form = Literal["auto", "live", "graph"]

@@ -15,7 +15,7 @@ from surgery.common import names
 from surgery.common.errors import JournalError, LoadError, PassError, SurgeryError
 from surgery.engine import schema
 from surgery.graph import compiled
-from surgery.live import layer
+from surgery.live import adapted
 from surgery.store import saved
 from tests.security import crafted
 from tests.security.mutations import CODE, MARKER
@@ -100,7 +100,7 @@ def test_no_such_target_is_compiled(name, op):
     with pytest.raises(SurgeryError, match="cannot be written into code safely"):
         compiled.compiled(nn.Module(), graph)
     with pytest.raises(SurgeryError, match="cannot be written into code safely"):
-        layer._compile(graph, "planted")
+        adapted.Source.of(graph, "planted")
 
 
 def test_names_of_a_peft_checkpoint(base, tmp_path):
