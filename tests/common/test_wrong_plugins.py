@@ -21,10 +21,12 @@ from surgery.testing import check_pass
 from tests.common.test_plugins import cli
 from tests.shared.installed import COMMAND, PASS, install
 
-HEAD = (
-    "from typing import ClassVar\nfrom surgery.api import hookimpl, RewritePass, TensorSpec, Fold, WeightOp, LINEAR\n"
-    "import torch\n"
-)
+HEAD = """
+from typing import ClassVar
+import torch
+from surgery.api import LINEAR, RewritePass, WeightOp, hookimpl
+
+"""
 
 # Source of a plugin -> what is said about it.
 WRONG = {
@@ -51,8 +53,8 @@ WRONG = {
         "fails in surgery_passes: ZeroDivisionError",
     ),
     "an old member": (
-        "class Old(RewritePass):\n    name = 'old'\n    mergeable: ClassVar = True\n\n@hookimpl\n"
-        "def surgery_passes():\n    return [Old]\n",
+        "class Old(RewritePass):\n    name = 'old'\n    mergeable: ClassVar = True\n\n"
+        "@hookimpl\ndef surgery_passes():\n    return [Old]\n",
         "defines 'mergeable', which passes no longer have",
     ),
     "an objective that is none": (
