@@ -48,7 +48,7 @@ class _Factors:
     """Tensors of a checkpoint: factors by path of the site and name in the pass, and those of whole weights."""
 
     by_path: dict[str, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-    # Path of a site -> path of PEFT's module, which patterns of ranks and alphas match.
+    # Path of a site -> path of PEFT's module or name of its parameter, which patterns of ranks and alphas match.
     modules: dict[str, str] = field(default_factory=dict)
     rest: dict[str, Tensor] = field(default_factory=dict)
     # Grouped convolutions whose A reads the channels of all groups.
@@ -148,7 +148,7 @@ def _sorted(given: Checkpoint, base: Program) -> _Factors:
 
 
 def _place(given: Checkpoint, base: Program, path: str) -> tuple[str, str]:
-    """Path of PEFT's module, and path of the site whose weight it adapts."""
+    """Path of PEFT's module or name of its parameter, and path of the site whose weight it adapts."""
     wanted = [name for name in given.config.get("target_parameters") or () if isinstance(name, str)]
     own = path.replace(".base_layer", "")
     try:
@@ -160,6 +160,8 @@ def _place(given: Checkpoint, base: Program, path: str) -> tuple[str, str]:
             raise Unread(
                 f"the model reads the parts of {own}.in_proj_weight apart, so that no LoRA has all of it"
             )
+        if given.config.get("lora_bias"):
+            raise Unread(f"PEFT leaves the biases of the update of {own} out")
         return own, f"{own}.in_proj_weight"
     targeted = [
         leaf
@@ -169,8 +171,9 @@ def _place(given: Checkpoint, base: Program, path: str) -> tuple[str, str]:
     if len(targeted) > 1 or (targeted and own != path):
         # PEFT nests a wrapper for each parameter of a module, and names them by depth.
         raise Unread(f"{own} has several targeted parameters, which has no counterpart here")
-    if targeted and targeted[0] != "weight":
-        return own, f"{own}.{targeted[0]}"
+    if targeted:
+        parameter = f"{own}.{targeted[0]}"
+        return parameter, parameter.removesuffix(".weight")
     # nn.MultiheadAttention's output projection is adapted together with its input projection.
     return own.removesuffix(".out_proj") if ".base_layer." in path else own, own
 
@@ -181,11 +184,9 @@ def _as_ours(given: Checkpoint, module: str, site: Site, own: dict[str, Tensor])
         return
     if site.path == f"{module}.out_proj":
         own["B"] = own["B"] * TIMES_OF_OUT_PROJ
-    parameter = f"{module}.{site.key.owner.removeprefix(f'{module}.')}"
-    targets = [name for name in given.config.get("target_parameters") or () if isinstance(name, str)]
-    if any(f".{parameter}".endswith(f".{name}") for name in targets):
+    if module == site.key.owner:
         if site.kind != LINEAR:
-            raise Unread(f"its target_parameters name {parameter}, a weight of kind {site.kind}")
+            raise Unread(f"its target_parameters name {module}, a weight of kind {site.kind}")
         if site.layout == "io":  # PEFT takes every matrix as (out, in)
             own["A"], own["B"] = own["B"].t(), own["A"].t()
     blocks = given.config.get("use_bdlora")

@@ -7,7 +7,7 @@ tensors have the names of the base. A layer that PEFT adapts cannot be such a mo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +62,12 @@ def current_values(program: Program) -> dict[str, Tensor]:
     return values
 
 
-def stored_whole(program: Program, adapted: Collection[str], task: str | None) -> Whole:
+def stored_whole(program: Program, adapted: Mapping[str, str], task: str | None) -> Whole:
     """What PEFT has to store besides the adapters.
 
     Args:
         program: The program.
-        adapted: Paths of the modules that PEFT adapts.
+        adapted: Path of each module that PEFT adapts -> path of its own weights in the checkpoint.
         task: PEFT's task type of the model.
 
     Raises:
@@ -88,7 +88,7 @@ def stored_whole(program: Program, adapted: Collection[str], task: str | None) -
             )
         if owner in adapted:
             _check_tied(program, name, values)
-            tensors[f"{owner}.base_layer.{leaf}"] = values[name]
+            tensors[f"{adapted[owner]}.{leaf}"] = values[name]
             biases |= leaf == "bias"
         else:
             saved.add(owner)

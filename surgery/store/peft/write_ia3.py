@@ -16,8 +16,10 @@ from surgery.passes.algebra.scale import channels
 from surgery.store.peft.places import adapts_module, site_of, targets
 
 
-def write_ia3(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
-    """Configuration, tensors and modules of all IA³ entries; `feedforward_modules` have their inputs scaled."""
+def write_ia3(
+    program: Program, live: Sequence[Entry]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Configuration, tensors and places of all IA³ entries; `feedforward_modules` have their inputs scaled."""
     tensors: dict[str, Tensor] = {}
     inputs: list[str] = []
     layouts: set[str] = set()
@@ -56,4 +58,4 @@ def write_ia3(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], 
         "fan_in_fan_out": layouts == {"io"},
         "init_ia3_weights": True,
     }
-    return config, tensors, paths
+    return config, tensors, {path: f"{path}.base_layer" for path in paths}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,8 +52,13 @@ class _Adapted:
         return {f"{path}.lora_{name}": tensor for name, tensor in found.items()}
 
 
-def write_lora(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
-    """Configuration, tensors and modules of all LoRA entries as one LoRA, with a rank and an alpha for each module."""
+def write_lora(
+    program: Program, live: Sequence[Entry]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Configuration and tensors of all LoRA entries as one LoRA, with a rank and an alpha for each module.
+
+    Also the path of each adapted module, with the path of its own weights in the checkpoint.
+    """
     first = pass_of(live[0], program.base.plugins)
     assert isinstance(first, Lora)
     found: dict[str, _Adapted] = {}
@@ -104,8 +109,37 @@ def write_lora(program: Program, live: Sequence[Entry]) -> tuple[dict[str, Any],
     }
     if parameters:
         config["target_parameters"] = sorted(parameters)
-    adapted = {own.where if own.module else own.where.rpartition(".")[0] for own in found.values()}
-    return config, tensors, adapted
+    _check_fan_in(program, modules, parameters)
+    return (
+        config,
+        tensors,
+        _own_weights(program, [*modules, *(name.rpartition(".")[0] for name in parameters)]),
+    )
+
+
+def _own_weights(program: Program, paths: Sequence[str]) -> dict[str, str]:
+    """Path of each adapted module -> path of its own weights in the checkpoint."""
+    found = {path: f"{path}.base_layer" for path in paths}
+    for path in paths:
+        if isinstance(program.base.loaded.module.get_submodule(path), nn.MultiheadAttention):
+            found[f"{path}.out_proj"] = f"{path}.base_layer.out_proj.base_layer"
+    return found
+
+
+def _check_fan_in(program: Program, modules: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Raise ExportError where PEFT has fan_in_fan_out on, from the last layer, when it comes to the parameters."""
+    if not parameters:
+        return
+    last = [
+        (path, type(module).__name__)
+        for path, module in program.base.loaded.module.named_modules()
+        if path in modules and type(module).__name__ in ("Linear", "Conv1D")
+    ]
+    if last and last[-1][1] == "Conv1D":
+        raise ExportError(
+            f"lora at {min(parameters)}: PEFT adapts no parameter after a Conv1D such as {last[-1][0]}, which sets "
+            f"fan_in_fan_out for all; write them separately, or save the program"
+        )
 
 
 def _of_modules(
@@ -126,6 +160,12 @@ def _of_modules(
         if not isinstance(module, nn.MultiheadAttention) or inner == (None, None):
             continue
         given = [own for own in inner if own is not None]
+        more = {name for own in given for name in own.more}
+        if more:
+            what = "has no DoRA for" if "magnitude_vector" in more else "leaves the bias of an update out in"
+            raise ExportError(
+                f"{path}: PEFT {what} nn.MultiheadAttention; merge the adapter, or save the program"
+            )
         if module.in_proj_weight is None:
             raise ExportError(
                 f"{path}: PEFT has no LoRA for an nn.MultiheadAttention whose queries, keys and values differ in size; "

@@ -19,7 +19,7 @@ from surgery.store.peft.files import PROMPT, task_type
 
 def write_prefix(
     program: Program, live: Sequence[Entry]
-) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Configuration and table of a prefix."""
     entry = _only(live)
     tuned = pass_of(entry, program.base.plugins)
@@ -49,13 +49,13 @@ def write_prefix(
             "encoder_hidden_size": heads * width,
         },
         {PROMPT: table},
-        set(),
+        {},
     )
 
 
 def write_prompt(
     program: Program, live: Sequence[Entry]
-) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Configuration and table of a prompt. For an encoder-decoder PEFT expects rows for the decoder too, not used."""
     entry = _only(live)
     (record,) = entry.sites
@@ -77,7 +77,7 @@ def write_prompt(
             "prompt_tuning_init": "RANDOM",
         },
         {PROMPT: torch.cat([rows, torch.zeros_like(rows)]) if twice else rows},
-        set(),
+        {},
     )
 
 

@@ -288,6 +288,55 @@ def test_trained_weights_under_and_beside_an_adapted_layer(base, tmp_path, rando
     agree(again.run(ids=IDS), program.run(ids=IDS))
 
 
+def test_several_ranks_and_places_at_once(base, tmp_path):
+    """Patterns of ranks and alphas name modules and parameters; trained weights lie under an attention, too."""
+    passes = [
+        surgery.Lora(target="path:weighted", rank=2, alpha=1.0, label="a"),
+        surgery.Lora(target="path:attention.in_proj_weight", rank=4, alpha=8.0, label="b"),
+        surgery.Lora(target="path:plain,path:emb", rank=1, alpha=3.0, label="c"),
+        surgery.Full(
+            target="path:attention.in_proj_weight,path:attention.out_proj.bias,path:weighted.weight"
+        ),
+    ]
+    program = base.apply(*passes)
+    program.own()
+    with torch.no_grad():
+        for name, tensor in [*program.tensors.items(), *program.changed.items()]:
+            if "lora" in name or name.startswith(("attention", "weighted")):
+                tensor.add_(torch.randn_like(tensor) * 0.2)
+    surgery.export_peft(program, tmp_path / "ours")
+    agree(by_peft(tmp_path / "ours"), program.run(ids=IDS))
+    agree(surgery.import_peft(tmp_path / "ours", base).run(ids=IDS), program.run(ids=IDS))
+
+
+@pytest.mark.parametrize(
+    ("passes", "said"),
+    [
+        (
+            [surgery.Lora(target="path:attention.out_proj", dora=True)],
+            "attention: PEFT has no DoRA for nn.Multi",
+        ),
+        (
+            [surgery.Lora(target="path:attention.out_proj", bias=True)],
+            "attention: PEFT leaves the bias of an update",
+        ),
+        ([surgery.Lora(target="path:weighted,path:turned")], "no parameter after a Conv1D such as turned"),
+        (
+            [surgery.Lora(target="path:weighted", dropout=0.1)],
+            "as a parameter, for which it has no --dropout",
+        ),
+        (
+            [surgery.Lora(target="path:grouped", dora=True)],
+            "PEFT's DoRA of a grouped convolution mixes its groups",
+        ),
+    ],
+)
+def test_what_peft_cannot_hold(passes, said, base, tmp_path):
+    with pytest.raises(ExportError, match=said):
+        surgery.export_peft(base.apply(*passes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_path_that_ends_another_one(tmp_path, randomise):
     """PEFT matches ends of paths: `lin` must not adapt `inner.lin` as well."""
 
