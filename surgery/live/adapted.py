@@ -153,6 +153,9 @@ def _reduced(self: Any, protocol: Any) -> Any:
     """Pickle or copy a rewritten layer: the class was created at run time, so a description stands for it."""
     made = self.surgery_base.__reduce_ex__(self, protocol)
     cls = acting(self)
+    # A class that chooses by row cannot be described; the copy gets the class outside of the block.
+    if hasattr(cls, "surgery_base") and not hasattr(cls, "surgery_code"):
+        cls = getattr(type(self), "surgery_outer", cls)
     code = getattr(cls, "surgery_code", None)
     if code is None:
         return (_blank, (getattr(cls, "surgery_base", cls),), *made[2:])

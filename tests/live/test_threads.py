@@ -155,6 +155,10 @@ def test_a_copy_has_the_adapters_of_the_block(two, ids, copied):
         other = copied(two)
     with torch.no_grad():
         assert torch.equal(other(ids).logits, film)
+    with surgery.mixed_batch(two, [None] * 4):
+        whole = copied(two)
+    with torch.no_grad():
+        assert torch.equal(whole(ids).logits, two(ids).logits)
     surgery.weight_(other, {"news": 1})
     with torch.no_grad():
         assert torch.equal(other(ids).logits, two(ids).logits)
