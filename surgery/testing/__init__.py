@@ -25,7 +25,7 @@ foreign      a random LoRA beneath and above the pass still acts, and so does th
 live         the live module has the outputs of the program, or the pass says why it has no live form
 packed       the `dequantize` of an op with packed weights returns the weight that the op computes with
 zoo          on small models of the kit's own (fused, transposed, shared and grouped layers, in fp64): numerics, merge,
-             rows, foreign, parts of fused projections, and the gradient of every tensor by central differences
+             rows, parts of fused projections, and the gradient of every tensor by central differences
 onnx         onnxruntime agrees with the program; every inserted tensor is in the file under its name, with provenance
 input        the given program and its model are unchanged bit for bit
 """

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from surgery.capture import Captured
 from surgery.engine.base import Base
 from surgery.engine.program import Program
 
 # Noise of a parameter whose values are all equal, relative to the size of a typical weight.
 _NOISE = 0.1
+
+
+@dataclass
+class _Perturbed(Base):
+    """A base with other values than the given one, whose capture in train mode it uses: that takes seconds."""
+
+    given: Base | None = None
+
+    def train_capture(self) -> Captured:
+        assert self.given is not None
+        return self.given.train_capture()
 
 
 def perturbed(program: Program, seed: int) -> Program:
@@ -48,7 +60,8 @@ def perturbed(program: Program, seed: int) -> Program:
         module=copy.deepcopy(module, memo),
         stored=base.loaded.stored | {alias for name in names for alias in base.names[name]},
     )
-    return type(program)(Base(loaded, base.captured, base.plugins, base.ref, base.options))
+    fresh_base = _Perturbed(loaded, base.captured, base.plugins, base.ref, base.options, given=base)
+    return type(program)(fresh_base)
 
 
 def _is_constant(tensor: Tensor) -> bool:

@@ -26,7 +26,7 @@ _STEPS = (1e-3, 1e-4, 1e-5, 1e-6)
 def zoo(case: Case) -> str:
     """Apply the pass to the kit's own models wherever it accepts a site, and run the checks that depend on the layer.
 
-    The checks are numerics, merge, rows, foreign, gradients of every tensor by central differences in fp64, and, for a
+    The checks are numerics, merge, rows, gradients of every tensor by central differences in fp64, and, for a
     pass that acts on parts of fused projections, that the other parts stay as they are.
     """
     if not isinstance(case.pass_, RewritePass):
@@ -59,7 +59,6 @@ def _checked(case: Case) -> str:
         values.numerics,
         merging.merge,
         foreign.rows,
-        foreign.foreign,
         _gradients,
         _parts,
     )
