@@ -134,7 +134,8 @@ def check_written(program: Program) -> None:
     Raises:
         ExportError: the graph contains such an op, draws random numbers, or reads bfloat16.
     """
-    nodes = live_nodes(program.graph)
+    found = live_nodes(program.graph)
+    nodes = [node for node in program.graph.nodes if node in found]
     tensors = {**program.base.tensors, **program.tensors}
     for node in nodes:
         value = tensors.get(str(node.target)) if node.op == "get_attr" else node.meta.get("val")

@@ -97,7 +97,7 @@ def test_codes_keep_their_dtype(bfloat, tmp_path):
 
 def test_what_cannot_be_converted_is_refused(tmp_path):
     program = surgery.capture(nn.Linear(4, 4).bfloat16(), (torch.randn(3, 4).bfloat16(),))
-    with pytest.raises(ExportError, match=r"input is bfloat16, .* or convert the module"):
+    with pytest.raises(ExportError, match=r"weight is bfloat16, .* or convert the module"):
         program.export(tmp_path / "model.onnx")
     program.save(tmp_path / "saved")
     with pytest.raises(LoadError, match="its base is no hf: or timm: model"):
