@@ -64,8 +64,10 @@ def _beneath(case: Case, target: str) -> str:
         return f"none ({name})"
     planned = _planned(under, case.pass_)
     if isinstance(planned, str) or not planned.accepted:
-        why = planned if isinstance(planned, str) else planned.refused[0].refusal
-        return f"refused ({why})"
+        if isinstance(planned, str):
+            return f"refused ({planned})"
+        first = next(iter(planned.refused), None)
+        return f"refused ({first.refusal})" if first is not None else "it finds nothing there"
     try:
         both = case.apply(under, case.pass_, freeze_base=False)
     except PassError as error:
