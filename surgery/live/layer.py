@@ -179,6 +179,8 @@ class Layers:
         # Passes work with names of the program; get_attr nodes are renamed back to attributes at the end.
         for node in graph.nodes:
             if node.op == "get_attr":
+                if node.target not in names:
+                    raise LayerError(f"its forward also runs a layer inside it, which has {node.target}")
                 node.target = names[str(node.target)]
         weights = {n: (n,) for n in names.values()}
         cache = MetaCache(graph)

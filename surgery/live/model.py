@@ -10,6 +10,7 @@ from surgery.capture import LoadedModel
 from surgery.capture.hf_config import configs
 from surgery.common.errors import PassError
 from surgery.common.hooks import hookimpl
+from surgery.engine.base import Base
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries, pass_of
 from surgery.live.capture import mirror, watch
@@ -37,7 +38,10 @@ def live(program: Program) -> nn.Module:
     model = mirror(base.loaded.module)
     if base.loaded.config is not None:
         _configured(model, base.loaded)
-    state = LiveState(Program(base), watch(base.loaded), Layers(base.plugins.weight_ops))
+    # What a live model refuses must not be refused to the program, so the live model has a base object of its own.
+    own = object.__new__(Base)
+    own.__dict__.update(base.__dict__)
+    state = LiveState(Program(own), watch(base.loaded), Layers(base.plugins.weight_ops))
     state.refuse(pass_of(entry, base.plugins) for entry in live_entries(program.journal))
     program.own()
     state.adopt(model, program)

@@ -170,6 +170,15 @@ def _kept(graph: fx.Graph, frozen: set[fx.Node]) -> list[fx.Node]:
     ]
 
 
+def _is_same(own: Tensor, other: Tensor) -> bool:
+    """True if two tensors are one. Programs on one base share the storage of weights, and have copies of buffers."""
+    if memory_of(own) == memory_of(other):
+        return True
+    if isinstance(own, nn.Parameter) or isinstance(other, nn.Parameter):
+        return False
+    return own.dtype == other.dtype and torch.equal(own, other)
+
+
 def _matched(
     kept: Sequence[fx.Node], module: nn.Module, other: nn.Module, graph: fx.Graph
 ) -> list[fx.Node] | None:
@@ -190,9 +199,7 @@ def _matched(
             continue
         seen.add(node)
         if node.op == "get_attr":
-            # Programs on one base share storage, so equal memory means equal weights without a comparison of
-            # values.
-            if memory_of(get(module, str(node.target))) != memory_of(get(other, str(twin.target))):
+            if not _is_same(get(module, str(node.target)), get(other, str(twin.target))):
                 return None
         elif node.op != "placeholder":
             mine, theirs = (fx.node.map_arg((n.args, n.kwargs), lambda n: n.name) for n in (node, twin))

@@ -183,7 +183,7 @@ def test_a_directory_for_another_model(two, tmp_path, ids):
     with pytest.raises(JournalError):
         surgery.load_(other, tmp_path / "saved")
     assert torch.equal(other(ids).logits, before)
-    two.save_pretrained(tmp_path / "there")
+    LlamaForCausalLM(two.config).save_pretrained(tmp_path / "there")
     surgery.apply_(other, surgery.Full())
     with pytest.raises(surgery.SurgeryError, match="is another model"):
         surgery.save_(other, tmp_path / "x", ref=f"hf:{tmp_path / 'there'}")

@@ -25,7 +25,8 @@ def base(llama_folder):
 
 
 def notes(folder):
-    return [(row["step"], row["note"]) for row in read_log(folder / "log.jsonl") if "note" in row]
+    rows = [(row["step"], row["note"]) for row in read_log(folder / "log.jsonl") if "note" in row]
+    return [(step, note) for step, note in rows if not note.startswith("reads the ")]
 
 
 def rows_of(folder, key):

@@ -212,15 +212,20 @@ def test_ctrl_c_writes_a_checkpoint(llama_folder, texts, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        # Background jobs of a shell ignore the signal, and their children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     log = tmp_path / "out.run" / "log.jsonl"
     limit = time.monotonic() + 120
-    while not (log.exists() and '"loss"' in log.read_text()):
-        assert time.monotonic() < limit
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    try:
+        while not (log.exists() and '"loss"' in log.read_text()):
+            assert time.monotonic() < limit
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130
     steps = [path.name for path in (tmp_path / "out.run").glob("step-*")]
     assert len(steps) == 1

@@ -93,7 +93,7 @@ class Pissa(Variant):
         return super().branches(g, dropped)
 
     def site_folds(self, tensors: Mapping[str, Tensor], weight: float) -> dict[str, Fold]:
-        return {"weight:residual": Become(tensors["residual"], weight)}
+        return {"weight:residual": Displace(tensors["residual"], weight)}
 
 
 class PackedPissa(Pissa):
@@ -178,6 +178,13 @@ def largest_rank(site: Site, pair: Pair) -> int:
     outputs = b[1] if experts else b[0] // site.groups
     stack = site.size("e") if experts else site.groups
     return min(outputs, int(torch.Size(a).numel()) // stack)
+
+
+class Displace(Become):
+    """Merge: W ← W + w·(residual − W₀), rounded as in earlier versions, so that saved merges keep their bits."""
+
+    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
+        return weight.add_(self.value.detach().to(weight.dtype) - original, alpha=self.weight)
 
 
 def entries_at(site: Site) -> list[str]:

@@ -242,7 +242,7 @@ def test_adapters_come_after_and_shared_weights_stay():
     assert both.journal.entries[-1].sites[0].decided.get("rows"), "LoRA on the part of the fused weight"
     shared = program("albert").plan(of("fuse-qkv")).passes[-1]
     assert not shared.accepted
-    assert all("is read in another place too" in p.refusal for p in shared.refused)
+    assert all("its own copy with --pass untie --calls" in p.refusal for p in shared.refused)
 
 
 @pytest.mark.parametrize(
