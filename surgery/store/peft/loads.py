@@ -23,8 +23,12 @@ _TOKENS = ("PREFIX_TUNING", "PROMPT_TUNING")
 
 
 def can_check(program: Program) -> bool:
-    """True if PEFT is installed and the weights are in memory."""
-    return importlib.util.find_spec("peft") is not None and program.base.in_memory
+    """True if PEFT is installed, and the base is a model that it can adapt: in memory, without packed weights.
+
+    The layers of packed weights are those of another library. Their adapters are written for the unpacked model.
+    """
+    packed = any(site.packed for site in program.base.sites)
+    return importlib.util.find_spec("peft") is not None and program.base.in_memory and not packed
 
 
 def check_loads(program: Program, folder: Path, given_back: bool) -> None:

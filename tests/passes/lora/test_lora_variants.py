@@ -463,7 +463,9 @@ def test_the_base_trains_beside_dora_but_not_under_pissa():
         )
         run = program.module().train()
         run(*inputs).square().sum().backward()
-        assert (dict(run.named_parameters())["out.weight"].grad is not None) == trains
+        # Under PiSSA the graph reads the residual, and the module does not have the weight.
+        weight = dict(run.named_parameters()).get("out.weight")
+        assert (weight is not None and weight.grad is not None) == trains
 
 
 # -- refusals
