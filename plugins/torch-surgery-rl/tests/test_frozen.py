@@ -178,7 +178,9 @@ def test_a_layer_that_a_pass_made_is_none_of_the_live_model(program, rollout):
     with pytest.raises(
         PassError, match="head_value: a pass created it, and the live model has no such layer"
     ):
-        program.apply(surgery.Lora(target="path:head_value", rank=1, label="values"))
+        surgery.apply_(program.live(), surgery.Lora(target="path:head_value", rank=1, label="values"))
+    # The program itself has the layer.
+    assert program.apply(surgery.Lora(target="path:head_value", rank=1, label="values"))
 
 
 def test_where_values_alone_train_the_head_is_for_responses_too(base, rollout):
