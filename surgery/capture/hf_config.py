@@ -123,23 +123,19 @@ def read_config(
     return config, unused
 
 
+def auto_class_for(transformers: Any, config: Any, task: str) -> Any:
+    """The first Auto class of a task that supports a configuration, or None. Raises LoadError for an unknown task."""
+    autos = (getattr(transformers, name, None) for name in auto_classes(task))
+    return next((a for a in autos if a is not None and type(config) in a._model_mapping), None)
+
+
 def model_class_of(transformers: Any, ref: str, config: Any, task: str | None) -> Any:
     """The class for the task, else the one named in the configuration, else AutoModel."""
     if task is not None:
-        classes = auto_classes(task)
-        for class_name in classes:
-            auto = getattr(transformers, class_name, None)
-            if auto is not None and type(config) in auto._model_mapping:
-                return auto
-        able = [
-            known
-            for known, names in TASKS.items()
-            if any(
-                type(config) in getattr(transformers, n)._model_mapping
-                for n in names
-                if hasattr(transformers, n)
-            )
-        ]
+        auto = auto_class_for(transformers, config, task)
+        if auto is not None:
+            return auto
+        able = [known for known in TASKS if auto_class_for(transformers, config, known) is not None]
         raise LoadError(
             f"{ref}: {config.model_type} has no model for task '{task}'; it supports {', '.join(able) or 'none'}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery.capture.hf_config import (
     PREFIX,
-    auto_classes,
+    auto_class_for,
     check_directory,
     read_config,
     require_transformers,
@@ -36,9 +36,9 @@ def task_head(ref: str, tasks: Sequence[str], model_kwargs: Mapping[str, Any]) -
         config, _ = read_config(transformers, ref, name, dict(model_kwargs))
     named = set(getattr(config, "architectures", None) or ())
     for task in tasks:
-        for auto in (getattr(transformers, each, None) for each in auto_classes(task)):
-            if auto is not None and type(config) in auto._model_mapping:
-                found = auto._model_mapping[type(config)]
-                classes = found if isinstance(found, tuple) else (found,)
-                return task, named.isdisjoint(each.__name__ for each in classes)
+        auto = auto_class_for(transformers, config, task)
+        if auto is not None:
+            found = auto._model_mapping[type(config)]
+            classes = found if isinstance(found, tuple) else (found,)
+            return task, named.isdisjoint(each.__name__ for each in classes)
     return None, False
