@@ -20,8 +20,7 @@ from surgery.engine.contract.folds import Fold
 from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.engine.schema import check_depth
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, NORM
-from surgery.graph.rewrite.current import replaced_op
-from surgery.graph.rewrite.refusals import computed_weight, not_floating
+from surgery.graph.rewrite.current import no_weight_to_replace
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra.instead import Become, read_bias_instead, read_instead
@@ -132,11 +131,7 @@ class Delta(RewritePass):
         return replace(ADAPTER, scalable=True)
 
     def check(self, site: Site) -> str | None:
-        refused = (
-            computed_weight(site)
-            or not_floating(site, "quantize it after this")
-            or replaced_op(site, "apply this first, or undo that")
-        )
+        refused = no_weight_to_replace(site, "quantize it after this", "apply this first, or undo that")
         if refused:
             return refused
         if "bias" in self._slots(site) and site.bias is None:

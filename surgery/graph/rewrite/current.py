@@ -7,7 +7,7 @@ from torch import fx
 from surgery.graph.graphs import live_nodes, writes
 from surgery.graph.marks import input_before_adapters, mark_of, output_with_adapters
 from surgery.graph.ops import Call, arguments, operand, parameter_of
-from surgery.graph.rewrite.refusals import computed_weight
+from surgery.graph.rewrite.refusals import computed_weight, not_floating
 from surgery.graph.sites import Site
 
 
@@ -64,6 +64,17 @@ def replaced_op(site: Site, remedy: str) -> str | None:
     """
     gone = replaced_at(site)
     return None if gone is None else f"{gone!r} has put another op in its place; {remedy}"
+
+
+def no_weight_to_replace(site: Site, packed: str, replaced: str) -> str | None:
+    """The refusal of a site whose weight is computed, packed, or no longer read by its op; None if it can be replaced.
+
+    Args:
+        site: The site.
+        packed: Remedy for a packed weight, an imperative clause.
+        replaced: Remedy for an op that an earlier pass has replaced.
+    """
+    return computed_weight(site) or not_floating(site, packed) or replaced_op(site, replaced)
 
 
 def _outer(node: fx.Node) -> fx.Node:

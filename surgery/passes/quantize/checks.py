@@ -8,8 +8,7 @@ from surgery.engine.contract.base import RewritePass
 from surgery.engine.replay import pass_of
 from surgery.graph.marks import mark_of
 from surgery.graph.ops import CONV, LINEAR, parameter_of
-from surgery.graph.rewrite.current import replaced_op, weight_reader
-from surgery.graph.rewrite.refusals import computed_weight, not_floating
+from surgery.graph.rewrite.current import no_weight_to_replace, weight_reader
 from surgery.graph.sites import Site
 from surgery.passes.quantize.matrix import Layout
 from surgery.passes.quantize.ops import dequantize, fake_quantize
@@ -24,11 +23,7 @@ def hindrance(site: Site, layout: Layout, dynamic: bool, calibrated: bool = Fals
         dynamic: The input of the op is rounded too.
         calibrated: Rounding errors of some values are compensated in others (GPTQ).
     """
-    refused = (
-        computed_weight(site)
-        or not_floating(site, "leave it out")
-        or replaced_op(site, "quantize before it, or leave the site out")
-    )
+    refused = no_weight_to_replace(site, "leave it out", "quantize before it, or leave the site out")
     if refused:
         return refused
     _, current = weight_reader(site.calls[0])

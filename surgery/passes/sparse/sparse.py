@@ -20,8 +20,7 @@ from surgery.engine.contract.ramp import Begin, End, Every, Unit, check_ramp, gr
 from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.marks import mark_of
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR
-from surgery.graph.rewrite.current import adapted_by, replaced_op, weight_given_by, weight_reader
-from surgery.graph.rewrite.refusals import computed_weight, not_floating
+from surgery.graph.rewrite.current import adapted_by, no_weight_to_replace, weight_given_by, weight_reader
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.quantize import dequantize
@@ -160,10 +159,8 @@ class Sparse(RewritePass):
 
     def _hindered(self, site: Site) -> str | None:
         """Return the reason why no mask can be chosen here, whatever the data are, or None."""
-        refused = (
-            computed_weight(site)
-            or not_floating(site, "make it sparse before quantizing it")
-            or replaced_op(site, "undo that first, or leave the site out")
+        refused = no_weight_to_replace(
+            site, "make it sparse before quantizing it", "undo that first, or leave the site out"
         )
         if refused:
             return refused
