@@ -63,11 +63,11 @@ def targeted(view: View, target: str) -> dict[str, str]:
 
     `all` and roles name sites only.
     """
+    # Most targets name roles: they need no analysis of the graph.
+    terms = [term for term in parse(target) if term.reading in ("path", "re")]
+    unread = view.once("unread", lambda: unread_weights(view)) if terms else {}
     chosen: dict[str, str] = {}
-    unread = unread_weights(view)
-    for term in parse(target):
-        if term.reading not in ("path", "re"):
-            continue
+    for term in terms:
         for name, op in unread.items():
             if term.matches_path(*view.names[name]):
                 if term.exclude:
