@@ -37,7 +37,7 @@ def _as_lora(command: _F) -> _F:
 
 
 def _remark(program: Program, entry: Entry) -> str:
-    """What the reader of an entry should know: where its values came from, or how far it is from them."""
+    """Note on a journal entry: the source of its values, or its distance from them."""
     from surgery.engine.replay import pass_of
     from surgery.passes.delta import Delta
 

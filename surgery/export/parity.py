@@ -196,7 +196,7 @@ def without_rounding(
 
 
 def _remedy(source: ExportSource) -> str:
-    """What helps if rounded activations change too much."""
+    """Remedy if rounded activations change too much."""
     if rounds(source):
         return "look for a layer that onnxruntime computes differently, or accept it with --tolerance"
     return (

@@ -156,7 +156,7 @@ def _with_values(state: LiveState, values: Mapping[str, Tensor]) -> Program:
 
 
 def _trained(state: LiveState, model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the passes inserted and training changed, by the names that the model has for it."""
+    """Tensors that passes inserted or training changed, by their names in the model."""
     program = state.program
     kept = set(model.state_dict(keep_vars=True))
     names = [*state.at]

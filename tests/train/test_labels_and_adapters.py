@@ -96,7 +96,7 @@ def test_names_are_in_every_form_and_keep_their_numbers(head, tmp_path):
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf").config
     assert config.id2label == {0: "a", 1: "b", 2: "c"}
     assert surgery.load(f"hf:{tmp_path / 'hf'}").labels == {"logits": ("a", "b", "c")}
-    # Data with some of the names: sorted anew, "c" would be 1.
+    # The data have two of the three names. Sorted again, "c" would be 1.
     fit(again, write_csv(tmp_path / "e.csv", ["c", "a"]), tmp_path / "more")
     assert again.labels == {"logits": ("a", "b", "c")}
     with pytest.raises(TrainingError, match="has the label 'd', and the model's classes are a, b, c"):

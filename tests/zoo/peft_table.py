@@ -40,7 +40,7 @@ from surgery.common.errors import SurgeryError
 from tests.zoo import peft_cases
 
 REQUIRED = 0.95
-COVERAGE = Path("docs/coverage.md")  # its line is written anew when every row has run
+COVERAGE = Path("docs/coverage.md")  # a run of every row rewrites its line
 STEPS = ("peft", "import", "run", "load", "back", "merge", "onnx")
 # fp32, with sums in another order; a merged weight is rounded once more. Over the largest value.
 TOLERANCE, MERGED = 2e-5, 1e-4

@@ -230,7 +230,7 @@ def _untie(model: nn.Module) -> None:
 
 
 def unwrap_saved(model: nn.Module) -> None:
-    """Put the copies of modules_to_save in the place of their wrappers; not every type of PEFT does so in a merge."""
+    """Replace the wrappers of modules_to_save by their copies, since some types of PEFT leave them in a merge."""
     from peft.utils import ModulesToSaveWrapper
 
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]

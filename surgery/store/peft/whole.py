@@ -63,7 +63,7 @@ def current_values(program: Program) -> dict[str, Tensor]:
 
 
 def stored_whole(program: Program, adapted: Mapping[str, str], task: str | None) -> Whole:
-    """What PEFT has to store besides the adapters.
+    """Tensors that PEFT has to store besides the adapters.
 
     Args:
         program: The program.

@@ -1,4 +1,4 @@
-"""Gives back the checkpoint that a delta was imported from, as it came."""
+"""Writes the unchanged checkpoint that a delta was imported from."""
 
 from __future__ import annotations
 

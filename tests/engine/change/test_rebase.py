@@ -69,7 +69,7 @@ NEXT = {
 
 @pytest.mark.parametrize("name", NEXT)
 def test_any_pass_follows_a_merge(own, name, tmp_path):
-    """What follows acts on the merged weights; the reloaded directory has the same bits; no program before changes."""
+    """A later pass acts on the merged weights. The reloaded directory has the same bits, and earlier programs stay."""
     pass_, tolerance = NEXT[name]
     adapted = stirred(own.apply(surgery.Lora(target="all", rank=2)))
     merged, before = adapted.merge(), own.run()

@@ -64,7 +64,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_with_another_new_head(name, folders, tmp_path):
-    """PEFT's user loads the same base, whose head is made anew, at random."""
+    """A user of PEFT loads the same base, which gets a new random head."""
     model, (task, auto, options), passes, trained, task_type, saved = CASES[name]
     torch.manual_seed(1)
     base = surgery.load(f"hf:{folders[model]}", task=task, model_kwargs=options)
