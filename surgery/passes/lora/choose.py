@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from surgery.common.errors import PassError
 from surgery.passes.lora.dora import Dora
+from surgery.passes.lora.options import LoraOptions
 from surgery.passes.lora.pissa import PackedPissa, Pissa
-from surgery.passes.lora.variant import LoraOptions, Variant
+from surgery.passes.lora.variant import Variant
 
 
 def choose_variant(lora: LoraOptions, packed: bool = False) -> type[Variant]:

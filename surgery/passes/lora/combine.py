@@ -14,8 +14,8 @@ from surgery.engine.contract.base import Place, RewritePass, Source
 from surgery.engine.contract.combination import Combination
 from surgery.graph.ops import CONV
 from surgery.graph.sites import Site
+from surgery.passes.lora.options import LoraOptions
 from surgery.passes.lora.parts import Pair, pairs_of
-from surgery.passes.lora.variant import LoraOptions
 
 # A (n, r, in) and B (n, out, r), with n = 1, or the number of groups of a convolution, or the number of experts.
 Factors = tuple[Tensor, Tensor]

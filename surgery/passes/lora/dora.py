@@ -31,8 +31,9 @@ from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra import low_rank, packed
 from surgery.passes.algebra.scale import ones_elsewhere, part_index
+from surgery.passes.lora.options import LoraOptions
 from surgery.passes.lora.parts import Branch, Pair, index_spec
-from surgery.passes.lora.variant import LoraOptions, Variant, unreadable_weight
+from surgery.passes.lora.variant import Variant, unreadable_weight
 
 aten = torch.ops.aten
 

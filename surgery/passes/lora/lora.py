@@ -1,18 +1,18 @@
-"""LoRA: a trained low-rank update beside a frozen weight. Variants are in dora.py and pissa.py, parts in parts.py."""
+"""LoRA: a trained low-rank update beside a frozen weight.
+
+Variants are in dora.py and pissa.py, parts of a fused projection in parts.py, the bias of B in bias.py.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, model_validator
-from torch import Tensor, fx, nn
+from pydantic import model_validator
+from torch import Tensor, fx
 
-from surgery.engine.contract.base import RewritePass
 from surgery.engine.contract.effect import ADAPTER, Effect
 from surgery.engine.contract.expectations import Expectations
 from surgery.engine.contract.folds import Combiner, Fold
@@ -23,13 +23,15 @@ from surgery.graph.rewrite.refusals import computed_weight
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra import low_rank
+from surgery.passes.lora.bias import AddTo, add_bias, bias_refusal, why_bias_stays
 from surgery.passes.lora.choose import choose_variant
 from surgery.passes.lora.combine import combine
+from surgery.passes.lora.options import LoraOptions
 from surgery.passes.lora.parts import add_branches, chosen_rows, pairs_of, parts_refusal
-from surgery.passes.lora.variant import Fill, Variant
+from surgery.passes.lora.variant import Variant
 
 
-class Lora(RewritePass):
+class Lora(LoraOptions):
     """LoRA: y = W x + b becomes y + s·B(A x), with s = α/r (Hu et al. 2021, arXiv:2106.09685).
 
     A (r × in) starts Kaiming-uniform, or normal with standard deviation 1/r (`--init gaussian`), and B (out × r) starts
@@ -62,35 +64,13 @@ class Lora(RewritePass):
     copies A₀ and B₀ of the starting factors; insertion is then exact.
     """
 
-    name: ClassVar[str] = "lora"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     combiner: ClassVar[Combiner | None] = staticmethod(combine)
-
-    rank: int = Field(8, gt=0, description="inner dimension r of the update")
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
-    parts: str | None = Field(None, description="parts of a fused projection: q,k,v (default: all, as one)")
-    rslora: bool = Field(False, description="scale by alpha / √rank instead")
-    dora: bool = Field(False, description="train a magnitude for each output beside the direction")
-    full_gradient: bool = Field(False, description="with --dora: let the gradient pass through the norm too")
-    bias: bool = Field(False, description="a trained bias of B, scaled as the update is")
-    across: bool = Field(
-        False, description="in a grouped convolution A reads the channels of all groups, as in PEFT"
-    )
-    init: Literal["kaiming", "gaussian", "pissa"] = Field(
-        "kaiming", description="how A and B start: A at random and B zero, or W's largest singular values"
-    )
-    svd_iterations: int = Field(0, ge=0, description="power iterations of PiSSA's randomized SVD (0: full)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping a branch input, in training")
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         choose_variant(self)  # raises if options exclude each other
         return self
-
-    @property
-    def scale(self) -> float:
-        """The factor s of the update."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def _at(self, site: Site, rows: Mapping[str, Any] | None = None) -> Variant:
         """The variant at a site, with a pair for each part in `rows`; by default, in `site.decided`."""
@@ -116,38 +96,23 @@ class Lora(RewritePass):
             return f"its weight is {site.dtype}; LoRA needs a floating-point base or an op that dequantizes"
         if site.packed and site.kind == CONV and (missing := low_rank.lacks(site)):
             return f"its op {site.op} has no argument {missing}, so the shape of a branch is unknown"
-        if self._crosses(site) and self.rank % site.groups:
+        if self.crosses(site) and self.rank % site.groups:
             return f"it has {site.groups} groups, and --across needs a rank that they divide"
-        refused = computed_weight(site) or parts_refusal(site, self.parts) or self._bias_refusal(site)
-        return refused or self._at(site, chosen_rows(site, self.parts)).refusal()
-
-    def _bias_refusal(self, site: Site) -> str | None:
-        """The reason why a site cannot have a bias of B, or None."""
-        if not self.bias:
-            return None
-        if site.kind not in (LINEAR, CONV):
-            return f"an update of a weight of kind {site.kind} has no bias; leave out --bias"
-        if chosen_rows(site, self.parts):
-            return "the update of a part has no bias of its own; target the whole projection, or leave out --bias"
-        return None
+        refused = computed_weight(site) or parts_refusal(site, self.parts)
+        if refused:
+            return refused
+        rows = chosen_rows(site, self.parts)
+        return (self.bias and bias_refusal(site, bool(rows))) or self._at(site, rows).refusal()
 
     def decide(self, site: Site) -> dict[str, Any]:
         return {"rows": chosen_rows(site, self.parts)}
-
-    def _start(self, site: Site) -> tuple[Fill, Fill]:
-        """Functions that fill A and B so that B A is zero."""
-        if site.kind == EMBEDDING:
-            return nn.init.zeros_, nn.init.normal_
-        if self.init == "gaussian":
-            return partial(nn.init.normal_, std=1 / self.rank), nn.init.zeros_
-        return partial(nn.init.kaiming_uniform_, a=math.sqrt(5)), nn.init.zeros_
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         variant = self._at(site)
         specs: dict[str, TensorSpec] = {}
         for pair in variant.pairs:
-            a, b = low_rank.factor_shapes(site, self.rank, pair.features, self._crosses(site))
-            fill_a, fill_b = variant.start(pair) or self._start(site)
+            a, b = low_rank.factor_shapes(site, self.rank, pair.features, self.crosses(site))
+            fill_a, fill_b = variant.start(pair)
             factors = {"A": TensorSpec(a, fill_a), "B": TensorSpec(b, fill_b)}
             own = factors | variant.pair_tensors(pair, factors)
             specs |= {pair.named(name): spec for name, spec in own.items()}
@@ -161,22 +126,12 @@ class Lora(RewritePass):
             dropped = g.call(torch.ops.aten.dropout.default, g.x, self.dropout, True)
         branches, out = self._at(site).branches(g, dropped)
         value = add_branches(site, g, branches, self.scale * g.weight, dropped, out)
-        if not self.bias:
-            return value
-        beta = g["b"]
-        if site.kind == CONV:
-            beta = g.call(torch.ops.aten.reshape.default, beta, [-1, *(1 for _ in site.float_shape[2:])])
-        return g.call(torch.ops.aten.add.Tensor, value, beta, alpha=self.scale * g.weight)
-
-    def _crosses(self, site: Site) -> bool:
-        return self.across and site.kind == CONV and site.groups > 1
+        return add_bias(site, g, value, self.scale * g.weight) if self.bias else value
 
     def why_not_merged(self, site: Site) -> str | None:
-        if self._crosses(site):
+        if self.crosses(site):
             return "the update reads the channels of all groups, which a grouped weight cannot hold"
-        if not self.bias or site.bias is not None:
-            return None
-        return "the base has no bias that could hold the one of the update"
+        return why_bias_stays(site) if self.bias else None
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
         variant = self._at(site)
@@ -188,19 +143,3 @@ class Lora(RewritePass):
         if self.bias:
             folds["bias"] = AddTo(tensors["b"], self.scale * weight)
         return folds
-
-
-@dataclass(frozen=True)
-class AddTo(Fold):
-    """Merge: b ← b + scale · β.
-
-    Attributes:
-        value: β.
-        scale: Factor of β.
-    """
-
-    value: Tensor
-    scale: float
-
-    def apply(self, weight: Tensor, original: Tensor) -> Tensor:
-        return weight.add_(self.value.detach().to(weight.dtype), alpha=self.scale)

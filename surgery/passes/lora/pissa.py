@@ -75,7 +75,7 @@ class Pissa(Variant):
                 )
         return None
 
-    def start(self, pair: Pair) -> tuple[Fill, Fill] | None:
+    def start(self, pair: Pair) -> tuple[Fill, Fill]:
         return (
             lambda tensor: tensor.copy_(self._split.factors[pair.part][0]),
             lambda tensor: tensor.copy_(self._split.factors[pair.part][1]),

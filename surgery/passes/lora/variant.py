@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from functools import partial
+from typing import Any, ClassVar
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from surgery.engine.contract.expectations import Expectations
 from surgery.engine.contract.folds import Fold
 from surgery.engine.contract.numerics import EXACT, Numerics
 from surgery.engine.contract.specs import TensorSpec
+from surgery.graph.ops import EMBEDDING
 from surgery.graph.rewrite.current import replaced_at
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra import packed
+from surgery.passes.lora.options import LoraOptions
 from surgery.passes.lora.parts import Branch, Pair
 
 # Fills an empty tensor in place.
 Fill = Callable[[Tensor], Any]
-
-
-class LoraOptions(Protocol):
-    """Options of the pass, as variants and `combine` read them."""
-
-    name: ClassVar[str]
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def scale(self) -> float: ...
-
-    @property
-    def dora(self) -> bool: ...
-
-    @property
-    def full_gradient(self) -> bool: ...
-
-    @property
-    def init(self) -> str: ...
-
-    @property
-    def svd_iterations(self) -> int: ...
-
-    @property
-    def bias(self) -> bool: ...
-
-    @property
-    def across(self) -> bool: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +54,13 @@ class Variant:
         """None, or the reason why the variant cannot act at this site."""
         return None
 
-    def start(self, pair: Pair) -> tuple[Fill, Fill] | None:
-        """Functions that fill A and B of a pair, or None for those of plain LoRA."""
-        return None
+    def start(self, pair: Pair) -> tuple[Fill, Fill]:
+        """Functions that fill A and B of a pair. Those of plain LoRA make B A zero."""
+        if self.site.kind == EMBEDDING:
+            return nn.init.zeros_, nn.init.normal_
+        if self.lora.init == "gaussian":
+            return partial(nn.init.normal_, std=1 / self.lora.rank), nn.init.zeros_
+        return partial(nn.init.kaiming_uniform_, a=math.sqrt(5)), nn.init.zeros_
 
     def pair_tensors(self, pair: Pair, factors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Further tensors of one pair, by their names without the part; `factors` has its A and B."""
