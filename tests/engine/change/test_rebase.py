@@ -178,6 +178,18 @@ def run(*args) -> str:
     return out.getvalue()
 
 
+def rounded(merged: surgery.Program, quantized) -> torch.Tensor:
+    """Outputs of the eager model with merged weights, those of an int8 entry rounded to 127 steps of each row."""
+    weights = dict(merged.module().state_dict())
+    for site in quantized.sites:
+        weight = weights[site.key.owner]
+        step = weight.abs().amax(1, keepdim=True) / 127
+        weights[site.key.owner] = (weight / step).round() * step
+    args, kwargs = merged.example_inputs
+    with torch.no_grad():
+        return torch.func.functional_call(merged.base.loaded.module, weights, args, kwargs)
+
+
 @pytest.mark.parametrize(
     "ref", ["py:tests.shared.models:attention", pytest.param("timm:test_vit", marks=pytest.mark.slow)]
 )
@@ -195,6 +207,6 @@ def test_from_the_command_line(ref, tmp_path):
     )
     assert "the merged weights are the base now" in " ".join(said.split())
     program = surgery.load(str(tmp_path / "q"), base=base)
-    assert far(program.run(), adapted.run()) <= CODES
+    assert far(program.run(), rounded(adapted.merge(), program.journal.entries[-1])) <= CLOSE
     assert far(program.undo_all().run(), adapted.run()) <= CLOSE
     run("export", tmp_path / "q", "-o", tmp_path / "m.onnx", *named)
