@@ -34,6 +34,7 @@ test-all: $(READY)
 sweep: $(READY)
 	$(BIN)/python -m tests.zoo.sweep
 	$(BIN)/python -m tests.zoo.peft_table
+	$(BIN)/python -m tests.zoo.runtime_tools
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

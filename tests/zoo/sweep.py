@@ -17,6 +17,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,7 +66,6 @@ def load_elsewhere(directory: str, out: str) -> None:
 def run(name: str, elsewhere: ProcessPoolExecutor, folder: Path) -> Outcome:
     """Run the chain on one architecture, up to the first step that fails."""
     outcome = Outcome(name)
-    begun = time.perf_counter()
     step = "baseline"
     try:
         outcome.baseline = zoo.baseline(name)
@@ -98,7 +98,6 @@ def run(name: str, elsewhere: ProcessPoolExecutor, folder: Path) -> Outcome:
     except Exception as error:
         outcome.failed = step
         outcome.reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-    outcome.seconds = time.perf_counter() - begun
     return outcome
 
 
@@ -126,21 +125,34 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
-def _work(names: list[str], results: multiprocessing.Queue) -> None:
+Job = Callable[[str, ProcessPoolExecutor, Path], Outcome]
+
+
+def _work(names: list[str], results: multiprocessing.Queue, job: Job) -> None:
     _quiet()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as elsewhere:
         for name in names:
             with tempfile.TemporaryDirectory() as folder:
-                results.put(run(name, elsewhere, Path(folder)))
+                begun = time.perf_counter()
+                outcome = job(name, elsewhere, Path(folder))
+                outcome.seconds = time.perf_counter() - begun
+                results.put(outcome)
 
 
-def sweep(names: list[str], workers: int = 2) -> list[Outcome]:
-    """Outcomes in the order of `names`; progress is printed as they come."""
+def sweep(names: list[str], workers: int = 2, job: Job = run) -> list[Outcome]:
+    """Outcomes in the order of `names`; progress is printed as they come.
+
+    Args:
+        names: Names of the zoo.
+        workers: Number of processes.
+        job: Function that judges one architecture in a temporary folder.
+    """
     context = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue = context.Queue()
     processes = [
-        context.Process(target=_work, args=(names[n::workers], results), daemon=False) for n in range(workers)
+        context.Process(target=_work, args=(names[n::workers], results, job), daemon=False)
+        for n in range(workers)
     ]
     for process in processes:
         process.start()
