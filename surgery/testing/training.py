@@ -23,8 +23,8 @@ from surgery.testing.case import Case, Inputs, tensors_of
 from surgery.testing.graph import learning_parameters
 
 _STEPS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
-# In fp64 steps can be small, and the difference of a gradient is exact to about 1e-6; in fp32 to a few percent. The last
-# steps are for models with many ReLUs, whose kinks lie within a longer one.
+# In fp64 steps can be small, and the difference of a gradient is exact to about 1e-6; in fp32 to a few percent.
+# The last steps are for models with many ReLUs, whose kinks lie within a longer one.
 _FINE = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 _SLOPE, _ROUGH = 1e-3, 0.05
 # Scale of random parameters at which nothing saturates.
