@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from surgery.cli.families import by_family
 from surgery.common.files import write_text
 from surgery.common.options import describe_options
 from surgery.common.plugins import Info, Plugins
@@ -71,26 +72,34 @@ def _escape(text: str) -> str:
     return re.sub(r"\|", r"\\|", str(text))
 
 
-def _index(title: str, registered: Mapping[str, Info[Any]]) -> str:
-    """An index page: name, link and first sentence of each registered class."""
-    rows = [f"# {title}", "", "Written by `make docs` from the docstrings.", ""]
-    for info in sorted(registered.values(), key=lambda i: i.name):
-        paragraph = inspect.cleandoc(info.cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        first = re.split(r"(?<=[^l]\.) (?=[A-Z`])", paragraph)[0]  # do not split after "et al."
-        rows.append(f"- [`{info.name}`]({info.name}.md): {first}")
+def _index(title: str, groups: Mapping[str, Iterable[Info[Any]]]) -> str:
+    """An index page: name, link and first sentence of each registered class, under a heading for each group."""
+    rows = [f"# {title}", "", "Written by `make docs` from the docstrings."]
+    for heading, infos in groups.items():
+        rows += ["", f"## {heading[0].upper()}{heading[1:]}", ""] if heading else [""]
+        rows += [_index_row(info) for info in infos]
     return "\n".join(rows) + "\n"
+
+
+def _index_row(info: Info[Any]) -> str:
+    paragraph = inspect.cleandoc(info.cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    first = re.split(r"(?<=[^l]\.) (?=[A-Z`])", paragraph)[0]  # do not split after "et al."
+    return f"- [`{info.name}`]({info.name}.md): {first}"
 
 
 def pages(plugins: Plugins) -> dict[str, str]:
     """File name -> page, for every pass and for the index."""
     found = {f"{info.name}.md": page(info) for info in passes(plugins).values()}
-    return {"README.md": _index("Passes", passes(plugins)), **found}
+    return {"README.md": _index("Passes", by_family(passes(plugins).values())), **found}
 
 
 def objective_pages(plugins: Plugins) -> dict[str, str]:
     """File name -> page, for every objective and for the index."""
     found = {f"{info.name}.md": objective_page(info) for info in objectives(plugins).values()}
-    return {"README.md": _index("Objectives", objectives(plugins)), **found}
+    return {
+        "README.md": _index("Objectives", {"": sorted(objectives(plugins).values(), key=lambda i: i.name)}),
+        **found,
+    }
 
 
 def write_pages(made: Mapping[str, str], folder: Path) -> list[Path]:

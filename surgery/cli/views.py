@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from surgery.cli.families import by_family
 from surgery.cli.recipe import Recipe
 from surgery.cli.reference import objective_pages, pages, write_pages
 from surgery.cli.render import console, count, note_unfrozen, site_row, trainable_line
 from surgery.common.options import describe_options
-from surgery.common.plugins import Info, Plugins
+from surgery.common.plugins import CORE, Info, Plugins
 from surgery.engine.change.plans import PassPlan, PlanReport, SitePlan
 from surgery.engine.change.selection import in_words
 from surgery.engine.contract.base import GraphPass, RewritePass, merges, with_defaults
@@ -118,7 +119,7 @@ def show_passes(plugins: Plugins, name: str | None, write: Path | None, as_json:
         console().print(f"wrote {len(write_pages(pages(plugins), write))} pages into {write}")
         return
     if name is None:
-        _list_registered(passes(plugins), "pass", as_json)
+        _list_registered(by_family(passes(plugins).values()), as_json, "passes")
         return
     info = find_pass(plugins, name)
     facts = ""
@@ -142,30 +143,53 @@ def show_objectives(plugins: Plugins, name: str | None, write: Path | None, as_j
         console().print(f"wrote {len(write_pages(objective_pages(plugins), write))} pages into {write}")
         return
     if name is None:
-        _list_registered(objectives(plugins), "objective", as_json)
+        found = sorted(objectives(plugins).values(), key=lambda i: i.name)
+        _list_registered({"objectives": found}, as_json, "objectives")
         return
     info = find_objective(plugins, name)
     _show_registered(info, as_json, f"best checkpoint by: {info.cls.metric}")
 
 
-def _list_registered(found: Mapping[str, Info[Any]], kind: str, as_json: bool) -> None:
-    listed = [
-        {
-            "name": info.name,
-            "distribution": info.distribution,
-            "version": info.version,
-            "about": _first_line(info.cls),
-        }
-        for info in sorted(found.values(), key=lambda i: i.name)
-    ]
+def _list_registered(groups: Mapping[str, Sequence[Info[Any]]], as_json: bool, command: str) -> None:
+    """Print registered classes under a title for each group, with their first lines.
+
+    Args:
+        groups: title -> classes.
+        as_json: print JSON instead.
+        command: command that shows the options of one of them.
+    """
     if as_json:
-        _print_json(listed)
+        _print_json(
+            [
+                {
+                    "name": info.name,
+                    "family": title,
+                    "distribution": info.distribution,
+                    "version": info.version,
+                    "about": _first_line(info.cls),
+                }
+                for title, infos in groups.items()
+                for info in infos
+            ]
+        )
         return
-    table = Table(kind, "from", "what it does", box=None, header_style="bold")
-    for row in listed:
-        names = ", ".join((row["name"], *getattr(found[row["name"]].cls, "aliases", ())))
-        table.add_row(names, f"{row['distribution']} {row['version']}", row["about"])
-    console().print(table)
+    out = console()
+    names = {
+        info: ", ".join((info.name, *getattr(info.cls, "aliases", ()))) for i in groups.values() for info in i
+    }
+    for title, infos in groups.items():
+        table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+        table.add_column(min_width=max(map(len, names.values())), no_wrap=True, style="cyan")
+        table.add_column()
+        for info in infos:
+            about = Text(_first_line(info.cls))
+            if info.distribution != CORE:
+                about.append(f" (from {info.distribution} {info.version})", style="dim")
+            table.add_row(names[info], about)
+        out.print(Text(title, style="bold"))
+        out.print(table)
+        out.print()
+    out.print(f"surgery {command} NAME shows one with its options.")
 
 
 def _show_registered(info: Info[Any], as_json: bool, facts: str) -> None:
