@@ -24,6 +24,13 @@ from surgery.common.errors import InterruptedTrainingError, SurgeryError
     cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.version_option(package_name="torch-surgery", prog_name="surgery")
+@click.option(
+    "--plugin",
+    metavar="FILE.py",
+    multiple=True,
+    expose_value=False,
+    help="Python file with passes or objectives of your own. It may stand anywhere on the line, and be repeated.",
+)
 def cli() -> None:
     """Change a PyTorch model and ship it: inspect, plan, apply passes, merge, export, verify, undo.
 

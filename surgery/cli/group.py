@@ -7,7 +7,13 @@ from importlib import import_module
 import click
 from click.shell_completion import CompletionItem
 
-from surgery.cli.plugins import command_entry_points, load_command, plugins_of
+from surgery.cli.plugins import (
+    PLUGIN_FILES,
+    command_entry_points,
+    load_command,
+    plugins_of,
+    take_plugin_files,
+)
 from surgery.common.errors import nearest
 
 # Command -> module of surgery.cli, attribute, and the line that `surgery --help` shows without importing it.
@@ -23,6 +29,7 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "objectives": ("see", "objectives", "List training objectives, or the options of one."),
     "passes": ("see", "passes", "List passes, or the options of one."),
     "plan": ("see", "plan", "Show what apply would do, without changing anything."),
+    "plugins": ("see", "plugins", "List the installed plugins, and what is broken."),
     "run": ("run", "run", "Run a recipe: passes, training, merge, ONNX export."),
     "train": ("train", "train", "Train a program with an objective and save it."),
     "undo": ("change", "undo", "Remove a pass and its tensors."),
@@ -37,6 +44,11 @@ class LazyGroup(click.Group):
     """
 
     BUILT_IN = tuple(BUILT_IN)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest, files = take_plugin_files(args)
+        ctx.meta[PLUGIN_FILES] = files
+        return super().parse_args(ctx, rest)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(self._short_texts())

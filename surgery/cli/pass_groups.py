@@ -41,10 +41,28 @@ class GroupCommand(click.Command):
             ctx.meta["groups"] = []
             return super().parse_args(ctx, args[: next(starts, len(args))])
         own = {opt: param for param in self.get_params(ctx) for opt in (*param.opts, *param.secondary_opts)}
+        asked = self.named_before_help(args)
+        if asked:
+            self.show(plugins_of(ctx), asked)
+            ctx.exit()
         # Plugins are loaded when the first group names a class, so that `COMMAND --help` does without them.
         rest, groups = split_groups(args, own, self.flag, lambda name: self.find(plugins_of(ctx), name))
         ctx.meta["groups"] = groups
         return super().parse_args(ctx, rest)
+
+    def named_before_help(self, args: list[str]) -> str | None:
+        """Name of the last group before --help, or None: `--pass lora --help` asks for the options of LoRA."""
+        ends = [i for i, text in enumerate(args) if text in ("--help", "-h")]
+        before = args[: ends[0]] if ends else []
+        for i in reversed(range(len(before))):
+            flag, equals, name = before[i].partition("=")
+            if flag == self.flag and (equals or i + 1 < len(before)):
+                return name if equals else before[i + 1]
+        return None
+
+    def show(self, plugins: Plugins, name: str) -> None:
+        """Print a class with its options. Raises SurgeryError for an unknown name."""
+        raise NotImplementedError
 
 
 class PassCommand(GroupCommand):
@@ -56,6 +74,11 @@ class PassCommand(GroupCommand):
         from surgery.engine.registry import find_pass
 
         return find_pass(plugins, name).cls
+
+    def show(self, plugins: Plugins, name: str) -> None:
+        from surgery.cli.views import show_passes
+
+        show_passes(plugins, name, None, as_json=False)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL --pass NAME [PASS OPTIONS] [--pass …] [OPTIONS]")
@@ -70,6 +93,11 @@ class ObjectiveCommand(GroupCommand):
         from surgery.train.registry import find_objective
 
         return find_objective(plugins, name).cls
+
+    def show(self, plugins: Plugins, name: str) -> None:
+        from surgery.cli.views import show_objectives
+
+        show_objectives(plugins, name, None, as_json=False)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(

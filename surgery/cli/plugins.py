@@ -21,7 +21,7 @@ Either kind finds the plugin manager in `ctx.obj`. Neither can replace a built-i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,36 @@ if TYPE_CHECKING:
     from surgery.common.plugins import Plugins
 
 COMMANDS_GROUP = "surgery.commands"
+# Key of `ctx.meta`: the files of --plugin.
+PLUGIN_FILES = "surgery.plugin_files"
+
+
+def take_plugin_files(args: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Take `--plugin FILE.py` out of a command line, wherever it stands.
+
+    A file can define a pass that the same line names, so it has to be read before the command's own options.
+
+    Returns:
+        The remaining arguments, and the files.
+
+    Raises:
+        click.UsageError: The option has no value.
+    """
+    rest: list[str] = []
+    files: list[str] = []
+    given = iter(args)
+    for text in given:
+        flag, equals, value = text.partition("=")
+        if text == "--":
+            rest += [text, *given]
+        elif flag != "--plugin":
+            rest.append(text)
+        else:
+            file = value if equals else next(given, None)
+            if not file:
+                raise click.UsageError("--plugin needs the path of a Python file")
+            files.append(file)
+    return rest, tuple(files)
 
 
 def plugins_of(ctx: click.Context) -> Plugins:
@@ -42,17 +72,17 @@ def plugins_of(ctx: click.Context) -> Plugins:
     """
     root = ctx.find_root()
     if root.obj is None:
-        root.obj = _load_plugins(root.command)
+        root.obj = _load_plugins(root.command, root.meta.get(PLUGIN_FILES, ()))
     # A context takes over its parent's object when it is created, which may have been before.
     ctx.obj = root.obj
     plugins: Plugins = root.obj
     return plugins
 
 
-def _load_plugins(cli: click.Command) -> Plugins:
+def _load_plugins(cli: click.Command, files: tuple[str, ...]) -> Plugins:
     from surgery.common.plugins import make_plugin_manager
 
-    plugins = make_plugin_manager()
+    plugins = make_plugin_manager(plugins=files)
     for title, reason in plugins.broken.items():
         click.echo(f"warning: plugin {title} cannot be loaded and is ignored: {reason}", err=True)
     # Read now, so that what is left out is said before the command's own output.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +26,11 @@ def console() -> Console:
     piped = not sys.stdout.isatty()
     width = 200 if piped else max(shutil.get_terminal_size().columns, 80)
     return Console(width=width, highlight=False, soft_wrap=False, markup=False)
+
+
+def print_json(data: Any) -> None:
+    """Print data as JSON, for other programs."""
+    click.echo(json.dumps(data, indent=1, default=str))
 
 
 def count(number: int) -> str:

@@ -56,6 +56,16 @@ def objectives(plugins: Plugins, name: str | None, write: Path | None, as_json: 
     show_objectives(plugins, name, write, as_json)
 
 
+@click.command()
+@json_option
+@pass_plugins
+def plugins(plugins: Plugins, as_json: bool) -> None:
+    """List the installed plugins: what each adds, what is broken and why, and what is left out."""
+    from surgery.cli.installed import show_plugins
+
+    show_plugins(plugins, as_json)
+
+
 @click.command(cls=PassCommand)
 @click.argument("model", required=False)
 @click.option("--recipe", type=click.Path(path_type=Path), help="Read the passes from a recipe file.")

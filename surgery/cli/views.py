@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +15,7 @@ from rich.tree import Tree
 from surgery.cli.families import by_family
 from surgery.cli.recipe import Recipe
 from surgery.cli.reference import objective_pages, pages, write_pages
-from surgery.cli.render import console, count, note_unfrozen, site_row, trainable_line
+from surgery.cli.render import console, count, note_unfrozen, print_json, site_row, trainable_line
 from surgery.common.options import describe_options
 from surgery.common.plugins import CORE, Info, Plugins
 from surgery.engine.change.plans import PassPlan, PlanReport, SitePlan
@@ -49,7 +47,7 @@ def show_program(program: Program, title: str, as_json: bool) -> None:
         total, trainable = program.count_parameters()
         rows = [site_row(program, site) for site in sites]
         facts = {"model": title, "parameters": total, "trainable": trainable}
-        _print_json({**facts, "notes": list(program.captured.notes), "sites": rows, "no_site": unread})
+        print_json({**facts, "notes": list(program.captured.notes), "sites": rows, "no_site": unread})
         return
     tree = Tree(Text(title, style="bold"))
     branches: dict[str, Tree] = {"": tree}
@@ -159,7 +157,7 @@ def _list_registered(groups: Mapping[str, Sequence[Info[Any]]], as_json: bool, c
         command: command that shows the options of one of them.
     """
     if as_json:
-        _print_json(
+        print_json(
             [
                 {
                     "name": info.name,
@@ -196,7 +194,7 @@ def _show_registered(info: Info[Any], as_json: bool, facts: str) -> None:
     options = describe_options(info.cls)
     if as_json:
         shown = {"name": info.name, "distribution": info.distribution, "options": options}
-        _print_json({**shown, "doc": info.cls.__doc__})
+        print_json({**shown, "doc": info.cls.__doc__})
         return
     out = console()
     out.print(Text(info.name, style="bold"), f"from {info.distribution} {info.version}")
@@ -230,7 +228,7 @@ def show_plan(program: Program, report: PlanReport, wanted: Recipe, why: bool, a
         as_json: print JSON.
     """
     if as_json:
-        _print_json([_plan_json(p, why) for p in report.passes])
+        print_json([_plan_json(p, why) for p in report.passes])
         return
     out = console()
     for planned in report.passes:
@@ -382,7 +380,7 @@ def show_diff(a: Program, b: Program, as_json: bool) -> None:
     """
     found = diff(a, b)
     if as_json:
-        _print_json(
+        print_json(
             {"nodes": [vars(n) for n in found.nodes], "weights": list(found.weights), "total": found.total}
         )
         return
@@ -403,7 +401,3 @@ def show_diff(a: Program, b: Program, as_json: bool) -> None:
         out.print(f"  weight {name}")
     if len(found.weights) > 20:
         out.print(f"  … and {len(found.weights) - 20} more (--json lists all)")
-
-
-def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=1, default=str))

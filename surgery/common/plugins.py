@@ -18,6 +18,7 @@ from surgery.common import hooks
 from surgery.common.errors import PluginError, SurgeryError, nearest
 from surgery.common.guard import provided_by
 from surgery.common.options import Configured
+from surgery.common.plugin_files import plugin_of
 
 GROUP = "surgery"
 CORE = "torch-surgery"
@@ -258,7 +259,8 @@ def make_plugin_manager(entry_points: bool = True, plugins: tuple[Any, ...] = ()
     Args:
         entry_points: load the installed entry points of group `surgery`. One that cannot be used is listed in
             `Plugins.broken`, and the others still work.
-        plugins: further plugins, objects or modules with hook implementations.
+        plugins: further plugins: modules or objects with hook implementations, paths of Python files, or classes of
+            passes and objectives.
 
     Raises:
         pluggy.PluginValidationError: one of `plugins` implements an unknown hook.
@@ -275,7 +277,7 @@ def make_plugin_manager(entry_points: bool = True, plugins: tuple[Any, ...] = ()
         checks.update(getattr(module, "CHECKS_OF_HOOKS", {}))
     if entry_points:
         _load_entry_points(found, checks)
-    for plugin in plugins:
+    for plugin in map(plugin_of, plugins):
         title = getattr(plugin, "__name__", type(plugin).__name__)
         name = manager.register(plugin) or repr(plugin)
         found.distributions[name] = (title, "")

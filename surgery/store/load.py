@@ -25,7 +25,7 @@ def load(
     task: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     trust: bool = False,
-    base: str | None = None,
+    base: str | Program | None = None,
     example: Mapping[str, int] | None = None,
     plugins: Plugins | None = None,
     dtype: str | None = None,
@@ -38,10 +38,10 @@ def load(
         task: Name of a transformers task, which selects the model class.
         model_kwargs: Keyword arguments of the model's constructor.
         trust: Allow a reference that can run code, such as a `.pt2` file.
-        base: Only for a saved directory: reference of its base, if the base has moved. Required for a base of the kind
-            `py:`, as a confirmation that its code may run.
+        base: Only for a saved directory: reference of its base, if the base has moved, or the base as a Program.
+            Required for a base of the kind `py:`, as a confirmation that its code may run.
         example: Sizes of the example inputs, by dimension name.
-        plugins: Plugin manager; by default one with all installed plugins.
+        plugins: Plugin manager; by default that of a `base` that is a Program, or one with all installed plugins.
         dtype: Dtype to load the weights in, such as "float32", for `hf:` and `timm:` models and for directories saved
             on them; the adapters of a saved directory are converted too. None keeps the stored dtype.
 
@@ -54,7 +54,8 @@ def load(
         JournalError: The saved directory is damaged, or does not fit its base.
         MissingExtraError: An optional library is not installed.
     """
-    plugins = plugins or make_plugin_manager()
+    if plugins is None:
+        plugins = base.base.plugins if isinstance(base, Program) else make_plugin_manager()
     if "://" not in ref and Path(ref).is_dir():
         if is_saved(Path(ref)):
             given = dict(model_kwargs or {})

@@ -33,6 +33,7 @@ from surgery.capture.stored_options import check_example, check_kwargs
 from surgery.common.errors import JournalError, LoadError, SurgeryError
 from surgery.common.files import core_version, staged_directory
 from surgery.common.names import check_plain, components
+from surgery.common.plugin_files import is_file
 from surgery.common.plugins import CORE, Plugins
 from surgery.common.readers import first_line, read_json, read_tensors
 from surgery.engine.base import Base, sha256
@@ -499,7 +500,8 @@ def _check_loader(path: Path, saved: Mapping[str, Any], ref: str, plugins: Plugi
             raise LoadError(
                 f"the base of {path}, {ref}, is loaded by the plugin {title}, which does not load: {why}"
             )
-    raise LoadError(f"the base of {path}, {ref}, is loaded by the plugin {wanted!r}; pip install {wanted}")
+    remedy = f"give it with --plugin {wanted}" if is_file(wanted) else f"pip install {wanted}"
+    raise LoadError(f"the base of {path}, {ref}, is loaded by the plugin {wanted!r}; {remedy}")
 
 
 def _room(path: Path, ref: str, kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:

@@ -38,7 +38,7 @@ def reload(case: Case) -> str:
     _as_written(case, path)
     base = case.program.base
     if not base.ref:
-        _same_here(case, load(str(path), base=case.program, plugins=base.plugins))  # type: ignore[arg-type]
+        _same_here(case, load(str(path), base=case.program))
         return (
             "saved and loaded in this process; skipped the other process: a captured module has no reference"
         )

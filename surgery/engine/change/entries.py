@@ -13,7 +13,7 @@ from surgery.engine.change.selection import SelectPass
 from surgery.engine.contract.base import Pass, RewritePass
 from surgery.engine.contract.pattern import PatternPass
 from surgery.engine.journal import Entry, SiteRecord
-from surgery.engine.registry import find_pass, passes
+from surgery.engine.registry import registered
 from surgery.engine.restore import made_trainable
 from surgery.engine.state import State
 
@@ -26,13 +26,7 @@ def entry_of(program: State, planned: PassPlan) -> Entry:
     """
     pass_ = planned.pass_
     plugins = program.base.plugins
-    if pass_.name not in passes(plugins):
-        raise PassError(
-            f"the class {type(pass_).__name__} is not registered as a pass, so a saved program could not be loaded: "
-            "return it from surgery_passes in a module, and give surgery.load or surgery.capture "
-            "plugins=make_plugin_manager(plugins=(module,)) (surgery.api.programs)"
-        )
-    info = find_pass(plugins, pass_.name)
+    info = registered(plugins, type(pass_))
     if isinstance(pass_, SelectPass):
         count = sum(e.pass_name == pass_.name and not e.label for e in program.journal)
         ident = pass_.entry_id if pass_.label or not count else f"{pass_.entry_id}:{count + 1}"
