@@ -9,6 +9,8 @@ from surgery.train.frozen_part import FrozenPart
 from surgery.train.learned import LEARNED, Learned
 from surgery.train.loop import train
 from surgery.train.objective import Objective, OnPolicy
+from surgery.train.objectives.classification import Classification
+from surgery.train.objectives.regression import Regression
 from surgery.train.options import Settings
 from surgery.train.reference_policy import reference_of
 from surgery.train.registry import find_objective, objectives
@@ -18,10 +20,12 @@ from surgery.train.tokens import TokenObjective
 
 __all__ = [
     "LEARNED",
+    "Classification",
     "FrozenPart",
     "Learned",
     "Objective",
     "OnPolicy",
+    "Regression",
     "Setting",
     "Settings",
     "TokenObjective",

@@ -26,6 +26,7 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "import-peft": ("peft", "import_", "Load a PEFT checkpoint onto its base model."),
     "inspect": ("see", "inspect", "Print a model as a tree of sites."),
     "merge": ("change", "merge", "Merge adapters into the base weights."),
+    "new-plugin": ("author", "new_plugin", "Write a plugin package with tests and CI."),
     "objectives": ("see", "objectives", "List training objectives, or the options of one."),
     "passes": ("see", "passes", "List passes, or the options of one."),
     "plan": ("see", "plan", "Show what apply would do, without changing anything."),
