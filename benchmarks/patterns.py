@@ -92,7 +92,7 @@ def _program(name: str) -> surgery.Program:
     task, settings = ARCHITECTURES[name]
     if name.startswith("timm:"):
         require("timm", "the count of matches")
-        return surgery.load(name, model_kwargs=settings)
+        return surgery.load(name, model_kwargs=settings, random=True)
     import transformers
 
     config = transformers.AutoConfig.for_model(name, **settings)

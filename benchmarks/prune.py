@@ -91,7 +91,7 @@ def _timm(name: str, settings: dict[str, Any]) -> LoadedModel:
     from surgery.capture.types import LoadOptions
 
     torch.manual_seed(0)
-    loaded = loader.load(f"timm:{name}", LoadOptions(model_kwargs=settings))
+    loaded = loader.load(f"timm:{name}", LoadOptions(model_kwargs=settings, random=True))
     assert loaded is not None
     return loaded
 

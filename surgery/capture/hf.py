@@ -1,14 +1,16 @@
-"""Loader of `hf:DIR_OR_ID`: a transformers model from a directory or the local cache."""
+"""Loader of `hf:DIR` and `hf:ORG/NAME[@REVISION]`: a transformers model from a directory or the hub."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.capture.budget import limited
@@ -24,6 +26,8 @@ from surgery.capture.hf_config import (
     require_transformers,
     silenced,
 )
+from surgery.capture.hf_files import GGUF, choose, weight_files
+from surgery.capture.hub import Snapshot, check_revision, fetch, split_revision
 from surgery.capture.inputs import hf_inputs
 from surgery.capture.types import LoadedModel, LoadOptions
 from surgery.common.errors import LoadError, SurgeryError
@@ -31,12 +35,21 @@ from surgery.common.errors import LoadError, SurgeryError
 # State-space models unroll their scan over these dimensions, so the capture may fix them at the example's length.
 _LENGTHS = frozenset({"seq", "src_seq", "tgt_seq"})
 
+# Arguments of from_pretrained that would be stored with a saved directory -> the switch of huggingface_hub.
+OF_THE_HUB = {
+    "token": "set HF_TOKEN, or log in with `hf auth login`",
+    "use_auth_token": "set HF_TOKEN, or log in with `hf auth login`",
+    "cache_dir": "set HF_HOME or HF_HUB_CACHE",
+    "local_files_only": "set HF_HUB_OFFLINE=1",
+    "force_download": "remove the model with `hf cache rm`",
+}
+
 
 def load(ref: str, options: LoadOptions) -> LoadedModel | None:
-    """Load `hf:DIR_OR_ID`; return None for any other reference.
+    """Load `hf:DIR` or `hf:ORG/NAME[@REVISION]`; return None for any other reference.
 
     Raises:
-        LoadError: the model cannot be read.
+        LoadError: the model cannot be fetched or read.
         MissingExtraError: transformers is not installed.
     """
     if not ref.startswith(PREFIX):
@@ -54,44 +67,97 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
             f"{ref}: weights_only=False and allow_all_kernels=True are never used, because they can run code; "
             "remove them"
         )
-    check_directory(ref, name, keywords)
+    fetched = _fetched(ref, name, keywords, options)
+    folder = Path(name) if fetched is None else fetched.folder
     dtype = parse_dtype(keywords.pop("dtype", keywords.pop("torch_dtype", "auto")))
     with silenced(transformers):
-        config, chosen = read_config(transformers, ref, name, keywords)
+        config, chosen = read_config(transformers, ref, str(folder), keywords)
         # A GGUF file does not name its model class.
-        task = options.task or ("text-generation" if "gguf_file" in chosen else None)
+        task = options.task or ("text-generation" if GGUF in chosen else None)
         model_class = model_class_of(transformers, ref, config, task)
-        folder = _folder(name)
-        # Without a local directory the model is still to be downloaded, and its size is not known.
-        room = contextlib.nullcontext() if folder is None else limited(_bytes_in(folder), ref)
         try:
-            with room:
-                model, info = model_class.from_pretrained(
-                    name,
-                    config=config,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    trust_remote_code=False,
-                    **chosen,
-                )
+            if options.random:
+                model, unsourced = _random(model_class, config, dtype, chosen), None
+            else:
+                with limited(_bytes_in(folder), ref):
+                    model, unsourced = _pretrained(model_class, config, folder, dtype, chosen)
         except SurgeryError:
             raise
         except Exception as error:
             raise LoadError(f"{ref}: {one_sentence(error)}") from error
+    loaded = from_model(
+        model,
+        task,
+        unsourced=unsourced,
+        files=() if options.random else weight_files(folder, keywords),
+        metadata={"source": name, "tokenizer": str(folder)},
+        example=options.example,
+    )
+    if fetched is None:
+        return loaded
+    notes = (*loaded.notes, fetched.note) if fetched.note else loaded.notes
+    return replace(loaded, repo=fetched.repo, commit=fetched.commit, notes=notes)
+
+
+def _fetched(ref: str, name: str, keywords: dict[str, Any], options: LoadOptions) -> Snapshot | None:
+    """The model's files in the cache of the hub, or None if the reference names a directory.
+
+    Args:
+        ref: The reference, for messages.
+        name: The reference without its scheme.
+        keywords: Arguments of the model's constructor; `revision` is taken out.
+        options: Load options.
+
+    Raises:
+        LoadError: There is no such directory, or no such model on the hub.
+    """
+    own = keywords.pop("revision", None)
+    if options.commit is None:
+        check_directory(ref, name, keywords)
+        if Path(name).is_dir():
+            return None
+    for key in OF_THE_HUB:
+        if key in keywords:
+            raise LoadError(f"{ref}: --model-kwarg {key} is not used; {OF_THE_HUB[key]}")
+    repo, revision = split_revision(ref, name)
+    if own is not None:
+        check_revision(ref, str(own))
+        if revision is not None and revision != own:
+            raise LoadError(
+                f"{ref}: --model-kwarg revision={own} names another revision; leave one of them out"
+            )
+    return fetch(
+        ref,
+        repo,
+        options.commit or revision or own,
+        partial(choose, ref, repo, keywords=keywords, random=options.random),
+    )
+
+
+def _pretrained(
+    model_class: Any, config: Any, folder: Path, dtype: Any, keywords: Mapping[str, Any]
+) -> tuple[Any, frozenset[str]]:
+    """A model with the weights of a directory, and the names of its weights that the directory lacks."""
+    model, info = model_class.from_pretrained(
+        str(folder), config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False, **keywords
+    )
     # transformers initializes missing and mismatched weights randomly.
-    unsourced = {
+    missing = {
         *info["missing_keys"],
         *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]),
     }
-    metadata = {"source": name, "tokenizer": name if Path(name).is_dir() else None}
-    return from_model(
-        model,
-        task,
-        unsourced=_with_ties(model, unsourced),
-        files=_files(name, keywords),
-        metadata=metadata,
-        example=options.example,
-    )
+    return model, _with_ties(model, missing)
+
+
+def _random(model_class: Any, config: Any, dtype: Any, keywords: Mapping[str, Any]) -> Any:
+    """A model with random weights. Raises LoadError for a GGUF file, which has the weights and no configuration."""
+    if GGUF in keywords:
+        raise LoadError(f"{keywords[GGUF]} is a file of weights; leave out --random")
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    # Auto classes and model classes name the same function differently.
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    return make(config, dtype=dtype, **keywords)
 
 
 def from_model(
@@ -146,40 +212,10 @@ def from_model(
     )
 
 
-def _files(name: str, keywords: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Weight and configuration files that transformers reads, chosen in its order of preference."""
-    folder = _folder(name)
-    if folder is None:
-        return ()
-    folder = folder / str(keywords.get("subfolder", ""))
-    if "gguf_file" in keywords:
-        return tuple(path for path in (folder / str(keywords["gguf_file"]),) if path.exists())
-    # Take only the first format that exists: transformers ignores the others, so they must not change the fingerprint.
-    for pattern in ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"):
-        found = sorted(folder.glob(pattern))
-        if found:
-            break
-    extra = [folder / "config.json", *folder.glob("model.safetensors.index.json")]
-    return (*found, *(path for path in extra if path.exists()))
-
-
 def _bytes_in(folder: Path) -> int:
     """Bytes of the files in a model's directory and directly below it, where a subfolder can hold the weights."""
     files = [*folder.glob("*"), *folder.glob("*/*")]
     return sum(path.stat().st_size for path in files if path.is_file())
-
-
-def _folder(name: str) -> Path | None:
-    """The model's directory: `name` itself, or its snapshot in the hub cache; None if neither exists."""
-    if Path(name).is_dir():
-        return Path(name)
-    with contextlib.suppress(Exception):
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(name, "config.json")
-        if isinstance(cached, str):
-            return Path(cached).parent
-    return None
 
 
 def _with_ties(model: nn.Module, names: set[str]) -> frozenset[str]:

@@ -77,7 +77,8 @@ def require_transformers() -> Any:
 def check_directory(ref: str, name: str, keywords: Mapping[str, Any]) -> None:
     """Raise LoadError for a local path that is no model directory; transformers would report a hub error instead."""
     path = Path(name).expanduser()
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    repo = name.partition("@")[0]  # a revision may have slashes
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or repo.count("/") > 1
     if path.is_file():
         raise LoadError(f"{ref} is a file; name the directory that holds config.json")
     if looks_local and not path.is_dir():

@@ -39,7 +39,7 @@ def surgery_load_schemes() -> list[str]:
 
 @hookimpl
 def surgery_load_model(ref: str, options: LoadOptions) -> LoadedModel | None:
-    """Load hf:DIR_OR_ID, timm:NAME, py:package.module:callable or FILE.pt2; None for any other reference."""
+    """Load hf:DIR, hf:ORG/NAME, timm:NAME, py:package.module:callable or FILE.pt2; None for any other reference."""
     for prefix, module in _LOADERS.items():
         if ref.startswith(prefix):
             return import_module(module).load(ref, options)

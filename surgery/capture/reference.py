@@ -33,7 +33,9 @@ def load_model(ref: str, options: LoadOptions, plugins: Plugins) -> LoadedModel:
         return loaded
     schemes = [f"{scheme}:" for scheme in plugins.schemes]
     hint = nearest(ref.partition(":")[0] + ":", schemes) if ":" in ref else ""
-    known = "hf:DIR, timm:NAME, py:package.module:callable, FILE.pt2 or a directory saved by surgery"
+    known = (
+        "hf:DIR, hf:ORG/NAME, timm:NAME, py:package.module:callable, FILE.pt2 or a directory saved by surgery"
+    )
     raise LoadError(f"{ref!r} is not a model reference{hint or '; use ' + known}")
 
 

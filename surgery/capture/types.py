@@ -22,12 +22,16 @@ class LoadOptions:
         model_kwargs: keyword arguments of the model's constructor (`num_labels`, `dtype`, `gguf_file`, ...).
         trust: True allows reading a file that can run code.
         example: sizes of the example inputs by dimension or setting name (`{"batch": 4, "seq": 32}`).
+        random: True builds the model with random weights instead of fetching or reading those of its checkpoint.
+        commit: commit hash on the hub to load, whatever the reference names; None loads the reference's own revision.
     """
 
     task: str | None = None
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     trust: bool = False
     example: Mapping[str, int] = field(default_factory=dict)
+    random: bool = False
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class LoadedModel:
             module path and index among the nested configurations.
         whole: the model, if it cannot be captured and `module` only calls its layers one by one, for a live model.
         notes: sentences for the user about the inputs.
+        repo: repository on the hub that `files` were fetched from; "" for local files.
+        commit: its commit hash.
     """
 
     module: nn.Module
@@ -73,6 +79,8 @@ class LoadedModel:
     cached: tuple[tuple[str, int], ...] = ()
     whole: nn.Module | None = None
     notes: tuple[str, ...] = ()
+    repo: str = ""
+    commit: str = ""
 
     @property
     def model(self) -> nn.Module:

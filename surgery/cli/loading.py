@@ -39,6 +39,7 @@ def make_loader(
     trust: bool,
     base: str | None,
     seed: int,
+    is_random: bool = False,
 ) -> Callable[..., Program]:
     """A function `loader(ref, recipe=None, choose=None, dtype=None)` that loads a program with a command's options.
 
@@ -50,14 +51,20 @@ def make_loader(
         trust: allow files that can run code when they are read.
         base: reference of the base of a saved directory.
         seed: seed of weights that no file contains, such as a new head.
+        is_random: random weights instead of pretrained ones; a recipe can ask for them too.
 
     Returns:
         The loader. `choose` may replace the task and the arguments of the constructor; `dtype` is the dtype to load the
-        model in. The loader raises SurgeryError for a wrong option or a model that cannot be loaded.
+        model in; `random` replaces the option and the recipe. The loader raises SurgeryError for a wrong option or a
+        model that cannot be loaded.
     """
 
     def loader(
-        ref: str, recipe: Recipe | None = None, choose: Choose | None = None, dtype: str | None = None
+        ref: str,
+        recipe: Recipe | None = None,
+        choose: Choose | None = None,
+        dtype: str | None = None,
+        random: bool | None = None,
     ) -> Program:
         given = dict(_pair(text, "--model-kwarg") for text in model_kwargs)
         sizes = dict(_pair(text, "--example") for text in examples)
@@ -68,6 +75,8 @@ def make_loader(
         torch.manual_seed(seed)
         chosen = task or (recipe.task if recipe else None)
         merged = {**(recipe.model_kwargs if recipe else {}), **given}
+        # A saved directory has its weights, also where another model of the command is random.
+        wanted = (is_random or bool(recipe and recipe.random)) if random is None else random
         if choose is not None:
             chosen, merged = choose(ref, chosen, merged)
         program = load(
@@ -79,7 +88,11 @@ def make_loader(
             example=sizes,
             plugins=plugins,
             dtype=dtype,
+            random=wanted and not Path(ref).is_dir(),
         )
+        fetched = program.base.loaded
+        if fetched.commit:
+            click.echo(f"weights: {fetched.repo} at commit {fetched.commit[:12]}", err=True)
         # The library gives these notes as Python warnings, which the command line silences.
         for note in program.base.notes:
             click.echo(f"note: {note}", err=True)

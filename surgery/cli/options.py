@@ -24,7 +24,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds --task, --model-kwarg, --example and --trust.
+    """Decorator that adds --task, --model-kwarg, --example, --random and --trust.
 
     The command gets two keyword arguments instead: `plugins`, the plugin manager, and `loader(ref, recipe=None)`,
     which loads a program with these options.
@@ -41,6 +41,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--example", multiple=True, metavar="DIM=SIZE", help="Size of the example inputs, such as seq=32."
     )
+    @click.option("--random", is_flag=True, help="Random weights instead of pretrained ones (hf: and timm:).")
     @click.option("--trust", is_flag=True, help="Allow files that can run code when they are read (.pt2).")
     @click.pass_context
     @functools.wraps(function)
@@ -51,6 +52,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         task: str | None,
         model_kwarg: tuple[str, ...],
         example: tuple[str, ...],
+        random: bool,
         trust: bool,
         base: str | None = None,
         **kwargs: Any,
@@ -66,6 +68,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
             trust=trust,
             base=base,
             seed=kwargs.get("seed") or 0,
+            is_random=random,
         )
         return function(*args, plugins=plugins, loader=loader, **kwargs)
 

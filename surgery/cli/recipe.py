@@ -30,11 +30,12 @@ _TYPES: tuple[tuple[str, type, str], ...] = (
     ("model", str, "a reference, such as hf:DIR"),
     ("task", str, "the name of a task"),
     ("model_kwargs", dict, "a mapping"),
+    ("random", bool, "true or false"),
     ("freeze_base", bool, "true or false"),
     ("train", dict, "a mapping with an 'objective' and 'data'"),
 )
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_KEYS = ("model", "task", "model_kwargs", "passes", "freeze_base", *LATER)
+_KEYS = ("model", "task", "model_kwargs", "random", "passes", "freeze_base", *LATER)
 
 
 class Merging(Configured):
@@ -108,6 +109,7 @@ class Recipe:
         merge: merge after the training.
         finish: passes on the trained or merged model, such as quantize.
         export: ONNX export of the result.
+        random: random weights instead of pretrained ones.
     """
 
     passes: tuple[Pass, ...]
@@ -119,6 +121,7 @@ class Recipe:
     merge: Merging | None = None
     finish: tuple[Pass, ...] = ()
     export: Shipping | None = None
+    random: bool = False
 
     @property
     def later(self) -> list[str]:
@@ -167,6 +170,7 @@ def read_recipe(path: Path, plugins: Plugins, allowed: Collection[str] = ()) -> 
         _section(path, data, "merge", Merging, ""),
         _passes(path, data, "finish", plugins),
         _section(path, data, "export", Shipping, "file"),
+        bool(data.get("random")),
     )
 
 
@@ -306,6 +310,8 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
         data["task"] = recipe.task
     if recipe.model_kwargs:
         data["model_kwargs"] = dict(recipe.model_kwargs)
+    if recipe.random:
+        data["random"] = True
     if recipe.freeze_base is not None:
         data["freeze_base"] = recipe.freeze_base
     data["passes"] = _listed(recipe.passes)
@@ -356,7 +362,8 @@ def wanted_recipe(
     if not passes:
         raise click.UsageError("no pass was given; add --pass NAME or --recipe FILE (see `surgery passes`)")
     chosen = freeze_base if freeze_base is not None else read.freeze_base
-    return Recipe(passes, reference, read.task, read.model_kwargs, chosen)
+    is_random = read.random or bool(ctx.params.get("random"))
+    return Recipe(passes, reference, read.task, read.model_kwargs, chosen, random=is_random)
 
 
 def refuse_code(

@@ -151,7 +151,7 @@ class _Stages:
         trains = f"{trainable_line(program)}; " if name == "adapted" and not exists else ""
         self._say(f"{path} is there" if exists else f"{trains}wrote {path}")
         if save is write_hf:
-            return self.loader(f"hf:{path}", self.wanted)
+            return self.loader(f"hf:{path}", self.wanted, random=False)
         return self._load(path) if exists else program
 
     def applied(self) -> Program:

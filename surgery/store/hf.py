@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.capture.hf_config import configs, silenced
+from surgery.capture.hf_files import COMPANIONS
 from surgery.common.errors import ExportError
 from surgery.common.files import staged_directory
 from surgery.engine.base import Base
@@ -21,12 +22,6 @@ from surgery.engine.fold import foldable
 from surgery.engine.labels import Labels, write_labels
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries
-
-# Files of tokenizers and processors, by the names that transformers uses.
-_COMPANIONS = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
-    "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
-)  # fmt: skip
 
 # The sizes that huggingface_hub accepts.
 _SIZE = re.compile(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
@@ -215,7 +210,7 @@ def write_companions(base: Base, folder: Path) -> None:
     source = base.loaded.files[0].parent if base.loaded.files else Path(named)
     if (not named and not base.loaded.files) or not source.is_dir():
         return
-    for pattern in _COMPANIONS:
+    for pattern in COMPANIONS:
         for file in source.glob(pattern):
             if not (folder / file.name).exists():
                 shutil.copy(file, folder / file.name)

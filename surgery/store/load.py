@@ -29,12 +29,13 @@ def load(
     example: Mapping[str, int] | None = None,
     plugins: Plugins | None = None,
     dtype: str | None = None,
+    random: bool = False,
 ) -> Program:
     """Load a model by its reference, or a directory that surgery saved, as a Program.
 
     Args:
-        ref: `hf:DIR_OR_ID`, `timm:NAME`, `py:package.module:callable`, `FILE.pt2` (with trust=True), a scheme of a
-            plugin, or a saved directory.
+        ref: `hf:DIR`, `hf:ORG/NAME[@REVISION]`, `timm:NAME`, `py:package.module:callable`, `FILE.pt2` (with
+            trust=True), a scheme of a plugin, or a saved directory.
         task: Name of a transformers task, which selects the model class.
         model_kwargs: Keyword arguments of the model's constructor.
         trust: Allow a reference that can run code, such as a `.pt2` file.
@@ -44,6 +45,7 @@ def load(
         plugins: Plugin manager; by default that of a `base` that is a Program, or one with all installed plugins.
         dtype: Dtype to load the weights in, such as "float32", for `hf:` and `timm:` models and for directories saved
             on them; the adapters of a saved directory are converted too. None keeps the stored dtype.
+        random: Random weights instead of the pretrained ones, for `hf:` and `timm:` models.
 
     Returns:
         The program; of a saved directory, with its passes applied.
@@ -58,6 +60,8 @@ def load(
         plugins = base.base.plugins if isinstance(base, Program) else make_plugin_manager()
     if "://" not in ref and Path(ref).is_dir():
         if is_saved(Path(ref)):
+            if random:
+                raise LoadError(f"{ref} was saved with its weights; leave out --random")
             given = dict(model_kwargs or {})
             dtype = dtype or given.pop("dtype", given.pop("torch_dtype", None))
             if given:
@@ -74,9 +78,15 @@ def load(
         raise LoadError(
             f"{ref}: a dtype can be given for hf: and timm: models; convert the module where it is made"
         )
+    if random and not ref.startswith(("hf:", "timm:")):
+        raise LoadError(f"{ref}: random weights can be asked for hf: and timm: models; leave out --random")
     own = {"dtype": dtype} if dtype is not None else {}
     options = LoadOptions(
-        task=task, model_kwargs={**(model_kwargs or {}), **own}, trust=trust, example=dict(example or {})
+        task=task,
+        model_kwargs={**(model_kwargs or {}), **own},
+        trust=trust,
+        example=dict(example or {}),
+        random=random,
     )
     loaded = load_model(ref, options, plugins)
     program = Program(Base(loaded, trace(loaded), plugins, ref, options))
@@ -94,10 +104,8 @@ def _noting(ref: str, program: Program, more: tuple[str, ...] = ()) -> Program:
 def _random(program: Program) -> tuple[str, ...]:
     """A note if weights of a model that is loaded by name are random."""
     base = program.base
-    if base.ref.startswith("timm:") and not base.loaded.files:
-        return (
-            "all weights are random; for those of a checkpoint give --model-kwarg checkpoint_path=FILE.safetensors",
-        )
+    if base.ref.startswith(("hf:", "timm:")) and not base.loaded.files:
+        return ("all weights are random",)
     fresh = base.fresh
     if not fresh:
         return ()

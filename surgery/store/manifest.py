@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from surgery.common.errors import JournalError
 from surgery.engine.schema import Json, Natural, Text
@@ -20,6 +20,11 @@ class _StoredLoader(BaseModel):
     version: Text = ""
 
 
+class _StoredHub(BaseModel):
+    repo: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9._/-]{1,200}$")]
+    commit: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{40,64}$")]
+
+
 class _StoredBase(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -27,6 +32,8 @@ class _StoredBase(BaseModel):
     task: Text | None
     model_kwargs: Json
     example: dict[Text, Natural]
+    random: StrictBool | None = None
+    hub: _StoredHub | None = None
     files: dict[Text, Hash]
     graph: Hash
     loader: _StoredLoader = _StoredLoader()

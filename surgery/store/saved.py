@@ -96,9 +96,9 @@ def write_saved(program: Program, folder: Path, *, standalone: bool = False) -> 
         standalone: Include the base as a transformers directory.
     """
     base = program.base
-    ref, tensors = base.ref, _unsourced(base)
+    ref, tensors, facts = base.ref, _unsourced(base), _facts(base)
     if standalone:
-        ref, tensors = _standalone(base, folder, tensors)
+        ref, tensors, facts = _standalone(base, folder, tensors)
     files = {
         INSERTED: program.tensors,
         CHANGED: _differing(program),
@@ -114,13 +114,11 @@ def write_saved(program: Program, folder: Path, *, standalone: bool = False) -> 
         "written_by": {"torch-surgery": core_version(), "torch": torch.__version__},
         "base": {
             "ref": ref,
-            "task": base.options.task if ref == base.ref else None,
-            "model_kwargs": dict(base.options.model_kwargs) if ref == base.ref else {},
+            **facts,
             "example": dict(base.options.example),
             "metadata": {
                 k: v for k, v in base.loaded.metadata.items() if isinstance(v, (str, int, float, bool))
             },
-            "files": base.file_hashes if ref == base.ref else _hash_tree(folder / "base"),
             # Layers were captured one by one, since the model cannot be captured.
             **({} if base.heads is None else {"layers": True}),
             "graph": base.graph_hash,
@@ -134,6 +132,18 @@ def write_saved(program: Program, folder: Path, *, standalone: bool = False) -> 
     }
     manifest["checksum"] = _checksum(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _facts(base: Base) -> dict[str, Any]:
+    """How the base is loaded again by its reference, and the fingerprint of its files."""
+    loaded = base.loaded
+    return {
+        "task": base.options.task,
+        "model_kwargs": dict(base.options.model_kwargs),
+        "random": base.options.random,
+        **({"hub": {"repo": loaded.repo, "commit": loaded.commit}} if loaded.commit else {}),
+        "files": base.file_hashes,
+    }
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -177,16 +187,38 @@ def _same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _standalone(base: Base, folder: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """Write the base into the directory; return the reference to load it by, and the tensors to store beside it."""
+def _standalone(
+    base: Base, folder: Path, tensors: dict[str, Tensor]
+) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Write the base into the directory.
+
+    Args:
+        base: The base.
+        folder: The directory.
+        tensors: Tensors of the base that are in none of its files.
+
+    Returns:
+        The reference to load it by, the tensors to store beside it, and the facts to load it with.
+
+    Raises:
+        SurgeryError: The base is code.
+    """
     scheme = base.ref.partition(":")[0]
     if scheme == "hf":
         write_base(base, folder / "base")
+        facts = {"task": None, "model_kwargs": {}, "random": False, "files": _hash_tree(folder / "base")}
         # The transformers directory has the base's own values of these.
-        return "hf:./base", {n: t for n, t in tensors.items() if n not in base.loaded.stored}
+        return "hf:./base", {n: t for n, t in tensors.items() if n not in base.loaded.stored}, facts
     if scheme == "timm":
-        # timm creates the model from its name, and all weights are in `tensors` already.
-        return base.ref, tensors
+        # timm creates the model from its name, and every weight is stored.
+        every = replace(base.loaded, files=(), unsourced=frozenset(base.loaded.module.state_dict()))
+        kwargs = {
+            name: value
+            for name, value in base.options.model_kwargs.items()
+            if name not in ("checkpoint_path", "pretrained")
+        }
+        facts = {"task": None, "model_kwargs": kwargs, "random": True, "files": {}}
+        return base.ref, _unsourced(replace(base, loaded=every)), facts
     raise SurgeryError(
         f"--standalone cannot include the code of {base.ref or 'a module given from Python'}; leave it out"
     )
@@ -481,9 +513,17 @@ def _base(
     kwargs = {**saved["model_kwargs"], **({"dtype": dtype} if dtype is not None else {})}
     if dtype is not None:
         kwargs.pop("torch_dtype", None)
-    options = LoadOptions(saved["task"], kwargs, trust, saved["example"])
+    options = LoadOptions(
+        saved["task"],
+        kwargs,
+        trust,
+        saved["example"],
+        random=_is_random(saved),
+        # A branch may have moved since, so the commit is loaded that the directory was saved with.
+        commit=saved["hub"]["commit"] if base is None and saved.get("hub") else None,
+    )
     _check_loader(path, saved, ref, plugins)
-    with _room(path, ref, kwargs):
+    with _room(path, ref, options):
         loaded = load_model(ref, options, plugins)
     loaded = _fill(loaded, stored, path)
     return Base(loaded, trace(loaded), plugins, ref, options)
@@ -504,11 +544,21 @@ def _check_loader(path: Path, saved: Mapping[str, Any], ref: str, plugins: Plugi
     raise LoadError(f"the base of {path}, {ref}, is loaded by the plugin {wanted!r}; {remedy}")
 
 
-def _room(path: Path, ref: str, kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """A limit on the size of a timm model, which is made by its name alone; the loader of hf: has its own limit."""
-    if not ref.startswith("timm:"):
+def _is_random(saved: Mapping[str, Any]) -> bool:
+    """True if all weights of the base are in the directory, so that a model of any weights is filled with them."""
+    if saved.get("random") is not None:
+        return bool(saved["random"])
+    # Before pretrained weights could be fetched, the weights of a timm model were random or in a local file.
+    return saved["ref"].startswith("timm:") and not saved["model_kwargs"].get("checkpoint_path")
+
+
+def _room(path: Path, ref: str, options: LoadOptions) -> AbstractContextManager[None]:
+    """A limit on the size of a model whose weights are in the directory; loaders limit those of files themselves."""
+    checkpoint = options.model_kwargs.get("checkpoint_path")
+    given = options.model_kwargs.get("pretrained") is False
+    if not ref.startswith(("hf:", "timm:")) or not (options.random or checkpoint or given):
         return nullcontext()
-    files = [*path.iterdir(), Path(str(kwargs.get("checkpoint_path") or path / MANIFEST))]
+    files = [*path.iterdir(), Path(str(checkpoint or path / MANIFEST))]
     return limited(sum(file.stat().st_size for file in files if file.is_file()), str(path))
 
 
@@ -563,15 +613,12 @@ def _check_base(path: Path, saved: Mapping[str, Any], base: Base, dtype: str | N
     """
     if saved["files"] and base.loaded.files:
         for name, expected in saved["files"].items():
+            remedy = _remedy(saved, base)
             if name not in base.file_hashes:
-                raise JournalError(
-                    f"the base of {path} has changed: it has no {name} now; restore it, or pass the original base "
-                    f"with --base"
-                )
+                raise JournalError(f"the base of {path} has changed: it has no {name} now{remedy}")
             if base.file_hashes[name] != expected:
                 raise JournalError(
-                    f"the base of {path} has changed: {name} differs from the file that it was saved with; restore "
-                    f"it, or pass the original base with --base"
+                    f"the base of {path} has changed: {name} differs from the file that it was saved with{remedy}"
                 )
     if base.graph_hash == saved["graph"]:
         return
@@ -590,4 +637,18 @@ def _check_base(path: Path, saved: Mapping[str, Any], base: Base, dtype: str | N
     raise JournalError(
         f"the graph of the base of {path} differs from the saved one: {what}; use the library versions that it was "
         f"saved with, or apply the passes again"
+    )
+
+
+def _remedy(saved: Mapping[str, Any], base: Base) -> str:
+    """Clause on how to get the base that a directory was saved with; of a base on the hub, both commits."""
+    hub = saved.get("hub")
+    if not hub:
+        return "; restore it, or pass the original base with --base"
+    here = f" and this is {base.loaded.repo} at {base.loaded.commit}" if base.loaded.commit else ""
+    scheme = "timm:" if saved["ref"].startswith("timm:") else "hf:"
+    name = saved["ref"].removeprefix(scheme).partition("@")[0]
+    return (
+        f": it was {hub['repo']} at {hub['commit']}{here}; leave out --base, or pass --base "
+        f"{scheme}{name}@{hub['commit']}"
     )

@@ -159,13 +159,17 @@ def test_missing_library(loader, package, ref, extra, monkeypatch):
 
 def test_timm():
     pytest.importorskip("timm")
-    loaded = timm_loader.load("timm:test_vit", LoadOptions(model_kwargs={"num_classes": 3}))
+    loaded = timm_loader.load("timm:test_vit", LoadOptions(model_kwargs={"num_classes": 3}, random=True))
     assert loaded.unsourced == set(loaded.module.state_dict())
     captured = trace(loaded)
     assert captured.graph_module(fresh_inputs(captured, {"batch": 3})[0][0]).shape == (3, 3)
     with pytest.raises(LoadError, match="did you mean 'resnet50"):
         timm_loader.load("timm:resnett50", LoadOptions())
-    with pytest.raises(LoadError, match="checkpoint_path"):
+    same = timm_loader.load(
+        "timm:test_vit", LoadOptions(model_kwargs={"num_classes": 3, "pretrained": False})
+    )
+    assert same.unsourced == loaded.unsourced
+    with pytest.raises(LoadError, match=r"not in the local cache, .*HF_HUB_OFFLINE.*give --random"):
         timm_loader.load("timm:test_vit", LoadOptions(model_kwargs={"pretrained": True}))
 
 

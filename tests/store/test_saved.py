@@ -56,12 +56,33 @@ def test_another_process_gives_the_same_bits_for_a_random_head(minilm, tmp_path,
 def test_another_process_gives_the_same_bits_for_timm(tmp_path, randomise):
     pytest.importorskip("timm")
     torch.manual_seed(11)
-    program = randomise(surgery.load("timm:resnet18").apply(surgery.Lora(target="conv", rank=2)))
+    program = randomise(surgery.load("timm:resnet18", random=True).apply(surgery.Lora(target="conv", rank=2)))
     program.save(tmp_path / "adapted")
     torch.set_num_threads(2)
     expected = program.run()
     torch.set_num_threads(1)
     assert torch.equal(load_elsewhere(tmp_path / "adapted", tmp_path / "out.pt"), expected)
+
+
+def test_a_timm_directory_of_an_earlier_version_needs_no_hub(tmp_path, randomise):
+    """Weights of timm models were random before they could be fetched, and all of them are in the directory."""
+    pytest.importorskip("timm")
+    torch.manual_seed(12)
+    made = {"num_classes": 3}
+    program = surgery.load("timm:test_vit", random=True, model_kwargs=made)
+    program = randomise(program.apply(surgery.Lora(target="attn.*", rank=2)))
+    program.save(tmp_path / "adapted")
+    path = tmp_path / "adapted" / saved.MANIFEST
+    manifest = json.loads(path.read_text())
+    assert manifest["base"].pop("random") is True
+    manifest["checksum"] = saved._checksum(manifest)
+    path.write_text(json.dumps(manifest))
+    torch.manual_seed(13)
+    again = surgery.load(str(tmp_path / "adapted"))
+    assert torch.equal(again.run(), program.run())
+    # Saved again, it says so itself.
+    again.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / saved.MANIFEST).read_text())["base"]["random"] is True
 
 
 def test_trained_base_tensors_and_buffers_come_back(tmp_path):

@@ -58,5 +58,5 @@ def program(name: str, layers: int | None = 2) -> surgery.Program:
         return surgery.load(f"hf:{smollm2_folder()}", task="text-generation", model_kwargs=kwargs)
     if name == "resnet18":
         # As timm makes it, the last norm of every block is zero, and so is all that an adapter would read.
-        return surgery.load("timm:resnet18", model_kwargs={"zero_init_last": False})
+        return surgery.load("timm:resnet18", random=True, model_kwargs={"zero_init_last": False})
     return surgery.load(reference(name))

@@ -97,7 +97,7 @@ def test_a_folder_of_images(tmp_path):
 def test_how_models_take_images():
     plain = Setting.of(program())
     assert plain.images == Images("image", 1, 8, 8, (0.0,), (1.0,))
-    timm = Setting.of(surgery.load("timm:resnet18")).images
+    timm = Setting.of(surgery.load("timm:resnet18", random=True)).images
     assert (timm.channels, timm.height) == (3, 224)
     assert timm.mean == (0.485, 0.456, 0.406)  # ImageNet's, which timm writes into its configuration
 

@@ -45,7 +45,7 @@ def build(name: str) -> LoadedModel:
     if name.startswith("timm:"):
         torch.manual_seed(0)
         settings = TIMM[name.removeprefix("timm:")][0]
-        loaded = timm_loader.load(name, LoadOptions(model_kwargs=settings))
+        loaded = timm_loader.load(name, LoadOptions(model_kwargs=settings, random=True))
         assert loaded is not None
         return loaded
     arch = ARCHITECTURES[name]

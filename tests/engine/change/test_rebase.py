@@ -197,7 +197,17 @@ def test_from_the_command_line(ref, tmp_path):
     """A model without a transformers directory: LoRA, merge, quantize, and the file that onnxruntime runs."""
     named = ("--base", ref) if ref.startswith("py:") else ()
     base = ref if named else None
-    run("apply", ref, "--pass", "lora", "--target", "attn.*", "-o", tmp_path / "a")
+    run(
+        "apply",
+        ref,
+        *(() if named else ("--random",)),
+        "--pass",
+        "lora",
+        "--target",
+        "attn.*",
+        "-o",
+        tmp_path / "a",
+    )
     adapted = stirred(surgery.load(str(tmp_path / "a"), base=base))
     adapted.save(tmp_path / "b")
     run("merge", tmp_path / "b", "-o", tmp_path / "m", *named)

@@ -509,7 +509,7 @@ def test_bad_requests(convnet):
 
 
 def test_from_the_command_line(tmp_path):
-    arguments = ["apply", "timm:resnet18", "--pass", "head", "--mode", "resize", "--keep", "7,3"]
+    arguments = ["apply", "timm:resnet18", "--random", "--pass", "head", "--mode", "resize", "--keep", "7,3"]
     arguments += ["--pass", "head", "--mode", "add", "--head-name", "other", "--labels", "2"]
     with pytest.raises(SystemExit) as done:
         main([*arguments, "-o", str(tmp_path / "out")])
