@@ -31,6 +31,7 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "passes": ("see", "passes", "List passes, or the options of one."),
     "plan": ("see", "plan", "Show what apply would do, without changing anything."),
     "plugins": ("see", "plugins", "List the installed plugins, and what is broken."),
+    "push": ("push", "push", "Upload a model to the hub with a model card."),
     "run": ("run", "run", "Run a recipe: passes, training, merge, ONNX export."),
     "train": ("train", "train", "Train a program with an objective and save it."),
     "undo": ("change", "undo", "Remove a pass and its tensors."),

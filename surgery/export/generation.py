@@ -30,6 +30,7 @@ from surgery.common.errors import ExportError, MissingExtraError
 from surgery.common.files import staged_directory
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.replay import live_entries, pass_of
+from surgery.export import metadata_keys
 from surgery.export.adapter_inputs import slots, write_adapters
 from surgery.export.failure import first_line
 from surgery.export.generator import PARTS, open_generator, sliding_window, whole_cache
@@ -45,6 +46,7 @@ from surgery.export.runtime import adapter_file
 from surgery.export.source import ExportSource, InputSet
 from surgery.live.model import live
 from surgery.store.hf import write_companions
+from surgery.store.provenance import origin_of
 
 if TYPE_CHECKING:
     from surgery.engine.program import Program
@@ -146,6 +148,7 @@ def export_generation(
                 optional=optional,
                 cpu=cpu or cpu_of(program),
             )
+            graph.metadata_props[metadata_keys.BASE] = origin_of(program.base).model_dump_json()
             held[part] = set(finished.stored.values())
             quantized[part] = finished.quantized
             _name_axes(graph)

@@ -78,6 +78,7 @@ def export_onnx(
     provenance: annotate.Provenance | None = None,
     journal_json: str | None = None,
     labels: Mapping[str, Sequence[str]] | None = None,
+    base_json: str | None = None,
     lowerings: Mapping[Any, Callable[..., Any]] | None = None,
     external_data: bool | None = None,
     check: bool = True,
@@ -98,6 +99,7 @@ def export_onnx(
             With "pinned": False the provenance is recorded, but the tensor may be stored transposed.
         journal_json: the program's journal as JSON, stored in the file's metadata.
         labels: class names by output, stored in the file's metadata.
+        base_json: facts about the base as JSON, stored in the file's metadata.
         lowerings: onnxscript function by torch op, for ops that torch.onnx cannot translate.
         external_data: True stores the weights in `<path>.data`; None does so above 1.5 GB.
         check: run onnx's checker on the file, and check that onnxruntime keeps quantized weights quantized.
@@ -138,6 +140,8 @@ def export_onnx(
     if labels:
         listed = {output: list(names) for output, names in labels.items()}
         model.metadata_props[metadata_keys.LABELS] = json.dumps(listed)
+    if base_json is not None:
+        model.metadata_props[metadata_keys.BASE] = base_json
     # The size limit of a protobuf file applies to the weights that are left after tying.
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external_data is None:
@@ -153,6 +157,8 @@ def export_onnx(
             if parity
             else None
         )
+        if report is not None:
+            _add_parity(onnx, staged, report)
     files = tuple(
         file
         for file in (Path(path), _data_file(Path(path)))
@@ -173,6 +179,20 @@ def export_onnx(
         seconds=time.perf_counter() - started,
         parity=report,
     )
+
+
+def _add_parity(onnx: Any, path: Path, report: ParityReport) -> None:
+    """Add the result of the parity check to the metadata of a file that is written already."""
+    found: dict[str, dict[str, float]] = {}
+    for output in report.outputs:
+        worst = found.setdefault(output.name, {"error": 0.0, "optimised": 0.0})
+        worst["error"] = max(worst["error"], output.error)
+        worst["optimised"] = max(worst["optimised"], output.optimised_error)
+    more = onnx.ModelProto()
+    more.metadata_props.add(key=metadata_keys.PARITY, value=json.dumps(found))
+    # Messages of protobuf are merged when they follow each other, and lists are joined.
+    with path.open("ab") as stream:
+        stream.write(more.SerializeToString())
 
 
 def _trace(source: ExportSource) -> torch.export.ExportedProgram:

@@ -18,6 +18,7 @@ from surgery.engine.replay import live_entries, pass_of
 from surgery.export.onnx_file import ExportReport, export_onnx
 from surgery.export.source import ExportSource, InputSet, module_path
 from surgery.graph.graphs import live_nodes
+from surgery.store.provenance import origin_of
 
 if TYPE_CHECKING:
     from surgery.engine.program import Program
@@ -206,6 +207,7 @@ def export_program(
         provenance=provenance_of(program),
         journal_json=json.dumps(program.journal.to_json()),
         labels=program.labels,
+        base_json=origin_of(program.base).model_dump_json(),
         lowerings={**program.base.plugins.lowerings, **(lowerings or {})},
         external_data=external_data,
         parity=parity,

@@ -91,6 +91,25 @@ def journal_of(path: Path) -> Any:
     return None if text is None else _parsed(text, path, metadata_keys.JOURNAL, dict)
 
 
+def facts_of(path: Path) -> tuple[Any, Any]:
+    """Read the facts about the base and the result of the parity check; None for each that the file does not have.
+
+    Raises:
+        ExportError: the file cannot be read, or its metadata are damaged.
+    """
+    props = _load(path).metadata_props
+    found = []
+    for key in (metadata_keys.BASE, metadata_keys.PARITY):
+        try:
+            value = json.loads(props.get(key, "null"))
+        except (ValueError, RecursionError):
+            value = ""
+        if value is not None and not isinstance(value, dict):
+            raise ExportError(f"'{path}' has damaged metadata in {key}; export it again")
+        found.append(value)
+    return found[0], found[1]
+
+
 def _parsed(text: str, path: Path, key: str, kind: type) -> list[Any]:
     """A list of values of one type from a metadata text. Raises ExportError for anything else."""
     try:

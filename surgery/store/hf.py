@@ -22,6 +22,7 @@ from surgery.engine.fold import foldable
 from surgery.engine.labels import Labels, write_labels
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries
+from surgery.store.provenance import write_provenance
 
 # The sizes that huggingface_hub accepts.
 _SIZE = re.compile(r"[1-9]\d*(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
@@ -54,6 +55,7 @@ def write_hf(
         )
     with staged_directory(Path(path), overwrite) as folder:
         _write(program.base, program.state(), folder, max_shard_size, program.labels)
+        write_provenance(program, folder, "hf")
 
 
 def write_base(base: Base, folder: Path) -> None:

@@ -22,6 +22,7 @@ from surgery.store.peft.write_ia3 import write_ia3
 from surgery.store.peft.write_lora import write_lora
 from surgery.store.peft.write_source import original
 from surgery.store.peft.write_tokens import write_prefix, write_prompt
+from surgery.store.provenance import write_provenance
 
 _METHODS = {"lora": "LORA", "ia3": "IA3", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
 
@@ -64,6 +65,7 @@ def export_peft(
     def checked(folder: Path) -> None:
         if check and can_check(program):
             check_loads(program, folder, given_back)
+        write_provenance(program, folder, "peft")
 
     write(Path(path), config, keyed, overwrite, checked)
     return config
@@ -116,7 +118,8 @@ def _written(
     config: dict[str, Any] = {
         "peft_type": _METHODS[method],
         "task_type": whole.task,
-        "base_model_name_or_path": base.ref.removeprefix("hf:") or None,
+        "base_model_name_or_path": base.loaded.repo or base.ref.removeprefix("hf:") or None,
+        **({"revision": base.loaded.commit} if base.loaded.commit else {}),
         "inference_mode": True,
         **own,
         "modules_to_save": whole.modules or None,
