@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.capture.input_text import check_names, describe, suggestion
 from surgery.capture.module import from_module
 from surgery.capture.types import LoadedModel, LoadOptions
 from surgery.common.errors import LoadError, SurgeryError, nearest
@@ -17,11 +18,12 @@ PREFIX = "py:"
 
 
 def load(ref: str, options: LoadOptions) -> LoadedModel | None:
-    """Call the factory; return None for any other reference.
+    """Call the factory or the class; return None for any other reference.
 
     The factory receives the `--model-kwarg` options as keyword arguments. It returns (module, example_inputs) or
-    (module, example_inputs, dynamic), the arguments of `from_module`, or a LoadedModel. Modules in the current
-    directory can be imported, as with `python -m`.
+    (module, example_inputs, dynamic), the arguments of `from_module`, a LoadedModel, or a module alone: `--input` then
+    gives the example inputs and the dynamic dimensions, instead of those that a factory returns. Modules in the
+    current directory can be imported, as with `python -m`.
 
     Raises:
         LoadError: the factory cannot be found, fails, or returns something else.
@@ -42,16 +44,29 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
         raise LoadError(f"{ref}: the factory called sys.exit({error.code})") from None
     except Exception as error:
         raise LoadError(f"{ref}: the factory raised {type(error).__name__}: {_first(error)}") from error
+    facts = {"loader": "py", "source": ref.removeprefix(PREFIX)}
+    module = made[0] if isinstance(made, tuple) and made else made
+    if options.input and isinstance(module, nn.Module):
+        described = describe(options.input)
+        check_names(module, described.inputs)
+        return from_module(module, described.inputs, described.dynamic, copy_module=False, metadata=facts)
     if isinstance(made, LoadedModel):
+        if options.input:
+            raise LoadError(
+                f"{ref}: the factory returns a LoadedModel, which has its inputs; leave out --input"
+            )
         return made
+    if isinstance(made, nn.Module):
+        raise LoadError(
+            f"{ref}: {attribute} returns a {type(made).__name__} without example inputs; describe them, with a name "
+            f"for each dynamic dimension: {suggestion(made)}"
+        )
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
         raise LoadError(
-            f"{ref}: the factory returned {_describe(made)}; return (module, example_inputs), "
+            f"{ref}: the factory returned {_describe(made)}; return a module, (module, example_inputs), "
             "(module, example_inputs, dynamic) or a LoadedModel"
         )
-    return from_module(
-        *made, copy_module=False, metadata={"loader": "py", "source": ref.removeprefix(PREFIX)}
-    )
+    return from_module(*made, copy_module=False, metadata=facts)
 
 
 def imported(ref: str, module_name: str, attribute: str) -> Any:

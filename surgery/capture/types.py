@@ -24,6 +24,7 @@ class LoadOptions:
         example: sizes of the example inputs by dimension or setting name (`{"batch": 4, "seq": 32}`).
         random: True builds the model with random weights instead of fetching or reading those of its checkpoint.
         commit: commit hash on the hub to load, whatever the reference names; None loads the reference's own revision.
+        input: example inputs as text, for a `py:` reference (surgery.capture.input_text).
     """
 
     task: str | None = None
@@ -32,6 +33,7 @@ class LoadOptions:
     example: Mapping[str, int] = field(default_factory=dict)
     random: bool = False
     commit: str | None = None
+    input: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def make_loader(
     base: str | None,
     seed: int,
     is_random: bool = False,
+    inputs: Sequence[str] = (),
 ) -> Callable[..., Program]:
     """A function `loader(ref, recipe=None, choose=None, dtype=None)` that loads a program with a command's options.
 
@@ -52,6 +53,7 @@ def make_loader(
         base: reference of the base of a saved directory.
         seed: seed of weights that no file contains, such as a new head.
         is_random: random weights instead of pretrained ones; a recipe can ask for them too.
+        inputs: texts that describe example inputs. They override those of a recipe.
 
     Returns:
         The loader. `choose` may replace the task and the arguments of the constructor; `dtype` is the dtype to load the
@@ -89,6 +91,7 @@ def make_loader(
             plugins=plugins,
             dtype=dtype,
             random=wanted and not Path(ref).is_dir(),
+            input=() if Path(ref).is_dir() else inputs or (recipe.input if recipe else ()),
         )
         fetched = program.base.loaded
         if fetched.commit:

@@ -24,7 +24,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds --task, --model-kwarg, --example, --random and --trust.
+    """Decorator that adds --task, --model-kwarg, --example, --input, --random and --trust.
 
     The command gets two keyword arguments instead: `plugins`, the plugin manager, and `loader(ref, recipe=None)`,
     which loads a program with these options.
@@ -41,6 +41,13 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--example", multiple=True, metavar="DIM=SIZE", help="Size of the example inputs, such as seq=32."
     )
+    @click.option(
+        "--input",
+        "inputs",
+        multiple=True,
+        metavar="TEXT",
+        help="Example input of a py: model, such as 'x=float32[batch=2,3,h=224,w=224]'; named dimensions are dynamic.",
+    )
     @click.option("--random", is_flag=True, help="Random weights instead of pretrained ones (hf: and timm:).")
     @click.option("--trust", is_flag=True, help="Allow files that can run code when they are read (.pt2).")
     @click.pass_context
@@ -52,6 +59,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         task: str | None,
         model_kwarg: tuple[str, ...],
         example: tuple[str, ...],
+        inputs: tuple[str, ...],
         random: bool,
         trust: bool,
         base: str | None = None,
@@ -69,6 +77,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
             base=base,
             seed=kwargs.get("seed") or 0,
             is_random=random,
+            inputs=inputs,
         )
         return function(*args, plugins=plugins, loader=loader, **kwargs)
 

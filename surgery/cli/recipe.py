@@ -26,16 +26,17 @@ from surgery.engine.registry import find_pass
 from surgery.train.request import TrainingRequest
 
 LATER = ("train", "merge", "finish", "export")
-_TYPES: tuple[tuple[str, type, str], ...] = (
+_TYPES: tuple[tuple[str, type | tuple[type, ...], str], ...] = (
     ("model", str, "a reference, such as hf:DIR"),
     ("task", str, "the name of a task"),
     ("model_kwargs", dict, "a mapping"),
+    ("input", (str, list), "a text such as 'x=float32[batch=2,3]', or a list of them"),
     ("random", bool, "true or false"),
     ("freeze_base", bool, "true or false"),
     ("train", dict, "a mapping with an 'objective' and 'data'"),
 )
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_KEYS = ("model", "task", "model_kwargs", "random", "passes", "freeze_base", *LATER)
+_KEYS = ("model", "task", "model_kwargs", "input", "random", "passes", "freeze_base", *LATER)
 
 
 class Merging(Configured):
@@ -110,6 +111,7 @@ class Recipe:
         finish: passes on the trained or merged model, such as quantize.
         export: ONNX export of the result.
         random: random weights instead of pretrained ones.
+        input: texts that describe the example inputs of a `py:` model.
     """
 
     passes: tuple[Pass, ...]
@@ -122,6 +124,7 @@ class Recipe:
     finish: tuple[Pass, ...] = ()
     export: Shipping | None = None
     random: bool = False
+    input: tuple[str, ...] = ()
 
     @property
     def later(self) -> list[str]:
@@ -171,7 +174,18 @@ def read_recipe(path: Path, plugins: Plugins, allowed: Collection[str] = ()) -> 
         _passes(path, data, "finish", plugins),
         _section(path, data, "export", Shipping, "file"),
         bool(data.get("random")),
+        _inputs(path, data.get("input")),
     )
+
+
+def _inputs(path: Path, given: str | list[Any] | None) -> tuple[str, ...]:
+    """The texts of example inputs. Raises SurgeryError if one is no text."""
+    listed = [given] if isinstance(given, str) else given or []
+    if not all(isinstance(text, str) for text in listed):
+        raise SurgeryError(
+            f"recipe {path}: 'input' must be a text such as 'x=float32[batch=2,3]', or a list of them"
+        )
+    return tuple(listed)
 
 
 def _read(path: Path) -> Any:
@@ -310,6 +324,8 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
         data["task"] = recipe.task
     if recipe.model_kwargs:
         data["model_kwargs"] = dict(recipe.model_kwargs)
+    if recipe.input:
+        data["input"] = list(recipe.input)
     if recipe.random:
         data["random"] = True
     if recipe.freeze_base is not None:
@@ -363,7 +379,8 @@ def wanted_recipe(
         raise click.UsageError("no pass was given; add --pass NAME or --recipe FILE (see `surgery passes`)")
     chosen = freeze_base if freeze_base is not None else read.freeze_base
     is_random = read.random or bool(ctx.params.get("random"))
-    return Recipe(passes, reference, read.task, read.model_kwargs, chosen, random=is_random)
+    inputs = tuple(ctx.params.get("inputs") or ()) or read.input
+    return Recipe(passes, reference, read.task, read.model_kwargs, chosen, random=is_random, input=inputs)
 
 
 def refuse_code(

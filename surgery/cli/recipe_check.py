@@ -13,7 +13,7 @@ from surgery.engine.program import Program
 
 # Directory of each stage, and the sections that it depends on.
 STAGES: Mapping[str, tuple[str, ...]] = {
-    "adapted": ("model", "task", "model_kwargs", "random", "passes", "freeze_base"),
+    "adapted": ("model", "task", "model_kwargs", "input", "random", "passes", "freeze_base"),
     "trained": ("train",),
     "merged": ("merge",),
     "finished": ("finish",),

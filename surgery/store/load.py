@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def load(
     plugins: Plugins | None = None,
     dtype: str | None = None,
     random: bool = False,
+    input: str | Sequence[str] = (),
 ) -> Program:
     """Load a model by its reference, or a directory that surgery saved, as a Program.
 
@@ -46,6 +47,9 @@ def load(
         dtype: Dtype to load the weights in, such as "float32", for `hf:` and `timm:` models and for directories saved
             on them; the adapters of a saved directory are converted too. None keeps the stored dtype.
         random: Random weights instead of the pretrained ones, for `hf:` and `timm:` models.
+        input: Example inputs as text, for a `py:` reference whose callable returns a bare module. Named dimensions are
+            dynamic: "x=float32[batch=2,3,h=224,w=224]"; with a range of sizes, "h=224:32..512/32". Several inputs are
+            separated by ";", or a sequence.
 
     Returns:
         The program; of a saved directory, with its passes applied.
@@ -60,6 +64,8 @@ def load(
         plugins = base.base.plugins if isinstance(base, Program) else make_plugin_manager()
     if "://" not in ref and Path(ref).is_dir():
         if is_saved(Path(ref)):
+            if input:
+                raise LoadError(f"{ref} was saved with its example inputs; leave out --input")
             if random:
                 raise LoadError(f"{ref} was saved with its weights; leave out --random")
             given = dict(model_kwargs or {})
@@ -80,6 +86,8 @@ def load(
         )
     if random and not ref.startswith(("hf:", "timm:")):
         raise LoadError(f"{ref}: random weights can be asked for hf: and timm: models; leave out --random")
+    if input and not ref.startswith("py:"):
+        raise LoadError(f"{ref}: the loader knows the inputs; --input is for py: models, leave it out")
     own = {"dtype": dtype} if dtype is not None else {}
     options = LoadOptions(
         task=task,
@@ -87,6 +95,7 @@ def load(
         trust=trust,
         example=dict(example or {}),
         random=random,
+        input=(input,) if isinstance(input, str) else tuple(input),
     )
     loaded = load_model(ref, options, plugins)
     program = Program(Base(loaded, trace(loaded), plugins, ref, options))

@@ -33,6 +33,7 @@ class _StoredBase(BaseModel):
     model_kwargs: Json
     example: dict[Text, Natural]
     random: StrictBool | None = None
+    input: list[Text] = []
     hub: _StoredHub | None = None
     files: dict[Text, Hash]
     graph: Hash

@@ -141,6 +141,7 @@ def _facts(base: Base) -> dict[str, Any]:
         "task": base.options.task,
         "model_kwargs": dict(base.options.model_kwargs),
         "random": base.options.random,
+        **({"input": list(base.options.input)} if base.options.input else {}),
         **({"hub": {"repo": loaded.repo, "commit": loaded.commit}} if loaded.commit else {}),
         "files": base.file_hashes,
     }
@@ -521,6 +522,7 @@ def _base(
         random=_is_random(saved),
         # A branch may have moved since, so the commit is loaded that the directory was saved with.
         commit=saved["hub"]["commit"] if base is None and saved.get("hub") else None,
+        input=tuple(saved.get("input", ())) if ref.startswith("py:") else (),
     )
     _check_loader(path, saved, ref, plugins)
     with _room(path, ref, options):
