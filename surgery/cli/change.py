@@ -223,6 +223,7 @@ def combine(
 ) -> None:
     """Combine several adapters into one, as PEFT's add_weighted_adapter does. Other adapters stay as they are."""
     from surgery.cli.loading import read_weights
+    from surgery.cli.names import check_adapters
     from surgery.cli.render import console
     from surgery.common.files import refuse_taken
     from surgery.engine.change.combine import combine as combine_adapters
@@ -230,6 +231,7 @@ def combine(
 
     refuse_taken(output, overwrite)
     wanted = read_weights(weights)
+    check_adapters(directory, wanted)
     if len(wanted) < len(weights):
         raise SurgeryError("an adapter is named twice; give each adapter one --weight")
     # Made first: options that do not fit together are refused before a model is loaded.
@@ -259,12 +261,14 @@ def undo(
     loader: Callable[..., Program],
 ) -> None:
     """Remove a pass and its tensors. Everything else that was trained is kept."""
+    from surgery.cli.names import check_adapters
     from surgery.cli.render import console
     from surgery.common.files import refuse_taken
 
     if (name is None) == (not everything):
         raise click.UsageError("give either --pass NAME or --all")
     refuse_taken(output, overwrite)
+    check_adapters(directory, [] if name is None else [name])
     program = loader(directory)
     undone = program.undo_all() if everything else program.undo(str(name))
     undone.save(output, overwrite=overwrite)

@@ -138,6 +138,11 @@ def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
             chosen = read_weights(weights)
             return program.weighted(chosen) if chosen else program
 
+        named = [*only, *without, *(text.partition("=")[0] for text in weights)]
+        if named:
+            from surgery.cli.names import check_adapters
+
+            check_adapters(str(kwargs.get("directory") or kwargs.get("model") or ""), named)
         return function(*args, choose=choose, **kwargs)
 
     return wrapped

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from surgery.capture.stored_options import check_kwargs
+from surgery.cli.names import check_targets
 from surgery.cli.yaml_text import Refused, parse_yaml
 from surgery.common.errors import MissingExtraError, SurgeryError, nearest
 from surgery.common.files import write_text
@@ -378,6 +379,7 @@ def wanted_recipe(
     if not passes:
         raise click.UsageError("no pass was given; add --pass NAME or --recipe FILE (see `surgery passes`)")
     chosen = freeze_base if freeze_base is not None else read.freeze_base
+    check_targets(passes, reference, plugins)
     is_random = read.random or bool(ctx.params.get("random"))
     inputs = tuple(ctx.params.get("inputs") or ()) or read.input
     return Recipe(passes, reference, read.task, read.model_kwargs, chosen, random=is_random, input=inputs)

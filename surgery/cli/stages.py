@@ -16,6 +16,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from surgery.cli.names import check_targets
 from surgery.cli.recipe import Recipe, Shipping, read_recipe, refuse_code
 from surgery.cli.recipe_check import check_later, check_resumed
 from surgery.cli.render import console, note_unfrozen, trainable_line
@@ -74,6 +75,7 @@ def run_recipe(
     if reference is None:
         raise click.UsageError(f"no model is given, and {recipe} names none; add MODEL")
     refuse_code(model, reference, recipe, wanted.model_kwargs)
+    check_targets((*wanted.passes, *wanted.finish), reference, plugins)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SurgeryError(
             "surgery run uses one process; for several, train with `torchrun -m surgery train` instead"

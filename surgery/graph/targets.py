@@ -12,6 +12,15 @@ from surgery.graph.ops import LINEAR
 from surgery.graph.sites import Site
 
 ROLE_ROOTS = ("attn", "mlp", "embed", "norm", "conv", "head", "linear")
+_OPERANDS = ("q", "k", "v", "qk", "qv", "kv", "qkv")
+# Every role that surgery.graph.analysis.roles assigns. A pass of a plugin may assign others.
+ROLES = (
+    *(f"attn.{operand}{factor}" for operand in _OPERANDS for factor in ("", ".a", ".b")),
+    "attn.out", "attn.bias", "attn.mix", "attn.gate",
+    "mlp.up", "mlp.gate", "mlp.down", "mlp.gate_up", "mlp.router",
+    "embed", "embed.token", "embed.position", "embed.type", "embed.patch",
+    "head", "head.dense", "norm", "conv", "linear",
+)  # fmt: skip
 ALL = ("all", "**")
 _FEW_WILDCARDS = 3
 _LONGEST = 600  # characters of one term
@@ -102,6 +111,20 @@ def _automaton(pattern: str) -> Matcher:
         return matcher(pattern)
     except ValueError as error:
         raise TargetError(f"target with many wildcards: {error}; use fewer") from None
+
+
+def check_roles(target: str) -> None:
+    """Check, without a model, that each term that is read as a role can match one.
+
+    Raises:
+        TargetError: a term names no role of surgery, or the target is malformed.
+    """
+    for term in parse(target):
+        if term.reading == "role" and not any(term.matches_role(role) for role in ROLES):
+            name = term.text.removeprefix("role:")
+            hint = nearest(name, ROLES) or f"; roles are {', '.join(ROLES)}"
+            path = "" if term.text.startswith("role:") else f"; for a name in the model write path:{name}"
+            raise TargetError(f"target {term.text!r} is no role{hint}{path}")
 
 
 def _site_matches(term: Term, site: Site) -> bool:
