@@ -70,6 +70,7 @@ class Inserter:
         self._like: fx.Node | None = None
         self._site: Site | None = None
         self._call: Call | None = None
+        self._last_mark: tuple[tuple[str, str | None], Mark] = (("", None), Mark())
 
     @property
     def view(self) -> View:
@@ -156,7 +157,7 @@ class Inserter:
                 # torch.export.unflatten needs the ops of one module call side by side.
                 "nn_module_stack": _module_stack(like) or dict([*_module_stack(own).items()][:1]),
                 "stack_trace": like.meta.get("stack_trace", ""),
-                META: replace(self._provenance(), call=own.name),
+                META: self._provenance(own.name),
                 "custom": self._custom(),
             }
         )
@@ -179,7 +180,7 @@ class Inserter:
         """Insert a copy of a node of the model that reads mapping[n] instead of n; later passes match it too."""
         with self.graph.inserting_before(self._anchor):
             fresh = self.graph.node_copy(node, lambda n: mapping.get(n, n))
-        mark = replace(self._provenance(), call=self.site_call.node.name, aux=False)
+        mark = replace(self._provenance(self.site_call.node.name), aux=False)
         fresh.meta = {**node.meta, META: mark, "custom": self._custom()}
         self._new[fresh] = None
         return fresh
@@ -251,6 +252,9 @@ class Inserter:
         name, _, label = self._entry_id.partition(":")
         return {"surgery": {"pass": name, "name": label or "default", "site": self.site.path}}
 
-    def _provenance(self) -> Mark:
-        """The mark of a node that an adapter inserts."""
-        return Mark(entry=self._entry_id, site=self.site.path, aux=True)
+    def _provenance(self, call: str | None = None) -> Mark:
+        """The mark of a node that an adapter inserts, for a call of its site; nodes of one call share it."""
+        key = self.site.path, call
+        if self._last_mark[0] != key:
+            self._last_mark = key, Mark(entry=self._entry_id, site=key[0], aux=True, call=call)
+        return self._last_mark[1]
