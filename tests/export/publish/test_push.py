@@ -20,7 +20,7 @@ from surgery.export.publish.artifact import read_artifact
 from surgery.export.publish.card import MARK, escaped, write_card
 from surgery.store.peft import export_peft
 from surgery.store.provenance import PROVENANCE
-from tests.shared import forked, hub
+from tests.shared import forked, hub, tiny
 
 CLOSE = 1e-5  # of the outputs' scale: fp32 sums in another order
 BASE = "acme/base"
@@ -250,3 +250,17 @@ def test_texts_of_a_journal_have_no_meaning_in_markdown(written, tmp_path):
     path.write_text(json.dumps(facts))
     with pytest.raises(SurgeryError, match=r"base\.repo"):
         read_artifact(folder)
+
+
+@pytest.mark.slow
+def test_a_directory_for_generation_can_be_uploaded_whole(tmp_path):
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(tiny.llama()).save_pretrained(tmp_path / "llama")
+    base = surgery.load(f"hf:{tmp_path / 'llama'}", task="text-generation")
+    made = base.apply(surgery.Lora(target="attn.q", rank=2))
+    made.export_generation(tmp_path / "onnx", adapters_as_inputs=True)
+    found = read_artifact(tmp_path / "onnx")
+    assert (found.format, found.left_out) == ("onnx", ())
+    assert {"decode.onnx", "prefill.onnx", "export.json", "config.json"} <= set(found.files)
+    assert found.base.ref == "hf:llama"
+    assert "lora" in [entry.pass_name for entry in found.journal]
