@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from surgery.capture.budget import limited
+from surgery.capture.devices import device_of, on_device
 from surgery.capture.hf_config import (
     ALIASES,
     PREFIX,
@@ -199,7 +200,7 @@ def from_model(
     }
     return LoadedModel(
         module=model.eval(),
-        kwargs=built.inputs,
+        kwargs=on_device(built.inputs, device_of(model)),
         dynamic_shapes=built.shapes,
         files=files,
         unsourced=frozenset(model.state_dict(keep_vars=True)) if unsourced is None else unsourced,

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from surgery.capture import check as checking
 from surgery.capture.bounds import derived, fixed_dimensions, without, without_ends
+from surgery.capture.devices import neutral
 from surgery.capture.explain import explain
 from surgery.capture.flatten import flatten_regions, share_tied
 from surgery.capture.recurrent import shape_rules
@@ -34,6 +35,7 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
 
     The graph shares the module's parameters and buffers, under their original names. It takes the module's
     inputs and returns the module's outputs, with plain dicts for mapping types such as transformers' ModelOutput.
+    It names no device but `devices.HOME`; `devices.placed` is the graph to run on another.
     The module's training flags, requires_grad flags and forward are restored afterwards.
 
     torch.export may reject one end of a dimension's range as a special case. The range is then narrowed, so read
@@ -68,6 +70,7 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
                 checking.compare(module, captured)
                 if axes:
                     checking.compare(module, captured, other_sizes(captured))
+        neutral(gm)
     return captured
 
 

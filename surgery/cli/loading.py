@@ -41,6 +41,7 @@ def make_loader(
     seed: int,
     is_random: bool = False,
     inputs: Sequence[str] = (),
+    device: torch.device | None = None,
 ) -> Callable[..., Program]:
     """A function `loader(ref, recipe=None, choose=None, dtype=None)` that loads a program with a command's options.
 
@@ -54,6 +55,7 @@ def make_loader(
         seed: seed of weights that no file contains, such as a new head.
         is_random: random weights instead of pretrained ones; a recipe can ask for them too.
         inputs: texts that describe example inputs. They override those of a recipe.
+        device: device to put the program on; None for the CPU.
 
     Returns:
         The loader. `choose` may replace the task and the arguments of the constructor; `dtype` is the dtype to load the
@@ -92,6 +94,7 @@ def make_loader(
             dtype=dtype,
             random=wanted and not Path(ref).is_dir(),
             input=() if Path(ref).is_dir() else inputs or (recipe.input if recipe else ()),
+            device=device,
         )
         fetched = program.base.loaded
         if fetched.commit:
@@ -131,7 +134,8 @@ def read_data(program: Program, files: Sequence[Path]) -> list[InputSet]:
         missing = next((name for name in kwargs if name not in found), None)
         if missing:
             raise SurgeryError(f"{path} lacks the input {missing!r}; it needs {', '.join(kwargs)}")
-        sets.append(((), {name: found[name].to(kwargs[name].dtype) for name in kwargs}))
+        # The example inputs have the dtypes, and are on the device of the program.
+        sets.append(((), {name: found[name].to(example) for name, example in kwargs.items()}))
     return sets
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from surgery.engine.program import Program
 
 
+# Key of the device in the context of a command: a torch.device, or None if the user chose none.
+DEVICE = "surgery.device"
+
+
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator that adds --base to `loading_options`."""
     base = click.option(
@@ -24,7 +28,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds --task, --model-kwarg, --example, --input, --random and --trust.
+    """Decorator that adds --task, --model-kwarg, --example, --input, --random, --trust and --device.
 
     The command gets two keyword arguments instead: `plugins`, the plugin manager, and `loader(ref, recipe=None)`,
     which loads a program with these options.
@@ -49,6 +53,11 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Example input of a py: model, such as 'x=float32[batch=2,3,h=224,w=224]'; named dimensions are dynamic.",
     )
     @click.option("--random", is_flag=True, help="Random weights instead of pretrained ones (hf: and timm:).")
+    @click.option(
+        "--device",
+        metavar="DEVICE",
+        help="Device to compute on: cpu, cuda, cuda:1, mps (default: cpu; in training a GPU, if there is one).",
+    )
     @click.option("--trust", is_flag=True, help="Allow files that can run code when they are read (.pt2).")
     @click.pass_context
     @functools.wraps(function)
@@ -62,12 +71,16 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         inputs: tuple[str, ...],
         random: bool,
         trust: bool,
+        device: str | None,
         base: str | None = None,
         **kwargs: Any,
     ) -> Any:
+        from surgery.capture.devices import find_device
         from surgery.cli.loading import make_loader
 
         plugins = plugins_of(ctx)
+        # Checked first: a device that is absent is reported before anything is loaded.
+        chosen = ctx.meta[DEVICE] = None if device is None else find_device(device)
         loader = make_loader(
             plugins,
             task=task,
@@ -78,6 +91,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
             seed=kwargs.get("seed") or 0,
             is_random=random,
             inputs=inputs,
+            device=chosen,
         )
         return function(*args, plugins=plugins, loader=loader, **kwargs)
 

@@ -17,6 +17,7 @@ import click
 from rich.console import Console
 
 from surgery.cli.names import check_targets
+from surgery.cli.options import DEVICE
 from surgery.cli.recipe import Recipe, Shipping, read_recipe, refuse_code
 from surgery.cli.recipe_check import check_later, check_resumed
 from surgery.cli.render import console, note_unfrozen, trainable_line
@@ -254,7 +255,8 @@ class _Stages:
     def _load(self, path: Path) -> Program:
         # A saved directory does not run code to load its base. The user named this code on the command line.
         base = self.reference if self.reference.startswith("py:") else None
-        return load(str(path), base=base, plugins=self.plugins)
+        device = click.get_current_context().meta.get(DEVICE)
+        return load(str(path), base=base, plugins=self.plugins, device=device)
 
     def _title(self, name: str) -> None:
         if not self.quiet:

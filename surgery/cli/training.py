@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from surgery.cli.loading import Choose
+from surgery.cli.options import DEVICE
 from surgery.cli.render import console, trainable_line
 from surgery.common.errors import SurgeryError
 from surgery.engine.program import Program
@@ -97,7 +98,8 @@ def train_program(
     if tensorboard and _is_main():
         watchers.append(TensorBoard(run / "tensorboard"))
     tokenizer = find_tokenizer(program, request.tokenizer)
-    loop = Loop(program, request.objective, rows, request.settings, run, tokenizer, watchers)
+    device = click.get_current_context().meta.get(DEVICE)
+    loop = Loop(program, request.objective, rows, request.settings, run, tokenizer, watchers, device)
     live.unit = "images" if loop.setting.images else "tokens" if loop.setting.tokenizer else "rows"
     if _is_main() and not quiet:
         size = f"{len(loop.data):,} examples, {loop.steps:,} steps, learning rate {loop.lr:g}"

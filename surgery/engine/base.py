@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.capture import Captured, LoadedModel, LoadOptions, trace
+from surgery.capture.devices import HOME
 from surgery.common.plugins import Plugins, make_plugin_manager
 from surgery.engine.labels import labels_in
 from surgery.graph.graphs import writes
@@ -158,6 +159,11 @@ class Base:
     def labels(self) -> dict[str, tuple[str, ...]]:
         """Class names by output, as the model's configuration has them."""
         return labels_in(self.loaded.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights; of a model without any, the CPU."""
+        return next((tensor.device for tensor in self.tensors.values()), HOME)
 
     @property
     def in_memory(self) -> bool:

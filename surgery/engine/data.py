@@ -209,6 +209,11 @@ class ProgramData:
             self._said = (self.journal, Schedule.of(self.journal), back)
         return self._said
 
+    @property
+    def device(self) -> torch.device:
+        """The device that the program is on: that of its base's weights. Graph and journal do not depend on it."""
+        return self.base.device
+
     # -- precision
 
     @property

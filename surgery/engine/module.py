@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from surgery.capture.devices import HOME, device_of, placed, placed_module
 from surgery.common.errors import JournalError, PassError
 from surgery.common.readers import first_line
 from surgery.engine.recompute import REMADE, recomputed
@@ -70,6 +71,8 @@ class ProgramModule(nn.Module):
             register(self, path, tensor, path not in non_persistent)
         self.__dict__["_graph_of"] = graph_of
         self.__dict__["_compiled"] = {}
+        self.__dict__["_bodies"] = {}
+        self.__dict__["_placed"] = HOME
         self.__dict__["_title"] = name
         self._hold()
 
@@ -110,6 +113,11 @@ class ProgramModule(nn.Module):
             paced.advance(self, step)
         return training
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters, or of the buffers if there are none; the CPU without tensors."""
+        return device_of(self)
+
     def graph_module(self, training: bool | None = None) -> fx.GraphModule:
         """The compiled graph of a mode; it shares this module's tensors.
 
@@ -118,9 +126,16 @@ class ProgramModule(nn.Module):
         """
         training = self.training if training is None else training
         compiled: dict[bool, fx.GraphModule] = self.__dict__["_compiled"]
+        device = self.device
+        if device != self.__dict__["_placed"]:
+            # `to`, accelerate or FSDP has moved the tensors; graphs are compiled for one device.
+            compiled.clear()
+            self.__dict__["_placed"] = device
+            for name, body in self.__dict__["_bodies"].items():
+                attach(self, name, placed_module(body, device))
         if training not in compiled:
             graph, source = self.__dict__["_graph_of"](training)
-            graph = without_replaced(graph)
+            graph = placed(without_replaced(graph), device)
             for node in graph.nodes:
                 if node.op == "get_attr" and not _has(self, node.target):
                     self._add(str(node.target), source)
@@ -141,7 +156,11 @@ class ProgramModule(nn.Module):
         if isinstance(held, Tensor):
             register(self, name, held, name not in program.base.non_persistent)
         else:
-            attach(self, name, get(source, name))
+            found = get(source, name)
+            if isinstance(found, fx.GraphModule):
+                self.__dict__["_bodies"][name] = found
+                found = placed_module(found, self.device)
+            attach(self, name, found)
 
     def variant(self, training: bool, change: Callable[[fx.Graph], None]) -> fx.GraphModule:
         """A changed copy of a mode's graph, over the same tensors.
@@ -177,7 +196,7 @@ class ProgramModule(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProgramModule:
-        """Convert the tensors, as `to` does.
+        """Convert the tensors, as `to` does. The program of the module follows: it is on that device from then on.
 
         Raises:
             PassError: The function converts to another dtype, and the graph names the dtype that it was captured in.
@@ -188,17 +207,21 @@ class ProgramModule(nn.Module):
             if node is not None:
                 raise PassError(
                     f"the module of a program cannot be converted to {str(made).removeprefix('torch.')}, because its "
-                    f"graph names {str(dtype).removeprefix('torch.')} ({node.target}); convert the model first and "
-                    "capture it then, or load it with model_kwargs={'dtype': …}, and apply the passes there"
+                    f"graph names {str(dtype).removeprefix('torch.')} ({node.target}); use "
+                    f"program.to({made}).module(), which captures the model again in that dtype"
                 )
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        program = self.__dict__["_program"]
+        if program is not None and program._module is self:
+            program.follow(self)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         fresh = ProgramModule({}, frozenset(), self.__dict__["_graph_of"], self.__dict__["_title"])
         memo[id(self)] = fresh
-        shared = ("_masks", "_schedule", "_trains", "_program")
+        shared = ("_masks", "_schedule", "_trains", "_program", "_bodies")
         for key, value in self.__dict__.items():
-            if key not in (*shared, "_graph_of", "_compiled", "_title"):
+            if key not in (*shared, "_graph_of", "_compiled", "_title", "_bodies"):
                 fresh.__dict__[key] = copy.deepcopy(value, memo)
         for key in shared:
             fresh.__dict__[key] = self.__dict__[key]

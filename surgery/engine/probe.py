@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from surgery.capture import Captured
+from surgery.capture.devices import on_device
 from surgery.common.errors import PassError
 from surgery.engine.journal import Journal
 from surgery.engine.state import State
@@ -17,7 +18,7 @@ from surgery.graph.compiled import compiled
 from surgery.graph.graphs import copy_graph, flat_inputs
 from surgery.graph.marks import input_before_adapters
 from surgery.graph.ops import LINEAR, arguments, operand
-from surgery.graph.packed import eagerly, unpacking
+from surgery.graph.packed import eagerly_on, unpacking
 from surgery.graph.rewrite.current import weight_reader
 from surgery.graph.sites import Site
 from surgery.graph.view import View
@@ -26,7 +27,7 @@ InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 class Probe:
-    """Measurements on a program. Not available when a journal is replayed: a replay measures nothing.
+    """Measurements on a program, on its device. Not available in a replay of a journal: a replay measures nothing.
 
     Attributes:
         program: The program.
@@ -197,7 +198,7 @@ class Probe:
                 raise PassError(
                     f"data set {number} is not a pair; give (args, kwargs) as the model takes them"
                 )
-            values = flat_inputs(module, *given)
+            values = flat_inputs(module, *on_device(tuple(given), self.program.device))
             if len(values) != len(inputs):
                 names = ", ".join(node.name for node in inputs)
                 raise PassError(f"data set {number} has {len(values)} inputs, and the model takes {names}")
@@ -298,4 +299,4 @@ def as_tensor(site: Site, value_of: Callable[[fx.Node], Tensor]) -> Tensor:
     device = next(iter(tensors.values())).device
     own = [constant.to(device) for constant in found.constants]
     with torch.no_grad():
-        return found.run(eagerly, tensors, own, site.float_dtype)
+        return found.run(eagerly_on(device), tensors, own, site.float_dtype)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.capture.devices import exact, find_device
 from surgery.common.errors import JournalError, PassError, SurgeryError
 from surgery.common.readers import first_line
 from surgery.engine import replay
+from surgery.engine.base import Base
 from surgery.engine.data import ProgramData, check_present
 from surgery.engine.fold import fold, lengthening
 from surgery.engine.journal import Entry, Journal
 from surgery.engine.module import ProgramModule
+from surgery.engine.moving import converted, moved
 from surgery.engine.schedule import Window
 from surgery.graph.graphs import live_nodes
 
@@ -72,6 +76,109 @@ class State(ProgramData):
         held = {n: self.tensors[masks[n]] for n in sizes if n in masks}
         trained = (trained_values(size, held.get(n)) for n, size in sizes.items() if self.trains(n))
         return sum(sizes.values()), sum(trained)
+
+    # -- device and dtype
+
+    def to(
+        self,
+        *targets: torch.device | str | torch.dtype,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The program on another device, in another floating-point dtype, or both. Its graph and journal stay.
+
+        A program is on one device. In another dtype the base is captured again, because a graph can contain casts, and
+        the journal is replayed: no pass draws or measures again. Adapters are converted with the weights; codes of
+        quantized weights are kept.
+
+        Args:
+            targets: A device ("cuda"), a dtype (torch.bfloat16), or both.
+            device: The device, by keyword.
+            dtype: The dtype, by keyword.
+
+        Returns:
+            A program with tensors of its own, or this program if it needs no change.
+
+        Raises:
+            LoadError: This machine has no such device.
+            PassError: The weights are not in memory, or the target is no floating-point dtype.
+            CaptureError: The model cannot be captured in that dtype.
+            JournalError: The passes do not fit the model in that dtype.
+        """
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                dtype = target
+            else:
+                device = target
+        made = self if device is None else self._on(exact(find_device(device)))
+        return made if dtype is None else made._in(dtype)
+
+    def _on(self, device: torch.device) -> Self:
+        held = (*self.base.tensors.values(), *self.tensors.values(), *self.changed.values())
+        if all(tensor.device == device for tensor in held):
+            return self
+        base = self.base if self.base.device == device else moved(self.base, device)
+        return self._over(base, lambda tensor: tensor.to(device), self.graph)
+
+    def _in(self, dtype: torch.dtype) -> Self:
+        if not dtype.is_floating_point:
+            raise PassError(f"a program cannot be in {dtype}; give a floating-point dtype")
+        old = {site.float_dtype for site in self.base.sites} or {self.precision}
+        if old == {dtype} and self.precision == dtype:
+            return self
+        base = converted(self.base, dtype)
+        made = self._over(
+            base,
+            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype in old else tensor,
+        )
+        # An entry that does not fit is reported here, not at the first run.
+        made._graph = replay.build_graph(base, made.journal, made.tensors, base.captured, stored=True)
+        return made
+
+    def _over(self, base: Base, change: Callable[[Tensor], Tensor], graph: fx.Graph | None = None) -> Self:
+        """A program on another base with changed copies of the tensors, which trains independently of this one."""
+
+        def own(tensor: Tensor) -> Tensor:
+            made = change(tensor.detach())
+            made = made if made is not tensor and made.data_ptr() != tensor.data_ptr() else made.clone()
+            return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+        made = type(self)(
+            base,
+            self.journal,
+            {name: own(tensor) for name, tensor in self.tensors.items()},
+            {name: own(tensor) for name, tensor in self.changed.items()},
+            graph,
+            self.reports,
+            copy.copy(self.clock),
+        )
+        made.labels = dict(self.labels)
+        return made
+
+    def follow(self, module: nn.Module) -> None:
+        """Take over the tensors of the program's module after `module.to(…)` has moved or converted them.
+
+        The base follows as well, as a new one that shares the memory of the module's frozen weights.
+        """
+        there: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        there.update(module.named_buffers(remove_duplicate=False))
+        device = next((tensor.device for tensor in there.values()), self.device)
+        for own in (self.tensors, self.changed):
+            for name, tensor in own.items():
+                now = there.get(name)
+                own[name] = tensor if now is None else now
+                if now is None and tensor.device != device:
+                    value = tensor.detach().to(device)
+                    own[name] = (
+                        nn.Parameter(value, tensor.requires_grad)
+                        if isinstance(tensor, nn.Parameter)
+                        else value
+                    )
+        if device != self.base.device:
+            mine = {name for name in there if name in self.changed or name in self.folded()}
+            self.base = moved(self.base, device, {n: t for n, t in there.items() if n not in mine})
+            self._runner = None
+            self.__dict__.pop("captured", None)
 
     # -- running
 

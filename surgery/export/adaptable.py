@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.capture.devices import HOME
 from surgery.common.errors import ExportError
 from surgery.common.files import staged_directory
 from surgery.export.adapter_inputs import slots, write_adapters
@@ -62,7 +63,7 @@ def export_adaptable(
     Raises:
         ExportError: the program has no LoRA, or the outputs with an adapter differ from the program's.
     """
-    slotted = slots(program)
+    slotted = slots(program.to(HOME))
     with staged_directory(Path(path), overwrite) as folder:
         report = export_program(slotted.program, folder / MODEL, seed=seed, optional=slotted.names, **options)
         write_adapters(slotted.adapters, report.stored, folder)

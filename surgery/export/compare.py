@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgery.capture.devices import HOME, device_of, on_device
 from surgery.common.errors import ExportError
 from surgery.export.parity import difference, scale_of, tolerance_of
 from surgery.export.runtime import OnnxModel
@@ -145,10 +146,11 @@ class _Recorder(fx.Interpreter):
         self.values: list[tuple[fx.Node, torch.Tensor]] = []
 
     def record(self, inputs: InputSet) -> None:
-        self.run(*flat_inputs(self.module, *inputs), enable_io_processing=False)
+        values = flat_inputs(self.module, *on_device(tuple(inputs), device_of(self.module)))
+        self.run(*values, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.op == "call_function" and isinstance(value, torch.Tensor):
-            self.values.append((n, value.detach().clone()))
+            self.values.append((n, value.detach().to(HOME, copy=True)))
         return value

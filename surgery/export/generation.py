@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.capture.devices import HOME
 from surgery.capture.hf_config import silenced
 from surgery.common.errors import ExportError, MissingExtraError
 from surgery.common.files import staged_directory
@@ -124,6 +125,7 @@ def export_generation(
         ExportError: the program is not a supported language model, cannot be translated, or generates other tokens.
     """
     started = time.perf_counter()
+    program = program.to(HOME)
     slotted = slots(program) if adapters_as_inputs else None
     optional = slotted.names if slotted else ()
     program = slotted.program if slotted else program

@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from surgery.capture import fresh_inputs, other_sizes
+from surgery.capture.devices import HOME
 from surgery.common.errors import ExportError
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.replay import live_entries, pass_of
@@ -172,6 +173,8 @@ def export_program(
 ) -> ExportReport:
     """Export a program to ONNX, and compare onnxruntime with the program on random inputs at two shapes.
 
+    A program on another device is copied to the CPU first.
+
     Args:
         program: the program; its weights must be in memory.
         path: the file to write; an existing file is replaced only if the export succeeds.
@@ -195,6 +198,7 @@ def export_program(
         )
     if program.base.consumed and program.journal.merged:
         raise ExportError("the base was merged in place; load the saved directory again")
+    program = program.to(HOME)
     check_written(program)
     parity = parity_inputs(program, seed)
     parity += reaching_inputs(program, parity[:1])

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from surgery.capture.devices import HOME, device_of, on_device
 from surgery.common.errors import ExportError
 from surgery.export import metadata_keys
 from surgery.graph.compiled import compiled
@@ -68,9 +69,10 @@ class ExportSource:
         return dict(zip(self.output_names, found.values(), strict=True))
 
     def run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Run the program in PyTorch without gradients and return its outputs by name."""
+        """Run the program in PyTorch, on its device and without gradients; return its outputs by name, on the CPU."""
+        args, kwargs = on_device((tuple(args), dict(kwargs)), device_of(self.graph_module))
         with torch.no_grad():
-            return self.named_outputs(self.graph_module(*args, **kwargs))
+            return self.named_outputs(on_device(self.graph_module(*args, **kwargs), HOME))
 
 
 def _input_name(path: Sequence[Any], position: int, placeholders: Sequence[str]) -> str:

@@ -23,11 +23,11 @@ class MetaCache:
         self._numbers: dict[int, tuple[int, Any]] = {}
 
     def tensor(self, like: torch.Tensor) -> FakeTensor:
-        """Return a fake tensor with the shape, dtype and device of a tensor."""
-        key = ("tensor", tuple(like.shape), like.dtype, like.device)
+        """Return a fake tensor with the shape and dtype of a tensor, on the device that all graphs are written for."""
+        key = ("tensor", tuple(like.shape), like.dtype)
         if key not in self._results:
             with self.mode:
-                self._results[key] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+                self._results[key] = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         return self._results[key]
 
     def call(self, op: Any, args: Any, kwargs: Any) -> Any:

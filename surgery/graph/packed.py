@@ -30,6 +30,15 @@ def eagerly(op: Any, *args: Any, **kwargs: Any) -> Any:
     return op(*args, **kwargs)
 
 
+def eagerly_on(device: torch.device) -> Apply:
+    """`eagerly` for traced ops, which create their tensors on this device instead of the one that they name."""
+
+    def call(op: Any, *args: Any, **kwargs: Any) -> Any:
+        return op(*args, **{name: device if isinstance(v, torch.device) else v for name, v in kwargs.items()})
+
+    return call
+
+
 @dataclass(frozen=True)
 class Unpacking:
     """Traced ops of one `dequantize`.

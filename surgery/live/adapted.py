@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from surgery.capture.devices import device_of
 from surgery.common.errors import PassError
 from surgery.engine.recompute import REMADE, recomputed
 from surgery.graph.compiled import check_targets
@@ -78,7 +79,8 @@ class Code:
         entries: Ids of the entries that act in the layer.
         modules: Modules that define the ops and passes that the forwards use.
         dtypes: Dtypes of the layer's own floating-point tensors that the forwards were traced for.
-        again: Function (layer) -> class of the layer for the dtypes that it has now.
+        again: Function (layer) -> class of the layer for the dtypes and the device that it has now.
+        device: Device that the forwards create tensors on; None if they create none.
     """
 
     base: type[nn.Module]
@@ -87,6 +89,7 @@ class Code:
     modules: tuple[str, ...]
     dtypes: Mapping[str, torch.dtype]
     again: Callable[[nn.Module], type[nn.Module]]
+    device: torch.device | None = None
     _made: list[type[nn.Module]] = field(default_factory=list)
 
     def cls(self) -> type[nn.Module]:
@@ -173,11 +176,13 @@ def restored(code: Code) -> nn.Module:
 
 
 def _converted(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Apply a function to all tensors, as `to` and `half` do. The forwards are traced again for another dtype."""
+    """Apply a function to all tensors, as `to` and `half` do. The forwards follow to another dtype or device."""
     result = self.surgery_base._apply(self, *args, **kwargs)
     outer = getattr(type(self), "surgery_outer", type(self))
     code: Code | None = getattr(outer, "surgery_code", None)
-    if code is not None and float_dtypes(self, code.dtypes) != code.dtypes:
+    if code is not None and (
+        float_dtypes(self, code.dtypes) != code.dtypes or code.device not in (None, device_of(self))
+    ):
         if outer is not type(self):
             raise PassError("a model cannot be converted inside a `using` block; do it outside of the block")
         self.__class__ = code.again(self)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.fx.graph import CodeGen
 
+from surgery.capture.devices import device_of, names_device, neutral, placed
 from surgery.common.errors import PassError
 from surgery.common.plugins import make_plugin_manager
 from surgery.common.threads import one_at_a_time
@@ -144,6 +145,8 @@ class Layers:
             # A linear layer can also receive inputs of another rank, such as flattened rows for experts.
             unseen = dict.fromkeys((2, 3), ()) if isinstance(layer, nn.Linear) else {}
             sources: dict[tuple[bool, int], Source] = {}
+            device = device_of(layer)
+            named = False
             for rank, shape in {**unseen, **seen}.items():
                 try:
                     bare = self.bare(layer, rank, shape or None, dtype)
@@ -154,7 +157,9 @@ class Layers:
                     # A pass can require a sequence axis, say; an input of this rank is then refused at run time.
                     continue
                 for training, graph in zip((False, True), graphs, strict=True):
-                    sources[training, rank] = Source.of(graph, type(layer).__name__)
+                    there = placed(graph, device)
+                    named = named or names_device(graph)
+                    sources[training, rank] = Source.of(there, type(layer).__name__)
             code = Code(
                 type(layer),
                 sources,
@@ -162,6 +167,7 @@ class Layers:
                 tuple(dict.fromkeys(type(p.pass_).__module__ for p in pieces)),
                 float_dtypes(layer, [n for n in names if n in layer._parameters or n in layer._buffers]),
                 _Again(self, tuple(pieces), dict(names), dict(seen), dtype),
+                device if named else None,
             )
             self._classes[key] = code.cls()
         return self._classes[key]
@@ -204,7 +210,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class _Again:
-    """Makes the class of a rewritten layer again, after the layer has been converted to another dtype.
+    """Makes the class of a rewritten layer again, after the layer has been moved or converted to another dtype.
 
     Attributes:
         layers: The cache of classes.
@@ -221,7 +227,7 @@ class _Again:
     dtype: torch.dtype
 
     def __call__(self, live: nn.Module) -> type[nn.Module]:
-        """The class for a live layer with its present dtypes.
+        """The class for a live layer with its present dtypes and device.
 
         Raises:
             PassError: A pass does not act on weights of these dtypes.
@@ -322,6 +328,7 @@ def _trace(layer: nn.Module, rank: int, shape: Sequence[int] | None, dtype: torc
                 layer, (), {name: example}, dynamic_shapes={name: dynamic}, strict=False
             )
         gm = program.module(check_guards=False)
+        neutral(gm)
     except Exception as error:
         raise LayerError(
             f"it cannot be traced by itself ({type(error).__name__}: {error})".split("\n")[0]

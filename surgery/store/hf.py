@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.capture.devices import HOME
 from surgery.capture.hf_config import configs, silenced
 from surgery.capture.hf_files import COMPANIONS
 from surgery.common.errors import ExportError
@@ -20,6 +21,7 @@ from surgery.common.files import staged_directory
 from surgery.engine.base import Base
 from surgery.engine.fold import foldable
 from surgery.engine.labels import Labels, write_labels
+from surgery.engine.moving import moved
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries
 from surgery.store.provenance import write_provenance
@@ -53,6 +55,7 @@ def write_hf(
         raise ExportError(
             f"{left[0].id!r} is not folded into the weights, and a transformers directory cannot contain it{why}"
         )
+    program = program.to(HOME)
     with staged_directory(Path(path), overwrite) as folder:
         _write(program.base, program.state(), folder, max_shard_size, program.labels)
         write_provenance(program, folder, "hf")
@@ -61,6 +64,7 @@ def write_hf(
 def write_base(base: Base, folder: Path) -> None:
     """Write the base of a program without its passes, for --standalone."""
     folder.mkdir()
+    base = base if base.device == HOME else moved(base, HOME)
     _write(base, base.tensors, folder)
 
 

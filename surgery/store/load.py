@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from surgery.capture import LoadOptions, from_module, trace
+from surgery.capture.devices import find_device
 from surgery.capture.reference import load_model
 from surgery.common.errors import LoadError
 from surgery.common.plugins import Plugins, make_plugin_manager
@@ -31,6 +33,7 @@ def load(
     dtype: str | None = None,
     random: bool = False,
     input: str | Sequence[str] = (),
+    device: torch.device | str | None = None,
 ) -> Program:
     """Load a model by its reference, or a directory that surgery saved, as a Program.
 
@@ -50,18 +53,20 @@ def load(
         input: Example inputs as text, for a `py:` reference whose callable returns a bare module. Named dimensions are
             dynamic: "x=float32[batch=2,3,h=224,w=224]"; with a range of sizes, "h=224:32..512/32". Several inputs are
             separated by ";", or a sequence.
+        device: Device to put the program on, such as "cuda"; None for the CPU. See Program.to.
 
     Returns:
         The program; of a saved directory, with its passes applied.
 
     Raises:
-        LoadError: The reference cannot be loaded.
+        LoadError: The reference cannot be loaded, or this machine has no such device.
         CaptureError: The model cannot be captured by torch.export.
         JournalError: The saved directory is damaged, or does not fit its base.
         MissingExtraError: An optional library is not installed.
     """
     if plugins is None:
         plugins = base.base.plugins if isinstance(base, Program) else make_plugin_manager()
+    place = find_device("cpu" if device is None else device)
     if "://" not in ref and Path(ref).is_dir():
         if is_saved(Path(ref)):
             if input:
@@ -76,7 +81,7 @@ def load(
                     f"(--model-kwarg), or apply the passes again"
                 )
             program = load_saved(Path(ref), base=base, trust=trust, plugins=plugins, into=False, dtype=dtype)
-            return _noting(ref, program)
+            return _noting(ref, program.to(place))
         raise LoadError(
             f"{ref} is a directory that surgery did not save; for a transformers model write hf:{ref}"
         )
@@ -99,7 +104,7 @@ def load(
     )
     loaded = load_model(ref, options, plugins)
     program = Program(Base(loaded, trace(loaded), plugins, ref, options))
-    return _noting(ref, program, _random(program))
+    return _noting(ref, program.to(place), _random(program))
 
 
 def _noting(ref: str, program: Program, more: tuple[str, ...] = ()) -> Program:

@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 
 from surgery.capture import LoadedModel, LoadOptions, trace
 from surgery.capture.budget import limited
+from surgery.capture.devices import on_device
 from surgery.capture.reference import load_model, loader_of
 from surgery.capture.stored_options import check_example, check_kwargs
 from surgery.common.errors import JournalError, LoadError, SurgeryError
@@ -348,6 +349,7 @@ def _load(path: Path, base: Any, trust: bool, plugins: Plugins, into: bool, dtyp
         # Schema 1 has no list.
         trainable = _trainable(journal, plugins, root) if listed is None else set(listed)
         trainable |= {name for name, old in origins.items() if old in trainable}
+        held = on_device(held, root.device)
         inserted = {n: nn.Parameter(t) if n in trainable else t for n, t in held.items()}
         graph = build_graph(root, journal, inserted, root.captured, stored=True)
     program = Program(root, journal, inserted, changed, graph)
@@ -395,7 +397,7 @@ def _changed(path: Path, base: Base, stored: Mapping[str, Tensor]) -> dict[str, 
                 f"{path / CHANGED} contains {name[:200]} {value.dtype} {list(value.shape)}, but the base has {has}; "
                 f"restore the directory, or pass the original base with --base"
             )
-        changed[name] = _as_in(own, value)
+        changed[name] = _as_in(own, value.to(own.device))
     return changed
 
 

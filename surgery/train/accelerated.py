@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from surgery.capture.devices import HOME, exact
 from surgery.common.errors import MissingExtraError, TrainingError
 from surgery.engine.program import Program
 from surgery.train.objective import OnPolicy
@@ -15,22 +16,48 @@ from surgery.train.options import Settings
 from surgery.train.runner import Body
 
 
-def accelerator(settings: Settings) -> Any:
+def training_device(program: Program, asked: torch.device | None) -> torch.device | None:
+    """The device to train on: the one asked for, the program's, or the GPU of this machine.
+
+    Args:
+        program: program to train.
+        asked: device that the user chose.
+
+    Returns:
+        None if there are several processes: accelerate gives each its own device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return None
+    found = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if asked is None and program.device == HOME and found is not None and not on_cpu:
+        asked = found
+    return exact(asked or program.device)
+
+
+def accelerator(settings: Settings, device: torch.device | None = None) -> Any:
     """Create the Accelerator for the processes that were launched.
+
+    Args:
+        settings: options of the loop.
+        device: device of a single process, see `training_device`.
 
     Raises:
         MissingExtraError: accelerate is not installed.
         TrainingError: accelerate formed another number of processes than WORLD_SIZE, or fp16 is asked for on a CPU.
     """
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
     except ModuleNotFoundError:
         raise MissingExtraError("accelerate", "train") from None
     # A schedule may freeze parameters, and a batch may not use every head. DDP must not wait for their gradients.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # Accelerate forms a process group on CPUs only if `cpu` is set.
-    cpu = not torch.accelerator.is_available()
+    cpu = not torch.accelerator.is_available() or device == HOME
     made = Accelerator(mixed_precision=settings.precision, cpu=cpu, kwargs_handlers=[unused])
+    if device is not None and made.device != device:
+        # Accelerate knows the first device of a kind; the user may have chosen another.
+        PartialState().device = made.state.device = device
     if made.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise TrainingError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate formed {made.num_processes} processes; "

@@ -21,7 +21,14 @@ from torch.utils import _pytree as pytree
 from surgery.common.errors import InterruptedTrainingError, SurgeryError, TrainingError
 from surgery.engine.program import Program
 from surgery.live.places import is_shard
-from surgery.train.accelerated import accelerator, alone, check_on_policy, check_shards, let_go
+from surgery.train.accelerated import (
+    accelerator,
+    alone,
+    check_on_policy,
+    check_shards,
+    let_go,
+    training_device,
+)
 from surgery.train.adapters import training_only
 from surgery.train.batch_order import Order
 from surgery.train.best import Best, Result
@@ -55,6 +62,7 @@ def train(
     tokenizer: Any = None,
     resume: bool = False,
     watchers: Sequence[Watcher] = (),
+    device: torch.device | None = None,
 ) -> Result:
     """Train a program in place.
 
@@ -70,12 +78,14 @@ def train(
         tokenizer: tokenizer of the program, if the objective reads text.
         resume: continue from the last checkpoint in `folder`. Program, data and options must be unchanged.
         watchers: receivers of progress.
+        device: device to train on; by default the program's, or a GPU if the program is on the CPU and there is one.
+            The program is on this device afterwards.
 
     Raises:
         TrainingError: data, options or program do not fit, or a loss or gradient is not finite.
         PassError: nothing is trainable.
     """
-    made = Loop(program, objective, rows, settings or Settings(), Path(folder), tokenizer, watchers)
+    made = Loop(program, objective, rows, settings or Settings(), Path(folder), tokenizer, watchers, device)
     return made.run(resume)
 
 
@@ -91,9 +101,31 @@ class Loop:
         folder: Path,
         tokenizer: Any,
         watchers: Sequence[Watcher],
+        device: torch.device | None = None,
     ) -> None:
         """Prepare data, module and optimizer. The arguments are those of `train`."""
+        self.accelerator = accelerator(settings, training_device(program, device))
+        try:
+            self._set_up(program, objective, rows, settings, folder, tokenizer, watchers)
+        except BaseException:
+            let_go(self.accelerator)
+            raise
+
+    def _set_up(
+        self,
+        program: Program,
+        objective: Objective,
+        rows: Rows,
+        settings: Settings,
+        folder: Path,
+        tokenizer: Any,
+        watchers: Sequence[Watcher],
+    ) -> None:
+        """Prepare everything but the Accelerator. The arguments are those of `train`."""
         self.whole = program
+        # Shards are moved one by one, when the whole model may not fit on a device.
+        if not self.accelerator.is_fsdp2 and program.device != self.accelerator.device:
+            program.module().to(self.accelerator.device)
         # The tensors of `program` train, under a journal that freezes the adapters that are not trained.
         self.program, self.notes = training_only(program, settings.only)
         program = self.program
@@ -121,16 +153,11 @@ class Loop:
         self.module = self.body.module
         self.notes += [self.body.note] if self.body.note else []
         self.notes += rates(groups) + [note for each in self.penalties for note in each.notes()]
-        self.accelerator = accelerator(settings)
         self.watch = Watchers([LogFile(folder / LOG), *watchers] if self.accelerator.is_main_process else [])
         self.training: set[str] | None = None
         self.skipped = 0
         self.kept: dict[str, float] = {}
-        try:
-            self._prepare(groups)
-        except BaseException:
-            let_go(self.accelerator)
-            raise
+        self._prepare(groups)
 
     def _prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Wrap module and optimizer with accelerate, and create everything that depends on them."""
@@ -138,7 +165,7 @@ class Loop:
         if isinstance(objective, OnPolicy) and self.accelerator.num_processes > 1:
             raise alone(objective, "more than one process")
         if self.accelerator.is_fsdp2:
-            self.body.unflatten()
+            self.body.unflatten(self.accelerator.device)
         optimizer = torch.optim.AdamW([dict(group) for group in groups], lr=self.lr)
         self.model, self.optimizer = self.accelerator.prepare(self.body.model, optimizer)
         check_shards(self.body, self.program, self.penalties)

@@ -76,10 +76,14 @@ class Body:
         """ "live" or "graph"."""
         return "graph" if isinstance(self.model, (ProgramModule, Unflattened)) else "live"
 
-    def unflatten(self) -> None:
-        """Regroup a graph into the modules it was captured from. They are the units of fully sharded training."""
+    def unflatten(self, device: torch.device) -> None:
+        """Regroup a graph into the modules it was captured from. They are the units of fully sharded training.
+
+        Args:
+            device: device that the shards will be on.
+        """
         if self.model is self.module:
-            self.model = Unflattened(self.module)
+            self.model = Unflattened(self.module, device)
 
     @property
     def sharded(self) -> bool:

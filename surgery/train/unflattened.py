@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.passes.utils.fuser_utils import fuse_by_partitions, validate_partition
 
+from surgery.capture.devices import HOME, placed
 from surgery.engine.module import ProgramModule, attach, get, over, register
 from surgery.engine.recompute import recomputed
 from surgery.graph.graphs import copy_graph
@@ -41,8 +43,12 @@ class Unflattened(nn.Module):
         units: paths of the units.
     """
 
-    def __init__(self, module: ProgramModule) -> None:
+    def __init__(self, module: ProgramModule, device: torch.device = HOME) -> None:
         """Regroup a module.
+
+        Args:
+            module: the module.
+            device: device that the graphs will run on.
 
         Raises:
             CaptureError: the model cannot be captured in train mode.
@@ -50,7 +56,9 @@ class Unflattened(nn.Module):
         super().__init__()
         self.training = module.training
         flat = {mode: module.graph_module(mode) for mode in (False, True)}
-        copies = {mode: fx.GraphModule(each, copy_graph(each.graph)) for mode, each in flat.items()}
+        copies = {
+            mode: fx.GraphModule(each, placed(copy_graph(each.graph), device)) for mode, each in flat.items()
+        }
         persistent = set(module.state_dict(keep_vars=True))
         tensors = {
             **dict(module.named_parameters(remove_duplicate=False)),

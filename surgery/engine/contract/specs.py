@@ -16,8 +16,8 @@ class TensorSpec:
 
     Attributes:
         shape: Shape of the tensor.
-        init: Function that fills an empty tensor in place. It is called when the pass is applied and never in a replay,
-            so it may use `site.probe`.
+        init: Function that fills an empty CPU tensor in place. It is called when the pass is applied and never in
+            a replay, so it may use `site.probe`.
         trainable: True for a parameter that trains, False for a buffer.
         dtype: Dtype; None for the site's own.
         value: The tensor itself, used instead of `init`.
@@ -34,7 +34,8 @@ class TensorSpec:
     def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor at insertion.
 
-        Random values are drawn in fp32 and then rounded, so that a half-precision base gets the same values.
+        Random values are drawn on the CPU in fp32 and then rounded, so that a base on a GPU or in half precision gets
+        the same values.
 
         Args:
             dtype: Dtype if the spec has none.
@@ -45,9 +46,9 @@ class TensorSpec:
         else:
             wanted = self.dtype or dtype
             work = torch.float32 if wanted.is_floating_point and wanted is not torch.float64 else wanted
-            made = torch.empty(self.shape, dtype=work, device=device)
+            made = torch.empty(self.shape, dtype=work)
             self.init(made)
-            made = made.to(self.dtype or dtype)
+            made = made.to(device, self.dtype or dtype)
         return torch.nn.Parameter(made) if self.trainable else made
 
     def numel(self) -> int:

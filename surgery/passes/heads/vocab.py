@@ -198,7 +198,7 @@ class Vocab(GraphPass):
             if self.init == "mean-noise":
                 # One row at a time, because z has as many values as the table has rows.
                 for row in tensor:
-                    z = torch.randn(old.shape[0], device=old.device)
+                    z = torch.randn(old.shape[0]).to(old.device)
                     row.add_((z @ old - z.sum() * mean) * (self.noise / old.shape[0] ** 0.5))
 
         return fill

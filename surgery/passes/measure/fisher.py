@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from surgery.capture.devices import device_of, on_device
 from surgery.common.errors import PassError
 from surgery.engine.probe import InputSet
 from surgery.engine.state import State
@@ -75,7 +76,8 @@ def fisher_of(program: State, data: Sequence[InputSet], samples: int, seed: int)
         for name, p in module.named_parameters(remove_duplicate=False)
     } | packed.zeros()
     count = 0
-    for args, kwargs in data:
+    for given in data:
+        args, kwargs = on_device(tuple(given), program.device)
         for _ in range(samples):
             module.zero_grad(set_to_none=True)
             run = packed if packed.weights else module
@@ -112,6 +114,7 @@ class _Packed(fx.Interpreter):
             for call in site.calls
             if call.weight is not None
         }
+        self.device = device_of(module)
         self._gradients: dict[str, Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,10 +139,7 @@ class _Packed(fx.Interpreter):
 
     def zeros(self) -> dict[str, Tensor]:
         """A tensor of zeros for each packed weight, by its name."""
-        return {
-            name: torch.zeros(shape, device=call.node.meta["val"].device)
-            for name, call, shape in self.weights.values()
-        }
+        return {name: torch.zeros(shape, device=self.device) for name, call, shape in self.weights.values()}
 
     def taken(self) -> dict[str, Tensor]:
         """The gradients of the last run by the weight's name; they are cleared."""
@@ -150,8 +150,9 @@ class _Packed(fx.Interpreter):
 def _surprise(output: Tensor, generator: torch.Generator) -> Tensor:
     """−log p of a drawn answer, as a mean over rows."""
     if output.shape[-1] == 1:
-        drawn = output.detach() + torch.randn(output.shape, generator=generator)
+        drawn = output.detach() + torch.randn(output.shape, generator=generator).to(output.device)
         return ((output - drawn) ** 2 / 2).mean()
     logits = output.reshape(-1, output.shape[-1])
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-    return torch.nn.functional.cross_entropy(logits, drawn)
+    # Drawn on the CPU, so that a seed gives the same answers on every device.
+    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+    return torch.nn.functional.cross_entropy(logits, drawn.to(logits.device))
