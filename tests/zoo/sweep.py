@@ -1,7 +1,8 @@
 """`make sweep`: the whole chain on every architecture of the zoo, compared with plain torch.export.
 
 capture → roles → LoRA on attn.* (on every matrix if there is no attention) → random adapters → save → load in another
-process, with another seed and thread count → merge → ONNX with parity at a new shape. An architecture with attention
+process, with another seed and thread count → merge → the same on another device, adapted, in training, merged and
+quantized (tests.zoo.devices) → ONNX with parity at a new shape. An architecture with attention
 must have the expected number of q, k, v, qkv and out sites.
 
 The denominator is the number of architectures that plain torch.export captures with the same inputs. The exit code is 1
@@ -30,10 +31,10 @@ from torch.utils import _pytree as pytree
 import surgery
 from surgery.common.plugins import make_plugin_manager
 from surgery.engine.contract.observe import observe
-from tests.zoo import plugin, zoo
+from tests.zoo import devices, plugin, zoo
 
 REQUIRED = 0.95
-STEPS = ("capture", "roles", "lora", "save", "load", "merge", "onnx")
+STEPS = ("capture", "roles", "lora", "save", "load", "merge", "device", "onnx")
 
 
 @dataclass
@@ -61,6 +62,13 @@ def load_elsewhere(directory: str, out: str) -> None:
     program = load(directory)
     torch.set_num_threads(1)  # sums are split by threads: compare the loading, not the summing
     torch.save(program.run(), out)
+
+
+def on_device(name: str) -> dict[str, str]:
+    """Runs in a separate process, which keeps the device: the forms that differ there, with the reason."""
+    _quiet()
+    found = devices.check(load(f"zoo:{name}"), ("lora", "int8").__contains__)
+    return {form: why for form, why in found.items() if why and not why.startswith("n/a")}
 
 
 def run(name: str, elsewhere: ProcessPoolExecutor, folder: Path) -> Outcome:
@@ -93,6 +101,10 @@ def run(name: str, elsewhere: ProcessPoolExecutor, folder: Path) -> Outcome:
         merged = program.merge()
         if len(merged.graph.nodes) != len(base.graph.nodes):
             raise AssertionError(f"{len(merged.graph.nodes)} nodes, and the base has {len(base.graph.nodes)}")
+        step = "device"
+        wrong = elsewhere.submit(on_device, name).result()
+        if wrong:
+            raise AssertionError("; ".join(f"{form}: {why}" for form, why in wrong.items()))
         step = "onnx"
         outcome.parity = merged.export(folder / "model.onnx").parity.error
     except Exception as error:
