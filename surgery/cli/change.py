@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from surgery.engine.contract.folds import How
     from surgery.engine.program import Program
 
+DTYPES = ("float32", "float16", "bfloat16")
 standalone_option = click.option("--standalone", is_flag=True, help="Also write the weights of the base.")
 
 
@@ -31,6 +32,9 @@ standalone_option = click.option("--standalone", is_flag=True, help="Also write 
     "--freeze-base/--no-freeze-base",
     default=None,
     help="Freeze the base first (default: if a pass needs it).",
+)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Convert the model to this dtype first (default: as stored)."
 )
 @data_option
 @click.option("--no-verify", is_flag=True, help="Do not compare outputs before and after each pass.")
@@ -46,6 +50,7 @@ def apply(
     recipe: Path | None,
     save_recipe: Path | None,
     freeze_base: bool | None,
+    dtype: str | None,
     data: tuple[Path, ...],
     no_verify: bool,
     seed: int,
@@ -65,7 +70,7 @@ def apply(
     refuse_taken(output, overwrite)
     if save_recipe is not None and save_recipe.exists() and not overwrite:
         raise SurgeryError(f"{save_recipe} exists; choose another --save-recipe, or pass --overwrite")
-    program = loader(wanted.model, wanted)
+    program = loader(wanted.model, wanted, dtype=dtype)
     result = program.apply(
         *wanted.passes,
         freeze_base=wanted.freeze_base,
@@ -100,7 +105,7 @@ def apply(
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=click.Choice(DTYPES),
     help="Convert the model and its adapters to this dtype before merging (default: as stored).",
 )
 @click.option(

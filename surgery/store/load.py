@@ -47,8 +47,8 @@ def load(
             Required for a base of the kind `py:`, as a confirmation that its code may run.
         example: Sizes of the example inputs, by dimension name.
         plugins: Plugin manager; by default that of a `base` that is a Program, or one with all installed plugins.
-        dtype: Dtype to load the weights in, such as "float32", for `hf:` and `timm:` models and for directories saved
-            on them; the adapters of a saved directory are converted too. None keeps the stored dtype.
+        dtype: Dtype to load the weights in, such as "float32"; not for a saved directory whose base is neither `hf:`
+            nor `timm:`. The adapters of a saved directory are converted too. None keeps the stored dtype.
         random: Random weights instead of the pretrained ones, for `hf:` and `timm:` models.
         input: Example inputs as text, for a `py:` reference whose callable returns a bare module. Named dimensions are
             dynamic: "x=float32[batch=2,3,h=224,w=224]"; with a range of sizes, "h=224:32..512/32". Several inputs are
@@ -85,15 +85,13 @@ def load(
         raise LoadError(
             f"{ref} is a directory that surgery did not save; for a transformers model write hf:{ref}"
         )
-    if dtype is not None and not ref.startswith(("hf:", "timm:")):
-        raise LoadError(
-            f"{ref}: a dtype can be given for hf: and timm: models; convert the module where it is made"
-        )
     if random and not ref.startswith(("hf:", "timm:")):
         raise LoadError(f"{ref}: random weights can be asked for hf: and timm: models; leave out --random")
     if input and not ref.startswith("py:"):
         raise LoadError(f"{ref}: the loader knows the inputs; --input is for py: models, leave it out")
-    own = {"dtype": dtype} if dtype is not None else {}
+    # These loaders take a dtype; any other model is converted after it was loaded.
+    converts = dtype is not None and not ref.startswith(("hf:", "timm:"))
+    own = {"dtype": dtype} if dtype is not None and not converts else {}
     options = LoadOptions(
         task=task,
         model_kwargs={**(model_kwargs or {}), **own},
@@ -104,7 +102,17 @@ def load(
     )
     loaded = load_model(ref, options, plugins)
     program = Program(Base(loaded, trace(loaded), plugins, ref, options))
+    if converts:
+        program = program.to(_dtype(ref, str(dtype)))
     return _noting(ref, program.to(place), _random(program))
+
+
+def _dtype(ref: str, name: str) -> torch.dtype:
+    """The dtype of a name. Raises LoadError if it is no floating-point dtype."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise LoadError(f"{ref}: {name[:40]} is no floating-point dtype; give float32, float16 or bfloat16")
+    return found
 
 
 def _noting(ref: str, program: Program, more: tuple[str, ...] = ()) -> Program:

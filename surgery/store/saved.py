@@ -40,6 +40,7 @@ from surgery.common.readers import first_line, read_json, read_tensors
 from surgery.engine.base import Base, sha256
 from surgery.engine.data import check_present
 from surgery.engine.journal import Journal
+from surgery.engine.moving import converted
 from surgery.engine.program import Program
 from surgery.engine.replay import build_graph, pass_of
 from surgery.store.hf import write_base
@@ -50,6 +51,7 @@ SCHEMA = 2
 # Schemas that can be read. Fields that are new in 2 have defaults in Entry.from_json.
 READABLE = (1, 2)
 MANIFEST = "surgery.json"
+_DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 _AGAIN = "restore it or apply again"
 # Attributes that every module and every compiled graph has, and words that cannot be attributes in code.
 _RESERVED = frozenset({*dir(fx.GraphModule), *vars(nn.Module()), *keyword.kwlist, "_graph", "_code", "self"})
@@ -529,8 +531,24 @@ def _base(
     _check_loader(path, saved, ref, plugins)
     with _room(path, ref, options):
         loaded = load_model(ref, options, plugins)
+    target = _other_dtype(saved, loaded) if dtype is None else None
+    if target is not None:
+        loaded = converted(Base(loaded, trace(loaded), plugins, ref, options), target).loaded
     loaded = _fill(loaded, stored, path)
     return Base(loaded, trace(loaded), plugins, ref, options)
+
+
+def _other_dtype(saved: Mapping[str, Any], loaded: LoadedModel) -> torch.dtype | None:
+    """The dtype of a program that `Program.to` converted, if the model as it was loaded has another.
+
+    For a reference whose loader takes a dtype, the arguments of the model have it already.
+    """
+    rows = {str(row[3]) for row in saved["sites"]}
+    own = {tensor.dtype for tensor in loaded.module.parameters() if tensor.is_floating_point()}
+    if len(rows) != 1 or len(own) != 1:
+        return None
+    wanted = _DTYPES.get(next(iter(rows)))
+    return wanted if wanted is not None and own != {wanted} else None
 
 
 def _check_loader(path: Path, saved: Mapping[str, Any], ref: str, plugins: Plugins) -> None:

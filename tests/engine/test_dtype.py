@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import surgery
-from surgery.common.errors import PassError
+from surgery.common.errors import LoadError, PassError
 from surgery.common.plugins import make_plugin_manager
 from surgery.engine.registry import find_pass
 from tests.shared import tiny
@@ -82,3 +82,15 @@ def test_what_cannot_be_is_said(ref):
         program.to(torch.int8)
     with pytest.raises(PassError, match=r"program\.to\(torch\.float16\)"):
         program.module().half()
+
+
+def test_a_model_of_a_factory_in_that_dtype(tmp_path):
+    source = "py:tests.shared.models:forms"
+    program = surgery.load(source, dtype="float64").apply(surgery.Lora(target="linear", rank=2))
+    assert program.precision == torch.float64
+    program.save(tmp_path / "saved")
+    again = surgery.load(str(tmp_path / "saved"), base=source)
+    assert again.precision == torch.float64
+    assert torch.equal(again.run(), program.run())
+    with pytest.raises(LoadError, match="no floating-point dtype"):
+        surgery.load(source, dtype="int8")

@@ -102,8 +102,6 @@ def test_what_cannot_be_converted_is_refused(tmp_path):
     program.save(tmp_path / "saved")
     with pytest.raises(LoadError, match="its base is no hf: or timm: model"):
         surgery.load(str(tmp_path / "saved"), base=program, dtype="float32")
-    with pytest.raises(LoadError, match="a dtype can be given for hf: and timm: models"):
-        surgery.load("py:tests.cli.models:pair", dtype="float32")
 
 
 def test_half_precision_for_generation(tmp_path):
