@@ -4,8 +4,10 @@ Commands start quickly: `surgery --help`, `surgery COMMAND --help` and shell com
 plugin. Three kinds of module keep it so:
 
 - group, options, pass_groups, plugins, settings, choices: the command group and the options of commands.
-- see, change, ship, peft, train, run: declarations of commands. A command imports its work when it is called.
-- loading, names, recipe, views, reports, render, reference, training, stages: the work, which imports torch.
+- see, change, ship, peft, train, run, infer, author: declarations of commands. A command imports its work when it
+  is called.
+- loading, names, recipe, views, reports, render, reference, training, stages, predictions, evaluations: the work, which
+  imports torch.
 """
 
 from __future__ import annotations

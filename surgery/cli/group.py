@@ -20,6 +20,7 @@ from surgery.common.errors import nearest
 BUILT_IN: dict[str, tuple[str, str, str]] = {
     "apply": ("change", "apply", "Apply passes and save the result."),
     "combine": ("change", "combine", "Combine several adapters into one."),
+    "evaluate": ("infer", "evaluate", "Compute held-out figures of a model, with a confusion matrix."),
     "diff": ("see", "diff", "List the nodes and weights that differ between two models."),
     "export": ("ship", "export", "Write an ONNX file and check it in onnxruntime."),
     "export-peft": ("peft", "export", "Write adapters as a PEFT checkpoint."),
@@ -29,6 +30,7 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "new-plugin": ("author", "new_plugin", "Write a plugin package with tests and CI."),
     "objectives": ("see", "objectives", "List training objectives, or the options of one."),
     "passes": ("see", "passes", "List passes, or the options of one."),
+    "predict": ("infer", "predict", "Predict classes, numbers or embeddings of texts or images."),
     "plan": ("see", "plan", "Show what apply would do, without changing anything."),
     "plugins": ("see", "plugins", "List the installed plugins, and what is broken."),
     "push": ("push", "push", "Upload a model to the hub with a model card."),

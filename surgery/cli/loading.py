@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from surgery.capture import LoadedModel, LoadOptions
+from surgery.capture.reference import load_model
 from surgery.cli.yaml_text import Refused, parse_yaml
 from surgery.common.errors import SurgeryError, nearest
 from surgery.common.plugins import Plugins
@@ -42,7 +45,7 @@ def make_loader(
     is_random: bool = False,
     inputs: Sequence[str] = (),
     device: torch.device | None = None,
-) -> Callable[..., Program]:
+) -> Loader:
     """A function `loader(ref, recipe=None, choose=None, dtype=None)` that loads a program with a command's options.
 
     Args:
@@ -70,13 +73,7 @@ def make_loader(
         dtype: str | None = None,
         random: bool | None = None,
     ) -> Program:
-        given = dict(_pair(text, "--model-kwarg") for text in model_kwargs)
-        sizes = dict(_pair(text, "--example") for text in examples)
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise SurgeryError(f"--example {name}={size}: the size must be a positive integer")
-        # Weights that no file contains (a new head, a timm model) must be the same in every command.
-        torch.manual_seed(seed)
+        given, sizes = _options(model_kwargs, examples, seed)
         chosen = task or (recipe.task if recipe else None)
         merged = {**(recipe.model_kwargs if recipe else {}), **given}
         # A saved directory has its weights, also where another model of the command is random.
@@ -104,7 +101,42 @@ def make_loader(
             click.echo(f"note: {note}", err=True)
         return program
 
-    return loader
+    def module(ref: str) -> LoadedModel:
+        given, sizes = _options(model_kwargs, examples, seed)
+        options = LoadOptions(task=task, model_kwargs=given, trust=trust, example=sizes)
+        return load_model(ref, options, plugins)
+
+    return Loader(loader, module)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads models with the options of a command.
+
+    Attributes:
+        program: function that loads a program; calling the loader calls it.
+        module: function that loads a model of a library without a capture: the module that its library gives.
+    """
+
+    program: Callable[..., Program]
+    module: Callable[[str], LoadedModel]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Program:
+        return self.program(*args, **kwargs)
+
+
+def _options(
+    model_kwargs: Sequence[str], examples: Sequence[str], seed: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The arguments of the constructor and the sizes of the example inputs. Seeds torch."""
+    given = dict(_pair(text, "--model-kwarg") for text in model_kwargs)
+    sizes = dict(_pair(text, "--example") for text in examples)
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise SurgeryError(f"--example {name}={size}: the size must be a positive integer")
+    # Weights that no file contains (a new head, a timm model) must be the same in every command.
+    torch.manual_seed(seed)
+    return given, sizes
 
 
 def read_data(program: Program, files: Sequence[Path]) -> list[InputSet]:

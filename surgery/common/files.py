@@ -105,10 +105,15 @@ def _sweep(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically. Raises SurgeryError if it cannot be written."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically. Raises SurgeryError if it cannot be written."""
     stage = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stage.write_text(text)
+        stage.write_bytes(data)
         stage.replace(path)
     except OSError as error:
         raise SurgeryError(f"{path} could not be written: {error.strerror or error}") from error

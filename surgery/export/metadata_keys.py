@@ -1,9 +1,9 @@
 """Metadata keys of an exported ONNX file.
 
-The model has JOURNAL, BASE, LABELS and PARITY, and CPU if it needs a kind of processor. Tensors have PASS, NAME, SITE,
-SOURCE and TIED. Nodes have PASS, NAME, SITE, FX_NODE, FX_OUTPUT and MODULE. CUSTOM (a mapping with the keys pass, name
-and site) and FX_NODE are also keys of `meta["custom"]` of an fx node, because that dict survives tracing and
-decomposition.
+The model has JOURNAL, BASE, LABELS and PARITY, PIXELS if it reads images, and CPU if it needs a kind of processor.
+Tensors have PASS, NAME, SITE, SOURCE and TIED. Nodes have PASS, NAME, SITE, FX_NODE, FX_OUTPUT and MODULE. CUSTOM (a
+mapping with the keys pass, name and site) and FX_NODE are also keys of `meta["custom"]` of an fx node, because that
+dict survives tracing and decomposition.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 JOURNAL = "surgery.journal"
 LABELS = "surgery.labels"  # JSON object: output -> list of its class names
 BASE = "surgery.base"  # JSON object: reference, repository, commit and task of the base, without local paths
-PARITY = (
-    "surgery.parity"  # JSON object: output -> errors of the file as written and as onnxruntime optimizes it
-)
+# JSON object: output -> errors of the file as written and as onnxruntime optimizes it
+PARITY = "surgery.parity"
+# JSON object: "mean" and "std" of the pixels from 0 to 1, one number for each channel
+PIXELS = "surgery.pixels"
 CPU = "surgery.cpu"  # "vnni": products saturate on x86 processors without VNNI
 PASS = "surgery.pass"
 NAME = "surgery.name"

@@ -79,6 +79,7 @@ def export_onnx(
     journal_json: str | None = None,
     labels: Mapping[str, Sequence[str]] | None = None,
     base_json: str | None = None,
+    pixels: Mapping[str, Sequence[float]] | None = None,
     lowerings: Mapping[Any, Callable[..., Any]] | None = None,
     external_data: bool | None = None,
     check: bool = True,
@@ -100,6 +101,7 @@ def export_onnx(
         journal_json: the program's journal as JSON, stored in the file's metadata.
         labels: class names by output, stored in the file's metadata.
         base_json: facts about the base as JSON, stored in the file's metadata.
+        pixels: mean and standard deviation of the pixels that an image model expects, stored in the metadata too.
         lowerings: onnxscript function by torch op, for ops that torch.onnx cannot translate.
         external_data: True stores the weights in `<path>.data`; None does so above 1.5 GB.
         check: run onnx's checker on the file, and check that onnxruntime keeps quantized weights quantized.
@@ -142,6 +144,8 @@ def export_onnx(
         model.metadata_props[metadata_keys.LABELS] = json.dumps(listed)
     if base_json is not None:
         model.metadata_props[metadata_keys.BASE] = base_json
+    if pixels:
+        model.metadata_props[metadata_keys.PIXELS] = json.dumps({k: list(v) for k, v in pixels.items()})
     # The size limit of a protobuf file applies to the weights that are left after tying.
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external_data is None:

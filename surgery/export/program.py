@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.capture import fresh_inputs, other_sizes
 from surgery.capture.devices import HOME
+from surgery.capture.normalization import normalization_of
 from surgery.common.errors import ExportError
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.replay import live_entries, pass_of
@@ -212,6 +213,7 @@ def export_program(
         journal_json=json.dumps(program.journal.to_json()),
         labels=program.labels,
         base_json=origin_of(program.base).model_dump_json(),
+        pixels=normalization_of(program.base.loaded),
         lowerings={**program.base.plugins.lowerings, **(lowerings or {})},
         external_data=external_data,
         parity=parity,

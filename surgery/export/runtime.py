@@ -136,6 +136,18 @@ class OnnxModel:
         """Element type (as named by onnxruntime) and shape (with named dynamic axes) of each input."""
         return {value.name: (value.type, tuple(value.shape)) for value in self._session.get_inputs()}
 
+    @property
+    def output_shapes(self) -> dict[str, tuple[int | str, ...]]:
+        """Shape of each output, with named dynamic axes. An output whose rank the file does not give has no shape."""
+        return {
+            value.name: tuple(value.shape) for value in self._session.get_outputs() if value.shape is not None
+        }
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the file, by key."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
+
     @cached_property
     def nodes(self) -> tuple[OnnxNode, ...]:
         """The nodes of the file in order."""

@@ -71,13 +71,23 @@ class Order:
         ]
 
     def number(self, *purpose: object) -> int:
-        """Derive a number from the seed for one purpose.
-
-        A hash makes the numbers of different purposes and steps independent without any stored generator state.
-        """
-        text = "/".join(map(str, (self.seed, *purpose)))
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+        """Derive a number from the seed for one purpose, see `number_for`."""
+        return number_for(self.seed, *purpose)
 
     def draw(self, *purpose: object) -> Generator:
         """Return a generator seeded for one purpose."""
-        return Generator().manual_seed(self.number(*purpose))
+        return draw_for(self.seed, *purpose)
+
+
+def number_for(seed: int, *purpose: object) -> int:
+    """Derive a number from a seed for one purpose.
+
+    A hash makes the numbers of different purposes and steps independent without any stored generator state.
+    """
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def draw_for(seed: int, *purpose: object) -> Generator:
+    """Return a generator seeded for one purpose."""
+    return Generator().manual_seed(number_for(seed, *purpose))

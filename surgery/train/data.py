@@ -69,6 +69,32 @@ def read_rows(files: Sequence[Path], held_out: Sequence[Path] = ()) -> Rows:
     return rows
 
 
+def read_test_rows(files: Sequence[Path]) -> Any:
+    """Read the rows that a finished model is judged on.
+
+    Args:
+        files: files of one format, or a single directory. Of a directory with several splits, the held-out one counts.
+
+    Returns:
+        The rows (a datasets.Dataset).
+
+    Raises:
+        TrainingError: a file cannot be read, or contains no rows.
+        MissingExtraError: datasets is not installed.
+    """
+    if len(files) == 1 and files[0].is_dir():
+        splits = _load(str(files[0]), files)
+        name = next((name for name in (*HELD_OUT, "train") if name in splits), None)
+        if name is None:
+            raise TrainingError(f"{files[0]} has no split 'test', only {', '.join(splits)}; name its files")
+        found = splits[name]
+    else:
+        found = _read_files(files)
+    if not len(found):
+        raise TrainingError(f"{', '.join(map(str, files))} contains no rows; add data")
+    return found
+
+
 def split(rows: Rows, share: float, seed: int) -> Rows:
     """Hold out a share of the rows, unless some are held out already.
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from surgery.capture.normalization import normalization_of
 from surgery.capture.shapes import input_names, list_axes
+from surgery.capture.types import Captured, LoadedModel
 from surgery.common.errors import TrainingError
 from surgery.graph.outputs import named_outputs
 from surgery.train.images import Images
@@ -61,17 +63,7 @@ class Setting:
             longest: maximum number of tokens of an example. The program and the tokenizer may lower it.
         """
         captured = program.captured
-        fixed: int | None = None
-        ids = captured.kwargs.get("input_ids")
-        if ids is not None:
-            axis = next((a for a in list_axes(captured) if (a.input, a.axis) == ("input_ids", 1)), None)
-            # A program captured without a dynamic token axis accepts only the length of its example.
-            if axis is None:
-                longest = fixed = int(ids.shape[1])
-            else:
-                longest = min(longest, axis.high * axis.scale + axis.offset)
-        if tokenizer is not None:
-            longest = min(longest, tokenizer.model_max_length)
+        longest, fixed = token_limits(captured, tokenizer, longest)
         widths = {
             name: int(node.meta["val"].shape[-1])
             for name, node in named_outputs(program.graph).items()
@@ -82,7 +74,7 @@ class Setting:
         if len(inputs) == 1:
             ((name, only),) = inputs.items()
             if isinstance(only, Tensor) and only.dim() == 4 and only.is_floating_point():
-                images = Images.of(program, name, only)
+                images = Images.of(normalization_of(program.base.loaded), name, only)
         return Setting(
             inputs,
             widths,
@@ -90,7 +82,7 @@ class Setting:
             fixed,
             tokenizer,
             images,
-            pads=_pads(program),
+            pads=padding_of(program.base.loaded.config),
             labels=dict(program.labels),
         )
 
@@ -186,9 +178,30 @@ class Setting:
         return int(next((found for found in known if found is not None), 0))
 
 
-def _pads(program: Program) -> int | None:
+def token_limits(model: LoadedModel | Captured, tokenizer: Any, longest: int) -> tuple[int, int | None]:
+    """Return the maximum number of tokens of an example, and the only number that the model accepts, or None.
+
+    Args:
+        model: model with its example inputs and dynamic dimensions.
+        tokenizer: its tokenizer, or None.
+        longest: maximum number that the user allows.
+    """
+    fixed: int | None = None
+    ids = model.kwargs.get("input_ids")
+    if ids is not None:
+        axis = next((a for a in list_axes(model) if (a.input, a.axis) == ("input_ids", 1)), None)
+        # A program captured without a dynamic token axis accepts only the length of its example.
+        if axis is None:
+            longest = fixed = int(ids.shape[1])
+        else:
+            longest = min(longest, axis.high * axis.scale + axis.offset)
+    if tokenizer is not None:
+        longest = min(longest, tokenizer.model_max_length)
+    return longest, fixed
+
+
+def padding_of(config: Any) -> int | None:
     """The padding token in the configuration of a transformers model, if the model has an embedding for it."""
-    config = program.base.loaded.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     return found if isinstance(found, int) and found >= 0 and (size is None or found < size) else None

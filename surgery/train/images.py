@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from surgery.capture.normalization import Statistics
 from surgery.common.errors import MissingExtraError, TrainingError
-
-if TYPE_CHECKING:
-    from surgery.engine.program import Program
 
 IMAGE = ("image", "img", "picture", "pixels", "file")
 _MODES = {1: "L", 3: "RGB"}
@@ -43,19 +39,15 @@ class Images:
     std: tuple[float, ...]
 
     @staticmethod
-    def of(program: Program, name: str, example: Tensor) -> Images:
-        """Read the image format of a program.
-
-        mean and std come from a transformers model's preprocessor_config.json or from timm's configuration; otherwise
-        they are 0 and 1.
+    def of(found: Statistics, name: str, example: Tensor) -> Images:
+        """Make the image format of a model.
 
         Args:
-            program: program with an image input.
-            name: name of the input.
-            example: example input of the program.
+            found: mean and standard deviation of the pixels; 0 and 1 if there are none, or not one for each channel.
+            name: name of the image input.
+            example: example of the input.
         """
         channels, height, width = (int(size) for size in example.shape[1:])
-        found = _statistics(program)
         mean, std = (tuple(found.get(key) or ())[:channels] for key in ("mean", "std"))
         whole = len(mean) == len(std) == channels
         return Images(
@@ -179,22 +171,3 @@ def _array(value: Any, column: str) -> Any:
     return (
         ((found * 255).round() if found.is_floating_point() else found).to(torch.uint8).contiguous().numpy()
     )
-
-
-def _statistics(program: Program) -> dict[str, Any]:
-    loaded = program.base.loaded
-    timm: Any = getattr(loaded.module, "pretrained_cfg", None)
-    if isinstance(timm, dict):
-        return {"mean": timm.get("mean"), "std": timm.get("std")}
-    file = Path(str(loaded.metadata.get("tokenizer") or ""), "preprocessor_config.json")
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text())
-        return (
-            {"mean": config["image_mean"], "std": config["image_std"]}
-            if config.get("do_normalize", True)
-            else {}
-        )
-    except (ValueError, KeyError, AttributeError):
-        raise TrainingError(f"{file} lacks image_mean or image_std; add them") from None

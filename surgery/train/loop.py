@@ -36,6 +36,7 @@ from surgery.train.checkpoint import LOG, Checkpoints, State, Weights
 from surgery.train.data import Rows, make_examples, quiet, together
 from surgery.train.data_context import Setting
 from surgery.train.default_rate import default_rate
+from surgery.train.evaluation import HELD_OUT, joined
 from surgery.train.examples import Examples
 from surgery.train.interrupt import Interrupt
 from surgery.train.learned import train_learned
@@ -481,7 +482,7 @@ class Loop:
         for start in range(0, len(order), processes):
             # A process without a batch repeats the last one: all processes must run to gather shards together.
             number = min(start + index, len(order) - 1)
-            batch = self._batch(self.held_out, order[number], self.order.draw("held out", number))
+            batch = self._batch(self.held_out, order[number], self.order.draw(HELD_OUT, number))
             observed = self.objective.observe(self.model, batch)
             if number == start + index:
                 seen.append({name: tensor.cpu() for name, tensor in observed.items()})
@@ -490,10 +491,7 @@ class Loop:
 
             seen = gather_object(seen)
         self.model.train(not isinstance(self.objective, OnPolicy))
-        names = dict.fromkeys(name for each in seen for name in each)
-        return self.objective.metrics(
-            {name: torch.cat([each[name] for each in seen if name in each]) for name in names}
-        )
+        return self.objective.metrics(joined(seen))
 
 
 __all__ = ["Loop", "Result", "train"]

@@ -27,7 +27,26 @@ def find_tokenizer(program: Program, given: str | None = None) -> Any:
         TrainingError: a tokenizer cannot be loaded.
         MissingExtraError: transformers is not installed.
     """
-    source = given or program.base.loaded.metadata.get("tokenizer")
+    own = program.base.loaded.metadata.get("tokenizer")
+    return read_tokenizer(own, given, program.base.options.model_kwargs.get("gguf_file"))
+
+
+def read_tokenizer(own: str | None, given: str | None = None, gguf: str | None = None) -> Any:
+    """Load the tokenizer of a directory, or the one beside a model.
+
+    Args:
+        own: directory or name of the model, or None.
+        given: directory or name of a tokenizer, or None for the model's own.
+        gguf: name of the GGUF file in `own` that contains the model, or None.
+
+    Returns:
+        The tokenizer, or None if the model has none.
+
+    Raises:
+        TrainingError: a tokenizer cannot be loaded.
+        MissingExtraError: transformers is not installed.
+    """
+    source = given or own
     if source is None:
         return None
     found = _files(Path(source))
@@ -37,7 +56,6 @@ def find_tokenizer(program: Program, given: str | None = None) -> Any:
         import transformers
     except ModuleNotFoundError:
         raise MissingExtraError("transformers", "hf") from None
-    gguf = program.base.options.model_kwargs.get("gguf_file")
     more = {"gguf_file": gguf} if gguf and given is None else {}
     try:
         with silenced(transformers):

@@ -1,0 +1,84 @@
+"""Evaluations in the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from surgery.cli.render import console
+from surgery.common.errors import SurgeryError
+from surgery.inference.evaluate import Evaluation
+from surgery.inference.figures import ClassReport
+from surgery.train.data import Rows, read_test_rows
+from surgery.train.objective import Objective
+from surgery.train.tables import joined
+
+_MOST_CLASSES = 20  # of a confusion matrix that the terminal shows
+
+
+def read_rows_of(data: Sequence[str], objective: Objective | None) -> Any:
+    """The rows of --data: of one data set, or NAME=FILE for an objective with several.
+
+    Raises:
+        SurgeryError: the data cannot be read, or has no names where the objective needs them.
+    """
+    if objective is None or not objective.several:
+        return read_test_rows([Path(text) for text in data])
+    files: dict[str, list[Path]] = {}
+    for text in data:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise SurgeryError(
+                f"--data {text}: objective {objective.name!r} reads several data sets; write NAME={text}"
+            )
+        files.setdefault(name, []).append(Path(path))
+    return joined({name: Rows(read_test_rows(paths)) for name, paths in files.items()}).train
+
+
+def tell_evaluation(found: Evaluation, model: str, as_json: bool) -> str:
+    """Print an evaluation.
+
+    Returns:
+        The report as JSON, for a file.
+    """
+    report = json.dumps({"model": model, **found.to_json()}, indent=1)
+    if as_json:
+        click.echo(report)
+        return report
+    out = console()
+    for note in found.notes:
+        click.echo(f"note: {note}", err=True)
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
+    examples = f", {found.examples:,} examples" if found.examples != found.rows else ""
+    out.print(f"{found.objective} on {found.rows:,} rows{examples}: {figures}")
+    if found.classes is not None:
+        _classes(out, found.classes)
+    return report
+
+
+def _classes(out: Console, report: ClassReport) -> None:
+    table = Table(box=None, header_style="bold", padding=(0, 1))
+    table.add_column("class", overflow="fold")
+    for title in ("precision", "recall", "f1", "rows"):
+        table.add_column(title, justify="right")
+    for each in report.classes:
+        numbers = (f"{each.precision:.4f}", f"{each.recall:.4f}", f"{each.f1:.4f}", f"{each.support:,}")
+        table.add_row(each.name, *numbers)
+    out.print(table)
+    if len(report.classes) > _MOST_CLASSES:
+        out.print(f"confusion matrix of {len(report.classes)} classes: --json prints it")
+        return
+    out.print("confusion matrix: rows are the actual classes, columns the predicted ones")
+    matrix = Table(box=None, header_style="bold", padding=(0, 1))
+    matrix.add_column("")
+    for each in report.classes:
+        matrix.add_column(each.name, justify="right", overflow="ellipsis")
+    for each, row in zip(report.classes, report.confusion, strict=True):
+        matrix.add_row(each.name, *map(str, row))
+    out.print(matrix)

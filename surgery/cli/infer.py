@@ -1,0 +1,262 @@
+"""Commands that use finished models: predict, evaluate."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.options import json_option, model_options
+from surgery.cli.pass_groups import ObjectiveCommand
+from surgery.common.errors import SurgeryError
+from surgery.inference.references import kind_of
+
+if TYPE_CHECKING:
+    from surgery.cli.loading import Loader
+    from surgery.common.plugins import Plugins
+
+FORMS = (
+    "MODEL is a directory that surgery or transformers wrote, an ONNX file, or another reference of a model."
+)
+
+
+def check_model(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Callback of an argument: a model that does not exist is reported before torch is imported."""
+    for ref in value if isinstance(value, tuple) else (value,):
+        kind_of(ref)
+    return value
+
+
+def check_files(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Callback of --data: a file that does not exist is reported before torch is imported."""
+    for text in value:
+        name, equals, path = text.partition("=")
+        if not Path(text).exists() and not (equals and name and Path(path).exists()):
+            raise SurgeryError(f"--data {text}: there is no such file; check the path")
+    return value
+
+
+def check_labels(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Callback of --labels: the names, separated by commas."""
+    names = tuple(name.strip() for name in (value or "").split(",") if name.strip())
+    if len(set(names)) < len(names):
+        raise SurgeryError(f"--labels {value}: a name occurs twice; give each class another name")
+    return names
+
+
+def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds the options of commands that run models.
+
+    The command gets `open_model(ref)` instead, which opens a model as a Runner and prints its notes.
+    """
+
+    @click.option(
+        "--tokenizer", metavar="DIR", help="Directory of the tokenizer, or of preprocessor_config.json."
+    )
+    @click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="NAME",
+        help="Use only this adapter of a program, or of an ONNX directory; may be repeated.",
+    )
+    @click.option(
+        "--max-length",
+        type=click.IntRange(2),
+        default=512,
+        show_default=True,
+        help="Maximum tokens of a text; longer ones are cut.",
+    )
+    @model_options
+    @functools.wraps(function)
+    def wrapped(
+        *args: Any,
+        tokenizer: str | None,
+        adapters: tuple[str, ...],
+        max_length: int,
+        loader: Loader,
+        **kwargs: Any,
+    ) -> Any:
+        def open_model(ref: str, **more: Any) -> Any:
+            from surgery.inference.runner import open_runner
+
+            runner = open_runner(
+                ref,
+                loader.program,
+                loader.module,
+                tokenizer=tokenizer,
+                adapters=adapters,
+                longest=max_length,
+                **more,
+            )
+            for note in runner.notes:
+                click.echo(f"note: {note}", err=True)
+            return runner
+
+        return function(*args, open_model=open_model, **kwargs)
+
+    return wrapped
+
+
+batch_option = click.option(
+    "--batch", type=click.IntRange(1), default=16, show_default=True, help="Rows of a batch."
+)
+labels_option = click.option(
+    "--labels",
+    callback=check_labels,
+    metavar="NAME,…",
+    help="Names of the classes in their order, if the model has none.",
+)
+
+
+@click.command()
+@click.argument("model", callback=check_model)
+@click.argument("items", nargs=-1, required=True, metavar="TEXT|FILE…")
+@click.option(
+    "--top", type=click.IntRange(1), default=1, show_default=True, help="Number of classes to print."
+)
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["classes", "values", "embedding"]),
+    help="What to read of the output (default: by its shape and name).",
+)
+@click.option("--output-name", metavar="NAME", help="Output of the model to read.")
+@click.option("--text", "column", metavar="COLUMN", help="Column of the text or image in files of rows.")
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "cls"]),
+    default="mean",
+    show_default=True,
+    help="How the vectors of tokens become one embedding.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write: .npy or .safetensors (numbers), .jsonl or .csv.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@labels_option
+@batch_option
+@json_option
+@running_options
+def predict(
+    model: str,
+    items: tuple[str, ...],
+    top: int,
+    form: Any,
+    output_name: str | None,
+    column: str | None,
+    pooling: Any,
+    output: Path | None,
+    overwrite: bool,
+    labels: tuple[str, ...],
+    batch: int,
+    as_json: bool,
+    plugins: Plugins,
+    open_model: Callable[..., Any],
+) -> None:
+    """Predict the class, the numbers or the embedding of texts, images or rows.
+
+    TEXT|FILE is a text, an image, a file of rows (.csv, .jsonl, .parquet, .txt, …), a directory of images, a file of
+    input tensors (.npz, .safetensors), or - for lines of the standard input.
+    """
+    from surgery.cli.predictions import check_output, tell_predictions
+
+    check_output(output, overwrite)
+    runner = open_model(model)
+    if labels:
+        runner = runner.labelled(labels)
+    tell_predictions(
+        runner,
+        items,
+        form=form,
+        output_name=output_name,
+        column=column,
+        pooling=pooling,
+        top=top,
+        batch=batch,
+        output=output,
+        as_json=as_json,
+    )
+
+
+class EvaluateCommand(ObjectiveCommand):
+    """The command evaluate, whose objective is optional."""
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(
+            ctx.command_path, "MODEL --data FILE… [--objective NAME [OBJECTIVE OPTIONS]] [OPTIONS]"
+        )
+
+
+@click.command(cls=EvaluateCommand)
+@click.argument("model", callback=check_model)
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    callback=check_files,
+    metavar="[NAME=]FILE",
+    help="JSONL, CSV, Parquet or text files of one format, or a directory, of which a held-out split counts; may be "
+    "repeated. NAME: the task, for an objective with several tasks.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="JSON file of the report to write.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@click.option("--seed", type=int, default=0, help="Seed of what the objective draws, as in training.")
+@labels_option
+@batch_option
+@json_option
+@running_options
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    model: str,
+    data: tuple[str, ...],
+    output: Path | None,
+    overwrite: bool,
+    seed: int,
+    labels: tuple[str, ...],
+    batch: int,
+    as_json: bool,
+    plugins: Plugins,
+    open_model: Callable[..., Any],
+) -> None:
+    """Compute held-out figures of a model: those that `surgery train` prints, and more about classes and numbers.
+
+    Without --objective, the outputs and the data decide between classification, regression, causal-lm and masked-lm.
+    Options after --objective NAME belong to it.
+    """
+    from surgery.cli.evaluations import read_rows_of, tell_evaluation
+    from surgery.common.files import write_text
+    from surgery.inference.evaluate import evaluate as judge
+    from surgery.inference.evaluate import guess_objective
+    from surgery.train.registry import find_objective
+
+    groups = ctx.meta["groups"]
+    if len(groups) > 1:
+        raise SurgeryError("give one --objective NAME; `surgery objectives` lists them")
+    if output is not None and output.exists() and not overwrite:
+        raise SurgeryError(f"{output} exists; choose another -o, or pass --overwrite")
+    objective = find_objective(plugins, groups[0][0]).cls.parse(groups[0][1]) if groups else None
+    rows = read_rows_of(data, objective)
+    runner = open_model(model)
+    if labels:
+        runner = runner.labelled(labels)
+    if objective is None:
+        objective = guess_objective(runner, rows, plugins)
+        click.echo(f"note: evaluates as {objective.name}; --objective NAME chooses another", err=True)
+    found = judge(runner, objective, rows, batch=batch, seed=seed)
+    report = tell_evaluation(found, model, as_json)
+    if output is not None:
+        write_text(output, report)
