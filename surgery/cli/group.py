@@ -24,6 +24,7 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "diff": ("see", "diff", "List the nodes and weights that differ between two models."),
     "export": ("ship", "export", "Write an ONNX file and check it in onnxruntime."),
     "export-peft": ("peft", "export", "Write adapters as a PEFT checkpoint."),
+    "generate": ("infer", "generate", "Generate text with a language model, or chat with it."),
     "import-peft": ("peft", "import_", "Load a PEFT checkpoint onto its base model."),
     "inspect": ("see", "inspect", "Print a model as a tree of sites."),
     "merge": ("change", "merge", "Merge adapters into the base weights."),

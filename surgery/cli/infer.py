@@ -1,4 +1,4 @@
-"""Commands that use finished models: predict, evaluate."""
+"""Commands that use finished models: predict, evaluate, generate."""
 
 from __future__ import annotations
 
@@ -63,20 +63,12 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="NAME",
         help="Use only this adapter of a program, or of an ONNX directory; may be repeated.",
     )
-    @click.option(
-        "--max-length",
-        type=click.IntRange(2),
-        default=512,
-        show_default=True,
-        help="Maximum tokens of a text; longer ones are cut.",
-    )
     @model_options
     @functools.wraps(function)
     def wrapped(
         *args: Any,
         tokenizer: str | None,
         adapters: tuple[str, ...],
-        max_length: int,
         loader: Loader,
         **kwargs: Any,
     ) -> Any:
@@ -89,7 +81,6 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 loader.module,
                 tokenizer=tokenizer,
                 adapters=adapters,
-                longest=max_length,
                 **more,
             )
             for note in runner.notes:
@@ -103,6 +94,13 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 batch_option = click.option(
     "--batch", type=click.IntRange(1), default=16, show_default=True, help="Rows of a batch."
+)
+length_option = click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    default=512,
+    show_default=True,
+    help="Maximum tokens of a text; longer ones are cut.",
 )
 labels_option = click.option(
     "--labels",
@@ -142,6 +140,7 @@ labels_option = click.option(
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @labels_option
 @batch_option
+@length_option
 @json_option
 @running_options
 def predict(
@@ -156,6 +155,7 @@ def predict(
     overwrite: bool,
     labels: tuple[str, ...],
     batch: int,
+    max_length: int,
     as_json: bool,
     plugins: Plugins,
     open_model: Callable[..., Any],
@@ -168,7 +168,7 @@ def predict(
     from surgery.cli.predictions import check_output, tell_predictions
 
     check_output(output, overwrite)
-    runner = open_model(model)
+    runner = open_model(model, longest=max_length)
     if labels:
         runner = runner.labelled(labels)
     tell_predictions(
@@ -216,6 +216,7 @@ class EvaluateCommand(ObjectiveCommand):
 @click.option("--seed", type=int, default=0, help="Seed of what the objective draws, as in training.")
 @labels_option
 @batch_option
+@length_option
 @json_option
 @running_options
 @click.pass_context
@@ -228,6 +229,7 @@ def evaluate(
     seed: int,
     labels: tuple[str, ...],
     batch: int,
+    max_length: int,
     as_json: bool,
     plugins: Plugins,
     open_model: Callable[..., Any],
@@ -250,7 +252,7 @@ def evaluate(
         raise SurgeryError(f"{output} exists; choose another -o, or pass --overwrite")
     objective = find_objective(plugins, groups[0][0]).cls.parse(groups[0][1]) if groups else None
     rows = read_rows_of(data, objective)
-    runner = open_model(model)
+    runner = open_model(model, longest=max_length)
     if labels:
         runner = runner.labelled(labels)
     if objective is None:
@@ -260,3 +262,63 @@ def evaluate(
     report = tell_evaluation(found, model, as_json)
     if output is not None:
         write_text(output, report)
+
+
+@click.command()
+@click.argument("model", callback=check_model)
+@click.argument("prompt", required=False)
+@click.option("--chat", is_flag=True, help="Hold a dialogue: read lines and answer them, until Ctrl-D.")
+@click.option("--system", metavar="TEXT", help="System message of the dialogue.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Largest number of new tokens.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    help="Sample at this temperature; 0 takes the most probable token (default: 0, or 1 with --top-p).",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the most probable tokens that together have this probability.",
+)
+@click.option("--seed", type=int, default=0, help="Seed of the sampling.")
+@json_option
+@running_options
+def generate(
+    model: str,
+    prompt: str | None,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int,
+    as_json: bool,
+    plugins: Plugins,
+    open_model: Callable[..., Any],
+) -> None:
+    """Continue PROMPT (- for the standard input), or answer it with --chat. The text appears as it is generated."""
+    from surgery.cli.generations import hold_dialogue, tell_generated
+    from surgery.inference.generate import UNLIMITED, Generator, Sampling
+
+    if not chat and prompt is None:
+        raise SurgeryError("give a PROMPT, - to read it from the standard input, or --chat")
+    if system is not None and not chat:
+        raise SurgeryError("--system is a message of a dialogue; add --chat")
+    if chat and as_json:
+        raise SurgeryError("--chat prints a dialogue; leave out --json")
+    if temperature is None:
+        temperature = 1.0 if top_p is not None else 0.0
+    how = Sampling(max_new_tokens, temperature=temperature, top_p=1.0 if top_p is None else top_p)
+    generator = Generator(open_model(model, longest=UNLIMITED))
+    if generator.note:
+        click.echo(f"note: generates without a cache, which takes longer: {generator.note}", err=True)
+    if chat:
+        hold_dialogue(generator, prompt, system, how, seed)
+    else:
+        tell_generated(generator, prompt or "", how, seed, as_json)

@@ -37,7 +37,7 @@ def live(program: Program) -> nn.Module:
         raise PassError("the weights are not in memory, so there is no module to run; load the weights first")
     model = mirror(base.loaded.module)
     if base.loaded.config is not None:
-        _configured(model, base.loaded)
+        restore_settings(model, base.loaded)
     # What a live model refuses must not be refused to the program, so the live model has a base object of its own.
     own = object.__new__(Base)
     own.__dict__.update(base.__dict__)
@@ -50,8 +50,13 @@ def live(program: Program) -> nn.Module:
     return model.eval()
 
 
-def _configured(model: Any, loaded: LoadedModel) -> None:
-    """Restore the settings that were changed to make the model traceable."""
+def restore_settings(model: Any, loaded: LoadedModel) -> None:
+    """Restore the settings of a transformers model that were changed to make it traceable.
+
+    Args:
+        model: the model, or a copy of it.
+        loaded: the model as it was loaded, with its original configuration.
+    """
     for path, number in loaded.cached:
         [*configs(model.get_submodule(path).config)][number].use_cache = True
     for own, before in zip(configs(model.config), configs(loaded.config), strict=True):
