@@ -51,6 +51,19 @@ def dynamic_axes(model: LoadedModel | Captured) -> dict[str, dict[int, str]]:
     return found
 
 
+def symbol_names(captured: Captured) -> dict[str, str]:
+    """Names of the symbolic sizes of a captured graph: `{"s43": "batch"}`. Sizes derived from others have no entry."""
+    inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    nodes = dict(zip((name for name, _ in _named_leaves(captured, tensors_only=False)), inputs, strict=True))
+    found: dict[str, str] = {}
+    for axis in list_axes(captured):
+        value = nodes[axis.input].meta.get("val")
+        size = value.shape[axis.axis] if isinstance(value, torch.Tensor) else None
+        if isinstance(size, torch.SymInt) and (axis.scale, axis.offset) == (1, 0):
+            found.setdefault(str(size.node.expr), axis.name)
+    return found
+
+
 def named_sizes(model: LoadedModel | Captured) -> dict[str, int]:
     """Size of each named dynamic dimension in the example inputs."""
     tensors = dict(_named_leaves(model))

@@ -39,6 +39,7 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
     "train": ("train", "train", "Train a program with an objective and save it."),
     "undo": ("change", "undo", "Remove a pass and its tensors."),
     "verify": ("ship", "verify", "Compare the outputs of two models."),
+    "view": ("see", "view", "Write a model as one HTML page: module tree, graph, weights."),
 }
 
 

@@ -113,6 +113,14 @@ data_option: Callable[..., Any] = click.option(
 )
 
 
+compared_option: Callable[..., Any] = click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Inputs to compare values on: by name (.safetensors, .npz), or rows of texts or images (.csv, .jsonl, a "
+    "directory); may be repeated (default: the example inputs).",
+)
 judged_option: Callable[..., Any] = click.option(
     "--data",
     multiple=True,

@@ -1,4 +1,4 @@
-"""Commands that change nothing: inspect, passes, objectives, plan, diff."""
+"""Commands that change nothing: inspect, view, passes, objectives, plan, diff."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.options import data_option, json_option, model_options
+from surgery.cli.options import compared_option, data_option, json_option, model_options
 from surgery.cli.pass_groups import PassCommand
 from surgery.cli.plugins import pass_plugins
 
@@ -30,6 +30,28 @@ def inspect(model: str, as_json: bool, plugins: Plugins, loader: Callable[..., P
     from surgery.cli.views import show_program
 
     show_program(loader(model), model, as_json)
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="HTML file to write, such as model.html.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the output file.")
+@model_options
+def view(model: str, output: Path, overwrite: bool, plugins: Plugins, loader: Callable[..., Program]) -> None:
+    """Write a model as one HTML page: a tree of modules, the graph of the opened one, roles, shapes, weights, ties.
+
+    The page needs no network and no server. Open it in a browser; "?" lists its keys.
+    """
+    from surgery.cli.pictures import refuse_existing, write_view
+
+    refuse_existing(output, overwrite)
+    write_view(loader(model), model, output)
 
 
 @click.command()
@@ -104,10 +126,41 @@ def plan(
 @click.command()
 @click.argument("a")
 @click.argument("b")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also write the difference as one HTML page: graph, weights, and how far each value moved.",
+)
+@click.option("--no-values", is_flag=True, help="With --html: do not run the models to compare their values.")
+@click.option("--overwrite", is_flag=True, help="Replace the HTML file.")
+@compared_option
 @json_option
 @model_options
-def diff(a: str, b: str, as_json: bool, plugins: Plugins, loader: Callable[..., Program]) -> None:
-    """List the nodes and weights that differ between A and B."""
+def diff(
+    a: str,
+    b: str,
+    html: Path | None,
+    no_values: bool,
+    overwrite: bool,
+    data: tuple[Path, ...],
+    as_json: bool,
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
+    """List the nodes and weights that differ between A and B.
+
+    With --html, both models are run on the example inputs, or on --data. The page shows how far the value of each op
+    moved, and at which block an error begins.
+    """
+    from surgery.cli.pictures import refuse_existing, write_difference
     from surgery.cli.views import show_diff
 
-    show_diff(loader(a), loader(b), as_json)
+    if html is None and (no_values or data):
+        raise click.UsageError("--no-values and --data are for --html; name a file with --html diff.html")
+    if html is not None:
+        refuse_existing(html, overwrite)
+    first, second = loader(a), loader(b)
+    show_diff(first, second, as_json)
+    if html is not None:
+        write_difference(first, second, (a, b), html, values=not no_values, data=data, quiet=as_json)

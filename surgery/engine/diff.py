@@ -57,7 +57,7 @@ class Difference:
 
 def diff(a: Program, b: Program) -> Difference:
     """Compare two programs. Nodes are paired by (module path, op, ordinal)."""
-    left, right = dict(_keyed(a.graph)), dict(_keyed(b.graph))
+    left, right = keyed_nodes(a.graph), keyed_nodes(b.graph)
     left_key = {node: key for key, node in left.items()}
     right_key = {node: key for key, node in right.items()}
     changes: list[NodeChange] = []
@@ -76,7 +76,9 @@ def diff(a: Program, b: Program) -> Difference:
     return Difference(tuple(changes), tuple(_weights(a, b)), (len(a.graph.nodes), len(b.graph.nodes)))
 
 
-def _keyed(graph: fx.Graph) -> Iterator[tuple[Any, fx.Node]]:
+def keyed_nodes(graph: fx.Graph) -> dict[Any, fx.Node]:
+    """Nodes by (op, module path, target, journal entry, ordinal). Nodes of two graphs with one key are a pair."""
+    found: dict[Any, fx.Node] = {}
     seen: Counter[Any] = Counter()
     for node in graph.nodes:
         if node.op == "get_attr" and not node.users:
@@ -84,7 +86,8 @@ def _keyed(graph: fx.Graph) -> Iterator[tuple[Any, fx.Node]]:
         name = node.target if node.op in ("get_attr", "placeholder") else module_path(node)
         key = (node.op, name, str(node.target), mark_of(node).entry)
         seen[key] += 1
-        yield (*key, seen[key]), node
+        found[*key, seen[key]] = node
+    return found
 
 
 def _change(kind: str, node: fx.Node, was: str = "", now: str = "") -> NodeChange:
