@@ -10,7 +10,20 @@ from tests.zoo.sweep import load
 
 # Architecture -> measuring or structural forms that are checked beside the adapted, trained, merged and moved program.
 QUICK = {
-    "llama": ("dora", "pissa", "nf4 and lora", "gptq", "smooth", "wanda", "fisher", "pruned", "low-rank"),
+    "llama": (
+        "dora",
+        "pissa",
+        "nf4 and lora",
+        "gptq",
+        "smooth",
+        "wanda",
+        "fisher",
+        "pruned",
+        "low-rank",
+        "wider",
+        "fused and split",
+        "resized head",
+    ),
     "t5": (),
     "mixtral": ("int8",),
     "timm:resnet18": ("pruned",),

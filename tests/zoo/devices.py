@@ -52,6 +52,9 @@ def passes(target: str) -> dict[str, tuple[Any, ...]]:
         "fisher": (of("sparse-tune", target=target, density=0.05, by="gradient"),),
         "pruned": (of("prune-filters", ratio=0.5, importance="taylor"),),
         "low-rank": (of("low-rank", target=target, rank=2),),
+        "wider": (of("expand", wider=1.5, target="mlp.up"),),
+        "fused and split": (of("fuse-qkv"), of("split-qkv")),
+        "resized head": (of("head", mode="resize", labels=3),),
     }
 
 

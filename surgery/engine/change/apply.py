@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, device, fx, nn, random
+from torch import Tensor, fx, nn, random
 
 from surgery.common.errors import PassError
 from surgery.common.guard import is_core, reported
@@ -30,7 +30,6 @@ from surgery.engine.state import State
 from surgery.graph.fake import MetaCache
 from surgery.graph.graphs import copy_graph
 from surgery.graph.outputs import named_outputs
-from surgery.graph.sites import Site
 from surgery.graph.view import View
 
 S = TypeVar("S", bound=State)
@@ -183,12 +182,11 @@ def _rewrite(
     tensors = dict(program.tensors)
     for site_plan, record in zip(planned.accepted, entry.sites, strict=True):
         site = site_plan.site
-        place = _device(program, site)
         for name, spec in site_plan.specs.items():
             with (
                 nullcontext() if is_core(type(pass_)) else reported(type(pass_), "pass", "tensors", site.path)
             ):
-                tensors[record.tensors[name]] = spec.make(site.float_dtype, place)
+                tensors[record.tensors[name]] = spec.make(site.float_dtype, program.device)
     if pass_.gradual is None and program.base.in_memory:
         entry = _sharing(program, entry, tensors)
     graph = copy_graph(program.graph)
@@ -268,9 +266,3 @@ def _check_size(program: State, planned: PassPlan, entry: Entry) -> None:
         raise PassError(
             f"{entry.id}: it would add {added:,} values to a model of {held:,}; choose smaller sizes in its options"
         )
-
-
-def _device(program: State, site: Site) -> device:
-    """Device of a site's weight; the CPU if the base has no such weight."""
-    held = program.base.tensors.get(site.weight or "")
-    return held.device if held is not None else device("cpu")

@@ -88,7 +88,7 @@ def output_products(site: Site, outputs: Iterable[tuple[Tensor, Tensor | None]])
             if experts is None:
                 total = total + each
             else:
-                stacked = torch.zeros(site.size("e"), *each.shape[1:], dtype=each.dtype)
+                stacked = torch.zeros(site.size("e"), *each.shape[1:], dtype=each.dtype, device=each.device)
                 total = total + stacked.index_add_(0, experts, each)
         else:
             rows = value.reshape(-1, value.shape[-1])

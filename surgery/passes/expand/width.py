@@ -238,7 +238,8 @@ def _filled(site: Site, known: dict[str, Any], noise: float) -> Callable[[Tensor
         one = [*range(units), *site.decided["sources"]]
         # A fused weight holds gate and up one after the other, so both halves are widened with the same sources.
         index = torch.tensor([unit + half * units for half in range(known["halves"]) for unit in one])
-        value = site.probe.tensor(known["name"]).index_select(known["axis"], index)
+        old = site.probe.tensor(known["name"])
+        value = old.index_select(known["axis"], index.to(old.device)).cpu()
         if known["outgoing"]:
             along = [1] * value.dim()
             along[known["axis"]] = -1

@@ -97,7 +97,12 @@ class SplitQkv(PatternPass):
     def _filled(self, site: Site, what: str, rows: list[int]) -> Callable[[Tensor], Any]:
         along = site.decided["layout"].index("o") if what == "weight" else 0
         name = site.decided["reads"][what]
-        return lambda tensor: tensor.copy_(site.probe.tensor(name).index_select(along, torch.tensor(rows)))
+
+        def fill(tensor: Tensor) -> None:
+            old = site.probe.tensor(name)
+            tensor.copy_(old.index_select(along, torch.tensor(rows, device=old.device)))
+
+        return fill
 
     def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
         owner = str(site.decided["reads"]["weight"]).rpartition(".")[0]

@@ -302,7 +302,7 @@ class Head(GraphPass):
             if places:
                 old = self._old(site, name)
                 if old is not None:
-                    tensor[places] = old[[rows[i] for i in places]].to(tensor.dtype)
+                    tensor[places] = old[[rows[i] for i in places]].to(tensor)
 
         return fill
 

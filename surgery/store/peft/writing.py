@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from surgery.capture.devices import HOME
 from surgery.common.errors import ExportError
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.journal import Entry
@@ -58,6 +59,7 @@ def export_peft(
             what was written.
         SurgeryError: The path exists, or writing fails.
     """
+    program = program.to(HOME)
     if as_lora is not None:
         program = nearest_lora(program, as_lora)
     config, keyed, given_back = _contents(program)
