@@ -106,7 +106,7 @@ def test_completion_imports_no_torch():
     # The options of a pass are not offered, since they need its class; those of the command are.
     assert completed(["surgery", "apply", "m", "--pass", "lora", "--rank", "8", "--ov"]) == ["--overwrite"]
     assert completed(["surgery", "merge", "x", "--quantized", "re"]) == ["requantize", "residual"]
-    assert completed(["surgery", "no-such-command", "--"]) == ["--version", "--help"]
+    assert completed(["surgery", "no-such-command", "--"]) == ["--version", "--plugin", "--help"]
 
 
 def test_a_command_finds_the_attribute_that_the_table_names():
