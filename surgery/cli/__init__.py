@@ -6,8 +6,7 @@ plugin. Three kinds of module keep it so:
 - group, options, pass_groups, plugins, settings, choices: the command group and the options of commands.
 - see, change, ship, peft, train, run, infer, author: declarations of commands. A command imports its work when it
   is called.
-- loading, names, recipe, views, reports, render, reference, training, stages, predictions, evaluations, generations:
-  the work, which imports torch.
+- All others: the work, which imports torch.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from surgery.common.errors import nearest
 # Command -> module of surgery.cli, attribute, and the line that `surgery --help` shows without importing it.
 BUILT_IN: dict[str, tuple[str, str, str]] = {
     "apply": ("change", "apply", "Apply passes and save the result."),
+    "benchmark": ("infer", "benchmark", "Compare size, latency, tokens/s and quality of models."),
     "combine": ("change", "combine", "Combine several adapters into one."),
     "evaluate": ("infer", "evaluate", "Compute held-out figures of a model, with a confusion matrix."),
     "diff": ("see", "diff", "List the nodes and weights that differ between two models."),

@@ -1,4 +1,4 @@
-"""Commands that use finished models: predict, evaluate, generate."""
+"""Commands that use finished models: predict, evaluate, generate, benchmark."""
 
 from __future__ import annotations
 
@@ -322,3 +322,114 @@ def generate(
         hold_dialogue(generator, prompt, system, how, seed)
     else:
         tell_generated(generator, prompt or "", how, seed, as_json)
+
+
+class BenchmarkCommand(ObjectiveCommand):
+    """The command benchmark, whose objective is optional."""
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(
+            ctx.command_path, "MODEL… [--data FILE…] [--objective NAME [OBJECTIVE OPTIONS]] [OPTIONS]"
+        )
+
+
+@click.command(cls=BenchmarkCommand)
+@click.argument("models", nargs=-1, required=True, callback=check_model)
+@click.option(
+    "--data",
+    multiple=True,
+    callback=check_files,
+    metavar="[NAME=]FILE",
+    help="Data for the quality, and for the inputs of the latency (default: random inputs, and no quality).",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=20, show_default=True, help="Measurements of each latency."
+)
+@click.option(
+    "--threads", type=click.IntRange(1), help="Threads of torch and onnxruntime (default: torch's)."
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Tokens to generate, in language models; 0: none.",
+)
+@click.option(
+    "--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens of random texts."
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE.html", help="Write a page with a plot."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@click.option("--seed", type=int, default=0, help="Seed of what the objective draws, as in training.")
+@labels_option
+@length_option
+@json_option
+@running_options
+@click.pass_context
+def benchmark(
+    ctx: click.Context,
+    models: tuple[str, ...],
+    data: tuple[str, ...],
+    rounds: int,
+    threads: int | None,
+    new_tokens: int,
+    length: int,
+    html: Path | None,
+    overwrite: bool,
+    seed: int,
+    labels: tuple[str, ...],
+    max_length: int,
+    as_json: bool,
+    plugins: Plugins,
+    open_model: Callable[..., Any],
+) -> None:
+    """Compare models: size, latency at batch 1 and 16, tokens per second, quality on data. They run in turns."""
+    import json
+
+    import torch
+
+    from surgery.cli.benchmark_page import benchmark_page
+    from surgery.cli.benchmarks import tell_benchmark
+    from surgery.cli.evaluations import read_rows_of
+    from surgery.common.files import write_text
+    from surgery.inference.benchmark import benchmark as measure
+    from surgery.inference.evaluate import evaluate as judge
+    from surgery.inference.evaluate import guess_objective
+    from surgery.train.registry import find_objective
+
+    groups = ctx.meta["groups"]
+    if len(groups) > 1:
+        raise SurgeryError("give one --objective NAME; `surgery objectives` lists them")
+    if groups and not data:
+        raise SurgeryError("--objective judges data; add --data FILE")
+    if html is not None and html.exists() and not overwrite:
+        raise SurgeryError(f"{html} exists; choose another --html, or pass --overwrite")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    objective = find_objective(plugins, groups[0][0]).cls.parse(groups[0][1]) if groups else None
+    rows = read_rows_of(data, objective) if data else None
+    runners = [open_model(ref, longest=max_length, threads=torch.get_num_threads()) for ref in models]
+    if labels:
+        runners = [runner.labelled(labels) for runner in runners]
+    if rows is not None and objective is None:
+        objective = guess_objective(runners[0], rows, plugins)
+        click.echo(f"note: evaluates as {objective.name}; --objective NAME chooses another", err=True)
+    judged = [judge(r, objective, rows, seed=seed) for r in runners] if objective is not None else []
+    found = measure(
+        runners,
+        objective=objective,
+        rows=rows,
+        judged=judged,
+        rounds=rounds,
+        new_tokens=new_tokens,
+        length=length,
+    )
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        tell_benchmark(found)
+    if html is not None:
+        write_text(html, benchmark_page(found))
+        click.echo(f"wrote {html}", err=True)

@@ -224,10 +224,24 @@ class OnnxModel:
                 raise ExportError(f"'{self.path.name}' needs the input '{name}'{nearest(name, inputs)}")
         try:
             feed = {name: inputs[name].detach().cpu().contiguous().numpy() for name in self.inputs}
+            if options is None:
+                options = require("onnxruntime").RunOptions()
+            # onnxruntime would also print the error that is raised below.
+            options.log_severity_level = 4
             values = session.run(wanted, feed, options)
             return {name: torch.as_tensor(value) for name, value in zip(wanted, values, strict=True)}
         except Exception as error:
             raise ExportError(f"onnxruntime cannot run '{self.path.name}': {first_line(error)}") from error
+
+
+def session_threads(threads: int | None) -> dict[str, Any]:
+    """Arguments of `open_generator` for a number of intra-op threads; empty to let onnxruntime choose."""
+    if threads is None:
+        return {}
+    options = require("onnxruntime").SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    return {"session_options": options}
 
 
 def adapter_file(folder: Path, name: str) -> Path:

@@ -27,7 +27,7 @@ from surgery.engine.labels import labels_in
 from surgery.engine.program import Program
 from surgery.export import metadata_keys
 from surgery.export.generator import open_generator
-from surgery.export.runtime import OnnxModel
+from surgery.export.runtime import OnnxModel, session_threads
 from surgery.graph.outputs import ONLY, named_outputs
 from surgery.inference.modules import OnnxModule, PrefillModule, onnx_size
 from surgery.inference.references import Kind, kind_of
@@ -149,7 +149,7 @@ def open_runner(
         loaded = module(ref if ref.startswith("hf:") else f"hf:{ref}")
         return _of_loaded(ref, loaded, tokenizer, longest)
     if kind == "onnx-generate":
-        return _of_generator(ref, tokenizer, adapters, longest)
+        return _of_generator(ref, tokenizer, adapters, longest, threads)
     path = Path(ref)
     return _of_onnx(
         ref, path / "model.onnx" if path.is_dir() else path, tokenizer, adapters, longest, threads
@@ -236,8 +236,10 @@ def _of_onnx(
         shape = file.signature["input_ids"][1]
         if len(shape) > 1 and isinstance(shape[1], int) and shape[1] > 0:
             longest = fixed = shape[1]
-        if read is not None:
-            longest = min(longest, read.model_max_length)
+        # The file does not say how many positions it has; a configuration beside it may.
+        positions = getattr(config, "max_position_embeddings", None)
+        limits = (positions, read.model_max_length if read is not None else None)
+        longest = min([longest, *(int(limit) for limit in limits if isinstance(limit, int))])
     pixels, notes = _pixels_of(file, path.parent, tokenizer)
     images = _images(inputs, pixels)
     shapes = file.output_shapes
@@ -264,8 +266,10 @@ def _of_onnx(
     )
 
 
-def _of_generator(ref: str, tokenizer: str | None, adapters: Sequence[str], longest: int) -> Runner:
-    generator = open_generator(ref)
+def _of_generator(
+    ref: str, tokenizer: str | None, adapters: Sequence[str], longest: int, threads: int | None
+) -> Runner:
+    generator = open_generator(ref, **session_threads(threads))
     config = generator.config
     read = read_tokenizer(ref, tokenizer)
     limits = [longest, getattr(config, "max_position_embeddings", None) or longest]

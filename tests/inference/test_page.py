@@ -47,8 +47,9 @@ def test_a_command_of_the_page(command, place, monkeypatch):
     said, piped, rest = command.partition(" | ")
     words = shlex.split(rest if piped else command)
     printed = run(*words[1:], stdin=shlex.split(said)[1] + "\n" if piped else "")
-    if "-o" in words:
-        assert (place / words[words.index("-o") + 1]).stat().st_size
+    written = next((option for option in ("-o", "--html") if option in words), None)
+    if written:
+        assert (place / words[words.index(written) + 1]).stat().st_size
     else:
         # The llama is random: its tokens may have no text.
         assert printed.strip() or words[1] == "generate"
