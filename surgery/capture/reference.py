@@ -7,6 +7,7 @@ from typing import Any
 from surgery.capture.types import LoadedModel, LoadOptions
 from surgery.common.errors import LoadError, PluginError, nearest
 from surgery.common.plugins import CORE, Plugins
+from surgery.common.progress import stage
 
 
 def load_model(ref: str, options: LoadOptions, plugins: Plugins) -> LoadedModel:
@@ -22,7 +23,8 @@ def load_model(ref: str, options: LoadOptions, plugins: Plugins) -> LoadedModel:
         PluginError: the loader of a plugin fails, or returns something else than a LoadedModel.
     """
     for impl in _loaders(ref, plugins):
-        loaded = plugins.call(impl, ref=ref, options=options)
+        with stage(f"loading {ref}"):
+            loaded = plugins.call(impl, ref=ref, options=options)
         if loaded is None:
             continue
         if not isinstance(loaded, LoadedModel):

@@ -23,6 +23,7 @@ from surgery.capture.recurrent import shape_rules
 from surgery.capture.shapes import Axis, argument_names, list_axes, named_sizes, other_sizes
 from surgery.capture.types import Captured, LoadedModel
 from surgery.common.errors import CaptureError
+from surgery.common.progress import stage
 from surgery.common.threads import one_at_a_time
 
 # Mark of transformers on a model that has the hooks.
@@ -53,7 +54,8 @@ def trace(loaded: LoadedModel, *, training: bool = False, check: bool = True) ->
     """
     module = loaded.module
     axes = list_axes(loaded)
-    with as_found(module):
+    mode = " in train mode" if training else ""
+    with stage(f"capturing {type(module).__name__}{mode}"), as_found(module):
         _set_mode(module, training)
         if training and loaded.train_ready is not None:
             loaded.train_ready(module)

@@ -3,7 +3,7 @@
 Commands start quickly: `surgery --help`, `surgery COMMAND --help` and shell completion import neither torch nor a
 plugin. Three kinds of module keep it so:
 
-- group, options, pass_groups, plugins, settings, choices: the command group and the options of commands.
+- group, options, pass_groups, plugins, settings, choices, progress: the command group and the options of commands.
 - see, change, ship, peft, train, run, infer, author: declarations of commands. A command imports its work when it
   is called.
 - All others: the work, which imports torch.
@@ -18,6 +18,7 @@ import warnings
 import click
 
 from surgery.cli.group import LazyGroup
+from surgery.cli.progress import terminal_progress
 from surgery.common.errors import InterruptedTrainingError, SurgeryError
 
 
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        code = cli.main(args=argv, prog_name="surgery", standalone_mode=False)
+        with terminal_progress():
+            code = cli.main(args=argv, prog_name="surgery", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except InterruptedTrainingError as error:
         _fail(" ".join(str(error).split()), 130)

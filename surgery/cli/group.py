@@ -14,6 +14,7 @@ from surgery.cli.plugins import (
     plugins_of,
     take_plugin_files,
 )
+from surgery.cli.progress import add_quiet
 from surgery.common.errors import nearest
 
 # Command -> module of surgery.cli, attribute, and the line that `surgery --help` shows without importing it.
@@ -64,7 +65,7 @@ class LazyGroup(click.Group):
         if cmd_name in BUILT_IN:
             module, attribute, _ = BUILT_IN[cmd_name]
             command: click.Command = getattr(import_module(f"surgery.cli.{module}"), attribute)
-            return command
+            return add_quiet(command)
         if cmd_name in command_entry_points():
             return load_command(cmd_name)
         return self.commands.get(cmd_name)

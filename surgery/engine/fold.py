@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.common.errors import JournalError, PassError, SurgeryError
+from surgery.common.progress import track
 from surgery.common.readers import first_line
 from surgery.engine.contract.base import RewritePass, default_names, merges
 from surgery.engine.contract.folds import Fold, Stage, apply_folds
@@ -283,7 +284,7 @@ def fold(
             steps.setdefault(step.name, []).append(step)
     folded: dict[str, Tensor] = {}
     longer = []
-    for name, own in steps.items():
+    for name, own in track(steps.items(), "merging"):
         original = weight_of[name].detach()
         work = _working(original, in_place)
         if in_place:

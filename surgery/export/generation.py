@@ -29,6 +29,7 @@ from surgery.capture.devices import HOME
 from surgery.capture.hf_config import silenced
 from surgery.common.errors import ExportError, MissingExtraError
 from surgery.common.files import staged_directory
+from surgery.common.progress import stage, track
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.replay import live_entries, pass_of
 from surgery.export import metadata_keys
@@ -131,7 +132,8 @@ def export_generation(
     program = slotted.program if slotted else program
     model = _language_model(program)
     with staged_directory(Path(path), overwrite) as folder:
-        exported = _translated(program, model, opset, seed)
+        with stage("export: translating two graphs"):
+            exported = _translated(program, model, opset, seed)
         provenance = provenance_of(program)
         journal = json.dumps(program.journal.to_json())
         names = dict(model.named_parameters(remove_duplicate=False))
@@ -164,14 +166,16 @@ def export_generation(
         onnx = _opened(folder, fast=rounds(source) or not any(quantized.values()))
         exact = None if rounds(source) else tolerance_of(_dtype(model))
         strict = allowed if exact is None else exact
-        found = [_tokens(model, onnx, seed, strict, exact is None)]
+        with stage("export: comparing generated tokens"):
+            found = [_tokens(model, onnx, seed, strict, exact is None)]
         # onnxruntime rounds the inputs of quantized products in a default session, which is what users run.
         if exact is not None and any(quantized.values()):
             _tokens(model, _opened(folder, fast=True), seed, allowed, True)
         if slotted:
             write_adapters(slotted.adapters, {name: name for name in slotted.names}, folder)
             found += [
-                _tokens(live(p), onnx, seed, strict, exact is None, name) for name, p in slotted.alone.items()
+                _tokens(live(p), onnx, seed, strict, exact is None, name)
+                for name, p in track(slotted.alone.items(), "export: comparing adapters")
             ]
     files = [file for file in Path(path).rglob("*") if file.is_file()]
     graphs = {part: exported.components[part].program for part in PARTS}

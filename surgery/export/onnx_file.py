@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.capture.recurrent import shape_rules
 from surgery.common.errors import ExportError
+from surgery.common.progress import stage
 from surgery.export import annotate, metadata_keys
 from surgery.export.failure import explain, first_line
 from surgery.export.lowerings.dequantize import check_kept
@@ -120,24 +121,27 @@ def export_onnx(
         raise ExportError(f"'{path}' is a directory; name the ONNX file to write")
     started = time.perf_counter()
     provenance = provenance or {}
-    program = _trace(source)
+    with stage("export: tracing the graph"):
+        program = _trace(source)
     if opset is not None:
         check_opset(source.graph_module.graph, opset)
     opset = opset or opset_for(source.graph_module.graph)
-    model = _translate(program, source, opset, lowerings)
+    with stage("export: translating to ONNX"):
+        model = _translate(program, source, opset, lowerings)
     tensors = _tensors(program)
     traced_nodes = model.graph.num_nodes()
-    finished = finish(
-        model,
-        tensors,
-        [name for name, _ in program.named_parameters()],
-        _all_names(source),
-        provenance,
-        journal_json,
-        lambda model: _rename_inputs_and_outputs(model, program, source),
-        optional,
-        cpu,
-    )
+    with stage("export: simplifying and naming"):
+        finished = finish(
+            model,
+            tensors,
+            [name for name, _ in program.named_parameters()],
+            _all_names(source),
+            provenance,
+            journal_json,
+            lambda model: _rename_inputs_and_outputs(model, program, source),
+            optional,
+            cpu,
+        )
     stored, tied = finished.stored, finished.tied
     if labels:
         listed = {output: list(names) for output, names in labels.items()}
@@ -151,16 +155,18 @@ def export_onnx(
     if external_data is None:
         external_data = weight_bytes > _INLINE_LIMIT
     with _staged(Path(path)) as staged:
-        _save(model, staged, external_data)
-        if check:
-            _check(onnx, staged)
-        if check and finished.quantized:
-            check_kept(staged, finished.quantized)
-        report = (
-            check_parity(staged, source, parity, judged=judged, given=given, tolerance=tolerance)
-            if parity
-            else None
-        )
+        with stage("export: writing the file"):
+            _save(model, staged, external_data)
+            if check:
+                _check(onnx, staged)
+            if check and finished.quantized:
+                check_kept(staged, finished.quantized)
+        with stage("export: comparing onnxruntime with the program"):
+            report = (
+                check_parity(staged, source, parity, judged=judged, given=given, tolerance=tolerance)
+                if parity
+                else None
+            )
         if report is not None:
             _add_parity(onnx, staged, report)
     files = tuple(

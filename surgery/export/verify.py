@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from surgery.common.errors import SurgeryError
+from surgery.common.progress import track
 from surgery.engine.contract.numerics import MERGE_TOLERANCE
 from surgery.engine.contract.observe import relative_difference
 from surgery.engine.program import Program
@@ -116,7 +117,7 @@ def verify(
     found: list[OutputDifference] = []
     dtypes: set[torch.dtype] = set()
     worst_set, worst = sets[0], -1.0
-    for args, kwargs in sets:
+    for args, kwargs in track(sets, "comparing outputs"):
         left, right = _run(a, program, args, kwargs), _run(b, program, args, kwargs)
         common = [name for name in left if name in right]
         if not common:

@@ -14,6 +14,7 @@ from torch import Generator as Draw
 from torch import Tensor
 
 from surgery.common.errors import LoadError, SurgeryError
+from surgery.common.progress import track
 from surgery.inference.evaluate import Evaluation
 from surgery.inference.generate import Generator, Sampling
 from surgery.inference.runner import Runner
@@ -102,7 +103,6 @@ def benchmark(
     rounds: int = 20,
     new_tokens: int = 32,
     length: int = 128,
-    watch: Callable[[str], None] = lambda said: None,
 ) -> Benchmark:
     """Measure models in turns: every round runs each of them once, beginning with another one.
 
@@ -114,12 +114,10 @@ def benchmark(
         rounds: measurements of each latency.
         new_tokens: tokens to generate, in models that generate; 0: none.
         length: tokens of random texts.
-        watch: function that gets a sentence about what is measured next.
 
     Raises:
         SurgeryError: a model does not accept the inputs.
     """
-    watch("preparing inputs")
     # All models get texts of one length, so that their times can be compared.
     length = min(
         [length, *(runner.setting.longest for runner in runners if "input_ids" in runner.setting.inputs)]
@@ -129,11 +127,11 @@ def benchmark(
     }
     latency: list[dict[int, float]] = [{} for _ in runners]
     for count, inputs in batches.items():
-        watch(f"latency at batch {count}")
         timed = _in_turns(
             [partial(_run, r, given, rows is None) for r, given in zip(runners, inputs, strict=True)],
             rounds,
             _WARMUP,
+            f"latency at batch {count}",
         )
         for number, seconds in enumerate(timed):
             latency[number][count] = statistics.median(seconds)
@@ -141,7 +139,6 @@ def benchmark(
     writers = [_generator(runner, objective) if new_tokens else None for runner in runners]
     able = [number for number, writer in enumerate(writers) if writer is not None]
     if able:
-        watch("generation")
         how = Sampling(new_tokens, min_tokens=new_tokens)
         prompts = [_prompt(batches[1][number]) for number in able]
         made: dict[int, int] = {}
@@ -155,6 +152,7 @@ def benchmark(
             [partial(one, n, p) for n, p in zip(able, prompts, strict=True)],
             min(rounds, _GENERATIONS),
             1,
+            "generation",
         )
         for number, seconds in zip(able, timed, strict=True):
             speeds[number] = made[number] / statistics.median(seconds)
@@ -180,13 +178,13 @@ def benchmark(
     )
 
 
-def _in_turns(calls: Sequence[Callable[[], Any]], rounds: int, warmup: int) -> list[list[float]]:
+def _in_turns(calls: Sequence[Callable[[], Any]], rounds: int, warmup: int, title: str) -> list[list[float]]:
     """Seconds of each call in each round. The first one of a round changes, as it runs with the colder cache."""
     for call in calls:
         for _ in range(warmup):
             call()
     found: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds):
+    for turn in track(range(rounds), title):
         for place in range(len(calls)):
             number = (turn + place) % len(calls)
             start = perf_counter()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery.common.errors import LoadError, nearest
+from surgery.common.progress import track
 from surgery.inference.items import Item, rows_of
 from surgery.inference.runner import Runner
 from surgery.train.embeddings import Pooling, embedded
@@ -120,7 +121,7 @@ def predict(runner: Runner, asked: Question, items: Sequence[Item], batch: int =
         made: list[Any] = [read({"text": item.value}, setting) for item in window]
         order = sorted(range(len(made)), key=lambda i: len(made[i].get("input_ids", ())))
         rows: list[Tensor | None] = [None] * len(made)
-        for first in range(0, len(order), batch):
+        for first in track(range(0, len(order), batch), "predicting"):
             chosen = order[first : first + batch]
             inputs = setting.pad([made[i] for i in chosen])
             for place, row in zip(chosen, asked.read(runner(inputs), inputs), strict=True):

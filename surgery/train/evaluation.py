@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from surgery.common.progress import track
 from surgery.train.batch_order import draw_for
 from surgery.train.data_context import Setting
 from surgery.train.examples import Examples
@@ -41,7 +42,7 @@ def observe(
         The tensors that the objective observes, over all examples.
     """
     seen = []
-    for number, chosen in enumerate(objective.epoch(data, batch, None)):
+    for number, chosen in enumerate(track(objective.epoch(data, batch, None), "evaluating")):
         made = objective.collate(data[chosen], setting, draw_for(seed, HELD_OUT, number))
         seen.append(objective.observe(module, objective.complete(made, companions or {})))
     return joined(seen)

@@ -66,7 +66,7 @@ def test_the_table_fits_80_columns(forms, tmp_path, monkeypatch):
 
 def test_models_run_in_turns():
     seen: list[int] = []
-    times = _in_turns([lambda n=n: seen.append(n) for n in range(3)], 3, 1)
+    times = _in_turns([lambda n=n: seen.append(n) for n in range(3)], 3, 1, "turns")
     # After the warm-up each round begins with another model.
     assert seen == [0, 1, 2, 0, 1, 2, 1, 2, 0, 2, 0, 1]
     assert [len(each) for each in times] == [3, 3, 3]

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn, random
 
 from surgery.common.errors import PassError
 from surgery.common.guard import is_core, reported
+from surgery.common.progress import stage, track
 from surgery.common.threads import one_at_a_time
 from surgery.engine import replay
 from surgery.engine.change.entries import entry_of, trained_before
@@ -131,14 +132,16 @@ def apply(
         kept = {entry.before[name]: value for name, value in trained_before(program, entry).items()}
         if isinstance(pass_, RewritePass):
             if checking and reference is None:
-                reference = program.run()
+                with stage("running the example inputs"):
+                    reference = program.run()
             graph, tensors, entry = _rewrite(program, pass_, planned, entry)
             tensors.update(kept)
             adapted = program.derive(
                 program.journal.add(entry), tensors, graph=graph, reports=program.reports
             )
             _forget_labels(adapted, pass_)
-            observed = observe(reference, adapted.run(), more) if checking else None
+            with stage(f"checking {entry.id}"):
+                observed = observe(reference, adapted.run(), more) if checking else None
         else:
             masks = {entry.masks[n]: mask for n, mask in planned.selection.masks.items()}
             tensors = {**program.tensors, **masks, **kept}
@@ -180,7 +183,8 @@ def _rewrite(
     """A copy of the program's graph with an entry applied, all inserted tensors by name, and the entry."""
     _check_size(program, planned, entry)
     tensors = dict(program.tensors)
-    for site_plan, record in zip(planned.accepted, entry.sites, strict=True):
+    pairs = list(zip(planned.accepted, entry.sites, strict=True))
+    for site_plan, record in track(pairs, f"applying {entry.id}"):
         site = site_plan.site
         for name, spec in site_plan.specs.items():
             with (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from surgery.common.errors import PassError
 from surgery.common.files import core_version
+from surgery.common.progress import stage
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.contract.folds import How, Merged
 from surgery.engine.contract.numerics import rounded
@@ -73,7 +74,8 @@ def merge(
     merged = program.derive(journal.add(entry), tensors, dict(program.changed), clock=program.clock)
     verify = verify and base.in_memory
     if verify and (folded or plain):
-        seen = observe(_in_floats(program).run(), _in_floats(merged).run())
+        with stage("checking the merge"):
+            seen = observe(_in_floats(program).run(), _in_floats(merged).run())
         allowed = rounded(program.merge_tolerance, "weights are rounded once more")
         if not seen.within(allowed):
             raise PassError(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from surgery.common.errors import PassError, TargetError
+from surgery.common.progress import track
 from surgery.engine.base import Base
 from surgery.engine.change.freeze import Freeze
 from surgery.engine.change.order import in_order
@@ -99,7 +100,10 @@ def plan_pass(program: State, pass_: Pass, auto: bool, probe: Probe) -> PassPlan
         ) from None
     live = live_nodes(program.graph)
     late = {r.key: e.id for e in program.journal if e.pass_name in pass_.before for r in e.sites}
-    plans = tuple(_plan_site(pass_, site, live, probe, late.get(site.key)) for site in sites)
+    plans = tuple(
+        _plan_site(pass_, site, live, probe, late.get(site.key))
+        for site in track(sites, f"planning {pass_.name}")
+    )
     trains: dict[str, bool] = {}
     for planned in plans:
         if planned.refusal is None:

@@ -1,0 +1,94 @@
+"""Progress of long work. Loops report what they do to a receiver, which the command line sets; without one, to nobody.
+
+for name, weight in track(weights.items(), "merging"):   # countable: a bar
+    ...
+with stage("capturing BertModel"):                       # not countable
+    ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Receiver(Protocol):
+    """Receiver of progress."""
+
+    def begin(self, title: str, total: int | None) -> int:
+        """Called when work begins. Returns a number that names it.
+
+        Args:
+            title: what is done, such as "merging".
+            total: number of steps, or None if they are not countable.
+        """
+
+    def advance(self, work: int) -> None:
+        """Called after a step."""
+
+    def end(self, work: int) -> None:
+        """Called when work ends, also after an error."""
+
+
+_receiver: ContextVar[Receiver | None] = ContextVar("receiver", default=None)
+
+
+@contextmanager
+def reporting(receiver: Receiver | None) -> Iterator[None]:
+    """A context in which work is reported to a receiver, or to nobody."""
+    token = _receiver.set(receiver)
+    try:
+        yield
+    finally:
+        _receiver.reset(token)
+
+
+def be_quiet() -> None:
+    """Report to nobody from now on, in the current context."""
+    _receiver.set(None)
+
+
+def is_reported() -> bool:
+    """True if there is a receiver."""
+    return _receiver.get() is not None
+
+
+def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+    """Yield items and report each one.
+
+    Args:
+        items: the items.
+        title: what is done with them.
+        total: number of items; None takes their length, if they have one.
+    """
+    receiver = _receiver.get()
+    if receiver is None:
+        yield from items
+        return
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    work = receiver.begin(title, total)
+    try:
+        for item in items:
+            yield item
+            receiver.advance(work)
+    finally:
+        receiver.end(work)
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """A context for work that is not countable."""
+    receiver = _receiver.get()
+    if receiver is None:
+        yield
+        return
+    work = receiver.begin(title, None)
+    try:
+        yield
+    finally:
+        receiver.end(work)
