@@ -131,6 +131,16 @@ judged_option: Callable[..., Any] = click.option(
 )
 
 
+def check_trackers(ctx: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Callback of --track: a tracker that is unknown or absent is reported before a model is loaded."""
+    if names and not ctx.resilient_parsing:
+        from surgery.train.tracking import check_tracker
+
+        for name in names:
+            check_tracker(name)
+    return names
+
+
 def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator that adds --only, --without and --weight.
 

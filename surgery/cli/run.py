@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.options import json_option, loading_options, output_option
+from surgery.cli.options import check_trackers, json_option, loading_options, output_option
 
 if TYPE_CHECKING:
     from surgery.common.plugins import Plugins
@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     metavar="CODE",
     help="Let the recipe run this code (py:MODULE:CALLABLE, MODULE:FUNCTION); may be repeated.",
 )
-@click.option("--tensorboard", is_flag=True, help="Also write TensorBoard event files.")
+@click.option(
+    "--track",
+    multiple=True,
+    callback=check_trackers,
+    metavar="NAME",
+    help="Also log to an experiment tracker: tensorboard, mlflow, trackio or wandb; may be repeated.",
+)
+@click.option("--tensorboard", is_flag=True, help="The same as --track tensorboard.")
 @json_option
 @loading_options
 def run(
@@ -37,6 +44,7 @@ def run(
     resume: bool,
     overwrite: bool,
     allow_code: tuple[str, ...],
+    track: tuple[str, ...],
     tensorboard: bool,
     as_json: bool,
     plugins: Plugins,
@@ -57,6 +65,6 @@ def run(
         allowed=allow_code,
         resume=resume,
         overwrite=overwrite,
-        tensorboard=tensorboard,
+        track=(*track, *(["tensorboard"] if tensorboard else ())),
         as_json=as_json,
     )

@@ -50,7 +50,7 @@ def run_recipe(
     allowed: Sequence[str] = (),
     resume: bool,
     overwrite: bool,
-    tensorboard: bool,
+    track: Sequence[str],
     as_json: bool,
 ) -> None:
     """Carry out a recipe, stage by stage, and print the results.
@@ -64,7 +64,7 @@ def run_recipe(
         allowed: code that the recipe may name besides the model.
         resume: keep the stages that an interrupted run has finished.
         overwrite: replace an earlier run.
-        tensorboard: write TensorBoard event files during training.
+        track: names of experiment trackers that get the figures of the training.
         as_json: print one JSON object instead of reports.
 
     Raises:
@@ -93,7 +93,7 @@ def run_recipe(
         program = stages.make("adapted", stages.applied)
         figures: dict[str, Any] = {}
         if wanted.train:
-            program, figures["trained"] = stages.trained(program, rows, tensorboard)
+            program, figures["trained"] = stages.trained(program, rows, track)
         if wanted.merge:
             # Passes need a base. That of the finishing passes is the merged model, as a transformers directory.
             save = write_hf if wanted.finish else Program.save
@@ -167,7 +167,7 @@ class _Stages:
         return program
 
     def trained(
-        self, program: Program, rows: Rows | None, tensorboard: bool
+        self, program: Program, rows: Rows | None, track: Sequence[str]
     ) -> tuple[Program, dict[str, Any] | None]:
         """The trained program, and the figures of the training; None if an earlier run has trained it."""
         path, request = self.folder / "trained", self.wanted.train
@@ -188,7 +188,7 @@ class _Stages:
             path,
             resume=resume,
             overwrite=False,
-            tensorboard=tensorboard,
+            track=track,
             quiet=self.quiet,
         )
         self.done.append("trained")

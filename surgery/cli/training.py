@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,7 +26,8 @@ from surgery.train.head_choice import choose_head
 from surgery.train.loop import Loop, Result
 from surgery.train.request import TrainingRequest
 from surgery.train.tokenizers import find_tokenizer
-from surgery.train.watchers import TensorBoard, Watcher
+from surgery.train.tracking import Tracked
+from surgery.train.watchers import Watcher
 
 
 def run_directory_of(output: Path) -> Path:
@@ -76,7 +77,7 @@ def train_program(
     *,
     resume: bool,
     overwrite: bool,
-    tensorboard: bool,
+    track: Sequence[str],
     quiet: bool,
 ) -> Result | None:
     """Train a program in place, save it, and print the result.
@@ -88,7 +89,7 @@ def train_program(
         output: directory to write the trained program to.
         resume: continue from the last checkpoint.
         overwrite: replace what `output` holds.
-        tensorboard: write TensorBoard event files too.
+        track: names of experiment trackers that get the figures too.
         quiet: print nothing.
 
     Returns:
@@ -99,8 +100,10 @@ def train_program(
     show_bar = is_reported() or not sys.stderr.isatty()
     live = _Live(out, request.objective.metric)
     watchers: list[Watcher] = [] if quiet or not show_bar or not _is_main() else [live]
-    if tensorboard and _is_main():
-        watchers.append(TensorBoard(run / "tensorboard"))
+    if _is_main():
+        watchers += [
+            Tracked(name, run / name, output.name, facts_of(request)) for name in dict.fromkeys(track)
+        ]
     tokenizer = find_tokenizer(program, request.tokenizer)
     device = click.get_current_context().meta.get(DEVICE)
     loop = Loop(program, request.objective, rows, request.settings, run, tokenizer, watchers, device)
@@ -116,6 +119,17 @@ def train_program(
     if not quiet:
         _tell(out, result, output, run, request.objective.metric)
     return result
+
+
+def facts_of(request: TrainingRequest) -> dict[str, Any]:
+    """The options of a training, flat, for experiment trackers."""
+    written = request.written()
+    objective = written.pop("objective")
+    return {
+        "objective": objective["name"],
+        **{f"objective/{name}": value for name, value in objective.items() if name != "name"},
+        **written,
+    }
 
 
 def _is_main() -> bool:

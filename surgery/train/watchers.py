@@ -1,4 +1,4 @@
-"""Receivers of training progress: the JSON log, TensorBoard, and the base class for others."""
+"""Receivers of training progress: the JSON log, and the base class for others (see tracking)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgery.common.errors import MissingExtraError, TrainingError
+from surgery.common.errors import TrainingError
 
 
 class Watcher:
@@ -150,47 +150,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) and isinstance(row.get("step", 0), int) for row in rows):
         raise TrainingError(f"{path} is damaged; remove it")
     return rows
-
-
-class TensorBoard(Watcher):
-    """Writes event files for TensorBoard."""
-
-    def __init__(self, folder: Path) -> None:
-        """Prepare the writer.
-
-        Raises:
-            MissingExtraError: tensorboard is not installed.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("tensorboard", "train") from None
-        self.folder, self.make = folder, SummaryWriter
-        self.writer: Any = None
-
-    def begun(self, step: int, steps: int) -> None:
-        with writing(self.folder):
-            self.writer = self.make(str(self.folder), purge_step=step or None)
-
-    def stepped(self, step: int, loss: float, rate: float, tokens: int) -> None:
-        self._scalars("train", {"loss": loss, "lr": rate}, step)
-
-    def measured(self, step: int, figures: Mapping[str, float]) -> None:
-        self._scalars("train", figures, step)
-
-    def evaluated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
-        self._scalars("held_out", metrics, step)
-
-    def noted(self, step: int, sentence: str) -> None:
-        with writing(self.folder):
-            self.writer.add_text("notes", sentence, step)
-
-    def ended(self) -> None:
-        if self.writer is not None:
-            with writing(self.folder):
-                self.writer.close()
-
-    def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        with writing(self.folder):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, step)

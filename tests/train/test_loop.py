@@ -23,7 +23,7 @@ from surgery.train.objectives import CausalLm
 from surgery.train.options import Settings
 from surgery.train.registry import find_objective
 from surgery.train.tokenizers import find_tokenizer
-from surgery.train.watchers import TensorBoard, read_log
+from surgery.train.watchers import read_log
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -201,30 +201,3 @@ def test_one_that_fails_leaves_nothing_to_the_next(base, texts, tmp_path, where)
     with pytest.raises(TrainingError, match="there is no teacher"):
         fit(program, Fails(), texts, tmp_path / "a", steps=1, precision="bf16")
     assert fit(program, CausalLm(), texts, tmp_path / "b", steps=1, precision="no").steps == 1
-
-
-def test_tensorboard_reads_what_was_logged(base, texts, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    program = base.apply(surgery.Lora(target="attn.*", rank=4))
-    rows = split(read_rows([texts]), 0.25, 0)
-    settings = Settings(batch=4, steps=4, evaluate=2, max_length=32)
-    watchers = [TensorBoard(tmp_path / "events")]
-    train(
-        program,
-        CausalLm(),
-        rows,
-        settings,
-        folder=tmp_path / "run",
-        tokenizer=find_tokenizer(program),
-        watchers=watchers,
-    )
-    events = EventAccumulator(str(tmp_path / "events"))
-    events.Reload()
-    log = read_log(tmp_path / "run" / "log.jsonl")
-    losses = [row["loss"] for row in log if "loss" in row]
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
-        losses, rel=1e-6
-    )  # fp32 there
-    held = [row["held_out"]["loss"] for row in log if "held_out" in row]
-    assert [event.value for event in events.Scalars("held_out/loss")] == pytest.approx(held, rel=1e-6)
