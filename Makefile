@@ -45,6 +45,7 @@ techniques: $(READY)
 docs: $(READY)
 	$(BIN)/surgery passes --write docs/passes
 	$(BIN)/surgery objectives --write docs/objectives
+	$(BIN)/python -m surgery.cli.completion_table
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli.choices import COMBINE_METHODS, MAJORITIES, QUANTIZED_MERGES
+from surgery.cli.completion import complete_adapters
 from surgery.cli.options import data_option, model_options, output_option, overwrite_option, with_adapters
 from surgery.cli.pass_groups import PassCommand
 from surgery.common.errors import SurgeryError
@@ -180,6 +181,7 @@ def merge(
     multiple=True,
     required=True,
     metavar="ADAPTER=W",
+    shell_complete=complete_adapters,
     help="Name and weight of a source adapter; repeat for each source.",
 )
 @click.option(
@@ -251,7 +253,13 @@ def combine(
 
 @click.command()
 @click.argument("directory")
-@click.option("--pass", "name", metavar="PASS", help="Pass to undo, by name, id or --as name.")
+@click.option(
+    "--pass",
+    "name",
+    metavar="PASS",
+    shell_complete=complete_adapters,
+    help="Pass to undo, by name, id or --as name.",
+)
 @click.option("--all", "everything", is_flag=True, help="Undo every pass: restores the base bit for bit.")
 @output_option
 @overwrite_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli.completion import complete_adapters
 from surgery.cli.plugins import plugins_of
 
 if TYPE_CHECKING:
@@ -147,13 +148,26 @@ def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
     The command gets the keyword argument `choose(program)` instead, which returns the program with these adapters.
     """
 
-    @click.option("--only", multiple=True, metavar="ADAPTER", help="Disable every adapter except this one.")
-    @click.option("--without", multiple=True, metavar="ADAPTER", help="Disable an adapter.")
+    @click.option(
+        "--only",
+        multiple=True,
+        metavar="ADAPTER",
+        shell_complete=complete_adapters,
+        help="Disable every adapter except this one.",
+    )
+    @click.option(
+        "--without",
+        multiple=True,
+        metavar="ADAPTER",
+        shell_complete=complete_adapters,
+        help="Disable an adapter.",
+    )
     @click.option(
         "--weight",
         "weights",
         multiple=True,
         metavar="ADAPTER=W",
+        shell_complete=complete_adapters,
         help="Scale an adapter; 1 is its trained strength.",
     )
     @functools.wraps(function)

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 
+from surgery.cli.completion import in_group, matching, table
 from surgery.cli.plugins import plugins_of
 from surgery.common.errors import PassError
 
@@ -35,10 +37,10 @@ class GroupCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if ctx.resilient_parsing:
-            # Shell completion: the options of a group are not known without its class, whose import takes seconds.
-            # An option of the command that stands among them is offered again.
+            # Shell completion: the class of a group is not imported, which takes seconds; see completion.in_group.
             starts = (i for i, text in enumerate(args) if text.partition("=")[0] == self.flag)
             ctx.meta["groups"] = []
+            ctx.meta["raw"] = list(args)
             return super().parse_args(ctx, args[: next(starts, len(args))])
         own = {opt: param for param in self.get_params(ctx) for opt in (*param.opts, *param.secondary_opts)}
         asked = self.named_before_help(args)
@@ -49,6 +51,24 @@ class GroupCommand(click.Command):
         rest, groups = split_groups(args, own, self.flag, lambda name: self.find(plugins_of(ctx), name))
         ctx.meta["groups"] = groups
         return super().parse_args(ctx, rest)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The parameters; in completion also the option that starts a group, so that its names are offered."""
+        params = super().get_params(ctx)
+        if ctx.resilient_parsing:
+            params.append(
+                click.Option([self.flag], hidden=True, expose_value=False, shell_complete=self._names)
+            )
+        return params
+
+    def _names(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return matching(list(table()[self.flag]), incomplete)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = in_group(self.flag, ctx.meta.get("raw", []), incomplete)
+        if found is not None and not incomplete.startswith("-"):
+            return found
+        return [*(found or []), *super().shell_complete(ctx, incomplete)]
 
     def named_before_help(self, args: list[str]) -> str | None:
         """Name of the last group before --help, or None: `--pass lora --help` asks for the options of LoRA."""
