@@ -192,3 +192,22 @@ def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, choose=choose, **kwargs)
 
     return wrapped
+
+
+def folding_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds --depth, --role and --all. The command gets the keyword argument `folding`."""
+
+    @click.option(
+        "--depth", type=click.IntRange(min=0), help="Number of module levels to show (default: all)."
+    )
+    @click.option(
+        "--role", default="", metavar="GLOB", help='Show only sites with these roles, such as "attn.*".'
+    )
+    @click.option("--all", "unfolded", is_flag=True, help="List every block instead of folding equal ones.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, depth: int | None, role: str, unfolded: bool, **kwargs: Any) -> Any:
+        from surgery.cli.folding import Folding
+
+        return function(*args, folding=Folding(depth, role, unfolded), **kwargs)
+
+    return wrapped

@@ -21,24 +21,16 @@ from surgery.graph.sites import Site
 
 
 def console() -> Console:
-    """A console as wide as the terminal, or 200 columns wide in a pipe, where it must not shorten paths."""
+    """A console as wide as the terminal, or in a pipe as COLUMNS says: 200 without it, to keep paths on one line."""
     # Without markup: a bracket in a docstring, an option or a path is a bracket.
-    piped = not sys.stdout.isatty()
-    width = 200 if piped else max(shutil.get_terminal_size().columns, 80)
+    wide = 200 if not sys.stdout.isatty() else 80
+    width = max(shutil.get_terminal_size((wide, 24)).columns, 80)
     return Console(width=width, highlight=False, soft_wrap=False, markup=False)
 
 
 def print_json(data: Any) -> None:
     """Print data as JSON, for other programs."""
     click.echo(json.dumps(data, indent=1, default=str))
-
-
-def count(number: int) -> str:
-    """A number with three digits and a unit: 12_345 is 12.3k."""
-    for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{suffix}"
-    return str(number)
 
 
 def outcome(report: PassReport) -> str:

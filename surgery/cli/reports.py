@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from surgery.cli.render import choices_table, console, count, outcome
+from surgery.cli.render import choices_table, console, outcome
+from surgery.common.quantities import count
 from surgery.engine.change.selection import in_words
 from surgery.engine.journal import Entry
 from surgery.engine.program import Program

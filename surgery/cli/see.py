@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.options import compared_option, data_option, json_option, model_options
+from surgery.cli.options import compared_option, data_option, folding_options, json_option, model_options
 from surgery.cli.pass_groups import PassCommand
 from surgery.cli.plugins import pass_plugins
 
 if TYPE_CHECKING:
+    from surgery.cli.folding import Folding
     from surgery.common.plugins import Plugins
     from surgery.engine.program import Program
 
@@ -23,13 +24,16 @@ write_option = click.option(
 
 @click.command()
 @click.argument("model")
+@folding_options
 @json_option
 @model_options
-def inspect(model: str, as_json: bool, plugins: Plugins, loader: Callable[..., Program]) -> None:
+def inspect(
+    model: str, as_json: bool, folding: Folding, plugins: Plugins, loader: Callable[..., Program]
+) -> None:
     """Print a model as a tree of sites: role, op, weight shape, trainable or frozen, ties."""
-    from surgery.cli.views import show_program
+    from surgery.cli.program_view import show_program
 
-    show_program(loader(model), model, as_json)
+    show_program(loader(model), model, as_json, folding)
 
 
 @click.command()
@@ -98,6 +102,7 @@ def plugins(plugins: Plugins, as_json: bool) -> None:
 )
 @click.option("--why", is_flag=True, help="List near misses of a pass's pattern, with the reason for each.")
 @data_option
+@folding_options
 @json_option
 @model_options
 @click.pass_context
@@ -109,18 +114,19 @@ def plan(
     why: bool,
     data: tuple[Path, ...],
     as_json: bool,
+    folding: Folding,
     plugins: Plugins,
     loader: Callable[..., Program],
 ) -> None:
     """Show what `apply` would do: sites, refusals, ties, added parameters. Changes nothing."""
     from surgery.cli.loading import read_data
+    from surgery.cli.plan_view import show_plan
     from surgery.cli.recipe import wanted_recipe
-    from surgery.cli.views import show_plan
 
     wanted = wanted_recipe(ctx, model, recipe, freeze_base, plugins)
     program = loader(wanted.model, wanted)
     report = program.plan(*wanted.passes, freeze_base=wanted.freeze_base, data=read_data(program, data))
-    show_plan(program, report, wanted, why, as_json)
+    show_plan(program, report, wanted, why, as_json, folding)
 
 
 @click.command()
@@ -135,6 +141,7 @@ def plan(
 @click.option("--no-values", is_flag=True, help="With --html: do not run the models to compare their values.")
 @click.option("--overwrite", is_flag=True, help="Replace the HTML file.")
 @compared_option
+@folding_options
 @json_option
 @model_options
 def diff(
@@ -145,6 +152,7 @@ def diff(
     overwrite: bool,
     data: tuple[Path, ...],
     as_json: bool,
+    folding: Folding,
     plugins: Plugins,
     loader: Callable[..., Program],
 ) -> None:
@@ -153,14 +161,14 @@ def diff(
     With --html, both models are run on the example inputs, or on --data. The page shows how far the value of each op
     moved, and at which block an error begins.
     """
+    from surgery.cli.diff_view import show_diff
     from surgery.cli.pictures import refuse_existing, write_difference
-    from surgery.cli.views import show_diff
 
     if html is None and (no_values or data):
         raise click.UsageError("--no-values and --data are for --html; name a file with --html diff.html")
     if html is not None:
         refuse_existing(html, overwrite)
     first, second = loader(a), loader(b)
-    show_diff(first, second, as_json)
+    show_diff(first, second, as_json, folding)
     if html is not None:
         write_difference(first, second, (a, b), html, values=not no_values, data=data, quiet=as_json)

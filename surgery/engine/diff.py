@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from surgery.capture.dimensions import Dimensions
 from surgery.engine.program import Program
 from surgery.graph.marks import mark_of
 from surgery.graph.ops import module_path
@@ -24,7 +25,7 @@ class NodeChange:
         node: Name of the node.
         op: Its op.
         module: Path of the module it belongs to, or the name of the tensor it reads.
-        shape: Shape of its value, or "".
+        shape: Shape of its value with named dimensions, or "".
         by: Id of the journal entry that inserted it, or "".
         was: Its inputs in A, for "~".
         now: Its inputs in B, for "~".
@@ -60,19 +61,22 @@ def diff(a: Program, b: Program) -> Difference:
     left, right = keyed_nodes(a.graph), keyed_nodes(b.graph)
     left_key = {node: key for key, node in left.items()}
     right_key = {node: key for key, node in right.items()}
+    names_a, names_b = Dimensions(a.captured), Dimensions(b.captured)
     changes: list[NodeChange] = []
     for key, node in right.items():
         if key not in left:
-            changes.append(_change("+", node))
+            changes.append(_change("+", node, names_b))
         else:
             was = [left_key.get(n) for n in left[key].all_input_nodes]
             now = [right_key.get(n) for n in node.all_input_nodes]
             if was != now:
                 old, new = left[key].all_input_nodes, node.all_input_nodes
                 changes.append(
-                    _change("~", node, ", ".join(n.name for n in old), ", ".join(n.name for n in new))
+                    _change(
+                        "~", node, names_b, ", ".join(n.name for n in old), ", ".join(n.name for n in new)
+                    )
                 )
-    changes += [_change("-", node) for key, node in left.items() if key not in right]
+    changes += [_change("-", node, names_a) for key, node in left.items() if key not in right]
     return Difference(tuple(changes), tuple(_weights(a, b)), (len(a.graph.nodes), len(b.graph.nodes)))
 
 
@@ -90,9 +94,9 @@ def keyed_nodes(graph: fx.Graph) -> dict[Any, fx.Node]:
     return found
 
 
-def _change(kind: str, node: fx.Node, was: str = "", now: str = "") -> NodeChange:
+def _change(kind: str, node: fx.Node, named: Dimensions, was: str = "", now: str = "") -> NodeChange:
     value = node.meta.get("val")
-    shape = "×".join(str(s) for s in value.shape) if isinstance(value, torch.Tensor) else ""
+    shape = named.shape(value.shape) if isinstance(value, torch.Tensor) else ""
     op = str(node.target).removesuffix(".default") if node.op == "call_function" else node.op
     where = str(node.target) if node.op == "get_attr" else module_path(node)
     return NodeChange(kind, node.name, op, where, shape, mark_of(node).entry, was, now)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
-from surgery.capture.shapes import symbol_names
+from surgery.capture.dimensions import Dimensions
 from surgery.engine.program import Program
 from surgery.engine.registry import find_pass
 from surgery.graph.graphs import live_nodes
@@ -126,34 +125,6 @@ class ModelData:
         return list(dict.fromkeys(found))
 
 
-class Sizes:
-    """Text of shapes, with the names of dynamic dimensions.
-
-    Args:
-        program: Program whose inputs name the dimensions.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.names = symbol_names(program.captured)
-        self._known: dict[Any, str] = {}
-
-    def size(self, size: Any) -> str:
-        """A size as text: "576", "batch", "batch·seq"."""
-        if isinstance(size, int):
-            return str(size)
-        expression = size.node.expr
-        if expression not in self._known:
-            named = expression.subs(
-                {s: type(s)(self.names.get(str(s), str(s))) for s in expression.free_symbols}
-            )
-            self._known[expression] = str(named).replace("*", "·").replace(" ", "")
-        return self._known[expression]
-
-    def shape(self, sizes: Iterable[Any]) -> str:
-        """A shape as text: "batch×seq×576"; "scalar" for none."""
-        return "×".join(self.size(size) for size in sizes) or "scalar"
-
-
 def model_data(program: Program, title: str, *, errors: bool = True) -> ModelData:
     """The ops, weights and modules of a program.
 
@@ -162,7 +133,7 @@ def model_data(program: Program, title: str, *, errors: bool = True) -> ModelDat
         title: Title of the page.
         errors: Compare weights that passes replaced with those of the base.
     """
-    sizes = Sizes(program)
+    sizes = Dimensions(program.captured)
     live = live_nodes(program.graph)
     nodes = [node for node in program.graph.nodes if node in live]
     roles = {call.node: site.role for site in program.sites for call in site.calls}
@@ -185,7 +156,7 @@ def _has_tensor(node: fx.Node) -> bool:
     return any(isinstance(v, torch.Tensor) for v in (value if isinstance(value, (tuple, list)) else [value]))
 
 
-def _op(node: fx.Node, sizes: Sizes, roles: Mapping[fx.Node, str], shown: set[fx.Node]) -> Op:
+def _op(node: fx.Node, sizes: Dimensions, roles: Mapping[fx.Node, str], shown: set[fx.Node]) -> Op:
     value, mark = node.meta.get("val"), mark_of(node)
     tensors = [
         v for v in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(v, torch.Tensor)
@@ -228,7 +199,7 @@ def dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _weight(node: fx.Node, program: Program, sizes: Sizes, errors: Mapping[str, float]) -> Weight:
+def _weight(node: fx.Node, program: Program, sizes: Dimensions, errors: Mapping[str, float]) -> Weight:
     value, name = node.meta["val"], str(node.target)
     tensor = program.tensors.get(name, program.base.tensors.get(name))
     numel = int(value.numel())
@@ -258,7 +229,7 @@ def _classes(program: Program, nodes: Sequence[fx.Node]) -> dict[str, str]:
     return found
 
 
-def _facts(program: Program, sizes: Sizes) -> Iterable[tuple[str, str]]:
+def _facts(program: Program, sizes: Dimensions) -> Iterable[tuple[str, str]]:
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, torch.Tensor):
