@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.folding import Folding, Row, selected, times
 from surgery.cli.render import console, print_json
+from surgery.common.folding import Folding, Row, selected, times
 from surgery.common.quantities import count
 from surgery.engine.diff import NodeChange, diff
 from surgery.engine.program import Program

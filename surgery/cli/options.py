@@ -206,7 +206,7 @@ def folding_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--all", "unfolded", is_flag=True, help="List every block instead of folding equal ones.")
     @functools.wraps(function)
     def wrapped(*args: Any, depth: int | None, role: str, unfolded: bool, **kwargs: Any) -> Any:
-        from surgery.cli.folding import Folding
+        from surgery.common.folding import Folding
 
         return function(*args, folding=Folding(depth, role, unfolded), **kwargs)
 

@@ -10,14 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.capture.dimensions import Dimensions
-from surgery.cli.folding import Folding, Row, selected, times
 from surgery.cli.recipe import Recipe
 from surgery.cli.render import console, note_unfrozen, print_json, trainable_line
+from surgery.common.folding import Folding, Row, selected, times
 from surgery.common.quantities import count
 from surgery.engine.change.plans import PassPlan, PlanReport, SitePlan
-from surgery.engine.change.selection import in_words
 from surgery.engine.contract.base import GraphPass
 from surgery.engine.contract.pattern import PatternPass
+from surgery.engine.contract.selection import in_words
 from surgery.engine.program import Program
 from surgery.engine.state import trained_values
 

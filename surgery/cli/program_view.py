@@ -11,10 +11,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from surgery.capture.dimensions import Dimensions
-from surgery.cli.folding import Folded, Folding, Row, selected, times
 from surgery.cli.render import console, print_json, site_row, trainable_line
+from surgery.common.folding import Folded, Folding, Row, selected, times
 from surgery.common.quantities import count
-from surgery.engine.change.selection import in_words
+from surgery.engine.contract.selection import in_words
 from surgery.engine.journal import Entry
 from surgery.engine.program import Program
 from surgery.engine.replaced import replaced_weights

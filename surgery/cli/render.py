@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from surgery.engine.change.plans import PassReport
 from surgery.engine.change.selection import SelectPass
 from surgery.engine.contract.base import Pass, RewritePass
 from surgery.engine.program import Program
@@ -31,20 +29,6 @@ def console() -> Console:
 def print_json(data: Any) -> None:
     """Print data as JSON, for other programs."""
     click.echo(json.dumps(data, indent=1, default=str))
-
-
-def outcome(report: PassReport) -> str:
-    """The change of the outputs by a pass, in words."""
-    seen, declared = report.observed, report.plan.pass_.numerics
-    if seen is None:
-        return f"not verified: {report.unverified}"
-    if seen.equal:
-        return f"unchanged, {seen}"
-    if not math.isfinite(seen.difference):
-        return f"of another shape: {declared.reason}"
-    if math.isinf(declared.tolerance):
-        return f"changed by {seen.difference:.1e} of their scale: {declared.reason}"
-    return f"unchanged within {seen.difference:.1e}, declared {report.entry.numerics['declared']}"
 
 
 def choices_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:

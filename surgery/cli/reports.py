@@ -10,9 +10,9 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from surgery.cli.render import choices_table, console, outcome
+from surgery.cli.render import choices_table, console
 from surgery.common.quantities import count
-from surgery.engine.change.selection import in_words
+from surgery.engine.contract.selection import in_words
 from surgery.engine.journal import Entry
 from surgery.engine.program import Program
 
@@ -39,7 +39,7 @@ def tell_applied(out: Console, before: Program, result: Program) -> None:
         line = Text(f"{entry.id}: ", style="bold")
         if entry.kind == "rewrite":
             line.append(f"{len(entry.sites)} sites, {count(planned.parameters)} parameters; outputs ")
-            line.append(outcome(report))
+            line.append(report.outcome)
             if entry.trains:
                 line.append(f"; of the base {in_words(entry, result.tensors)}")
         else:

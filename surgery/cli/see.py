@@ -13,7 +13,7 @@ from surgery.cli.pass_groups import PassCommand
 from surgery.cli.plugins import pass_plugins
 
 if TYPE_CHECKING:
-    from surgery.cli.folding import Folding
+    from surgery.common.folding import Folding
     from surgery.common.plugins import Plugins
     from surgery.engine.program import Program
 

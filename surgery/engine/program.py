@@ -18,6 +18,7 @@ from surgery.engine.contract.combination import Combination, Majority
 from surgery.engine.contract.folds import How
 from surgery.engine.probe import InputSet
 from surgery.engine.state import State
+from surgery.engine.summary import summary
 
 
 class Program(State):
@@ -32,6 +33,9 @@ class Program(State):
         >>> module = program.module()  # train it with any loop
         >>> program.merge().export("model.onnx")
     """
+
+    def _repr_html_(self) -> str:
+        return summary(self).html()
 
     # -- changing
 

@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 from surgery.capture.recurrent import shape_rules
 from surgery.common.errors import ExportError
 from surgery.common.progress import stage
+from surgery.common.quantities import in_bytes
+from surgery.common.summary import Summary
 from surgery.export import annotate, metadata_keys
 from surgery.export.failure import explain, first_line
 from surgery.export.lowerings.dequantize import check_kept
@@ -69,6 +71,40 @@ class ExportReport:
     lost: tuple[str, ...]
     seconds: float
     parity: ParityReport | None = None
+
+    def __repr__(self) -> str:
+        return self._summary().text()
+
+    def _repr_html_(self) -> str:
+        return self._summary().html()
+
+    def _summary(self) -> Summary:
+        def ends(shapes: Mapping[str, tuple[int | str, ...]]) -> str:
+            return ", ".join(f"{name}[{', '.join(map(str, shape))}]" for name, shape in shapes.items())
+
+        parity = "not checked"
+        if self.parity is not None:
+            how = "" if self.parity.ok else ", which is more than its tolerance"
+            parity = f"within {self.parity.error:.1e} of the outputs' scale{how}"
+        return Summary(
+            f"ONNX file {self.path}",
+            (
+                (
+                    "size",
+                    in_bytes(self.size) + (f" in {len(self.files)} files" if len(self.files) > 1 else ""),
+                ),
+                (
+                    "nodes",
+                    f"{self.nodes:,} ({self.traced_nodes:,} before simplification), opset {self.opset}",
+                ),
+                ("inputs", ends(self.inputs)),
+                ("outputs", ends(self.outputs)),
+                ("parity in onnxruntime", parity),
+                ("tied", ", ".join(f"{name} = {kept}" for name, kept in self.tied.items()) or "nothing"),
+                ("not in the file", ", ".join(self.lost) or "nothing"),
+                ("seconds", f"{self.seconds:.1f}"),
+            ),
+        )
 
 
 def export_onnx(

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 import surgery
 from surgery.cli import main
-from surgery.cli.folding import Folding, Row
+from surgery.common.folding import Folding, Row
 from surgery.engine.replaced import replaced_weights
 from tests.conftest import minilm_path
 from tests.shared import tiny

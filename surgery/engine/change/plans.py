@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from surgery.common.folding import Folding, Row, times
+from surgery.common.summary import Summary
 from surgery.engine.contract.base import Pass, RewritePass
 from surgery.engine.contract.observe import Observed
-from surgery.engine.contract.selection import Selection
+from surgery.engine.contract.selection import Selection, in_words
 from surgery.engine.contract.specs import TensorSpec
 from surgery.engine.journal import Entry
 from surgery.graph.patterns import NearMiss
@@ -91,12 +94,43 @@ class PassPlan:
             else set()
         )
 
+    def in_words(self) -> str:
+        """What the pass would do: its sites and the parameters that it adds, or what would train."""
+        if not self.sites:
+            return "no site matches" if isinstance(self.pass_, RewritePass) else in_words(self.selection, {})
+        refused = f", {len(self.refused)} refused" if self.refused else ""
+        return f"{len(self.accepted)} sites, {self.parameters:,} parameters added{refused}"
+
 
 @dataclass(frozen=True)
 class PlanReport:
     """Plan for a pipeline: `passes` has the plan for each pass, in order."""
 
     passes: tuple[PassPlan, ...]
+
+    def __repr__(self) -> str:
+        return self._summary().text()
+
+    def _repr_html_(self) -> str:
+        return self._summary().html()
+
+    def _summary(self) -> Summary:
+        """Each pass in words, and its sites with repeated blocks folded."""
+        facts = tuple((planned.pass_.entry_id, planned.in_words()) for planned in self.passes)
+        rows = []
+        for planned in self.passes:
+            # The shape of a value at a pattern's site has symbolic sizes.
+            shapes = [
+                "×".join(str(n) if isinstance(n, int) else "…" for n in s.site.shape) for s in planned.sites
+            ]
+            given = [
+                Row(site.site.path, (site.site.role, shape, f"{site.parameters:,}", site.refusal or ""), site)
+                for site, shape in zip(planned.sites, shapes, strict=True)
+            ]
+            for path, places, item in Folding().tree(given).lines():
+                rows += [(planned.pass_.entry_id, path + times(places), *row.alike) for row in item.rows]
+        columns = ("pass", "site", "role", "weight", "adds", "refused")
+        return Summary(f"Plan of {len(self.passes)} passes", facts, columns, tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -116,3 +150,31 @@ class PassReport:
     observed: Observed | None
     unverified: str = ""
     seconds: float = 0.0
+
+    @property
+    def outcome(self) -> str:
+        """The change of the outputs by the pass, in words."""
+        seen, declared = self.observed, self.plan.pass_.numerics
+        if seen is None:
+            return f"not verified: {self.unverified}"
+        if seen.equal:
+            return f"unchanged, {seen}"
+        if not math.isfinite(seen.difference):
+            return f"of another shape: {declared.reason}"
+        if math.isinf(declared.tolerance):
+            return f"changed by {seen.difference:.1e} of their scale: {declared.reason}"
+        return f"unchanged within {seen.difference:.1e}, declared {self.entry.numerics['declared']}"
+
+    def __repr__(self) -> str:
+        return self._summary().text()
+
+    def _repr_html_(self) -> str:
+        return self._summary().html()
+
+    def _summary(self) -> Summary:
+        facts = [("done", self.plan.in_words())]
+        if self.entry.kind == "rewrite":
+            facts.append(("outputs", self.outcome))
+        facts += [(f"refused {row.site.path}", str(row.refusal)) for row in self.plan.refused]
+        facts += [("note", sentence) for sentence in self.plan.notes]
+        return Summary(f"{self.entry.id} ({self.seconds:.2f} s)", tuple(facts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -14,7 +14,6 @@ from torch import Tensor
 from surgery.common.errors import PassError, nearest
 from surgery.engine.contract.base import Pass
 from surgery.engine.contract.selection import Selection
-from surgery.engine.journal import Entry
 from surgery.engine.probe import Probe
 from surgery.engine.state import State
 from surgery.graph import targets
@@ -215,39 +214,6 @@ def _check_mask(program: State, who: str, name: str, mask: Tensor) -> None:
         )
     if not mask.any():
         raise PassError(f"{who}: the mask of {name} is False everywhere; freeze the parameter instead")
-
-
-def in_words(said: Selection | Entry, tensors: Mapping[str, Tensor]) -> str:
-    """One-line summary of a selection, or of a journal entry.
-
-    Args:
-        said: The selection or entry.
-        tensors: Inserted tensors by name, in which the masks of an entry are found.
-    """
-    training = sum(said.trains.values())
-    stopping = len(said.trains) - training
-    if training:
-        rest = f", {stopping} {'does' if stopping == 1 else 'do'} not" if stopping else ""
-        parts = [_counted(training, "train") + rest]
-    else:
-        parts = [_counted(stopping, "stop") + " training" if stopping else "nothing is selected"]
-    windows = sorted(set(said.windows.values()), key=lambda w: (w[0], w[1] is None, w[1] or 0))
-    if len(windows) > 1 or (windows and windows[0] != (0, None)):
-        last = max(end for window in windows for end in window if end is not None)
-        ends = "one after another" if any(end is not None for _, end in windows) else "each kept on"
-        parts.append(f"{len(windows)} windows over {last} {said.unit}s, {ends}")
-    rates = set(said.rates.values())
-    if rates - {1.0}:
-        parts.append(f"rates {min(rates):.3g} to {max(rates):.3g}")
-    masks = [tensors[m] if isinstance(m, str) else m for m in said.masks.values()]
-    if masks:
-        shares = [float(mask.float().mean()) for mask in masks]
-        parts.append(f"{len(masks)} of them in part, {min(shares):.0%} to {max(shares):.0%} of their values")
-    return "; ".join(parts)
-
-
-def _counted(number: int, verb: str) -> str:
-    return f"{number} parameter {verb}s" if number == 1 else f"{number} parameters {verb}"
 
 
 class SelectPass(Pass):
