@@ -12,6 +12,7 @@ from surgery.common.files import write_text
 from surgery.engine.program import Program
 from surgery.show.compare import compare
 from surgery.show.model import model_data
+from surgery.show.model_explorer import model_explorer
 from surgery.show.page import page
 
 
@@ -23,17 +24,20 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
         raise SurgeryError(f"{output} exists; choose another file, or pass --overwrite")
 
 
-def write_view(program: Program, title: str, output: Path) -> None:
-    """Write the page of a program.
+def write_view(program: Program, title: str, output: Path, form: str) -> None:
+    """Write the page of a program, or its JSON for Model Explorer.
 
     Args:
         program: The program.
         title: Title of the page.
         output: File to write.
+        form: "html" or "model-explorer".
     """
-    text = page(model_data(program, title))
+    data = model_data(program, title)
+    text = page(data) if form == "html" else model_explorer(data)
     write_text(output, text)
-    console().print(f"wrote {output} ({len(text) / 1e6:.1f} MB); open it in a browser")
+    how = "open it in a browser" if form == "html" else f"open it with model-explorer {output}"
+    console().print(f"wrote {output} ({len(text) / 1e6:.1f} MB); {how}")
 
 
 def write_difference(

@@ -45,9 +45,23 @@ def inspect(
     type=click.Path(path_type=Path),
     help="HTML file to write, such as model.html.",
 )
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["html", "model-explorer"]),
+    default="html",
+    help="html, or the JSON that Model Explorer opens (name the file model.json).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output file.")
 @model_options
-def view(model: str, output: Path, overwrite: bool, plugins: Plugins, loader: Callable[..., Program]) -> None:
+def view(
+    model: str,
+    output: Path,
+    form: str,
+    overwrite: bool,
+    plugins: Plugins,
+    loader: Callable[..., Program],
+) -> None:
     """Write a model as one HTML page: a tree of modules, the graph of the opened one, roles, shapes, weights, ties.
 
     The page needs no network and no server. Open it in a browser; "?" lists its keys.
@@ -55,7 +69,7 @@ def view(model: str, output: Path, overwrite: bool, plugins: Plugins, loader: Ca
     from surgery.cli.pictures import refuse_existing, write_view
 
     refuse_existing(output, overwrite)
-    write_view(loader(model), model, output)
+    write_view(loader(model), model, output, form)
 
 
 @click.command()
