@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        with terminal_progress():
+        with terminal_progress(sys.argv[1:] if argv is None else argv):
             code = cli.main(args=argv, prog_name="surgery", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except InterruptedTrainingError as error:

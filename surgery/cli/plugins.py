@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.common.errors import PluginError, SurgeryError
+from surgery.common.progress import stage
 
 if TYPE_CHECKING:
     from surgery.common.plugins import Plugins
@@ -80,9 +81,10 @@ def plugins_of(ctx: click.Context) -> Plugins:
 
 
 def _load_plugins(cli: click.Command, files: tuple[str, ...]) -> Plugins:
-    from surgery.common.plugins import make_plugin_manager
+    with stage("loading plugins"):
+        from surgery.common.plugins import make_plugin_manager
 
-    plugins = make_plugin_manager(plugins=files)
+        plugins = make_plugin_manager(plugins=files)
     for title, reason in plugins.broken.items():
         click.echo(f"warning: plugin {title} cannot be loaded and is ignored: {reason}", err=True)
     # Read now, so that what is left out is said before the command's own output.

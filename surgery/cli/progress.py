@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,18 +16,22 @@ import click
 
 from surgery.common.progress import be_quiet, reporting
 
+QUIET = "--quiet"
 DELAY = 2.0  # seconds without a bar
+_SHORT = 0.2  # seconds of work that is not shown later either
 
 
 class TerminalProgress:
-    """Receiver that shows each piece of work as a line, once some work has taken DELAY seconds.
+    """Receiver that shows each piece of work as a line, once the command has taken DELAY seconds.
 
-    Lines disappear when their work ends, so that only the output of the command stays.
+    Later work that ends at once is not shown, so that lines do not flicker. Lines disappear when their work ends: only
+    the output of the command stays.
     """
 
     def __init__(self, delay: float = DELAY) -> None:
         """Make the receiver. `delay` is the number of seconds without a bar."""
         self._delay = delay
+        self._began = time.monotonic()
         self._lock = threading.RLock()
         # Work in progress: title, number of steps, finished steps, and the number of its line.
         self._running: dict[int, list[Any]] = {}
@@ -42,7 +47,10 @@ class TerminalProgress:
             if self._bars is not None:
                 self._show(work)
             elif self._timer is None:
-                self._timer = threading.Timer(self._delay, self._start)
+                passed = time.monotonic() - self._began
+                self._timer = threading.Timer(
+                    max(self._delay - passed, min(_SHORT, self._delay)), self._start
+                )
                 self._timer.daemon = True
                 self._timer.start()
             return work
@@ -117,27 +125,30 @@ class TerminalProgress:
 
 
 @contextmanager
-def terminal_progress() -> Iterator[None]:
-    """A context in which progress is shown, if stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    receiver = TerminalProgress(DELAY)
+def terminal_progress(args: Sequence[str]) -> Iterator[None]:
+    """A context in which progress is shown, if stderr is a terminal.
+
+    Args:
+        args: the command line. Plugins are loaded before click reads --quiet, so it is looked for here.
+    """
+    receiver = TerminalProgress(DELAY) if sys.stderr.isatty() else None
     try:
         with reporting(receiver):
+            if QUIET in args:
+                be_quiet()
             yield
     finally:
-        receiver.close()
+        if receiver is not None:
+            receiver.close()
 
 
 def add_quiet(command: click.Command) -> click.Command:
-    """Add --quiet to a command, unless it has an option of that name."""
-    if not any("--quiet" in parameter.opts for parameter in command.params):
+    """Add --quiet to a command, unless it has an option of that name. `terminal_progress` reads it."""
+    if not any(QUIET in parameter.opts for parameter in command.params):
         option = click.Option(
-            ["--quiet"],
+            [QUIET],
             is_flag=True,
             expose_value=False,
-            callback=lambda ctx, parameter, value: be_quiet() if value else None,
             help="Show no progress.",
         )
         command.params.append(option)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +17,7 @@ from surgery.cli.loading import Choose
 from surgery.cli.options import DEVICE
 from surgery.cli.render import console, trainable_line
 from surgery.common.errors import SurgeryError
-from surgery.common.progress import is_reported
+from surgery.common.progress import is_quiet
 from surgery.engine.program import Program
 from surgery.train.checkpoint import Checkpoints
 from surgery.train.data import Rows
@@ -96,10 +95,8 @@ def train_program(
         Figures of the training in the main process, None in other processes of a distributed run.
     """
     out, run = console(), run_directory_of(output)
-    # In a terminal progress is reported, unless --quiet was given.
-    show_bar = is_reported() or not sys.stderr.isatty()
     live = _Live(out, request.objective.metric)
-    watchers: list[Watcher] = [] if quiet or not show_bar or not _is_main() else [live]
+    watchers: list[Watcher] = [] if quiet or is_quiet() or not _is_main() else [live]
     if _is_main():
         watchers += [
             Tracked(name, run / name, output.name, facts_of(request)) for name in dict.fromkeys(track)

@@ -35,26 +35,29 @@ class Receiver(Protocol):
 
 
 _receiver: ContextVar[Receiver | None] = ContextVar("receiver", default=None)
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 @contextmanager
 def reporting(receiver: Receiver | None) -> Iterator[None]:
     """A context in which work is reported to a receiver, or to nobody."""
-    token = _receiver.set(receiver)
+    token, loud = _receiver.set(receiver), _quiet.set(False)
     try:
         yield
     finally:
         _receiver.reset(token)
+        _quiet.reset(loud)
 
 
 def be_quiet() -> None:
-    """Report to nobody from now on, in the current context."""
+    """Report to nobody from now on, until the context of `reporting` ends."""
     _receiver.set(None)
+    _quiet.set(True)
 
 
-def is_reported() -> bool:
-    """True if there is a receiver."""
-    return _receiver.get() is not None
+def is_quiet() -> bool:
+    """True if the user asked for no progress."""
+    return _quiet.get()
 
 
 def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:

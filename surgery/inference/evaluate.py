@@ -165,14 +165,22 @@ def _check_labels(runner: Runner, objective: Objective, setting: Any) -> None:
         )
 
 
-def _companions(runner: Runner, objective: Objective, seed: int) -> Mapping[str, nn.Module]:
-    if type(objective).companions is Objective.companions:
-        return {}
-    if runner.program is None:
-        raise TrainingError(
-            f"objective {objective.name!r} also needs the program that surgery saved (its base, or what it learns); "
-            f"{runner.ref} is none"
+class _NoProgram:
+    """Stands for the program in the companions of an objective. An objective that reads it gets an error."""
+
+    def __init__(self, ref: str, objective: str) -> None:
+        self.__dict__["said"] = (
+            f"objective {objective!r} also needs the program that surgery saved (its base, or what it learns); {ref} "
+            "is none"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        raise TrainingError(self.__dict__["said"])
+
+
+def _companions(runner: Runner, objective: Objective, seed: int) -> Mapping[str, nn.Module]:
+    """The other modules of an objective. Those of most objectives need no program."""
+    program: Any = runner.program or _NoProgram(runner.ref, objective.name)
     with torch.random.fork_rng():
         torch.manual_seed(number_for(seed, "companions"))
-        return objective.companions(runner.program)
+        return objective.companions(program)

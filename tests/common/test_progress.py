@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.common.progress import be_quiet, is_reported, reporting, stage, track
+from surgery.common.progress import be_quiet, is_quiet, reporting, stage, track
 from tests.shared import models
 
 
@@ -46,14 +46,14 @@ def test_loops_and_stages():
 
 
 def test_without_a_receiver_and_in_silence():
-    assert not is_reported()
     assert list(track([1], "one")) == [1]
     seen = Recorder()
     with reporting(seen):
         be_quiet()
+        assert is_quiet()
         assert list(track([1], "one")) == [1]
     assert seen.begun == []
-    assert not is_reported()
+    assert not is_quiet()
 
 
 def test_what_is_countable_is_counted(tmp_path):

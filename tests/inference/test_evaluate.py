@@ -166,6 +166,15 @@ def test_figures_of_another_objective(bert_folder, llama_folder, tmp_path):
     )
 
 
+def test_an_objective_with_a_teacher_needs_no_program(forms):
+    """The teacher is the model itself, as a saved program: it agrees with every form."""
+    options = ("--objective", "distill", "--teacher", forms.trained, "--of", "classification")
+    found = evaluated(forms.onnx, "--data", forms.test, *options)["metrics"]
+    assert found["agreement"] == 1
+    assert found["accuracy"] == found["teacher/accuracy"] == forms.printed["metrics"]["accuracy"]
+    assert found["soft"] == pytest.approx(0, abs=1e-6)  # fp32 of two runtimes
+
+
 class Normalized(Net):
     """A network that says how its pixels are normalized, as timm's do."""
 

@@ -148,7 +148,18 @@ def test_on_the_command_line(llama_folder, texts, tmp_path):
         contextlib.redirect_stderr(io.StringIO()),
         pytest.raises(SystemExit) as stopped,
     ):
-        main([*line, "--track", "tensorboard", "--tensorboard", "--json", "-o", str(tmp_path / "out")])
+        main(
+            [
+                *line,
+                "--track",
+                "tensorboard",
+                "--tensorboard",
+                "--json",
+                "--quiet",
+                "-o",
+                str(tmp_path / "out"),
+            ]
+        )
     assert not stopped.value.code, out.getvalue()
     assert json.loads(out.getvalue())["steps"] == 1
     assert len(list((tmp_path / "out.run" / "tensorboard").glob("events.*"))) == 1
