@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from surgery.cli.benchmarks import ratio, size_text, threads
+from surgery.cli.benchmarks import conditions, ratio, size_text
 from surgery.inference.benchmark import BATCHES, Benchmark, Figures
 
 _WIDTH, _HEIGHT, _MARGIN = 560, 340, 76
@@ -38,10 +38,7 @@ def benchmark_page(found: Benchmark) -> str:
     titles += [found.metric] if found.metric else []
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     rows = "".join(_row(each, found) for each in found.models)
-    about = (
-        f"medians of {found.rounds} rounds in turns, {threads(found)} each, on the CPU; inputs: {found.inputs}; "
-        "ratios are to the first model"
-    )
+    about = f"{conditions(found)}; ratios are to the first model"
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>surgery benchmark</title>'

@@ -20,9 +20,11 @@ def ratio(value: float | None, first: float | None) -> str:
     return f"{value / first:.2f}×" if value is not None and first else ""
 
 
-def threads(found: Benchmark) -> str:
-    """Number of threads in words."""
-    return f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+def conditions(found: Benchmark) -> str:
+    """How a benchmark was measured, in words."""
+    threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+    where = ", ".join(found.devices)
+    return f"medians of {found.rounds} rounds in turns, {threads} each, on {where}; inputs: {found.inputs}"
 
 
 def tell_benchmark(found: Benchmark) -> None:
@@ -55,6 +57,4 @@ def tell_benchmark(found: Benchmark) -> None:
             table.add_row("", *ratios, style="dim")
     out = console()
     out.print(table)
-    out.print(
-        f"medians of {found.rounds} rounds in turns, {threads(found)} each, on the CPU; inputs: {found.inputs}"
-    )
+    out.print(conditions(found))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import json_option, model_options
+from surgery.cli.options import DEVICE, json_option, model_options
 from surgery.cli.pass_groups import ObjectiveCommand
 from surgery.common.errors import SurgeryError
 from surgery.inference.references import kind_of
@@ -75,6 +75,9 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
         def open_model(ref: str, **more: Any) -> Any:
             from surgery.inference.runner import open_runner
 
+            device = click.get_current_context().meta.get(DEVICE)
+            if device is not None and device.type != "cpu" and kind_of(ref).startswith("onnx"):
+                raise SurgeryError(f"--device {device}: {ref} runs in onnxruntime on the CPU; leave it out")
             runner = open_runner(
                 ref,
                 loader.program,

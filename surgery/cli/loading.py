@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from surgery.capture import LoadedModel, LoadOptions
+from surgery.capture.devices import on_device
 from surgery.capture.reference import load_model
 from surgery.cli.yaml_text import Refused, parse_yaml
 from surgery.common.errors import SurgeryError, nearest
@@ -103,8 +104,16 @@ def make_loader(
 
     def module(ref: str) -> LoadedModel:
         given, sizes = _options(model_kwargs, examples, seed)
-        options = LoadOptions(task=task, model_kwargs=given, trust=trust, example=sizes)
-        return load_model(ref, options, plugins)
+        options = LoadOptions(task=task, model_kwargs=given, trust=trust, example=sizes, random=is_random)
+        loaded = load_model(ref, options, plugins)
+        if loaded.commit:
+            click.echo(f"weights: {loaded.repo} at commit {loaded.commit[:12]}", err=True)
+        if device is None:
+            return loaded
+        loaded.module.to(device)
+        return replace(
+            loaded, args=on_device(loaded.args, device), kwargs=on_device(dict(loaded.kwargs), device)
+        )
 
     return Loader(loader, module)
 

@@ -71,6 +71,7 @@ class Benchmark:
         rounds: measurements of each latency.
         threads: threads of torch and of onnxruntime.
         inputs: description of the inputs.
+        devices: devices that the models run on.
         metric: name of the metric of quality, or "".
         larger: True if a larger quality is better.
     """
@@ -79,6 +80,7 @@ class Benchmark:
     rounds: int
     threads: int
     inputs: str
+    devices: tuple[str, ...] = ("cpu",)
     metric: str = ""
     larger: bool = True
 
@@ -88,6 +90,7 @@ class Benchmark:
             "rounds": self.rounds,
             "threads": self.threads,
             "inputs": self.inputs,
+            "devices": list(self.devices),
             "metric": self.metric or None,
             "larger_is_better": self.larger if self.metric else None,
             "models": [each.to_json() for each in self.models],
@@ -173,6 +176,7 @@ def benchmark(
         rounds,
         torch.get_num_threads(),
         "first rows of the data" if rows is not None else f"random, texts of {length} tokens at most",
+        tuple(dict.fromkeys(str(runner.device) for runner in runners)),
         first.metric if first else "",
         first.larger if first else True,
     )

@@ -159,7 +159,8 @@ class Generator:
         """
         transformers = require_transformers()
         streamer = _Streamer(transformers, self.tokenizer, write)
-        prompt = torch.tensor([list(ids)])
+        cached = self._model is not None and self.runner.kind != "onnx-generate"
+        prompt = torch.tensor([list(ids)], device=self.runner.device if cached else None)
         try:
             with torch.no_grad():
                 if self._model is None:

@@ -70,6 +70,8 @@ def read_items(runner: Runner, given: Sequence[str], lines: Sequence[str], colum
 
 def is_table(argument: str) -> bool:
     """True for a file of rows or a directory. Raises LoadError for such a file that does not exist."""
+    if not argument:
+        return False
     path = Path(argument)
     # A text may be too long to be a path.
     try:
@@ -93,6 +95,10 @@ def _rows(path: Path, column: str | None) -> list[Item]:
     pictures = sorted(file for file in path.glob("*") if file.suffix.lower() in PICTURES)
     if pictures:
         return [Item(str(file), str(file)) for file in pictures]
+    if path.is_dir() and not any(file.suffix.lower() in (*PICTURES, *FORMATS) for file in path.rglob("*")):
+        raise LoadError(
+            f"{path} holds no images and no rows ({', '.join(FORMATS)}); name another directory or file"
+        )
     rows = read_test_rows((path,))
     names = rows.column_names
     if column is not None and column not in names:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from surgery.capture.devices import HOME, device_of, on_device
 from surgery.capture.normalization import PREPROCESSOR, read_normalization
 from surgery.capture.shapes import input_names
 from surgery.capture.types import LoadedModel
@@ -69,15 +70,21 @@ class Runner:
     adapters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the module; onnxruntime's is the CPU."""
+        return device_of(self.module)
+
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the model and return its outputs by name.
+        """Run the model and return its outputs by name, on the CPU.
 
         Raises:
             SurgeryError: the model does not accept the inputs.
         """
         try:
             with torch.no_grad():
-                return outputs_of(self.module.eval()(**inputs))
+                outputs = outputs_of(self.module.eval()(**on_device(dict(inputs), self.device)))
+            return on_device(outputs, HOME)
         except SurgeryError:
             raise
         except Exception as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from surgery.capture.devices import device_of, on_device
 from surgery.common.progress import track
 from surgery.train.batch_order import draw_for
 from surgery.train.data_context import Setting
@@ -41,10 +42,13 @@ def observe(
     Returns:
         The tensors that the objective observes, over all examples.
     """
-    seen = []
+    seen, device = [], device_of(module)
+    for companion in (companions or {}).values():
+        companion.to(device)
     for number, chosen in enumerate(track(objective.epoch(data, batch, None), "evaluating")):
-        made = objective.collate(data[chosen], setting, draw_for(seed, HELD_OUT, number))
-        seen.append(objective.observe(module, objective.complete(made, companions or {})))
+        made = on_device(objective.collate(data[chosen], setting, draw_for(seed, HELD_OUT, number)), device)
+        observed = objective.observe(module, objective.complete(made, companions or {}))
+        seen.append({name: tensor.cpu() for name, tensor in observed.items()})
     return joined(seen)
 
 

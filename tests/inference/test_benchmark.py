@@ -88,7 +88,7 @@ def benchmark_of(*names):
     models = [
         Figures(name, "onnx", 1000 * (n + 1), latency, None, 0.9 - n / 10) for n, name in enumerate(names)
     ]
-    return Benchmark(tuple(models), 3, 1, "random", "accuracy")
+    return Benchmark(tuple(models), 3, 1, "random", metric="accuracy")
 
 
 def test_the_page_has_no_network_and_no_foreign_markup():

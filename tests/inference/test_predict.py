@@ -118,10 +118,18 @@ def test_a_language_model_is_for_generation(llama_folder):
         (("TEST", "--text", "txt"), "has no column 'txt'; did you mean 'text'"),
         ((TEXT, "--labels", "a,b"), "names 2 classes"),
         (("cat.png",), "cat.png does not exist"),
+        (("EMPTY",), "holds no images and no rows"),
+        ((TEXT, "--device", "cuda:99"), "here"),
     ],
 )
-def test_wrong_input_is_one_line(forms, args, said):
-    assert said in refused("predict", forms.hf, *(forms.test if arg == "TEST" else arg for arg in args))
+def test_wrong_input_is_one_line(forms, tmp_path, args, said):
+    paths = {"TEST": forms.test, "EMPTY": tmp_path}
+    assert said in refused("predict", forms.hf, *(paths.get(arg, arg) for arg in args))
+
+
+def test_a_device_is_for_torch_alone(forms):
+    said = refused("predict", forms.onnx, TEXT, "--device", "meta")
+    assert "runs in onnxruntime on the CPU" in said
 
 
 def test_a_model_that_does_not_exist_is_reported_before_torch_is_imported():
