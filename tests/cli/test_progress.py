@@ -17,9 +17,9 @@ from surgery.cli.group import BUILT_IN
 ROOT = Path(__file__).parents[2]
 # A command of half a second in five steps. The delay is shortened to a tenth, so that the test need not last longer.
 RUN = """
-import sys, time
+import sys, time, types
 import click
-from surgery.cli import cli, main, progress
+from surgery.cli import group, main, progress
 from surgery.common.progress import stage, track
 progress.DELAY = float(sys.argv.pop(1))
 
@@ -31,8 +31,11 @@ def work(fail):
                 raise click.UsageError("it failed")
     click.echo("done")
 
-command = click.Command("work", params=[click.Option(["--fail"], is_flag=True)], callback=work)
-cli.add_command(progress.add_quiet(command), "work")
+# As a built-in command, for which no plugin is loaded.
+made = types.ModuleType("surgery.cli.made")
+made.work = click.Command("work", params=[click.Option(["--fail"], is_flag=True)], callback=work)
+sys.modules["surgery.cli.made"] = made
+group.BUILT_IN["work"] = ("made", "work", "")
 main(sys.argv[1:])
 """
 
