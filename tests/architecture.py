@@ -26,26 +26,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "store": ("passes", "engine", "graph", "capture", "common"),
     "live": ("store", "passes", "engine", "graph", "capture", "common"),
     "export": ("live", "store", "passes", "engine", "graph", "capture", "common"),
-    "show": ("engine", "graph", "capture", "common"),
     "train": ("live", "store", "passes", "engine", "graph", "capture", "common"),
-    "inference": ("train", "export", "live", "store", "passes", "engine", "graph", "capture", "common"),
     "testing": ("train", "export", "live", "store", "passes", "engine", "graph", "capture", "common"),
-    "cli": (
-        "inference",
-        "train",
-        "show",
-        "export",
-        "live",
-        "store",
-        "passes",
-        "engine",
-        "graph",
-        "capture",
-        "common",
-    ),
+    "cli": ("train", "export", "live", "store", "passes", "engine", "graph", "capture", "common"),
 }
 # Files at the root stand above every package.
-ROOM_AT_THE_ROOT = 18
+ROOM_AT_THE_ROOT = 16
 # A function-level import is allowed for a third-party library, and of surgery itself only in these files, which
 # exist to start quickly: a name is imported when it is first asked for.
 LAZY = ("cli/", "__init__.py", "__main__.py", "common/plugins.py", "api/")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from surgery.cli.benchmarks import conditions, ratio, size_text
-from surgery.inference.benchmark import BATCHES, Benchmark, Figures
+from surgery.cli.inference.benchmark import BATCHES, Benchmark, Figures
 
 _WIDTH, _HEIGHT, _MARGIN = 560, 340, 76
 _COLOURS = ("#2f6fbb", "#c4572b", "#2d8a5b", "#8b4fb3", "#b0862a", "#3b8fa0", "#b03a63", "#6b6f76")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from surgery.cli.inference.benchmark import BATCHES, Benchmark, Figures
 from surgery.cli.render import console
-from surgery.inference.benchmark import BATCHES, Benchmark, Figures
 
 
 def size_text(figures: Figures) -> str:

@@ -11,10 +11,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from surgery.cli.inference.evaluate import Evaluation
+from surgery.cli.inference.figures import ClassReport
 from surgery.cli.render import console
 from surgery.common.errors import SurgeryError
-from surgery.inference.evaluate import Evaluation
-from surgery.inference.figures import ClassReport
 from surgery.train.data import Rows, read_test_rows
 from surgery.train.objective import Objective
 from surgery.train.tables import joined

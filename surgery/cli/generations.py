@@ -10,8 +10,8 @@ from time import perf_counter
 import click
 import torch
 
+from surgery.cli.inference.generate import Generator, Sampling, dialogue
 from surgery.common.errors import SurgeryError
-from surgery.inference.generate import Generator, Sampling, dialogue
 
 
 def tell_generated(generator: Generator, prompt: str, how: Sampling, seed: int, as_json: bool) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli.inference.references import kind_of
 from surgery.cli.options import DEVICE, json_option, model_options
 from surgery.cli.pass_groups import ObjectiveCommand
 from surgery.common.errors import SurgeryError
-from surgery.inference.references import kind_of
 
 if TYPE_CHECKING:
     from surgery.cli.loading import Loader
@@ -73,7 +73,7 @@ def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         def open_model(ref: str, **more: Any) -> Any:
-            from surgery.inference.runner import open_runner
+            from surgery.cli.inference.runner import open_runner
 
             device = click.get_current_context().meta.get(DEVICE)
             if device is not None and device.type != "cpu" and kind_of(ref).startswith("onnx"):
@@ -243,9 +243,9 @@ def evaluate(
     Options after --objective NAME belong to it.
     """
     from surgery.cli.evaluations import read_rows_of, tell_evaluation
+    from surgery.cli.inference.evaluate import evaluate as judge
+    from surgery.cli.inference.evaluate import guess_objective
     from surgery.common.files import write_text
-    from surgery.inference.evaluate import evaluate as judge
-    from surgery.inference.evaluate import guess_objective
     from surgery.train.registry import find_objective
 
     groups = ctx.meta["groups"]
@@ -307,7 +307,7 @@ def generate(
 ) -> None:
     """Continue PROMPT (- for the standard input), or answer it with --chat. The text appears as it is generated."""
     from surgery.cli.generations import hold_dialogue, tell_generated
-    from surgery.inference.generate import UNLIMITED, Generator, Sampling
+    from surgery.cli.inference.generate import UNLIMITED, Generator, Sampling
 
     if not chat and prompt is None:
         raise SurgeryError("give a PROMPT, - to read it from the standard input, or --chat")
@@ -396,10 +396,10 @@ def benchmark(
     from surgery.cli.benchmark_page import benchmark_page
     from surgery.cli.benchmarks import tell_benchmark
     from surgery.cli.evaluations import read_rows_of
+    from surgery.cli.inference.benchmark import benchmark as measure
+    from surgery.cli.inference.evaluate import evaluate as judge
+    from surgery.cli.inference.evaluate import guess_objective
     from surgery.common.files import write_text
-    from surgery.inference.benchmark import benchmark as measure
-    from surgery.inference.evaluate import evaluate as judge
-    from surgery.inference.evaluate import guess_objective
     from surgery.train.registry import find_objective
 
     groups = ctx.meta["groups"]

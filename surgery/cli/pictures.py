@@ -10,10 +10,10 @@ from surgery.cli.render import console
 from surgery.common.errors import SurgeryError
 from surgery.common.files import write_text
 from surgery.engine.program import Program
-from surgery.show.compare import compare
-from surgery.show.model import model_data
-from surgery.show.model_explorer import model_explorer
-from surgery.show.page import page
+from surgery.export.show.compare import compare
+from surgery.export.show.model import model_data
+from surgery.export.show.model_explorer import model_explorer
+from surgery.export.show.page import page
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:

@@ -16,12 +16,12 @@ from rich.table import Table
 from safetensors.numpy import save as safetensors_bytes
 from torch import Tensor
 
+from surgery.cli.inference.items import STDIN, TENSORS, Item, is_table, read_arrays, read_items
+from surgery.cli.inference.predict import Question, best, predict, predict_arrays, question
+from surgery.cli.inference.runner import Runner
 from surgery.cli.render import console
 from surgery.common.errors import SurgeryError
 from surgery.common.files import write_bytes
-from surgery.inference.items import STDIN, TENSORS, Item, is_table, read_arrays, read_items
-from surgery.inference.predict import Question, best, predict, predict_arrays, question
-from surgery.inference.runner import Runner
 
 NUMBERS, RECORDS = (".npy", ".safetensors"), (".jsonl", ".csv")
 _SHOWN = 4  # numbers of an embedding that a line shows

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.inference.conftest import run
+from tests.cli.inference.conftest import run
 from tests.train.conftest import write
 
-PAGE = (Path(__file__).parents[2] / "docs" / "using_results.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "using_results.md").read_text()
 COMMANDS = re.findall(r"^    ((?:echo .* \| )?surgery .*?)(?:  +#.*)?$", PAGE, re.M)
 
 

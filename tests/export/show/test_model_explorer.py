@@ -8,8 +8,8 @@ import pytest
 
 import surgery
 from surgery.cli import main
-from surgery.show.model import model_data
-from surgery.show.model_explorer import model_explorer
+from surgery.export.show.model import model_data
+from surgery.export.show.model_explorer import model_explorer
 from tests.shared.stacks import STACK, program
 
 # The fields of GraphNode and IncomingEdge in ai-edge-model-explorer 0.1.34 (model_explorer/graph_builder.py). Its page

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from surgery.capture.hf_config import require_transformers
+from surgery.cli.inference.runner import Runner
 from surgery.common.errors import LoadError, SurgeryError
 from surgery.common.readers import first_line
-from surgery.inference.runner import Runner
 from surgery.live.model import live, restore_settings
 from surgery.train.objective import output
 

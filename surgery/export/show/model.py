@@ -11,10 +11,10 @@ from torch import fx
 from surgery.capture.dimensions import Dimensions
 from surgery.engine.program import Program
 from surgery.engine.registry import find_pass
+from surgery.export.show.errors import weight_errors
 from surgery.graph.graphs import live_nodes
 from surgery.graph.marks import mark_of
 from surgery.graph.ops import module_path
-from surgery.show.errors import weight_errors
 
 # torch.export gives this path to ops that it adds itself.
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"

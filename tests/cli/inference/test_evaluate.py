@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import surgery
-from tests.inference.conftest import NAMES, refused, run, write_rows
+from tests.cli.inference.conftest import NAMES, refused, run, write_rows
 from tests.train.conftest import bert_config, save_tokenizer, write
 from tests.train.test_images import Net
 

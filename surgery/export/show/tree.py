@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.show.model import ModelData, Op, Weight
+from surgery.export.show.model import ModelData, Op, Weight
 
 
 @dataclass

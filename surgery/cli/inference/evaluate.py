@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.cli.inference.figures import ClassReport, regression_figures
+from surgery.cli.inference.runner import Runner
 from surgery.common.errors import TrainingError
 from surgery.common.plugins import Plugins
-from surgery.inference.figures import ClassReport, regression_figures
-from surgery.inference.runner import Runner
 from surgery.train.batch_order import number_for
 from surgery.train.data import make_examples, quiet
 from surgery.train.evaluation import observe

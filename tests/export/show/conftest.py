@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 import surgery
+from tests.export.show.browser import Browser
 from tests.shared import tiny
-from tests.show.browser import Browser
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SHOTS = Path(os.environ.get("SURGERY_SCREENSHOTS", Path(__file__).parents[2] / "out" / "screenshots"))
+SHOTS = Path(os.environ.get("SURGERY_SCREENSHOTS", Path(__file__).parents[3] / "out" / "screenshots"))
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1440,900",

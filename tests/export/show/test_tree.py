@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 import surgery
-from surgery.show.model import model_data
-from surgery.show.tree import build_tree
+from surgery.export.show.model import model_data
+from surgery.export.show.tree import build_tree
 from tests.shared.stacks import program
 
 

@@ -22,6 +22,8 @@ from surgery.capture.devices import HOME, device_of, on_device
 from surgery.capture.normalization import PREPROCESSOR, read_normalization
 from surgery.capture.shapes import input_names
 from surgery.capture.types import LoadedModel
+from surgery.cli.inference.modules import OnnxModule, PrefillModule, onnx_size
+from surgery.cli.inference.references import Kind, kind_of
 from surgery.common.errors import ExportError, LoadError, SurgeryError
 from surgery.common.readers import read_json
 from surgery.engine.labels import labels_in
@@ -30,8 +32,6 @@ from surgery.export import metadata_keys
 from surgery.export.generator import open_generator
 from surgery.export.runtime import OnnxModel, session_threads
 from surgery.graph.outputs import ONLY, named_outputs
-from surgery.inference.modules import OnnxModule, PrefillModule, onnx_size
-from surgery.inference.references import Kind, kind_of
 from surgery.train.data_context import Setting, padding_of, token_limits
 from surgery.train.images import Images
 from surgery.train.runner import Body

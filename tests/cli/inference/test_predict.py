@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.inference.conftest import refused, run
+from tests.cli.inference.conftest import refused, run
 
 TEXT = "the cat sees a red dog"
 
@@ -139,7 +139,7 @@ def test_a_model_that_does_not_exist_is_reported_before_torch_is_imported():
     )
     for args in (("predict", "no-such", "a text"), ("evaluate", "no-such", "--data", "no.csv")):
         done = subprocess.run(
-            [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+            [sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=Path(__file__).parents[3]
         )
         assert done.stdout.split() == ["2", "False"]
         assert done.stderr.count("\n") == 1

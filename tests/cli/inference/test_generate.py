@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery
-from surgery.inference.generate import Generator, Sampling
-from surgery.inference.runner import open_runner
-from tests.inference.conftest import refused, run
+from surgery.cli.inference.generate import Generator, Sampling
+from surgery.cli.inference.runner import open_runner
+from tests.cli.inference.conftest import refused, run
 from tests.train.conftest import TEMPLATE, save_tokenizer
 
 PROMPT = "the cat sees"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from surgery.show.model import ModelData
-from surgery.show.tree import Item, build_tree
+from surgery.export.show.model import ModelData
+from surgery.export.show.tree import Item, build_tree
 
 # Characters that could end a script element. json.dumps escapes those that are not ASCII, such as U+2028.
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
@@ -92,4 +92,4 @@ def _filled(content: dict[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("surgery.show").joinpath("assets", name).read_text("utf-8")
+    return resources.files("surgery.export.show").joinpath("assets", name).read_text("utf-8")

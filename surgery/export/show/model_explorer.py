@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from surgery.show.model import ModelData, Op, Weight
+from surgery.export.show.model import ModelData, Op, Weight
 
 
 def model_explorer(data: ModelData) -> str:

@@ -13,11 +13,11 @@ import torch
 from torch import Generator as Draw
 from torch import Tensor
 
+from surgery.cli.inference.evaluate import Evaluation
+from surgery.cli.inference.generate import Generator, Sampling
+from surgery.cli.inference.runner import Runner
 from surgery.common.errors import LoadError, SurgeryError
 from surgery.common.progress import track
-from surgery.inference.evaluate import Evaluation
-from surgery.inference.generate import Generator, Sampling
-from surgery.inference.runner import Runner
 from surgery.train.data import make_examples, quiet
 from surgery.train.objective import Objective
 

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from surgery.show.compare import compare
-from surgery.show.model import model_data
-from surgery.show.page import page
-from tests.show.test_page import hostile
+from surgery.export.show.compare import compare
+from surgery.export.show.model import model_data
+from surgery.export.show.page import page
+from tests.export.show.test_page import hostile
 
 ENTER, ESCAPE, DOWN, UP, LEFT, RIGHT = "\ue007", "\ue00c", "\ue015", "\ue013", "\ue012", "\ue014"
 # Of a page that was written on this machine and is opened from a file. The issue asks for less than a second; the

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from surgery.cli.benchmark_page import benchmark_page
-from surgery.inference.benchmark import Benchmark, Figures, _in_turns
-from tests.inference.conftest import refused, run
+from surgery.cli.inference.benchmark import Benchmark, Figures, _in_turns
+from tests.cli.inference.conftest import refused, run
 
 FAST = ("--rounds", 2)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from surgery.show.model import model_data
-from surgery.show.page import page, to_json
+from surgery.export.show.model import model_data
+from surgery.export.show.page import page, to_json
 from tests.shared.stacks import program
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -107,7 +107,7 @@ def test_a_name_that_looks_like_a_place_of_the_template_is_left_alone():
 
 
 def test_bundled_libraries_are_as_published():
-    assets = resources.files("surgery.show").joinpath("assets")
+    assets = resources.files("surgery.export.show").joinpath("assets")
     digest = hashlib.sha256(assets.joinpath("dagre.min.js").read_bytes()).hexdigest()
     assert digest in assets.joinpath("README.md").read_text("utf-8")
     assert "Permission is hereby granted" in assets.joinpath("dagre.LICENSE").read_text("utf-8")
@@ -115,7 +115,7 @@ def test_bundled_libraries_are_as_published():
 
 @pytest.mark.slow
 def test_the_wheel_has_the_page(tmp_path):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path / name)
     shutil.copytree(root / "surgery", tmp_path / "surgery", ignore=shutil.ignore_patterns("__pycache__"))
@@ -136,4 +136,4 @@ def test_the_wheel_has_the_page(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assets = {path.name for path in (root / "surgery" / "show" / "assets").iterdir()}
     assert {"page.html", "page.css", "page.js", "dagre.min.js", "dagre.LICENSE", "README.md"} == assets
-    assert {f"surgery/show/assets/{name}" for name in assets} <= names
+    assert {f"surgery/export/show/assets/{name}" for name in assets} <= names

@@ -12,12 +12,12 @@ from surgery.common.errors import SurgeryError
 from surgery.engine.diff import keyed_nodes
 from surgery.engine.probe import InputSet, Probe
 from surgery.engine.program import Program
+from surgery.export.show.errors import read_tensor, relative_error
+from surgery.export.show.model import ModelData, Op, Weight, model_data, path_of
+from surgery.export.show.values import moved_values
 from surgery.graph.graphs import live_nodes
 from surgery.graph.marks import mark_of, output_with_adapters
 from surgery.graph.sites import Site
-from surgery.show.errors import read_tensor, relative_error
-from surgery.show.model import ModelData, Op, Weight, model_data, path_of
-from surgery.show.values import moved_values
 
 
 @dataclass

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import surgery
-from surgery.show import values
-from surgery.show.compare import compare
-from surgery.show.tree import build_tree
-from surgery.show.values import distance, moved_values
+from surgery.export.show import values
+from surgery.export.show.compare import compare
+from surgery.export.show.tree import build_tree
+from surgery.export.show.values import distance, moved_values
 from tests.shared.stacks import program
 
 
@@ -155,7 +155,7 @@ def writes_more():
 
 
 def test_in_place_ops_do_not_change_what_was_held():
-    a, b = (surgery.load(f"py:tests.show.test_compare:{name}") for name in ("writes", "writes_more"))
+    a, b = (surgery.load(f"py:tests.export.show.test_compare:{name}") for name in ("writes", "writes_more"))
     assert any("mul_" in str(node.target) for node in a.graph.nodes), "torch.export made this functional"
     moved = {op.op: op.moved for op in compare(a, b, ("a", "b")).ops}
     assert moved["mul"] == 0

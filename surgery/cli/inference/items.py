@@ -11,9 +11,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from surgery.cli.inference.runner import Runner
 from surgery.common.errors import LoadError, nearest
 from surgery.common.readers import first_line
-from surgery.inference.runner import Runner
 from surgery.train.data import FORMATS, quiet, read_test_rows
 from surgery.train.texts import TEXT_OR_IMAGE
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from surgery.cli.inference.items import Item, rows_of
+from surgery.cli.inference.runner import Runner
 from surgery.common.errors import LoadError, nearest
 from surgery.common.progress import track
-from surgery.inference.items import Item, rows_of
-from surgery.inference.runner import Runner
 from surgery.train.embeddings import Pooling, embedded
 from surgery.train.texts import read
 
