@@ -134,6 +134,6 @@ def test_the_wheel_has_the_page(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tmp_path / "out").glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assets = {path.name for path in (root / "surgery" / "show" / "assets").iterdir()}
+    assets = {path.name for path in (root / "surgery" / "export" / "show" / "assets").iterdir()}
     assert {"page.html", "page.css", "page.js", "dagre.min.js", "dagre.LICENSE", "README.md"} == assets
     assert {f"surgery/export/show/assets/{name}" for name in assets} <= names
