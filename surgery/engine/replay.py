@@ -209,13 +209,13 @@ def check_fit(entry: Entry, pass_: RewritePass, sites: Sequence[Site], tensors: 
 
 
 def _largest(decided: Any) -> int:
-    """The largest size in a decision, apart from limits of dimensions. Passes make lists of such sizes."""
+    """The largest size in a decision, apart from limits of dimensions and from savings, which are only reported."""
     if isinstance(decided, bool):
         return 0
     if isinstance(decided, int):
         return abs(decided)
     if isinstance(decided, Mapping):
-        decided = [value for name, value in decided.items() if name != "limits"]
+        decided = [value for name, value in decided.items() if name not in ("limits", "saved")]
     return max(map(_largest, decided), default=0) if isinstance(decided, list) else 0
 
 
