@@ -110,10 +110,10 @@ def _sum(item: Item, data: ModelData) -> None:
     """Set the figures of an item and of those below."""
     for child in item.children:
         _sum(child, data)
-    own = [w for w in item.weights if w.name in data.parameters]
+    own = [w for w in item.weights if w.name in data.parameters and w.change != "-"]
     item.parameters = sum(data.parameters[w.name] for w in own) + sum(c.parameters for c in item.children)
     item.trainable = sum(w.size for w in own if w.trains) + sum(c.trainable for c in item.children)
-    item.bytes = sum(w.bytes for w in item.weights) + sum(c.bytes for c in item.children)
+    item.bytes = sum(w.bytes for w in item.weights if w.change != "-") + sum(c.bytes for c in item.children)
     marks = (
         [o.by for o in item.ops] + [w.by for w in item.weights] + [m for c in item.children for m in c.marks]
     )
