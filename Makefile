@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all sweep bench techniques docs lint clean
+.PHONY: demo test test-all sweep bench techniques docs site lint clean
 
 $(READY): pyproject.toml constraints.txt tests/requirements-models.txt $(wildcard plugins/*/pyproject.toml)
 	@echo "setting up $(VENV): a few minutes, once"
@@ -46,6 +46,12 @@ docs: $(READY)
 	$(BIN)/surgery passes --write docs/passes
 	$(BIN)/surgery objectives --write docs/objectives
 	$(BIN)/python -m surgery.cli.completion_table
+	$(BIN)/surgery run --schema > docs/recipe.schema.json
+	$(BIN)/python docs/make_pictures.py
+
+site: $(READY)
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,13 +10,32 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli.options import check_trackers, json_option, loading_options, output_option
+from surgery.cli.plugins import plugins_of
 
 if TYPE_CHECKING:
     from surgery.common.plugins import Plugins
     from surgery.engine.program import Program
 
 
+def _print_schema(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Print the JSON Schema of recipes and exit, if --schema is given."""
+    if not value or ctx.resilient_parsing:
+        return
+    from surgery.cli.recipe_schema import recipe_schema
+
+    click.echo(json.dumps(recipe_schema(plugins_of(ctx)), indent=1, ensure_ascii=False))
+    ctx.exit()
+
+
 @click.command()
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON Schema of recipes, for editors, and exit.",
+)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("model", required=False)
 @output_option

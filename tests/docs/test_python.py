@@ -1,26 +1,27 @@
-"""Code blocks of the README run as written."""
+"""Python blocks of the pages that are run with models of the tests, and a check that every block is run somewhere."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import torch
 
 import surgery
+from surgery.api import RewritePass
+from surgery.api.patterns import OpIndex, find
 from surgery.api.programs import make_plugin_manager
 from surgery.testing import check_pass
+from tests.docs.blocks import blocks, pages, python_block
+from tests.docs.test_pages import RUN
 from tests.shared import models
-
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_whole_plugin(monkeypatch):
-    (source,) = (block for block in BLOCKS if "def surgery_passes" in block)
+    source = python_block("docs/plugins.md", "def surgery_passes")
     written: dict[str, object] = {"__name__": "gate_plugin"}
-    exec(compile(source, "README.md", "exec"), written)
+    exec(compile(source, "page", "exec"), written)
     (gate,) = written["surgery_passes"]()  # type: ignore[operator]
 
     module, inputs = models.attention()
@@ -32,12 +33,12 @@ def test_the_whole_plugin(monkeypatch):
 
 def test_a_schedule(minilm):
     """The block under "Techniques", for two steps."""
-    (source,) = (block for block in BLOCKS if "module.advance" in block)
+    source = python_block("docs/tutorial.md", "module.advance")
     steps = source.replace("range(1000)", "(0, 100)").replace(
         "    ...", "    SEEN.append(module.advance(step))"
     )
     place: dict[str, object] = {"surgery": surgery, "torch": torch, "program": minilm, "SEEN": []}
-    exec(compile(steps, "README.md", "exec"), place)
+    exec(compile(steps, "page", "exec"), place)
     first, later = place["SEEN"]  # type: ignore[misc]
     assert first
     assert set(first) < set(later)
@@ -47,7 +48,7 @@ def test_in_place(tmp_path):
     """The block under "In place", on a small llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    (source,) = (block for block in BLOCKS if "surgery.apply_" in block)
+    source = python_block("docs/live.md", "surgery.apply_")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
@@ -65,7 +66,7 @@ def test_in_place(tmp_path):
                 tensor.normal_()
 
     place = {"surgery": surgery, "model": model, "IDS": ids, "SEEN": seen, "RANDOMISE": randomise}
-    exec(compile(steps, "README.md", "exec"), place)
+    exec(compile(steps, "page", "exec"), place)
     both, film, mixed = seen
     assert torch.equal(both, film)
     assert not torch.allclose(film, before, atol=1e-3)
@@ -77,7 +78,7 @@ def test_in_place(tmp_path):
 
 def test_from_python(tmp_path, minilm):
     """The block under "From Python", with MiniLM instead of the path."""
-    (source,) = (block for block in BLOCKS if "import surgery\n\nprogram = surgery.load" in block)
+    source = python_block("docs/tutorial.md", "import surgery\n\nprogram = surgery.load")
     steps = source.replace("...  # any training loop", "STEP()")
     steps = re.sub(r"program = surgery\.load\(.*\)\n", "program = MINILM\n", steps, count=1)
     steps = steps.replace('"adapted"', repr(str(tmp_path / "adapted")))
@@ -93,6 +94,72 @@ def test_from_python(tmp_path, minilm):
         module.eval()  # type: ignore[attr-defined]
 
     place["STEP"] = step
-    exec(compile(steps, "README.md", "exec"), place)
+    exec(compile(steps, "page", "exec"), place)
     assert surgery.load(str(tmp_path / "adapted")).journal.find("lora")
     assert (tmp_path / "model.onnx").is_file()
+
+
+# Where the ```python blocks of pages that are not run as a whole are run: a text of the block -> the test.
+ELSEWHERE = {
+    "def surgery_passes": "test_the_whole_plugin",
+    "module.advance": "test_a_schedule",
+    "surgery.apply_": "test_in_place",
+    "import surgery\n\nprogram = surgery.load": "test_from_python",
+    "def silu": "test_a_pattern",
+    "from my_package import Gate": "test_the_test_of_the_plugin",
+    "class Shift(Fold)": "test_a_fold",
+    "def migrate": "test_a_migration",
+    "open_generator": "tests/export/test_generation.py",
+}
+
+
+def test_every_block_is_run():
+    others = [b for page in pages() if page not in RUN for b in blocks(page) if b.language == "python"]
+    missing = [b for b in others if not any(marker in b.text for marker in ELSEWHERE)]
+    assert not missing, f"no test runs these blocks: {missing}"
+    assert all(any(marker in b.text for b in others) for marker in ELSEWHERE)
+
+
+def gate_plugin(monkeypatch):
+    """The plugin of docs/plugins.md, as the module my_package."""
+    written = ModuleType("my_package")
+    exec(python_block("docs/plugins.md", "def surgery_passes"), written.__dict__)
+    monkeypatch.setitem(sys.modules, "my_package", written)
+    return written
+
+
+def test_the_test_of_the_plugin(monkeypatch, capsys):
+    gate_plugin(monkeypatch)
+    place: dict[str, object] = {}
+    exec(python_block("docs/plugins.md", "from my_package import Gate"), place)
+    place["test_gate"]()  # type: ignore[operator]
+    assert "merge" in capsys.readouterr().out
+
+
+def test_a_fold(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shift_page", page := ModuleType("shift_page"))
+    exec(python_block("docs/plugins.md", "class Shift(Fold)"), page.__dict__)
+    shift = page.Shift(torch.tensor([1.0, 2.0]))
+    assert shift.apply(torch.zeros(2), None).tolist() == [1, 2]
+
+
+def test_a_migration(monkeypatch):
+    """A directory of version 1 held the gate itself; version 2 holds its logarithm."""
+    place = {"RewritePass": RewritePass, "__name__": "gate_page"}
+    exec(python_block("docs/plugins.md", "def migrate"), place)
+    options, tensors = place["Gate"].migrate({}, {"gate": torch.ones(3)}, 1)  # type: ignore[attr-defined]
+    assert options == {}
+    assert tensors["g"].tolist() == [0, 0, 0]
+
+
+def test_a_pattern():
+    """silu in both forms is found in a captured module."""
+    place: dict[str, object] = {"__name__": "silu_page"}
+    exec(python_block("docs/quantization.md", "def silu"), place)
+
+    class Both(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(x) + x * torch.reciprocal(torch.exp(-x) + 1)
+
+    program = surgery.capture(Both(), (torch.randn(2, 3),))
+    assert len(find(OpIndex(program.graph), place["silu"]).matches) == 2  # type: ignore[arg-type]

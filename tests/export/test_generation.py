@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -19,6 +17,7 @@ from surgery.export.generation import check_tokens
 from surgery.export.generator import open_generator
 from surgery.export.readback import journal_of, provenance_of
 from tests.conftest import minilm_path
+from tests.docs.blocks import python_block
 from tests.shared import tiny
 
 NEW = 32
@@ -202,12 +201,11 @@ def test_adapters_of_the_generator(two, adaptable):
         pass
 
 
-def test_as_the_readme_has_it(two, adaptable):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (source,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "open_generator" in b)
+def test_as_the_page_has_it(two, adaptable):
+    source = python_block("docs/language_models.md", "open_generator")
     ids, _ = prompts()
     place = {"tokenizer": lambda *_, **__: {"input_ids": ids[:1], "attention_mask": torch.ones_like(ids[:1])}}
-    exec(compile(source.replace('"onnx"', repr(str(adaptable))), "README.md", "exec"), place)
+    exec(compile(source.replace('"onnx"', repr(str(adaptable))), "page", "exec"), place)
     live = two[1].only("film").live()
     assert torch.equal(place["tokens"], live.generate(ids[:1], max_new_tokens=32))
 

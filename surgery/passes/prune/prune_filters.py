@@ -34,7 +34,7 @@ class PruneFilters(GraphPass):
     (DepGraph: Fang et al. 2023, arXiv:2301.12900). An op without a rule keeps all units that enter it, and the refusal
     names the op.
 
-    From each group of U units the ⌊ratio · U⌋ least important are removed, W' = W[kept][:, kept], and sizes in views,
+    From each group of U units the ⌊ratio · U⌋ least important are removed, `W' = W[kept][:, kept]`, and sizes in views,
     splits and convolutions of the graph are updated. `--importance l1` (Li et al. 2017, arXiv:1608.08710) sums |w| over
     the weights that produce and read a unit, each tensor relative to its mean; `l2` sums w²; `taylor` sums
     (∂L/∂w · w)² over the unit's parameters, the first-order change of the loss (Molchanov et al. 2019,
