@@ -11,6 +11,8 @@ import pytest
 # torch's cache of fake tensors pays from two dozen layers on; models of two layers are captured a third quicker
 # without it. It is read when torch is imported, here and in the processes that tests start.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+# A worker of pytest-xdist is told the width of a terminal that it does not write to.
+os.environ.pop("COLUMNS", None)
 
 LISTED = Path(__file__).parent / "tests" / "slow.txt"
 

@@ -21,8 +21,8 @@ make = loop.accelerator
 
 
 def sharding(block: str) -> None:
-    def made(settings: loop.Settings) -> Accelerator:
-        found = make(settings)
+    def made(settings: loop.Settings, *more: object) -> Accelerator:
+        found = make(settings, *more)
         wrap = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": [block]}
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, **(wrap if block != "none" else {"auto_wrap_policy": "no_wrap"})

@@ -419,9 +419,9 @@ def command(program, data, out, objective, *more):
 
 
 def test_installed_and_from_the_command_line(installed, base, prompts, tmp_path):
-    said, _ = ran(start(installed, "objectives"))
-    rows = [line.split() for line in said.splitlines() if "torch-surgery-rl" in line]
-    assert {"ppo", "trpo"} <= {word for row in rows for word in row}
+    said, _ = ran(start(installed, "objectives", "--json"))
+    own = {row["name"] for row in json.loads(said) if row["distribution"] == "torch-surgery-rl"}
+    assert own == {"ppo", "trpo"}
     adapted(base).save(tmp_path / "adapted")
     out = tmp_path / "trained"
     said, _ = ran(
