@@ -158,7 +158,7 @@ def _print_ends(out: Console, program: Program) -> None:
         return f"[{named.shape(value.shape)}] {str(value.dtype).removeprefix('torch.')}"
 
     inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
-    values = [(n.name, n.meta.get("val")) for n in inputs]
+    values = [(str(n.target), n.meta.get("val")) for n in inputs]
     tensors = [f"{name}{shape(value)}" for name, value in values if isinstance(value, torch.Tensor)]
     out.print(Text(f"inputs: {', '.join(tensors)}"))
     results = [
