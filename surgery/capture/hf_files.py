@@ -97,7 +97,7 @@ def _weights(names: Iterable[str], variant: Any) -> list[str]:
 
 
 def _instead(names: list[str]) -> str:
-    """What a repository without a configuration is, with a remedy."""
+    """Description of a repository without a configuration, with a remedy."""
     if "adapter_config.json" in names:
         return "is a PEFT checkpoint; download it, and load it with surgery import-peft"
     ggufs = sorted(name for name in names if name.endswith(".gguf"))

@@ -21,7 +21,7 @@ def ratio(value: float | None, first: float | None) -> str:
 
 
 def conditions(found: Benchmark) -> str:
-    """How a benchmark was measured, in words."""
+    """Conditions of a benchmark, in words."""
     threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}"
     where = ", ".join(found.devices)
     return f"medians of {found.rounds} rounds in turns, {threads} each, on {where}; inputs: {found.inputs}"

@@ -65,12 +65,12 @@ def apply(
     from surgery.cli.recipe import wanted_recipe, write_recipe
     from surgery.cli.render import console, note_unfrozen, trainable_line
     from surgery.cli.reports import tell_applied
-    from surgery.common.files import refuse_taken
+    from surgery.common.files import refuse_file, refuse_taken
 
     wanted = wanted_recipe(ctx, model, recipe, freeze_base, plugins)
     refuse_taken(output, overwrite)
-    if save_recipe is not None and save_recipe.exists() and not overwrite:
-        raise SurgeryError(f"{save_recipe} exists; choose another --save-recipe, or pass --overwrite")
+    if save_recipe is not None:
+        refuse_file(save_recipe, overwrite, "--save-recipe")
     program = loader(wanted.model, wanted, dtype=dtype)
     result = program.apply(
         *wanted.passes,

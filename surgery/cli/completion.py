@@ -31,7 +31,7 @@ def matching(names: Sequence[str], incomplete: str) -> list[CompletionItem]:
 
 
 def in_group(flag: str, args: Sequence[str], incomplete: str) -> list[CompletionItem] | None:
-    """What can stand behind `--pass NAME …`.
+    """Completions behind `--pass NAME …`.
 
     Args:
         flag: Option that starts a group, such as "--pass".

@@ -11,15 +11,36 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from surgery.cli.inference.evaluate import Evaluation
+from surgery.cli.inference.evaluate import Evaluation, guess_objective
 from surgery.cli.inference.figures import ClassReport
+from surgery.cli.inference.runner import Runner
 from surgery.cli.render import console
 from surgery.common.errors import SurgeryError
+from surgery.common.plugins import Plugins
 from surgery.train.data import Rows, read_test_rows
 from surgery.train.objective import Objective
+from surgery.train.registry import find_objective
 from surgery.train.tables import joined
 
 _MOST_CLASSES = 20  # of a confusion matrix that the terminal shows
+
+
+def asked_objective(groups: Sequence[tuple[str, dict[str, Any]]], plugins: Plugins) -> Objective | None:
+    """The objective of --objective with its options, or None.
+
+    Raises:
+        SurgeryError: there are several, or its name or an option is wrong.
+    """
+    if len(groups) > 1:
+        raise SurgeryError("give one --objective NAME; `surgery objectives` lists them")
+    return find_objective(plugins, groups[0][0]).cls.parse(groups[0][1]) if groups else None
+
+
+def guessed_objective(runner: Runner, rows: Any, plugins: Plugins) -> Objective:
+    """The objective that the outputs and the data decide; a note names it."""
+    objective = guess_objective(runner, rows, plugins)
+    click.echo(f"note: evaluates as {objective.name}; --objective NAME chooses another", err=True)
+    return objective
 
 
 def read_rows_of(data: Sequence[str], objective: Objective | None) -> Any:

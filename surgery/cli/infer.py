@@ -191,10 +191,7 @@ def predict(
 class EvaluateCommand(ObjectiveCommand):
     """The command evaluate, whose objective is optional."""
 
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage(
-            ctx.command_path, "MODEL --data FILE… [--objective NAME [OBJECTIVE OPTIONS]] [OPTIONS]"
-        )
+    usage = "MODEL --data FILE… [--objective NAME [OBJECTIVE OPTIONS]] [OPTIONS]"
 
 
 @click.command(cls=EvaluateCommand)
@@ -242,25 +239,18 @@ def evaluate(
     Without --objective, the outputs and the data decide between classification, regression, causal-lm and masked-lm.
     Options after --objective NAME belong to it.
     """
-    from surgery.cli.evaluations import read_rows_of, tell_evaluation
+    from surgery.cli.evaluations import asked_objective, guessed_objective, read_rows_of, tell_evaluation
     from surgery.cli.inference.evaluate import evaluate as judge
-    from surgery.cli.inference.evaluate import guess_objective
-    from surgery.common.files import write_text
-    from surgery.train.registry import find_objective
+    from surgery.common.files import refuse_file, write_text
 
-    groups = ctx.meta["groups"]
-    if len(groups) > 1:
-        raise SurgeryError("give one --objective NAME; `surgery objectives` lists them")
-    if output is not None and output.exists() and not overwrite:
-        raise SurgeryError(f"{output} exists; choose another -o, or pass --overwrite")
-    objective = find_objective(plugins, groups[0][0]).cls.parse(groups[0][1]) if groups else None
+    objective = asked_objective(ctx.meta["groups"], plugins)
+    if output is not None:
+        refuse_file(output, overwrite)
     rows = read_rows_of(data, objective)
     runner = open_model(model, longest=max_length)
     if labels:
         runner = runner.labelled(labels)
-    if objective is None:
-        objective = guess_objective(runner, rows, plugins)
-        click.echo(f"note: evaluates as {objective.name}; --objective NAME chooses another", err=True)
+    objective = objective or guessed_objective(runner, rows, plugins)
     found = judge(runner, objective, rows, batch=batch, seed=seed)
     report = tell_evaluation(found, model, as_json)
     if output is not None:
@@ -330,10 +320,7 @@ def generate(
 class BenchmarkCommand(ObjectiveCommand):
     """The command benchmark, whose objective is optional."""
 
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage(
-            ctx.command_path, "MODEL… [--data FILE…] [--objective NAME [OBJECTIVE OPTIONS]] [OPTIONS]"
-        )
+    usage = "MODEL… [--data FILE…] [--objective NAME [OBJECTIVE OPTIONS]] [OPTIONS]"
 
 
 @click.command(cls=BenchmarkCommand)
@@ -395,30 +382,24 @@ def benchmark(
 
     from surgery.cli.benchmark_page import benchmark_page
     from surgery.cli.benchmarks import tell_benchmark
-    from surgery.cli.evaluations import read_rows_of
+    from surgery.cli.evaluations import asked_objective, guessed_objective, read_rows_of
     from surgery.cli.inference.benchmark import benchmark as measure
     from surgery.cli.inference.evaluate import evaluate as judge
-    from surgery.cli.inference.evaluate import guess_objective
-    from surgery.common.files import write_text
-    from surgery.train.registry import find_objective
+    from surgery.common.files import refuse_file, write_text
 
-    groups = ctx.meta["groups"]
-    if len(groups) > 1:
-        raise SurgeryError("give one --objective NAME; `surgery objectives` lists them")
-    if groups and not data:
+    objective = asked_objective(ctx.meta["groups"], plugins)
+    if objective is not None and not data:
         raise SurgeryError("--objective judges data; add --data FILE")
-    if html is not None and html.exists() and not overwrite:
-        raise SurgeryError(f"{html} exists; choose another --html, or pass --overwrite")
+    if html is not None:
+        refuse_file(html, overwrite, "--html")
     if threads is not None:
         torch.set_num_threads(threads)
-    objective = find_objective(plugins, groups[0][0]).cls.parse(groups[0][1]) if groups else None
     rows = read_rows_of(data, objective) if data else None
     runners = [open_model(ref, longest=max_length, threads=torch.get_num_threads()) for ref in models]
     if labels:
         runners = [runner.labelled(labels) for runner in runners]
-    if rows is not None and objective is None:
-        objective = guess_objective(runners[0], rows, plugins)
-        click.echo(f"note: evaluates as {objective.name}; --objective NAME chooses another", err=True)
+    if rows is not None:
+        objective = objective or guessed_objective(runners[0], rows, plugins)
     judged = [judge(r, objective, rows, seed=seed) for r in runners] if objective is not None else []
     found = measure(
         runners,

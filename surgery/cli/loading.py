@@ -94,9 +94,7 @@ def make_loader(
             input=() if Path(ref).is_dir() else inputs or (recipe.input if recipe else ()),
             device=device,
         )
-        fetched = program.base.loaded
-        if fetched.commit:
-            click.echo(f"weights: {fetched.repo} at commit {fetched.commit[:12]}", err=True)
+        _tell_commit(program.base.loaded)
         # The library gives these notes as Python warnings, which the command line silences.
         for note in program.base.notes:
             click.echo(f"note: {note}", err=True)
@@ -106,8 +104,7 @@ def make_loader(
         given, sizes = _options(model_kwargs, examples, seed)
         options = LoadOptions(task=task, model_kwargs=given, trust=trust, example=sizes, random=is_random)
         loaded = load_model(ref, options, plugins)
-        if loaded.commit:
-            click.echo(f"weights: {loaded.repo} at commit {loaded.commit[:12]}", err=True)
+        _tell_commit(loaded)
         if device is None:
             return loaded
         loaded.module.to(device)
@@ -132,6 +129,12 @@ class Loader:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Program:
         return self.program(*args, **kwargs)
+
+
+def _tell_commit(loaded: LoadedModel) -> None:
+    """Print the commit that the weights were fetched at, if they came from the hub."""
+    if loaded.commit:
+        click.echo(f"weights: {loaded.repo} at commit {loaded.commit[:12]}", err=True)
 
 
 def _options(

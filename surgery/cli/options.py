@@ -104,31 +104,25 @@ output_option = click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write."
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the contents of the output path.")
-data_option: Callable[..., Any] = click.option(
-    "--data",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Inputs by name (.safetensors, .npz), or rows of texts or images (.csv, .jsonl, a directory), for passes that "
-    "measure activations; may be repeated.",
-)
 
 
-compared_option: Callable[..., Any] = click.option(
-    "--data",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Inputs to compare values on: by name (.safetensors, .npz), or rows of texts or images (.csv, .jsonl, a "
-    "directory); may be repeated (default: the example inputs).",
+def _data_option(text: str) -> Callable[..., Any]:
+    """The option --data of a command, with its help text."""
+    path: Any = click.Path(path_type=Path)
+    return click.option("--data", multiple=True, type=path, metavar="FILE", help=text)
+
+
+data_option = _data_option(
+    "Inputs by name (.safetensors, .npz), or rows of texts or images (.csv, .jsonl, a directory), for passes that "
+    "measure activations; may be repeated."
 )
-judged_option: Callable[..., Any] = click.option(
-    "--data",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Data on which rounded activations are judged: rows of texts or images (.csv, .jsonl, a directory), or inputs "
-    "by name (.safetensors, .npz); may be repeated (default: random inputs).",
+compared_option = _data_option(
+    "Inputs to compare values on: by name (.safetensors, .npz), or rows of texts or images (.csv, .jsonl, a "
+    "directory); may be repeated (default: the example inputs)."
+)
+judged_option = _data_option(
+    "Data on which rounded activations are judged: rows of texts or images (.csv, .jsonl, a directory), or inputs "
+    "by name (.safetensors, .npz); may be repeated (default: random inputs)."
 )
 
 
@@ -140,6 +134,19 @@ def check_trackers(ctx: click.Context, parameter: click.Parameter, names: tuple[
         for name in names:
             check_tracker(name)
     return names
+
+
+def track_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds --track and --tensorboard."""
+    track = click.option(
+        "--track",
+        multiple=True,
+        callback=check_trackers,
+        metavar="NAME",
+        help="Also log to an experiment tracker: tensorboard, mlflow, trackio or wandb; may be repeated.",
+    )
+    same = click.option("--tensorboard", is_flag=True, help="The same as --track tensorboard.")
+    return track(same(function))
 
 
 def with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,9 +27,14 @@ class GroupCommand(click.Command):
 
     Attributes:
         flag: option that starts a group, such as `--pass`.
+        usage: arguments and options, as the usage line shows them.
     """
 
     flag = ""
+    usage = ""
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, self.usage)
 
     def find(self, plugins: Plugins, name: str) -> type[Configured]:
         """The class whose fields are the options of a group. Raises SurgeryError for an unknown name."""
@@ -89,6 +94,7 @@ class PassCommand(GroupCommand):
     """A command that takes passes."""
 
     flag = "--pass"
+    usage = "MODEL --pass NAME [PASS OPTIONS] [--pass …] [OPTIONS]"
 
     def find(self, plugins: Plugins, name: str) -> type[Configured]:
         from surgery.engine.registry import find_pass
@@ -100,14 +106,12 @@ class PassCommand(GroupCommand):
 
         show_passes(plugins, name, None, as_json=False)
 
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage(ctx.command_path, "MODEL --pass NAME [PASS OPTIONS] [--pass …] [OPTIONS]")
-
 
 class ObjectiveCommand(GroupCommand):
     """A command that takes an objective."""
 
     flag = "--objective"
+    usage = "MODEL --objective NAME [OBJECTIVE OPTIONS] --data FILE… -o DIR [OPTIONS]"
 
     def find(self, plugins: Plugins, name: str) -> type[Configured]:
         from surgery.train.registry import find_objective
@@ -118,11 +122,6 @@ class ObjectiveCommand(GroupCommand):
         from surgery.cli.views import show_objectives
 
         show_objectives(plugins, name, None, as_json=False)
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage(
-            ctx.command_path, "MODEL --objective NAME [OBJECTIVE OPTIONS] --data FILE… -o DIR [OPTIONS]"
-        )
 
 
 def split_groups(

@@ -8,7 +8,7 @@ from pathlib import Path
 from surgery.cli.loading import read_data
 from surgery.cli.render import console
 from surgery.common.errors import SurgeryError
-from surgery.common.files import write_text
+from surgery.common.files import refuse_file, write_text
 from surgery.engine.program import Program
 from surgery.export.show.compare import compare
 from surgery.export.show.model import model_data
@@ -20,8 +20,7 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
     """Raise SurgeryError if the file exists and may not be replaced, or is a directory."""
     if output.is_dir():
         raise SurgeryError(f"{output} is a directory; name a file, such as {output / 'model.html'}")
-    if output.exists() and not overwrite:
-        raise SurgeryError(f"{output} exists; choose another file, or pass --overwrite")
+    refuse_file(output, overwrite, "file")
 
 
 def write_view(program: Program, title: str, output: Path, form: str) -> None:

@@ -21,7 +21,7 @@ from surgery.cli.inference.predict import Question, best, predict, predict_array
 from surgery.cli.inference.runner import Runner
 from surgery.cli.render import console
 from surgery.common.errors import SurgeryError
-from surgery.common.files import write_bytes
+from surgery.common.files import refuse_file, write_bytes
 
 NUMBERS, RECORDS = (".npy", ".safetensors"), (".jsonl", ".csv")
 _SHOWN = 4  # numbers of an embedding that a line shows
@@ -39,8 +39,7 @@ def check_output(output: Path | None, overwrite: bool) -> None:
         raise SurgeryError(
             f"-o {output}: predictions are written as {', '.join((*NUMBERS, *RECORDS))}; choose one of these"
         )
-    if output.exists() and not overwrite:
-        raise SurgeryError(f"{output} exists; choose another -o, or pass --overwrite")
+    refuse_file(output, overwrite)
 
 
 def tell_predictions(

@@ -71,7 +71,7 @@ def show_program(program: Program, title: str, as_json: bool, folding: Folding) 
 
 
 def adapters_at(entries: Sequence[Entry]) -> dict[SiteKey, list[str]]:
-    """What passes did at each site: `lora`, or `lora at weight 0.5`."""
+    """Passes applied at each site: `lora`, or `lora at weight 0.5`."""
     found: dict[SiteKey, list[str]] = {}
     for entry in entries:
         if entry.kind == "rewrite":
@@ -112,7 +112,7 @@ def _add(branch: Tree, item: Folded, passes: dict[SiteKey, list[str]]) -> None:
 
 
 def _summary(item: Folded) -> str:
-    """What a module has in it, if it stands for several or is not opened."""
+    """Contents of a module that stands for several or is not opened."""
     if item.count == 1 and not item.cut:
         return ""
     sites = [row.value[0] for row in item.below]

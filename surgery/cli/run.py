@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.options import check_trackers, json_option, loading_options, output_option
+from surgery.cli.options import json_option, loading_options, output_option, track_options
 from surgery.cli.plugins import plugins_of
 
 if TYPE_CHECKING:
@@ -47,14 +47,7 @@ def _print_schema(ctx: click.Context, parameter: click.Parameter, value: bool) -
     metavar="CODE",
     help="Let the recipe run this code (py:MODULE:CALLABLE, MODULE:FUNCTION); may be repeated.",
 )
-@click.option(
-    "--track",
-    multiple=True,
-    callback=check_trackers,
-    metavar="NAME",
-    help="Also log to an experiment tracker: tensorboard, mlflow, trackio or wandb; may be repeated.",
-)
-@click.option("--tensorboard", is_flag=True, help="The same as --track tensorboard.")
+@track_options
 @json_option
 @loading_options
 def run(

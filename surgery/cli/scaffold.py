@@ -17,7 +17,7 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the package of a kind says about itself.
+    """Texts of the package of one kind of plugin.
 
     Attributes:
         summary: Description of the plugin; {short} is its short name.

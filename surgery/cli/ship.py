@@ -84,15 +84,15 @@ def export(
     """Write an ONNX file and check it in onnxruntime at a new input shape. Fails if the outputs do not agree."""
     from surgery.cli.loading import read_data
     from surgery.cli.reports import tell_adaptable, tell_exported, tell_generation
-    from surgery.common.files import refuse_taken
+    from surgery.common.files import refuse_file, refuse_taken
 
     writes_directory = generate or adapters_as_inputs
     if writes_directory:
         refuse_taken(output, overwrite)
-    elif output.exists() and not overwrite:
-        raise SurgeryError(f"{output} exists; choose another -o, or pass --overwrite")
-    elif output.is_dir():
-        raise SurgeryError(f"{output} is a directory; name the ONNX file to write")
+    else:
+        refuse_file(output, overwrite)
+        if output.is_dir():
+            raise SurgeryError(f"{output} is a directory; name the ONNX file to write")
     if generate and external_data is not None:
         raise SurgeryError("--generate always stores weights in separate files; remove --external-data")
     program = choose(loader(model, dtype=dtype))

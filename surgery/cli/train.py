@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.choices import HELD_OUT
-from surgery.cli.options import check_trackers, json_option, model_options, output_option, overwrite_option
+from surgery.cli.options import json_option, model_options, output_option, overwrite_option, track_options
 from surgery.cli.pass_groups import ObjectiveCommand
 from surgery.cli.settings import settings_options
 from surgery.common.errors import TrainingError
@@ -40,14 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tokenizer", metavar="DIR", help="Tokenizer to use instead of the model's own.")
 @click.option("--resume", is_flag=True, help="Continue from the last checkpoint of an interrupted run.")
-@click.option(
-    "--track",
-    multiple=True,
-    callback=check_trackers,
-    metavar="NAME",
-    help="Also log to an experiment tracker: tensorboard, mlflow, trackio or wandb; may be repeated.",
-)
-@click.option("--tensorboard", is_flag=True, help="The same as --track tensorboard.")
+@track_options
 @settings_options
 @overwrite_option
 @json_option

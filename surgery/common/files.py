@@ -72,6 +72,21 @@ def refuse_taken(path: Path, overwrite: bool) -> None:
         )
 
 
+def refuse_file(path: Path, overwrite: bool, another: str = "-o") -> None:
+    """Check that a file may be written.
+
+    Args:
+        path: file to write.
+        overwrite: allow to replace it.
+        another: what the user is to choose instead, such as the option of the file.
+
+    Raises:
+        SurgeryError: `path` exists, and `overwrite` is false.
+    """
+    if path.exists() and not overwrite:
+        raise SurgeryError(f"{path} exists; choose another {another}, or pass --overwrite")
+
+
 def _replace(stage: Path, path: Path) -> None:
     # The umask can only be read by setting it.
     mask = os.umask(0)

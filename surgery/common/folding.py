@@ -55,7 +55,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Folding:
-    """How a listing is shortened.
+    """Options of shortening a listing.
 
     Attributes:
         depth: Number of levels to show, None for all.
@@ -151,7 +151,7 @@ def _follows(one: _Module, other: _Module) -> bool:
 
 
 def times(count: int) -> str:
-    """How often a line stands for a row: " ×30", or "" for once."""
+    """Number of rows that a line stands for: " ×30", or "" for one."""
     return f" ×{count}" if count > 1 else ""
 
 

@@ -8,7 +8,7 @@ from html import escape
 
 @dataclass(frozen=True)
 class Summary:
-    """What an object is, with facts and a table.
+    """Title of an object, with facts and a table.
 
     Attributes:
         title: First line.

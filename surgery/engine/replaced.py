@@ -41,7 +41,7 @@ class Replaced:
 
 
 def replaced_weights(program: State) -> list[Replaced]:
-    """What each entry of the journal replaced; entries that replaced no weight are left out."""
+    """Weights that each entry of the journal replaced; entries that replaced none are left out."""
     tensors = {**program.base.tensors, **program.tensors}
     gone = unread(program)
     found = (_replaced(entry, tensors, gone) for entry in program.journal if entry.kind == "rewrite")

@@ -165,29 +165,32 @@ def _place(node: fx.Node) -> str:
 
 
 def _step(old: Any, new: Any) -> tuple[int, int]:
-    return next((int(a), int(b)) for a, b in zip(old.shape, new.shape, strict=True) if not _same(a, b))
+    return next((int(a), int(b)) for a, b in zip(old.shape, new.shape, strict=True) if not same_size(a, b))
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return type(a) is type(b) and a.node.expr == b.node.expr
+def same_size(a: Any, b: Any) -> bool:
+    """True for equal sizes. Expressions of symbolic ones are compared, since their `==` would add a guard."""
+    symbolic = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    plain, other = (size.node.expr if isinstance(size, symbolic) else size for size in (a, b))
+    return bool(plain == other)
 
 
 def _alike(old: Any, new: Any) -> bool:
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
-        return old.dim() == new.dim() and all(_same(a, b) for a, b in zip(old.shape, new.shape, strict=True))
+        return old.dim() == new.dim() and all(
+            same_size(a, b) for a, b in zip(old.shape, new.shape, strict=True)
+        )
     if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)):
         return len(old) == len(new) and all(_alike(a, b) for a, b in zip(old, new, strict=True))
     if isinstance(old, (int, torch.SymInt)) and isinstance(new, (int, torch.SymInt)):
-        return _same(old, new)
+        return same_size(old, new)
     return old is None and new is None
 
 
 def _follows(old: Any, new: Any, widths: set[tuple[int, int]]) -> bool:
     """True if a result differs only in one of the changed lengths."""
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.dim() == new.dim():
-        moved = [(a, b) for a, b in zip(old.shape, new.shape, strict=True) if not _same(a, b)]
+        moved = [(a, b) for a, b in zip(old.shape, new.shape, strict=True) if not same_size(a, b)]
         return len(moved) == 1 and moved[0] in widths
     if isinstance(old, int) and isinstance(new, int):
         return (old, new) in widths

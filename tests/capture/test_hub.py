@@ -37,12 +37,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(server, home):
-    return {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    return hub.environment(server.url, home)
 
 
 @pytest.fixture(scope="module")

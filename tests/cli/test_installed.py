@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 
 import pytest
 
-from surgery.cli import main
 from surgery.cli.families import FAMILIES, by_family
 from surgery.cli.installed import distributions
 from surgery.common.hooks import hookimpl
 from surgery.common.plugins import make_plugin_manager
 from surgery.engine.registry import passes
+from tests.shared.commands import call
 
 FAMILY = {
     "lora": "adds trained tensors",
@@ -23,13 +21,6 @@ FAMILY = {
     "prune-filters": "makes the model smaller",
     "fold-batchnorm": "replaces ops",
 }
-
-
-def call(*args) -> tuple[int, str]:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as done:
-        main([str(arg) for arg in args])
-    return done.value.code or 0, out.getvalue()
 
 
 def test_every_pass_has_a_family():

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import subprocess
 import sys
 
 import pytest
 
-from surgery.cli import main
 from surgery.cli.author import KINDS
+from tests.shared.commands import call
 
 # Each starts five processes. The kits themselves are tested in tests/testing.
 SLOW = ("weight-op", "objective", "loader", "lowering")
-
-
-def call(*args) -> tuple[int, str]:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as done:
-        main([str(arg) for arg in args])
-    return done.value.code or 0, out.getvalue()
 
 
 def run(*command, site) -> str:

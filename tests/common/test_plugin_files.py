@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import subprocess
 import sys
 from typing import ClassVar
@@ -15,8 +13,8 @@ from torch import nn
 import surgery
 from surgery.api import Field, PassError, PluginError, RewritePass, TensorSpec
 from surgery.api.programs import make_plugin_manager
-from surgery.cli import main
 from surgery.testing import check_pass
+from tests.shared import commands
 
 FILE = '''
 from __future__ import annotations
@@ -59,18 +57,17 @@ def base():
     return surgery.capture(net.eval(), (torch.randn(3, 6),))
 
 
+def call(*args) -> tuple[int, str]:
+    """Exit code and output of a command line, on one line."""
+    code, said = commands.call(*args)
+    return code, " ".join(said.split())
+
+
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "shift.py"
     path.write_text(FILE)
     return path
-
-
-def call(*args) -> tuple[int, str]:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as done:
-        main([str(arg) for arg in args])
-    return done.value.code or 0, " ".join(out.getvalue().split())
 
 
 def test_an_unregistered_class_is_applied_saved_and_checked(base, tmp_path):

@@ -81,6 +81,11 @@ class Hub:
         return [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
 
 
+def environment(url: str, home: Path) -> dict[str, str]:
+    """Environment of a process whose client of the hub asks a loopback hub and keeps its cache in a folder."""
+    return {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+
+
 @contextmanager
 def serve() -> Iterator[Hub]:
     """A hub that answers on a free port of loopback inside the block."""

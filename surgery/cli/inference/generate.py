@@ -23,7 +23,7 @@ UNLIMITED = 1 << 30  # tokens of a prompt: the model alone limits them
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Options of choosing tokens.
 
     Attributes:
         new_tokens: largest number of new tokens.

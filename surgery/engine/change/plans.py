@@ -95,7 +95,7 @@ class PassPlan:
         )
 
     def in_words(self) -> str:
-        """What the pass would do: its sites and the parameters that it adds, or what would train."""
+        """Sites of the pass and the parameters that it adds, or the parameters that would train."""
         if not self.sites:
             return "no site matches" if isinstance(self.pass_, RewritePass) else in_words(self.selection, {})
         refused = f", {len(self.refused)} refused" if self.refused else ""

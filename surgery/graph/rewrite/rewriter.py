@@ -22,6 +22,7 @@ from surgery.graph.marks import (
     set_mark,
 )
 from surgery.graph.ops import LINEAR, Call, arguments, operand
+from surgery.graph.outputs import same_size
 from surgery.graph.propagate import propagate
 from surgery.graph.rewrite.current import bias_now, replaced_by, weight_reader
 from surgery.graph.rewrite.inserter import Inserter
@@ -404,7 +405,7 @@ class Rewriter(Inserter):
     def _check_shape(self, value: fx.Node, output: fx.Node) -> None:
         """Raises PassError if `rewrite` returned a value of another shape than the output that it replaces."""
         made, wanted = (tuple(node.meta["val"].shape) for node in (value, output))
-        if len(made) != len(wanted) or not all(map(_same_size, made, wanted)):
+        if len(made) != len(wanted) or not all(map(same_size, made, wanted)):
             said, asked = (" × ".join(map(str, shape)) for shape in (made, wanted))
             raise PassError(
                 f"{self._entry_id} at {self.site.path}: rewrite returned a value of shape {said}, and the output that "
@@ -423,9 +424,3 @@ class Rewriter(Inserter):
         self._ends = input_before_adapters(operand(call)), output_with_adapters(call.node)
         self._anchor = self._ends[1].next
         self._columns, self._turned = columns, {}
-
-
-def _same_size(a: Any, b: Any) -> bool:
-    """True for equal sizes. Expressions of symbolic ones are compared, since their `==` would add a guard."""
-    plain, other = (size.node.expr if isinstance(size, torch.SymInt) else size for size in (a, b))
-    return bool(plain == other)

@@ -11,7 +11,7 @@ from torch import fx
 from surgery.common.errors import PassError
 from surgery.graph.marks import input_before_adapters, mark_of, output_with_adapters
 from surgery.graph.ops import Call, operand
-from surgery.graph.outputs import named_outputs
+from surgery.graph.outputs import named_outputs, same_size
 from surgery.graph.sites import Site
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def unpooled(node: fx.Node) -> fx.Node:
         behind = max(stack)
         stack.remove(behind)
         tokens = _rank(behind) == 3 and _is_float(behind) and behind.op == "call_function"
-        if tokens and (not lengths or any(_same(behind.meta["val"].shape[1], n) for n in lengths)):
+        if tokens and (not lengths or any(same_size(behind.meta["val"].shape[1], n) for n in lengths)):
             return behind
         for below in behind.all_input_nodes:
             if below not in seen and below.op == "call_function":
@@ -184,7 +184,7 @@ def mask_of(node: fx.Node) -> fx.Node | None:
     masks = [n for n in node.graph.nodes if n.op == "placeholder" and "mask" in n.name]
     for found in masks:
         shape = found.meta["val"].shape if _rank(found) == 2 and not _is_float(found) else ()
-        if len(shape) == 2 and all(_same(a, b) for a, b in zip(shape, lengths, strict=True)):
+        if len(shape) == 2 and all(same_size(a, b) for a, b in zip(shape, lengths, strict=True)):
             return found
     return None
 
@@ -256,9 +256,3 @@ def _is_features(name: str, node: fx.Node) -> bool:
 def _is_float(node: fx.Node) -> bool:
     val = node.meta.get("val")
     return isinstance(val, torch.Tensor) and val.is_floating_point()
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return type(a) is type(b) and a.node.expr == b.node.expr

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 import torch
 from torch import nn
@@ -13,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import surgery
 from surgery.api import PassError
 from surgery.api.programs import JournalError
-from surgery.cli import main
 from surgery.testing import check_pass
 from tests.shared import tiny
+from tests.shared.commands import call
 
 # Products in another order, in fp32 over a few layers.
 CLOSE = 1e-5
@@ -167,15 +164,9 @@ def test_a_base_merged_in_place_is_refused(own):
 
 
 def run(*args) -> str:
-    out = io.StringIO()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(out),
-        pytest.raises(SystemExit) as stopped,
-    ):
-        main([str(arg) for arg in args])
-    assert not stopped.value.code, out.getvalue()
-    return out.getvalue()
+    code, said = call(*args)
+    assert not code, said
+    return said
 
 
 def rounded(merged: surgery.Program, quantized) -> torch.Tensor:

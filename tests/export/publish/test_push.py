@@ -39,8 +39,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(server, home):
-    own = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    with forked.commands(**own) as started:
+    with forked.commands(**hub.environment(server.url, home)) as started:
         yield started
 
 
