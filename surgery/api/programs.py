@@ -1,9 +1,10 @@
-"""Programs, journals, loaders, the plugin manager and all errors."""
+"""Programs, journals, loaders, the op of linear recurrences, the plugin manager and all errors."""
 
 from __future__ import annotations
 
 from surgery.capture import LoadedModel, LoadOptions, from_module
 from surgery.capture.py import imported
+from surgery.capture.recurrences.operators import linear_attention
 from surgery.common.errors import (
     CaptureError,
     ExportError,
@@ -47,6 +48,7 @@ __all__ = [
     "find_pass",
     "from_module",
     "imported",
+    "linear_attention",
     "load",
     "make_plugin_manager",
     "passes",

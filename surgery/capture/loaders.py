@@ -28,7 +28,15 @@ def _check_schemes(given: object) -> None:
         )
 
 
-CHECKS_OF_HOOKS = {"surgery_load_schemes": _check_schemes}
+def _check_patches(given: object) -> None:
+    """Raise PluginError if a hook returned anything but a list of functions."""
+    if not isinstance(given, (list, tuple)) or not all(callable(one) for one in given):
+        raise PluginError(
+            f"it returns {given!r} from surgery_capture_patches; return a list of functions (module -> context manager)"
+        )
+
+
+CHECKS_OF_HOOKS = {"surgery_load_schemes": _check_schemes, "surgery_capture_patches": _check_patches}
 
 
 @hookimpl

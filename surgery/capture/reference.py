@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from surgery.capture.types import LoadedModel, LoadOptions
@@ -32,13 +35,31 @@ def load_model(ref: str, options: LoadOptions, plugins: Plugins) -> LoadedModel:
                 f"plugin {plugins.distribution_of(impl)[0]!r} returns {type(loaded).__name__} for {ref!r}; return a "
                 "LoadedModel (surgery.api.programs), or None"
             )
-        return loaded
+        return with_patches(loaded, plugins)
     schemes = [f"{scheme}:" for scheme in plugins.schemes]
     hint = nearest(ref.partition(":")[0] + ":", schemes) if ":" in ref else ""
     known = (
         "hf:DIR, hf:ORG/NAME, timm:NAME, py:package.module:callable, FILE.pt2 or a directory saved by surgery"
     )
     raise LoadError(f"{ref!r} is not a model reference{hint or '; use ' + known}")
+
+
+def with_patches(loaded: LoadedModel, plugins: Plugins) -> LoadedModel:
+    """Add the patches of plugins to those that the export of the model has already."""
+    impls = plugins.implementations("surgery_capture_patches")
+    if not impls:
+        return loaded
+
+    @contextlib.contextmanager
+    def patches() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(loaded.patches())
+            for impl in impls:
+                for patch in plugins.call(impl):
+                    stack.enter_context(patch(loaded.module))
+            yield
+
+    return replace(loaded, patches=patches)
 
 
 def _loaders(ref: str, plugins: Plugins) -> list[Any]:

@@ -19,6 +19,7 @@ from surgery.capture.bounds import derived, fixed_dimensions, without, without_e
 from surgery.capture.devices import neutral
 from surgery.capture.explain import explain
 from surgery.capture.flatten import flatten_regions, share_tied
+from surgery.capture.recurrences.kernels import replaced
 from surgery.capture.recurrent import shape_rules
 from surgery.capture.shapes import Axis, argument_names, list_axes, named_sizes, other_sizes
 from surgery.capture.types import Captured, LoadedModel
@@ -92,7 +93,12 @@ def _export(
     # left to narrow.
     while True:
         try:
-            with _quiet(), loaded.patches(), plain_outputs(module, loaded.args, loaded.kwargs):
+            with (
+                _quiet(),
+                loaded.patches(),
+                replaced(module),
+                plain_outputs(module, loaded.args, loaded.kwargs),
+            ):
                 program = _run_export(loaded, shapes)
                 gm = program.module(check_guards=False)
             break

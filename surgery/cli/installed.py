@@ -21,6 +21,7 @@ _NAMED = (
     "surgery_weight_ops",
     "surgery_onnx_lowerings",
     "surgery_load_schemes",
+    "surgery_capture_patches",
     "surgery_writers",
 )
 

@@ -53,6 +53,15 @@ def surgery_load_schemes() -> list[str]:  # type: ignore[empty-body]
 
 
 @hookspec
+def surgery_capture_patches() -> list[Any]:  # type: ignore[empty-body]
+    """Functions that make models traceable: nn.Module -> a context manager that is entered around the capture.
+
+    A function is called for every model, so it looks whether the model is its own. Inside the block it may, for
+    example, replace a loop by `surgery.api.programs.linear_attention`. It must restore what it replaced.
+    """
+
+
+@hookspec
 def surgery_commands(cli: Any) -> None:
     """Add click commands to the group of the command line.
 

@@ -27,6 +27,7 @@ from surgery.common.summary import Summary
 from surgery.export import annotate, metadata_keys
 from surgery.export.failure import explain, first_line
 from surgery.export.lowerings.dequantize import check_kept
+from surgery.export.lowerings.linear_attention import CONVERTED, finish_opset
 from surgery.export.opset import check_opset, opset_for
 from surgery.export.optional import require
 from surgery.export.parity import ParityReport, check_parity
@@ -268,7 +269,7 @@ def _translate(
                 dynamo=True,
                 optimize=False,
                 verbose=False,
-                opset_version=opset,
+                opset_version=opset and min(opset, CONVERTED),
                 dynamic_shapes=axis_names(source.dynamic_shapes),
                 custom_translation_table=dict(lowerings) if lowerings else None,
             )
@@ -285,11 +286,12 @@ def _translate(
         raise ExportError("torch.onnx.export returned nothing: this torch is older than 2.11; upgrade torch")
     model = exported.model
     # torch.onnx only warns if it cannot convert the model to the requested opset.
-    if opset is not None and model.opset_imports.get("") != opset:
+    if opset is not None and model.opset_imports.get("") != min(opset, CONVERTED):
         raise ExportError(
             f"the graph needs opset {model.opset_imports.get('')} and could not be converted to {opset}; "
             "do not set the opset"
         )
+    finish_opset(model, opset)
     return model
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from surgery.common.errors import ExportError
-from surgery.export.lowerings import dequantize
+from surgery.export.lowerings import dequantize, linear_attention
 
 aten = torch.ops.aten
 
@@ -37,5 +37,5 @@ def check_opset(graph: fx.Graph, opset: int) -> None:
 def opset_for(graph: fx.Graph) -> int | None:
     """The opset that a graph needs; None if torch's default is sufficient."""
     wanted = [_SINCE[node.target] for node in graph.nodes if node.target in _SINCE]
-    codes = dequantize.opset_for(graph)
-    return max([*wanted, *([codes] if codes else [])], default=None)
+    found = [dequantize.opset_for(graph), linear_attention.opset_for(graph)]
+    return max([*wanted, *(opset for opset in found if opset)], default=None)

@@ -131,6 +131,16 @@ def _draws(node: fx.Node) -> bool:
     return name.removesuffix("_").removesuffix("_like") in _RANDOM
 
 
+def _only_cast(node: fx.Node) -> bool:
+    """True if a node is only read by casts to another dtype, which onnxruntime has for every dtype."""
+    casts = ("aten::to", "aten::_to_copy", "aten::type_as")
+    return all(
+        getattr(getattr(user.target, "_schema", None), "name", "") in casts
+        and getattr(user.meta.get("val"), "dtype", torch.bfloat16) != torch.bfloat16
+        for user in node.users
+    )
+
+
 def check_written(program: Program) -> None:
     """Check that no pass inserted an op that has no ONNX form, and that onnxruntime's CPU has the program's dtype.
 
@@ -142,7 +152,11 @@ def check_written(program: Program) -> None:
     tensors = {**program.base.tensors, **program.tensors}
     for node in nodes:
         value = tensors.get(str(node.target)) if node.op == "get_attr" else node.meta.get("val")
-        if node.op in ("get_attr", "placeholder") and getattr(value, "dtype", None) == torch.bfloat16:
+        if (
+            node.op in ("get_attr", "placeholder")
+            and getattr(value, "dtype", None) == torch.bfloat16
+            and not _only_cast(node)
+        ):
             raise ExportError(
                 f"{node.target} is bfloat16, in which onnxruntime's CPU cannot compute; export with --dtype float32 "
                 '(surgery.load(…, dtype="float32")), or convert the module'

@@ -12,11 +12,17 @@ from surgery.graph.ops import LINEAR
 from surgery.graph.sites import Site
 
 ROLE_ROOTS = ("attn", "mlp", "embed", "norm", "conv", "head", "linear")
+# Families of roles that models also have as names of modules (`mixer.in_proj`): a term is a role if it matches one.
+_MIXERS = ("attn", "linear_attn", "ssm")
+_ROOTS_AND_NAMES = ("linear_attn", "ssm", "mixer")
 _OPERANDS = ("q", "k", "v", "qk", "qv", "kv", "qkv")
 # Every role that surgery.graph.analysis.roles assigns. A pass of a plugin may assign others.
 ROLES = (
     *(f"attn.{operand}{factor}" for operand in _OPERANDS for factor in ("", ".a", ".b")),
     "attn.out", "attn.bias", "attn.mix", "attn.gate",
+    *(f"linear_attn.{operand}" for operand in _OPERANDS),
+    *(f"linear_attn.{name}{factor}" for name in ("decay", "beta", "gate") for factor in ("", ".a", ".b")),
+    "linear_attn.out", "ssm.in", "ssm.out", "ssm.x", "ssm.dt",
     "mlp.up", "mlp.gate", "mlp.down", "mlp.gate_up", "mlp.router",
     "embed", "embed.token", "embed.position", "embed.type", "embed.patch",
     "head", "head.dense", "norm", "conv", "linear",
@@ -72,12 +78,21 @@ def parse(target: str) -> list[Term]:
             elif body == "all-linear":
                 reading = "all-linear"
             else:
-                reading = "role" if re.split(r"[.*]", body)[0] in ROLE_ROOTS else "path"
+                reading = _reading(body)
         terms.append(Term(body, exclude, reading, _compile(reading, rest, body)))
     # A target of exclusions alone ("!head") selects everything else.
     if all(term.exclude for term in terms):
         terms.insert(0, Term("all", False, "all", re.compile(".*")))
     return terms
+
+
+def _reading(body: str) -> str:
+    """Tell whether a term without a prefix is a role or a path."""
+    root = re.split(r"[.*]", body)[0]
+    if root in _ROOTS_AND_NAMES:
+        pattern = _compile("role", body, body)
+        return "role" if any(pattern.fullmatch(role) for role in ROLES) else "path"
+    return "role" if root in ROLE_ROOTS else "path"
 
 
 def _compile(reading: str, pattern: str, shown: str) -> Matcher:
@@ -93,7 +108,11 @@ def _compile(reading: str, pattern: str, shown: str) -> Matcher:
             return re.compile(whole)
         except (re.error, OverflowError, RecursionError) as error:
             raise TargetError(f"target {shown!r} is not a valid regular expression: {error}") from None
-    body = "".join(
+    mixers = ""
+    if reading == "role" and (pattern == "mixer" or pattern.startswith("mixer.")):
+        # Every layer that mixes the positions, whatever it is.
+        mixers, pattern = f"(?:{'|'.join(_MIXERS)})", pattern.removeprefix("mixer")
+    body = mixers + "".join(
         ".*" if piece == "**" else "[^.]*" if piece == "*" else "[^.]" if piece == "?" else re.escape(piece)
         for piece in re.split(r"(\*\*|\*|\?)", pattern)
     )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from surgery.capture import LoadedModel, LoadOptions, trace
+from surgery.capture.reference import with_patches
 from surgery.common.errors import CaptureError, LoadError, PassError, TargetError
 from surgery.common.plugins import Plugins, make_plugin_manager
 from surgery.engine.base import Base
@@ -417,7 +418,7 @@ def _state(
     layers = Layers(plugins.weight_ops)
     example_model: LoadedModel | None = None
     try:
-        loaded = example_model = loaded_of(model, inputs, dynamic, example)
+        loaded = example_model = with_patches(loaded_of(model, inputs, dynamic, example), plugins)
         captured, seen, why = trace(loaded), watch(loaded), ""
     except (CaptureError, LoadError) as error:
         loaded, captured, seen = pretend(model)

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from surgery.capture import LoadOptions, from_module, trace
 from surgery.capture.devices import find_device
-from surgery.capture.reference import load_model
+from surgery.capture.reference import load_model, with_patches
 from surgery.common.errors import LoadError
 from surgery.common.plugins import Plugins, make_plugin_manager
 from surgery.engine.base import Base
@@ -166,6 +166,7 @@ def capture(
     Raises:
         CaptureError: The module cannot be captured; the message names the input or the operation.
     """
-    loaded = from_module(module, example_inputs, dynamic)
-    program = Program(Base(loaded, trace(loaded), plugins or make_plugin_manager()))
+    plugins = plugins or make_plugin_manager()
+    loaded = with_patches(from_module(module, example_inputs, dynamic), plugins)
+    program = Program(Base(loaded, trace(loaded), plugins))
     return _noting(type(module).__name__, program)

@@ -1,4 +1,4 @@
-"""State-space models: captured at one length, with a notice; their projections, including W @ x, are sites."""
+"""State-space models: their projections, including W @ x, are sites; and a loop that fixes the length is said."""
 
 from __future__ import annotations
 
@@ -7,31 +7,43 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers import RwkvConfig, RwkvForCausalLM
 
 import surgery
 from surgery.capture import dynamic_axes
 from surgery.cli import main
 from surgery.common.errors import CaptureError
 from surgery.testing import check_pass
-from tests.techniques.models import program, reference
+from tests.techniques.models import program
 
 
 @pytest.fixture(scope="module")
 def mamba() -> surgery.Program:
+    return program("mamba")
+
+
+@pytest.fixture(scope="module")
+def rwkv(tmp_path_factory) -> str:
+    """A model whose loop over the sequence is not replaced by an op."""
+    folder = tmp_path_factory.mktemp("rwkv")
+    config = RwkvConfig(
+        vocab_size=99, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, rescale_every=0
+    )
+    RwkvForCausalLM(config).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def test_the_length_is_fixed_and_said(rwkv, capsys):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = program("mamba")
+        loaded = surgery.load(rwkv)
     assert [str(w.message) for w in caught if "seq is fixed at 11" in str(w.message)]
-    return loaded
-
-
-def test_the_length_is_fixed_and_said(mamba, capsys):
-    (note,) = mamba.captured.notes
+    (note,) = loaded.captured.notes
     assert note.startswith("seq is fixed at 11, because the model's code fixes it")
     assert "--example seq=N" in note
-    assert dynamic_axes(mamba.captured) == {"input_ids": {0: "batch"}, "attention_mask": {0: "batch"}}
+    assert all("seq" not in axes.values() for axes in dynamic_axes(loaded.captured).values())
     with pytest.raises(SystemExit):
-        main(["inspect", reference("mamba"), "--example", "seq=5", "--json"])
+        main(["inspect", rwkv, "--example", "seq=5", "--json"])
     said = capsys.readouterr()
     assert "note: seq is fixed at 5" in said.err
     assert '"seq is fixed at 5' in said.out
@@ -53,11 +65,11 @@ def test_a_module_of_yours_is_not_fixed_in_silence():
 def test_every_projection_is_a_site(mamba):
     mixer = {s.path.rpartition("mixer.")[2]: s for s in mamba.sites if "layers.0.mixer" in s.path}
     assert {name: (s.kind, s.layout, s.role) for name, s in mixer.items()} == {
-        "in_proj": ("linear", "oi", "linear"),  # the input of a scan is no MLP's
+        "in_proj": ("linear", "oi", "ssm.in"),  # the input of a scan is no MLP's
         "conv1d": ("conv", "oi", "conv"),
-        "x_proj": ("linear", "oi", "linear"),
-        "dt_proj": ("linear", "oi", "linear"),
-        "out_proj": ("linear", "oi", "linear"),
+        "x_proj": ("linear", "oi", "ssm.x"),
+        "dt_proj": ("linear", "oi", "ssm.dt"),
+        "out_proj": ("linear", "oi", "ssm.out"),
     }
     assert mixer["dt_proj"].calls[0].x_axis == "column"
     assert mixer["conv1d"].weight == "backbone.layers.0.mixer.conv1d.weight"

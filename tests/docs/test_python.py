@@ -163,3 +163,10 @@ def test_a_pattern():
 
     program = surgery.capture(Both(), (torch.randn(2, 3),))
     assert len(find(OpIndex(program.graph), place["silu"]).matches) == 2  # type: ignore[arg-type]
+
+
+def test_a_model_of_your_own(capsys):
+    """The block under "Your own model": its loop is replaced while it is captured."""
+    source = python_block("docs/recurrences.md", "surgery_capture_patches")
+    exec(compile(source, "page", "exec"), {"__name__": "page"})
+    assert capsys.readouterr().out == "True\n"

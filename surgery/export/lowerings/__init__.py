@@ -6,8 +6,16 @@ from typing import Any
 
 import torch
 
+from surgery.capture.recurrences import operators
 from surgery.common.hooks import hookimpl
-from surgery.export.lowerings import attention, conv3d, dequantize, recurrent, round_activation
+from surgery.export.lowerings import (
+    attention,
+    conv3d,
+    dequantize,
+    linear_attention,
+    recurrent,
+    round_activation,
+)
 from surgery.passes.quantize import ops
 
 
@@ -17,6 +25,7 @@ def surgery_onnx_lowerings() -> dict[Any, Any]:
     return {
         ops.dequantize._opoverload: dequantize.translation(),
         ops.round_activation._opoverload: round_activation.translation(),
+        operators.linear_attention._opoverload: linear_attention.translation(),
         torch.ops.aten.conv3d.default: conv3d.translation(),
         torch.ops.aten.scaled_dot_product_attention.default: attention.translation(),
         torch.ops.aten.rnn_tanh.input: recurrent.translation("Tanh"),

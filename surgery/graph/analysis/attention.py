@@ -8,7 +8,7 @@ sinks, soft caps and "talking heads" (a linear map over the heads) may lie in be
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -82,7 +82,8 @@ def find_attentions(flow: Dataflow) -> list[Attention]:
 
 
 def _is_attention(node: fx.Node) -> bool:
-    return "attention" in op_name(node.target)
+    name = op_name(node.target)
+    return "attention" in name and name != "linear_attention"
 
 
 def _of_op(flow: Dataflow, node: fx.Node) -> Attention | None:
@@ -222,7 +223,7 @@ def _attention(
     score_terms: list[fx.Node],
     mix: tuple[fx.Node, ...] = (),
 ) -> Attention | None:
-    made = {letter: _makers(flow, operand) for letter, operand in operands.items()}
+    made = {letter: makers(flow, operand) for letter, operand in operands.items()}
     if not any(made.values()):
         return None
     own = {node for nodes in made.values() for node in nodes} | set(mix)
@@ -231,7 +232,8 @@ def _attention(
     return Attention(core, operands, made["q"], made["k"], made["v"], (), cross, bias, mix)
 
 
-def _makers(flow: Dataflow, operand: fx.Node) -> tuple[fx.Node, ...]:
+def makers(flow: Dataflow, operand: Any) -> tuple[fx.Node, ...]:
+    """Return the weight ops that produce an operand."""
     found = flow.projections(operand)
     # A projection that is read through a softmax only weights the others (a router of projections).
     direct = [node for node, flags in found.items() if not flags & SOFTMAX]
@@ -281,12 +283,29 @@ def _streams(flow: Dataflow, projections: tuple[fx.Node, ...]) -> set[fx.Node | 
 
 
 def _with_output(flow: Dataflow, attention: Attention, cores: set[fx.Node]) -> Attention:
-    """Add the output projection and the gates: the weight ops that read the result of the core."""
-    last = attention.core[-1]
+    """Add the output projection and the gates."""
     own = {*attention.q, *attention.k, *attention.v}
+    out, gates = readers(flow, attention.core[-1], own, cores)
+    return replace(attention, out=out, gate=gates)
+
+
+def readers(
+    flow: Dataflow, result: fx.Node, own: set[fx.Node], cores: set[fx.Node]
+) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """Find the weight ops that read the result of an attention or a recurrence.
+
+    Args:
+        flow: dataflow of the graph.
+        result: the node of the result.
+        own: weight ops that make the operands.
+        cores: nodes of the results of all attentions or recurrences.
+
+    Returns:
+        The output projections, and the weight ops that gate the result before these.
+    """
     out: dict[fx.Node, None] = {}
     gates: dict[fx.Node, None] = {}
-    for user in flow.uses.get(last, ()):
+    for user in flow.uses.get(result, ()):
         users = [user]
         if user in flow.junctions:
             # Terms that may be added to the result before its projection: the queries, a convolution of the
@@ -297,18 +316,7 @@ def _with_output(flow: Dataflow, attention: Attention, cores: set[fx.Node]) -> A
             if flow.is_projection(n) and n not in own:
                 out[n] = None
                 gates.update(_gates(flow, flow.of(flow.calls[n].x), own | cores))
-    return Attention(
-        attention.core,
-        attention.operands,
-        attention.q,
-        attention.k,
-        attention.v,
-        tuple(out),
-        attention.cross,
-        attention.bias,
-        attention.mix,
-        tuple(gates),
-    )
+    return tuple(out), tuple(gates)
 
 
 def _gates(flow: Dataflow, origins: Origins, known: set[fx.Node]) -> dict[fx.Node, None]:

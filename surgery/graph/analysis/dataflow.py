@@ -64,7 +64,8 @@ _NAMES = {
     Rule.SOFTMAX: "softmax _softmax _safe_softmax",
     Rule.PRODUCT: """matmul mm bmm baddbmm einsum scaled_dot_product_attention flex_attention
         _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
-        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention lstm gru""",
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention lstm gru
+        linear_attention""",
     Rule.NOTHING: """arange zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones
         new_full new_empty scalar_tensor eye linspace rand randn rand_like randn_like eq ne lt le gt ge
         logical_and logical_or logical_not logical_xor isnan isinf isfinite any all sym_size sym_stride

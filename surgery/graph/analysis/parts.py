@@ -16,7 +16,8 @@ from torch import fx
 
 from surgery.graph.analysis.attention import Attention
 from surgery.graph.analysis.dataflow import Dataflow, Rule, op_name, rule_of
-from surgery.graph.ops import CONV, NORM, is_depthwise
+from surgery.graph.analysis.recurrence import Recurrence
+from surgery.graph.ops import CONV, NORM, arguments, is_depthwise
 
 Rows = dict[str, tuple[int, ...]]
 
@@ -36,13 +37,17 @@ _MOVES = {
 }
 
 
-def find_parts(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> Rows | None:
+def find_parts(
+    flow: Dataflow, op: fx.Node, attentions: Sequence[Attention | Recurrence], *, mixed: bool = False
+) -> Rows | None:
     """Map each part of a fused projection to its rows of the weight.
 
     Args:
         flow: dataflow of the graph.
         op: the fused projection.
-        attentions: attentions that it feeds.
+        attentions: attentions or recurrences that it feeds.
+        mixed: follow the rows through depthwise convolutions, nonlinearities and concatenations of features too, which
+            recurrences have before the operands are separated.
 
     Returns:
         Rows by part name, or None if parts overlap, do not cover all rows or cannot be determined.
@@ -56,17 +61,19 @@ def find_parts(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> 
     ways = _ways(flow, op, attentions)
     seen: dict[str, torch.Tensor] = {}
     try:
-        for source, user, numbers in _ends(op, index):
+        for source, user, numbers in _ends(op, index, mixed):
             # An op on the way to two operands (before the split) cannot be assigned to one part.
-            letters = _leads_to(attentions, ways, source, user)
+            found = _distinct(numbers)
+            found = found[found >= 0]
+            letters = _leads_to(attentions, ways, source, user) if len(found) else set()
             if len(letters) > 1:
                 return None
             for letter in letters:
-                seen.setdefault(letter, torch.zeros(rows, dtype=torch.bool))[_distinct(numbers)] = True
+                seen.setdefault(letter, torch.zeros(rows, dtype=torch.bool))[found] = True
     except _Unknown:
         return None
     # Every row must belong to exactly one part: a pass edits parts independently.
-    if len(seen) < 2 or not bool((torch.stack(list(seen.values())).sum(0) == 1).all()):
+    if not seen or not bool((torch.stack(list(seen.values())).sum(0) == 1).all()):
         return None
     return {letter: tuple(seen[letter].nonzero().flatten().tolist()) for letter in "qkv" if letter in seen}
 
@@ -75,7 +82,9 @@ class _Unknown(Exception):
     """Raised for a size or an index that the graph alone does not determine."""
 
 
-def _ways(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> dict[str, set[fx.Node]]:
+def _ways(
+    flow: Dataflow, op: fx.Node, attentions: Sequence[Attention | Recurrence]
+) -> dict[str, set[fx.Node]]:
     """Map each operand of the attentions to the nodes between it and the projection."""
     start = flow.order[op]
     ways: dict[str, set[fx.Node]] = {}
@@ -99,7 +108,10 @@ def _ways(flow: Dataflow, op: fx.Node, attentions: Sequence[Attention]) -> dict[
 
 
 def _leads_to(
-    attentions: Sequence[Attention], ways: dict[str, set[fx.Node]], source: fx.Node, user: fx.Node
+    attentions: Sequence[Attention | Recurrence],
+    ways: dict[str, set[fx.Node]],
+    source: fx.Node,
+    user: fx.Node,
 ) -> set[str]:
     direct = {
         letter
@@ -111,13 +123,18 @@ def _leads_to(
     return direct or {letter for letter, way in ways.items() if user in way}
 
 
-def _ends(op: fx.Node, index: torch.Tensor) -> Iterator[tuple[fx.Node, fx.Node, torch.Tensor]]:
+def _ends(op: fx.Node, index: torch.Tensor, mixed: bool) -> Iterator[tuple[fx.Node, fx.Node, torch.Tensor]]:
     """Yield (node, user, row numbers) where data from the projection enters an op that does more than move it."""
     stack: list[tuple[fx.Node, Any]] = [(op, index)]
     while stack:
         node, numbers = stack.pop()
         for user in node.users:
             name = op_name(user.target) if user.op == "call_function" else ""
+            if mixed and isinstance(numbers, torch.Tensor):
+                found = _mixed(user, node, name, numbers)
+                if found is not None:
+                    stack.append((user, found))
+                    continue
             if not user.args or user.args[0] is not node or not _passes(user, name):
                 if isinstance(numbers, torch.Tensor) and _reads(user, node):
                     yield node, user, numbers
@@ -125,12 +142,43 @@ def _ends(op: fx.Node, index: torch.Tensor) -> Iterator[tuple[fx.Node, fx.Node, 
             stack.append((user, _moved(user, name, numbers)))
 
 
+def _mixed(user: fx.Node, node: fx.Node, name: str, numbers: torch.Tensor) -> torch.Tensor | None:
+    """Row numbers behind a concatenation, a nonlinearity or a depthwise convolution; None for other ops.
+
+    Values that do not come from the projection have the number -1.
+    """
+    shape = _sizes(user.meta.get("val"))
+    if shape is None:
+        return None
+    if rule_of(user.target) is Rule.NONLINEAR and tuple(numbers.shape) == shape:
+        return numbers
+    if name == "cat":
+        axis = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)
+        pieces = []
+        for other in user.args[0]:  # type: ignore[union-attr]
+            sizes = _sizes(other.meta.get("val"))  # type: ignore[union-attr]
+            if sizes is None:
+                return None
+            pieces.append(numbers if other is node else torch.full(sizes, -1))
+        return torch.cat(pieces, axis)  # type: ignore[arg-type]
+    if name in ("conv1d", "convolution") and user.args[0] is node and _is_depthwise(user, numbers, shape):
+        # Channels stay apart, and all positions of a channel have one number.
+        return numbers[..., :1].expand(shape)
+    return None
+
+
+def _is_depthwise(user: fx.Node, numbers: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    groups = arguments(user).get("groups", 1)
+    return numbers.dim() == 3 and groups == numbers.shape[1] == shape[1]
+
+
 def _reads(user: fx.Node, node: fx.Node) -> bool:
     """True if an op reads the node's values, not only its shape or dtype."""
     rule = rule_of(user.target)
     if rule is Rule.NOTHING or (rule is Rule.FIRST and user.args[0] is not node):
         return False
-    return isinstance(user.meta.get("val"), torch.Tensor)
+    # A recurrence returns its last state too.
+    return isinstance(user.meta.get("val"), (torch.Tensor, tuple, list))
 
 
 def _passes(user: fx.Node, name: str) -> bool:

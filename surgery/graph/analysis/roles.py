@@ -6,6 +6,9 @@
         attn.mix attn.gate               mixes the heads of the scores (talking heads); gates the attention's result
         mlp.up mlp.gate mlp.down         up and down around a nonlinearity; the gate is the factor that has it
         mlp.gate_up mlp.router           gate and up fused; selects experts. Stacked experts have the same roles
+    linear_attn.q linear_attn.k linear_attn.v linear_attn.out    of a linear attention; fused: linear_attn.qkv
+        linear_attn.decay linear_attn.beta linear_attn.gate      forget gate, update rate, gate of the result
+    ssm.in ssm.out ssm.x ssm.dt      projections of a state space (Mamba): into it, out of it, to B, C and the step size
     embed.token embed.position embed.type embed.patch
     head head.dense                  feeds an output of the model; feeds the head only
         norm conv linear embed           all other ops, by kind
@@ -15,7 +18,7 @@ Convolutions take the roles of attention, patch embeddings and (1×1) heads; all
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +28,7 @@ from torch import fx
 from surgery.graph.analysis.attention import Attention, find_attentions
 from surgery.graph.analysis.dataflow import NONLINEAR, Dataflow, op_name, trace_origins
 from surgery.graph.analysis.parts import Rows, find_parts
+from surgery.graph.analysis.recurrence import Recurrence, find_recurrences
 from surgery.graph.marks import mark_of
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
 
@@ -60,6 +64,7 @@ def find_roles(graph: fx.Graph, calls: Sequence[Call], flow: Dataflow | None = N
     role: dict[fx.Node, str] = {}
     # The order matters: a later rule never overrides a role that an earlier, more specific one has set.
     parts = _attention_roles(flow, attentions, role)
+    parts |= _recurrence_roles(flow, role)
     _router_roles(flow, role)
     _head_roles(flow, graph, role)
     _mlp_roles(flow, role)
@@ -105,11 +110,57 @@ def _attention_roles(
             weight = flow.calls[node].weight
             role.setdefault(node, weights.get(weight.target, "attn.bias") if weight else "attn.bias")
     found = {node: find_parts(flow, node, serves[node]) for node in fused if node in serves}
-    return {node: rows for node, rows in found.items() if rows is not None}
+    return {node: rows for node, rows in found.items() if rows is not None and len(rows) > 1}
+
+
+def _recurrence_roles(flow: Dataflow, role: dict[fx.Node, str]) -> dict[fx.Node, Rows]:
+    """Assign the roles of state spaces (`ssm.*`) and of linear attentions (`linear_attn.*`).
+
+    Returns:
+        Rows of the parts of fused projections of linear attentions.
+    """
+    letters: dict[fx.Node, set[str]] = {}
+    serves: dict[fx.Node, list[Recurrence]] = {}
+    for found in find_recurrences(flow):
+        family = "ssm" if found.is_state_space else "linear_attn"
+        for node, made in found.letters().items():
+            if family == "ssm":
+                role.setdefault(node, f"ssm.{_state_space_part(made)}")
+            else:
+                letters.setdefault(node, set()).update(made)
+                serves.setdefault(node, []).append(found)
+        for node in found.out:
+            role.setdefault(node, f"{family}.out")
+    parts: dict[fx.Node, Rows] = {}
+    for node in [node for node, made in letters.items() if len(made) > 1]:
+        # Separate projections may be concatenated before one convolution, so the dataflow alone cannot tell them apart.
+        rows = find_parts(flow, node, serves[node], mixed=True)
+        if rows is not None and len(rows) == 1:
+            letters[node] = set(rows)
+        elif rows is not None:
+            parts[node] = rows
+    factors = _low_rank(flow, letters, serves)
+    for node, made in letters.items():
+        fused = "".join(letter for letter in "qkv" if letter in made)
+        # A projection that makes several others has the name of the first of them.
+        name = fused or next(other for other in ("decay", "beta", "gate") if other in made)
+        role.setdefault(node, f"linear_attn.{name}{factors.get(node, '')}")
+    return parts
+
+
+def _state_space_part(made: set[str]) -> str:
+    """Name of a projection by the operands it makes: Mamba 1 has three of them, Mamba 2 one for all."""
+    if "decay" in made and not made & {"q", "k"}:
+        return "dt"
+    if made & {"q", "k"} and "v" not in made:
+        return "x"
+    return "in"
 
 
 def _low_rank(
-    flow: Dataflow, letters: dict[fx.Node, set[str]], serves: dict[fx.Node, list[Attention]]
+    flow: Dataflow,
+    letters: dict[fx.Node, set[str]],
+    serves: Mapping[fx.Node, Sequence[Attention | Recurrence]],
 ) -> dict[fx.Node, str]:
     """Find low-rank projections: factors of one attention whose input another factor makes (DeepSeek's q_a, q_b).
 
