@@ -101,6 +101,7 @@ def test_from_python(tmp_path, minilm):
 
 # Where the ```python blocks of pages that are not run as a whole are run: a text of the block -> the test.
 ELSEWHERE = {
+    "def surgery_capture_patches": "test_a_model_of_your_own",
     "def surgery_passes": "test_the_whole_plugin",
     "module.advance": "test_a_schedule",
     "surgery.apply_": "test_in_place",
