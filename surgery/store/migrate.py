@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from surgery.common.errors import JournalError
@@ -68,8 +69,10 @@ def _migrated(
         )
     options: Any = None
     records = []
+    # A tensor that several sites share is given to each of them, and stored under one new name.
+    held = {full: tensors.pop(full) for full in {f for r in entry.sites for f in r.tensors.values()}}
     for record in entry.sites or (None,):
-        own = {name: tensors[full] for name, full in record.tensors.items()} if record else {}
+        own = {name: held[full] for name, full in record.tensors.items()} if record else {}
         path = record.path if record else ""
         with reported(cls, "pass", "migrate", path):
             made, values = migrate(dict(entry.options), dict(own), version)
@@ -82,7 +85,14 @@ def _migrated(
                 f"{where}: migrate of {entry.pass_name!r} returns something else than tensors by name"
             )
         if record is not None:
-            records.append(_stored(record, values, tensors, names))
+            records.append(_stored(record, own, values, names))
+            for name, full in records[-1].tensors.items():
+                known = tensors.setdefault(full, values[name])
+                if known.dtype != values[name].dtype or not torch.equal(known, values[name]):
+                    raise JournalError(
+                        f"{where}: migrate of {entry.pass_name!r} returns another {name!r} at {path} than at an "
+                        "earlier site that shares it"
+                    )
     renamed = {old: new for new, old in names.items()}
     return replace(
         entry,
@@ -95,15 +105,29 @@ def _migrated(
     )
 
 
+def _renamed(full: str, origin: str, name: str) -> str:
+    """The full name of a tensor for another name in the pass; a shared tensor has its shape after that name."""
+    stem, dot, leaf = full.rpartition(".")
+    if leaf.startswith(f"{origin}_"):
+        return f"{stem}{dot}{name}{leaf.removeprefix(origin)}"
+    return f"{full.removesuffix(origin)}{name}"
+
+
 def _dist(name: str, version: str) -> str:
     return f"{name} {version}".strip()
 
 
 def _stored(
-    record: SiteRecord, values: Mapping[str, Tensor], tensors: dict[str, Tensor], names: dict[str, str]
+    record: SiteRecord, held: Mapping[str, Tensor], values: Mapping[str, Tensor], names: dict[str, str]
 ) -> SiteRecord:
-    """The record with migrated tensors; `tensors` and `names` are updated."""
-    held = {name: tensors.pop(full) for name, full in record.tensors.items()}
+    """The record with the names of migrated tensors; `names` is updated.
+
+    Args:
+        record: The stored record.
+        held: Its tensors, by their names in the pass.
+        values: The migrated tensors, by their names in the pass.
+        names: New name -> stored name that it comes from.
+    """
     fulls = {}
     for name, value in values.items():
         # A tensor comes from the one that it is; a new one from the first of the site.
@@ -115,8 +139,7 @@ def _stored(
             fulls[name] = f"{stem}.{name}".lstrip(".")
         else:
             old = record.tensors[origin]
-            fulls[name] = record.tensors.get(name) or f"{old.removesuffix(origin)}{name}"
+            fulls[name] = record.tensors.get(name) or _renamed(old, origin, name)
             if fulls[name] != old:
                 names[fulls[name]] = old
-        tensors[fulls[name]] = value
     return replace(record, tensors=fulls)

@@ -187,6 +187,8 @@ def _rewrite(
     for site_plan, record in track(pairs, f"applying {entry.id}"):
         site = site_plan.site
         for name, spec in site_plan.specs.items():
+            if record.tensors[name] in tensors:  # made at an earlier site, which shares it with this one
+                continue
             with (
                 nullcontext() if is_core(type(pass_)) else reported(type(pass_), "pass", "tensors", site.path)
             ):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from surgery.common.errors import PassError
@@ -82,13 +83,18 @@ def carried(
 
     planned = [SitePlan(place.site, None, pass_.tensors(place.site)) for _, place in places]
     entry = entry_of(program, PassPlan(pass_, tuple(planned)))
-    made = {}
+    made: dict[str, Tensor] = {}
     for (_, place), plan, record, own in zip(places, planned, entry.sites, values, strict=True):
         like = next(iter(place.sources[0].tensors.values()))
         for name, spec in plan.specs.items():
             value = own[name].to(like) if name in own else spec.make(place.site.float_dtype, like.device)
             value = value.reshape(spec.shape).detach().clone()
-            made[record.tensors[name]] = nn.Parameter(value) if spec.trainable else value
+            known = made.setdefault(record.tensors[name], nn.Parameter(value) if spec.trainable else value)
+            if name in own and not torch.equal(known, value):
+                raise PassError(
+                    f"combine at {record.path}: {pass_.name} gives {record.tensors[name]}, which sites share, another "
+                    "value than at an earlier site; its combiner must return the same one at every site"
+                )
     # The new entry takes the position of the first chosen one, since later passes act on their outputs.
     first = program.journal.entries.index(chosen[0][0])
     entries = (*program.journal.entries[:first], entry, *program.journal.entries[first:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -45,6 +46,7 @@ def entry_of(program: State, planned: PassPlan) -> Entry:
             SiteRecord(s.site.key, s.site.path, s.site.decided, _tensor_names(program, pass_, s))
             for s in planned.accepted
         )
+        _check_shared(ident, planned.accepted, records)
     chosen = planned.selection
     windows, unit = dict(chosen.windows), chosen.unit
     gradual = pass_.gradual if isinstance(pass_, RewritePass) else None
@@ -107,6 +109,30 @@ def _tensor_names(program: State, pass_: RewritePass, planned: SitePlan) -> dict
         if full in program.base.tensors or full in program.tensors:
             raise PassError(f"{pass_.entry_id} at {site.path}: the name {full} is taken; choose another --as")
     return names
+
+
+def _check_shared(ident: str, plans: Sequence[SitePlan], records: Sequence[SiteRecord]) -> None:
+    """Raise PassError if two sites give their tensors one name without declaring one tensor that they share."""
+    first: dict[str, tuple[str, tuple[object, ...], bool]] = {}
+    for planned, record in zip(plans, records, strict=True):
+        for name, spec in planned.specs.items():
+            full = record.tensors[name]
+            dtype = spec.dtype or planned.site.float_dtype
+            declared = (tuple(spec.shape), dtype, spec.trainable)
+            if full not in first:
+                first[full] = (record.path, declared, spec.shared)
+                continue
+            path, other, shared = first[full]
+            where = f"{ident}: {path} and {record.path} both name their tensor {full}"
+            if not (spec.shared and shared):
+                raise PassError(
+                    f"{where}; declare it with TensorSpec(…, shared=True) at both, or return other names"
+                )
+            if other != declared:
+                raise PassError(
+                    f"{where}, but it differs in shape, dtype or `trainable`; a tensor is shared by sites that declare "
+                    "it alike, so leave its name to the default, which has the shape"
+                )
 
 
 def trained_before(program: State, entry: Entry) -> dict[str, Tensor]:

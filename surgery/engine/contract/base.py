@@ -141,9 +141,16 @@ class RewritePass(Pass):
         """
         return {}
 
-    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
-        """Full name in the program of each tensor; see `default_names`."""
-        return default_names(self, site, tensors)
+    def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
+        """Full name in the program of each tensor; see `default_names` and `shared_names`.
+
+        A pass may give a tensor that is declared `shared` any name that is the same at every site that shares it.
+
+        Args:
+            site: The site, with `site.decided`.
+            tensors: The tensors that `tensors(site)` returned.
+        """
+        return default_names(self, site, tensors) | shared_names(self, site, tensors)
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node | None:
         """Rewrite one call of a site.
@@ -229,6 +236,27 @@ def default_names(pass_: Pass, site: Site, tensors: Iterable[str], suffix: str =
         stem += f"_use{site.key.ordinal + 1}"
     prefix = f"{owner}.{stem}{suffix}" if owner else f"{stem}{suffix}"
     return {name: f"{prefix}.{name}" for name in tensors}
+
+
+def shared_names(pass_: Pass, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Full names of the tensors that several sites share, by their names in the pass: vera.A_8x64 for a shared A.
+
+    Sites share by shape and dtype, so the name has the shape, and the dtype if it is not float32. What a site has then
+    does not depend on which other sites are targeted.
+
+    Args:
+        pass_: The pass that adds them.
+        site: The site.
+        tensors: All tensors of the pass at the site.
+    """
+    found = {}
+    for name, spec in tensors.items():
+        if spec.shared:
+            dtype = str(spec.dtype or site.float_dtype).removeprefix("torch.")
+            shape = "x".join(str(int(size)) for size in spec.shape)
+            parts = (name, shape, "" if dtype == "float32" else dtype)
+            found[name] = f"{attribute_of(pass_)}.{'_'.join(part for part in parts if part)}"
+    return found
 
 
 class GraphPass(RewritePass):

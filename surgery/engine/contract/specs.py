@@ -22,6 +22,8 @@ class TensorSpec:
         dtype: Dtype; None for the site's own.
         value: The tensor itself, used instead of `init`.
         below: Upper bound of the values of an index: they are from 0 to one less. A stored tensor is held to it.
+        shared: All sites of an application that declare a tensor of this name, shape and dtype have one in common. It
+            is drawn once, at the first of them, and is stored once; see `shared_names`.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +32,7 @@ class TensorSpec:
     dtype: torch.dtype | None = None
     value: Tensor | None = None
     below: int | None = None
+    shared: bool = False
 
     def make(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor at insertion.

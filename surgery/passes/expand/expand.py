@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -260,7 +260,7 @@ class Expand(GraphPass):
             return beside.tensors(self._branch, site)
         return width.tensors(site, self.noise) if self._way == "wider" else depth.tensors(site)
 
-    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+    def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
         found = super().names(site, tensors)
         if self._way == "side":
             return found

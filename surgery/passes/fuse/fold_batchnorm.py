@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -94,7 +94,7 @@ class FoldBatchnorm(PatternPass):
     def _held(self, site: Site) -> dict[str, Tensor]:
         return {name: site.probe.tensor(full) for name, full in site.decided["reads"].items()}
 
-    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+    def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
         # The new tensors belong to the layer, not to the norm.
         owner = str(site.decided["reads"]["weight"]).rpartition(".")[0]
         return {name: f"{owner}.{attribute_of(self)}.{name}".lstrip(".") for name in tensors}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -113,7 +113,7 @@ class FuseQkv(PatternPass):
 
         return fill
 
-    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+    def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
         return {name: f"{site.key.owner}.{attribute_of(self)}.{name}".lstrip(".") for name in tensors}
 
     def replacement(self, site: Site, match: Match, g: Rewriter) -> Sequence[fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, ClassVar
@@ -104,7 +104,7 @@ class SplitQkv(PatternPass):
 
         return fill
 
-    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+    def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
         owner = str(site.decided["reads"]["weight"]).rpartition(".")[0]
         return {name: f"{owner}.{attribute_of(self)}.{name}".lstrip(".") for name in tensors}
 

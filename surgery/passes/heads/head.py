@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -136,7 +136,7 @@ class Head(GraphPass):
         """Name of the output that `--mode add` adds."""
         return f"logits_{self._title}"
 
-    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+    def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
         if self.mode != "add":
             return super().names(site, tensors)
         return {name: f"{self.name}_{self._title}.{name}" for name in tensors}

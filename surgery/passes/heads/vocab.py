@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -171,7 +171,7 @@ class Vocab(GraphPass):
             decided["behind"] = True  # a separate bias tensor is added after the layer
         return decided
 
-    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+    def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
         table = site.decided["table"]
         # If the table is a bare parameter, its name cannot be a module with the rows as an attribute.
         joint = "_" if table in (site.weight, *site.tied) else "."
@@ -181,7 +181,8 @@ class Vocab(GraphPass):
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         rows = site.decided["rows"]
         width = site.out_features if site.kind == EMBEDDING else site.in_features
-        specs = {"rows": TensorSpec((rows, width), self._filled(site))}
+        # A table and the layer that is tied to it get the same rows.
+        specs = {"rows": TensorSpec((rows, width), self._filled(site), shared=True)}
         if site.kind == LINEAR and (site.bias is not None or site.bias_is_computed):
             specs["bias"] = TensorSpec((rows,), self._filled_bias(site))
         return specs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -123,7 +123,7 @@ class PruneFilters(GraphPass):
             for known in site.decided["tensors"]
         }
 
-    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+    def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
         """Name the smaller tensors: mlp.up.prune-filters.weight is the rest of mlp.up.weight."""
         found = {}
         for known in site.decided["tensors"]:

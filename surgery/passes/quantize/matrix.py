@@ -153,10 +153,14 @@ class Layout:
             "zero": torch.uint8,
             "smooth": None,
         }
-        return {n: TensorSpec(shapes[n], fill(n), trainable=False, dtype=kinds[n]) for n in self.names}
+        # Layers that read the same input have the same factors; see `Quantize.names`.
+        return {
+            n: TensorSpec(shapes[n], fill(n), trainable=False, dtype=kinds[n], shared=n == "smooth")
+            for n in self.names
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the tensors that hold the codes."""
-        given = {"zero": self.asymmetric, "smooth": self.smoothed}
-        return ("codes", "scale", *(name for name, there in given.items() if there))
+        """Names of the tensors that hold the codes; first the factors, which sites share and fill only once."""
+        first, last = ("smooth",) if self.smoothed else (), ("zero",) if self.asymmetric else ()
+        return (*first, "codes", "scale", *last)

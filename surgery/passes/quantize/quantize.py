@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from surgery.common.errors import PassError
 from surgery.engine.contract.base import default_names
 from surgery.engine.contract.numerics import Numerics, changes
-from surgery.engine.contract.specs import Outcome
+from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.graphs import live_nodes
 from surgery.graph.marks import output_with_adapters
 from surgery.graph.ops import LINEAR
@@ -154,7 +154,7 @@ class Quantize(FormatPass, CodesPass):
             own["smooth"] = self._names(site.probe)[site.key]
         return {**super().decide(site.deciding(own)), **own}
 
-    def names(self, site: Site, tensors: Iterable[str]) -> dict[str, str]:
+    def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
         found = super().names(site, tensors)
         if "smooth" in found and "smooth" in site.decided:
             found["smooth"] = site.decided["smooth"]
