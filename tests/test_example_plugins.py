@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import VeraConfig, get_peft_model
+from peft import HRAConfig, VeraConfig, get_peft_model
 from torch import nn
 
 import surgery
@@ -68,8 +68,12 @@ def assert_same(adapted: surgery.Program, theirs: nn.Module) -> None:
         )
 
 
-def test_vera_by_the_kit():
-    print(check_pass(example_plugin("vera").Vera(target="all", rank=4), program()))
+@pytest.mark.parametrize(
+    ("name", "options"), [("vera", {"rank": 4}), ("hra", {"rank": 4}), ("int8_matmul", {})]
+)
+def test_the_kit(name, options):
+    (cls,) = example_plugin(name).surgery_passes()
+    print(check_pass(cls(target="all", **options), program()))
 
 
 def test_vera_as_peft():
@@ -83,6 +87,15 @@ def test_vera_as_peft():
             adapted.tensors[f"vera.B_{out}x4"].copy_(layer.vera_B["default"][:out])
             adapted.tensors[f"{name}.vera.d"].copy_(layer.vera_lambda_d["default"])
             adapted.tensors[f"{name}.vera.b"].copy_(layer.vera_lambda_b["default"])
+    assert_same(adapted, theirs)
+
+
+def test_hra_as_peft():
+    theirs, layers = peft_layers(HRAConfig(r=4, target_modules=list(LAYERS)))
+    adapted = program().apply(example_plugin("hra").Hra(target="up,down", rank=4))
+    with torch.no_grad():
+        for name, layer in layers.items():
+            adapted.tensors[f"{name}.hra.u"].copy_(layer.hra_u["default"])
     assert_same(adapted, theirs)
 
 

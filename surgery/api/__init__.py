@@ -5,6 +5,7 @@ is announced in the changelog one minor version ahead, and until then the old fo
 Other modules can change at any time, except `surgery.testing`, which a plugin's tests may use.
 
     surgery.api.patterns       passes that match several ops and replace them
+    surgery.api.structure      blocks, branches and attentions, and functions to read a graph
     surgery.api.algebra        low-rank branches, scaling vectors, combining of several adapters
     surgery.api.quantization   passes that store quantized codes
     surgery.api.training       objectives, data, the training loop
@@ -31,6 +32,7 @@ from surgery.engine.contract.expectations import Expectations
 from surgery.engine.contract.folds import Fold, Stage
 from surgery.engine.contract.gradual import Gradual
 from surgery.engine.contract.numerics import EXACT, Numerics, changes, rounded
+from surgery.engine.contract.op import OpPass
 from surgery.engine.contract.selection import Selection
 from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.engine.probe import Probe
@@ -62,6 +64,7 @@ __all__ = [
     "Gradual",
     "GraphPass",
     "Numerics",
+    "OpPass",
     "Outcome",
     "PassError",
     "Probe",

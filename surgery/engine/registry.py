@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from surgery.common.errors import PassError, PluginError, nearest
 from surgery.common.plugin_files import file_of, is_file
 from surgery.common.plugins import CORE, Info, Plugins
 from surgery.engine.contract.base import Pass
+from surgery.engine.contract.op import OpPass
 
 PassInfo = Info[type[Pass]]
 
@@ -41,6 +44,15 @@ def registered(plugins: Plugins, cls: type[Pass]) -> PassInfo:
             f"two passes are named {cls.name!r}: the class {cls.__name__} and one from {info.distribution!r}; rename it"
         )
     return info
+
+
+def lowerings(plugins: Plugins) -> dict[Any, Any]:
+    """ONNX forms of ops, op -> onnxscript function: those of the hook, and those that passes with an op declare."""
+    own: dict[Any, Any] = {}
+    for info in passes(plugins).values():
+        if issubclass(info.cls, OpPass):
+            own.update(info.cls.lowerings)
+    return own | plugins.lowerings
 
 
 def find_pass(plugins: Plugins, name: str, distribution: str = "") -> PassInfo:

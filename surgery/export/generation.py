@@ -31,6 +31,7 @@ from surgery.common.errors import ExportError, MissingExtraError
 from surgery.common.files import staged_directory
 from surgery.common.progress import stage, track
 from surgery.engine.contract.base import RewritePass
+from surgery.engine.registry import lowerings
 from surgery.engine.replay import live_entries, pass_of
 from surgery.export import metadata_keys
 from surgery.export.adapter_inputs import slots, write_adapters
@@ -265,7 +266,7 @@ def _lowerings(program: Program) -> Iterator[None]:
 
     table = exporter_onnx._ONNX_TRANSLATION_TABLE
     before = dict(table)
-    table.update(program.base.plugins.lowerings)
+    table.update(lowerings(program.base.plugins))
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from surgery.capture.devices import HOME
 from surgery.capture.normalization import normalization_of
 from surgery.common.errors import ExportError
 from surgery.engine.contract.base import RewritePass
+from surgery.engine.registry import lowerings as known_lowerings
 from surgery.engine.replay import live_entries, pass_of
 from surgery.export.onnx_file import ExportReport, export_onnx
 from surgery.export.source import ExportSource, InputSet, module_path
@@ -228,7 +229,7 @@ def export_program(
         labels=program.labels,
         base_json=origin_of(program.base).model_dump_json(),
         pixels=normalization_of(program.base.loaded),
-        lowerings={**program.base.plugins.lowerings, **(lowerings or {})},
+        lowerings={**known_lowerings(program.base.plugins), **(lowerings or {})},
         external_data=external_data,
         parity=parity,
         optional=optional,

@@ -36,6 +36,7 @@ class Mark:
         at: Path of the site that replaced this node for good.
         rows: Number of rows that a longer table adds.
         prefix: Number of positions that a prefix adds.
+        op_of: The op of the model whose output this value is instead; adapters of that op act on it.
     """
 
     entry: str = ""
@@ -59,6 +60,7 @@ class Mark:
     at: str | None = None
     rows: int = 0
     prefix: int = 0
+    op_of: str | None = None
 
 
 _NONE = Mark()

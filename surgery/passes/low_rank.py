@@ -16,15 +16,12 @@ from surgery.engine.contract.numerics import Numerics, changes
 from surgery.engine.contract.specs import Outcome, TensorSpec
 from surgery.graph.ops import CONV, EMBEDDING, EXPERTS, LINEAR, Call, arguments
 from surgery.graph.rewrite.current import adapted_by, bias_now, read_elsewhere, tensors_now
-from surgery.graph.rewrite.refusals import not_floating
+from surgery.graph.rewrite.refusals import not_floating, scaled_op
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.graph.sites import Site
 from surgery.passes.algebra import factor, low_rank
 
 aten = torch.ops.aten
-
-# Values of alpha and beta with which an addmm is a plain linear map. Other ops have neither argument.
-_ADDS = frozenset(("1", "1.0", "None"))
 
 
 class LowRank(RewritePass):
@@ -100,8 +97,8 @@ class LowRank(RewritePass):
             return (
                 f"it carries {adapter!r}, trained for the whole weight; factor first, then apply the adapter"
             )
-        if any(not {str(arguments(c.node).get(k)) for k in ("alpha", "beta")} <= _ADDS for c in site.calls):
-            return "its op scales its product or its bias; only a plain linear map is factored"
+        if scaled := scaled_op(site, "leave it out, since only a plain linear map is factored"):
+            return scaled
         weight = standing[0]
         if read_elsewhere(site, weight, site.probe.names.get(weight, ())):
             return (

@@ -9,7 +9,7 @@ import pytest
 
 import surgery.api
 
-MODULES = ("patterns", "algebra", "quantization", "training", "programs")
+MODULES = ("patterns", "structure", "algebra", "quantization", "training", "programs")
 # `surgery.api.__all__` of version 0.1.0.
 _NAMES = """
 CONV EMBEDDING EXACT EXPERTS LEARNED LINEAR NORM AddLowRank Call Candidates CaptureError CodesPass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from surgery.api.programs import make_plugin_manager
 from surgery.testing import check_pass
 from tests.docs.blocks import blocks, pages, python_block
 from tests.docs.test_pages import RUN
-from tests.shared import models
+from tests.shared import models, stacks
+from tests.shared.example_plugins import example_plugin
 
 
 def test_the_whole_plugin(monkeypatch):
@@ -109,6 +111,8 @@ ELSEWHERE = {
     "def silu": "test_a_pattern",
     "from my_package import Gate": "test_the_test_of_the_plugin",
     "class Shift(Fold)": "test_a_fold",
+    "class AfterBlock": "test_blocks",
+    "class Int8Matmul": "test_another_op",
     "def migrate": "test_a_migration",
     "open_generator": "tests/export/test_generation.py",
 }
@@ -142,6 +146,33 @@ def test_a_fold(monkeypatch):
     exec(python_block("docs/plugins.md", "class Shift(Fold)"), page.__dict__)
     shift = page.Shift(torch.tensor([1.0, 2.0]))
     assert shift.apply(torch.zeros(2), None).tolist() == [1, 2]
+
+
+def test_blocks():
+    """The kit, and one MLP for each of the two blocks of a small encoder."""
+    place: dict[str, object] = {"__name__": "block_page"}
+    exec(python_block("docs/plugins.md", "class AfterBlock"), place)
+    module, inputs = stacks.stack()
+    program = surgery.capture(module, inputs)
+    cls: Any = place["AfterBlock"]
+    count = sum(len(row) for row in program.view.blocks)
+    assert count > 1
+    assert len(program.plan(cls()).passes[-1].accepted) == count
+    checks = ("numerics", "inserted", "effect", "weights", "undo", "gradients", "foreign")
+    print(check_pass(cls(), program, checks=checks))
+
+
+def test_another_op():
+    """The class with the op of the example plugin gives what the example plugin gives."""
+    plugin = example_plugin("int8_matmul")
+    place: dict[str, object] = {"__name__": "op_page", "to_onnx": plugin._onnx}
+    exec(python_block("docs/plugins.md", "class Int8Matmul"), place)
+    module, inputs = models.attention()
+    program = surgery.capture(module, inputs)
+    page, ours = (cls(target="attn.*") for cls in (place["Int8Matmul"], plugin.Int8Matmul))  # type: ignore[operator]
+    (found, want) = (surgery.capture(module, inputs).apply(pass_).run()[0] for pass_ in (page, ours))
+    assert torch.equal(found, want)
+    assert not torch.equal(found, program.run()[0])
 
 
 def test_a_migration(monkeypatch):

@@ -50,6 +50,13 @@ def replaced_by(node: fx.Node) -> str | None:
     return entry if entry and node not in live_nodes(node.graph) else None
 
 
+def swapped_op(node: fx.Node) -> fx.Node | None:
+    """The output of the op that a pass computes instead of this one, under the adapters of this one; or None."""
+    name = mark_of(node).wrapped_by
+    fresh = next((n for n in node.graph.nodes if n.name == name), None) if name else None
+    return fresh if fresh is not None and mark_of(fresh).op_of == node.name else None
+
+
 def replaced_at(site: Site) -> str | None:
     """Id of the entry that replaced an op of a site, or None."""
     return next((entry for entry in (replaced_by(call.node) for call in site.calls) if entry), None)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from surgery.graph.ops import arguments
 from surgery.graph.sites import Site
+
+# Values of alpha and beta with which an addmm is a plain linear map. Other ops have neither argument.
+_ADDS = frozenset(("1", "1.0", "None"))
 
 
 def computed_weight(site: Site) -> str | None:
@@ -26,3 +30,14 @@ def not_floating(site: Site, remedy: str) -> str | None:
     if not site.packed and site.dtype.is_floating_point:
         return None
     return f"its weight is packed or not floating-point; {remedy}"
+
+
+def scaled_op(site: Site, remedy: str) -> str | None:
+    """Refusal of a site whose op multiplies its product or its bias by a factor.
+
+    Args:
+        site: The site.
+        remedy: An imperative clause, such as "leave it out".
+    """
+    factors = {str(arguments(call.node).get(name)) for call in site.calls for name in ("alpha", "beta")}
+    return None if factors <= _ADDS else f"its op scales its product or its bias; {remedy}"

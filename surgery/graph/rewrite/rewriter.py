@@ -24,7 +24,7 @@ from surgery.graph.marks import (
 from surgery.graph.ops import LINEAR, Call, arguments, operand
 from surgery.graph.outputs import same_size
 from surgery.graph.propagate import propagate
-from surgery.graph.rewrite.current import bias_now, replaced_by, weight_reader
+from surgery.graph.rewrite.current import bias_now, replaced_by, swapped_op, weight_reader
 from surgery.graph.rewrite.inserter import Inserter
 from surgery.graph.sites import Site
 
@@ -82,9 +82,19 @@ class Rewriter(Inserter):
         return self._features_last(self._ends[1])
 
     @property
+    def op_input(self) -> fx.Node:
+        """The input that the op reads now, with adapters that change it."""
+        return self._features_last(operand(self.site_call))
+
+    @property
     def op_output(self) -> fx.Node:
         """The output of the op itself with its bias, without the adapters around it."""
-        return self._features_last(self.site_call.node)
+        return self._features_last(swapped_op(self.site_call.node) or self.site_call.node)
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The value that the op reads as its bias now; None if there is none."""
+        return bias_now(self.site_call)
 
     @property
     def stored(self) -> fx.Node:
@@ -94,6 +104,7 @@ class Rewriter(Inserter):
     def call_op_on(self, x: fx.Node) -> fx.Node:
         """Insert the op itself on another input, with its bias."""
         node, op = self.site_call.node, self.site_call.op
+        self._refuse_replaced(node)
         names = list(arguments(node))
         args = [x if name == op.x else value for name, value in zip(names, node.args, strict=False)]
         kwargs = {name: x if name == op.x else value for name, value in node.kwargs.items()}
@@ -139,6 +150,44 @@ class Rewriter(Inserter):
         own = {n for n in self._new if n not in known}
         self._put(node, fresh, lambda user: user not in own)
         return fresh
+
+    def swap_op(self, build: Callable[[], fx.Node]) -> fx.Node:
+        """Compute the output of the op with another op; adapters beneath and above act on the new value.
+
+        Args:
+            build: Function that inserts nodes with `call` and returns the new output, with the features last. It reads
+                `op_input`, `bias` and tensors of the pass, and not `op_output`.
+
+        Returns:
+            The new output.
+
+        Raises:
+            PassError: The op was replaced already, or the new output has another shape or is computed from the old one.
+        """
+        node = self.site_call.node
+        self._refuse_replaced(node)
+        known = set(self._new)
+        with self.after(node):
+            fresh = build()
+            if self._columns:
+                fresh = self.call(aten.transpose.int, fresh, -2, -1)
+        self._check_shape(fresh, node)
+        own = {n for n in self._new if n not in known}
+        if fresh not in own or any(node in n.all_input_nodes for n in own):
+            raise PassError(
+                f"{self._entry_id} at {self.site.path}: the new op must be computed from g.op_input and without the "
+                "op that it replaces (g.op_output)"
+            )
+        set_mark(fresh, op_of=node.name)
+        self._put(node, fresh, lambda user: user not in own)
+        # The ends are those of the new op if nothing was around the old one.
+        self._ends = self._ends[0], output_with_adapters(node)
+        return fresh
+
+    def _refuse_replaced(self, node: fx.Node) -> None:
+        gone = replaced_by(node)
+        if gone:
+            raise PassError(f"{self._entry_id} at {self.site.path}: {gone} has put another op in its place")
 
     def replace_argument(
         self, user: fx.Node, where: int | str | fx.Node, build: Callable[[fx.Node], fx.Node]
@@ -301,9 +350,7 @@ class Rewriter(Inserter):
         self, reader: fx.Node, current: fx.Node, parameter: str, build: Callable[[fx.Node], fx.Node]
     ) -> fx.Node:
         own = self.site_call.node
-        gone = replaced_by(own)
-        if gone:
-            raise PassError(f"{self._entry_id} at {self.site.path}: {gone} has put another op in its place")
+        self._refuse_replaced(own)
         # Earlier adapters that compute with the weight (with its norms, say) must see the same value as the op.
         readers = [reader, *(n for n in current.users if mark_of(n).call == own.name)]
         if current not in self._swapped:
