@@ -41,7 +41,7 @@ class Hra(RewritePass):
     effect: ClassVar[Effect] = replace(ADAPTER, scalable=True)
     numerics: ClassVar[Numerics] = rounded(1e-5, "pairs of reflections cancel up to rounding")
 
-    rank: int = Field(8, gt=0, multiple_of=2, description="number of reflections r, an even number")
+    rank: int = Field(default=8, gt=0, multiple_of=2, description="number of reflections r, an even number")
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         return {"u": TensorSpec((site.in_features, self.rank), _pairs)}

@@ -38,8 +38,8 @@ class Vera(RewritePass):
     on: ClassVar[tuple[str, ...]] = (LINEAR,)
     effect: ClassVar[Effect] = replace(ADAPTER, scalable=True)
 
-    rank: int = Field(256, gt=0, description="inner dimension r of the random matrices")
-    d_initial: float = Field(0.1, description="start value of d")
+    rank: int = Field(default=256, gt=0, description="inner dimension r of the random matrices")
+    d_initial: float = Field(default=0.1, description="start value of d")
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         a, b = factor_shapes(site, self.rank)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from surgery.cli.completion import TABLE
-from surgery.common.options import Configured
+from surgery.common.options import Configured, written
 from surgery.common.plugins import CORE, Info, Plugins, make_plugin_manager
 from surgery.engine.registry import passes
 from surgery.graph.targets import ROLES
@@ -31,7 +31,7 @@ def _built_in(found: Mapping[str, Info[Any]]) -> dict[str, dict[str, list[str]]]
 def _options(cls: type[Configured]) -> dict[str, list[str]]:
     """Option -> its values if they are a fixed list, else none."""
     return {
-        "--" + (info.alias or name).replace("_", "-"): _values(info.annotation)
+        "--" + written(name, info).replace("_", "-"): _values(info.annotation)
         for name, info in cls.model_fields.items()
     }
 

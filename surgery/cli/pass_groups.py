@@ -194,5 +194,7 @@ def split_groups(
 
 def _field(cls: type[Configured], flag: str) -> FieldInfo | None:
     """The field of a class that a flag sets, or None."""
+    from surgery.common.options import written
+
     fields, key = cls.model_fields, flag[2:].replace("-", "_")
-    return fields.get(key) or next((f for f in fields.values() if f.alias == key), None)
+    return fields.get(key) or next((f for name, f in fields.items() if written(name, f) == key), None)

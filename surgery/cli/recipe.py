@@ -50,8 +50,10 @@ class Merging(Configured):
 
     _kind: ClassVar[str] = "recipe's merge"
 
-    quantized: How = Field("keep", description="treatment of adapters on quantized weights")
-    budget: float = Field(0.1, ge=0, description="largest share of their contribution that may be lost")
+    quantized: How = Field(default="keep", description="treatment of adapters on quantized weights")
+    budget: float = Field(
+        default=0.1, ge=0, description="largest share of their contribution that may be lost"
+    )
 
 
 class Shipping(Configured):
@@ -71,16 +73,16 @@ class Shipping(Configured):
     _kind: ClassVar[str] = "recipe's export"
 
     file: str = Field(
-        "model.onnx",
+        default="model.onnx",
         description="file name in the directory of the run; with generate, the name of a directory",
     )
     generate: bool = False
     adapters_as_inputs: bool = False
-    opset: int | None = Field(None, ge=18)
+    opset: int | None = Field(default=None, ge=18)
     external_data: bool | None = None
-    seed: int = Field(0, description="seed of the random inputs of the parity check")
+    seed: int = Field(default=0, description="seed of the random inputs of the parity check")
     cpu: Literal["any", "vnni"] | None = None
-    tolerance: float | None = Field(None, ge=0)
+    tolerance: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

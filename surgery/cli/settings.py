@@ -39,7 +39,7 @@ class Setting:
 
 
 def read_settings() -> list[Setting]:
-    """The fields of Settings in order, each declared as `name: type = Field(default, …, description="…")`."""
+    """The fields of Settings in order, each declared as `name: type = Field(default=…, description="…")`."""
     spec = find_spec("surgery.train.options")
     source: str = spec.loader.get_source(spec.name)  # type: ignore[union-attr]
     classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
@@ -55,7 +55,7 @@ def read_settings() -> list[Setting]:
         found.append(
             Setting(
                 ast.unparse(node.target),
-                ast.literal_eval(node.value.args[0]),
+                ast.literal_eval(given["default"]),
                 ast.literal_eval(given["description"]),
                 ast.literal_eval(node.annotation.slice) if literal else (),  # type: ignore[attr-defined]
                 annotation == "bool",

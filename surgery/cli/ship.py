@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -85,6 +85,9 @@ def export(
     from surgery.cli.loading import read_data
     from surgery.cli.reports import tell_adaptable, tell_exported, tell_generation
     from surgery.common.files import refuse_file, refuse_taken
+    from surgery.export.adaptable import export_adaptable
+    from surgery.export.generation import export_generation
+    from surgery.export.program import export_program
 
     writes_directory = generate or adapters_as_inputs
     if writes_directory:
@@ -96,7 +99,7 @@ def export(
     if generate and external_data is not None:
         raise SurgeryError("--generate always stores weights in separate files; remove --external-data")
     program = choose(loader(model, dtype=dtype))
-    shared = {
+    shared: dict[str, Any] = {
         "opset": opset,
         "cpu": cpu,
         "seed": seed,
@@ -104,18 +107,18 @@ def export(
         "tolerance": tolerance,
     }
     if generate:
-        made = program.export_generation(
-            output, adapters_as_inputs=adapters_as_inputs, overwrite=overwrite, **shared
+        made = export_generation(
+            program, output, adapters_as_inputs=adapters_as_inputs, overwrite=overwrite, **shared
         )
         tell_generation(made, as_json)
         return
     if adapters_as_inputs:
-        adaptable = program.export_adaptable(
-            output, external_data=external_data, overwrite=overwrite, **shared
+        adaptable = export_adaptable(
+            program, output, external_data=external_data, overwrite=overwrite, **shared
         )
         tell_adaptable(adaptable, as_json)
         return
-    report = program.export(output, external_data=external_data, **shared)
+    report = export_program(program, output, external_data=external_data, **shared)
     tell_exported(report, output, as_json)
 
 

@@ -29,7 +29,9 @@ from surgery.common.plugins import Plugins
 from surgery.engine.probe import InputSet
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries
-from surgery.export.program import source_of
+from surgery.export.adaptable import export_adaptable
+from surgery.export.generation import export_generation
+from surgery.export.program import export_program, source_of
 from surgery.export.rounded_parity import rounds, runtime_rounds
 from surgery.store.hf import write_hf
 from surgery.store.load import load
@@ -225,17 +227,17 @@ class _Stages:
         self._title("exported")
         if wanted.generate:
             also = wanted.adapters_as_inputs
-            made = program.export_generation(path, adapters_as_inputs=also, overwrite=self.resume, **options)
+            made = export_generation(program, path, adapters_as_inputs=also, overwrite=self.resume, **options)
             if not self.quiet:
                 tell_generation(made, False)
             return {"path": str(path), "parity": made.error, "tokens": made.tokens}
         options["external_data"] = wanted.external_data
         if wanted.adapters_as_inputs:
-            adaptable = program.export_adaptable(path, overwrite=self.resume, **options)
+            adaptable = export_adaptable(program, path, overwrite=self.resume, **options)
             if not self.quiet:
                 tell_adaptable(adaptable, False)
             return {"path": str(path), "parity": max(adaptable.errors.values(), default=0.0)}
-        report = program.export(path, **options)
+        report = export_program(program, path, **options)
         if not self.quiet:
             tell_exported(report, path, False)
         parity = report.parity.error if report.parity else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from surgery.common.errors import SurgeryError, nearest
 from surgery.common.guard import guard
@@ -57,7 +58,7 @@ class Configured(BaseModel):
             field = ".".join(part for part in problem["loc"] if isinstance(part, str))[:100]
             flag = "--" + "".join(c if c.isprintable() else "?" for c in field.replace("_", "-"))
             if problem["type"] == "extra_forbidden":
-                known = [f.alias or n for n, f in cls.model_fields.items()]
+                known = [written(n, f) for n, f in cls.model_fields.items()]
                 hint = nearest(field, known) or f"; it has {', '.join(sorted(known))}"
                 raise cls._failure(f"{title} has no option {flag}{hint}") from None
             shown = problem.get("input")
@@ -79,6 +80,11 @@ class Configured(BaseModel):
             ) from error
 
 
+def written(name: str, info: FieldInfo) -> str:
+    """The name of an option as users write it: its alias, or that of the field."""
+    return info.serialization_alias or name
+
+
 def _short(value: Any) -> str:
     """The representation of a value, at most 200 characters of it."""
     shown = repr(value)
@@ -93,7 +99,7 @@ def describe_options(configured: type[Configured]) -> list[dict[str, Any]]:
         shown = getattr(annotation, "__name__", None) if not hasattr(annotation, "__args__") else None
         rows.append(
             {
-                "option": "--" + (info.alias or name).replace("_", "-"),
+                "option": "--" + written(name, info).replace("_", "-"),
                 "type": shown or str(annotation).replace("typing.", "").replace(" | None", ""),
                 "default": None if info.is_required() else info.default,
                 "required": info.is_required(),

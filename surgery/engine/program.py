@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from torch import nn
 
@@ -16,6 +16,15 @@ from surgery.engine.change.undo import check_undoable, undo
 from surgery.engine.contract.base import Pass
 from surgery.engine.contract.combination import Combination, Majority
 from surgery.engine.contract.folds import How
+from surgery.engine.formats import (
+    AdaptableOptions,
+    AdaptableResult,
+    GenerationOptions,
+    GenerationResult,
+    OnnxOptions,
+    OnnxResult,
+    StrPath,
+)
 from surgery.engine.probe import InputSet
 from surgery.engine.state import State
 from surgery.engine.summary import summary
@@ -201,13 +210,14 @@ class Program(State):
 
     # -- writing
 
-    def write(self, path: Any, format: str, **options: Any) -> Any:
+    def write(self, path: StrPath, format: str, **options: Any) -> Any:
         """Write the program in a named format; plugins register formats with the hook `surgery_writers`.
 
         Args:
             path: File or directory to write.
             format: Name of the format, such as "surgery", "hf" or "onnx".
-            options: Options of the format.
+            options: Options of the format. They are not checked by type checkers, since plugins define formats; `save`,
+                `export`, `export_adaptable` and `export_generation` are.
 
         Returns:
             The result of the format's writer.
@@ -217,7 +227,7 @@ class Program(State):
         """
         return self.base.plugins.writer(format)(self, path, **options)
 
-    def save(self, path: Any, *, standalone: bool = False, overwrite: bool = False) -> None:
+    def save(self, path: StrPath, *, standalone: bool = False, overwrite: bool = False) -> None:
         """Write a directory that `surgery.load` reads; see surgery.store.saved.save.
 
         Args:
@@ -240,12 +250,12 @@ class Program(State):
         """
         return self.base.plugins.first("surgery_live", program=self)
 
-    def export(self, path: Any, **options: Any) -> Any:
+    def export(self, path: StrPath, **options: Unpack[OnnxOptions]) -> OnnxResult:
         """Write an ONNX model and compare onnxruntime with the program; see surgery.export.program.export_program.
 
         Args:
             path: File to write.
-            options: Options of `export_program`.
+            options: Options of `export_program`, see surgery.engine.formats.OnnxOptions.
 
         Returns:
             The ExportReport.
@@ -256,11 +266,11 @@ class Program(State):
         """
         return self.write(path, "onnx", **options)
 
-    def export_adaptable(self, path: Any, **options: Any) -> Any:
+    def export_adaptable(self, path: StrPath, **options: Unpack[AdaptableOptions]) -> AdaptableResult:
         """Write one ONNX model and a file for each LoRA adapter; see surgery.export.adaptable.export_adaptable."""
         return self.write(path, "onnx-adapters", **options)
 
-    def export_generation(self, path: Any, **options: Any) -> Any:
+    def export_generation(self, path: StrPath, **options: Unpack[GenerationOptions]) -> GenerationResult:
         """Write an ONNX language model for generation with a cache; see surgery.export.generation.export_generation."""
         return self.write(path, "onnx-generate", **options)
 

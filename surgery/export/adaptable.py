@@ -45,7 +45,17 @@ class AdaptableReport:
 
 
 def export_adaptable(
-    program: Program, path: Any, *, seed: int = 0, overwrite: bool = False, **options: Any
+    program: Program,
+    path: Any,
+    *,
+    opset: int | None = None,
+    external_data: bool | None = None,
+    seed: int = 0,
+    lowerings: Mapping[Any, Any] | None = None,
+    cpu: str | None = None,
+    data: Sequence[InputSet] = (),
+    tolerance: float | None = None,
+    overwrite: bool = False,
 ) -> AdaptableReport:
     """Write a directory with an ONNX model that takes LoRA weights as optional inputs.
 
@@ -56,16 +66,32 @@ def export_adaptable(
     Args:
         program: the program.
         path: the directory to write.
+        opset: as for `export_program`.
+        external_data: as for `export_program`.
         seed: seed of the inputs for the checks.
+        lowerings: as for `export_program`.
+        cpu: as for `export_program`.
+        data: as for `export_program`.
+        tolerance: as for `export_program`.
         overwrite: True replaces an existing directory.
-        options: options of `export_program`.
 
     Raises:
         ExportError: the program has no LoRA, or the outputs with an adapter differ from the program's.
     """
     slotted = slots(program.to(HOME))
     with staged_directory(Path(path), overwrite) as folder:
-        report = export_program(slotted.program, folder / MODEL, seed=seed, optional=slotted.names, **options)
+        report = export_program(
+            slotted.program,
+            folder / MODEL,
+            opset=opset,
+            external_data=external_data,
+            seed=seed,
+            lowerings=lowerings,
+            optional=slotted.names,
+            cpu=cpu,
+            data=data,
+            tolerance=tolerance,
+        )
         write_adapters(slotted.adapters, report.stored, folder)
         manifest = {
             "model": MODEL,
@@ -76,7 +102,9 @@ def export_adaptable(
         # Check the files before the directory is moved to its place.
         model = OnnxModel(folder / MODEL)
         errors = {
-            name: _error(alone, model, adapter_file(folder, name), name, parity_inputs(alone, seed), options)
+            name: _error(
+                alone, model, adapter_file(folder, name), name, parity_inputs(alone, seed), data, tolerance
+            )
             for name, alone in slotted.alone.items()
         }
     place = Path(path)
@@ -91,18 +119,18 @@ def _error(
     file: Path,
     name: str,
     sets: Sequence[InputSet],
-    options: Mapping[str, Any],
+    data: Sequence[InputSet],
+    tolerance: float | None,
 ) -> float:
     """Largest difference between the model with adapter `name` and the program `alone`, relative to the scale."""
     source, worst = source_of(alone), 0.0
     if rounds(source) or runtime_rounds(source):
-        data = options.get("data") or ()
         found = judge(
             lambda named: model.run(named, [file]),
             source,
             data or sets,
             given=bool(data),
-            tolerance=options.get("tolerance"),
+            tolerance=tolerance,
         )
         if not found.ok:
             raise ExportError(f"with the adapter {name!r}: {found.said}; accept it with --tolerance")

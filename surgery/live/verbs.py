@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from surgery.common.plugins import Plugins, make_plugin_manager
 from surgery.engine.base import Base
 from surgery.engine.change.plans import PlanReport
 from surgery.engine.contract.base import Pass
+from surgery.engine.formats import CombineOptions
 from surgery.engine.probe import InputSet
 from surgery.engine.program import Program
 from surgery.engine.replay import live_entries, pass_of
@@ -204,7 +205,12 @@ def weight_(model: nn.Module, weights: Mapping[str, float]) -> Program:
 
 
 def combine_(
-    model: nn.Module, weights: Mapping[str, float], method: str = "svd", *, label: str, **options: Any
+    model: nn.Module,
+    weights: Mapping[str, float],
+    method: str = "svd",
+    *,
+    label: str,
+    **options: Unpack[CombineOptions],
 ) -> Program:
     """Combine several adapters of a live module into one.
 

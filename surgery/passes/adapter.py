@@ -57,13 +57,19 @@ class Adapter(GraphPass):
     name: ClassVar[str] = "adapter"
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
-        "houlsby", description="after attention and feed-forward; after feed-forward; or parallel to it"
+        default="houlsby",
+        description="after attention and feed-forward; after feed-forward; or parallel to it",
     )
-    size: int = Field(64, gt=0, description="width m of the bottleneck")
-    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="activation function σ")
-    scale: float = Field(1.0, gt=0, description="factor s of the adapter's output")
+    size: int = Field(default=64, gt=0, description="width m of the bottleneck")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field(
+        default="relu", description="activation function σ"
+    )
+    scale: float = Field(default=1.0, gt=0, description="factor s of the adapter's output")
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="probability of dropping a value of the bottleneck, in train mode"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="probability of dropping a value of the bottleneck, in train mode",
     )
 
     @property

@@ -46,8 +46,8 @@ class Bitfit(RewritePass):
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EXPERTS, NORM, EMBEDDING)
     default_target: ClassVar[str | None] = "all"
 
-    add_missing: bool = Field(False, description="add a bias of zeros to weights without one")
-    train_head: bool = Field(False, description="train the weights of the head too")
+    add_missing: bool = Field(default=False, description="add a bias of zeros to weights without one")
+    train_head: bool = Field(default=False, description="train the weights of the head too")
 
     def find(self, view: View) -> list[Site]:
         asked = super().find(view)

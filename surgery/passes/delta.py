@@ -106,9 +106,11 @@ class Delta(RewritePass):
     name: ClassVar[str] = "delta"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS, NORM)
 
-    bias: bool = Field(False, description="a trained copy of the bias too")
+    bias: bool = Field(default=False, description="a trained copy of the bias too")
     source: str | None = Field(
-        None, repr=False, description="checkpoint that the values came from, as JSON; import-peft sets it"
+        default=None,
+        repr=False,
+        description="checkpoint that the values came from, as JSON; import-peft sets it",
     )
 
     @field_validator("source")

@@ -48,21 +48,21 @@ class LowRank(RewritePass):
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("approximates weights by products of two smaller ones")
 
-    rank: int | None = Field(None, gt=0, description="inner dimension r (per group of a convolution)")
+    rank: int | None = Field(default=None, gt=0, description="inner dimension r (per group of a convolution)")
     energy: float | None = Field(
-        None,
+        default=None,
         gt=0,
         lt=1,
         description="instead of a rank: the fraction of the squared singular values to keep",
     )
     budget: float | None = Field(
-        None,
+        default=None,
         gt=0,
         lt=1,
         description="instead of a rank: the largest relative error of each op's outputs on the data",
     )
     basis: Literal["weight", "outputs"] | None = Field(
-        None,
+        default=None,
         description="keep the largest directions of the weight, or of its outputs on the data (default: outputs with "
         "--budget, else weight)",
     )

@@ -59,17 +59,17 @@ class Share(RewritePass):
     numerics: ClassVar[Numerics] = changes("ties weights of layers")
 
     mode: Literal["first", "mean"] = Field(
-        "first", description="the shared weight: the first layer's, or the mean"
+        default="first", description="the shared weight: the first layer's, or the mean"
     )
     groups: int | None = Field(
-        None,
+        default=None,
         gt=0,
         description="split the layers into this many groups of consecutive ones (default: one group)",
     )
     every: int | None = Field(
-        None, gt=0, description="instead of --groups: every k-th layer shares, in k groups"
+        default=None, gt=0, description="instead of --groups: every k-th layer shares, in k groups"
     )
-    biases: Literal["shared", "own"] = Field("shared", description="whether biases are shared too")
+    biases: Literal["shared", "own"] = Field(default="shared", description="whether biases are shared too")
 
     @property
     def effect(self) -> Effect:

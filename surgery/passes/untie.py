@@ -42,7 +42,9 @@ class Untie(RewritePass):
     name: ClassVar[str] = "untie"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS, NORM)
 
-    calls: bool = Field(False, description="give every call of a layer that runs several times its own copy")
+    calls: bool = Field(
+        default=False, description="give every call of a layer that runs several times its own copy"
+    )
 
     @property
     def effect(self) -> Effect:

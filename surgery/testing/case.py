@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from surgery.engine.change.plans import PassPlan, SitePlan
 from surgery.engine.contract.base import Pass, RewritePass
 from surgery.engine.contract.numerics import Numerics
 from surgery.engine.contract.observe import Observed, observe
+from surgery.engine.formats import ApplyOptions
 from surgery.engine.journal import Entry, Journal
 from surgery.engine.program import Program
 from surgery.engine.restore import reverted
@@ -115,7 +116,9 @@ class Case:
         """The program with the pass applied and random trainable tensors. Do not train it; see `to_train`."""
         return self.fresh()
 
-    def fresh(self, pass_: Pass | None = None, program: Program | None = None, **options: Any) -> Program:
+    def fresh(
+        self, pass_: Pass | None = None, program: Program | None = None, **options: Unpack[ApplyOptions]
+    ) -> Program:
         """A new program with a pass applied and its trainable tensors randomized.
 
         Args:
@@ -127,7 +130,7 @@ class Case:
         self.randomise(applied, applied.journal.entries[-1])
         return applied
 
-    def apply(self, program: Program, pass_: Pass, **options: Any) -> Program:
+    def apply(self, program: Program, pass_: Pass, **options: Unpack[ApplyOptions]) -> Program:
         """Apply a pass with the seed of the case, without verification.
 
         Args:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 
 from surgery.common.errors import TrainingError
+from surgery.common.options import written
 from surgery.common.plugins import make_plugin_manager
 from surgery.train.objective import Objective, OnPolicy
 from surgery.train.registry import find_objective
@@ -58,7 +59,7 @@ class Nested(BaseModel):
             raise TrainingError(
                 f"{whose}: {self.objective} cannot be part of another objective; train with it alone"
             )
-        fields = {key for name, field in cls.model_fields.items() for key in (name, field.alias) if key}
+        fields = {key for name, field in cls.model_fields.items() for key in (name, written(name, field))}
         options = {name.replace("-", "_"): value for name, value in self.options}
         known = {name: value for name, value in defaults.items() if name in fields}
         try:

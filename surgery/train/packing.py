@@ -29,7 +29,7 @@ class PackingObjective(TokenObjective):
     """
 
     packing: bool = Field(
-        False,
+        default=False,
         description="pack the examples of a batch into one row without padding or attention between them (live "
         "transformers models; useful if lengths differ much)",
     )

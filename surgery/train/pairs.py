@@ -29,19 +29,19 @@ class PairObjective(Objective):
         "rejected": ("rejected", "dispreferred", "refused"),
     }
 
-    prompt: str | None = Field(None, description="column of the prompt: texts, or lists of messages")
+    prompt: str | None = Field(default=None, description="column of the prompt: texts, or lists of messages")
     chosen: str | None = Field(
-        None, description="column of the preferred answer: texts, or lists of messages"
+        default=None, description="column of the preferred answer: texts, or lists of messages"
     )
-    rejected: str | None = Field(None, description="column of the rejected answer")
+    rejected: str | None = Field(default=None, description="column of the rejected answer")
     template: str | None = Field(
-        None, description="file with a chat template (Jinja), instead of the tokenizer's"
+        default=None, description="file with a chat template (Jinja), instead of the tokenizer's"
     )
     plain: bool = Field(
-        False, description="use no chat template: the answer continues the text of the prompt"
+        default=False, description="use no chat template: the answer continues the text of the prompt"
     )
     max_prompt: int | None = Field(
-        None, gt=0, description="maximum tokens of a prompt; a longer prompt loses its first tokens"
+        default=None, gt=0, description="maximum tokens of a prompt; a longer prompt loses its first tokens"
     )
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:

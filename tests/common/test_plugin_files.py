@@ -41,7 +41,7 @@ class OwnShift(RewritePass):
     """Shift: y = W x becomes W x + s·v, with a trained vector v that starts at zero."""
 
     name: ClassVar[str] = "own-shift"
-    strength: float = Field(1.0, description="factor s")
+    strength: float = Field(default=1.0, description="factor s")
 
     def tensors(self, site):
         return {"v": TensorSpec((site.out_features,))}

@@ -87,7 +87,7 @@ class IA3(RewritePass):
     combiner: ClassVar[Any] = staticmethod(combine)
 
     scale: Literal["auto", "input", "output"] = Field(
-        "auto",
+        default="auto",
         description="value that the vector scales; auto: the input of mlp.down, the output of other targets",
     )
 

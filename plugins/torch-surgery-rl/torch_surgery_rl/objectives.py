@@ -35,13 +35,13 @@ class PpoObjective(LanguageObjective):
 
     name: ClassVar[str] = "ppo"
 
-    ratio_clip: float = Field(0.2, gt=0, description="ε of the clipped ratio")
-    value_clip: float | None = Field(0.2, gt=0, description="maximum change of a value in one update")
-    value_weight: float = Field(0.5, ge=0, description="weight of the value error in the loss")
-    entropy: float = Field(0.0, ge=0, description="weight of the entropy bonus")
-    inner_epochs: int = Field(4, gt=0, description="epochs over a batch of responses")
+    ratio_clip: float = Field(default=0.2, gt=0, description="ε of the clipped ratio")
+    value_clip: float | None = Field(default=0.2, gt=0, description="maximum change of a value in one update")
+    value_weight: float = Field(default=0.5, ge=0, description="weight of the value error in the loss")
+    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
+    inner_epochs: int = Field(default=4, gt=0, description="epochs over a batch of responses")
     update_kl: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="end a step early if the mean KL per token from the old policy exceeds this",
     )
@@ -84,13 +84,15 @@ class TrpoObjective(LanguageObjective):
 
     name: ClassVar[str] = "trpo"
 
-    max_kl: float = Field(0.01, gt=0, description="bound of the mean KL per token in one step")
-    damping: float = Field(0.1, ge=0, description="damping, added to the diagonal of the Fisher matrix")
-    iterations: int = Field(10, gt=0, description="iterations of conjugate gradients")
-    backtracks: int = Field(15, gt=0, description="maximum tries of the line search")
-    value_epochs: int = Field(4, gt=0, description="epochs of fitting the values to a batch")
+    max_kl: float = Field(default=0.01, gt=0, description="bound of the mean KL per token in one step")
+    damping: float = Field(
+        default=0.1, ge=0, description="damping, added to the diagonal of the Fisher matrix"
+    )
+    iterations: int = Field(default=10, gt=0, description="iterations of conjugate gradients")
+    backtracks: int = Field(default=15, gt=0, description="maximum tries of the line search")
+    value_epochs: int = Field(default=4, gt=0, description="epochs of fitting the values to a batch")
     fisher_rows: int | None = Field(
-        None, gt=0, description="responses of a batch used for the Fisher matrix (default: all)"
+        default=None, gt=0, description="responses of a batch used for the Fisher matrix (default: all)"
     )
 
     @property

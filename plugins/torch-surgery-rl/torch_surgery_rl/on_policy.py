@@ -45,40 +45,42 @@ class LanguageObjective(OnPolicy):
     metric: ClassVar[str] = "reward"
     larger: ClassVar[bool] = True
 
-    prompt: str | None = Field(None, description="column of the prompt: texts, or lists of messages")
+    prompt: str | None = Field(default=None, description="column of the prompt: texts, or lists of messages")
     template: str | None = Field(
-        None, description="file with a chat template (Jinja), instead of the tokenizer's"
+        default=None, description="file with a chat template (Jinja), instead of the tokenizer's"
     )
     plain: bool = Field(
-        False, description="use no chat template: the response continues the text of the prompt"
+        default=False, description="use no chat template: the response continues the text of the prompt"
     )
     reward: str = Field(
-        "",
+        default="",
         description="source of rewards: a directory or reference of a program with one score or with classes, or "
         "MODULE:FUNCTION, called with lists of prompts and of responses",
     )
     reward_class: int | None = Field(
-        None, ge=0, description="class of the reward program whose log-probability is the reward"
+        default=None, ge=0, description="class of the reward program whose log-probability is the reward"
     )
     reads: Literal["whole", "response"] = Field(
-        "whole",
+        default="whole",
         description="text that a reward program with its own tokenizer reads: with the prompt, or the response alone",
     )
-    new_tokens: int = Field(32, gt=0, description="maximum tokens of a response")
-    temperature: float = Field(1.0, gt=0, description="temperature of sampling and of the policy")
+    new_tokens: int = Field(default=32, gt=0, description="maximum tokens of a response")
+    temperature: float = Field(default=1.0, gt=0, description="temperature of sampling and of the policy")
     kl: float = Field(
-        0.05, ge=0, description="weight of the penalty on each token's log-ratio to the reference policy"
+        default=0.05,
+        ge=0,
+        description="weight of the penalty on each token's log-ratio to the reference policy",
     )
     kl_target: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="target KL of a response, to which the penalty adapts (default: fixed penalty)",
     )
-    kl_gain: float = Field(0.1, gt=0, description="speed of the adaptation to --kl-target")
-    gamma: float = Field(1.0, ge=0, le=1, description="discount of later rewards")
-    lam: float = Field(0.95, ge=0, le=1, description="λ of generalized advantage estimation")
-    value: str = Field("logits_value", description="output with the value of each token")
-    minibatch: int = Field(8, gt=0, description="responses per minibatch (in memory at a time)")
+    kl_gain: float = Field(default=0.1, gt=0, description="speed of the adaptation to --kl-target")
+    gamma: float = Field(default=1.0, ge=0, le=1, description="discount of later rewards")
+    lam: float = Field(default=0.95, ge=0, le=1, description="λ of generalized advantage estimation")
+    value: str = Field(default="logits_value", description="output with the value of each token")
+    minibatch: int = Field(default=8, gt=0, description="responses per minibatch (in memory at a time)")
 
     # -- data
 

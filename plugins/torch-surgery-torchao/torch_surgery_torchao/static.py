@@ -67,18 +67,18 @@ class Int8Static(CodesPass):
     numerics: ClassVar[Numerics] = changes("weights and activations are rounded to 8 bits")
 
     observer: Literal["histogram", "minmax", "moving-average"] = Field(
-        "histogram", description="how the range of an activation is computed from the values seen"
+        default="histogram", description="how the range of an activation is computed from the values seen"
     )
     method: Literal["nearest", "gptq"] = Field(
-        "nearest",
+        default="nearest",
         description="weights: round to nearest, or compensate rounding errors on the data (linear layers)",
     )
     cpu: Literal["any", "vnni"] = Field(
-        "any",
+        default="any",
         description="any keeps products in range on every processor; vnni uses all 8 bits and needs VNNI",
     )
     output: Literal["auto", "op"] = Field(
-        "auto",
+        default="auto",
         description="where the output of a convolution is rounded: auto, after its relu; op, directly after it",
     )
 

@@ -53,11 +53,13 @@ class Pass(Configured):
     before: ClassVar[tuple[str, ...]] = ()
 
     target: str | None = Field(
-        None, description="which sites: roles, paths, names; comma-separated, ! excludes"
+        default=None, description="which sites: roles, paths, names; comma-separated, ! excludes"
     )
     label: str = Field(
-        "",
-        alias="as",
+        default="",
+        # Not `alias`: type checkers would then ask for an argument `as`, which Python does not allow.
+        validation_alias="as",
+        serialization_alias="as",
         pattern=r"^[A-Za-z0-9_-]*$",
         max_length=100,
         description="a name of your own for this application of the pass: letters, digits, - and _",

@@ -80,39 +80,45 @@ class Expand(GraphPass):
     name: ClassVar[str] = "expand"
 
     deeper: int | None = Field(
-        None,
+        default=None,
         gt=0,
         le=depth.MOST_COPIES,
         description="number of block copies to add, spread evenly over the row",
     )
     after: str | None = Field(
-        None,
+        default=None,
         description="deeper: indices of the blocks to copy, in their row, such as 3,7 (once each, without --deeper)",
     )
     row: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="deeper: index of the row of blocks (default: the longest row, or the last of the longest)",
     )
     wider: str | None = Field(
-        None, description="new width of hidden layers: a factor (1.5), or a number of units to add (+64)"
+        default=None,
+        description="new width of hidden layers: a factor (1.5), or a number of units to add (+64)",
     )
     noise: float = Field(
-        0.1,
+        default=0.1,
         ge=0,
         lt=1,
         description="wider: unevenness of the shares of outgoing weights among copies of a unit (0: even)",
     )
     side: Literal["dense", "conv"] | None = Field(
-        None, description="add a branch parallel to the targeted ops: a bottleneck, or one with a convolution"
+        default=None,
+        description="add a branch parallel to the targeted ops: a bottleneck, or one with a convolution",
     )
-    size: int = Field(64, gt=0, description="side: width of the bottleneck")
+    size: int = Field(default=64, gt=0, description="side: width of the bottleneck")
     kernel: int | None = Field(
-        None, gt=0, description="side conv: kernel size (default: the convolution's own; 3 along a sequence)"
+        default=None,
+        gt=0,
+        description="side conv: kernel size (default: the convolution's own; 3 along a sequence)",
     )
-    activation: Literal["relu", "gelu", "silu", "tanh"] = Field("relu", description="side: activation σ")
+    activation: Literal["relu", "gelu", "silu", "tanh"] = Field(
+        default="relu", description="side: activation σ"
+    )
     causal: Literal["auto", "yes", "no"] = Field(
-        "auto",
+        default="auto",
         description="side conv along a sequence: see only earlier positions (auto: as the attention does)",
     )
 

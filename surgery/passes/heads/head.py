@@ -58,28 +58,28 @@ class Head(GraphPass):
     name: ClassVar[str] = "head"
 
     mode: Literal["replace", "resize", "add"] = Field(
-        "replace",
+        default="replace",
         description="replace: a new head instead of the old one; resize: the same, but keep rows of old classes; "
         "add: a second head with an output of its own",
     )
-    labels: int | None = Field(None, gt=0, le=2**20, description="number of outputs of the head")
+    labels: int | None = Field(default=None, gt=0, le=2**20, description="number of outputs of the head")
     keep: str | None = Field(
-        None,
+        default=None,
         description="resize: numbers of the old classes to keep, such as 0,2,5 (default: the first ones)",
     )
     head_name: str = Field(
-        "",
+        default="",
         pattern=r"^[A-Za-z0-9_]*$",
         max_length=100,
         description="add: name of the head; its output is logits_NAME",
     )
     pool: Literal["cls", "mean", "last", "none"] | None = Field(
-        None,
+        default=None,
         description="add: how tokens are reduced to one feature vector (none: scores for each token; default: read the "
         "input of the existing head)",
     )
     init: Literal["normal", "kaiming", "zero"] = Field(
-        "normal",
+        default="normal",
         description="initial new weights: normal (standard deviation 0.02), kaiming (uniform) or zero",
     )
 

@@ -63,20 +63,21 @@ class Vocab(GraphPass):
     name: ClassVar[str] = "vocab"
     on: ClassVar[tuple[str, ...]] = (EMBEDDING, LINEAR)
 
-    tokens: int = Field(0, ge=0, description="number of new tokens")
+    tokens: int = Field(default=0, ge=0, description="number of new tokens")
     multiple_of: int = Field(
-        1, gt=0, description="round the total number of rows up to a multiple of this (64 suits GPUs)"
+        default=1, gt=0, description="round the total number of rows up to a multiple of this (64 suits GPUs)"
     )
     init: Literal["mean", "mean-noise", "normal", "zero"] = Field(
-        "mean", description="initial new rows: the mean of the old ones, that with noise, normal, or zero"
+        default="mean",
+        description="initial new rows: the mean of the old ones, that with noise, normal, or zero",
     )
     noise: float = Field(
-        0.01,
+        default=0.01,
         gt=0,
         description="mean-noise: standard deviation of the noise, as a fraction of that of the old rows",
     )
     output_layer: Literal["auto", "on", "off"] = Field(
-        "auto", description="extend the output layer too (auto: if it is tied, or has as many rows)"
+        default="auto", description="extend the output layer too (auto: if it is tied, or has as many rows)"
     )
 
     @property

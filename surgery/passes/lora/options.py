@@ -17,21 +17,30 @@ class LoraOptions(RewritePass):
 
     name: ClassVar[str] = "lora"
 
-    rank: int = Field(8, gt=0, description="inner dimension r of the update")
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
-    parts: str | None = Field(None, description="parts of a fused projection: q,k,v (default: all, as one)")
-    rslora: bool = Field(False, description="scale by alpha / √rank instead")
-    dora: bool = Field(False, description="train a magnitude for each output beside the direction")
-    full_gradient: bool = Field(False, description="with --dora: let the gradient pass through the norm too")
-    bias: bool = Field(False, description="a trained bias of B, scaled as the update is")
+    rank: int = Field(default=8, gt=0, description="inner dimension r of the update")
+    alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")
+    parts: str | None = Field(
+        default=None, description="parts of a fused projection: q,k,v (default: all, as one)"
+    )
+    rslora: bool = Field(default=False, description="scale by alpha / √rank instead")
+    dora: bool = Field(default=False, description="train a magnitude for each output beside the direction")
+    full_gradient: bool = Field(
+        default=False, description="with --dora: let the gradient pass through the norm too"
+    )
+    bias: bool = Field(default=False, description="a trained bias of B, scaled as the update is")
     across: bool = Field(
-        False, description="in a grouped convolution A reads the channels of all groups, as in PEFT"
+        default=False, description="in a grouped convolution A reads the channels of all groups, as in PEFT"
     )
     init: Literal["kaiming", "gaussian", "pissa"] = Field(
-        "kaiming", description="how A and B start: A at random and B zero, or W's largest singular values"
+        default="kaiming",
+        description="how A and B start: A at random and B zero, or W's largest singular values",
     )
-    svd_iterations: int = Field(0, ge=0, description="power iterations of PiSSA's randomized SVD (0: full)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping a branch input, in training")
+    svd_iterations: int = Field(
+        default=0, ge=0, description="power iterations of PiSSA's randomized SVD (0: full)"
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="probability of dropping a branch input, in training"
+    )
 
     @property
     def scale(self) -> float:

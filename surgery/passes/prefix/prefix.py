@@ -47,26 +47,29 @@ class Prefix(GraphPass):
 
     name: ClassVar[str] = "prefix"
 
-    tokens: int = Field(10, gt=0, description="number of learned keys and values of each attention")
+    tokens: int = Field(default=10, gt=0, description="number of learned keys and values of each attention")
     over: Literal["all", "self", "cross"] = Field(
-        "all", description="kind of attention, among those targeted"
+        default="all", description="kind of attention, among those targeted"
     )
     projection: bool = Field(
-        False, description="compute keys and values by an MLP from an embedding; a merge folds it away"
+        default=False,
+        description="compute keys and values by an MLP from an embedding; a merge folds it away",
     )
     hidden: int | None = Field(
-        None, gt=0, description="with --projection: hidden size of the MLP (default: that of the embedding)"
+        default=None,
+        gt=0,
+        description="with --projection: hidden size of the MLP (default: that of the embedding)",
     )
     init: Literal["normal", "zero", "activations"] = Field(
-        "normal",
+        default="normal",
         description="standard normal; zero; or the keys and values of tokens in the data (the example inputs)",
     )
     positions: Literal["keep", "shift"] = Field(
-        "keep",
+        default="keep",
         description="shift: count real tokens from --tokens on, as after a cache (as in PEFT)",
     )
     gate: bool = Field(
-        False, description="scale the prefix by a gate that starts at zero; insertion is then exact"
+        default=False, description="scale the prefix by a gate that starts at zero; insertion is then exact"
     )
 
     @property

@@ -46,12 +46,12 @@ class Prompt(GraphPass):
     name: ClassVar[str] = "prompt"
     before: ClassVar[tuple[str, ...]] = ("prefix",)
 
-    tokens: int = Field(20, gt=0, le=2**20, description="number of learned tokens, P")
+    tokens: int = Field(default=20, gt=0, le=2**20, description="number of learned tokens, P")
     init: Literal["normal", "vocabulary", "text"] = Field(
-        "normal",
+        default="normal",
         description="initial prompt: random normal, embeddings of random tokens, or embeddings of --text",
     )
-    text: str = Field("", description="with --init text: the text of the initial prompt")
+    text: str = Field(default="", description="with --init text: the text of the initial prompt")
 
     @property
     def numerics(self) -> Numerics:

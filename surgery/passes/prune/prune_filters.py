@@ -52,15 +52,21 @@ class PruneFilters(GraphPass):
     name: ClassVar[str] = "prune-filters"
     numerics: ClassVar[Numerics] = changes("units are removed")
 
-    ratio: float = Field(1 / 3, gt=0, lt=1, description="fraction of the units of each group to remove")
+    ratio: float = Field(
+        default=1 / 3, gt=0, lt=1, description="fraction of the units of each group to remove"
+    )
     importance: Literal["l1", "l2", "taylor"] = Field(
-        "l1", description="importance of a unit: sum of |w|, sum of w², or first-order change of the loss"
+        default="l1",
+        description="importance of a unit: sum of |w|, sum of w², or first-order change of the loss",
     )
     scope: Literal["local", "global"] = Field(
-        "local", description="rank units within their group, or (relative to its mean) across all groups"
+        default="local",
+        description="rank units within their group, or (relative to its mean) across all groups",
     )
     round_to: int = Field(
-        1, gt=0, description="keep a multiple of this many channels in each group (8 suits tensor cores)"
+        default=1,
+        gt=0,
+        description="keep a multiple of this many channels in each group (8 suits tensor cores)",
     )
 
     @property

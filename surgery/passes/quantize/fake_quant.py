@@ -50,7 +50,7 @@ class FakeQuant(FormatPass):
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("weights are rounded to few bits")
 
-    schedule: Literal["linear"] | None = Field(None, description="round gradually during training")
+    schedule: Literal["linear"] | None = Field(default=None, description="round gradually during training")
     begin: Begin = 0
     end: End = None
     every: Every = 1

@@ -22,25 +22,26 @@ class FormatPass(RewritePass):
     """A pass that rounds weights to a number format; with `int8-dynamic` it rounds the inputs of their ops too."""
 
     format: Literal["int8", "int8-dynamic", "int4", "nf4", "ternary", "binary"] = Field(
-        "int8", description="number format of the weights; int8-dynamic also rounds the input of the op"
+        default="int8",
+        description="number format of the weights; int8-dynamic also rounds the input of the op",
     )
     group: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="number of values of a row that share a scale; 0: the whole row (default: int4 32, nf4 64, else 0)",
     )
-    asymmetric: bool = Field(False, description="int4: store a zero point for each group")
+    asymmetric: bool = Field(default=False, description="int4: store a zero point for each group")
 
     per_token: bool = Field(
-        False,
+        default=False,
         description="int8-dynamic: one scale for each row of the input, instead of one for the whole input",
     )
     twice: bool = Field(
-        False,
+        default=False,
         description="int8-dynamic: also quantize the rounding error of the input (about 16 bits, two products)",
     )
     cpu: Literal["any", "vnni"] = Field(
-        "any",
+        default="any",
         description="int8-dynamic: any keeps products in range on every processor; vnni uses all 8 bits and needs VNNI",
     )
 

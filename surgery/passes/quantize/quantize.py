@@ -80,18 +80,18 @@ class Quantize(FormatPass, CodesPass):
     numerics: ClassVar[Numerics] = changes("weights are rounded to few bits")
 
     method: Literal["nearest", "gptq"] = Field(
-        "nearest",
+        default="nearest",
         description="round to nearest, or compensate rounding errors on the data (linear layers; int8 and int4)",
     )
 
     smooth: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         lt=1,
         description="int8-dynamic: SmoothQuant's α, how much of the input's scale moves into the weights (0: none)",
     )
     activation_budget: float | None = Field(
-        None,
+        default=None,
         gt=0,
         allow_inf_nan=False,
         description="int8-dynamic: do not round the input where that changes outputs by more than this (0.05: 5%)",

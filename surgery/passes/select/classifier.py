@@ -25,7 +25,9 @@ class Classifier(SelectPass):
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 
-    dense: bool = Field(False, description="also train layers that feed only the head, such as a pooler")
+    dense: bool = Field(
+        default=False, description="also train layers that feed only the head, such as a pooler"
+    )
 
     def selection(self, candidates: Candidates) -> Selection:
         wanted = ("head", "head.dense") if self.dense else ("head",)

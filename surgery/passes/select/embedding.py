@@ -38,7 +38,7 @@ class Embedding(SelectPass):
     default_target: ClassVar[str | None] = "all"
 
     which: Literal["all", "token", "position", "type", "patch", "stem"] = Field(
-        "all",
+        default="all",
         description="kind of embedding: token, position, type, patch; stem: all layers before the first block",
     )
 

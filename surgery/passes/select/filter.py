@@ -41,18 +41,23 @@ class Filter(SelectPass):
     default_target: ClassVar[str | None] = "all"
 
     by: Literal["filter", "weight"] = Field(
-        "filter", description="choose whole output filters, or single values of weights"
+        default="filter", description="choose whole output filters, or single values of weights"
     )
     source: Literal["norm", "nonzero"] = Field(
-        "norm", description="norm: those of largest L1 norm; nonzero: those that are not zero now"
+        default="norm", description="norm: those of largest L1 norm; nonzero: those that are not zero now"
     )
     fraction: float | None = Field(
-        None, gt=0, le=1, description="share of each weight's filters (or values) that train (default 0.1)"
+        default=None,
+        gt=0,
+        le=1,
+        description="share of each weight's filters (or values) that train (default 0.1)",
     )
     count: int | None = Field(
-        None, gt=0, description="number of each weight's filters (or values) that train"
+        default=None, gt=0, description="number of each weight's filters (or values) that train"
     )
-    threshold: float = Field(0.0, ge=0, description="nonzero: norms (or magnitudes) up to this count as zero")
+    threshold: float = Field(
+        default=0.0, ge=0, description="nonzero: norms (or magnitudes) up to this count as zero"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Filter:

@@ -28,11 +28,11 @@ class GradualUnfreeze(SelectPass):
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 
-    every: int = Field(1, gt=0, description="epochs (or steps) until the next depth joins")
-    unit: Literal["step", "epoch"] = Field("epoch", description="unit of --every")
-    down_to: int = Field(0, ge=0, description="lowest depth that joins; 0 is the embeddings")
+    every: int = Field(default=1, gt=0, description="epochs (or steps) until the next depth joins")
+    unit: Literal["step", "epoch"] = Field(default="epoch", description="unit of --every")
+    down_to: int = Field(default=0, ge=0, description="lowest depth that joins; 0 is the embeddings")
     decay: float = Field(
-        1.0, gt=0, le=1, description="learning rate of a depth, relative to the depth above it"
+        default=1.0, gt=0, le=1, description="learning rate of a depth, relative to the depth above it"
     )
 
     def selection(self, candidates: Candidates) -> Selection:

@@ -38,26 +38,30 @@ class Layerwise(SelectPass):
     default_target: ClassVar[str | None] = "all"
 
     layers: str | None = Field(
-        None,
+        default=None,
         coerce_numbers_to_str=True,
         description="depths that train, such as 2-5,8; the first block is 1",
     )
-    top: int | None = Field(None, gt=0, description="number of blocks at the top (output side) that train")
+    top: int | None = Field(
+        default=None, gt=0, description="number of blocks at the top (output side) that train"
+    )
     bottom: int | None = Field(
-        None, gt=0, description="number of blocks at the bottom (input side) that train, with the embeddings"
+        default=None,
+        gt=0,
+        description="number of blocks at the bottom (input side) that train, with the embeddings",
     )
-    fraction: float | None = Field(None, gt=0, le=1, description="share of the blocks that trains")
-    end: Literal["top", "bottom"] = Field("top", description="end from which --fraction counts")
-    freeze_head: bool = Field(False, description="do not train the layers after the last block")
-    embeddings: bool = Field(False, description="also train the layers before the first block")
+    fraction: float | None = Field(default=None, gt=0, le=1, description="share of the blocks that trains")
+    end: Literal["top", "bottom"] = Field(default="top", description="end from which --fraction counts")
+    freeze_head: bool = Field(default=False, description="do not train the layers after the last block")
+    embeddings: bool = Field(default=False, description="also train the layers before the first block")
     decay: float = Field(
-        1.0, gt=0, le=1, description="learning rate of a depth, relative to the depth above it"
+        default=1.0, gt=0, le=1, description="learning rate of a depth, relative to the depth above it"
     )
-    one_at_a_time: bool = Field(False, description="train one depth at a time, from the top down")
+    one_at_a_time: bool = Field(default=False, description="train one depth at a time, from the top down")
     steps: int | None = Field(
-        None, gt=0, description="with --one-at-a-time: steps (or epochs) for each depth"
+        default=None, gt=0, description="with --one-at-a-time: steps (or epochs) for each depth"
     )
-    unit: Literal["step", "epoch"] = Field("step", description="unit of --steps")
+    unit: Literal["step", "epoch"] = Field(default="step", description="unit of --steps")
 
     @model_validator(mode="after")
     def _consistent(self) -> Layerwise:

@@ -68,28 +68,33 @@ class Sparse(RewritePass):
     numerics: ClassVar[Numerics] = changes("values of weights are set to zero")
 
     sparsity: float | None = Field(
-        None, gt=0, lt=1, description="share of values that become zero (default 0.5; n:m sets it itself)"
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of values that become zero (default 0.5; n:m sets it itself)",
     )
     pattern: str = Field(
-        "unstructured",
+        default="unstructured",
         description="unstructured; n:m, such as 2:4; or blocks of outputs x inputs, such as 4x4",
     )
     criterion: Literal["magnitude", "wanda"] = Field(
-        "magnitude",
+        default="magnitude",
         description="importance of a value: its magnitude, or (wanda) that times the norm of its input on the data",
     )
     scope: Scope | None = Field(
-        None,
+        default=None,
         description="values that are compared: of each weight, of each row (output), or of all targeted weights "
         "(global); default: weight, with wanda row",
     )
     threshold: float | None = Field(
-        None,
+        default=None,
         ge=0,
         description="instead of a sparsity: values up to this magnitude become zero (blocks: by their mean)",
     )
-    schedule: Literal["cubic"] | None = Field(None, description="increase the sparsity during training")
-    initial: float = Field(0.0, ge=0, lt=1, description="with a schedule: sparsity at its beginning")
+    schedule: Literal["cubic"] | None = Field(
+        default=None, description="increase the sparsity during training"
+    )
+    initial: float = Field(default=0.0, ge=0, lt=1, description="with a schedule: sparsity at its beginning")
     begin: Begin = 0
     end: End = None
     every: Every = 1

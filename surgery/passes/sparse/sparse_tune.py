@@ -54,14 +54,14 @@ class SparseTune(RewritePass):
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
 
     by: Literal["magnitude", "gradient", "random"] = Field(
-        "magnitude",
+        default="magnitude",
         description="choice of the places: magnitude, gradient (Fisher information on the data), or random",
     )
     density: float | None = Field(
-        None, gt=0, le=1, description="fraction of each weight's values that train (default 0.01)"
+        default=None, gt=0, le=1, description="fraction of each weight's values that train (default 0.01)"
     )
     count: int | None = Field(
-        None, gt=0, description="instead of a density: number of values of each weight that train"
+        default=None, gt=0, description="instead of a density: number of values of each weight that train"
     )
 
     @model_validator(mode="after")

@@ -51,8 +51,8 @@ class _Config(BaseModel):
 class _Lora(_Config):
     r: Size | None = None
     lora_alpha: Scale
-    rank_pattern: dict[Pattern, Size] | None = Field(None, max_length=100_000)
-    alpha_pattern: dict[Pattern, Scale] | None = Field(None, max_length=100_000)
+    rank_pattern: dict[Pattern, Size] | None = Field(default=None, max_length=100_000)
+    alpha_pattern: dict[Pattern, Scale] | None = Field(default=None, max_length=100_000)
     lora_dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] | None = None
     use_rslora: StrictBool | None = None
     use_dora: StrictBool | None = None

@@ -27,8 +27,8 @@ class CausalLm(PackingObjective):
     heads: ClassVar[tuple[str, ...]] = ("text-generation",)
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
 
-    text: str | None = Field(None, description="column of the text")
-    end: bool = Field(True, description="add the tokenizer's end token to each text")
+    text: str | None = Field(default=None, description="column of the text")
+    end: bool = Field(default=True, description="add the tokenizer's end token to each text")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         setting.need_tokenizer(self.name)

@@ -34,10 +34,10 @@ class Classification(Objective):
 
     heads: ClassVar[tuple[str, ...]] = ("text-classification", "image-classification", "audio-classification")
 
-    text: str | None = Field(None, description="column of the text or image")
-    label: str | None = Field(None, description="column of the label")
-    output: str = Field("logits", description="output of the model that contains the logits")
-    smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing")
+    text: str | None = Field(default=None, description="column of the text or image")
+    label: str | None = Field(default=None, description="column of the label")
+    output: str = Field(default="logits", description="output of the model that contains the logits")
+    smoothing: float = Field(default=0.0, ge=0, lt=1, description="label smoothing")
 
     def outputs_for(self, rows: Any) -> int | None:
         found = {value for value in rows[self.columns(rows.column_names)["label"]] if value is not None}

@@ -60,28 +60,35 @@ class Contrastive(Objective):
         "negative": ("negative", "hard_negative", "text3", "sentence3", "contradiction"),
     }  # fmt: skip
 
-    anchor: str | None = Field(None, description="column of the text or image")
-    positive: str | None = Field(None, description="column of a text that belongs to the anchor")
+    anchor: str | None = Field(default=None, description="column of the text or image")
+    positive: str | None = Field(default=None, description="column of a text that belongs to the anchor")
     negative: str | None = Field(
-        None, description="column of a text that does not belong to the anchor (optional)"
+        default=None, description="column of a text that does not belong to the anchor (optional)"
     )
     kind_of_loss: Literal["infonce", "simcse", "simclr", "triplet"] = Field(
-        "infonce", alias="loss", description="loss of a batch"
+        default="infonce", alias="loss", description="loss of a batch"
     )
-    temperature: float = Field(0.05, gt=0, description="infonce, simcse, simclr: divisor of the similarities")
-    margin: float = Field(0.2, gt=0, description="triplet: required difference of the squared distances")
+    temperature: float = Field(
+        default=0.05, gt=0, description="infonce, simcse, simclr: divisor of the similarities"
+    )
+    margin: float = Field(
+        default=0.2, gt=0, description="triplet: required difference of the squared distances"
+    )
     similarity: Literal["cos", "dot"] = Field(
-        "cos", description="infonce, simcse, simclr: cosine or dot product"
+        default="cos", description="infonce, simcse, simclr: cosine or dot product"
     )
     crop: float = Field(
-        0.35, gt=0, le=1, description="simclr: smallest area of a view, as a share of the image"
+        default=0.35, gt=0, le=1, description="simclr: smallest area of a view, as a share of the image"
     )
-    keep_sides: bool = Field(False, description="simclr: never mirror views (for images of text)")
-    symmetric: bool = Field(False, description="infonce: add the loss from positives to anchors")
+    keep_sides: bool = Field(default=False, description="simclr: never mirror views (for images of text)")
+    symmetric: bool = Field(default=False, description="infonce: add the loss from positives to anchors")
     pooling: Pooling = Field(
-        "mean", description="pooling of token outputs: the mean over unmasked tokens, or the first token"
+        default="mean",
+        description="pooling of token outputs: the mean over unmasked tokens, or the first token",
     )
-    vector: str = Field("last_hidden_state", description="output of the model that is the embedding e")
+    vector: str = Field(
+        default="last_hidden_state", description="output of the model that is the embedding e"
+    )
 
     @model_validator(mode="after")
     def _goes_together(self) -> Contrastive:

@@ -64,23 +64,24 @@ class Distill(Objective):
     larger: ClassVar[bool] = True
 
     teacher: str = Field(
-        "", description="teacher: a directory that surgery saved, or a reference such as hf:DIR"
+        default="", description="teacher: a directory that surgery saved, or a reference such as hf:DIR"
     )
     teacher_task: str | None = Field(
-        None, description="transformers task of the teacher, if it is loaded with hf:"
+        default=None, description="transformers task of the teacher, if it is loaded with hf:"
     )
     of: str = Field(
-        "classification", description="OBJECTIVE[,OPTION=VALUE…] for the labels; unlabelled: no labels"
+        default="classification",
+        description="OBJECTIVE[,OPTION=VALUE…] for the labels; unlabelled: no labels",
     )
-    temperature: float = Field(2.0, gt=0, description="temperature T that softens both distributions")
-    alpha: float = Field(0.5, ge=0, le=1, description="weight of the soft targets; 1: no hard labels")
+    temperature: float = Field(default=2.0, gt=0, description="temperature T that softens both distributions")
+    alpha: float = Field(default=0.5, ge=0, le=1, description="weight of the soft targets; 1: no hard labels")
     hint: tuple[str, ...] = Field(
-        (), description="STUDENT=TEACHER, modules whose outputs to match; may be repeated"
+        default=(), description="STUDENT=TEACHER, modules whose outputs to match; may be repeated"
     )
     attention: tuple[str, ...] = Field(
-        (), description="STUDENT=TEACHER, modules whose attention scores to match; may be repeated"
+        default=(), description="STUDENT=TEACHER, modules whose attention scores to match; may be repeated"
     )
-    hint_weight: float = Field(1.0, gt=0, description="weight w of each hint")
+    hint_weight: float = Field(default=1.0, gt=0, description="weight w of each hint")
 
     @field_validator("hint", "attention", mode="before")
     @classmethod
@@ -391,8 +392,8 @@ class Unlabelled(Objective):
     metric: ClassVar[str] = "agreement"
     larger: ClassVar[bool] = True
 
-    text: str | None = Field(None, description="column of the text or image")
-    output: str = Field("logits", description="output of the model that is trained")
+    text: str | None = Field(default=None, description="column of the text or image")
+    output: str = Field(default="logits", description="output of the model that is trained")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         setting.need_reader(self.name)

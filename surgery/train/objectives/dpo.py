@@ -42,11 +42,14 @@ class Dpo(PairObjective):
     pace: ClassVar[float] = 0.1
     heads: ClassVar[tuple[str, ...]] = ("text-generation",)
 
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference policy")
-    smoothing: float = Field(0.0, ge=0, lt=0.5, description="sigmoid: expected share of wrong labels")
-    kind_of_loss: Literal["sigmoid", "ipo"] = Field("sigmoid", alias="loss", description="loss of a pair")
+    beta: float = Field(default=0.1, gt=0, description="strength of the pull to the reference policy")
+    smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="sigmoid: expected share of wrong labels")
+    kind_of_loss: Literal["sigmoid", "ipo"] = Field(
+        default="sigmoid", alias="loss", description="loss of a pair"
+    )
     reference: Literal["base", "start"] = Field(
-        "base", description="reference policy: the program without its trained parts, or a copy of its start"
+        default="base",
+        description="reference policy: the program without its trained parts, or a copy of its start",
     )
 
     def companions(self, program: Program) -> Mapping[str, nn.Module]:

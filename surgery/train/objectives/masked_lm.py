@@ -28,8 +28,8 @@ class MaskedLm(TokenObjective):
     heads: ClassVar[tuple[str, ...]] = ("fill-mask",)
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
 
-    text: str | None = Field(None, description="column of the text")
-    share: float = Field(0.15, gt=0, lt=1, description="share of the tokens to hide and predict")
+    text: str | None = Field(default=None, description="column of the text")
+    share: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens to hide and predict")
 
     def decide(self, rows: Any, setting: Setting) -> dict[str, Any]:
         if setting.need_tokenizer(self.name).mask_token_id is None:

@@ -74,16 +74,18 @@ class MultiTask(Objective):
     larger: ClassVar[bool] = True
     several: ClassVar[bool] = True
 
-    task: tuple[Task, ...] = Field((), description="task NAME=OBJECTIVE[,OPTION=VALUE…]; may be repeated")
+    task: tuple[Task, ...] = Field(
+        default=(), description="task NAME=OBJECTIVE[,OPTION=VALUE…]; may be repeated"
+    )
     temperature: float = Field(
-        1.0, gt=0, description="sampling temperature: 1 is proportional to size, higher is more equal"
+        default=1.0, gt=0, description="sampling temperature: 1 is proportional to size, higher is more equal"
     )
     limit: int | None = Field(
-        None, gt=0, description="maximum size of a data set in the computation of shares"
+        default=None, gt=0, description="maximum size of a data set in the computation of shares"
     )
-    uncertainty: bool = Field(False, description="learn the weight of each task's loss")
+    uncertainty: bool = Field(default=False, description="learn the weight of each task's loss")
     uncertainty_rate: float = Field(
-        10.0, gt=0, description="learning rate of the loss weights, as a multiple of the program's"
+        default=10.0, gt=0, description="learning rate of the loss weights, as a multiple of the program's"
     )
 
     @field_validator("task", mode="before")

@@ -32,9 +32,9 @@ class Regression(Objective):
 
     heads: ClassVar[tuple[str, ...]] = ("text-classification", "image-classification", "audio-classification")
 
-    text: str | None = Field(None, description="column of the text or image")
-    label: str | None = Field(None, description="column of the number or numbers")
-    output: str = Field("logits", description="output of the model to fit")
+    text: str | None = Field(default=None, description="column of the text or image")
+    label: str | None = Field(default=None, description="column of the number or numbers")
+    output: str = Field(default="logits", description="output of the model to fit")
 
     def outputs_for(self, rows: Any) -> int | None:
         values = rows[self.columns(rows.column_names)["label"]]

@@ -41,7 +41,7 @@ class Reward(PairObjective):
     heads: ClassVar[tuple[str, ...]] = ("text-classification",)
 
     score: str | None = Field(
-        None, description="output that is the score (default: the only output with one value)"
+        default=None, description="output that is the score (default: the only output with one value)"
     )
 
     def outputs_for(self, rows: Any) -> int | None:

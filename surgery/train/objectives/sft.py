@@ -37,12 +37,12 @@ class Sft(PackingObjective):
         "response": ("response", "output", "answer", "completion", "chosen"),
     }
 
-    messages: str | None = Field(None, description="column of dialogues")
-    prompt: str | None = Field(None, description="column of the instruction")
-    context: str | None = Field(None, description="column of the input or context of the instruction")
-    response: str | None = Field(None, description="column of the answer")
+    messages: str | None = Field(default=None, description="column of dialogues")
+    prompt: str | None = Field(default=None, description="column of the instruction")
+    context: str | None = Field(default=None, description="column of the input or context of the instruction")
+    response: str | None = Field(default=None, description="column of the answer")
     template: str | None = Field(
-        None, description="file with a chat template (Jinja), instead of the tokenizer's"
+        default=None, description="file with a chat template (Jinja), instead of the tokenizer's"
     )
 
     def columns(self, available: Sequence[str]) -> dict[str, str]:
