@@ -10,10 +10,10 @@ from typing import Any
 
 from surgery.cli.families import by_family
 from surgery.common.files import write_text
-from surgery.common.options import describe_options
+from surgery.common.options import Configured, describe_options
 from surgery.common.plugins import Info, Plugins
 from surgery.engine.change.selection import SelectPass
-from surgery.engine.contract.base import GraphPass, RewritePass, merges, with_defaults
+from surgery.engine.contract.base import GraphPass, Pass, RewritePass, merges, with_defaults
 from surgery.engine.registry import PassInfo, passes
 from surgery.train.registry import ObjectiveInfo, objectives
 
@@ -54,9 +54,24 @@ def objective_page(info: ObjectiveInfo) -> str:
     return _page(info, facts)
 
 
+def example_of(cls: type[Configured]) -> list[str]:
+    """Command lines that use a pass or an objective: its own example, or one of its name and required options."""
+    if cls.example:
+        return cls.example.splitlines()
+    given = [
+        f"{row['option']} {row['option'][2:].upper()}" for row in describe_options(cls) if row["required"]
+    ]
+    if not issubclass(cls, Pass):
+        return [" ".join(["surgery train MODEL --objective", cls.name, *given, "--data FILE -o trained/"])]
+    targeted = issubclass(cls, GraphPass) or getattr(cls, "default_target", None) is not None
+    target = [] if targeted else ["--target all"]
+    return [" ".join(["surgery apply MODEL --pass", cls.name, *target, *given, "-o changed/"])]
+
+
 def _page(info: Info[Any], facts: Sequence[str]) -> str:
     lines = [f"# {info.name}", "", inspect.cleandoc(info.cls.__doc__ or ""), ""]
     lines += [" ".join([f"From `{info.distribution}`.", *facts]), ""]
+    lines += ["Example:", "", *(f"    {line}" for line in example_of(info.cls)), ""]
     lines += ["| option | type | default | |", "|---|---|---|---|"]
     for row in describe_options(info.cls):
         default = (

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.families import by_family
-from surgery.cli.reference import objective_pages, pages, write_pages
+from surgery.cli.reference import example_of, objective_pages, pages, write_pages
 from surgery.cli.render import console, print_json
 from surgery.common.options import describe_options
 from surgery.common.plugins import CORE, Info, Plugins
@@ -110,13 +110,15 @@ def _show_registered(info: Info[Any], as_json: bool, facts: str) -> None:
     options = describe_options(info.cls)
     if as_json:
         shown = {"name": info.name, "distribution": info.distribution, "options": options}
-        print_json({**shown, "doc": info.cls.__doc__})
+        print_json({**shown, "doc": info.cls.__doc__, "example": example_of(info.cls)})
         return
     out = console()
     out.print(Text(info.name, style="bold"), f"from {info.distribution} {info.version}")
     out.print(Text(inspect.cleandoc(info.cls.__doc__ or "")))
     if facts:
         out.print(facts)
+    # Printed as they are: a line that is broken at the width of the terminal could not be copied.
+    out.print(Text("Example:\n" + "\n".join(f"  {line}" for line in example_of(info.cls))), soft_wrap=True)
     table = Table("option", "type", "default", "", box=None, header_style="bold")
     for row in options:
         default = "-" if row["default"] in (None, "") else str(row["default"])

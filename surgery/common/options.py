@@ -19,6 +19,8 @@ class Configured(BaseModel):
 
     Attributes:
         name: name on the command line and in recipes.
+        example: command lines that use it, one a line, for its help and its reference page. "" for one that is made of
+            the name and the required options.
         _kind: noun for the class in messages, such as "pass".
         _failure: exception for a wrong option.
     """
@@ -28,6 +30,7 @@ class Configured(BaseModel):
     _kind: ClassVar[str] = ""
     _failure: ClassVar[type[SurgeryError]] = SurgeryError
     name: ClassVar[str] = ""
+    example: ClassVar[str] = ""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **given: Any) -> None:

@@ -55,6 +55,10 @@ class Adapter(GraphPass):
     """
 
     name: ClassVar[str] = "adapter"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass adapter "
+        "--size 64 -o adapted/"
+    )
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         default="houlsby",

@@ -43,6 +43,9 @@ class Bitfit(RewritePass):
     """
 
     name: ClassVar[str] = "bitfit"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass bitfit -o biases/"
+    )
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EXPERTS, NORM, EMBEDDING)
     default_target: ClassVar[str | None] = "all"
 

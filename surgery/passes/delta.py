@@ -104,6 +104,9 @@ class Delta(RewritePass):
     """
 
     name: ClassVar[str] = "delta"
+    example: ClassVar[str] = (
+        "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass delta --target mlp.down -o adapted/"
+    )
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS, NORM)
 
     bias: bool = Field(default=False, description="a trained copy of the bias too")

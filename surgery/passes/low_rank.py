@@ -44,6 +44,10 @@ class LowRank(RewritePass):
     """
 
     name: ClassVar[str] = "low-rank"
+    example: ClassVar[str] = (
+        'surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass low-rank --target "mlp.*" --energy 0.8 -o '
+        "factored/"
+    )
     before: ClassVar[tuple[str, ...]] = ("lora", "ia3", "sparse-tune", "bitfit")
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("approximates weights by products of two smaller ones")

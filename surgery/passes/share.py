@@ -55,6 +55,9 @@ class Share(RewritePass):
     """
 
     name: ClassVar[str] = "share"
+    example: ClassVar[str] = (
+        "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass share --target mlp.up -o shared/"
+    )
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS, NORM)
     numerics: ClassVar[Numerics] = changes("ties weights of layers")
 

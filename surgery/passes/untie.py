@@ -40,6 +40,9 @@ class Untie(RewritePass):
     """
 
     name: ClassVar[str] = "untie"
+    example: ClassVar[str] = (
+        "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass untie --target head -o untied/"
+    )
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS, NORM)
 
     calls: bool = Field(

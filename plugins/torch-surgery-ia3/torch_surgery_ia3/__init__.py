@@ -81,6 +81,9 @@ class IA3(RewritePass):
     """
 
     name: ClassVar[str] = "ia3"
+    example: ClassVar[str] = (
+        "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass ia3 --target attn.k,attn.v,mlp.down -o adapted/"
+    )
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV)
     default_target: ClassVar[str | None] = "attn.k,attn.v,mlp.down"
 

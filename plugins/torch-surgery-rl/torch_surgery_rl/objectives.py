@@ -34,6 +34,14 @@ class PpoObjective(LanguageObjective):
     """
 
     name: ClassVar[str] = "ppo"
+    example: ClassVar[str] = (
+        "surgery train hf:google-bert/bert-base-uncased --task text-classification --objective "
+        "classification --data reviews.csv -o judge/\n"
+        'surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass lora --target "attn.*" --pass head --mode '
+        "add --labels 1 --head-name value --pool none --init zero -o policy/\n"
+        "surgery train policy/ --objective ppo --reward judge/ --reward-class 1 --data prompts.jsonl "
+        "--plain -o tuned/"
+    )
 
     ratio_clip: float = Field(default=0.2, gt=0, description="ε of the clipped ratio")
     value_clip: float | None = Field(default=0.2, gt=0, description="maximum change of a value in one update")
@@ -83,6 +91,14 @@ class TrpoObjective(LanguageObjective):
     """
 
     name: ClassVar[str] = "trpo"
+    example: ClassVar[str] = (
+        "surgery train hf:google-bert/bert-base-uncased --task text-classification --objective "
+        "classification --data reviews.csv -o judge/\n"
+        'surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass lora --target "attn.*" --pass head --mode '
+        "add --labels 1 --head-name value --pool none --init zero -o policy/\n"
+        "surgery train policy/ --objective trpo --reward judge/ --reward-class 1 --data prompts.jsonl "
+        "--plain -o tuned/"
+    )
 
     max_kl: float = Field(default=0.01, gt=0, description="bound of the mean KL per token in one step")
     damping: float = Field(

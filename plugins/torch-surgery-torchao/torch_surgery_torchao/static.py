@@ -63,6 +63,7 @@ class Int8Static(CodesPass):
     """
 
     name: ClassVar[str] = "int8-static"
+    example: ClassVar[str] = "surgery apply timm:resnet18 --pass int8-static --target all -o int8/"
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV)
     numerics: ClassVar[Numerics] = changes("weights and activations are rounded to 8 bits")
 

@@ -17,6 +17,10 @@ class Freeze(SelectPass):
     """
 
     name: ClassVar[str] = "freeze"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass freeze "
+        '--target "embed.*" -o frozen/'
+    )
     default_target: ClassVar[str | None] = "all"
 
     def select(self, parameters: tuple[str, ...]) -> dict[str, bool]:

@@ -78,6 +78,7 @@ class Expand(GraphPass):
     """
 
     name: ClassVar[str] = "expand"
+    example: ClassVar[str] = "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass expand --deeper 2 -o deeper/"
 
     deeper: int | None = Field(
         default=None,

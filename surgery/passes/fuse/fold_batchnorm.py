@@ -46,6 +46,7 @@ class FoldBatchnorm(PatternPass):
     """
 
     name: ClassVar[str] = "fold-batchnorm"
+    example: ClassVar[str] = "surgery apply timm:resnet18 --pass fold-batchnorm -o folded/"
     on: ClassVar[tuple[str, ...]] = ("batchnorm",)
     role: ClassVar[str] = "conv"
     numerics: ClassVar[Numerics] = FOLDED

@@ -63,6 +63,10 @@ class FuseAttention(PatternPass):
     """
 
     name: ClassVar[str] = "fuse-attention"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --model-kwarg "
+        "attn_implementation=eager --pass fuse-attention -o fused/"
+    )
     on: ClassVar[tuple[str, ...]] = ("attention",)
     role: ClassVar[str] = "attn"
     numerics: ClassVar[Numerics] = BY_BLOCKS

@@ -38,6 +38,7 @@ class FuseGelu(PatternPass):
     """
 
     name: ClassVar[str] = "fuse-gelu"
+    example: ClassVar[str] = "surgery apply hf:openai-community/gpt2 --pass fuse-gelu -o fused/"
     on: ClassVar[tuple[str, ...]] = ("gelu",)
     role: ClassVar[str] = "gelu"
     numerics: ClassVar[Numerics] = ROUNDS_LESS

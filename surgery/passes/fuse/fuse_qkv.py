@@ -50,6 +50,9 @@ class FuseQkv(PatternPass):
     """
 
     name: ClassVar[str] = "fuse-qkv"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass fuse-qkv -o fused/"
+    )
     on: ClassVar[tuple[str, ...]] = ("qkv",)
     role: ClassVar[str] = "attn.qkv"
     numerics: ClassVar[Numerics] = IN_ONE_PRODUCT

@@ -55,6 +55,7 @@ class FuseRmsnorm(PatternPass):
     """
 
     name: ClassVar[str] = "fuse-rmsnorm"
+    example: ClassVar[str] = "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass fuse-rmsnorm -o fused/"
     on: ClassVar[tuple[str, ...]] = ("rmsnorm",)
     role: ClassVar[str] = "norm"
     numerics: ClassVar[Numerics] = ROUNDS_ONCE

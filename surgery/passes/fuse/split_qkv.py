@@ -43,6 +43,7 @@ class SplitQkv(PatternPass):
     """
 
     name: ClassVar[str] = "split-qkv"
+    example: ClassVar[str] = "surgery apply hf:openai-community/gpt2 --pass split-qkv -o split/"
     on: ClassVar[tuple[str, ...]] = ("fused-qkv",)
     role: ClassVar[str] = "attn.qkv"
     numerics: ClassVar[Numerics] = IN_ONE_PRODUCT

@@ -56,6 +56,10 @@ class Head(GraphPass):
     """
 
     name: ClassVar[str] = "head"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass head "
+        "--labels 5 -o five/"
+    )
 
     mode: Literal["replace", "resize", "add"] = Field(
         default="replace",

@@ -61,6 +61,7 @@ class Vocab(GraphPass):
     """
 
     name: ClassVar[str] = "vocab"
+    example: ClassVar[str] = "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass vocab --tokens 8 -o longer/"
     on: ClassVar[tuple[str, ...]] = (EMBEDDING, LINEAR)
 
     tokens: int = Field(default=0, ge=0, description="number of new tokens")

@@ -16,6 +16,9 @@ class LoraOptions(RewritePass):
     """The pass without its methods, so that a variant can read its options. Users meet `Lora`, a subclass."""
 
     name: ClassVar[str] = "lora"
+    example: ClassVar[str] = (
+        'surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass lora --target "attn.*" --rank 8 -o adapted/'
+    )
 
     rank: int = Field(default=8, gt=0, description="inner dimension r of the update")
     alpha: float = Field(default=16.0, gt=0, description="the update is scaled by alpha / rank")

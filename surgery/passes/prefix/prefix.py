@@ -46,6 +46,9 @@ class Prefix(GraphPass):
     """
 
     name: ClassVar[str] = "prefix"
+    example: ClassVar[str] = (
+        "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass prefix --tokens 16 -o adapted/"
+    )
 
     tokens: int = Field(default=10, gt=0, description="number of learned keys and values of each attention")
     over: Literal["all", "self", "cross"] = Field(

@@ -44,6 +44,9 @@ class Prompt(GraphPass):
     """
 
     name: ClassVar[str] = "prompt"
+    example: ClassVar[str] = (
+        "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass prompt --tokens 16 -o adapted/"
+    )
     before: ClassVar[tuple[str, ...]] = ("prefix",)
 
     tokens: int = Field(default=20, gt=0, le=2**20, description="number of learned tokens, P")

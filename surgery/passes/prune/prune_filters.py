@@ -50,6 +50,7 @@ class PruneFilters(GraphPass):
     """
 
     name: ClassVar[str] = "prune-filters"
+    example: ClassVar[str] = "surgery apply timm:resnet18 --pass prune-filters --ratio 0.3 -o pruned/"
     numerics: ClassVar[Numerics] = changes("units are removed")
 
     ratio: float = Field(

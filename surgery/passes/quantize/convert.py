@@ -27,6 +27,11 @@ class Convert(CodesPass):
     """
 
     name: ClassVar[str] = "convert"
+    example: ClassVar[str] = (
+        "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass fake-quant --target all-linear --format "
+        "int8 -o rounding/\n"
+        "surgery apply rounding/ --pass convert -o int8/"
+    )
     numerics: ClassVar[Numerics] = EXACT
     default_target: ClassVar[str | None] = "all"
     requires: ClassVar[tuple[str, ...]] = ("fake-quant",)

@@ -47,6 +47,10 @@ class FakeQuant(FormatPass):
     """
 
     name: ClassVar[str] = "fake-quant"
+    example: ClassVar[str] = (
+        "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass fake-quant --target all-linear --format "
+        "int4 -o rounding/"
+    )
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("weights are rounded to few bits")
 

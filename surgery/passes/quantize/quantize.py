@@ -77,6 +77,10 @@ class Quantize(FormatPass, CodesPass):
     """
 
     name: ClassVar[str] = "quantize"
+    example: ClassVar[str] = (
+        "surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass quantize --target all-linear --format "
+        "int4 -o int4/"
+    )
     numerics: ClassVar[Numerics] = changes("weights are rounded to few bits")
 
     method: Literal["nearest", "gptq"] = Field(

@@ -22,6 +22,9 @@ class Classifier(SelectPass):
     """
 
     name: ClassVar[str] = "classifier"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass classifier -o head/"
+    )
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 

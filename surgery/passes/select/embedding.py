@@ -34,6 +34,10 @@ class Embedding(SelectPass):
     """
 
     name: ClassVar[str] = "embedding"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass embedding "
+        "-o tables/"
+    )
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 

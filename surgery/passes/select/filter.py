@@ -37,6 +37,10 @@ class Filter(SelectPass):
     """
 
     name: ClassVar[str] = "filter"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass filter "
+        "--fraction 0.1 -o some/"
+    )
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 

@@ -18,6 +18,10 @@ class Full(SelectPass):
     """
 
     name: ClassVar[str] = "full"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass full "
+        '--target "mlp.*" -o some/'
+    )
     default_target: ClassVar[str | None] = "all"
 
     def selection(self, candidates: Candidates) -> Selection:

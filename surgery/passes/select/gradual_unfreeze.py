@@ -25,6 +25,10 @@ class GradualUnfreeze(SelectPass):
     """
 
     name: ClassVar[str] = "gradual-unfreeze"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass "
+        "gradual-unfreeze --every 1 --unit epoch -o gradual/"
+    )
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 

@@ -34,6 +34,10 @@ class Layerwise(SelectPass):
     """
 
     name: ClassVar[str] = "layerwise"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass layerwise "
+        "--top 1 -o top/"
+    )
     exclusive: ClassVar[bool] = True
     default_target: ClassVar[str | None] = "all"
 

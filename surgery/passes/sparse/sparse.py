@@ -64,6 +64,9 @@ class Sparse(RewritePass):
     """
 
     name: ClassVar[str] = "sparse"
+    example: ClassVar[str] = (
+        'surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass sparse --target "mlp.*" --sparsity 0.5 -o sparse/'
+    )
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
     numerics: ClassVar[Numerics] = changes("values of weights are set to zero")
 

@@ -51,6 +51,10 @@ class SparseTune(RewritePass):
     """
 
     name: ClassVar[str] = "sparse-tune"
+    example: ClassVar[str] = (
+        'surgery apply hf:HuggingFaceTB/SmolLM2-135M --pass sparse-tune --target "attn.*" --density '
+        "0.01 -o adapted/"
+    )
     on: ClassVar[tuple[str, ...]] = (LINEAR, CONV, EMBEDDING, EXPERTS)
 
     by: Literal["magnitude", "gradient", "random"] = Field(

@@ -24,6 +24,9 @@ class CausalLm(PackingObjective):
     """
 
     name: ClassVar[str] = "causal-lm"
+    example: ClassVar[str] = (
+        "surgery train hf:HuggingFaceTB/SmolLM2-135M --objective causal-lm --data texts.jsonl -o trained/"
+    )
     heads: ClassVar[tuple[str, ...]] = ("text-generation",)
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
 

@@ -25,6 +25,10 @@ class Classification(Objective):
     """
 
     name: ClassVar[str] = "classification"
+    example: ClassVar[str] = (
+        "surgery train hf:google-bert/bert-base-uncased --objective classification --data reviews.csv "
+        "-o sentiment/"
+    )
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text": TEXT_OR_IMAGE,
         "label": ("label", "labels", "class", "target", "sentiment", "category", "y"),

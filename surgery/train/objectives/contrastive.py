@@ -52,6 +52,10 @@ class Contrastive(Objective):
     """
 
     name: ClassVar[str] = "contrastive"
+    example: ClassVar[str] = (
+        "surgery train hf:sentence-transformers/all-MiniLM-L6-v2 --objective contrastive --data "
+        "pairs.jsonl -o encoder/"
+    )
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "anchor": (
             "anchor", "text1", "sentence1", "query", "question", "premise", "prompt", "instruction", *TEXT, *IMAGE,

@@ -60,6 +60,12 @@ class Distill(Objective):
     """
 
     name: ClassVar[str] = "distill"
+    example: ClassVar[str] = (
+        "surgery train hf:google-bert/bert-base-uncased --objective classification --data reviews.csv "
+        "-o teacher/\n"
+        "surgery train hf:google-bert/bert-base-uncased --task text-classification --objective "
+        "distill --teacher teacher/ --data reviews.csv -o student/"
+    )
     metric: ClassVar[str] = "score"
     larger: ClassVar[bool] = True
 

@@ -39,6 +39,11 @@ class Dpo(PairObjective):
     """
 
     name: ClassVar[str] = "dpo"
+    example: ClassVar[str] = (
+        'surgery apply hf:HuggingFaceTB/SmolLM2-135M-Instruct --pass lora --target "attn.*" -o '
+        "adapted/\n"
+        "surgery train adapted/ --objective dpo --data preferences.jsonl -o preferred/"
+    )
     pace: ClassVar[float] = 0.1
     heads: ClassVar[tuple[str, ...]] = ("text-generation",)
 

@@ -25,6 +25,10 @@ class MaskedLm(TokenObjective):
     """
 
     name: ClassVar[str] = "masked-lm"
+    example: ClassVar[str] = (
+        "surgery train hf:google-bert/bert-base-uncased --task fill-mask --objective masked-lm --data "
+        "texts.jsonl -o trained/"
+    )
     heads: ClassVar[tuple[str, ...]] = ("fill-mask",)
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {"text": TEXT}
 

@@ -70,6 +70,13 @@ class MultiTask(Objective):
     """
 
     name: ClassVar[str] = "multi-task"
+    example: ClassVar[str] = (
+        "surgery apply hf:google-bert/bert-base-uncased --task text-classification --pass head --mode "
+        "add --head-name stars --labels 1 -o heads/\n"
+        "surgery train heads/ --objective multi-task --task film=classification,output=logits --task "
+        "stars=regression,output=logits_stars --data film=reviews.csv --data stars=ratings.csv -o "
+        "both/"
+    )
     metric: ClassVar[str] = "score"
     larger: ClassVar[bool] = True
     several: ClassVar[bool] = True

@@ -25,6 +25,10 @@ class Regression(Objective):
     """
 
     name: ClassVar[str] = "regression"
+    example: ClassVar[str] = (
+        "surgery train hf:google-bert/bert-base-uncased --task text-classification --model-kwarg "
+        "num_labels=1 --objective regression --data ratings.csv -o stars/"
+    )
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text": TEXT_OR_IMAGE,
         "label": ("label", "labels", "rating", "score", "target", "value", "y"),

@@ -36,6 +36,10 @@ class Reward(PairObjective):
     """
 
     name: ClassVar[str] = "reward"
+    example: ClassVar[str] = (
+        "surgery train hf:HuggingFaceTB/SmolLM2-135M-Instruct --task text-classification "
+        "--model-kwarg num_labels=1 --objective reward --data preferences.jsonl -o judge/"
+    )
     metric: ClassVar[str] = "accuracy"
     larger: ClassVar[bool] = True
     heads: ClassVar[tuple[str, ...]] = ("text-classification",)

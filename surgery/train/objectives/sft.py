@@ -28,6 +28,9 @@ class Sft(PackingObjective):
     """
 
     name: ClassVar[str] = "sft"
+    example: ClassVar[str] = (
+        "surgery train hf:HuggingFaceTB/SmolLM2-135M-Instruct --objective sft --data answers.jsonl -o tuned/"
+    )
     aliases: ClassVar[tuple[str, ...]] = ("instruction",)
     heads: ClassVar[tuple[str, ...]] = ("text-generation",)
     guesses: ClassVar[Mapping[str, tuple[str, ...]]] = {
