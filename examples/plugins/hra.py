@@ -25,8 +25,6 @@ from surgery.api import (
     rounded,
 )
 
-aten = torch.ops.aten
-
 
 class Hra(RewritePass):
     """HRA: y = W x becomes y = W H x, with H = H₁ … H_r and reflections Hᵢ = I − 2 uᵢ uᵢᵀ/‖uᵢ‖² (Yuan et al. 2024,
@@ -47,19 +45,7 @@ class Hra(RewritePass):
         return {"u": TensorSpec((site.in_features, self.rank), _pairs)}
 
     def rewrite(self, site: Site, g: Rewriter) -> fx.Node:
-        def reflect(x: fx.Node) -> fx.Node:
-            norms = g.call(aten.linalg_vector_norm.default, g["u"], 2, [0])
-            u = g.call(aten.div.Tensor, g["u"], norms)
-            value = x
-            for i in reversed(range(self.rank)):
-                column = g.call(aten.narrow.default, u, 1, i, 1)
-                along = g.call(aten.matmul.default, value, column)
-                moved = g.call(aten.matmul.default, along, g.call(aten.t.default, column))
-                value = g.call(aten.sub.Tensor, value, moved, alpha=2)
-            change = g.call(aten.sub.Tensor, value, x)
-            return g.call(aten.add.Tensor, x, change, alpha=g.weight)
-
-        g.replace_input(reflect)
+        g.replace_input(lambda x: g.trace(reflect, x, g["u"], g.weight))
         return g.output
 
     def merge(self, site: Site, tensors: Mapping[str, Tensor], weight: float) -> Mapping[str, Fold]:
@@ -75,14 +61,18 @@ class Reflect(Fold):
     weight: float
 
     def apply(self, weight: Tensor, original: Tensor) -> Tensor:
-        u = self.u.detach().to(weight.dtype)
-        u = u / u.norm(dim=0)
         matrix = weight if self.site.layout == "oi" else weight.t()
-        reflected = matrix
-        for column in u.t():
-            reflected = reflected - 2 * torch.outer(reflected @ column, column)
-        matrix.lerp_(reflected, self.weight)
+        # The rows of W H are the rows of W, reflected in the other order.
+        matrix.copy_(reflect(matrix, self.u.detach().to(weight.dtype).flip(1), self.weight))
         return weight
+
+
+def reflect(x: Tensor, u: Tensor, weight: float) -> Tensor:
+    """x + w·(H x − x) for each row x."""
+    value = x
+    for column in (u / u.norm(dim=0)).flip(1).unbind(1):
+        value = value - 2 * (value @ column).unsqueeze(-1) * column
+    return x + weight * (value - x)
 
 
 def _pairs(u: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,22 @@ class MetaCache:
             with self.mode, enable_python_dispatcher(), torch.no_grad():
                 self._results[key] = op(*values[0], **values[1])
         return self._results[key]
+
+    def graph(self, key: tuple[Any, Any], make: Callable[[], fx.Graph], keep: bool) -> fx.Graph:
+        """Return a traced graph, made once for a function and equal arguments.
+
+        Args:
+            key: function and arguments; nodes stand for their `val`.
+            make: traces it.
+            keep: False makes it again at every call.
+        """
+        if not keep:
+            return make()
+        known = ("graph", key[0], self._key(key[1]))
+        if known not in self._results:
+            self._results[known] = make()
+        found: fx.Graph = self._results[known]
+        return found
 
     def _key(self, value: Any) -> Any:
         if isinstance(value, fx.Node):

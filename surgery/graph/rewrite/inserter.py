@@ -15,6 +15,7 @@ from surgery.graph.fake import MetaCache
 from surgery.graph.marks import META, Mark, mark_of, set_mark
 from surgery.graph.ops import Call
 from surgery.graph.outputs import add_output, follow
+from surgery.graph.rewrite.traced import ops_of, replay
 from surgery.graph.sites import Site
 
 if TYPE_CHECKING:
@@ -163,6 +164,25 @@ class Inserter:
         )
         self._new[node] = None
         return node
+
+    def trace(self, function: Callable[..., torch.Tensor], *args: Any) -> fx.Node:
+        """Insert the ops that a function of tensors computes, written in torch.
+
+        The function is called with fake tensors, whose dynamic sizes are symbols, so it cannot read values; the tensors
+        that it needs are arguments. A function without a closure is traced once for all sites of one shape.
+
+        Example:
+            >>> g.trace(reflect, g.x, g["u"], g.weight)
+
+        Args:
+            function: Function of the arguments that returns one tensor.
+            args: Graph values, and numbers.
+
+        Raises:
+            PassError: The function cannot be traced, creates a tensor, or returns something else than a tensor.
+        """
+        nodes = (arg for arg in args if isinstance(arg, fx.Node))
+        return replay(ops_of(self._cache, function, args), nodes, self.call)
 
     def model_op(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert an op that counts as the model's own: later passes match it, and analysis reads roles through it.
