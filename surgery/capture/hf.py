@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,28 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
     if not ref.startswith(PREFIX):
         return None
     name = ref.removeprefix(PREFIX)
-    transformers = require_transformers()
+    require_transformers()  # before anything is fetched
+    keywords = safe_keywords(ref, options)
+    fetched = find_files(ref, name, keywords, options)
+    folder = Path(name) if fetched is None else fetched.folder
+    model, task, unsourced = build(ref, folder, keywords, options)
+    loaded = from_model(
+        model,
+        task,
+        unsourced=unsourced,
+        files=() if options.random else weight_files(folder, keywords),
+        metadata={"source": name, "tokenizer": str(folder)},
+        example=options.example,
+    )
+    return fetched_from(loaded, fetched)
+
+
+def safe_keywords(ref: str, options: LoadOptions) -> dict[str, Any]:
+    """The arguments of the model's constructor, without those that do nothing.
+
+    Raises:
+        LoadError: an argument asks for code from the model's directory.
+    """
     keywords = dict(options.model_kwargs)
     if keywords.pop("trust_remote_code", False):
         raise LoadError(
@@ -68,39 +89,67 @@ def load(ref: str, options: LoadOptions) -> LoadedModel | None:
             f"{ref}: weights_only=False and allow_all_kernels=True are never used, because they can run code; "
             "remove them"
         )
-    fetched = _fetched(ref, name, keywords, options)
-    folder = Path(name) if fetched is None else fetched.folder
+    return keywords
+
+
+def build(
+    ref: str,
+    folder: Path,
+    keywords: dict[str, Any],
+    options: LoadOptions,
+    find_class: Callable[[Any, str, Any, str | None], Any] = model_class_of,
+) -> tuple[Any, str | None, frozenset[str] | None]:
+    """Build the transformers model of a directory.
+
+    Args:
+        ref: The reference, for messages.
+        folder: The directory.
+        keywords: Arguments of the model's constructor.
+        options: Load options.
+        find_class: Function of transformers, reference, configuration and task that returns the model's class.
+
+    Returns:
+        The model, its task, and the names of its weights that the directory lacks; None if all are random.
+
+    Raises:
+        LoadError: The model cannot be read.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = require_transformers()
+    keywords = dict(keywords)
     dtype = parse_dtype(keywords.pop("dtype", keywords.pop("torch_dtype", "auto")))
     with silenced(transformers):
         config, chosen = read_config(transformers, ref, str(folder), keywords)
         # A GGUF file does not name its model class.
         task = options.task or ("text-generation" if GGUF in chosen else None)
-        model_class = model_class_of(transformers, ref, config, task)
+        model_class = find_class(transformers, ref, config, task)
         try:
             if options.random:
-                model, unsourced = _random(model_class, config, dtype, chosen), None
-            else:
-                with limited(_bytes_in(folder), ref):
-                    model, unsourced = _pretrained(model_class, config, folder, dtype, chosen)
+                return _random(model_class, config, dtype, chosen), task, None
+            with limited(_bytes_in(folder), ref):
+                model, unsourced = _pretrained(model_class, config, folder, dtype, chosen)
+            return model, task, unsourced
         except SurgeryError:
             raise
         except Exception as error:
             raise LoadError(f"{ref}: {one_sentence(error)}") from error
-    loaded = from_model(
-        model,
-        task,
-        unsourced=unsourced,
-        files=() if options.random else weight_files(folder, keywords),
-        metadata={"source": name, "tokenizer": str(folder)},
-        example=options.example,
-    )
+
+
+def fetched_from(loaded: LoadedModel, fetched: Snapshot | None) -> LoadedModel:
+    """The model with the facts of the hub that its files were fetched from, if they were."""
     if fetched is None:
         return loaded
     notes = (*loaded.notes, fetched.note) if fetched.note else loaded.notes
     return replace(loaded, repo=fetched.repo, commit=fetched.commit, notes=notes)
 
 
-def _fetched(ref: str, name: str, keywords: dict[str, Any], options: LoadOptions) -> Snapshot | None:
+def find_files(
+    ref: str,
+    name: str,
+    keywords: dict[str, Any],
+    options: LoadOptions,
+    fetch_files: Callable[[str, str, str | None], Snapshot] | None = None,
+) -> Snapshot | None:
     """The model's files in the cache of the hub, or None if the reference names a directory.
 
     Args:
@@ -108,6 +157,7 @@ def _fetched(ref: str, name: str, keywords: dict[str, Any], options: LoadOptions
         name: The reference without its scheme.
         keywords: Arguments of the model's constructor; `revision` is taken out.
         options: Load options.
+        fetch_files: Function of the reference, the repository and the revision that fetches the files.
 
     Raises:
         LoadError: There is no such directory, or no such model on the hub.
@@ -127,12 +177,10 @@ def _fetched(ref: str, name: str, keywords: dict[str, Any], options: LoadOptions
             raise LoadError(
                 f"{ref}: --model-kwarg revision={own} names another revision; leave one of them out"
             )
-    return fetch(
-        ref,
-        repo,
-        options.commit or revision or own,
-        partial(choose, ref, repo, keywords=keywords, random=options.random),
-    )
+    wanted = options.commit or revision or own
+    if fetch_files is not None:
+        return fetch_files(ref, repo, wanted)
+    return fetch(ref, repo, wanted, partial(choose, ref, repo, keywords=keywords, random=options.random))
 
 
 def _pretrained(

@@ -16,6 +16,7 @@ from surgery.capture.stored_options import DTYPES
 from surgery.common.errors import LoadError, MissingExtraError, nearest
 
 PREFIX = "hf:"
+SENTENCE = "sentence-similarity"  # the task of models of sentence-transformers on the hub
 
 # Auto classes by transformers task name. The first class that supports the architecture is used.
 TASKS: dict[str, tuple[str, ...]] = {
@@ -32,6 +33,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "next-sentence-prediction": ("AutoModelForNextSentencePrediction",),
     "object-detection": ("AutoModelForObjectDetection",),
     "question-answering": ("AutoModelForQuestionAnswering",),
+    SENTENCE: ("AutoModel",),
     "text-classification": ("AutoModelForSequenceClassification",),
     "text-generation": ("AutoModelForCausalLM",),
     "text2text-generation": ("AutoModelForSeq2SeqLM",),
@@ -51,6 +53,8 @@ ALIASES = {
     "translation": "text2text-generation",
     "speech-recognition": "automatic-speech-recognition",
     "semantic-segmentation": "image-segmentation",
+    "sentence-embedding": SENTENCE,
+    "sentence-transformers": SENTENCE,
 }
 
 
@@ -62,6 +66,11 @@ def auto_classes(task: str) -> tuple[str, ...]:
             f"unknown task '{task}'{nearest(task, [*TASKS, *ALIASES]) or '; known: ' + ', '.join(TASKS)}"
         )
     return TASKS[key]
+
+
+def is_sentence_task(task: str | None) -> bool:
+    """True for the task of models of sentence-transformers, by any of its names."""
+    return ALIASES.get(task or "", task) == SENTENCE
 
 
 def require_transformers() -> Any:
@@ -83,7 +92,9 @@ def check_directory(ref: str, name: str, keywords: Mapping[str, Any]) -> None:
         raise LoadError(f"{ref} is a file; name the directory that holds config.json")
     if looks_local and not path.is_dir():
         raise LoadError(f"{ref}: there is no directory {name}")
-    if path.is_dir() and not (path / "config.json").exists() and "gguf_file" not in keywords:
+    # The transformers model of a sentence-transformers directory may be in a folder below.
+    is_model = (path / "config.json").exists() or (path / "modules.json").exists()
+    if path.is_dir() and not is_model and "gguf_file" not in keywords:
         ggufs = sorted(file.name for file in path.glob("*.gguf"))
         hint = (
             f"--model-kwarg gguf_file={ggufs[0]}"

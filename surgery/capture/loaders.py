@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from importlib import import_module
 
+from surgery.capture.hf_config import PREFIX, is_sentence_task
 from surgery.capture.types import LoadedModel, LoadOptions
 from surgery.common.errors import PluginError
 from surgery.common.hooks import hookimpl
 
 _LOADERS = {
-    "hf:": "surgery.capture.hf",
+    PREFIX: "surgery.capture.hf",
     "timm:": "surgery.capture.timm",
     "py:": "surgery.capture.py",
 }
@@ -50,5 +51,7 @@ def surgery_load_model(ref: str, options: LoadOptions) -> LoadedModel | None:
     """Load hf:DIR, hf:ORG/NAME, timm:NAME, py:package.module:callable or FILE.pt2; None for any other reference."""
     for prefix, module in _LOADERS.items():
         if ref.startswith(prefix):
+            if prefix == PREFIX and is_sentence_task(options.task):
+                module = "surgery.capture.sentence.loader"
             return import_module(module).load(ref, options)
     return import_module("surgery.capture.pt2").load(ref, options)

@@ -146,6 +146,7 @@ def merge(
     loader: Callable[..., Program],
 ) -> None:
     """Merge adapters into the base weights. The result has the base's names and nodes."""
+    from surgery.capture.sentence.layout import is_sentence_directory
     from surgery.cli.loading import read_data
     from surgery.cli.render import console
     from surgery.cli.reports import tell_merged
@@ -169,7 +170,8 @@ def merge(
         merged.save(output, standalone=standalone, overwrite=overwrite)
     out = console()
     tell_merged(out, merged, entry)
-    out.print(f"wrote {output}" + (" (a transformers directory)" if format_ == "hf" else ""))
+    kind = "sentence-transformers" if is_sentence_directory(output) else "transformers"
+    out.print(f"wrote {output}" + (f" (a {kind} directory)" if format_ == "hf" else ""))
 
 
 @click.command()

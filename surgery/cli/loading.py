@@ -17,7 +17,9 @@ from torch import Tensor
 
 from surgery.capture import LoadedModel, LoadOptions
 from surgery.capture.devices import on_device
+from surgery.capture.hf_config import SENTENCE
 from surgery.capture.reference import load_model
+from surgery.capture.sentence.layout import is_sentence_directory
 from surgery.cli.yaml_text import Refused, parse_yaml
 from surgery.common.errors import SurgeryError, nearest
 from surgery.common.plugins import Plugins
@@ -102,7 +104,10 @@ def make_loader(
 
     def module(ref: str) -> LoadedModel:
         given, sizes = _options(model_kwargs, examples, seed)
-        options = LoadOptions(task=task, model_kwargs=given, trust=trust, example=sizes, random=is_random)
+        # A directory of sentence-transformers has its own way to one output.
+        is_sentence = is_sentence_directory(Path(ref.removeprefix("hf:")))
+        chosen = task or (SENTENCE if is_sentence else None)
+        options = LoadOptions(task=chosen, model_kwargs=given, trust=trust, example=sizes, random=is_random)
         loaded = load_model(ref, options, plugins)
         _tell_commit(loaded)
         if device is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -184,8 +185,8 @@ class Base:
 
     @cached_property
     def file_hashes(self) -> dict[str, str]:
-        """sha256 of every file that the weights and the configuration were read from, by file name."""
-        return {path.name: sha256(path) for path in self.loaded.files}
+        """sha256 of every file that the weights and the configuration were read from, by name; see hash_files."""
+        return hash_files(self.loaded.files)
 
     @cached_property
     def graph_hash(self) -> str:
@@ -195,6 +196,14 @@ class Base:
     def site_table(self) -> list[list[Any]]:
         """Summary of all sites for saved directories: it identifies the sites that differ if the hash differs."""
         return [[s.key.owner, s.kind, list(s.shape), str(s.dtype), len(s.calls)] for s in self.sites]
+
+
+def hash_files(files: Sequence[Path]) -> dict[str, str]:
+    """sha256 of files, by their path from the innermost folder that holds them all: usually by their name."""
+    if not files:
+        return {}
+    root = Path(os.path.commonpath([file.parent for file in files]))
+    return {file.relative_to(root).as_posix(): sha256(file) for file in files}
 
 
 def sha256(path: Path) -> str:

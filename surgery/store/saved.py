@@ -29,7 +29,9 @@ from torch import Tensor, fx, nn
 from surgery.capture import LoadedModel, LoadOptions, trace
 from surgery.capture.budget import limited
 from surgery.capture.devices import on_device
+from surgery.capture.hf_config import is_sentence_task
 from surgery.capture.reference import load_model, loader_of
+from surgery.capture.sentence.layout import is_sentence_directory
 from surgery.capture.stored_options import check_example, check_kwargs
 from surgery.common.errors import JournalError, LoadError, SurgeryError
 from surgery.common.files import core_version, staged_directory
@@ -37,7 +39,7 @@ from surgery.common.names import check_plain, components
 from surgery.common.plugin_files import is_file
 from surgery.common.plugins import CORE, Plugins
 from surgery.common.readers import first_line, read_json, read_tensors
-from surgery.engine.base import Base, sha256
+from surgery.engine.base import Base, hash_files, sha256
 from surgery.engine.data import check_present
 from surgery.engine.journal import Journal
 from surgery.engine.moving import converted
@@ -46,6 +48,7 @@ from surgery.engine.replay import build_graph, pass_of
 from surgery.store.hf import write_base
 from surgery.store.manifest import check_manifest
 from surgery.store.migrate import migrated
+from surgery.store.sentence import names_of_files
 
 SCHEMA = 2
 # Schemas that can be read. Fields that are new in 2 have defaults in Entry.from_json.
@@ -210,7 +213,9 @@ def _standalone(
     scheme = base.ref.partition(":")[0]
     if scheme == "hf":
         write_base(base, folder / "base")
-        facts = {"task": None, "model_kwargs": {}, "random": False, "files": _hash_tree(folder / "base")}
+        # The directory has the class of the model, but a sentence-transformers one is a transformers one, too.
+        task = base.options.task if is_sentence_task(base.options.task) else None
+        facts = {"task": task, "model_kwargs": {}, "random": False, "files": _hash_tree(folder / "base")}
         # The transformers directory has the base's own values of these.
         return "hf:./base", {n: t for n, t in tensors.items() if n not in base.loaded.stored}, facts
     if scheme == "timm":
@@ -230,8 +235,10 @@ def _standalone(
 
 def _hash_tree(folder: Path) -> dict[str, str]:
     """sha256 of the files that the loader reads in a transformers directory, by file name."""
+    if is_sentence_directory(folder):
+        return hash_files(names_of_files(folder))
     names = [*folder.glob("*.safetensors"), *folder.glob("*.index.json"), folder / "config.json"]
-    return {path.name: sha256(path) for path in sorted(names)}
+    return hash_files(sorted(names))
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ class Setting:
         decided: result of the objective's `decide`.
         labels: class names of the program's outputs, by output.
         pads: the token id that the model's configuration calls padding, or None.
+        prompt: text that the model puts before every text.
         counts: number of rows for each sentence about rows, such as "was cut".
     """
 
@@ -51,6 +52,7 @@ class Setting:
     decided: Mapping[str, Any] = field(default_factory=dict)
     pads: int | None = None
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prompt: str = ""
     counts: Counter[str] = field(default_factory=Counter)
 
     @staticmethod
@@ -84,6 +86,7 @@ class Setting:
             images,
             pads=padding_of(program.base.loaded.config),
             labels=dict(program.labels),
+            prompt=prompt_of(program.base.loaded),
         )
 
     def count(self, sentence: str) -> None:
@@ -198,6 +201,11 @@ def token_limits(model: LoadedModel | Captured, tokenizer: Any, longest: int) ->
     if tokenizer is not None:
         longest = min(longest, tokenizer.model_max_length)
     return longest, fixed
+
+
+def prompt_of(loaded: LoadedModel) -> str:
+    """The text that a model of sentence-transformers puts before every text, usually none."""
+    return str(loaded.metadata.get("sentence", {}).get("prompt", ""))
 
 
 def padding_of(config: Any) -> int | None:

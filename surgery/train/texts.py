@@ -55,8 +55,9 @@ def tokens(row: Row, setting: Setting, option: str = "text") -> dict[str, Any]:
         option: option that names the column.
     """
     # Tokenize without truncation first, so that cut texts can be counted.
-    made = setting.tokenizer(text_of(row, setting, option), truncation=False)
+    text = setting.prompt + text_of(row, setting, option)
+    made = setting.tokenizer(text, truncation=False)
     if len(made["input_ids"]) > setting.longest:
         setting.count(f"is longer than {setting.longest} tokens and was cut")
-        made = setting.tokenizer(text_of(row, setting, option), truncation=True, max_length=setting.longest)
+        made = setting.tokenizer(text, truncation=True, max_length=setting.longest)
     return {name: made[name] for name in ("input_ids", "token_type_ids") if name in made}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,26 @@ def find_tokenizer(program: Program, given: str | None = None) -> Any:
         TrainingError: a tokenizer cannot be loaded.
         MissingExtraError: transformers is not installed.
     """
-    own = program.base.loaded.metadata.get("tokenizer")
-    return read_tokenizer(own, given, program.base.options.model_kwargs.get("gguf_file"))
+    loaded = program.base.loaded
+    own = loaded.metadata.get("tokenizer")
+    gguf = program.base.options.model_kwargs.get("gguf_file")
+    return read_tokenizer(own, given, gguf, sentence=loaded.metadata.get("sentence"))
 
 
-def read_tokenizer(own: str | None, given: str | None = None, gguf: str | None = None) -> Any:
+def read_tokenizer(
+    own: str | None,
+    given: str | None = None,
+    gguf: str | None = None,
+    *,
+    sentence: Mapping[str, Any] | None = None,
+) -> Any:
     """Load the tokenizer of a directory, or the one beside a model.
 
     Args:
         own: directory or name of the model, or None.
         given: directory or name of a tokenizer, or None for the model's own.
         gguf: name of the GGUF file in `own` that contains the model, or None.
+        sentence: what sentence-transformers does with a text (Layout.text_settings), for its models.
 
     Returns:
         The tokenizer, or None if the model has none.
@@ -59,7 +69,8 @@ def read_tokenizer(own: str | None, given: str | None = None, gguf: str | None =
     more = {"gguf_file": gguf} if gguf and given is None else {}
     try:
         with silenced(transformers):
-            return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
+            found_one = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **more)
+            return found_one if sentence is None else _as_for_sentences(found_one, sentence)
     except Exception as error:
         if given is None and found is None:
             return None
@@ -68,6 +79,20 @@ def read_tokenizer(own: str | None, given: str | None = None, gguf: str | None =
             f"--tokenizer {given} cannot be read" if given else f"the tokenizer in {source} cannot be read"
         )
         raise TrainingError(f"{problem}: {reason[:200]}") from None
+
+
+def _as_for_sentences(tokenizer: Any, sentence: Mapping[str, Any]) -> Any:
+    """The tokenizer with the maximum length and the lower case that sentence-transformers gives it."""
+    if sentence.get("longest"):
+        tokenizer.model_max_length = int(sentence["longest"])
+    if sentence.get("lowercase"):
+        from tokenizers import normalizers
+
+        core = tokenizer.backend_tokenizer
+        # The library puts it before the tokenizer's own; where that has it too, it changes nothing.
+        own = [] if core.normalizer is None else [core.normalizer]
+        core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    return tokenizer
 
 
 def _files(folder: Path) -> list[str] | None:

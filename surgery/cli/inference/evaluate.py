@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.capture.sentence.modules import EMBEDDING
 from surgery.cli.inference.figures import ClassReport, regression_figures
 from surgery.cli.inference.runner import Runner
 from surgery.common.errors import TrainingError
@@ -75,6 +76,8 @@ def guess_objective(runner: Runner, rows: Any, plugins: Plugins) -> Objective:
 
 def _guess(runner: Runner, rows: Any) -> str:
     ranks, widths = runner.ranks, runner.setting.widths
+    if EMBEDDING in ranks:
+        return "contrastive"
     output = "logits" if "logits" in ranks else next(iter(ranks)) if len(ranks) == 1 else None
     if output is None or ranks[output] not in (2, 3):
         raise TrainingError(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from surgery.capture.sentence.modules import EMBEDDING
 from surgery.cli.inference.items import Item, rows_of
 from surgery.cli.inference.runner import Runner
 from surgery.common.errors import LoadError, nearest
@@ -67,7 +68,7 @@ def question(
         raise LoadError(
             f"{runner.ref} has no output {output!r}{nearest(output, ranks) or '; it has ' + ', '.join(ranks)}"
         )
-    hidden = next((name for name in ("last_hidden_state", "pooler_output") if name in ranks), None)
+    hidden = next((name for name in (EMBEDDING, "last_hidden_state", "pooler_output") if name in ranks), None)
     logits = "logits" if "logits" in ranks else next(iter(ranks)) if len(ranks) == 1 else None
     if output is None:
         output = (hidden or logits) if form == "embedding" else (logits or hidden)

@@ -32,7 +32,7 @@ from surgery.export import metadata_keys
 from surgery.export.generator import open_generator
 from surgery.export.runtime import OnnxModel, session_threads
 from surgery.graph.outputs import ONLY, named_outputs
-from surgery.train.data_context import Setting, padding_of, token_limits
+from surgery.train.data_context import Setting, padding_of, prompt_of, token_limits
 from surgery.train.images import Images
 from surgery.train.runner import Body
 from surgery.train.tokenizers import find_tokenizer, read_tokenizer
@@ -192,7 +192,9 @@ def _of_program(
 
 
 def _of_loaded(ref: str, loaded: LoadedModel, tokenizer: str | None, longest: int) -> Runner:
-    read = read_tokenizer(loaded.metadata.get("tokenizer"), tokenizer)
+    read = read_tokenizer(
+        loaded.metadata.get("tokenizer"), tokenizer, sentence=loaded.metadata.get("sentence")
+    )
     longest, fixed = token_limits(loaded, read, longest)
     with torch.no_grad():
         outputs = outputs_of(loaded.module(*loaded.args, **loaded.kwargs))
@@ -207,6 +209,7 @@ def _of_loaded(ref: str, loaded: LoadedModel, tokenizer: str | None, longest: in
         _images(inputs, read_normalization(folder)),
         pads=padding_of(loaded.config),
         labels=labels_in(loaded.config),
+        prompt=prompt_of(loaded),
     )
     fresh = sorted(loaded.unsourced & {name for name, _ in loaded.module.named_parameters()})
     notes = []

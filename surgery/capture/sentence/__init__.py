@@ -1,0 +1,1 @@
+"""Sentence-transformers directories: a transformers model with pooling and projections, as one module."""
