@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--output",
     required=True,
     type=click.Path(path_type=Path),
-    help="ONNX file to write; a directory with --generate or --adapters-as-inputs.",
+    help="ONNX file to write; a directory with --generate, --adapters-as-inputs or --sentence-transformers.",
 )
 @click.option(
     "--generate",
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     "--adapters-as-inputs",
     is_flag=True,
     help="Make LoRA weights optional inputs of one model, and write a .onnx_adapter file for each adapter.",
+)
+@click.option(
+    "--sentence-transformers",
+    is_flag=True,
+    help='Write a directory that SentenceTransformer(DIR, backend="onnx") loads.',
 )
 @click.option("--opset", type=click.IntRange(18), help="ONNX opset (default: the exporter's).")
 @click.option(
@@ -68,6 +73,7 @@ def export(
     output: Path,
     generate: bool,
     adapters_as_inputs: bool,
+    sentence_transformers: bool,
     opset: int | None,
     external_data: bool | None,
     dtype: str | None,
@@ -89,7 +95,11 @@ def export(
     from surgery.export.generation import export_generation
     from surgery.export.program import export_program
 
-    writes_directory = generate or adapters_as_inputs
+    if sentence_transformers and (generate or adapters_as_inputs):
+        raise SurgeryError(
+            "--sentence-transformers writes one model for its library; remove --generate and --adapters-as-inputs"
+        )
+    writes_directory = generate or adapters_as_inputs or sentence_transformers
     if writes_directory:
         refuse_taken(output, overwrite)
     else:
@@ -118,7 +128,12 @@ def export(
         )
         tell_adaptable(adaptable, as_json)
         return
-    report = export_program(program, output, external_data=external_data, **shared)
+    if sentence_transformers:
+        from surgery.export.sentence import export_sentence
+
+        report = export_sentence(program, output, external_data=external_data, overwrite=overwrite, **shared)
+    else:
+        report = export_program(program, output, external_data=external_data, **shared)
     tell_exported(report, output, as_json)
 
 

@@ -186,6 +186,7 @@ def export_program(
     cpu: str | None = None,
     data: Sequence[InputSet] = (),
     tolerance: float | None = None,
+    only: str | None = None,
 ) -> ExportReport:
     """Export a program to ONNX, and compare onnxruntime with the program on random inputs at two shapes.
 
@@ -203,6 +204,7 @@ def export_program(
             the option of the passes that quantized.
         data: inputs on which rounded activations are judged (surgery.export.rounded_parity); random ones if empty.
         tolerance: how much rounded activations may change beyond twice the program's own rounding.
+        only: name of the one output to write, with what it depends on; None writes all outputs.
 
     Raises:
         ExportError: the export or the parity check fails.
@@ -220,11 +222,16 @@ def export_program(
     parity += reaching_inputs(program, parity[:1])
     # A few values of one seed are not enough to measure the size of rounding errors.
     judged = list(data) or [*parity, *parity_inputs(program, seed + 2)]
+    source, provenance = source_of(program), provenance_of(program)
+    if only is not None:
+        source = source.up_to(only)
+        read = {str(node.target) for node in source.graph_module.graph.nodes if node.op == "get_attr"}
+        provenance = {name: facts for name, facts in provenance.items() if name in read}
     return export_onnx(
-        source_of(program),
+        source,
         Path(path),
         opset=opset,
-        provenance=provenance_of(program),
+        provenance=provenance,
         journal_json=json.dumps(program.journal.to_json()),
         labels=program.labels,
         base_json=origin_of(program.base).model_dump_json(),

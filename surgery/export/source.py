@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from surgery.capture.devices import HOME, device_of, on_device
 from surgery.common.errors import ExportError
 from surgery.export import metadata_keys
 from surgery.graph.compiled import compiled
+from surgery.graph.graphs import copy_graph
+from surgery.graph.outputs import named_outputs
 
 InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -41,6 +43,23 @@ class ExportSource:
     dynamic_shapes: Any = None
     output_names: Sequence[str] | None = None
     rounding: frozenset[Any] = frozenset()
+
+    def up_to(self, output: str) -> ExportSource:
+        """The source with one of its outputs alone, without the nodes that no longer matter.
+
+        Args:
+            output: name of the output.
+        """
+        graph = copy_graph(self.graph_module.graph)
+        node = named_outputs(graph)[output]
+        leaves, spec = pytree.tree_flatten({output: node})
+        graph.output_node().args = (tuple(leaves),)
+        codegen: Any = graph._codegen
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+        graph.eliminate_dead_code(lambda each: each.op == "placeholder" or each.is_impure())
+        short = compiled(self.graph_module, graph, type(self.graph_module).__name__)
+        short.meta = dict(self.graph_module.meta)
+        return replace(self, graph_module=short)
 
     def named_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Tensors of one call, by the names of the ONNX inputs."""

@@ -9,6 +9,7 @@ from surgery.common.hooks import hookimpl
 from surgery.export.adaptable import export_adaptable
 from surgery.export.generation import export_generation
 from surgery.export.program import export_program
+from surgery.export.sentence import export_sentence
 
 
 @hookimpl
@@ -18,4 +19,5 @@ def surgery_writers() -> dict[str, Callable[..., Any]]:
         "onnx": export_program,
         "onnx-generate": export_generation,
         "onnx-adapters": export_adaptable,
+        "onnx-sentence-transformers": export_sentence,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,16 @@ def write(folder: Path, family: str = "bert", stages: Sequence[nn.Module] = (), 
     with quiet():
         made = SentenceTransformer(modules=[Transformer(str(source)), *after], device="cpu", **settings)
         made.save(str(folder), create_model_card=False)
+    # By this name transformers 4 reads the tokenizer, too, with which optimum-onnx runs.
+    config = folder / "tokenizer_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    # And by these names, which nearly all models on the hub have, every version of the library knows its modules.
+    listed = json.loads((folder / "modules.json").read_text())
+    for each in listed:
+        each["type"] = f"sentence_transformers.models.{each['type'].rpartition('.')[2]}"
+    (folder / "modules.json").write_text(json.dumps(listed))
     return folder
 
 
