@@ -35,7 +35,11 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     which loads a program with these options.
     """
 
-    @click.option("--task", help="Head to load, by transformers' task name (text-classification, …).")
+    @click.option(
+        "--task",
+        help="Head to load, by transformers' task name (text-classification, …; sentence-similarity for a "
+        "sentence-transformers model).",
+    )
     @click.option(
         "--model-kwarg",
         "model_kwarg",

@@ -12,7 +12,9 @@ from torch import fx, nn
 
 from surgery.capture import LoadOptions, from_module, trace
 from surgery.capture.devices import find_device
+from surgery.capture.hf_config import SENTENCE
 from surgery.capture.reference import load_model, with_patches
+from surgery.capture.sentence.layout import is_sentence_directory
 from surgery.common.errors import LoadError
 from surgery.common.plugins import Plugins, make_plugin_manager
 from surgery.engine.base import Base
@@ -40,7 +42,8 @@ def load(
     Args:
         ref: `hf:DIR`, `hf:ORG/NAME[@REVISION]`, `timm:NAME`, `py:package.module:callable`, `FILE.pt2` (with
             trust=True), a scheme of a plugin, or a saved directory.
-        task: Name of a transformers task, which selects the model class.
+        task: Name of a transformers task, which selects the model class; "sentence-similarity" for a model of
+            sentence-transformers with its pooling.
         model_kwargs: Keyword arguments of the model's constructor.
         trust: Allow a reference that can run code, such as a `.pt2` file.
         base: Only for a saved directory: reference of its base, if the base has moved, or the base as a Program.
@@ -82,8 +85,11 @@ def load(
                 )
             program = load_saved(Path(ref), base=base, trust=trust, plugins=plugins, into=False, dtype=dtype)
             return _noting(ref, program.to(place))
+        kind, more = ("sentence-transformers", f" with the task {SENTENCE}")
+        if not is_sentence_directory(Path(ref)):
+            kind, more = "transformers", ""
         raise LoadError(
-            f"{ref} is a directory that surgery did not save; for a transformers model write hf:{ref}"
+            f"{ref} is a directory that surgery did not save; for a {kind} model write hf:{ref}{more}"
         )
     if random and not ref.startswith(("hf:", "timm:")):
         raise LoadError(f"{ref}: random weights can be asked for hf: and timm: models; leave out --random")

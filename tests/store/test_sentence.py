@@ -72,6 +72,10 @@ def test_everything_around_the_model_is_kept(folder, randomise, tmp_path):
         if path.is_file()
     }
     assert made == names | {"surgery_provenance.json"}
+    # All of it can be pushed to the hub.
+    from surgery.export.publish.artifact import read_artifact
+
+    assert set(read_artifact(tmp_path / "merged").files) == made
     # The text before every text is the program's, too.
     from surgery.train.data_context import Setting
 
@@ -131,6 +135,7 @@ def test_adapters_that_are_not_merged_are_refused(folder, randomise, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_minilm(randomise, tmp_path):
     program = adapted(minilm_path(), randomise, "attn.*", scale=0.05).merge()
     program.write(tmp_path / "merged", "hf")

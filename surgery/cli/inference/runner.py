@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgery.capture.devices import HOME, device_of, on_device
+from surgery.capture.hf_files import weight_files
 from surgery.capture.normalization import PREPROCESSOR, read_normalization
+from surgery.capture.sentence.layout import is_sentence_directory
 from surgery.capture.shapes import input_names
 from surgery.capture.types import LoadedModel
 from surgery.cli.inference.modules import OnnxModule, PrefillModule, onnx_size
@@ -153,6 +155,7 @@ def open_runner(
     if kind == "transformers":
         if adapters:
             raise LoadError(f"{ref} has no adapters to choose from; leave out --adapter")
+        _refuse_onnx_layout(ref)
         loaded = module(ref if ref.startswith("hf:") else f"hf:{ref}")
         return _of_loaded(ref, loaded, tokenizer, longest)
     if kind == "onnx-generate":
@@ -161,6 +164,18 @@ def open_runner(
     return _of_onnx(
         ref, path / "model.onnx" if path.is_dir() else path, tokenizer, adapters, longest, threads
     )
+
+
+def _refuse_onnx_layout(ref: str) -> None:
+    """Raise LoadError for a sentence-transformers directory whose weights are in an ONNX file alone."""
+    folder = Path(ref.removeprefix("hf:"))
+    if not is_sentence_directory(folder) or weight_files(folder, {})[:-1]:
+        return
+    for file in sorted(folder.glob("**/onnx/model.onnx")):
+        raise LoadError(
+            f"{ref} has its weights in {file.relative_to(folder)} alone, without the pooling; run it with "
+            f'SentenceTransformer({ref!r}, backend="onnx"), or write the whole model with surgery export -o FILE.onnx'
+        )
 
 
 def _of_program(

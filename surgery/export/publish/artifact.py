@@ -21,6 +21,8 @@ CARD = "README.md"
 _ALWAYS = (CARD, "LICENSE*", "NOTICE*")
 _FILES: dict[str, tuple[str, ...]] = {
     "hf": (
+        "modules.json", "config_sentence_transformers.json", "sentence_*_config.json", "[0-9]*_*/config.json",
+        "[0-9]*_*/model.safetensors",
         "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", *COMPANIONS,
         PROVENANCE,
     ),
@@ -98,8 +100,13 @@ def read_artifact(folder: Path) -> Artifact:
 def _chosen(names: list[str], format_: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names that may be uploaded, and the others."""
     patterns = (*_ALWAYS, *_FILES[format_])
-    plain = [name for name in names if _PLAIN.fullmatch(name)]
-    chosen = [name for name in plain if any(fnmatchcase(name, like) for like in patterns)]
+    plain = [name for name in names if all(_PLAIN.fullmatch(part) for part in name.split("/"))]
+    # A pattern without a folder is one of names in the directory itself.
+    chosen = [
+        name
+        for name in plain
+        if any(fnmatchcase(name, like) and name.count("/") == like.count("/") for like in patterns)
+    ]
     return tuple(chosen), tuple(name for name in names if name not in chosen)
 
 
