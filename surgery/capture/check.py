@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from surgery.capture.shapes import Axis, fresh_inputs, input_names
+from surgery.capture.fresh import fresh_inputs
+from surgery.capture.shapes import Axis, input_names
 from surgery.capture.types import Captured
 from surgery.common.errors import CaptureError
 

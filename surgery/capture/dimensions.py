@@ -26,11 +26,14 @@ class Dimensions:
             return str(size)
         expression = size.node.expr
         if expression not in self._known:
-            named = expression.subs(
-                {s: type(s)(self.names.get(str(s), str(s))) for s in expression.free_symbols}
-            )
+            named = expression.subs({s: self._named(s) for s in expression.free_symbols})
             self._known[expression] = str(named).replace("*", "·").replace(" ", "")
         return self._known[expression]
+
+    def _named(self, symbol: Any) -> Any:
+        """A symbol by the name of its dimension."""
+        name, step, shift = self.names.get(str(symbol), (str(symbol), 1, 0))
+        return (type(symbol)(name, integer=True) - shift) / step
 
     def shape(self, sizes: Iterable[Any]) -> str:
         """A shape as text: "batch×seq×576"; "scalar" for none."""

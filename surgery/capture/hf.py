@@ -33,8 +33,9 @@ from surgery.capture.inputs import hf_inputs
 from surgery.capture.types import LoadedModel, LoadOptions
 from surgery.common.errors import LoadError, SurgeryError
 
-# State-space models unroll their scan over these dimensions, so the capture may fix them at the example's length.
-_LENGTHS = frozenset({"seq", "src_seq", "tgt_seq"})
+# Dimensions that a model's code may make constants; the capture then fixes them at the example's size. State-space
+# models unroll their scan over the length, and RT-DETR and Pixtral loop over the images of the batch.
+_MAY_FIX = frozenset({"seq", "src_seq", "tgt_seq", "batch", "image_batch"})
 
 # Arguments of from_pretrained that would be stored with a saved directory -> the switch of huggingface_hub.
 OF_THE_HUB = {
@@ -255,7 +256,7 @@ def from_model(
         metadata=facts,
         train_ready=_train_ready,
         patches=partial(_patches, model),
-        may_fix=_LENGTHS,
+        may_fix=_MAY_FIX,
         config=config,
         cached=cached,
     )

@@ -1,9 +1,9 @@
-"""Named dynamic dimensions, and random example inputs at other sizes."""
+"""Named dynamic dimensions, their ranges, and the names of the inputs."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +15,15 @@ from torch.utils import _pytree as pytree
 from surgery.capture.types import Captured, LoadedModel
 from surgery.common.errors import CaptureError, nearest
 
-_UNBOUNDED = 1 << 30
+UNBOUNDED = 1 << 30
 
 
 @dataclass(frozen=True)
 class Axis:
     """One dynamic axis of one input tensor. Its size is `scale * sizes[root] + offset`.
+
+    torch writes "multiples of 8" as 8 times another dimension, `8*_h`. Here that is the dimension `h` with the step 8,
+    unless axes of several steps share `_h`.
 
     Attributes:
         input: name of the input; a tensor inside a container is `name.0` or `name.key`.
@@ -31,6 +34,9 @@ class Axis:
         offset: constant added to it.
         low: smallest size of the root dimension.
         high: largest size of the root dimension (2**30 if unbounded).
+        step: sizes of the root dimension are `shift` plus a multiple of this.
+        shift: see `step`.
+        torch_name: torch's name of the dimension: `_h` for multiples of a step.
     """
 
     input: str
@@ -41,6 +47,29 @@ class Axis:
     offset: int
     low: int
     high: int
+    step: int = 1
+    shift: int = 0
+    torch_name: str = ""
+
+    def allows(self, size: int) -> bool:
+        """True if the root dimension may have this size."""
+        return self.low <= size <= self.high and (size - self.shift) % self.step == 0
+
+    @property
+    def range(self) -> str:
+        """The sizes of the root dimension as text: "at most 63", "multiples of 8 up to 512"; "any" without bounds."""
+        high = f"{self.high}" if self.high < UNBOUNDED - self.step else ""
+        if self.step > 1:
+            first = f"multiples of {self.step}"
+            if self.shift:
+                sign, number = "+" if self.shift > 0 else "-", abs(self.shift)
+                first += f" {sign} {number}"
+            low = f" from {self.low}" if self.low > self.step + self.shift else ""
+            return f"{first}{low}{f' up to {high}' if high else ''}"
+        # torch treats 0 and 1 as special, so a lower bound of up to 2 excludes nothing that a user would try.
+        if self.low <= 2:
+            return f"at most {high}" if high else "any"
+        return f"{self.low} to {high}" if high else f"{self.low} or more"
 
 
 def dynamic_axes(model: LoadedModel | Captured) -> dict[str, dict[int, str]]:
@@ -51,22 +80,32 @@ def dynamic_axes(model: LoadedModel | Captured) -> dict[str, dict[int, str]]:
     return found
 
 
-def symbol_names(captured: Captured) -> dict[str, str]:
-    """Names of the symbolic sizes of a captured graph: `{"s43": "batch"}`. Sizes derived from others have no entry."""
+def symbol_names(captured: Captured) -> dict[str, tuple[str, int, int]]:
+    """Names of the symbolic sizes of a captured graph: `{"s43": ("batch", 1, 0)}`.
+
+    The size of the dimension is the second number times the symbol plus the third: `("h", 8, 0)` for multiples of 8.
+    Sizes derived from others have no entry.
+    """
     inputs = [node for node in captured.graph.nodes if node.op == "placeholder"]
-    nodes = dict(zip((name for name, _ in _named_leaves(captured, tensors_only=False)), inputs, strict=True))
-    found: dict[str, str] = {}
+    nodes = dict(zip((name for name, _ in named_leaves(captured, tensors_only=False)), inputs, strict=True))
+    found: dict[str, tuple[str, int, int]] = {}
     for axis in list_axes(captured):
         value = nodes[axis.input].meta.get("val")
         size = value.shape[axis.axis] if isinstance(value, torch.Tensor) else None
         if isinstance(size, torch.SymInt) and (axis.scale, axis.offset) == (1, 0):
-            found.setdefault(str(size.node.expr), axis.name)
+            symbols = size.node.expr.free_symbols
+            if len(symbols) == 1:
+                symbol = next(iter(symbols))
+                scale = size.node.expr.coeff(symbol)
+                shift = size.node.expr - scale * symbol
+                if scale.is_Integer and shift.is_Integer:
+                    found.setdefault(str(symbol), (axis.name, int(scale), int(shift)))
     return found
 
 
 def named_sizes(model: LoadedModel | Captured) -> dict[str, int]:
     """Size of each named dynamic dimension in the example inputs."""
-    tensors = dict(_named_leaves(model))
+    tensors = dict(named_leaves(model))
     sizes: dict[str, int] = {}
     for axis in list_axes(model):
         size = tensors[axis.input].shape[axis.axis]
@@ -92,10 +131,15 @@ def limited(captured: Captured, limits: Mapping[str, int]) -> Captured:
             return {key: narrow(value) for key, value in spec.items()}
         if isinstance(spec, (tuple, list)):
             return type(spec)(narrow(value) for value in spec)
-        name = str(getattr(spec, "__name__", ""))
-        if name in limits and getattr(spec, "root", None) is None:
-            low, high = int(getattr(spec, "min", 0)), int(min(getattr(spec, "max", _UNBOUNDED), limits[name]))
-            return known.setdefault(name, torch.export.Dim(name, min=low, max=high))
+        root = getattr(spec, "root", None)
+        name = str(getattr(spec, "__name__", "")) if root is None else root.__name__.lstrip("_")
+        if name in limits and (root is None or root.__name__ != name):
+            scale, offset = (1, 0) if root is None else (spec.fn(1) - spec.fn(0), spec.fn(0))
+            base = spec if root is None else root
+            most = (limits[name] - offset) // scale
+            low, high = int(getattr(base, "min", 0)), int(min(getattr(base, "max", UNBOUNDED), most))
+            made = known.setdefault(base.__name__, torch.export.Dim(base.__name__, min=low, max=high))
+            return made if root is None else scale * made + offset if offset else scale * made
         return spec
 
     for name, size in named_sizes(captured).items():
@@ -106,108 +150,6 @@ def limited(captured: Captured, limits: Mapping[str, int]) -> Captured:
     return replace(captured, dynamic_shapes=narrow(captured.dynamic_shapes))
 
 
-def other_sizes(model: LoadedModel | Captured) -> dict[str, int]:
-    """Choose, for every named dimension, a size within its bounds that differs from the example's.
-
-    Raises:
-        CaptureError: the bounds of a dimension allow no other size.
-    """
-    bounds: dict[str, tuple[int, int]] = {}
-    for axis in list_axes(model):
-        low, high = bounds.get(axis.root, (1, _UNBOUNDED))
-        bounds[axis.root] = (max(low, axis.low), min(high, axis.high))
-    sizes = {}
-    for name, size in named_sizes(model).items():
-        low, high = bounds[name]
-        # An odd step gives a size that shares few factors with the example's, so that a reshape with a baked-in
-        # size fails instead of dividing evenly.
-        options = (size + 3, size + 1, size - 1, size - 3)
-        chosen = next((option for option in options if max(low, 2) <= option <= high), None)
-        if chosen is None:
-            raise CaptureError(
-                f"dimension '{name}' has no size other than the example's {size} in {low}..{high}; "
-                "widen its bounds or leave it out of the dynamic dimensions"
-            )
-        sizes[name] = chosen
-    return sizes
-
-
-def fresh_inputs(
-    model: LoadedModel | Captured, sizes: Mapping[str, int] | None = None, seed: int = 0
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Draw random inputs that resemble the example inputs, at other sizes of the named dynamic dimensions.
-
-    Integers are uniform over the range of the example. Attention masks have random right padding. Floats are
-    normal with the mean and standard deviation of the example. If the first or last column of an integer input is
-    constant in the example (a start or end token), it keeps that value.
-
-    Args:
-        model: the model whose example inputs are imitated.
-        sizes: size by dimension name; other dimensions keep the example's size.
-        seed: seed of the random inputs.
-
-    Returns:
-        The positional inputs and the inputs by name.
-
-    Raises:
-        CaptureError: a name is not a dynamic dimension, or a size is out of bounds.
-    """
-    wanted = named_sizes(model)
-    for name in sizes or {}:
-        if name not in wanted:
-            raise CaptureError(f"'{name}' is not a dynamic dimension{nearest(name, wanted)}")
-    wanted.update(sizes or {})
-    shapes: dict[str, dict[int, int]] = {}
-    for axis in list_axes(model):
-        size = wanted[axis.root]
-        if not axis.low <= size <= axis.high:
-            raise CaptureError(f"size {size} of '{axis.root}' is outside {axis.low}..{axis.high}")
-        shapes.setdefault(axis.input, {})[axis.axis] = axis.scale * size + axis.offset
-
-    generator = torch.Generator().manual_seed(seed)
-    leaves = []
-    for name, leaf in _named_leaves(model, tensors_only=False):
-        if isinstance(leaf, torch.Tensor):
-            resized = shapes.get(name, {})
-            shape = [resized.get(i, size) for i, size in enumerate(leaf.shape)]
-            leaf = _fresh_tensor(name, leaf, shape, generator)
-        leaves.append(leaf)
-    _, spec = pytree.tree_flatten((model.args, dict(model.kwargs)))
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    return args, kwargs
-
-
-def _fresh_tensor(
-    name: str, like: torch.Tensor, shape: list[int], generator: torch.Generator
-) -> torch.Tensor:
-    """Random tensor of the given shape with the dtype and value range of `like`; see `fresh_inputs`."""
-    if like.numel() == 0:
-        return like.new_zeros(shape)
-    if like.dtype.is_floating_point or like.dtype.is_complex:
-        # A constant float input is a setting rather than data; random values could be invalid for it.
-        if like.numel() > 1 and bool((like == like.reshape(-1)[0]).all()):
-            return torch.full(shape, like.reshape(-1)[0].item(), dtype=like.dtype, device=like.device)
-        noise = torch.randn(shape, generator=generator)
-        mean, std = (like.float().mean(), like.float().std()) if like.numel() > 1 else (0.0, 1.0)
-        return (noise * std + mean).to(like.dtype).to(like.device)
-    low, high = int(like.min()), int(like.max())
-    if "mask" in name and low == 0 and high == 1 and like.ndim == 2:
-        length = shape[1]
-        kept = torch.randint(max(1, length // 2), length + 1, (shape[0], 1), generator=generator)
-        return (torch.arange(length)[None, :] < kept).to(like.dtype).to(like.device)
-    # Exclude the edge columns from the range, so that no start or end token is drawn in the middle of a sequence.
-    columns = like.ndim >= 2 and like.shape[-1] > 2
-    inner = like[..., 1:-1] if columns else like
-    low, high = int(inner.min()), int(inner.max())
-    fresh = torch.randint(low, high + 1, shape, generator=generator).to(like.dtype).to(like.device)
-    if columns and shape[-1] > 2:
-        for column in (0, -1):
-            edge = like[..., column]
-            if bool((edge == edge.reshape(-1)[0]).all()):
-                fresh[..., column] = edge.reshape(-1)[0]
-    return fresh
-
-
 def list_axes(model: LoadedModel | Captured) -> list[Axis]:
     """List every dynamic axis of every input tensor, in input order.
 
@@ -215,7 +157,101 @@ def list_axes(model: LoadedModel | Captured) -> list[Axis]:
         CaptureError: a dimension is `Dim.AUTO` (torch.export may silently make it static), or the specification does
             not fit the inputs.
     """
-    return list(_axes(model))
+    return _with_steps(list(_axes(model)))
+
+
+def _with_steps(axes: list[Axis]) -> list[Axis]:
+    """Axes in which "8 times `_h`" is the dimension `h` with the step 8."""
+    shown = _shown((axis.root, axis.scale, axis.offset) for axis in axes)
+    found = []
+    for axis in axes:
+        if axis.root not in shown:
+            found.append(axis)
+            continue
+        low, high = axis.scale * axis.low + axis.offset, axis.scale * axis.high + axis.offset
+        found.append(
+            replace(
+                axis,
+                name=shown[axis.root],
+                root=shown[axis.root],
+                scale=1,
+                offset=0,
+                low=max(low, 0),
+                high=UNBOUNDED if axis.high >= UNBOUNDED else high,
+                step=axis.scale,
+                shift=axis.offset,
+            )
+        )
+    return found
+
+
+def _shown(factors: Iterable[tuple[str, int, int]]) -> dict[str, str]:
+    """Names of dimensions with a step by those of their roots: `{"_h": "h"}`.
+
+    Args:
+        factors: root, scale and offset of each axis.
+    """
+    known: dict[str, set[tuple[int, int]]] = {}
+    for root, scale, offset in factors:
+        known.setdefault(root, set()).add((scale, offset))
+    return {
+        root: root.lstrip("_")
+        for root, found in known.items()
+        if root.startswith("_") and len(found) == 1 and found != {(1, 0)} and root.lstrip("_") not in known
+    }
+
+
+def axis_names(dynamic_shapes: Any) -> Any:
+    """Copy of dynamic shapes with each Dim replaced by its name and each static dimension by None."""
+    leaves = [leaf for leaf in pytree.tree_leaves(dynamic_shapes) if hasattr(leaf, "__name__")]
+    shown = _shown(_linear(leaf) for leaf in leaves)
+
+    def named(spec: Any) -> Any:
+        if isinstance(spec, Mapping):
+            return {key: named(value) for key, value in spec.items()}
+        if isinstance(spec, (tuple, list)):
+            return type(spec)(named(value) for value in spec)
+        if isinstance(spec, str):
+            return spec
+        if not isinstance(spec, type(torch.export.Dim("d"))):
+            return None
+        return shown.get(_linear(spec)[0], spec.__name__)
+
+    return named(dynamic_shapes)
+
+
+def _linear(dim: Any) -> tuple[str, int, int]:
+    """Root, scale and offset of a Dim. A derived one is a linear function, so two values determine it."""
+    root = getattr(dim, "root", None)
+    if root is None:
+        return str(dim.__name__), 1, 0
+    return str(root.__name__), int(dim.fn(1) - dim.fn(0)), int(dim.fn(0))
+
+
+def outside(model: LoadedModel | Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Describe the first input whose size is outside the range of its dimension, or return "".
+
+    Args:
+        model: the model.
+        args: positional inputs.
+        kwargs: inputs by name.
+    """
+    try:
+        tensors = dict(named_leaves(replace(model, args=args, kwargs=kwargs)))
+    except Exception:  # other inputs than the model has, which is reported otherwise
+        return ""
+    return outside_of(list_axes(model), tensors)
+
+
+def outside_of(axes: Iterable[Axis], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Describe the first of the tensors whose size is outside the range of its axis, or return ""."""
+    for axis in axes:
+        value = tensors.get(axis.input)
+        if value is not None and value.ndim > axis.axis and (axis.scale, axis.offset) == (1, 0):
+            size = int(value.shape[axis.axis])
+            if not axis.allows(size):
+                return f"axis {axis.axis} of '{axis.input}' has the size {size}, but '{axis.root}' takes {axis.range}"
+    return ""
 
 
 def _axes(model: LoadedModel | Captured) -> Iterator[Axis]:
@@ -268,15 +304,11 @@ def _axis(name: str, axis: int, dim: Any) -> Axis:
             f"axis {axis} of input '{name}' is Dim.{dim.type.name}; name it (torch.export.Dim('seq')), "
             "because torch.export can silently make an unnamed dimension static"
         )
-    root = getattr(dim, "root", None)
-    scale, offset = 1, 0
-    if root is not None:
-        # A derived Dim is a linear function `fn` of its root; two values determine it.
-        scale, offset = dim.fn(1) - dim.fn(0), dim.fn(0)
-    base = root if root is not None else dim
-    low, high = int(getattr(base, "min", 0)), getattr(base, "max", _UNBOUNDED)
-    high = _UNBOUNDED if high > _UNBOUNDED else int(high)
-    return Axis(name, axis, dim.__name__, base.__name__, int(scale), int(offset), low, high)
+    own, scale, offset = _linear(dim)
+    base = getattr(dim, "root", None) or dim
+    low, high = int(getattr(base, "min", 0)), getattr(base, "max", UNBOUNDED)
+    high = UNBOUNDED if high > UNBOUNDED else int(high)
+    return Axis(name, axis, dim.__name__, own, scale, offset, low, high, torch_name=own)
 
 
 def input_names(model: LoadedModel | Captured) -> list[str]:
@@ -316,7 +348,7 @@ def argument_names(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return [*positional, *kwargs]
 
 
-def _named_leaves(model: LoadedModel | Captured, tensors_only: bool = True) -> Iterator[tuple[str, Any]]:
+def named_leaves(model: LoadedModel | Captured, tensors_only: bool = True) -> Iterator[tuple[str, Any]]:
     """Names and leaves of the inputs in pytree order; the names match `Axis.input`."""
     names = input_names(model)
     for i, (path, leaf) in enumerate(pytree.tree_flatten_with_path((model.args, dict(model.kwargs)))[0]):

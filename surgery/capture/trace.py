@@ -15,13 +15,14 @@ import torch
 from torch import fx, nn
 
 from surgery.capture import check as checking
-from surgery.capture.bounds import derived, fixed_dimensions, without, without_ends
+from surgery.capture.bounds import derived, fixed_dimensions, limits, without, without_ends
 from surgery.capture.devices import neutral
 from surgery.capture.explain import explain
 from surgery.capture.flatten import flatten_regions, share_tied
+from surgery.capture.fresh import other_sizes
 from surgery.capture.recurrences.kernels import replaced
 from surgery.capture.recurrent import shape_rules
-from surgery.capture.shapes import Axis, argument_names, list_axes, named_sizes, other_sizes
+from surgery.capture.shapes import Axis, argument_names, list_axes, named_sizes
 from surgery.capture.types import Captured, LoadedModel
 from surgery.common.errors import CaptureError
 from surgery.common.progress import stage
@@ -89,6 +90,8 @@ def _export(
     subject = f"{type(module).__name__}{' in train mode' if training else ''}"
     shapes = _by_name(loaded)
     notes: tuple[str, ...] = loaded.notes
+    narrowed: frozenset[str] = frozenset()
+    sizes, deferred = named_sizes(loaded), False
     # Each round removes a dimension or shrinks a range, so the loop ends: either the export succeeds or nothing is
     # left to narrow.
     while True:
@@ -99,7 +102,7 @@ def _export(
                 replaced(module),
                 plain_outputs(module, loaded.args, loaded.kwargs),
             ):
-                program = _run_export(loaded, shapes)
+                program = _run_export(loaded, shapes, deferred)
                 gm = program.module(check_guards=False)
             break
         except CaptureError:
@@ -113,28 +116,42 @@ def _export(
             else:
                 narrower = without_ends(shapes, axes, str(error)) if shapes else None
                 if narrower is None and shapes:
-                    found = derived(shapes, axes, named_sizes(loaded), str(error))
-                    narrower, said = found or (None, ())
-                    notes += said
+                    found = derived(shapes, axes, sizes, str(error))
+                    narrower, names = found or (None, frozenset[str]())
+                    narrowed |= names
+            if narrower is None and "onstraints violated" in str(error) and not (fixed or deferred):
+                # torch cannot prove a relation between sizes, such as a crop that lies within its table. It becomes an
+                # assertion at run time.
+                deferred = True
+                continue
             if narrower is None:
                 raise CaptureError(f"cannot capture {subject}: {explain(error)}") from error
-            shapes, axes = narrower, list_axes(replace(loaded, dynamic_shapes=narrower))
+            narrow = replace(loaded, dynamic_shapes=narrower)
+            shapes, axes, sizes = narrower, list_axes(narrow), named_sizes(narrow)
     if not isinstance(gm, fx.GraphModule):
         raise CaptureError(f"cannot capture {subject}: torch.export returned no graph")
-    return gm, shapes, notes
+    return gm, shapes, notes + limits(axes, narrowed)
 
 
 def _note(name: str, size: int) -> str:
+    how, other = ("unrolling a scan", "length")
+    if name.endswith("batch"):
+        how, other = "a loop over the batch", "batch size"
     return (
-        f"{name} is fixed at {size}, because the model's code fixes it (for example by unrolling a scan); "
-        f"capture the model again for inputs of another length: --example {name}=N"
+        f"{name} is fixed at {size}, because the model's code fixes it (for example by {how}); "
+        f"capture the model again for inputs of another {other}: --example {name}=N"
     )
 
 
-def _run_export(loaded: LoadedModel, shapes: Any) -> torch.export.ExportedProgram:
+def _run_export(loaded: LoadedModel, shapes: Any, deferred: bool) -> torch.export.ExportedProgram:
     with torch.enable_grad(), shape_rules():
         return torch.export.export(
-            loaded.module, tuple(loaded.args), dict(loaded.kwargs), dynamic_shapes=shapes, strict=False
+            loaded.module,
+            tuple(loaded.args),
+            dict(loaded.kwargs),
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
         )
 
 

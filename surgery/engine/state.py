@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from surgery.capture.devices import exact, find_device
+from surgery.capture.shapes import outside
 from surgery.common.errors import JournalError, PassError, SurgeryError
 from surgery.common.readers import first_line
 from surgery.engine import replay
@@ -294,10 +295,18 @@ class State(ProgramData):
 
         Raises:
             JournalError: The program fails on the example inputs.
+            PassError: The program fails on inputs whose size is outside the range of a dimension.
         """
         if args or kwargs:
-            with torch.no_grad():
-                return self.graph_module(*args, **kwargs)
+            try:
+                with torch.no_grad():
+                    return self.graph_module(*args, **kwargs)
+            except Exception as error:
+                if found := outside(self.captured, args, kwargs):
+                    raise PassError(
+                        f"{found}; give inputs of such a size, or capture the model again"
+                    ) from error
+                raise
         args, kwargs = self.example_inputs
         try:
             with torch.no_grad():

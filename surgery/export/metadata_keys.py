@@ -1,6 +1,7 @@
 """Metadata keys of an exported ONNX file.
 
-The model has JOURNAL, BASE, LABELS and PARITY, PIXELS if it reads images, and CPU if it needs a kind of processor.
+The model has JOURNAL, BASE, LABELS and PARITY, PIXELS if it reads images, RANGES if a dimension does not take every
+size, and CPU if it needs a kind of processor.
 Tensors have PASS, NAME, SITE, SOURCE and TIED. Nodes have PASS, NAME, SITE, FX_NODE, FX_OUTPUT and MODULE. CUSTOM (a
 mapping with the keys pass, name and site) and FX_NODE are also keys of `meta["custom"]` of an fx node, because that
 dict survives tracing and decomposition.
@@ -15,6 +16,8 @@ BASE = "surgery.base"  # JSON object: reference, repository, commit and task of 
 PARITY = "surgery.parity"
 # JSON object: "mean" and "std" of the pixels from 0 to 1, one number for each channel
 PIXELS = "surgery.pixels"
+# JSON object: dimension -> its sizes, "min" and "max", and "step" and "shift" if only shift + a multiple of step fits
+RANGES = "surgery.ranges"
 CPU = "surgery.cpu"  # "vnni": products saturate on x86 processors without VNNI
 PASS = "surgery.pass"
 NAME = "surgery.name"

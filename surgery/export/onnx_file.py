@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from surgery.capture.recurrent import shape_rules
+from surgery.capture.shapes import axis_names
 from surgery.common.errors import ExportError
 from surgery.common.progress import stage
 from surgery.common.quantities import in_bytes
@@ -33,7 +34,7 @@ from surgery.export.optional import require
 from surgery.export.parity import ParityReport, check_parity
 from surgery.export.postprocess import finish
 from surgery.export.reexport import export_again
-from surgery.export.source import ExportSource, InputSet, axis_names, tagged_copy
+from surgery.export.source import ExportSource, InputSet, tagged_copy
 from surgery.graph.marks import mark_of
 
 _INLINE_LIMIT = 1_500_000_000  # bytes of weights: a protobuf file is limited to 2 GiB, including the graph
@@ -118,6 +119,7 @@ def export_onnx(
     labels: Mapping[str, Sequence[str]] | None = None,
     base_json: str | None = None,
     pixels: Mapping[str, Sequence[float]] | None = None,
+    ranges: Mapping[str, Mapping[str, int]] | None = None,
     lowerings: Mapping[Any, Callable[..., Any]] | None = None,
     external_data: bool | None = None,
     check: bool = True,
@@ -140,6 +142,7 @@ def export_onnx(
         labels: class names by output, stored in the file's metadata.
         base_json: facts about the base as JSON, stored in the file's metadata.
         pixels: mean and standard deviation of the pixels that an image model expects, stored in the metadata too.
+        ranges: sizes that the dimensions may have (surgery.export.ranges), stored in the metadata too.
         lowerings: onnxscript function by torch op, for ops that torch.onnx cannot translate.
         external_data: True stores the weights in `<path>.data`; None does so above 1.5 GB.
         check: run onnx's checker on the file, and check that onnxruntime keeps quantized weights quantized.
@@ -187,6 +190,8 @@ def export_onnx(
         model.metadata_props[metadata_keys.BASE] = base_json
     if pixels:
         model.metadata_props[metadata_keys.PIXELS] = json.dumps({k: list(v) for k, v in pixels.items()})
+    if ranges:
+        model.metadata_props[metadata_keys.RANGES] = json.dumps(ranges)
     # The size limit of a protobuf file applies to the weights that are left after tying.
     weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if external_data is None:
@@ -270,6 +275,7 @@ def _translate(
                 optimize=False,
                 verbose=False,
                 opset_version=opset and min(opset, CONVERTED),
+                # It uses strings as names of axes, but replaces Dims with its own symbols (`s43`).
                 dynamic_shapes=axis_names(source.dynamic_shapes),
                 custom_translation_table=dict(lowerings) if lowerings else None,
             )

@@ -19,6 +19,7 @@ from surgery.engine.contract.base import RewritePass
 from surgery.engine.registry import lowerings as known_lowerings
 from surgery.engine.replay import live_entries, pass_of
 from surgery.export.onnx_file import ExportReport, export_onnx
+from surgery.export.ranges import ranges_of
 from surgery.export.source import ExportSource, InputSet, module_path
 from surgery.graph.graphs import live_nodes
 from surgery.store.provenance import origin_of
@@ -236,6 +237,7 @@ def export_program(
         labels=program.labels,
         base_json=origin_of(program.base).model_dump_json(),
         pixels=normalization_of(program.base.loaded),
+        ranges=ranges_of(program.captured),
         lowerings={**known_lowerings(program.base.plugins), **(lowerings or {})},
         external_data=external_data,
         parity=parity,

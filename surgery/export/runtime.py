@@ -17,6 +17,7 @@ from surgery.common.errors import ExportError, nearest
 from surgery.export import metadata_keys
 from surgery.export.failure import first_line
 from surgery.export.optional import require
+from surgery.export.ranges import outside_of_file
 from surgery.export.untrusted import read_checked
 
 ADAPTER = ".onnx_adapter"  # suffix of onnxruntime's adapter files
@@ -231,6 +232,9 @@ class OnnxModel:
             values = session.run(wanted, feed, options)
             return {name: torch.as_tensor(value) for name, value in zip(wanted, values, strict=True)}
         except Exception as error:
+            shapes = {name: shape for name, (_, shape) in self.signature.items()}
+            if found := outside_of_file(self.metadata.get(metadata_keys.RANGES, "{}"), shapes, inputs):
+                raise ExportError(f"'{self.path.name}' cannot run: {found}") from error
             raise ExportError(f"onnxruntime cannot run '{self.path.name}': {first_line(error)}") from error
 
 

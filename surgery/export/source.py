@@ -123,20 +123,6 @@ def _join(path: Iterable[Any]) -> str:
     return ".".join(parts)
 
 
-def axis_names(dynamic_shapes: Any) -> Any:
-    """Copy of `dynamic_shapes` with each Dim replaced by its name and each static dimension by None.
-
-    `torch.onnx.export` uses strings as axis names, but replaces Dims with its own symbols (`s43`).
-    """
-    if isinstance(dynamic_shapes, Mapping):
-        return {key: axis_names(value) for key, value in dynamic_shapes.items()}
-    if isinstance(dynamic_shapes, tuple | list):
-        return type(dynamic_shapes)(axis_names(value) for value in dynamic_shapes)
-    if isinstance(dynamic_shapes, str):
-        return dynamic_shapes
-    return dynamic_shapes.__name__ if isinstance(dynamic_shapes, type(torch.export.Dim("d"))) else None
-
-
 def tagged_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Copy of a graph module that shares the tensors and records each node's name in `meta["custom"]`.
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import surgery
-from surgery.capture import dynamic_axes
+from surgery.capture import dynamic_axes, fresh_inputs, from_module, named_sizes, trace
 from surgery.capture.check import difference
+from surgery.capture.dimensions import Dimensions
+from surgery.capture.hf import from_model
 from surgery.capture.ranges import named_range
-from surgery.common.errors import CaptureError
+from surgery.common.errors import CaptureError, ExportError, PassError
 from surgery.export.runtime import OnnxModel
 
 
@@ -37,6 +42,32 @@ class Pooled(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.max_pool2d(self.first(x).relu(), 2)
         return self.head(self.second(x).relu().mean((2, 3)))
+
+
+class Branching(nn.Module):
+    """A branch at a batch of 64, as diffusers has it, and a crop from a table of 24 positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table = nn.Linear(4, 8), nn.Parameter(torch.randn(24, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if x.shape[0] >= 64:
+            y = y.contiguous()
+        top = (24 - x.shape[1]) // 2
+        return y + self.table[top : top + x.shape[1]]
+
+
+class Looping(nn.Module):
+    """A loop over the batch makes it a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.linear(row) for row in x])
 
 
 class UpAndDown(nn.Module):
@@ -116,6 +147,79 @@ def test_ranges_are_derived_from_the_code():
     program, said = noted(UpAndDown(), (torch.randn(2, 3, 8, 10),), {"x": {0: "batch", 2: "h", 3: "w"}})
     assert "h is limited to multiples of 2" in said[0]
     assert program.run(torch.randn(1, 3, 14, 6)).shape == (1, 3, 14, 6)
+
+
+def test_a_range_that_torch_suggests_is_taken_within_bounds():
+    torch.manual_seed(0)
+    program, said = noted(Branching(), (torch.randn(2, 6, 4),), {"x": {0: "batch=1..100", 1: "seq"}})
+    assert "batch is limited to at most 63, as the model's code requires" in said[0]
+    assert "seq is limited to at most 24, as the model's code requires" in said[1]
+    assert len(said) == 2
+    module = program.base.loaded.module
+    for shape in ((1, 24, 4), (63, 3, 4)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program.run(x), module(x))  # the same kernels
+    with pytest.raises(
+        CaptureError, match="size 64 of 'batch' does not fit the model, which takes at most 63"
+    ):
+        fresh_inputs(program.captured, {"batch": 64})
+
+
+def test_a_batch_that_the_code_fixes():
+    """An example of a caller is refused, one of a loader of transformers is fixed with a note."""
+    with pytest.raises(CaptureError, match=r"fixes dimension 'batch' to the constant 3"):
+        surgery.capture(Looping(), (torch.randn(3, 4),), {"x": {0: "batch"}})
+    loaded = from_module(Looping(), (torch.randn(3, 4),), {"x": {0: "batch"}})
+    captured = trace(replace(loaded, may_fix=frozenset({"batch"})))
+    assert not dynamic_axes(captured)
+    assert (
+        "batch is fixed at 3, because the model's code fixes it (for example by a loop" in captured.notes[0]
+    )
+    assert "--example batch=N" in captured.notes[0]
+
+
+def test_multiples_have_the_name_of_the_dimension(tmp_path):
+    """In views, in files and in errors: torch knows `h` as 2 times `_h`."""
+    torch.manual_seed(0)
+    module = UpAndDown().eval()
+    program, said = noted(module, (torch.randn(2, 3, 8, 10),), {"x": {0: "batch", 2: "h=4..64", 3: "w"}})
+    assert "h is limited to multiples of 2 from 4 up to 64" in said[0]
+    assert named_sizes(program.captured) == {"batch": 2, "h": 8, "w": 10}
+    node = program.graph.find_nodes(op="placeholder")[0]
+    assert Dimensions(program.captured).shape(node.meta["val"].shape) == "batch×3×h×w"
+    report = program.export(tmp_path / "model.onnx")
+    assert report.outputs == {"output": ("batch", 3, "h", "w")}
+    model = OnnxModel(tmp_path / "model.onnx")
+    x = torch.randn(3, 3, 14, 6)
+    # Sums of 27 products in another order.
+    torch.testing.assert_close(model.run({"x": x})["output"], module(x), rtol=1e-5, atol=1e-5)
+    ranges = {"h": {"step": 2, "min": 4, "max": 64}, "w": {"step": 2}}
+    assert json.loads(model.metadata["surgery.ranges"]) == ranges
+    odd = torch.randn(2, 3, 9, 6)
+    said_of_odd = r"axis 2 of 'x' has the size 9, but 'h' takes multiples of 2 from 4 up to 64"
+    with pytest.raises(ExportError, match=said_of_odd):
+        model.run({"x": odd})
+    with pytest.raises(PassError, match=said_of_odd):
+        program.run(odd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("Wav2Vec2Conformer", "samples is limited to multiples of 20 from 400"),
+        ("SEWD", "samples is limited to multiples of 40 from 400"),
+    ],
+)
+def test_ranges_of_samples(kind, said):
+    """The loader gives a range of samples, and the model's code a narrower one."""
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, conv_dim=(16, 16, 16),
+        conv_kernel=(10, 3, 2), conv_stride=(5, 2, 2), vocab_size=20, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2, **({"squeeze_factor": 2} if kind == "SEWD" else {}),
+    )  # fmt: skip
+    captured = trace(from_model(getattr(transformers, f"{kind}ForCTC")(config)))
+    assert captured.notes[0].startswith(said)
 
 
 def test_ranges_as_text():

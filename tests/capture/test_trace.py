@@ -160,7 +160,7 @@ def test_dynamic_by_names_and_by_dims():
     captured = trace(by_dim)
     args, _ = fresh_inputs(captured, {"seq": 6})
     assert args[0].shape == (3, 6, 4)
-    with pytest.raises(CaptureError, match=r"outside 0\.\.6"):
+    with pytest.raises(CaptureError, match="takes at most 6"):
         fresh_inputs(captured, {"seq": 7})
     with pytest.raises(CaptureError, match="did you mean 'seq'"):
         fresh_inputs(captured, {"sek": 5})
