@@ -10,9 +10,12 @@ from surgery.capture.types import LoadedModel, LoadOptions
 from surgery.common.errors import PluginError
 from surgery.common.hooks import hookimpl
 
+# Loaders of models that a library knows by name: they take a dtype, and can make random weights.
+OF_A_LIBRARY = ("hf:", "timm:", "diffusers:")
 _LOADERS = {
     PREFIX: "surgery.capture.hf",
     "timm:": "surgery.capture.timm",
+    "diffusers:": "surgery.capture.diffusers",
     "py:": "surgery.capture.py",
 }
 
@@ -48,7 +51,7 @@ def surgery_load_schemes() -> list[str]:
 
 @hookimpl
 def surgery_load_model(ref: str, options: LoadOptions) -> LoadedModel | None:
-    """Load hf:DIR, hf:ORG/NAME, timm:NAME, py:package.module:callable or FILE.pt2; None for any other reference."""
+    """Load hf:, timm:, diffusers: and py: references and FILE.pt2; None for any other reference."""
     for prefix, module in _LOADERS.items():
         if ref.startswith(prefix):
             if prefix == PREFIX and is_sentence_task(options.task):

@@ -39,7 +39,8 @@ def load_model(ref: str, options: LoadOptions, plugins: Plugins) -> LoadedModel:
     schemes = [f"{scheme}:" for scheme in plugins.schemes]
     hint = nearest(ref.partition(":")[0] + ":", schemes) if ":" in ref else ""
     known = (
-        "hf:DIR, hf:ORG/NAME, timm:NAME, py:package.module:callable, FILE.pt2 or a directory saved by surgery"
+        "hf:DIR, hf:ORG/NAME, timm:NAME, diffusers:DIR, py:package.module:callable, FILE.pt2 or a directory saved by "
+        "surgery"
     )
     raise LoadError(f"{ref!r} is not a model reference{hint or '; use ' + known}")
 

@@ -36,8 +36,8 @@ from surgery.common.errors import InterruptedTrainingError, SurgeryError
 def cli() -> None:
     """Change a PyTorch model and ship it: inspect, plan, apply passes, merge, export, verify, undo.
 
-    MODEL is hf:DIR, hf:ORG/NAME[@REVISION], timm:NAME, py:package.module:callable, FILE.pt2 (with --trust), or
-    a directory that surgery saved.
+    MODEL is hf:DIR, hf:ORG/NAME[@REVISION], timm:NAME, diffusers:DIR, py:package.module:callable, FILE.pt2 (with
+    --trust), or a directory that surgery saved.
     """
 
 

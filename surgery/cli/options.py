@@ -29,7 +29,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator that adds --task, --model-kwarg, --example, --input, --random, --trust and --device.
+    """Decorator that adds --task, --model-kwarg, --part, --example, --input, --random, --trust and --device.
 
     The command gets two keyword arguments instead: `plugins`, the plugin manager, and `loader(ref, recipe=None)`,
     which loads a program with these options.
@@ -48,6 +48,9 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Argument of the model's constructor.",
     )
     @click.option(
+        "--part", metavar="NAME", help="Model of a diffusers: pipeline, such as unet or text_encoder."
+    )
+    @click.option(
         "--example", multiple=True, metavar="DIM=SIZE", help="Size of the example inputs, such as seq=32."
     )
     @click.option(
@@ -57,7 +60,9 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="TEXT",
         help="Example input of a py: model, such as 'x=float32[batch=2,3,h=224,w=224]'; named dimensions are dynamic.",
     )
-    @click.option("--random", is_flag=True, help="Random weights instead of pretrained ones (hf: and timm:).")
+    @click.option(
+        "--random", is_flag=True, help="Random weights instead of pretrained ones (hf:, timm:, diffusers:)."
+    )
     @click.option(
         "--device",
         metavar="DEVICE",
@@ -71,6 +76,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         /,
         *args: Any,
         task: str | None,
+        part: str | None,
         model_kwarg: tuple[str, ...],
         example: tuple[str, ...],
         inputs: tuple[str, ...],
@@ -89,7 +95,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         loader = make_loader(
             plugins,
             task=task,
-            model_kwargs=model_kwarg,
+            model_kwargs=(*model_kwarg, *([f"part={part}"] if part else ())),
             examples=example,
             trust=trust,
             base=base,

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from surgery.capture import Captured, LoadedModel, LoadOptions, trace
 from surgery.capture.devices import on_device
+from surgery.capture.loaders import OF_A_LIBRARY
 from surgery.common.errors import PassError
 from surgery.engine.base import Base
 from surgery.graph.compiled import compiled
@@ -75,7 +76,7 @@ def converted(base: Base, dtype: torch.dtype) -> Base:
     )
     fresh = _with_module(base, replace(loaded, args=args, kwargs=kwargs))
     fresh.captured = trace(fresh.loaded)
-    if base.ref.startswith(("hf:", "timm:")):
+    if base.ref.startswith(OF_A_LIBRARY):
         # So that a saved directory loads its base in this dtype.
         given = {name: value for name, value in base.options.model_kwargs.items() if name != "torch_dtype"}
         kwargs = {**given, "dtype": str(dtype).removeprefix("torch.")}

@@ -18,6 +18,8 @@ from surgery.graph.compiled import compiled
 from surgery.graph.graphs import copy_graph
 from surgery.graph.outputs import named_outputs
 
+_SQUEEZES = (torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims)
+
 InputSet = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
@@ -33,7 +35,8 @@ class ExportSource:
         dynamic_shapes: dynamic dimensions as `torch.export.export` takes them. The names of the Dims become the names
             of the ONNX axes.
         output_names: one name for each returned tensor, in pytree order. None derives the names from the keys of the
-            returned value: `logits`, `hidden_states.0`, `output` for a single tensor, `output_0` for a tuple entry.
+            returned value: `logits`, `hidden_states.0`, `output` for a single tensor, `output_0` for a tuple entry, and
+            `out_sample` if an input is named `sample`.
         rounding: ops of the graph that round their first argument, an activation, to a few levels.
     """
 
@@ -79,7 +82,9 @@ class ExportSource:
         """
         found = _key_names(value)
         if self.output_names is None:
-            return found
+            # A file has one name for each tensor; UNets and VAEs of diffusers take a `sample` and return one.
+            taken = set(self.named_inputs(self.args, self.kwargs))
+            return {f"out_{name}" if name in taken else name: tensor for name, tensor in found.items()}
         if len(self.output_names) != len(found):
             raise ExportError(
                 f"{len(self.output_names)} output names were given, but the program returns "
@@ -130,9 +135,21 @@ def tagged_copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     an ONNX node alone could therefore refer to the wrong node of the program.
     """
     graph = copy.deepcopy(graph_module.graph)
+    _drop_idle_squeezes(graph)
     for node in graph.nodes:
         node.meta["custom"] = {**(node.meta.get("custom") or {}), metadata_keys.FX_NODE: node.name}
     return compiled(graph_module, graph)
+
+
+def _drop_idle_squeezes(graph: fx.Graph) -> None:
+    """Remove squeezes of an axis that is not 1. torch ignores these; the Squeeze of ONNX fails on them."""
+    for node in list(graph.nodes):
+        if node.target not in _SQUEEZES or not isinstance(node.args[0], fx.Node):
+            continue
+        before, after = (n.meta.get("val") for n in (node.args[0], node))
+        if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before.ndim == after.ndim:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def module_path(node: fx.Node) -> str:

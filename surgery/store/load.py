@@ -13,6 +13,7 @@ from torch import fx, nn
 from surgery.capture import LoadOptions, from_module, trace
 from surgery.capture.devices import find_device
 from surgery.capture.hf_config import SENTENCE
+from surgery.capture.loaders import OF_A_LIBRARY
 from surgery.capture.reference import load_model, with_patches
 from surgery.capture.sentence.layout import is_sentence_directory
 from surgery.common.errors import LoadError
@@ -36,12 +37,13 @@ def load(
     random: bool = False,
     input: str | Sequence[str] = (),
     device: torch.device | str | None = None,
+    part: str | None = None,
 ) -> Program:
     """Load a model by its reference, or a directory that surgery saved, as a Program.
 
     Args:
-        ref: `hf:DIR`, `hf:ORG/NAME[@REVISION]`, `timm:NAME`, `py:package.module:callable`, `FILE.pt2` (with
-            trust=True), a scheme of a plugin, or a saved directory.
+        ref: `hf:DIR`, `hf:ORG/NAME[@REVISION]`, `timm:NAME`, `diffusers:DIR`, `diffusers:ORG/NAME[@REVISION]`,
+            `py:package.module:callable`, `FILE.pt2` (with trust=True), a scheme of a plugin, or a saved directory.
         task: Name of a transformers task, which selects the model class; "sentence-similarity" for a model of
             sentence-transformers with its pooling.
         model_kwargs: Keyword arguments of the model's constructor.
@@ -50,13 +52,14 @@ def load(
             Required for a base of the kind `py:`, as a confirmation that its code may run.
         example: Sizes of the example inputs, by dimension name.
         plugins: Plugin manager; by default that of a `base` that is a Program, or one with all installed plugins.
-        dtype: Dtype to load the weights in, such as "float32"; not for a saved directory whose base is neither `hf:`
-            nor `timm:`. The adapters of a saved directory are converted too. None keeps the stored dtype.
-        random: Random weights instead of the pretrained ones, for `hf:` and `timm:` models.
+        dtype: Dtype to load the weights in, such as "float32"; not for a saved directory whose base is a `py:`
+            or `.pt2` model. The adapters of a saved directory are converted too. None keeps the stored dtype.
+        random: Random weights instead of the pretrained ones, for `hf:`, `timm:` and `diffusers:` models.
         input: Example inputs as text, for a `py:` reference whose callable returns a bare module. Named dimensions are
             dynamic: "x=float32[batch=2,3,h=224,w=224]"; with a range of sizes, "h=224:32..512/32". Several inputs are
             separated by ";", or a sequence.
         device: Device to put the program on, such as "cuda"; None for the CPU. See Program.to.
+        part: Model of a pipeline of diffusers, such as "unet"; the same as model_kwargs={"part": "unet"}.
 
     Returns:
         The program; of a saved directory, with its passes applied.
@@ -70,6 +73,8 @@ def load(
     if plugins is None:
         plugins = base.base.plugins if isinstance(base, Program) else make_plugin_manager()
     place = find_device("cpu" if device is None else device)
+    if part is not None:
+        model_kwargs = {**(model_kwargs or {}), "part": part}
     if "://" not in ref and Path(ref).is_dir():
         if is_saved(Path(ref)):
             if input:
@@ -91,12 +96,14 @@ def load(
         raise LoadError(
             f"{ref} is a directory that surgery did not save; for a {kind} model write hf:{ref}{more}"
         )
-    if random and not ref.startswith(("hf:", "timm:")):
-        raise LoadError(f"{ref}: random weights can be asked for hf: and timm: models; leave out --random")
+    if random and not ref.startswith(OF_A_LIBRARY):
+        raise LoadError(
+            f"{ref}: random weights can be asked for hf:, timm: and diffusers: models; leave out --random"
+        )
     if input and not ref.startswith("py:"):
         raise LoadError(f"{ref}: the loader knows the inputs; --input is for py: models, leave it out")
     # These loaders take a dtype; any other model is converted after it was loaded.
-    converts = dtype is not None and not ref.startswith(("hf:", "timm:"))
+    converts = dtype is not None and not ref.startswith(OF_A_LIBRARY)
     own = {"dtype": dtype} if dtype is not None and not converts else {}
     options = LoadOptions(
         task=task,
@@ -132,7 +139,7 @@ def _noting(ref: str, program: Program, more: tuple[str, ...] = ()) -> Program:
 def _random(program: Program) -> tuple[str, ...]:
     """A note if weights of a model that is loaded by name are random."""
     base = program.base
-    if base.ref.startswith(("hf:", "timm:")) and not base.loaded.files:
+    if base.ref.startswith(OF_A_LIBRARY) and not base.loaded.files:
         return ("all weights are random",)
     fresh = base.fresh
     if not fresh:

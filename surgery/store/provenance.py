@@ -70,7 +70,9 @@ def origin_of(base: Base) -> Origin:
     """The base of a program as it may be told to others."""
     scheme, colon, name = base.ref.partition(":")
     # A directory is named by its last component, since a whole path tells about the machine.
-    ref = f"{scheme}:{Path(name).name}" if scheme == "hf" and not base.loaded.repo else base.ref
+    ref = (
+        f"{scheme}:{Path(name).name}" if scheme in ("hf", "diffusers") and not base.loaded.repo else base.ref
+    )
     ref = ref if colon else Path(base.ref).name
     return Origin(
         ref=ref, repo=base.loaded.repo, commit=base.loaded.commit, task=base.loaded.metadata.get("task")

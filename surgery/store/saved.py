@@ -30,6 +30,7 @@ from surgery.capture import LoadedModel, LoadOptions, trace
 from surgery.capture.budget import limited
 from surgery.capture.devices import on_device
 from surgery.capture.hf_config import is_sentence_task
+from surgery.capture.loaders import OF_A_LIBRARY
 from surgery.capture.reference import load_model, loader_of
 from surgery.capture.sentence.layout import is_sentence_directory
 from surgery.capture.stored_options import check_example, check_kwargs
@@ -379,9 +380,10 @@ def _apart(program: Program, stored: Mapping[str, Tensor]) -> Program:
 def _check_dtype(path: Path, dtype: str, base: Any, ref: str) -> None:
     """Raise LoadError if the base of a directory cannot be loaded in another dtype."""
     given = base if isinstance(base, str) else ref
-    if isinstance(base, Program) or not given.startswith(("hf:", "timm:")):
+    if isinstance(base, Program) or not given.startswith(OF_A_LIBRARY):
         raise LoadError(
-            f"{path} cannot be loaded in {dtype}: its base is no hf: or timm: model; convert the module and apply again"
+            f"{path} cannot be loaded in {dtype}: its base is no hf:, timm: or diffusers: model; convert the module "
+            "and apply again"
         )
 
 
@@ -585,7 +587,7 @@ def _room(path: Path, ref: str, options: LoadOptions) -> AbstractContextManager[
     """A limit on the size of a model whose weights are in the directory; loaders limit those of files themselves."""
     checkpoint = options.model_kwargs.get("checkpoint_path")
     given = options.model_kwargs.get("pretrained") is False
-    if not ref.startswith(("hf:", "timm:")) or not (options.random or checkpoint or given):
+    if not ref.startswith(OF_A_LIBRARY) or not (options.random or checkpoint or given):
         return nullcontext()
     files = [*path.iterdir(), Path(str(checkpoint or path / MANIFEST))]
     return limited(sum(file.stat().st_size for file in files if file.is_file()), str(path))
@@ -675,7 +677,7 @@ def _remedy(saved: Mapping[str, Any], base: Base) -> str:
     if not hub:
         return "; restore it, or pass the original base with --base"
     here = f" and this is {base.loaded.repo} at {base.loaded.commit}" if base.loaded.commit else ""
-    scheme = "timm:" if saved["ref"].startswith("timm:") else "hf:"
+    scheme = f"{saved['ref'].partition(':')[0]}:"
     name = saved["ref"].removeprefix(scheme).partition("@")[0]
     return (
         f": it was {hub['repo']} at {hub['commit']}{here}; leave out --base, or pass --base "
