@@ -66,6 +66,7 @@ if TYPE_CHECKING:  # for mypy and editors; tests/cli/test_startup.py compares th
         Vocab,
     )
     from surgery.store.load import capture, load
+    from surgery.store.lora_files import export_lora, import_lora
     from surgery.store.peft import export_peft, import_peft
     from surgery.train import penalties
 
@@ -111,7 +112,9 @@ __all__ = [
     "apply_",
     "capture",
     "combine_",
+    "export_lora",
     "export_peft",
+    "import_lora",
     "import_peft",
     "load",
     "load_",
@@ -183,6 +186,10 @@ _NAMES = {
     "surgery.store.load": (
         "capture",
         "load",
+    ),
+    "surgery.store.lora_files": (
+        "export_lora",
+        "import_lora",
     ),
     "surgery.store.peft": (
         "export_peft",

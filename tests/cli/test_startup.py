@@ -100,7 +100,7 @@ def test_help_and_version_import_no_torch():
 
 def test_completion_imports_no_torch():
     assert completed(["surgery", ""]) == sorted(BUILT_IN)
-    assert completed(["surgery", "im"]) == ["import-peft"]
+    assert completed(["surgery", "im"]) == ["import-lora", "import-peft"]
     assert completed(["surgery", "--v"]) == ["--version"]
     assert {"--recipe", "--output", "--data"} <= set(completed(["surgery", "apply", "--"]))
     # The options of a pass are not offered, since they need its class; those of the command are.

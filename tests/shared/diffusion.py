@@ -32,6 +32,21 @@ def write(kind: str, folder: Path) -> Path:
     return folder
 
 
+def read(folder: Path) -> Any:
+    """The pipeline in a directory, as a user of diffusers reads it."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    parts = {
+        name: None for name in ("tokenizer", "text_encoder") for name in (name, f"{name}_2", f"{name}_3")
+    }
+    known = getattr(diffusers, index["_class_name"]).__init__.__code__.co_varnames
+    absent |= {name: None for name in parts if name in known and name not in index}
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **absent)
+
+
 def image(pipe: Any, seed: int = 0, steps: int = 2, size: int = 16, **options: Any) -> torch.Tensor:
     """An image (or a video) of a pipeline, as numbers from 0 to 1, for one seed and one prompt."""
     kind = type(pipe).__name__
