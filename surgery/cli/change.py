@@ -97,7 +97,11 @@ def apply(
 @click.argument("directory")
 @output_option
 @click.option(
-    "--format", "format_", type=click.Choice(["surgery", "hf"]), default="surgery", show_default=True
+    "--format",
+    "format_",
+    type=click.Choice(["surgery", "hf", "diffusers"]),
+    default="surgery",
+    show_default=True,
 )
 @click.option(
     "--max-shard-size",
@@ -152,6 +156,7 @@ def merge(
     from surgery.cli.reports import tell_merged
     from surgery.common.files import refuse_taken
     from surgery.engine.replay import live_entries
+    from surgery.store.diffusers import write_diffusers
     from surgery.store.hf import write_hf
 
     if max_shard_size and format_ != "hf":
@@ -161,17 +166,22 @@ def merge(
     # No live entry: the program was merged before, or only weights of the base were trained.
     plain = not live_entries(program.journal)
     merged = program
-    if not (plain and format_ == "hf"):
+    if not (plain and format_ != "surgery"):
         merged = program.merge(quantized=quantized, budget=budget, data=read_data(program, data))
     entry = next((e for e in reversed(merged.journal.entries) if e.kind == "merge"), None)
     if format_ == "hf":
         write_hf(merged, output, overwrite=overwrite, max_shard_size=max_shard_size)
+        library = "sentence-transformers" if is_sentence_directory(output) else "transformers"
+        kind = f" (a {library} directory)"
+    elif format_ == "diffusers":
+        whole = write_diffusers(merged, output, overwrite=overwrite)
+        kind = " (a pipeline of diffusers)" if whole else " (a part of a pipeline of diffusers)"
     else:
+        kind = ""
         merged.save(output, standalone=standalone, overwrite=overwrite)
     out = console()
     tell_merged(out, merged, entry)
-    kind = "sentence-transformers" if is_sentence_directory(output) else "transformers"
-    out.print(f"wrote {output}" + (f" (a {kind} directory)" if format_ == "hf" else ""))
+    out.print(f"wrote {output}{kind}")
 
 
 @click.command()

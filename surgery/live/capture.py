@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.capture import LoadedModel, from_module
+from surgery.capture import LoadedModel, diffusers, from_module
+from surgery.capture.diffusers import is_diffusers
 from surgery.capture.hf import from_model, make_traceable
 from surgery.capture.trace import as_found
 from surgery.common.errors import CaptureError
@@ -63,9 +64,11 @@ def loaded_of(model: nn.Module, inputs: Any, dynamic: Any, example: Mapping[str,
         cached = make_traceable(copied) if hasattr(copied, "config") else ()
         loaded = from_module(copied, inputs, dynamic, copy_module=False)
         return replace(loaded, config=copy.deepcopy(getattr(model, "config", None)), cached=cached)
+    if is_diffusers(model):
+        return diffusers.from_model(copied, example=example)
     if not hasattr(model, "config"):
         raise CaptureError(
-            f"{type(model).__name__} is not a transformers model, so its inputs are unknown; give inputs="
+            f"{type(model).__name__} is no model of transformers or diffusers, so its inputs are unknown; give inputs="
         )
     return from_model(copied, example=example)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from surgery.capture import LoadOptions
+from surgery.capture.diffusers import is_diffusers
 from surgery.capture.hf_config import TASKS
 from surgery.capture.reference import load_model
 from surgery.common.errors import LoadError
@@ -45,9 +46,12 @@ def sourced(
         folder = getattr(getattr(module, "config", None), "_name_or_path", "")
         if not folder or not (Path(folder) / "config.json").is_file():
             return program, False
-        ref = f"hf:{folder}"
-        task = task or task_of(module)
-        model_kwargs = model_kwargs or labels_of(module)
+        if is_diffusers(module):
+            ref = f"diffusers:{folder}"
+        else:
+            ref = f"hf:{folder}"
+            task = task or task_of(module)
+            model_kwargs = model_kwargs or labels_of(module)
     options = LoadOptions(task, dict(model_kwargs or {}), False, base.options.example)
     loaded = load_model(ref, options, base.plugins)
     wanted = _dtypes(module)
@@ -61,7 +65,8 @@ def sourced(
         raise LoadError(other)
     if other:
         own = replace(base.loaded, files=(), unsourced=frozenset())
-        fresh = Base(own, base.captured, base.plugins, "hf:", LoadOptions(example=base.options.example))
+        scheme = "diffusers:" if is_diffusers(module) else "hf:"
+        fresh = Base(own, base.captured, base.plugins, scheme, LoadOptions(example=base.options.example))
         return _on(fresh, program), True
     differ = _differing(loaded.module, base)
     own = replace(

@@ -30,6 +30,7 @@ from surgery.live.layer import Layers
 from surgery.live.mixed_batch import rows_of
 from surgery.live.reference import sourced
 from surgery.live.state import ATTRIBUTE, LiveState, sharing, state_of
+from surgery.store.diffusers import write_diffusers
 from surgery.store.hf import write_hf
 from surgery.store.saved import load_saved
 
@@ -318,7 +319,7 @@ def save_(
     ref: str | None = None,
     task: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
-    format: Literal["surgery", "hf"] = "surgery",
+    format: Literal["surgery", "hf", "diffusers"] = "surgery",
     max_shard_size: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -333,8 +334,8 @@ def save_(
             from. If there is none, the weights of the base are written too, and loading needs a program of the base.
         task: Name of the transformers task of the reference, as for `surgery.load`.
         model_kwargs: Keyword arguments of the model's constructor, as for `surgery.load`.
-        format: "surgery", or "hf" for a transformers directory. The latter has the adapters folded into the written
-            weights; the live module keeps them.
+        format: "surgery", "hf" for a transformers directory, or "diffusers" for the directory of a part of a pipeline.
+            The last two have the adapters folded into the written weights; the live module keeps them.
         max_shard_size: Only for "hf": largest size of a weight file, such as "5GB"; see surgery.store.hf.write_hf.
         overwrite: Replace an existing directory.
 
@@ -344,15 +345,18 @@ def save_(
         PassError: No pass has been applied to the module, or the format is unknown.
         ExportError: An adapter cannot be folded, for "hf".
     """
-    if format not in ("surgery", "hf"):
-        raise PassError(f"save_: there is no format {format!r}; give 'surgery' or 'hf'")
+    if format not in ("surgery", "hf", "diffusers"):
+        raise PassError(f"save_: there is no format {format!r}; give 'surgery', 'hf' or 'diffusers'")
     state = _known(model)
     if state.gather(model) and torch.distributed.get_rank() != 0:
         return
-    if format == "hf":
+    if format != "surgery":
         program = state.program
         if live_entries(program.journal):
             program = program.merge(verify=not state.uncaptured)
+        if format == "diffusers":
+            write_diffusers(program, path, overwrite=overwrite)
+            return
         write_hf(program, path, overwrite=overwrite, max_shard_size=max_shard_size)
         return
     program, standalone = sourced(state.program, ref, task, model_kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.capture.devices import HOME
+from surgery.capture.diffusers import is_diffusers
 from surgery.capture.hf_files import COMPANIONS
 from surgery.capture.sentence.modules import SentenceEncoder
 from surgery.common.errors import ExportError
@@ -55,11 +56,17 @@ def write_hf(
         write_provenance(program, folder, "hf")
 
 
-def write_base(base: Base, folder: Path) -> None:
-    """Write the base of a program without its passes, for --standalone."""
-    folder.mkdir()
+def write_base(base: Base, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the base of a program without its passes, for --standalone.
+
+    Args:
+        base: The base.
+        folder: Directory to write.
+        state: Other values of its weights; None for its own.
+    """
+    folder.mkdir(exist_ok=state is not None)
     base = base if base.device == HOME else moved(base, HOME)
-    _write(base, base.tensors, folder)
+    _write(base, base.tensors if state is None else state, folder)
 
 
 def _write(
@@ -71,6 +78,10 @@ def _write(
 ) -> None:
     """Write a directory with `state` as the weights of a new module of the base's class."""
     module: Any = base.loaded.model
+    if is_diffusers(module):
+        raise ExportError(
+            "--format hf needs a transformers model, but the base is one of diffusers; use --format diffusers"
+        )
     if isinstance(module, SentenceEncoder):
         write_sentence(base, module, state, folder, max_shard_size)
         write_companions(base, folder / transformer_path(base))

@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from surgery.capture import LoadedModel, LoadOptions, trace
 from surgery.capture.budget import limited
 from surgery.capture.devices import on_device
+from surgery.capture.diffusers import HALVES, is_diffusers
 from surgery.capture.hf_config import is_sentence_task
 from surgery.capture.loaders import OF_A_LIBRARY
 from surgery.capture.reference import load_model, loader_of
@@ -46,6 +47,7 @@ from surgery.engine.journal import Journal
 from surgery.engine.moving import converted
 from surgery.engine.program import Program
 from surgery.engine.replay import build_graph, pass_of
+from surgery.store.diffusers import write_part
 from surgery.store.hf import write_base
 from surgery.store.manifest import check_manifest
 from surgery.store.migrate import migrated
@@ -219,6 +221,12 @@ def _standalone(
         facts = {"task": task, "model_kwargs": {}, "random": False, "files": _hash_tree(folder / "base")}
         # The transformers directory has the base's own values of these.
         return "hf:./base", {n: t for n, t in tensors.items() if n not in base.loaded.stored}, facts
+    if scheme == "diffusers":
+        write_part(base, folder / "base")
+        half = {"part": base.loaded.metadata["part"]} if base.loaded.metadata.get("part") in HALVES else {}
+        facts = {"task": None, "model_kwargs": half, "random": False, "files": _hash_tree(folder / "base")}
+        own = {n: t for n, t in tensors.items() if n not in base.loaded.stored}
+        return ("diffusers:./base" if is_diffusers(base.loaded.model) else "hf:./base"), own, facts
     if scheme == "timm":
         # timm creates the model from its name, and every weight is stored.
         every = replace(base.loaded, files=(), unsourced=frozenset(base.loaded.module.state_dict()))
@@ -520,8 +528,8 @@ def _base(
         )
     if base is not None:
         ref = str(base)
-    if ref == "hf:./base":
-        ref = f"hf:{path / 'base'}"
+    if ref in ("hf:./base", "diffusers:./base"):
+        ref = f"{ref.partition(':')[0]}:{path / 'base'}"
     check_kwargs(saved["model_kwargs"], ref, f"{path / MANIFEST}, model_kwargs", LoadError)
     check_example(saved["example"], f"{path / MANIFEST}, example", LoadError)
     kwargs = {**saved["model_kwargs"], **({"dtype": dtype} if dtype is not None else {})}
