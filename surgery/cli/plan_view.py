@@ -94,7 +94,7 @@ def _facts(planned: PassPlan, row: SitePlan, named: Dimensions) -> tuple[str, st
     note = f"refused: {row.refusal}" if row.refusal else _note(planned.pass_, row)
     # The site of a pattern has no weight but the shape of a value, with named sizes.
     shape = named.shape(row.site.shape)
-    return row.site.role, shape, "" if row.refusal else count(row.parameters), note, bool(row.refusal)
+    return row.site.shown_role, shape, "" if row.refusal else count(row.parameters), note, bool(row.refusal)
 
 
 def _freed(program: Program, passes: Sequence[PassPlan]) -> set[str]:
@@ -179,6 +179,7 @@ def _plan_json(planned: PassPlan, why: bool) -> dict[str, Any]:
             {
                 "path": row.site.path,
                 "role": row.site.role,
+                "cross": row.site.cross,
                 "kind": row.site.kind,
                 "shape": [size if isinstance(size, int) else None for size in row.site.shape],
                 "tied": list(row.site.tied),

@@ -88,7 +88,8 @@ def _scaled(entry: Entry) -> str:
 
 def _alike(row: dict[str, Any], passes: list[str]) -> Any:
     named = {
-        key: row[key] for key in ("role", "op", "shape", "dtype", "trainable", "calls", "layout", "bias")
+        key: row[key]
+        for key in ("role", "cross", "op", "shape", "dtype", "trainable", "calls", "layout", "bias")
     }
     named["bias"] = bool(named["bias"])
     several = bool(row["tied"]), len(row["computed_from"]), sorted(row["parts"].items())
@@ -122,7 +123,7 @@ def _summary(item: Folded) -> str:
 
 
 def _site_text(site: Site, row: dict[str, Any], passes: dict[SiteKey, list[str]]) -> Text:
-    text = Text(f"  {row['role'] or '-'}", style="green")
+    text = Text(f"  {site.shown_role or '-'}", style="green")
     op = row["op"].removeprefix("aten.").partition(".")[0]
     if not row["role"] or not op.startswith(site.kind):
         text.append(f"  {op}", style="dim")

@@ -80,6 +80,7 @@ def site_row(program: Program, site: Site) -> dict[str, Any]:
     return {
         "path": site.path,
         "role": site.role,
+        "cross": site.cross,
         "kind": site.kind,
         "op": site.op,
         "weight": site.weight,

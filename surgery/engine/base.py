@@ -139,7 +139,7 @@ class Base:
         if self.heads is None:
             return View(graph, self.names, ops)
         roles = {s.key: "head" for s in SiteIndex(graph, self.names, ops) if s.key.owner in self.heads}
-        return View(graph, self.names, ops, known=(roles, {}))
+        return View(graph, self.names, ops, known=(roles, {}, ()))
 
     @property
     def sites(self) -> SiteIndex:
@@ -155,6 +155,11 @@ class Base:
     def parts(self) -> dict[SiteKey, Mapping[str, tuple[int, ...]]]:
         """Output features of each part of the fused projections, by site; empty for other sites."""
         return {site.key: site.parts for site in self.sites}
+
+    @property
+    def cross(self) -> frozenset[SiteKey]:
+        """Sites of the projections of cross-attentions."""
+        return frozenset(site.key for site in self.sites if site.cross)
 
     @property
     def labels(self) -> dict[str, tuple[str, ...]]:

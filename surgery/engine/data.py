@@ -137,7 +137,7 @@ class ProgramData:
         """The analysis of the eval graph: sites, attentions, residual branches, blocks, depth."""
         # Roles of the base stay valid until a pass adds weights or replaces ops, and are not derived again.
         others = len(self.names) > len(self.base.names) or replay.is_regrouped(self.base, self.journal)
-        known = None if others else (self.base.roles, self.base.parts)
+        known = None if others else (self.base.roles, self.base.parts, self.base.cross)
         return View(self.graph, self.names, self.base.plugins.weight_ops, known=known)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -114,6 +114,7 @@ class Site:
         dtype: Dtype of the weight as stored.
         layout: Axes of the weight by letter, such as "oi": o output, i input, e expert, v vocabulary, d embedding.
         role: Role that the analysis found, such as "attn.q", or "".
+        cross: True for a projection of cross-attentions alone, whose keys come from another stream than the queries.
         tied: Other names of the same tensor.
         parts: For a fused projection, name of a part -> its output features.
         selected_parts: Parts that the target names; empty for all.
@@ -131,11 +132,17 @@ class Site:
     dtype: torch.dtype
     layout: str
     role: str = ""
+    cross: bool = False
     tied: tuple[str, ...] = ()
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     selected_parts: tuple[str, ...] = ()
     decided: Mapping[str, Any] = field(default_factory=dict)
     measured: Measurements | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def shown_role(self) -> str:
+        """The role as text: "attn.q", or "attn.q (cross)"."""
+        return f"{self.role} (cross)" if self.cross else self.role
 
     @property
     def probe(self) -> Measurements:
@@ -238,6 +245,7 @@ class SiteIndex:
         ops: Ops that hold a weight.
         roles: Roles by site, if they are known.
         parts: Parts of fused projections by site, if they are known.
+        cross: Sites of projections of cross-attentions.
     """
 
     def __init__(
@@ -247,6 +255,7 @@ class SiteIndex:
         ops: Mapping[Any, WeightOp],
         roles: Mapping[SiteKey, str] | None = None,
         parts: Mapping[SiteKey, Mapping[str, tuple[int, ...]]] | None = None,
+        cross: Collection[SiteKey] = (),
     ) -> None:
         nodes = [n for n in graph.nodes if n.target in ops and not is_aux(n) and not is_superseded(n)]
         calls = weight_ops.find_calls(nodes, ops, lambda node: node.target in names)
@@ -267,6 +276,8 @@ class SiteIndex:
                 site = _site(
                     key, tuple(variant), names, (roles or {}).get(key, ""), (parts or {}).get(key, {})
                 )
+                if key in cross:
+                    site = replace(site, cross=True)
                 self.sites.append(site)
                 self.by_key[key] = site
         order = {call.node: index for index, call in enumerate(calls)}

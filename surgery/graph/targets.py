@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from surgery.common.errors import TargetError, nearest
@@ -28,6 +28,8 @@ ROLES = (
     "head", "head.dense", "norm", "conv", "linear",
 )  # fmt: skip
 ALL = ("all", "**")
+# "cross.q" is the role attn.q in cross-attentions.
+CROSS = "cross"
 _FEW_WILDCARDS = 3
 _LONGEST = 600  # characters of one term
 
@@ -41,6 +43,8 @@ class Term:
     # One of: role, path, re, op, all, all-linear.
     reading: str
     pattern: Matcher
+    # True for "cross.q": only projections of cross-attentions.
+    cross: bool = False
 
     def matches_path(self, *names: str) -> bool:
         return any(self.pattern.fullmatch(name) for name in names if name)
@@ -79,6 +83,10 @@ def parse(target: str) -> list[Term]:
                 reading = "all-linear"
             else:
                 reading = _reading(body)
+        named = _of_cross(rest) if reading == "role" or (reading == "path" and not colon) else None
+        if named is not None:
+            terms.append(Term(body, exclude, "role", _compile("role", named, body), cross=True))
+            continue
         terms.append(Term(body, exclude, reading, _compile(reading, rest, body)))
     # A target of exclusions alone ("!head") selects everything else.
     if all(term.exclude for term in terms):
@@ -93,6 +101,16 @@ def _reading(body: str) -> str:
         pattern = _compile("role", body, body)
         return "role" if any(pattern.fullmatch(role) for role in ROLES) else "path"
     return "role" if root in ROLE_ROOTS else "path"
+
+
+def _of_cross(text: str) -> str | None:
+    """The role of attentions that "cross.q" or "cross" names; None if it names no role, but a path."""
+    first, dot, rest = text.partition(".")
+    if first != CROSS:
+        return None
+    role = f"attn.{rest}" if dot else "attn"
+    pattern = _compile("role", role, text)
+    return role if any(pattern.fullmatch(known) for known in ROLES) else None
 
 
 def _compile(reading: str, pattern: str, shown: str) -> Matcher:
@@ -152,7 +170,7 @@ def _site_matches(term: Term, site: Site) -> bool:
     if term.reading == "all-linear":
         return site.kind == LINEAR and not site.role.startswith("head")
     if term.reading == "role":
-        return term.matches_role(site.role)
+        return term.matches_role(site.role) and (site.cross or not term.cross)
     if term.reading == "op":
         return term.matches_path(site.op)
     modules = {call.module_path for call in site.calls}
@@ -161,7 +179,7 @@ def _site_matches(term: Term, site: Site) -> bool:
 
 def _part_matches(term: Term, site: Site) -> tuple[str, ...]:
     """Return the parts of a fused projection that a role term names, such as `attn.q` on `attn.qkv`."""
-    if term.reading != "role" or not site.parts:
+    if term.reading != "role" or not site.parts or (term.cross and not site.cross):
         return ()
     family = site.role.rpartition(".")[0]
     return tuple(part for part in site.parts if term.matches_role(f"{family}.{part}"))
@@ -211,6 +229,10 @@ def _exclude(chosen: dict[str, Site], ident: str, whole: bool, parts: tuple[str,
 
 def _miss(term: Term, sites: Sequence[Site]) -> str:
     roles = list(dict.fromkeys(site.role for site in sites if site.role))
+    if term.cross:
+        own = sorted({site.role.replace("attn", CROSS, 1) for site in sites if site.cross})
+        there = f"there are {', '.join(own)}" if own else "the model has no cross-attention"
+        return f"target {term.text!r} matches no site; {there}"
     if term.reading == "role":
         there = nearest(term.text, roles) or f"; the model has the roles {', '.join(roles) or 'none'}"
         as_path = replace(term, reading="path", pattern=_compile("path", term.text, term.text))
@@ -229,7 +251,11 @@ def _sample(names: Iterable[str]) -> str:
 
 
 def select_parameters(
-    parameters: Sequence[str], roles: dict[str, str], target: str, aliases: Callable[[str], tuple[str, ...]]
+    parameters: Sequence[str],
+    roles: dict[str, str],
+    target: str,
+    aliases: Callable[[str], tuple[str, ...]],
+    cross: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Return the names of the parameters that a target selects.
 
@@ -238,6 +264,7 @@ def select_parameters(
         roles: role of each parameter's site, for weights and biases.
         target: target text.
         aliases: all names of a parameter's tensor, given one of them.
+        cross: parameters of projections of cross-attentions.
 
     Raises:
         TargetError: if a term matches no parameter or is an op term.
@@ -251,7 +278,12 @@ def select_parameters(
             names = aliases(name)
             if (
                 term.reading == "all"
-                or (term.reading == "role" and any(term.matches_role(roles.get(n, "")) for n in names))
+                or (
+                    term.reading == "role"
+                    and any(
+                        term.matches_role(roles.get(n, "")) and (n in cross or not term.cross) for n in names
+                    )
+                )
                 or (term.reading in ("path", "re") and term.matches_path(*names))
                 or (
                     term.reading == "all-linear" and roles.get(name, "").startswith(("attn", "mlp", "linear"))
@@ -276,7 +308,7 @@ def readings_differ(sites: Sequence[Site], target: str) -> list[str]:
     """Return a note for every role term that would select other sites if it were read as a path."""
     notes = []
     for term in parse(target):
-        if term.reading != "role" or term.text.startswith("role:"):
+        if term.reading != "role" or term.text.startswith("role:") or term.cross:
             continue
         as_path = replace(term, reading="path", pattern=_compile("path", term.text, term.text))
         by_role = {site.path for site in sites if _site_matches(term, site) or _part_matches(term, site)}

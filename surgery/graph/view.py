@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -37,7 +37,10 @@ class View:
         ops: Mapping[Any, WeightOp],
         *,
         training: bool = False,
-        known: tuple[Mapping[SiteKey, str], Mapping[SiteKey, Mapping[str, tuple[int, ...]]]] | None = None,
+        known: tuple[
+            Mapping[SiteKey, str], Mapping[SiteKey, Mapping[str, tuple[int, ...]]], Collection[SiteKey]
+        ]
+        | None = None,
     ) -> None:
         self.graph, self.names, self.ops, self.training = graph, names, ops, training
         self._known = known
@@ -80,7 +83,9 @@ class View:
         for site in bare:
             by_role[site.key] = next((role[c.node] for c in site.calls if c.node in role), "")
             by_parts[site.key] = next((parts[c.node] for c in site.calls if c.node in parts), {})
-        return SiteIndex(self.graph, self.names, self.ops, by_role, by_parts)
+        crossing = self.roles.crossing
+        cross = {site.key for site in bare if all(call.node in crossing for call in site.calls)}
+        return SiteIndex(self.graph, self.names, self.ops, by_role, by_parts, cross)
 
     @cached_property
     def _site_by_node(self) -> dict[fx.Node, Site]:

@@ -124,6 +124,10 @@ def test_notes_and_names(folder):
     axes = {0: "batch", 2: "height", 3: "width"}
     assert dynamic_axes(program.captured)["sample"] == axes
     assert program.base.loaded.metadata["part"] == "unet"
+    crossing = {site.path for site in program.sites if site.cross}
+    assert crossing == {site.path for site in program.sites if ".attn2." in site.path}
+    joint, _ = load(folder("sd3"), "transformer")
+    assert not [site.path for site in joint.sites if site.cross]
     _, said = load(folder("sd"), "unet", random=True)
     assert len(said) == 1
 

@@ -124,7 +124,11 @@ class PlanReport:
                 "×".join(str(n) if isinstance(n, int) else "…" for n in s.site.shape) for s in planned.sites
             ]
             given = [
-                Row(site.site.path, (site.site.role, shape, f"{site.parameters:,}", site.refusal or ""), site)
+                Row(
+                    site.site.path,
+                    (site.site.shown_role, shape, f"{site.parameters:,}", site.refusal or ""),
+                    site,
+                )
                 for site, shape in zip(planned.sites, shapes, strict=True)
             ]
             for path, places, item in Folding().tree(given).lines():

@@ -154,7 +154,8 @@ def select(program: State, pattern: str) -> tuple[str, ...]:
     """Names of the program's parameters that a target selects; raises TargetError if it matches none."""
     names = tuple(program.parameter_names())
     aliases = program.names
-    return targets.select_parameters(names, roles_of(program), pattern, lambda n: aliases.get(n, (n,)))
+    cross = {n for site in program.sites if site.cross for n in (site.weight, site.bias) if n is not None}
+    return targets.select_parameters(names, roles_of(program), pattern, lambda n: aliases.get(n, (n,)), cross)
 
 
 def checked(program: State, who: str, selection: Selection) -> Selection:

@@ -1,6 +1,7 @@
 """Roles of the weight ops in a model, derived from the dataflow and never from names.
 
     attn.q attn.k attn.v attn.out    projections of an attention, self or cross; fused: attn.qkv, attn.kv, attn.qk
+                                     (targets select those of cross-attentions as cross.q, …)
     attn.q.a attn.q.b                first and second factor of a low-rank projection, likewise attn.kv.a, ...
         attn.bias                        produces a term of the scores: relative position tables, their gates
         attn.mix attn.gate               mixes the heads of the scores (talking heads); gates the attention's result
@@ -49,6 +50,15 @@ class Roles:
     role: dict[fx.Node, str]
     attentions: list[Attention]
     parts: dict[fx.Node, Rows] = field(default_factory=dict)
+
+    @property
+    def crossing(self) -> set[fx.Node]:
+        """The weight ops of cross-attentions that no self-attention uses."""
+        found: dict[bool, set[fx.Node]] = {True: set(), False: set()}
+        for attention in self.attentions:
+            nodes = (*attention.letters(), *attention.out, *attention.bias, *attention.mix, *attention.gate)
+            found[attention.cross].update(nodes)
+        return found[True] - found[False]
 
 
 def find_roles(graph: fx.Graph, calls: Sequence[Call], flow: Dataflow | None = None) -> Roles:
