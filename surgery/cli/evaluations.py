@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,27 @@ from surgery.train.tables import joined
 _MOST_CLASSES = 20  # of a confusion matrix that the terminal shows
 
 
-def asked_objective(groups: Sequence[tuple[str, dict[str, Any]]], plugins: Plugins) -> Objective | None:
+def asked_objective(
+    groups: Sequence[tuple[str, dict[str, Any]]], plugins: Plugins, columns: Mapping[str, str]
+) -> Objective | None:
     """The objective of --objective with its options, or None.
+
+    Args:
+        groups: name and options of each --objective.
+        plugins: plugins with the objectives.
+        columns: columns that were named before --objective, by option.
 
     Raises:
         SurgeryError: there are several, or its name or an option is wrong.
     """
     if len(groups) > 1:
         raise SurgeryError("give one --objective NAME; `surgery objectives` lists them")
-    return find_objective(plugins, groups[0][0]).cls.parse(groups[0][1]) if groups else None
+    return find_objective(plugins, groups[0][0]).cls.parse({**columns, **groups[0][1]}) if groups else None
 
 
-def guessed_objective(runner: Runner, rows: Any, plugins: Plugins) -> Objective:
-    """The objective that the outputs and the data decide; a note names it."""
-    objective = guess_objective(runner, rows, plugins)
+def guessed_objective(runner: Runner, rows: Any, plugins: Plugins, columns: Mapping[str, str]) -> Objective:
+    """The objective that the outputs and the data decide, with the columns that were named; a note names it."""
+    objective = guess_objective(runner, rows, plugins, columns)
     click.echo(f"note: evaluates as {objective.name}; --objective NAME chooses another", err=True)
     return objective
 

@@ -47,6 +47,21 @@ def check_labels(ctx: click.Context, parameter: click.Parameter, value: str | No
     return names
 
 
+def column_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator that adds the columns of the data; the command gets those that were named as `columns`."""
+
+    @click.option("--text", metavar="COLUMN", help="Column of the text or image in the data.")
+    @click.option("--label", metavar="COLUMN", help="Column of the label in the data.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, text: str | None, label: str | None, **kwargs: Any) -> Any:
+        named = {"text": text, "label": label}
+        return function(
+            *args, columns={key: name for key, name in named.items() if name is not None}, **kwargs
+        )
+
+    return wrapped
+
+
 def running_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator that adds the options of commands that run models.
 
@@ -214,6 +229,7 @@ class EvaluateCommand(ObjectiveCommand):
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @click.option("--seed", type=int, default=0, help="Seed of what the objective draws, as in training.")
+@column_options
 @labels_option
 @batch_option
 @length_option
@@ -231,6 +247,7 @@ def evaluate(
     batch: int,
     max_length: int,
     as_json: bool,
+    columns: dict[str, str],
     plugins: Plugins,
     open_model: Callable[..., Any],
 ) -> None:
@@ -243,14 +260,14 @@ def evaluate(
     from surgery.cli.inference.evaluate import evaluate as judge
     from surgery.common.files import refuse_file, write_text
 
-    objective = asked_objective(ctx.meta["groups"], plugins)
+    objective = asked_objective(ctx.meta["groups"], plugins, columns)
     if output is not None:
         refuse_file(output, overwrite)
     rows = read_rows_of(data, objective)
     runner = open_model(model, longest=max_length)
     if labels:
         runner = runner.labelled(labels)
-    objective = objective or guessed_objective(runner, rows, plugins)
+    objective = objective or guessed_objective(runner, rows, plugins, columns)
     found = judge(runner, objective, rows, batch=batch, seed=seed)
     report = tell_evaluation(found, model, as_json)
     if output is not None:
@@ -353,6 +370,7 @@ class BenchmarkCommand(ObjectiveCommand):
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @click.option("--seed", type=int, default=0, help="Seed of what the objective draws, as in training.")
+@column_options
 @labels_option
 @length_option
 @json_option
@@ -372,6 +390,7 @@ def benchmark(
     labels: tuple[str, ...],
     max_length: int,
     as_json: bool,
+    columns: dict[str, str],
     plugins: Plugins,
     open_model: Callable[..., Any],
 ) -> None:
@@ -387,7 +406,7 @@ def benchmark(
     from surgery.cli.inference.evaluate import evaluate as judge
     from surgery.common.files import refuse_file, write_text
 
-    objective = asked_objective(ctx.meta["groups"], plugins)
+    objective = asked_objective(ctx.meta["groups"], plugins, columns)
     if objective is not None and not data:
         raise SurgeryError("--objective judges data; add --data FILE")
     if html is not None:
@@ -399,7 +418,7 @@ def benchmark(
     if labels:
         runners = [runner.labelled(labels) for runner in runners]
     if rows is not None:
-        objective = objective or guessed_objective(runners[0], rows, plugins)
+        objective = objective or guessed_objective(runners[0], rows, plugins, columns)
     judged = [judge(r, objective, rows, seed=seed) for r in runners] if objective is not None else []
     found = measure(
         runners,

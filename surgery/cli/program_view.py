@@ -119,7 +119,9 @@ def _summary(item: Folded) -> str:
     sites = [row.value[0] for row in item.below]
     # A weight that several sites read, such as a tied one, counts once.
     sizes = {str(site.weight or site.key): site.parameters for site in sites}
-    return f"  {count(sum(sizes.values()))} in {len(sites)} sites"
+    trains = [bool(row.value[1]["trainable"]) for row in item.below]
+    state = "trains" if all(trains) else "trains in part" if any(trains) else "frozen"
+    return f"  {count(sum(sizes.values()))} in {len(sites)} sites" + (f"  {state}" if sites else "")
 
 
 def _site_text(site: Site, row: dict[str, Any], passes: dict[SiteKey, list[str]]) -> Text:

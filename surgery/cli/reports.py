@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from surgery.cli.render import choices_table, console
-from surgery.common.quantities import count
+from surgery.common.quantities import count, in_bytes
 from surgery.engine.contract.selection import in_words
 from surgery.engine.journal import Entry
 from surgery.engine.program import Program
@@ -113,7 +113,7 @@ def tell_exported(report: ExportReport, output: Path, as_json: bool) -> None:
             f"parity in onnxruntime: within {parity.error:.1e} of the outputs' scale as written, "
             f"{parity.optimised_error:.1e} optimised"
         )
-    out.print(f"wrote {output}: {report.size / 1e6:.1f} MB, {report.nodes} nodes, opset {report.opset}")
+    out.print(f"wrote {output}: {in_bytes(report.size)}, {report.nodes} nodes, opset {report.opset}")
 
 
 def tell_generation(made: GenerationReport, as_json: bool) -> None:
@@ -135,9 +135,9 @@ def tell_generation(made: GenerationReport, as_json: bool) -> None:
     if made.ties:
         out.print(f"{made.ties} rows diverged at a tie, where the logits are equal within rounding")
     for name, file in made.adapters.items():
-        out.print(f"adapter {name}: {file} ({file.stat().st_size / 1e3:,.0f} kB), checked by itself")
+        out.print(f"adapter {name}: {file} ({in_bytes(file.stat().st_size)}), checked by itself")
     nodes = ", ".join(f"{part}.onnx {count} nodes" for part, count in made.nodes.items())
-    out.print(f"wrote {made.path}/: {made.size / 1e6:.1f} MB, {nodes}, opset {made.opset}")
+    out.print(f"wrote {made.path}/: {in_bytes(made.size)}, {nodes}, opset {made.opset}")
 
 
 def tell_adaptable(made: AdaptableReport, as_json: bool) -> None:
@@ -156,13 +156,13 @@ def tell_adaptable(made: AdaptableReport, as_json: bool) -> None:
     out = console()
     for name, file in made.adapters.items():
         out.print(
-            f"adapter {name}: {file} ({file.stat().st_size / 1e3:,.0f} kB); active in onnxruntime, within "
+            f"adapter {name}: {file} ({in_bytes(file.stat().st_size)}); active in onnxruntime, within "
             f"{made.errors[name]:.1e} of the outputs' scale"
         )
     if model.parity:
         out.print(f"without adapters, the base: within {model.parity.error:.1e}")
     out.print(
-        f"wrote {made.path}/: model.onnx {model.size / 1e6:.1f} MB, {model.nodes} nodes, opset {model.opset}"
+        f"wrote {made.path}/: model.onnx {in_bytes(model.size)}, {model.nodes} nodes, opset {model.opset}"
     )
 
 

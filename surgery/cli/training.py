@@ -172,6 +172,7 @@ class _Live(Watcher):
             TextColumn("{task.fields[score]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=out,
+            disable=not out.is_terminal,  # in a pipe rich would print the last state of the bar
         )
         self.loss, self.tokens, self.time, self.score = float("nan"), 0.0, perf_counter(), ""
         self.unit = "tokens"

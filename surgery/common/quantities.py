@@ -14,6 +14,6 @@ def count(number: int) -> str:
 def in_bytes(number: int) -> str:
     """A size in bytes with three digits and a unit: 12_345 is 12.3 kB."""
     for size, suffix in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {suffix}"
+        if number >= 0.9995 * size:  # 999,600 has three digits as 1.00 MB
+            return f"{number / size:#.3g}".rstrip(".") + f" {suffix}"
     return f"{number} bytes"

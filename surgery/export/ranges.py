@@ -27,6 +27,18 @@ def ranges_of(captured: Captured) -> dict[str, dict[str, int]]:
     return found
 
 
+def allowed(text: str) -> dict[str, dict[str, int]]:
+    """Ranges from the metadata of a file; empty if another program wrote something else there."""
+    try:
+        ranges = json.loads(text)
+        return {
+            str(name): {key: int(limits[key]) for key in ("min", "max", "step", "shift") if key in limits}
+            for name, limits in ranges.items()
+        }
+    except Exception:  # another program may have written the file: its own error is the one to report
+        return {}
+
+
 def outside_of_file(text: str, shapes: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -> str:
     """Describe the first input whose size does not fit the ranges in a file, or return "".
 
@@ -35,25 +47,22 @@ def outside_of_file(text: str, shapes: Mapping[str, Any], inputs: Mapping[str, t
         shapes: shapes of the file's inputs, with names of dimensions.
         inputs: the inputs.
     """
-    try:
-        ranges = json.loads(text)
-        axes = [
-            Axis(
-                name,
-                number,
-                size,
-                size,
-                1,
-                0,
-                int(ranges[size].get("min", 0)),
-                int(ranges[size].get("max", UNBOUNDED)),
-                max(int(ranges[size].get("step", 1)), 1),
-                int(ranges[size].get("shift", 0)),
-            )
-            for name, shape in shapes.items()
-            for number, size in enumerate(shape)
-            if size in ranges
-        ]
-    except Exception:  # another program may have written the file: its own error is the one to report
-        return ""
+    ranges = allowed(text)
+    axes = [
+        Axis(
+            name,
+            number,
+            size,
+            size,
+            1,
+            0,
+            ranges[size].get("min", 0),
+            ranges[size].get("max", UNBOUNDED),
+            max(ranges[size].get("step", 1), 1),
+            ranges[size].get("shift", 0),
+        )
+        for name, shape in shapes.items()
+        for number, size in enumerate(shape)
+        if size in ranges
+    ]
     return outside_of(axes, inputs)

@@ -17,9 +17,11 @@ from surgery.common.progress import track
 from surgery.engine.contract.numerics import MERGE_TOLERANCE
 from surgery.engine.contract.observe import relative_difference
 from surgery.engine.program import Program
+from surgery.export import metadata_keys
 from surgery.export.compare import Divergence, first_divergence
 from surgery.export.parity import ParityReport, without_rounding
 from surgery.export.program import parity_inputs, source_of
+from surgery.export.ranges import allowed
 from surgery.export.rounded_parity import RoundingReport, judge, rounds, runtime_rounds
 from surgery.export.runtime import OnnxModel
 from surgery.export.source import InputSet
@@ -205,13 +207,14 @@ def _onnx_inputs(model: Side, seed: int) -> tuple[tuple[Any, ...], dict[str, Any
     """Random inputs of an ONNX file, for the comparison of two files without a program.
 
     Masks are ones, other integers are small and non-negative, and floats are normal. Dynamic axes get size 2 (`batch`)
-    or 7 (all others).
+    or 7 (all others), or the next size that the ranges in the file's metadata allow.
     """
     assert isinstance(model, OnnxModel)
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Tensor] = {}
+    ranges = allowed(model.metadata.get(metadata_keys.RANGES, "{}"))
     for name, (kind, shape) in model.signature.items():
-        sizes = [size if isinstance(size, int) else 2 if size == "batch" else 7 for size in shape]
+        sizes = [size if isinstance(size, int) else _size(size, ranges.get(size, {})) for size in shape]
         if any(size < 0 for size in sizes) or math.prod(sizes) > _MOST_VALUES:
             raise SurgeryError(
                 f"'{model.path}': the input {name!r} has the shape {list(shape)[:8]}; random inputs have up to "
@@ -224,6 +227,14 @@ def _onnx_inputs(model: Side, seed: int) -> tuple[tuple[Any, ...], dict[str, Any
         else:
             made[name] = torch.randint(0, 10, sizes, generator=generator)
     return (), made
+
+
+def _size(name: str, limits: Mapping[str, int]) -> int:
+    """Size of a dynamic axis; see `_onnx_inputs`."""
+    size, step, shift = 2 if name == "batch" else 7, max(limits.get("step", 1), 1), limits.get("shift", 0)
+    size = max(size, limits.get("min", 0))
+    size += (shift - size) % step
+    return min(size, limits.get("max", size))
 
 
 def open_side(ref: str, load: Any) -> Side:

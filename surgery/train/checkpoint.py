@@ -85,12 +85,19 @@ class Weights:
             for record in each.sites
             for full in record.tensors.values()
         }
+        # A tensor that a pass has replaced, such as the full weight of a pruned filter, is not in the module.
+        module = self.body.module
+        read = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        read.update(name for name, _ in module.named_buffers(remove_duplicate=False))
         held = {**program.changed, **program.tensors}
         self.names = [
             name
             for name, tensor in held.items()
-            if (program.trains(name) if isinstance(tensor, nn.Parameter) else name in program.changed)
-            or name in paced
+            if name in read
+            and (
+                name in paced
+                or (program.trains(name) if isinstance(tensor, nn.Parameter) else name in program.changed)
+            )
         ]
 
     def now(self) -> dict[str, Tensor]:

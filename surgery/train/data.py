@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +149,20 @@ def _read_files(files: Sequence[Path]) -> Any:
     if len(kinds) > 1:
         raise TrainingError(f"the files have several formats ({', '.join(sorted(kinds))}); give files of one")
     (kind,) = kinds
-    more = {"sep": "\t"} if kind == ".tsv" else {}
+    more = {"sep": _separator(files[0], kind)} if FORMATS[kind] == "csv" else {}
     return _load(FORMATS[kind], files, data_files=[str(path) for path in files], **more)["train"]
+
+
+def _separator(path: Path, kind: str) -> str:
+    """The character between the columns of a table: a tab in .tsv, else the one that gives the header most columns.
+
+    Spreadsheets write semicolons into .csv where the decimal sign is a comma.
+    """
+    if kind == ".tsv":
+        return "\t"
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        header = file.readline()
+    return max(",;\t|", key=lambda mark: len(next(csv.reader([header], delimiter=mark), ())))
 
 
 def _load(name: str, files: Sequence[Path], **options: Any) -> Any:

@@ -109,7 +109,7 @@ class Objective(Configured):
     def notes(self, setting: Setting) -> list[str]:
         """Return sentences about what was guessed about the data, such as columns."""
         guessed = [
-            f"the {option} from column {column!r}"
+            f"the {'image' if option == 'text' and setting.images is not None else option} from column {column!r}"
             for option, column in setting.columns.items()
             if getattr(self, option) is None
         ]

@@ -19,6 +19,7 @@ from surgery.capture.hf import from_model
 from surgery.capture.ranges import named_range
 from surgery.common.errors import CaptureError, ExportError, PassError
 from surgery.export.runtime import OnnxModel
+from surgery.export.verify import verify
 
 
 class Recurrent(nn.Module):
@@ -220,6 +221,19 @@ def test_ranges_of_samples(kind, said):
     )  # fmt: skip
     captured = trace(from_model(getattr(transformers, f"{kind}ForCTC")(config)))
     assert captured.notes[0].startswith(said)
+
+
+def test_a_size_that_must_be_even_is_shown_by_its_name_and_compared_in_files(tmp_path):
+    program, _ = noted(UpAndDown(), (torch.randn(2, 3, 8, 10),), {"x": {0: "batch", 2: "h", 3: "w"}})
+    named = Dimensions(program.captured)
+    shapes = [named.shape(n.meta["val"].shape) for n in program.graph.nodes if n.op == "call_function"]
+    assert {text.split("×", 2)[2] for text in shapes} == {"h/2×w/2", "h×w"}
+    program.export(tmp_path / "model.onnx")
+    side = OnnxModel(tmp_path / "model.onnx")
+    # Two files are compared without a program, at a size that the network takes: an odd one is not.
+    report = verify(side, OnnxModel(tmp_path / "model.onnx"))
+    assert report.agree
+    assert [each.shape[2:] for each in report.outputs] == [(8, 8)]
 
 
 def test_ranges_as_text():

@@ -104,7 +104,7 @@ def test_inspect_marks_adapters_at_their_sites(llama, said):
 
 def test_inspect_takes_depth_role_and_all(llama, said):
     flat = said("inspect", f"hf:{llama / 'base'}", "--depth", "2")
-    assert "layers.0–3 ×4  36.9k in 28 sites" in flat
+    assert "layers.0–3 ×4  36.9k in 28 sites  trains" in flat
     assert "q_proj" not in flat
     only = said("inspect", f"hf:{llama / 'base'}", "--role", "attn.[qk]")
     assert "q_proj" in only

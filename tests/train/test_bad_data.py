@@ -59,6 +59,16 @@ def test_labels_that_are_none(rows, said, labelled, tmp_path):
         fit(labelled, Classification(), path, tmp_path / "run", held_out=0.0, steps=1)
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_separators_of_spreadsheets(mark, tmp_path):
+    """A comma inside a quoted value or a single column is no separator."""
+    path = tmp_path / "data.csv"
+    path.write_text(f'id{mark}"text, in short"{mark}label\n0{mark}"the cat, red"{mark}x\n')
+    assert list(read_rows([path]).train) == [{"id": 0, "text, in short": "the cat, red", "label": "x"}]
+    path.write_text("text\na cat; a dog\n")
+    assert list(read_rows([path]).train) == [{"text": "a cat; a dog"}]
+
+
 def test_ragged_rows(labelled, tmp_path):
     long = tmp_path / "long.csv"
     long.write_text("text,label\nthe cat,1\na dog,0,3\n")

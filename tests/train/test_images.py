@@ -177,6 +177,32 @@ def test_a_student_learns_classes_and_from_a_teacher(digits, tmp_path):
         fit(taller.apply(surgery.Full()), taught, digits, tmp_path / "c", steps=1)
 
 
+class Normed(Net):
+    """A network whose norm keeps running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.insert(1, nn.BatchNorm2d(16))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_pruned_network_with_batch_norm_trains(trained, digits, tmp_path):
+    """The replaced weights and running statistics are no part of the training, of a base or of a trained program."""
+    torch.manual_seed(0)
+    net = surgery.capture(Normed(), (torch.rand(2, 1, 8, 8),), {"image": {0: "batch"}})
+    if trained:
+        fit(net, Classification(), digits, tmp_path / "first", steps=2)
+    net = net.apply(surgery.PruneFilters(target="body.0", ratio=0.5))
+    means = (
+        net.module().get_buffer(next(n for n, b in net.module().named_buffers() if b.shape == (8,))).clone()
+    )
+    result = fit(net, Classification(), digits, tmp_path / "run", batch=16, steps=30)
+    assert result.metrics["loss"] < result.before["loss"]
+    now = [b for _, b in net.module().named_buffers() if b.shape == (8,)]
+    assert len(now) == 2
+    assert not torch.equal(now[0], means)
+
+
 def test_what_is_refused(digits, bert_folder, tmp_path):
     with pytest.raises(TrainingError, match="--loss simclr needs images, but the model takes input_ids"):
         prepared(surgery.load(f"hf:{bert_folder}"), Contrastive(loss="simclr", anchor="label"), digits)

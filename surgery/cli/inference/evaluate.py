@@ -65,16 +65,22 @@ class Evaluation:
         }
 
 
-def guess_objective(runner: Runner, rows: Any, plugins: Plugins) -> Objective:
-    """The objective that a model's outputs and the data suggest, with its default options.
+def guess_objective(runner: Runner, rows: Any, plugins: Plugins, columns: Mapping[str, str]) -> Objective:
+    """The objective that a model's outputs and the data suggest.
+
+    Args:
+        runner: the model.
+        rows: the rows (a datasets.Dataset).
+        plugins: plugins with the objectives.
+        columns: columns of the data that were named, by option: `{"text": "Sentence"}`.
 
     Raises:
-        TrainingError: none does.
+        TrainingError: none does, or the data has no such column.
     """
-    return find_objective(plugins, _guess(runner, rows)).cls.parse({})
+    return find_objective(plugins, _guess(runner, rows, columns)).cls.parse(dict(columns))
 
 
-def _guess(runner: Runner, rows: Any) -> str:
+def _guess(runner: Runner, rows: Any, columns: Mapping[str, str]) -> str:
     ranks, widths = runner.ranks, runner.setting.widths
     if EMBEDDING in ranks:
         return "contrastive"
@@ -96,7 +102,7 @@ def _guess(runner: Runner, rows: Any) -> str:
         return "causal-lm"
     if widths.get(output) == 1 or getattr(runner.config, "problem_type", None) == "regression":
         return "regression"
-    column = Regression().named_columns(rows.column_names).get("label")
+    column = Regression.parse(dict(columns)).named_columns(rows.column_names).get("label")
     first = rows[0][column] if column is not None else None
     return "regression" if isinstance(first, list) else "classification"
 

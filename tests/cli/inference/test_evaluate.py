@@ -48,6 +48,21 @@ def test_the_figures_of_the_training(forms):
     assert found["rows"] == 37
 
 
+def test_columns_are_named_with_and_without_an_objective(forms, tmp_path):
+    rows = list(csv.DictReader(forms.test.open()))
+    other = write(tmp_path / "other.jsonl", [{"Words": r["text"], "Mood": r["label"]} for r in rows])
+    asked = evaluated(forms.trained, "--data", forms.test)["metrics"]
+    named = ("--text", "Words", "--label", "Mood")
+    assert evaluated(forms.trained, "--data", other, *named)["metrics"] == asked
+    objective = ("--objective", "classification")
+    assert evaluated(forms.trained, "--data", other, *objective, *named)["metrics"] == asked
+    assert evaluated(forms.trained, "--data", other, *named, *objective)["metrics"] == asked
+    said = refused("evaluate", forms.trained, "--data", other, "--label", "Mood")
+    assert "no column looks like the text" in said
+    assert "--text" in said
+    assert "no column 'Mod'" in refused("evaluate", forms.trained, "--data", other, "--label", "Mod")
+
+
 @pytest.mark.parametrize("form", ["trained", "hf", "onnx"])
 def test_the_figures_of_scikit_learn(forms, by_transformers, form, tmp_path):
     actual, said = by_transformers
