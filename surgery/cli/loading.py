@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from surgery.cli.recipe import Recipe
 
 
+Loading = Callable[..., Program]
 # (reference, task, arguments of the constructor) -> (task, arguments).
 Choose = Callable[[str, str | None, dict[str, Any]], tuple[str | None, dict[str, Any]]]
 
@@ -55,6 +57,7 @@ def make_loader(
         plugins: plugin manager of the program.
         task: task name for transformers; a recipe's task is used if this is None.
         model_kwargs: NAME=VALUE texts, arguments of the model's constructor. They override those of a recipe.
+            A:NAME=VALUE and B:NAME=VALUE are for one model of a command with two.
         examples: DIM=SIZE texts, sizes of the example inputs.
         trust: allow files that can run code when they are read.
         base: reference of the base of a saved directory.
@@ -65,8 +68,8 @@ def make_loader(
 
     Returns:
         The loader. `choose` may replace the task and the arguments of the constructor; `dtype` is the dtype to load the
-        model in; `random` replaces the option and the recipe. The loader raises SurgeryError for a wrong option or a
-        model that cannot be loaded.
+        model in; `random` replaces the option and the recipe; `side` is "A" or "B" in a command with two models. The
+        loader raises SurgeryError for a wrong option or a model that cannot be loaded.
     """
 
     def loader(
@@ -75,8 +78,9 @@ def make_loader(
         choose: Choose | None = None,
         dtype: str | None = None,
         random: bool | None = None,
+        side: str | None = None,
     ) -> Program:
-        given, sizes = _options(model_kwargs, examples, seed)
+        given, sizes = _options(_of_side(model_kwargs, side, ref), examples, seed)
         chosen = task or (recipe.task if recipe else None)
         merged = {**(recipe.model_kwargs if recipe else {}), **given}
         # A saved directory has its weights, also where another model of the command is random.
@@ -103,7 +107,7 @@ def make_loader(
         return program
 
     def module(ref: str) -> LoadedModel:
-        given, sizes = _options(model_kwargs, examples, seed)
+        given, sizes = _options(_of_side(model_kwargs, None, ref), examples, seed)
         # A directory of sentence-transformers has its own way to one output.
         is_sentence = is_sentence_directory(Path(ref.removeprefix("hf:")))
         chosen = task or (SENTENCE if is_sentence else None)
@@ -140,6 +144,41 @@ def _tell_commit(loaded: LoadedModel) -> None:
     """Print the commit that the weights were fetched at, if they came from the hub."""
     if loaded.commit:
         click.echo(f"weights: {loaded.repo} at commit {loaded.commit[:12]}", err=True)
+
+
+def load_sides(loader: Loading, a: str, b: str) -> tuple[Loading, Loading]:
+    """The loaders of A and B in a command with two models, of which one may be a saved directory.
+
+    Two saved directories have no side: arguments of the constructor are refused for them, as for one.
+    """
+    if Path(a).is_dir() and Path(b).is_dir():
+        return loader, loader
+    return functools.partial(loader, side="A"), functools.partial(loader, side="B")
+
+
+def _of_side(texts: Sequence[str], side: str | None, ref: str) -> list[str]:
+    """The arguments of the constructor that are for one model.
+
+    Args:
+        texts: NAME=VALUE for every model that is not a saved directory, A:NAME=VALUE and B:NAME=VALUE for one side.
+        side: "A" or "B"; None in a command with one model, and for two saved directories.
+        ref: reference of the model.
+
+    Raises:
+        SurgeryError: a text is for a side, and there are none.
+    """
+    chosen = []
+    for text in texts:
+        named = text.partition(":")[0] if text[:2] in ("A:", "B:") else None
+        if named and side is None:
+            raise SurgeryError(
+                f"--model-kwarg {text}: {named}: is for diff and verify, and for no saved directory; leave it out"
+            )
+        if named == side and named is not None:
+            chosen.append(text[2:])
+        elif named is None and not (side is not None and Path(ref).is_dir()):
+            chosen.append(text)
+    return chosen
 
 
 def _options(

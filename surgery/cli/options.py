@@ -45,7 +45,7 @@ def loading_options(function: Callable[..., Any]) -> Callable[..., Any]:
         "model_kwarg",
         multiple=True,
         metavar="NAME=VALUE",
-        help="Argument of the model's constructor.",
+        help="Argument of the model's constructor. In diff and verify, A:NAME=VALUE is for A alone, B:… for B.",
     )
     @click.option(
         "--part", metavar="NAME", help="Model of a diffusers: pipeline, such as unet or text_encoder."

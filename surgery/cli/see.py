@@ -176,13 +176,15 @@ def diff(
     moved, and at which block an error begins.
     """
     from surgery.cli.diff_view import show_diff
+    from surgery.cli.loading import load_sides
     from surgery.cli.pictures import refuse_existing, write_difference
 
     if html is None and (no_values or data):
         raise click.UsageError("--no-values and --data are for --html; name a file with --html diff.html")
     if html is not None:
         refuse_existing(html, overwrite)
-    first, second = loader(a), loader(b)
+    of_a, of_b = load_sides(loader, a, b)
+    first, second = of_a(a), of_b(b)
     show_diff(first, second, as_json, folding)
     if html is not None:
         write_difference(first, second, (a, b), html, values=not no_values, data=data, quiet=as_json)

@@ -162,13 +162,14 @@ def verify(
     loader: Callable[..., Program],
 ) -> None:
     """Compare the outputs of A and B: model references, saved directories or ONNX files. Exit code 1 if they differ."""
-    from surgery.cli.loading import read_data
+    from surgery.cli.loading import load_sides, read_data
     from surgery.cli.reports import tell_verified
     from surgery.engine.program import Program
     from surgery.export.verify import open_side
     from surgery.export.verify import verify as compare
 
-    sides = open_side(a, loader), open_side(b, loader)
+    of_a, of_b = load_sides(loader, a, b)
+    sides = open_side(a, of_a), open_side(b, of_b)
     program = next((side for side in sides if isinstance(side, Program)), None)
     if data and program is None:
         raise SurgeryError(

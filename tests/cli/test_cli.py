@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaForCausalLM
+from transformers import BertModel, LlamaForCausalLM
 
 from surgery.cli import main
 from tests.conftest import minilm_path
 from tests.shared import tiny
+from tests.train.conftest import bert_config
 
 ATTENTION = "py:tests.shared.models:attention"
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,25 @@ def test_session_on_a_small_llama(tmp_path):
     torch.manual_seed(0)
     LlamaForCausalLM(tiny.llama()).save_pretrained(tmp_path / "llama")
     session(f"hf:{tmp_path / 'llama'}", 8, "1.79k", tmp_path)
+
+
+def test_arguments_for_one_of_two_models(tmp_path):
+    """A saved directory has its head; the other side of diff and verify needs one, and not the same for both sides."""
+    torch.manual_seed(0)
+    BertModel(bert_config()).save_pretrained(tmp_path / "bert")
+    model, head = f"hf:{tmp_path / 'bert'}", ("--task", "text-classification")
+    three = (*head, "--model-kwarg", "num_labels=3")
+    surgery("apply", model, *three, "--pass", "full", "-o", tmp_path / "saved")
+    assert "0 added, 0 removed, 0 rewired; 0 weights differ" in surgery(
+        "diff", model, tmp_path / "saved", *three
+    )
+    assert "agree" in surgery("verify", tmp_path / "saved", model, *three)
+    sides = ("--model-kwarg", "A:num_labels=2", "--model-kwarg", "B:num_labels=3")
+    said = surgery("diff", model, model, *head, *sides, "--json")
+    changed = json.loads(said)["weights"]
+    assert {name.split(".")[-2] for name in changed} == {"classifier"}
+    assert "for diff and verify" in refused("inspect", model, *head, *sides)
+    assert "leave out num_labels" in refused("diff", tmp_path / "saved", tmp_path / "saved", *three)
 
 
 def session(model, sites, added, tmp_path):
