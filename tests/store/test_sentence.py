@@ -132,6 +132,9 @@ def test_a_standalone_directory_needs_no_original(folder, randomise, tmp_path):
 def test_adapters_that_are_not_merged_are_refused(folder, randomise, tmp_path):
     with pytest.raises(ExportError, match="merge first"):
         adapted(folder, randomise).write(tmp_path / "x", "hf")
+    # PEFT would not find layers below `transformer.` in a transformers model, and load nothing.
+    with pytest.raises(ExportError, match="merge it with --format hf"):
+        adapted(folder, randomise).write(tmp_path / "x", "peft")
     assert not (tmp_path / "x").exists()
 
 

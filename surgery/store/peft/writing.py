@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.capture.devices import HOME
+from surgery.capture.sentence.modules import SentenceEncoder
 from surgery.common.errors import ExportError
 from surgery.engine.contract.base import RewritePass
 from surgery.engine.journal import Entry
@@ -59,6 +60,12 @@ def export_peft(
             what was written.
         SurgeryError: The path exists, or writing fails.
     """
+    if isinstance(program.base.loaded.model, SentenceEncoder):
+        # PEFT would look for the layers in the transformers model, where they have other names.
+        raise ExportError(
+            "export-peft: the program is a whole sentence-transformers model, whose layers PEFT does not find by their "
+            "names; merge it with --format hf, or train the adapter on hf:DIR without --task sentence-similarity"
+        )
     program = program.to(HOME)
     if as_lora is not None:
         program = nearest_lora(program, as_lora)
