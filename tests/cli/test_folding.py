@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 
 import pytest
 import torch
@@ -160,6 +161,8 @@ def test_what_is_left_after_pruning(tmp_path, said):
     assert f"parameters: {left} of {program.count_parameters()[0]} left" in shown
     planned = said("plan", CONVNET, "--pass", "prune-filters", "--target", "all", "--ratio", "0.5")
     assert f"{left} of {program.count_parameters()[0]} left" in planned
+    # What goes is in short numbers: eight digits of multiply-adds would break the line.
+    assert re.search(r"→ \d+; [\d.]+k? parameters, [\d.]+k? MACs fewer *$", planned, re.M)
 
 
 @pytest.mark.slow

@@ -11,8 +11,6 @@ from tests.docs.blocks import blocks as blocks_of
 
 RUN = [ROOT / "README.md", *sorted(HOWTO.glob("*.md"))]
 HOW_TO = [page for page in RUN if page.name != "README.md"]
-# Pages whose commands run for minutes; they show commands only.
-WITHOUT_OUTPUT = {"instruction-tune", "prune-and-fine-tune", "recipe"}
 
 
 @pytest.mark.slow
@@ -34,7 +32,7 @@ def test_a_page_runs_as_written(page, tmp_path):
 def test_a_how_to_is_short_and_shows_output(page):
     assert len(page.read_text().splitlines()) <= 80
     shown = [b for b in blocks_of(page) if b.language == "console"]
-    assert shown or page.stem in WITHOUT_OUTPUT
+    assert shown or page.stem == "README"
     for block in shown:
         assert re.search(r"^(?!\$ |    -).+", block.text, re.M), f"{page.name}: a block shows no output"
 

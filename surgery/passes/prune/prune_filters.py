@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from surgery.common.errors import PassError
+from surgery.common.quantities import count
 from surgery.engine.contract.base import GraphPass, attribute_of
 from surgery.engine.contract.effect import STRUCTURE, Effect
 from surgery.engine.contract.numerics import Numerics, changes
@@ -115,7 +116,7 @@ class PruneFilters(GraphPass):
             units.append(f"{group['units']} {group['what']}{each} → {group['units'] - group['removed']}")
         saved = site.decided["saved"]
         return Outcome(
-            note=f"{'; '.join(units)}; {saved['parameters']:,} parameters, {saved['macs']:,} multiply-adds fewer",
+            note=f"{'; '.join(units)}; {count(saved['parameters'])} parameters, {count(saved['macs'])} MACs fewer",
             unused=frozenset(known["name"] for known in site.decided["tensors"] if known["trains"]),
         )
 
