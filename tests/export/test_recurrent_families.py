@@ -127,19 +127,20 @@ def test_roles(name: str, programs) -> None:
 
 @pytest.mark.parametrize("name", families("qwen3_5_text"))
 def test_adapted_merged_and_exported(name: str, programs, tmp_path) -> None:
-    adapted = programs(name).apply(surgery.Lora(target="mixer.*,conv", rank=2))
+    target = "mixer.*,conv" if "conv" in ROLES[name].values() else "mixer.*"
+    adapted = programs(name).apply(surgery.Lora(target=target, rank=2))
     assert {site.role for site in adapted.sites if site.role.startswith(("linear_attn", "ssm"))}
     torch.manual_seed(1)
     with torch.no_grad():
         for tensor in adapted.tensors.values():
-            tensor.add_(torch.randn_like(tensor) * 0.1)
+            tensor.add_(torch.randn_like(tensor) * 0.02)
     wanted = logits(adapted.module())
     moved = worst(logits(model(name)), wanted)
     # The adapters do something, or the rest shows nothing.
     assert moved > 1e-3
     merged = adapted.merge()
     # float32 rounding of W + BA, which the norms of short queries and keys (their length is divided by) make larger.
-    assert worst(logits(merged.module()), wanted) < 5e-5
+    assert worst(logits(merged.module()), wanted) < 2e-5
     for program, path in ((adapted, tmp_path / "adapted.onnx"), (merged, tmp_path / "merged.onnx")):
         program.export(path)
         session = onnxruntime.InferenceSession(str(path))
@@ -148,7 +149,7 @@ def test_adapted_merged_and_exported(name: str, programs, tmp_path) -> None:
         def run(batch, session=session, names=names):
             return torch.from_numpy(session.run(["logits"], {n: batch[n].numpy() for n in names})[0])
 
-        assert worst(run, wanted) < 5e-5
+        assert worst(run, wanted) < 2e-5
         file = onnx.load(path, load_external_data=False)
         assert {o.domain: o.version for o in file.opset_import} == {"": 27}
         assert any(node.op_type == "LinearAttention" for node in file.graph.node)
@@ -189,7 +190,7 @@ def test_trains_as_the_live_model(name: str, programs) -> None:
         module.train()
         tensors = [p for p in module.parameters() if p.requires_grad]
         assert tensors
-        optimizer = torch.optim.SGD(tensors, lr=0.5)
+        optimizer = torch.optim.SGD(tensors, lr=0.1)
         made = []
         for _ in range(5):
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -39,10 +39,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_BASE, **_LATENT, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "layer_group_size": 2,
         "num_mtp_layers": 0, "routed_scaling_factor": 1.0, "kda_lower_bound": -5.0,
     },
-    "qwen4_exp_text": {**_DELTA, **_MOE, "hc_count": 2, "hc_lowrank": 8,
-        "layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2, "indexer_kv_heads": 1,
-        "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4,
-    },
     "mamba2": {
         "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 6,
         "n_groups": 2, "chunk_size": 16, "expand": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
