@@ -22,7 +22,7 @@ from benchmarks.timing import Row
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("match", "step", "in_place", "merge", "onnx_latency", "generation", "startup")
 # These run only if they are named: they take long, or need libraries that the set-up does not install.
-APART = ("patterns", "prune", "training")
+APART = ("patterns", "prune", "training", "recurrences")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Catalogue of techniques: the pass for each of the eight models, and the models on which it must work.
+"""Catalogue of techniques: the pass for each of the ten models, and the models on which it must work.
 
 Options that a technique needs on some model are set here (a rank that saves parameters on a tiny model, biases that
 must be added). A technique that a model does not support is applied too; the table shows the refusal.
@@ -16,6 +16,7 @@ from surgery.engine.registry import find_pass
 TEXT = ("minilm", "smollm2", "t5", "vit")  # where no technique but a convolutional one may be missing
 CONV_AND_SOUND = ("resnet18", "wav2vec2")
 SPARSE_AND_STATE = ("mixtral", "mamba")
+STATE = ("mamba", "mamba2")
 ALL = (*TEXT, *CONV_AND_SOUND, *SPARSE_AND_STATE)
 
 
@@ -43,6 +44,8 @@ _LINEARS = {
     "resnet18": "layer2.*.conv*,head",
     "mixtral": "attn.q,attn.v,mlp.down",
     "mamba": "in_proj,out_proj",
+    "mamba2": "ssm.*",
+    "qwen3_5": "linear_attn.qkv,linear_attn.decay,linear_attn.out,attn.q,mlp.down",
 }
 
 
@@ -69,14 +72,16 @@ def _additive() -> list[Technique]:
     no_vocabulary = tuple(m for m in TEXT if m != "vit")
 
     def bitfit(model: str) -> Pass:
-        bare = model in ("smollm2", "t5", "mixtral")  # they have no bias at all
+        bare = model in ("smollm2", "t5", "mixtral", "mamba2", "qwen3_5")  # they have no bias at all
         return of("bitfit", **({"add_missing": True, "target": linears(model)} if bare else {}))
 
     def lora(**options: Any) -> Callable[[str], Pass]:
         return _at_linears("lora", rank=4, **options)
 
     def wider(model: str) -> Pass:
-        target = {"resnet18": "layer2.1.conv1", "mixtral": None, "mamba": None}.get(model, "mlp.up")
+        target = {"resnet18": "layer2.1.conv1", "mixtral": None, "mamba": None, "mamba2": None}.get(
+            model, "mlp.up"
+        )
         return of("expand", wider=1.5, target=target)
 
     def side(kind: str) -> Callable[[str], Pass]:
@@ -153,17 +158,17 @@ def _reparameterisation() -> list[Technique]:
 
     def half(model: str) -> Pass:
         """The small Mamba has only two units within its blocks; a second application would find one."""
-        return of("prune-filters", ratio=0.5, **({"target": "all"} if model == "mamba" else {}))
+        return of("prune-filters", ratio=0.5, **({"target": "all"} if model in STATE else {}))
 
     def taylor(model: str) -> Pass:
         """Prunes residual streams too; their first producer is named."""
         return of("prune-filters", ratio=0.25, importance="taylor", target="all")
 
     def untie(model: str) -> Pass:
-        return of("untie", target="head" if model in ("smollm2", "t5", "mamba") else linears(model))
+        return of("untie", target="head" if model in ("smollm2", "t5", *STATE) else linears(model))
 
     def tie_first(model: str) -> tuple[Pass, ...]:
-        return () if model in ("smollm2", "t5", "mamba") else (share()(model),)
+        return () if model in ("smollm2", "t5", *STATE) else (share()(model),)
 
     def rounded_first(model: str) -> tuple[Pass, ...]:
         return (_at_linears("fake-quant", format="int4", group=0)(model),)

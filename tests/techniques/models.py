@@ -1,4 +1,4 @@
-"""The eight models on which every technique is tested.
+"""The ten models on which every technique is tested.
 
 `program(name)` returns a new Program that another process can load: a real checkpoint if a package has one, else a tiny
 random model, saved in a folder of this process.
@@ -20,8 +20,7 @@ from tests.conftest import minilm_path
 from tests.zoo.zoo import module
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_TINY = {"t5": "t5", "vit": "vit", "wav2vec2": "wav2vec2", "mixtral": "mixtral", "mamba": "mamba"}
-MODELS = ("minilm", "smollm2", "t5", "vit", "resnet18", "wav2vec2", "mixtral", "mamba")
+MODELS = ("minilm", "smollm2", "t5", "vit", "resnet18", "wav2vec2", "mixtral", "mamba", "mamba2", "qwen3_5")
 
 
 @cache
@@ -35,7 +34,7 @@ def _folder() -> Path:
 def reference(name: str) -> str:
     """`hf:DIR` of a tiny random model of the zoo, saved once."""
     path = _folder() / name
-    model = module(_TINY[name])
+    model = module(name)
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(path)
     return f"hf:{path}"

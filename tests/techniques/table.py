@@ -32,6 +32,7 @@ from tests.techniques.models import MODELS, program
 TITLES = {
     "minilm": "MiniLM", "smollm2": "SmolLM2", "t5": "T5", "vit": "ViT", "resnet18": "ResNet-18",
     "wav2vec2": "wav2vec2", "mixtral": "Mixtral", "mamba": "Mamba",
+    "mamba2": "Mamba 2", "qwen3_5": "Qwen3.5",
 }  # fmt: skip
 PAGE, KEPT = Path("docs/techniques.md"), Path("docs/techniques.json")
 

@@ -177,6 +177,18 @@ ARCHITECTURES: dict[str, Arch] = {
         {"q.a": 2, "q.b": 2, "kv.a": 2, "kv.b": 2, "out": 2},
     ),
     "mamba": Arch("mamba", _GEN, {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99, "state_size": 4}, _NONE),
+    "mamba2": Arch(
+        "mamba2", _GEN,
+        {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99, "num_heads": 8, "head_dim": 8, "state_size": 6,
+         "n_groups": 2, "chunk_size": 16, "expand": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        _NONE,
+    ),
+    "qwen3_5": Arch(
+        "qwen3_5_text", _GEN,
+        {**_LLAMA, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+         "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6},
+        _sep(1),
+    ),
     # Encoder-decoders: two self-attentions of the encoder, two self and two cross of the decoder
     "t5": Arch("t5", _S2S, _T5, _sep(6)),
     "mt5": Arch("mt5", _S2S, _T5, _sep(6)),

@@ -19,6 +19,8 @@ RULES = ("linear", "gated", "delta", "gated_delta")
 # Steps that are computed at once. A decay for each key dimension needs a (chunk, chunk, dk) tensor for each chunk, so
 # its chunks are shorter.
 _CHUNK, _CHUNK_BY_KEY = 64, 16
+# Steps of Mamba 1 whose states are in memory at once.
+_PIECE = 1024
 
 
 def scan(
@@ -39,8 +41,13 @@ def scan(
         state = q.new_zeros((batch, heads, size, width), dtype=wide)
     carry = state.to(wide).reshape(batch, groups, heads // groups, size, width)
     by_key = decay is not None and decay.dim() == 4
-    if by_key and "delta" not in rule and width == 1:
-        out, last = _elementwise(q, k, v, decay, carry, wide)
+    if decay is not None and by_key and "delta" not in rule and width == 1:
+        parts, last = [], carry
+        pieces = zip(*(x.split(_PIECE, 1) for x in (q, k, v, decay)), strict=True)
+        for queries, keys, values, rates in pieces:
+            part, last = _elementwise(queries, keys, values, rates, last, wide)
+            parts.append(part)
+        out = torch.cat(parts, 1)
     else:
         chunk = min(_CHUNK_BY_KEY if by_key else _CHUNK, max(steps, 1))
         cut = _Chunks(q, k, v, decay, beta, chunk, wide)
@@ -50,14 +57,13 @@ def scan(
 
 
 def _elementwise(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, carry: Tensor, wide: torch.dtype
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, carry: Tensor, wide: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The additive rule for value width 1 (Mamba 1): a state is a vector, and each of its entries decays by itself.
 
     All chunks advance together by one step at a time; then the states at their ends are joined. So the number of
     Python steps is the chunk plus the number of chunks, not the length.
     """
-    assert decay is not None
     batch, steps, heads, _ = v.shape
     groups, size = k.shape[2], k.shape[3]
     chunk = max(1, min(32, steps))
