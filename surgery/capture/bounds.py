@@ -175,7 +175,8 @@ def derived(
             continue
         low, top = max(low, root.low), min(high or UNBOUNDED, root.high)
         narrower = low > max(root.low, 2) or top < root.high
-        if narrower and low <= root.size <= top:
+        # A range of one size is a fixed dimension, which is not this function's to decide.
+        if narrower and low <= root.size <= top and low < top:
             fresh[name] = made(name, low, top if top < UNBOUNDED else None)
     return (_with(shapes, fresh), frozenset(name.lstrip("_") for name in fresh)) if fresh else None
 
