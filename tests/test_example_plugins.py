@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from peft import HRAConfig, VeraConfig, get_peft_model
@@ -9,7 +11,7 @@ from torch import nn
 
 import surgery
 from surgery.testing import check_pass
-from tests.shared.example_plugins import example_plugin
+from tests.shared.example_plugins import FOLDER, example_plugin
 
 # fp32: the same products in another order, over two layers.
 ROUNDING = 2e-6
@@ -74,6 +76,16 @@ def assert_same(adapted: surgery.Program, theirs: nn.Module) -> None:
 def test_the_kit(name, options):
     (cls,) = example_plugin(name).surgery_passes()
     print(check_pass(cls(target="all", **options), program()))
+
+
+def test_the_guide_lists_every_file_with_its_lines():
+    guide = (FOLDER.parents[1] / "docs" / "plugins.md").read_text()
+    listed = re.findall(r"^\| `examples/plugins/(\w+)\.py` \|.*\| (\d+) \|$", guide, re.M)
+    lines = {
+        file.stem: sum(1 for line in file.read_text().splitlines() if line.strip() and line.strip()[0] != "#")
+        for file in FOLDER.glob("*.py")
+    }
+    assert {name: int(count) for name, count in listed} == lines
 
 
 def test_vera_as_peft():
