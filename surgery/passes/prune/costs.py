@@ -11,19 +11,24 @@ from torch import Tensor, fx
 from surgery.graph.graphs import live_nodes
 from surgery.graph.ops import arguments
 from surgery.graph.propagate.links import packet
-from surgery.graph.propagate.sizes import hint
+from surgery.graph.propagate.sizes import Unclear, hint
 from surgery.passes.prune.coupling import Coupling
 from surgery.passes.prune.labels import sizes_of
 from surgery.passes.prune.mend import sizes_after
 
 
 class Costs:
-    """Costs of one graph on its example inputs. names: parameter name -> all names of that tensor."""
+    """Costs of one graph on its example inputs; ops whose size depends on data are not counted.
+
+    Args:
+        run: the coupling of the graph.
+        names: parameter name -> all names of that tensor.
+    """
 
     def __init__(self, run: Coupling, names: Mapping[str, tuple[str, ...]]) -> None:
         self._run = run
         live = live_nodes(run.graph)
-        plain = {node: _macs(node, sizes_of) for node in run.graph.nodes if node in live}
+        plain = {node: self._known(node) for node in run.graph.nodes if node in live}
         self._macs = {node: count for node, count in plain.items() if count}
         # The groups that each node depends on. For a selection, only the nodes of its groups are counted again.
         self._touched = {
@@ -35,6 +40,14 @@ class Costs:
             for node in run.graph.nodes
             if node.op == "get_attr" and node in live and node.target in names
         }
+
+    @staticmethod
+    def _known(node: fx.Node) -> int:
+        """Multiply-adds of an op; 0 if its size depends on the values of the inputs, which no example decides."""
+        try:
+            return _macs(node, sizes_of)
+        except Unclear:
+            return 0
 
     def _groups(self, node: fx.Node) -> frozenset[int]:
         found: set[int] = set()

@@ -15,7 +15,7 @@ from surgery.common.errors import PassError
 from surgery.graph.graphs import live_nodes
 from surgery.graph.propagate.arguments import Draft
 from surgery.graph.propagate.links import packet
-from surgery.graph.propagate.sizes import hint
+from surgery.graph.propagate.sizes import Unclear, hint
 from surgery.graph.rewrite.rewriter import Rewriter
 from surgery.passes.prune.coupling import Coupling
 from surgery.passes.prune.labels import Labels, kept_along, sizes_of, where
@@ -62,7 +62,12 @@ def mend(g: Rewriter, run: Coupling, keep: Tensor) -> None:
     # The list is taken first, because superseding a node inserts others.
     for node in [n for n in g.graph.nodes if n in live]:
         if node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
-            fresh = _NodeUpdate(g, run, labels, keep, node, before).do()
+            try:
+                fresh = _NodeUpdate(g, run, labels, keep, node, before).do()
+            except Unclear as error:
+                raise PassError(
+                    f"{where(node)} cannot be pruned: {error}; leave the weights before it out of --target"
+                ) from None
             changed |= {node, fresh}
             before[fresh] = before[node]
             if fresh is not node:
