@@ -263,6 +263,18 @@ def combine(
     console().print(f"{entry.id}: {made}{len(entry.sites)} sites; {observed}; wrote {output}")
 
 
+def _what_is_left(program: Program) -> str:
+    """What a program without passes differs in from its base."""
+    import torch
+
+    base = program.base.tensors
+    trained = [name for name, tensor in program.changed.items() if not torch.equal(tensor, base[name])]
+    if not trained:
+        return "nothing: it is the base, bit for bit"
+    first = f"{trained[0]}, …" if len(trained) > 1 else trained[0]
+    return f"nothing, but {len(trained)} tensors of the base keep their trained values ({first}); --all restores them"
+
+
 @click.command()
 @click.argument("directory")
 @click.option(
@@ -299,8 +311,7 @@ def undo(
     undone.save(output, overwrite=overwrite)
     kept = {e.id for e in undone.journal}
     removed = ", ".join(e.id for e in program.journal if e.id not in kept) or "nothing"
-    left = (
-        ", ".join(f"{e.id} (left out)" if e.weight == 0 else e.id for e in undone.journal)
-        or "nothing: it is the base, bit for bit"
-    )
+    left = ", ".join(
+        f"{e.id} (left out)" if e.weight == 0 else e.id for e in undone.journal
+    ) or _what_is_left(undone)
     console().print(f"undone: {removed}; left in the journal: {left}; wrote {output}")

@@ -49,7 +49,7 @@ def show_program(program: Program, title: str, as_json: bool, folding: Folding) 
     for row in shown.rows:
         tree.add(_site_text(row.value[0], row.value[1], passes))
     if shown.cut:
-        tree.add(Text(_summary(shown).strip(), style="dim"))
+        tree.add(Text(_summary(shown, passes).strip(), style="dim"))
     _add(tree, shown, passes)
     out = console()
     out.print(tree)
@@ -105,15 +105,15 @@ def _add(branch: Tree, item: Folded, passes: dict[SiteKey, list[str]]) -> None:
             inner = branch.add(head)
         else:
             head = Text(child.name, style="cyan").append(times(child.count), style="bold cyan")
-            head.append(_summary(child), style="dim")
+            head.append(_summary(child, passes), style="dim")
             inner = branch.add(head)
             for text in texts if not child.cut else ():
                 inner.add(text)
         _add(inner, child, passes)
 
 
-def _summary(item: Folded) -> str:
-    """Contents of a module that stands for several or is not opened."""
+def _summary(item: Folded, passes: dict[SiteKey, list[str]]) -> str:
+    """Contents of a module that stands for several or is not opened; whether its weights train, and its adapters."""
     if item.count == 1 and not item.cut:
         return ""
     sites = [row.value[0] for row in item.below]
@@ -121,7 +121,12 @@ def _summary(item: Folded) -> str:
     sizes = {str(site.weight or site.key): site.parameters for site in sites}
     trains = [bool(row.value[1]["trainable"]) for row in item.below]
     state = "trains" if all(trains) else "trains in part" if any(trains) else "frozen"
-    return f"  {count(sum(sizes.values()))} in {len(sites)} sites" + (f"  {state}" if sites else "")
+    if not sites:
+        return f"  {count(0)} in 0 sites"
+    # An opened module shows the adapters at its sites.
+    adapters = dict.fromkeys(name for site in sites for name in passes.get(site.key, ()) if item.cut)
+    state = "  ".join([state, *(f"+{name}" for name in adapters)])
+    return f"  {count(sum(sizes.values()))} in {len(sites)} sites  {state}"
 
 
 def _site_text(site: Site, row: dict[str, Any], passes: dict[SiteKey, list[str]]) -> Text:

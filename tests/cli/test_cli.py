@@ -299,3 +299,20 @@ def test_pass_options_before_the_pass(capsys):
     assert stop.value.code == 2
     said = "--target stands before the first --pass; put the options of a pass after its --pass NAME"
     assert said in capsys.readouterr().err
+
+
+def test_undo_says_which_trained_weights_stay(tmp_path):
+    """Without its only pass a program is not the base, if the rest of the base was trained."""
+    import surgery as library
+
+    program = library.load(ATTENTION).apply(library.Freeze(target="attn.out"))
+    with torch.no_grad():
+        trained = [t for t in program.module().parameters() if t.requires_grad]
+        trained[0].add_(1)
+    program.save(tmp_path / "trained")
+    said = surgery(
+        "undo", tmp_path / "trained", "--base", ATTENTION, "--pass", "freeze", "-o", tmp_path / "one"
+    )
+    assert "nothing, but 1 tensors of the base keep their trained values" in " ".join(said.split())
+    said = surgery("undo", tmp_path / "trained", "--base", ATTENTION, "--all", "-o", tmp_path / "all")
+    assert "nothing: it is the base, bit for bit" in " ".join(said.split())

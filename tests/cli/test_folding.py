@@ -103,6 +103,13 @@ def test_inspect_marks_adapters_at_their_sites(llama, said):
     )
 
 
+def test_a_folded_block_says_which_adapters_it_has(llama, said):
+    flat = said("inspect", llama / "changed", "--depth", "2")
+    folded = [line for line in flat.splitlines() if "layers.1–2" in line]
+    assert len(folded) == 1
+    assert folded[0].endswith("sites  frozen  +lora  +quantize")
+
+
 def test_inspect_takes_depth_role_and_all(llama, said):
     flat = said("inspect", f"hf:{llama / 'base'}", "--depth", "2")
     assert "layers.0–3 ×4  36.9k in 28 sites  trains" in flat

@@ -34,7 +34,7 @@ class Figures:
     Attributes:
         ref: its reference.
         kind: its form.
-        size: bytes of its files, or None.
+        size: bytes of its files, of a program the bytes of the tensors that it reads; or None.
         latency: median seconds of a forward pass, by batch size.
         tokens: median of the generated tokens per second; None if it does not generate.
         quality: value of the metric; None without data.

@@ -33,6 +33,7 @@ from surgery.engine.program import Program
 from surgery.export import metadata_keys
 from surgery.export.generator import open_generator
 from surgery.export.runtime import OnnxModel, session_threads
+from surgery.graph.graphs import live_nodes
 from surgery.graph.outputs import ONLY, named_outputs
 from surgery.train.data_context import Setting, padding_of, prompt_of, token_limits
 from surgery.train.images import Images
@@ -52,7 +53,7 @@ class Runner:
         module: module that runs; `module(**inputs)`.
         setting: its data context.
         ranks: number of axes of each output.
-        size: bytes of its files, or None if it has none.
+        size: bytes of its files, of a program the bytes of the tensors that it reads; None if it has none.
         config: configuration of a transformers model, or None.
         program: the program, for that form.
         loaded: the model, for the form of a transformers directory.
@@ -190,16 +191,18 @@ def _of_program(
         for name, node in named_outputs(program.graph).items()
         if isinstance(node.meta.get("val"), Tensor)
     }
-    own = onnx_size(Path(ref)) if Path(ref).is_dir() else 0
-    beside = [file for file in base.loaded.files if Path(ref).resolve() not in file.resolve().parents]
     body = Body(program)
+    # Its directory may hold little beside the files of its base, of which it may read only a part.
+    state, graph = program.state(), program.graph
+    names = {str(node.target) for node in live_nodes(graph) if node.op == "get_attr"}
+    read = {id(state[name]): state[name] for name in names if name in state}
     return Runner(
         ref,
         "program",
         body.model.eval(),
         _with_pixels(setting, tokenizer),
         ranks,
-        own + sum(file.stat().st_size for file in beside) or None,
+        sum(tensor.nbytes for tensor in read.values()) or None,
         base.loaded.config,
         program,
         adapters=tuple(adapters),
