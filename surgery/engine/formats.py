@@ -45,6 +45,7 @@ class OnnxOptions(TypedDict, total=False):
     cpu: str | None
     data: Sequence[InputSet]
     tolerance: float | None
+    only: str | None
 
 
 class AdaptableOptions(TypedDict, total=False):

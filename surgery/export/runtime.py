@@ -146,8 +146,17 @@ class OnnxModel:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata of the file, by key."""
-        return dict(self._session.get_modelmeta().custom_metadata_map)
+        """Metadata of the file, by key.
+
+        Raises:
+            ExportError: the metadata are no text.
+        """
+        try:
+            return dict(self._session.get_modelmeta().custom_metadata_map)
+        except UnicodeDecodeError:
+            raise ExportError(
+                f"'{self.path}': the file's metadata are no text; the file is damaged"
+            ) from None
 
     @cached_property
     def nodes(self) -> tuple[OnnxNode, ...]:

@@ -323,5 +323,5 @@ def test_arguments_that_would_be_stored_are_refused(tmp_path):
 def test_random_and_pretrained_contradict():
     with pytest.raises(LoadError, match="leave it out, or the argument that names others"):
         timm_loader.load("timm:test_vit", LoadOptions(random=True, model_kwargs={"pretrained": True}))
-    with pytest.raises(LoadError, match="random weights can be asked for hf: and timm: models"):
+    with pytest.raises(LoadError, match="random weights can be asked for hf:, timm: and diffusers: models"):
         surgery.load("py:tests.shared.models:attention", random=True)

@@ -73,7 +73,7 @@ def test_what_is_left_out_is_listed():
         "surgery_load_schemes": ["hf", "loud"],
         "surgery_after_pass": [],
     }
-    assert sorted(plugins.schemes) == ["hf", "loud", "py", "timm"]
+    assert sorted(plugins.schemes) == ["diffusers", "hf", "loud", "py", "timm"]
     assert any("does not load hf" in note for note in plugins.notes)
 
 

@@ -10,10 +10,9 @@ import yaml
 
 import surgery
 from surgery.api.programs import make_plugin_manager
-from surgery.cli import main
+from surgery.cli import main, stages
 from surgery.cli.recipe import read_recipe, write_recipe
 from surgery.common.errors import SurgeryError
-from surgery.engine.program import Program
 from tests.train.conftest import llama_folder, texts  # noqa: F401
 
 TRAIN = {
@@ -52,7 +51,7 @@ def test_from_base_to_onnx_with_a_stop_between(recipe, tmp_path, capsys, monkeyp
         def full(*_, **__):
             raise SurgeryError("the disk is full")
 
-        patch.setattr(Program, "export", full)
+        patch.setattr(stages, "export_program", full)
         line = run(capsys, path, "-o", out, code=2)
     assert "the disk is full (finished in" in line
     assert "adapted, trained, merged, finished; continue with --resume)" in line

@@ -100,7 +100,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"weight is bfloat16, .* or convert the module"):
         program.export(tmp_path / "model.onnx")
     program.save(tmp_path / "saved")
-    with pytest.raises(LoadError, match="its base is no hf: or timm: model"):
+    with pytest.raises(LoadError, match="its base is no hf:, timm: or diffusers: model"):
         surgery.load(str(tmp_path / "saved"), base=program, dtype="float32")
 
 

@@ -211,14 +211,8 @@ def test_the_command_with_files_of_its_own(llama_folder, tmp_path, capsys):
     said = capsys.readouterr()
     assert raised.value.code == 0, said.err
     assert list((tmp_path / "out.run" / "tensorboard").glob("events.*"))
-    bar = next(part for part in said.out.splitlines() if "training" in part and "3/3" in part)
-    log = [row["loss"] for row in read_log(tmp_path / "out.run" / "log.jsonl") if "lr" in row]
-    smooth = log[0]
-    for loss in log[1:]:
-        smooth = 0.95 * smooth + 0.05 * loss
-    held = [r["held_out"] for r in read_log(tmp_path / "out.run" / "log.jsonl") if "held_out" in r][-1]
-    for part in (f"loss {smooth:.4f}", "tokens/s", f"loss {held['loss']:.4g}", "0:0"):  # time left, or taken
-        assert part in bar
+    # A bar is drawn in a terminal only.
+    assert "3/3" not in said.out + said.err
     assert "held out: loss" in said.out
 
 

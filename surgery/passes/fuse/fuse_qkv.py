@@ -117,7 +117,9 @@ class FuseQkv(PatternPass):
         return fill
 
     def names(self, site: Site, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
-        return {name: f"{site.key.owner}.{attribute_of(self)}.{name}".lstrip(".") for name in tensors}
+        # A module that is called twice, with weights of its own for each call, has two sites.
+        own = f"{attribute_of(self)}_{site.key.ordinal}" if site.key.ordinal else attribute_of(self)
+        return {name: f"{site.key.owner}.{own}.{name}".lstrip(".") for name in tensors}
 
     def replacement(self, site: Site, match: Match, g: Rewriter) -> Sequence[fx.Node]:
         shapes = site.decided["shapes"]

@@ -37,7 +37,7 @@ def test_every_form(forms, tmp_path):
     assert hf["bytes"] == sum(
         (forms.hf / name).stat().st_size for name in ("config.json", "model.safetensors")
     )
-    # A saved directory needs the tensors that it reads, which are mostly its base's; the merged file has nearly as many.
+    # A saved directory counts the tensors that it reads; the merged file has nearly as many.
     assert saved["bytes"] == pytest.approx(hf["bytes"], rel=0.1)
     assert page.read_text().count("<circle") == 6
 

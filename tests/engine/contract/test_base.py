@@ -14,8 +14,9 @@ from surgery.engine.contract.base import default_names, merges
 def test_it_is_small():
     own = [n for n in dir(RewritePass) if not n.startswith("_") and n not in dir(BaseModel)]
     flags = [n for n in RewritePass.__class_vars__ if not n.startswith("_")]
-    assert len(own) <= 25, own
-    assert len(flags) <= 8, flags
+    # 25, and the command that the page of a pass shows.
+    assert len(own) <= 26, own
+    assert len(flags) <= 9, flags
 
 
 @pytest.mark.parametrize("old", ["mergeable", "weightable", "keeps", "tensor_names", "combine"])
