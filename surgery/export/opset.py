@@ -15,11 +15,15 @@ _SINCE = {aten.rms_norm.default: 23}
 
 
 def check_opset(graph: fx.Graph, opset: int) -> None:
-    """Check that an opset has what the graph's quantized weights need.
+    """Check that an opset has what the graph's quantized weights need, and that files of it can be written.
 
     Raises:
-        ExportError: the opset is too early.
+        ExportError: the opset is too early or too late.
     """
+    if opset > linear_attention.OPSET:
+        raise ExportError(
+            f"--opset {opset} is too late: files are written up to opset {linear_attention.OPSET}; leave out --opset"
+        )
     if opset >= dequantize.OPSET:
         return
     for node in graph.nodes:

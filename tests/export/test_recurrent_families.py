@@ -12,6 +12,7 @@ import torch
 
 import surgery
 from surgery.capture import dynamic_axes
+from surgery.common.errors import ExportError
 from tests.shared.recurrent_models import CONFIGS, recurrent_model
 
 # Lengths of one token, below and above the chunks of the op (64) and of the models (16).
@@ -155,17 +156,24 @@ def test_adapted_merged_and_exported(name: str, programs, tmp_path) -> None:
         assert any(node.op_type == "LinearAttention" for node in file.graph.node)
 
 
-def test_an_earlier_opset_has_microsofts_op(programs, tmp_path) -> None:
+@pytest.mark.parametrize("opset", [20, pytest.param(26, marks=pytest.mark.slow)])
+def test_an_earlier_opset_has_microsofts_op(opset, programs, tmp_path) -> None:
     program, path = programs("mamba2"), tmp_path / "early.onnx"
-    program.export(path, opset=20)
+    program.export(path, opset=opset)
     file = onnx.load(path)
-    assert {o.domain: o.version for o in file.opset_import} == {"": 20, "com.microsoft": 1}
+    assert {o.domain: o.version for o in file.opset_import} == {"": opset, "com.microsoft": 1}
     session = onnxruntime.InferenceSession(str(path))
 
     def run(batch):
         return torch.from_numpy(session.run(["logits"], {n: x.numpy() for n, x in batch.items()})[0])
 
     assert worst(run, logits(program.module())) < 4e-6
+
+
+def test_an_opset_that_is_too_late(programs, tmp_path) -> None:
+    with pytest.raises(ExportError, match="--opset 28 is too late: files are written up to opset 27"):
+        programs("mamba2").export(tmp_path / "late.onnx", opset=28)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", families("mamba2"))

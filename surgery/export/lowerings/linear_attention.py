@@ -96,13 +96,15 @@ def opset_for(graph: fx.Graph) -> int | None:
 
 
 def finish_opset(model: Any, opset: int | None) -> None:
-    """Turn the recurrences of a translated onnx_ir.Model into standard ops, if the wanted opset has them."""
-    if opset is None or opset < OPSET:
+    """Give a translated onnx_ir.Model an opset later than torch.onnx's, and its recurrences their standard op."""
+    if opset is None or opset <= CONVERTED:
+        return
+    model.opset_imports[""] = opset
+    if opset < OPSET:
         return
     for node in model.graph:
         if (node.domain, node.op_type) == (DOMAIN, OP):
             node.domain = ""
             node.version = None
-    model.opset_imports[""] = opset
     if all(node.domain != DOMAIN for node in model.graph):
         model.opset_imports.pop(DOMAIN, None)
